@@ -1,0 +1,57 @@
+"""Files inside a wheel, with the real pip on a wheel made here: no network."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from train.data.source import SourceConfig, documents
+from transformer.errors import UserError
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    path = folder / "tiny_texts-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny_texts/b.csv", "text\nsecond\n")
+        archive.writestr("tiny_texts/a.csv", "text\nfirst\n")
+        archive.writestr("tiny_texts/about.txt", "about")
+        info = "tiny_texts-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-texts\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return path
+
+
+def source(sha256: str, package: str = "tiny-texts==1.0", path: str = "tiny_texts/*.csv") -> SourceConfig:
+    return SourceConfig(kind="wheel", package=package, sha256=sha256, path=path)
+
+
+def test_members_are_read_and_kept(wheel: Path) -> None:
+    config = source(hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert [document.text for document in documents(config)] == ["first", "second"]
+    wheel.unlink()  # a second reading downloads nothing
+    assert [document.id for document in documents(config)] == ["tiny_texts/a.csv:2", "tiny_texts/b.csv:2"]
+
+
+def test_a_missing_member_and_another_content_are_named(wheel: Path, cache: Path) -> None:
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    with pytest.raises(UserError, match=r"no file 'tiny_texts/c\.csv' in this wheel.*Did you mean"):
+        list(documents(source(sha256, path="tiny_texts/c.csv")))
+    with pytest.raises(UserError, match=f"has SHA-256 {sha256}, the config expects {'0' * 64}"):
+        list(documents(source("0" * 64)))
+    assert not list(cache.glob("**/.download-*"))
+
+
+@pytest.mark.usefixtures("wheel")
+def test_a_package_that_pip_cannot_find_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"tiny-texts==2\.0: pip could not download it") as raised:
+        list(documents(source("0" * 64, package="tiny-texts==2.0")))
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,1 @@
+"""The training program: config, data, mesh, step, loop and checkpoint around the `transformer` library."""

@@ -1,0 +1,173 @@
+"""Checkpoints: a run's state with everything needed to go on from it, or to use it elsewhere.
+
+A checkpoint holds three items: `params` (the parameters, or their moving average, to use), `state` (the whole TrainState,
+to go on), and `meta` (step, config, tokenizer, versions). orbax writes it beside its place and renames it last, so a kill at
+any moment leaves the previous one whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from train.config import CheckpointConfig, RunConfig, difference, to_data
+from train.state import TrainState
+from transformer.errors import UserError
+
+NEUTRAL = ("name", "run_dir", "evaluation", "checkpoint", "log", "sample", "mesh", "max_skipped")
+"""Config fields that may differ between a checkpoint and the run that goes on from it: they change no parameter."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last. Use it as a context manager: leaving it waits for what is being written.
+
+    Args:
+        directory: the run's folder.
+        config: how many to keep.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig | None = None) -> None:
+        policies = ocp.checkpoint_managers
+        keep = None if config is None else config.keep
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics["nll"],
+            best_mode="min",
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(keep),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: -metrics["nll"], n=1, keep_checkpoints_without_metrics=False
+                    ),
+                ]
+            ),
+            read_only=config is None,
+            create=config is not None,
+            cleanup_tmp_directories=config is not None,
+        )
+        self.directory = (directory / "checkpoints").absolute()
+        if config is None and not self.directory.is_dir():
+            raise UserError(f"{directory}: no run here (it has no folder `checkpoints`)")
+        with _disk_errors(self):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            with _disk_errors(self):
+                self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest evaluation loss, among those written right after an evaluation."""
+        return self._manager.best_step()
+
+    def save(self, state: TrainState, step: int, config: RunConfig, tokenizer: dict[str, str], nll: float | None) -> None:
+        """Write in the background; returns once the arrays are copied off the devices.
+
+        Args:
+            tokenizer: its files by name, so that a checkpoint is enough to generate.
+            nll: loss of the evaluation at this very step, when there was one.
+
+        Raises:
+            UserError: the disk is full or read-only, now or while the previous checkpoint was written.
+        """
+        meta = {
+            "step": step,
+            "config": to_data(config),
+            "tokenizer": tokenizer,
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+        }
+        with _disk_errors(self):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params if state.ema is None else state.ema),
+                    state=ocp.args.StandardSave(state),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics=None if nll is None else {"nll": nll},
+            )
+
+    def wait(self) -> None:
+        """Block until the newest checkpoint is whole."""
+        with _disk_errors(self):
+            self._manager.wait_until_finished()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` stored beside the arrays."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, abstract: TrainState, config: RunConfig) -> TrainState:
+        """The state of `step`, laid out as `abstract` says, whatever mesh it was written from.
+
+        Raises:
+            UserError: the checkpoint belongs to another config; the fields that differ are named.
+        """
+        stored = {k: v for k, v in self.meta(step)["config"].items() if k not in NEUTRAL}
+        current = {k: v for k, v in to_data(config).items() if k not in NEUTRAL}
+        if changed := difference(stored, current):
+            raise UserError(
+                f"{self.directory.parent}: its checkpoint at step {step} was made with another config: "
+                f"{'; '.join(changed)}. Undo the change, or start anew with --run-dir FOLDER"
+            )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
+        return self._manager.restore(step, args=args)["state"]
+
+    def restore_params(self, step: int, abstract: nnx.State) -> nnx.State:
+        """The parameters to use (their moving average, where the run keeps one), laid out as `abstract` says."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
+        return self._manager.restore(step, args=args)["params"]
+
+
+@dataclasses.dataclass
+class _disk_errors:  # noqa: N801 - a context manager, used like a function
+    """Turn a full or read-only disk into a `UserError` that names the last good checkpoint."""
+
+    checkpoints: Checkpoints
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or not is_disk_error(error):
+            return
+        manager = getattr(self.checkpoints, "_manager", None)
+        last = None if manager is None else manager.latest_step()
+        good = "none was written before" if last is None else f"the one of step {last} is whole"
+        raise UserError(
+            f"{self.checkpoints.directory}: cannot write a checkpoint ({_first_line(error)}); {good}. "
+            "Free some space or choose another --run-dir, then run the same command again to go on"
+        ) from None
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether a full, read-only or missing disk is at the bottom of `error`."""
+    phrases = ("No space left", "Read-only file system", "Disk quota", "File too large", "Not a directory",
+               "Permission denied")  # fmt: skip
+    while error is not None:
+        if any(phrase in str(error) for phrase in phrases):
+            return True
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

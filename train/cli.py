@@ -1,0 +1,162 @@
+"""`manyheads`: train, prepare, explain, generate. A mistake of the user's is one line and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformer.errors import UserError
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.takes_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides = rest
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"manyheads: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader (head, less) has left: nothing more to say, and nothing wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("manyheads: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="manyheads", description="Train and use Transformers from a config.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str, *, config: bool = True) -> argparse.ArgumentParser:
+        overrides = "\n\nAny field of the config can be overridden: --model.num-layers 8 --steps 500" if config else ""
+        sub = commands.add_parser(
+            name, help=text, description=text + overrides, formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )  # fmt: skip
+        if config:
+            sub.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+        sub.set_defaults(run=run, takes_overrides=config)
+        return sub
+
+    def devices(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--devices", type=int, metavar="N", help="make N virtual CPU devices and run on them")
+        sub.add_argument("--platform", metavar="NAME", help="cpu, gpu or tpu; JAX's own choice by default")
+
+    sub = command("train", _train, "train from a config, or go on where the run stopped")
+    devices(sub)
+    sub.add_argument("--profile", metavar="A:B", help="trace steps A to B for TensorBoard or Perfetto")
+
+    command("prepare", _prepare, "tokenise a config's data into the cache, without training")
+
+    command("explain", _explain, "print every field of a config with its meaning, and what the run will cost")
+
+    sub = command("generate", _generate, "write with a trained model", config=False)
+    devices(sub)
+    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for a batch")
+    sub.add_argument("--prompts-file", metavar="FILE", help="a file with one prompt a line (- for standard input)")
+    sub.add_argument("--max-tokens", type=int, default=256, metavar="N", help="length of a continuation (256)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
+    sub.add_argument("--top-k", type=int, help="keep the k likeliest tokens")
+    sub.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens of this probability (0.95)")
+    sub.add_argument("--min-p", type=float, default=0.0, help="keep tokens this likely relative to the likeliest (0)")
+    sub.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (1)")
+    sub.add_argument("--seed", type=int, default=0, help="another seed, another text (0)")
+    sub.add_argument("--step", default="latest", metavar="STEP", help="checkpoint: latest, best, or a step (latest)")
+    return parser
+
+
+def _load(options: argparse.Namespace) -> RunConfig:
+    from train.config import load
+
+    return load(options.config, options.overrides)
+
+
+def _set_up(options: argparse.Namespace) -> None:
+    from train.runtime import set_up_devices
+
+    set_up_devices(options.devices, options.platform)
+
+
+def _train(options: argparse.Namespace) -> None:
+    profile = _profile_range(options.profile)
+    config = _load(options)
+    _set_up(options)
+    from train.loop import train
+
+    train(config, profile=profile)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    config = _load(options)
+    from train.data.pack import check_vocabulary
+    from train.data.prepare import prepare
+
+    prepared = prepare(config.data)
+    check_vocabulary(prepared, config.model.vocab_size)
+    print(prepared.summary())
+
+
+def _explain(options: argparse.Namespace) -> None:
+    config = _load(options)
+    from train.explain import explain
+
+    explain(config)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompts = list(options.prompt or [])
+    if options.prompts_file:
+        prompts += _read_prompts(options.prompts_file)
+    if not prompts:
+        raise UserError("nothing to continue: give --prompt TEXT or --prompts-file FILE")
+    _set_up(options)
+    from train.write import write
+    from transformer.decode.sampling import Sampling
+    from transformer.errors import ConfigError
+
+    try:
+        sampling = Sampling(
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+        )
+    except ConfigError as error:
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+    write(Path(options.run), prompts, options.step, options.max_tokens, sampling, options.seed)
+
+
+def _read_prompts(name: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: cannot be read: {error}") from None
+    return [line for line in text.splitlines() if line]
+
+
+def _profile_range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile: got {text!r}; allowed: FIRST:LAST, two steps from 1 up, such as 10:20")
+    return int(first), int(last)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

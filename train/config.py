@@ -1,0 +1,345 @@
+"""A run's config: one YAML file, read strictly, overridden by typed flags, stored with everything that it makes."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.data.prepare import DataConfig
+from train.mesh import MeshConfig
+from train.objective import LossConfig
+from train.optimizer import OptimizerConfig
+from transformer.errors import ConfigError, UserError, nearest, require
+from transformer.models.gpt import GPTConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When the held-out text is scored."""
+
+    every: int = 500
+    """Steps between evaluations; 0: only at the end."""
+    batches: int | None = 20
+    """Batches of an evaluation on the way; null: all of the held-out text. The last evaluation always takes all of it."""
+
+    def __post_init__(self) -> None:
+        require(self, "every", self.every >= 0, "allowed: 0 or more")
+        require(self, "batches", self.batches is None or self.batches >= 1, "allowed: 1 or more, or null")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is written, and what is kept of it."""
+
+    every: int = 500
+    """Steps between checkpoints; 0: only at the end and on interruption."""
+    keep: int = 2
+    """How many of the newest are kept; the best by evaluation loss is kept beside them."""
+
+    def __post_init__(self) -> None:
+        require(self, "every", self.every >= 0, "allowed: 0 or more")
+        require(self, "keep", self.keep >= 1, "allowed: 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where metrics go, beside the terminal and metrics.jsonl."""
+
+    every: int = 10
+    """Steps between two recorded values."""
+    tensorboard: bool = True
+    """Write TensorBoard events under the run's folder."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (needs the extra `wandb`); null: no."""
+
+    def __post_init__(self) -> None:
+        require(self, "every", self.every >= 1, "allowed: 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """A text written by the model now and then, to look at."""
+
+    every: int = 1000
+    """Steps between samples; 0: only at the end."""
+    prompt: str = "\n"
+    """What the sample begins with."""
+    max_tokens: int = 128
+    """Length of the sample, in tokens."""
+    temperature: float = 0.8
+    """Sampling temperature; 0: the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that make up this probability."""
+
+    def __post_init__(self) -> None:
+        require(self, "every", self.every >= 0, "allowed: 0 or more")
+        require(self, "max_tokens", self.max_tokens >= 1, "allowed: 1 or more")
+        require(self, "temperature", self.temperature >= 0, "allowed: 0 or more")
+        require(self, "top_p", 0 < self.top_p <= 1, "allowed: above 0, at most 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    name: str
+    """Name of the run."""
+    run_dir: str | None = None
+    """Folder of the run; null: runs/NAME."""
+    seed: int = 0
+    """Decides initial weights, dropout and the order of the data."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Sequences in a step, over all devices and microbatches."""
+    length: int | None = None
+    """Tokens in a training sequence; null: model.max_length."""
+    microbatches: int = 1
+    """Parts a step's batch is cut into, one after the other (gradient accumulation)."""
+    max_skipped: int = 10
+    """Stop after this many updates in a row were skipped for a loss or gradient that is not finite."""
+    model: GPTConfig = GPTConfig()
+    """The network."""
+    data: DataConfig = DataConfig()
+    """The text, and how it becomes sequences of tokens."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How gradients become updates."""
+    loss: LossConfig = LossConfig()
+    """What is minimised."""
+    mesh: MeshConfig = MeshConfig()
+    """How the run is spread over devices."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Scores on held-out text."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """States on disk."""
+    log: LogConfig = LogConfig()
+    """Records of metrics."""
+    sample: SampleConfig = SampleConfig()
+    """Texts to look at."""
+
+    def __post_init__(self) -> None:
+        require(self, "name", bool(self.name) and "/" not in self.name, "allowed: any text without a slash")
+        for field in ("steps", "batch_size", "microbatches", "max_skipped"):
+            require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
+        require(self, "seed", 0 <= self.seed < 2**32, "allowed: 0 to 2**32 - 1")
+        longest = self.model.max_length
+        require(
+            self, "length", self.length is None or 1 <= self.length <= longest,
+            f"allowed: 1 to model.max_length ({longest}), or null",
+        )  # fmt: skip
+        require(
+            self, "microbatches", self.batch_size % self.microbatches == 0, f"it must divide batch_size ({self.batch_size})"
+        )
+
+    @property
+    def sequence_length(self) -> int:
+        """`length` with its default filled in."""
+        return self.model.max_length if self.length is None else self.length
+
+    @property
+    def directory(self) -> Path:
+        """`run_dir` with its default filled in."""
+        return Path("runs", self.name) if self.run_dir is None else Path(self.run_dir)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply command-line overrides such as `--model.num-layers 8`.
+
+    Raises:
+        UserError: no such file, or no YAML.
+        ConfigError: an unknown key, a wrong type, a value out of range, or values that contradict each other.
+    """
+    return override(parse(_read_yaml(Path(path)), str(path)), overrides)
+
+
+def parse(data: Any, source: str) -> RunConfig:
+    """A config from plain data; `source` names it in errors."""
+    import pydantic
+
+    try:
+        _check_keys(data, RunConfig, "", source)
+        # As JSON, a list may become a tuple, while every scalar must still have the field's own type.
+        return _adapter().validate_json(json.dumps(data), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise UserError(f"{source}: {where} is missing, and has no default") from None
+        raise UserError(f"{source}: {where}: got {first['input']!r}; {first['msg']}") from None
+    except ConfigError as error:
+        raise UserError(f"{source}: {field_path(error)}") from None
+
+
+def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """`config` with `--section.field value` pairs applied.
+
+    Raises:
+        UserError: a flag that names no field, or a value that does not fit it.
+    """
+    if not arguments:
+        return config
+    import contextlib
+    import io
+
+    import tyro
+
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            return tyro.cli(RunConfig, default=config, args=list(arguments), prog="manyheads ... CONFIG")
+    except SystemExit as stop:
+        if not stop.code:
+            print(output.getvalue())
+            raise
+        # tyro draws a box; a mistake here is one line like every other.
+        lines = [line.strip(" │╭╰╮╯─") for line in output.getvalue().splitlines()]
+        message = " ".join(line for line in lines[1:] if line and not line.startswith("For full helptext"))
+        raise UserError(f"command line: {message}") from None
+    except ConfigError as error:
+        raise UserError(f"command line: {field_path(error)}") from None
+
+
+def dump(config: RunConfig) -> str:
+    """The whole config as YAML, defaults included; `load` reads it back to an equal one."""
+    import yaml
+
+    return yaml.safe_dump(to_data(config), sort_keys=False, allow_unicode=True)
+
+
+def to_data(config: RunConfig) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`field: old → new` for each field in which two configs, as plain data, differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after, path = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{path}.")
+        elif before != after:
+            lines.append(f"{path}: {before!r} → {after!r}")
+    return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a config, for people to read."""
+
+    path: str
+    value: Any
+    default: Any
+    meaning: str
+
+
+def fields(config: Any, prefix: str = "") -> Iterator[Field]:
+    """Every field below a config, sections opened."""
+    meanings = _meanings(type(config))
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from fields(value, f"{path}.")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for index, item in enumerate(value):
+                yield from fields(item, f"{path}.{index}.")
+        else:
+            yield Field(path, value, field.default, meanings.get(field.name, ""))
+
+
+def field_path(error: ConfigError) -> str:
+    """The error's message with the full path of its field."""
+
+    def search(config_type: type, prefix: str) -> Iterator[str]:
+        if config_type is error.owner:
+            yield prefix
+        for name, kind in typing.get_type_hints(config_type).items():
+            for inner in _dataclasses_in(kind):
+                yield from search(inner, f"{prefix}{name}.")
+
+    return next(search(RunConfig, ""), "") + str(error)
+
+
+@functools.cache
+def _adapter() -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(RunConfig)
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's floats (1e-3 is a number), and no key twice."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key) for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise UserError(f"{path}: line {node.start_mark.line + 1}: the key {key!r} stands twice")
+            return super().construct_mapping(node, deep)
+
+    import re
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a SafeLoader
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file" + _similar_file(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _similar_file(path: Path) -> str:
+    folder = path.parent
+    return nearest(path.name, (other.name for other in folder.glob("*.yaml"))) if folder.is_dir() else ""
+
+
+def _check_keys(data: Any, config_type: type, prefix: str, source: str) -> None:
+    """Raise a `UserError` for the first key below `data` that the config does not have."""
+    if not isinstance(data, dict):
+        where = prefix.rstrip(".") or "the file"
+        raise UserError(f"{source}: {where}: got {data!r}; expected a mapping of field: value")
+    hints = typing.get_type_hints(config_type)
+    for key, value in data.items():
+        if key not in hints:
+            raise UserError(f"{source}: {prefix}{key}: no such field.{nearest(str(key), hints)}")
+        for inner in _dataclasses_in(hints[key]):
+            if isinstance(value, list):
+                for index, item in enumerate(value):
+                    _check_keys(item, inner, f"{prefix}{key}.{index}.", source)
+            else:
+                _check_keys(value, inner, f"{prefix}{key}.", source)
+
+
+def _dataclasses_in(kind: Any) -> list[type]:
+    """The config classes inside a type such as `tuple[SourceConfig, ...]`."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return [kind]
+    if isinstance(kind, types.GenericAlias | types.UnionType) or typing.get_origin(kind):
+        return [inner for argument in typing.get_args(kind) for inner in _dataclasses_in(argument)]
+    return []
+
+
+def _meanings(config_type: type) -> dict[str, str]:
+    """Field name → the docstring under it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_type))).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for field, text in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return found

@@ -1,0 +1,56 @@
+"""Where downloaded and prepared data lives on this machine, and what to say when the disk refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformer.errors import UserError
+
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on file sizes",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "you may not write there",
+    errno.EPERM: "you may not write there",
+    errno.ENOTDIR: "a part of this path is a file",
+    errno.EEXIST: "a part of this path is a file",
+}
+
+
+def cache_dir() -> Path:
+    """The folder for everything that can be made again.
+
+    `$MANYHEADS_CACHE`, else `$XDG_CACHE_HOME/manyheads`, else `~/.cache/manyheads`. It may not exist yet.
+    """
+    if chosen := os.environ.get("MANYHEADS_CACHE"):
+        return Path(chosen).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser() / "manyheads"
+    return Path.home() / ".cache" / "manyheads"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of the block, which writes under `path`, into a `UserError` of one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = _ADVICE.get(error.errno or 0, "look at the disk")
+        raise UserError(
+            f"cannot write {error.filename or path}: {reason}; {advice}, or set MANYHEADS_CACHE to another folder"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk and not just in memory. Raises `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,255 @@
+"""From sources to prepared data: train the tokenizer, tokenise once, keep the result under its fingerprint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from train.data.baseline import Baseline
+from train.data.cache import cache_dir, sync, writing
+from train.data.progress import report, say
+from train.data.readers import Rejects
+from train.data.source import SourceConfig, documents, identity, text_size, validation_position
+from train.data.store import FORMAT_VERSION, Counts, Meta, Prepared, Split, TokenWriter, write_meta, write_tokenizer
+from train.data.tokenise import tokenised
+from train.data.tokenizer import Tokenizer, TokenizerConfig
+from train.data.vocabulary import is_trained, make_tokenizer
+from transformer.errors import UserError, require
+
+_PARTIAL = ".partial"
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run reads, and how it is cut into examples."""
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    """Where training text comes from; examples are drawn from them by their weights."""
+    validation: tuple[SourceConfig, ...] = ()
+    """Where validation text comes from; empty: documents held out from `sources`."""
+    validation_fraction: float = 0.05
+    """The part of the documents that is held out, chosen by document id; not used where `validation` is given."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """How text becomes token ids."""
+    packing: Literal["chunk", "documents"] = "chunk"
+    """`chunk`: all documents joined, cut into sequences; `documents`: whole documents fitted into sequences, none of
+    which attends to another."""
+    num_workers: int = 0
+    """Threads that tokenise, and threads that fetch batches; 0: one per core."""
+    prefetch: int = 4
+    """Batches that wait ready in memory."""
+
+    def __post_init__(self) -> None:
+        require(self, "sources", len(self.sources) > 0, "at least one source")
+        require(self, "validation_fraction", 0 <= self.validation_fraction < 1, "at least 0 and below 1")
+        require(self, "num_workers", self.num_workers >= 0, "a number of threads, or 0 for one per core")
+        require(self, "prefetch", self.prefetch >= 1, "at least 1")
+
+    @property
+    def workers(self) -> int:
+        """How many threads `num_workers` means on this machine."""
+        if self.num_workers:
+            return self.num_workers
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
+    """The config's data as token arrays: opened if it was prepared before, else prepared now.
+
+    Two processes may prepare the same data at once: one does it, the other waits. One that is killed leaves nothing
+    that a later run takes for whole. Raises `UserError` for a source that cannot be read, for an empty training or
+    validation split, and for a disk that is full or read-only.
+    """
+    name = fingerprint(config)
+    folder = cache_dir() / "prepared"
+    target = folder / name
+    if not target.is_dir():
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(target, shown=progress):
+                if not target.is_dir():  # nobody made it while this process waited
+                    _remove_abandoned(folder)
+                    _make(target, config, shown=progress)
+    return Prepared.load(target)
+
+
+def fingerprint(config: DataConfig) -> str:
+    """32 hexadecimal digits that change with whatever changes the prepared tokens.
+
+    Raises `UserError` for a source or tokenizer file that is missing.
+    """
+    tokenizer = dataclasses.asdict(config.tokenizer)
+    if config.tokenizer.path:
+        tokenizer["content"] = _content_hash(Path(config.tokenizer.path).expanduser())
+    content = {
+        "format": FORMAT_VERSION,
+        "sources": [identity(source) for source in config.sources],
+        "validation": [identity(source) for source in config.validation] or config.validation_fraction,
+        "tokenizer": tokenizer,
+    }
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def check_vocabulary(prepared: Prepared, vocab_size: int) -> None:
+    """Raise a `UserError` unless every prepared token id is below a model's `vocab_size`."""
+    if prepared.meta.largest_id >= vocab_size:
+        raise UserError(
+            f"{prepared.directory}: token id {prepared.meta.largest_id} is outside the model's vocabulary of "
+            f"{vocab_size}; set the model's vocab_size to at least {prepared.meta.vocab_size}"
+        )
+
+
+def _make(target: Path, config: DataConfig, *, shown: bool) -> None:
+    """Prepare into a folder beside `target`, and rename it when all of it is on the disk."""
+    partial = target.with_suffix(_PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        tokenizer = _tokenizer(config, shown=shown)
+        write_tokenizer(partial, tokenizer)
+        write_meta(partial, _write_tokens(partial, config, tokenizer, target.name, shown=shown))
+        os.replace(partial, target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tokenizer(config: DataConfig, *, shown: bool) -> Tokenizer:
+    if is_trained(config.tokenizer):
+        say(f"training a {config.tokenizer.kind} tokenizer of {config.tokenizer.vocab_size} tokens", shown=shown)
+    return make_tokenizer(config.tokenizer, _training_texts(config))
+
+
+def _training_texts(config: DataConfig) -> Iterator[str]:
+    """Text to learn a vocabulary from: training documents only, up to the same number of bytes of each source."""
+    for source in config.sources:
+        left = config.tokenizer.training_bytes // len(config.sources)
+        for document in documents(source):
+            if left <= 0:
+                break
+            if validation_position(document.id) >= _held_out(config):
+                left -= len(document.text.encode())
+                yield document.text
+
+
+def _write_tokens(directory: Path, config: DataConfig, tokenizer: Tokenizer, name: str, *, shown: bool) -> Meta:
+    """Tokenise every source into `directory`, and count."""
+    run = _Run(directory, tokenizer, Baseline(), config.workers, shown)
+    counts = [run.write(number, source, _held_out(config)) for number, source in enumerate(config.sources)]
+    counts += [run.write(number, source, 1.0) for number, source in enumerate(config.validation)]
+    train = tuple(split["train"] for split in counts if "train" in split)
+    validation = tuple(split["validation"] for split in counts if "validation" in split)
+    _check_not_empty(train, validation, _held_out(config))
+    gzip_bytes, xz_bytes = run.baseline.finish()
+    return Meta(
+        format_version=FORMAT_VERSION,
+        fingerprint=name,
+        python=platform.python_version(),
+        dtype=tokenizer.dtype.str,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text=tokenizer.end_of_text,
+        train=train,
+        validation=validation,
+        gzip_bytes=gzip_bytes,
+        xz_bytes=xz_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What tokenising one source has in common with tokenising the next."""
+
+    directory: Path
+    tokenizer: Tokenizer
+    baseline: Baseline
+    workers: int
+    shown: bool
+
+    def write(self, number: int, source: SourceConfig, held_out: float) -> dict[Split, Counts]:
+        """Tokenise source `number`, the fraction `held_out` of its documents for validation; count what was written."""
+        rejects = Rejects(source.on_error)
+        writers: dict[Split, TokenWriter] = {}
+        with contextlib.ExitStack() as stack:
+            if held_out < 1:
+                writers["train"] = stack.enter_context(self._writer("train", number, source))
+            if held_out > 0:
+                writers["validation"] = stack.enter_context(self._writer("validation", number, source))
+            advance = stack.enter_context(report(f"tokenising {source.title}", text_size(source), shown=self.shown))
+            for document, ids in tokenised(self.tokenizer, documents(source, rejects), self.workers):
+                text = document.text.encode()
+                if validation_position(document.id) < held_out:
+                    writers["validation"].add(ids, len(text))
+                    self.baseline.add(text)
+                else:
+                    writers["train"].add(ids, len(text))
+                advance(len(text))
+            counts: dict[Split, Counts] = {split: writer.finish() for split, writer in writers.items()}
+        if rejects.count:
+            first = next(iter(counts))
+            counts[first] = dataclasses.replace(counts[first], skipped=rejects.count)
+            say(f"{source.title}: {rejects.count} documents left out, the first: {rejects.first}", shown=self.shown)
+        return counts
+
+    def _writer(self, split: Split, number: int, source: SourceConfig) -> TokenWriter:
+        return TokenWriter(self.directory, split, number, source.title, self.tokenizer)
+
+
+def _held_out(config: DataConfig) -> float:
+    """The fraction of the documents of `sources` that is for validation."""
+    return 0.0 if config.validation else config.validation_fraction
+
+
+def _check_not_empty(train: tuple[Counts, ...], validation: tuple[Counts, ...], held_out: float) -> None:
+    for source in train:
+        if not source.documents:
+            skipped = f" ({source.skipped} were left out as unreadable)" if source.skipped else ""
+            raise UserError(f"{source.name}: no document with text to train on{skipped}; give the source some text")
+    if validation and not any(source.documents for source in validation):
+        names = ", ".join(source.name for source in validation)
+        hint = f"validation_fraction {held_out} of so few held out none: raise it, set it to 0, or " if held_out else ""
+        raise UserError(f"{names}: no document with text to validate on; {hint}give data.validation a source with text")
+
+
+@contextlib.contextmanager
+def _locked(target: Path, *, shown: bool) -> Iterator[None]:
+    """Hold the one lock on making `target`. The system lets go of it when its holder dies."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(target.with_suffix(_LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that is preparing {target}", shown=shown)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left behind: the unfinished folders on which nobody holds the lock."""
+    from filelock import FileLock, Timeout
+
+    for partial in folder.glob(f"*{_PARTIAL}"):
+        with contextlib.suppress(Timeout), FileLock(partial.with_suffix(_LOCK), timeout=0):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _content_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "blake2b").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct data.tokenizer.path") from error

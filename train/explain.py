@@ -1,0 +1,157 @@
+"""`manyheads explain`: a config's fields with their meanings, and what the run will cost, before anything is run."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from train.config import RunConfig, fields
+from train.mesh import MESH_AXES
+from train.objective import LossConfig, causal
+from train.optimizer import make_optimizer
+from train.state import state_maker
+from transformer.functional import graphdef_of
+from transformer.models.gpt import GPT, flops_per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a run takes. Bytes are of the whole run, before any sharding."""
+
+    parameters: int
+    tokens_per_step: int
+    flops_per_token: float
+    """Of a training step: forward and backward."""
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    """What the forward pass of one microbatch leaves for the backward pass, remat taken into account."""
+
+
+def cost(config: RunConfig) -> Cost:
+    """Count from the shapes of the real model, optimiser and loss; no array is made."""
+
+    def make_model(rngs: nnx.Rngs) -> GPT:
+        return GPT(config.model, rngs=rngs)
+
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    make_state = state_maker(make_model, optimizer, keep_ema=config.optimizer.ema_decay is not None)
+    state = jax.eval_shape(make_state, jax.random.key(0))
+    length = config.sequence_length
+    rows = config.batch_size // config.microbatches
+    shape = (rows, length)
+    batch = {
+        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
+        "targets": jax.ShapeDtypeStruct(shape, jnp.int32),
+        "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
+    }
+    if config.data.packing == "documents":
+        batch |= {"segments": batch["tokens"], "positions": batch["tokens"]}
+    return Cost(
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        tokens_per_step=config.batch_size * length,
+        flops_per_token=3 * flops_per_token(config.model, length),
+        parameter_bytes=_bytes(state.params),
+        gradient_bytes=_bytes(state.params),
+        optimizer_bytes=_bytes(state.opt_state) + _bytes(state.ema),
+        activation_bytes=_saved_bytes(graphdef_of(make_model), state.params, batch, config),
+    )
+
+
+def explain(config: RunConfig) -> None:
+    """Print it."""
+    console = Console(highlight=False)
+    table = Table(title=f"{config.name}: every field", title_justify="left", show_lines=False)
+    table.add_column("field", no_wrap=True)
+    table.add_column("value")
+    table.add_column("default")
+    table.add_column("meaning")
+    for field in fields(config):
+        default = "required" if field.default is dataclasses.MISSING else _plain(field.default)
+        value = _plain(field.value)
+        table.add_row(field.path, value if value == default else f"[bold]{value}[/bold]", default, field.meaning)
+    console.print(table)
+    total = cost(config)
+    costs = Table(title="what it costs", title_justify="left", show_header=False)
+    costs.add_column("what")
+    costs.add_column("how much", justify="right")
+    costs.add_column("meaning")
+    for row in _cost_rows(config, total):
+        costs.add_row(*row)
+    console.print(costs)
+
+
+def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
+    tokens = total.tokens_per_step * config.steps
+    sharded = [axis for axis in MESH_AXES if getattr(config.mesh, axis) not in (None, 1)]
+    spread = f" (over the devices of {', '.join(sharded)}, divide)" if sharded else ""
+    memory = total.parameter_bytes + total.gradient_bytes + total.optimizer_bytes + total.activation_bytes
+    return [
+        ("parameters", f"{total.parameters:,}", "float32"),
+        ("tokens per step", f"{total.tokens_per_step:,}", "batch_size × length"),
+        ("tokens in all", f"{tokens:,}", "over all steps"),
+        (
+            "FLOPs per token",
+            f"{total.flops_per_token:.3e}",
+            "forward and backward; matrix products only, the causal half of attention counted once",
+        ),
+        ("FLOPs in all", f"{total.flops_per_token * tokens:.3e}", "over all steps"),
+        ("memory, parameters", _size(total.parameter_bytes), "whole run" + spread),
+        ("memory, gradients", _size(total.gradient_bytes), "as the parameters"),
+        ("memory, optimiser", _size(total.optimizer_bytes), f"{config.optimizer.name}'s moments, moving average"),
+        ("memory, activations", _size(total.activation_bytes), "kept for the backward pass of one microbatch"),
+        ("memory, together", _size(memory), "without the compiler's own temporaries"),
+    ]
+
+
+def _saved_bytes(graphdef: Any, params: nnx.State, batch: dict[str, Any], config: RunConfig) -> int:
+    """Bytes of the arrays that the loss's forward pass saves, other than the parameters and the batch themselves."""
+
+    def residuals(params: nnx.State, batch: dict[str, Any]) -> Any:
+        key = jax.random.key(0) if config.model.dropout else None
+
+        def loss(params: nnx.State) -> Any:
+            return causal(nnx.merge(graphdef, params), batch, LossConfig(), key=key).loss
+
+        return jax.vjp(loss, params)[1]
+
+    saved = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
+    # What has the shape and type of a parameter is that parameter, which is in memory anyway.
+    known = collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((params, batch)))
+    total = 0
+    for leaf in saved:
+        kind = (leaf.shape, leaf.dtype)
+        if known[kind] > 0:
+            known[kind] -= 1
+        else:
+            total += _bytes(leaf)
+    return total
+
+
+def _bytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")
+    )
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    return repr(value) if isinstance(value, str) else str(value).replace("True", "true").replace("False", "false")

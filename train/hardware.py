@@ -1,0 +1,43 @@
+"""What a device can do at best, for honest utilisation figures."""
+
+from __future__ import annotations
+
+import jax
+
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    # Dense peaks from the vendors' data sheets, without sparsity. XLA multiplies float32 matrices in TF32 on NVIDIA GPUs
+    # since Ampere, and in one bfloat16 pass on TPUs, unless told otherwise: those are the float32 peaks here.
+    "TPU v3": {"bfloat16": 61.5, "float32": 61.5},
+    "TPU v4": {"bfloat16": 275, "float32": 275},
+    "TPU v5 lite": {"bfloat16": 197, "float32": 197},
+    "TPU v5p": {"bfloat16": 459, "float32": 459},
+    "TPU v5": {"bfloat16": 459, "float32": 459},
+    "TPU v6 lite": {"bfloat16": 918, "float32": 918},
+    "NVIDIA A100": {"bfloat16": 312, "float32": 156},
+    "NVIDIA A10": {"bfloat16": 125, "float32": 62.5},
+    "NVIDIA B200": {"bfloat16": 2250, "float32": 1125},
+    "NVIDIA GeForce RTX 3090": {"bfloat16": 71, "float32": 35.6},
+    "NVIDIA GeForce RTX 4090": {"bfloat16": 165.2, "float32": 82.6},
+    "NVIDIA H100 NVL": {"bfloat16": 835, "float32": 417},
+    "NVIDIA H100 PCIe": {"bfloat16": 756, "float32": 378},
+    "NVIDIA H100": {"bfloat16": 989, "float32": 494},
+    "NVIDIA H200": {"bfloat16": 989, "float32": 494},
+    "NVIDIA L4": {"bfloat16": 121, "float32": 60},
+    "NVIDIA L40S": {"bfloat16": 362, "float32": 183},
+    "Tesla T4": {"float16": 65, "float32": 8.1},
+    "Tesla V100": {"float16": 125, "float32": 15.7},
+}
+"""Device kind (the longest matching beginning counts) → compute type → TFLOP/s of one JAX device."""
+
+
+def peak_flops(device: jax.Device, dtype: str) -> float | None:
+    """Dense peak of one device in FLOP/s, or None where it is not known (every CPU, among others)."""
+    kinds = [kind for kind in PEAK_TFLOPS if device.device_kind.startswith(kind)]
+    tflops = PEAK_TFLOPS[max(kinds, key=len)].get(dtype) if kinds else None
+    return None if tflops is None else tflops * 1e12
+
+
+def utilization(flops_per_second: float, devices: list[jax.Device], dtype: str) -> float | None:
+    """Model FLOPs utilisation over all `devices` (Chowdhery et al. 2022, appendix B), or None where no peak is known."""
+    peak = peak_flops(devices[0], dtype)
+    return None if peak is None else flops_per_second / (peak * len(devices))

@@ -1,0 +1,334 @@
+"""The loop of a run: the one place with side effects. Everything that it calls is a function or a thing of its own."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from train.checkpoint import Checkpoints
+from train.config import RunConfig, dump
+from train.data.cache import writing
+from train.data.loader import evaluation_batches, prefetch_to_device, train_batches
+from train.data.pack import check_vocabulary
+from train.data.prepare import Prepared, prepare
+from train.display import Display, clock
+from train.evaluate import Scores, evaluate
+from train.hardware import utilization
+from train.mesh import batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
+from train.metrics import MetricLog
+from train.optimizer import make_optimizer, make_schedule
+from train.runtime import GracefulStop
+from train.state import TrainState, abstract_state, init_state, state_maker
+from train.step import Metrics, make_eval_step, make_train_step
+from transformer.decode.generate import Generator
+from transformer.decode.sampling import Sampling
+from transformer.errors import UserError
+from transformer.functional import graphdef_of
+from transformer.models.gpt import GPT, flops_per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """How a run ended."""
+
+    directory: Path
+    step: int
+    scores: Scores | None
+    """On all of the held-out text; None for a run that was interrupted."""
+    interrupted: bool
+
+
+def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finished:
+    """Train from a config, or go on from the newest checkpoint in the run's folder.
+
+    Args:
+        profile: first and last step to trace for TensorBoard or Perfetto.
+
+    Raises:
+        UserError: whatever the user can mend, before a step where it can be known then.
+    """
+    with writing(config.directory):
+        config.directory.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
+    prepared = prepare(config.data)
+    check_vocabulary(prepared, config.model.vocab_size)
+    with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop:
+        run = Run(config, prepared, mesh)
+        with Checkpoints(config.directory, config.checkpoint) as checkpoints:
+            state = run.start(checkpoints)
+            with writing(config.directory):
+                (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
+            return run.loop(state, checkpoints, stop, profile)
+
+
+class Run:
+    """What stays the same from step to step."""
+
+    def __init__(self, config: RunConfig, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
+        self.config, self.prepared, self.mesh = config, prepared, mesh
+        make_model = functools.partial(_make_model, config)
+        graphdef = graphdef_of(make_model)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        self.schedule: optax.Schedule = make_schedule(config.optimizer, config.steps)
+        ema_decay = config.optimizer.ema_decay
+        self.make_state = state_maker(make_model, optimizer, keep_ema=ema_decay is not None)
+        self.abstract = abstract_state(self.make_state, mesh)
+        self.train_step = make_train_step(
+            graphdef, optimizer, config.loss, self.abstract, microbatches=config.microbatches, ema_decay=ema_decay
+        )
+        self.eval_step = make_eval_step(graphdef)
+        self.generator = Generator(config.model, end_of_text=prepared.tokenizer.end_of_text)
+        self.tokenizer_files = _files_of(prepared, config.directory / "tokenizer")
+        self.to_device = functools.partial(shard_batch, sharding=batch_sharding(mesh, config.mesh.rules))
+        self.flops_per_token = 3 * flops_per_token(config.model, config.sequence_length)
+
+    def start(self, checkpoints: Checkpoints) -> TrainState:
+        """A fresh state, or that of the newest checkpoint."""
+        if checkpoints.latest is not None:
+            return checkpoints.restore(checkpoints.latest, self.abstract, self.config)
+        return init_state(self.make_state, self.abstract, self.config.seed)
+
+    def loop(
+        self, state: TrainState, checkpoints: Checkpoints, stop: GracefulStop, profile: tuple[int, int] | None
+    ) -> Finished:
+        """Step until the end, a signal, or too many skipped updates."""
+        config, start = self.config, int(state.step)
+        log = MetricLog(config, config.directory, start)
+        batches = self._batches(start)
+        meter = Meter(self, start)
+        nll, step = None, start
+        with Display(config.steps, start) as display:
+            display.say(self._headline(state, start))
+            for step in range(start + 1, config.steps + 1):
+                batch = next(batches)
+                _trace(profile, step, config.directory, display)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = self.train_step(state, batch)
+                # The host reads a step's metrics while the devices work on the next one.
+                meter.push(step, metrics, batch.get("example"))
+                for done in meter.ready(keep=1):
+                    self._record(done, display, log, checkpoints)
+                nll = None
+                last = step == config.steps
+                if _due(step, config.evaluation.every) and not last:
+                    nll = self._evaluate(state, step, display, log, config.evaluation.batches).loss
+                if _due(step, config.sample.every) and not last:
+                    display.say(self.sample(state))
+                if _due(step, config.checkpoint.every) and not last:
+                    self._drain(meter, display, log, checkpoints)
+                    checkpoints.save(state, step, config, self.tokenizer_files, nll)
+                if stop.requested:
+                    break
+                meter.exclude(nll is not None or _due(step, config.sample.every) or _due(step, config.checkpoint.every))
+            self._drain(meter, display, log, checkpoints)
+            if profile is not None and profile[0] <= step < profile[1]:
+                jax.profiler.stop_trace()
+            scores = None
+            if not stop.requested:
+                scores = self._evaluate(state, step, display, log, None)
+                nll = scores.loss
+            if checkpoints.latest != step:
+                checkpoints.save(state, step, config, self.tokenizer_files, nll)
+                checkpoints.wait()
+            log.close()
+            self._farewell(state, step, scores, display)
+        return Finished(config.directory, step, scores, stop.requested)
+
+    def sample(self, state: TrainState) -> str:
+        """A text from the model as it is now."""
+        sample = self.config.sample
+        tokenizer = self.prepared.tokenizer
+        prompt = tokenizer.encode(sample.prompt).tolist() or [tokenizer.end_of_text]
+        room = self.config.model.max_length - len(prompt)
+        tokens = self.generator.generate(
+            state.params if state.ema is None else state.ema,
+            [prompt],
+            max_tokens=max(min(sample.max_tokens, room), 1),
+            sampling=Sampling(temperature=sample.temperature, top_p=sample.top_p),
+            seed=self.config.seed,
+        )
+        written = [int(token) for chunk in tokens for token in chunk[0]]
+        if tokenizer.end_of_text in written:
+            written = written[: written.index(tokenizer.end_of_text)]
+        return f"── sample ──\n{sample.prompt}{tokenizer.decode(written)}\n────────────"
+
+    def _batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
+        config = self.config
+        host = train_batches(
+            self.prepared,
+            config.data,
+            batch_size=config.batch_size,
+            length=config.sequence_length,
+            seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        return prefetch_to_device(host.iterate(start), self.to_device)
+
+    def _evaluate(
+        self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None
+    ) -> Scores:
+        config = self.config
+        host = evaluation_batches(
+            self.prepared,
+            config.data,
+            batch_size=config.batch_size,
+            length=config.sequence_length,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        params = state.params if state.ema is None else state.ema
+        device = map(self.to_device, itertools.islice(host, batches))
+        scores = evaluate(self.eval_step, params, device, self.prepared.bytes_per_token("validation"))
+        log.write(step, "eval", dataclasses.asdict(scores))
+        bits = "" if scores.bits_per_byte is None else f"  bits per byte {scores.bits_per_byte:.4f}"
+        display.say(f"step {step}  held-out loss {scores.loss:.4f}  perplexity {scores.perplexity:.2f}{bits}")
+        return scores
+
+    def _drain(self, meter: Meter, display: Display, log: MetricLog, checkpoints: Checkpoints) -> None:
+        for done in meter.ready(keep=0):
+            self._record(done, display, log, checkpoints)
+
+    def _record(self, done: Reading, display: Display, log: MetricLog, checkpoints: Checkpoints) -> None:
+        record = done.step % self.config.log.every == 0 or done.step == self.config.steps
+        display.step(done.step, done.values, record=record)
+        if record:
+            log.write(done.step, "train", done.values)
+        if done.skipped_in_row:
+            display.say(
+                f"step {done.step}: loss {done.values['loss']} or gradient norm {done.values['grad_norm']} is not finite; "
+                f"update skipped ({done.skipped_in_row} in a row)"
+            )
+        if done.skipped_in_row >= self.config.max_skipped:
+            good = checkpoints.latest
+            kept = "no checkpoint was written yet" if good is None else f"the last good checkpoint is that of step {good}"
+            raise UserError(
+                f"step {done.step}: {done.skipped_in_row} updates in a row were not finite, the last on examples "
+                f"{_compact(done.examples)}; {kept} in {self.config.directory}. Lower optimizer.learning_rate or set "
+                "optimizer.clip_norm"
+            )
+
+    def _headline(self, state: TrainState, start: int) -> str:
+        devices = self.mesh.devices.size
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        kind = self.mesh.devices.flat[0].device_kind
+        begins = f"resuming after step {start}" if start else "starting"
+        return (
+            f"{self.config.name}: {begins}; {count:,} parameters on {devices} × {kind} ({self.config.mesh.strategy}); "
+            f"{self.config.batch_size * self.config.sequence_length:,} tokens a step"
+        )
+
+    def _farewell(self, state: TrainState, step: int, scores: Scores | None, display: Display) -> None:
+        directory = self.config.directory
+        if scores is None:
+            display.say(
+                f"stopped after step {step}; the state is saved in {directory}. Run the same command again to go on"
+            )
+            return
+        display.say(self.sample(state))
+        if scores.bits_per_byte is not None:
+            others = [
+                f"{name} {size:.4f}" for name, size in self.prepared.compressed_bits_per_byte().items() if size is not None
+            ]
+            display.say(f"held-out text, bits per byte: this model {scores.bits_per_byte:.4f}, " + ", ".join(others))
+        display.say(f"finished; to write with it: manyheads generate {directory} --prompt TEXT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Metrics of a step, on the host."""
+
+    step: int
+    values: dict[str, float | None]
+    skipped_in_row: int
+    examples: np.ndarray | None
+
+
+class Meter:
+    """Holds metrics until they may be read without making the devices wait, and times the steps between readings."""
+
+    def __init__(self, run: Run, start: int) -> None:
+        self._run = run
+        self._pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()
+        self._in_row = 0
+        self._clock: float | None = None
+        self._speed: float | None = None
+
+    def push(self, step: int, metrics: Metrics, examples: Any) -> None:
+        """Take the metrics of a step that was just given to the devices."""
+        self._pending.append((step, metrics, examples))
+
+    def exclude(self, happened: bool) -> None:
+        """Leave what happened since the last step out of the speed."""
+        if happened:
+            self._clock = None
+
+    def ready(self, keep: int) -> Iterator[Reading]:
+        """Readings of all but the last `keep` steps."""
+        while len(self._pending) > keep:
+            step, metrics, examples = self._pending.popleft()
+            values: dict[str, float | None] = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            skipped = values.pop("skipped")
+            self._in_row = self._in_row + 1 if skipped else 0
+            values["learning_rate"] = float(self._run.schedule(step - 1))
+            values |= self._speeds(values["tokens"] or 0.0)
+            held = np.asarray(jax.device_get(examples)) if self._in_row and examples is not None else None
+            yield Reading(step, values, self._in_row, held)
+
+    def _speeds(self, tokens: float) -> dict[str, float | None]:
+        now = time.monotonic()
+        if self._clock is not None and now > self._clock:
+            speed = tokens / (now - self._clock)
+            # Smoothed over about ten steps; the first one after a pause stands for itself.
+            self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
+        self._clock = now
+        if self._speed is None:
+            return {"tokens_per_second": None, "mfu": None}
+        run = self._run
+        flops = self._speed * run.flops_per_token
+        mfu = utilization(flops, list(run.mesh.devices.flat), run.config.model.dtype)
+        return {"tokens_per_second": self._speed, "mfu": mfu}
+
+
+def _make_model(config: RunConfig, rngs: Any) -> GPT:
+    return GPT(config.model, rngs=rngs)
+
+
+def _files_of(prepared: Prepared, directory: Path) -> dict[str, str]:
+    """Save the tokenizer in the run's folder, and give its files as text."""
+    with writing(directory):
+        prepared.tokenizer.save(directory)
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(directory.iterdir())}
+
+
+def _trace(profile: tuple[int, int] | None, step: int, directory: Path, display: Display) -> None:
+    if profile is None:
+        return
+    if step == profile[0]:
+        jax.profiler.start_trace(str(directory / "profile"), create_perfetto_trace=True)
+    elif step == profile[1] + 1:
+        jax.profiler.stop_trace()
+        display.say(f"profile of steps {profile[0]} to {profile[1]}: {directory / 'profile'}")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _compact(examples: np.ndarray | None) -> str:
+    ids = [] if examples is None else np.asarray(examples).ravel().tolist()
+    return ", ".join(map(str, ids[:16])) + (" ..." if len(ids) > 16 else "")
+
+
+__all__ = ["Finished", "Run", "clock", "train"]

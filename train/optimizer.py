@@ -1,0 +1,158 @@
+"""optax optimisers and schedules from config."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+from flax import nnx
+from optax import contrib
+
+from transformer.errors import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """An optimiser, its schedule, and what is done to gradients and parameters around it."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon", "sgd"] = "adamw"
+    """Optimiser. muon takes the matrices of the blocks; embeddings, the output layer, gains and biases go to adamw."""
+    learning_rate: float = 3e-4
+    """Highest learning rate."""
+    schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
+    """Course of the learning rate after warm-up; wsd stays at the top and falls linearly over the last decay_fraction."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    final_fraction: float = 0.1
+    """Last learning rate over the highest (cosine, linear, wsd)."""
+    decay_fraction: float = 0.2
+    """Share of all steps over which wsd falls."""
+    weight_decay: float = 0.1
+    """Decay of matrices and embeddings, times the learning rate; gains and biases never decay."""
+    b1: float = 0.9
+    """Decay of the first moment (adamw, lion); momentum of sgd and muon."""
+    b2: float = 0.95
+    """Decay of the second moment (adamw, lion, and adamw's part in muon)."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    adam_learning_rate: float | None = None
+    """Highest learning rate of adamw's part in muon; null: learning_rate."""
+    clip_norm: float | None = 1.0
+    """Gradients with a larger global norm are scaled down to it; null: never."""
+    ema_decay: float | None = None
+    """Keep a moving average of the parameters with this decay, and evaluate and generate with it; null: none."""
+
+    def __post_init__(self) -> None:
+        for field in ("learning_rate", "epsilon"):
+            require(self, field, getattr(self, field) > 0, "allowed: above 0")
+        for field in ("adam_learning_rate", "clip_norm"):
+            require(self, field, getattr(self, field) is None or getattr(self, field) > 0, "allowed: above 0, or null")
+        for field in ("warmup_steps", "weight_decay"):
+            require(self, field, getattr(self, field) >= 0, "allowed: 0 or more")
+        for field in ("final_fraction", "decay_fraction"):
+            require(self, field, 0 <= getattr(self, field) <= 1, "allowed: 0 to 1")
+        for field in ("b1", "b2"):
+            require(self, field, 0 <= getattr(self, field) < 1, "allowed: 0 or more, below 1")
+        require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "allowed: between 0 and 1, or null")
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int, peak: float | None = None) -> optax.Schedule:
+    """Step → learning rate, over `num_steps` steps in all."""
+    peak = config.learning_rate if peak is None else peak
+    warmup = min(config.warmup_steps, num_steps)
+    rest = max(num_steps - warmup, 1)
+    last = peak * config.final_fraction
+    match config.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+        case "linear":
+            after = optax.linear_schedule(peak, last, rest)
+        case "wsd":
+            decay = max(round(num_steps * config.decay_fraction), 1)
+            after = optax.join_schedules(
+                [optax.constant_schedule(peak), optax.linear_schedule(peak, last, decay)], [max(rest - decay, 0)]
+            )
+        case "inverse_sqrt":
+            # Vaswani et al. 2017, equation 3, scaled to reach `peak` at the end of the warm-up.
+            start = max(warmup, 1)
+            after = lambda step: peak * (start / (step + start)) ** 0.5  # noqa: E731
+        case "constant":
+            after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    # The first step already learns: 1/warmup of the peak, not 0.
+    return optax.join_schedules([lambda step: peak * (step + 1) / warmup, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """The optimiser with its schedule over `num_steps` steps, global-norm clipping in front."""
+    schedule = make_schedule(config, num_steps)
+    decays: Any = decay_mask
+    match config.name:
+        case "adamw":
+            update = optax.adamw(
+                schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay, mask=decays
+            )
+        case "lion":
+            update = optax.lion(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decays)
+        case "adafactor":
+            update = optax.chain(
+                optax.scale_by_factored_rms(),
+                optax.clip_by_block_rms(1.0),
+                optax.scale_by_param_block_rms(),
+                optax.add_decayed_weights(config.weight_decay, mask=decays),
+                optax.scale_by_learning_rate(schedule),
+            )
+        case "muon":
+            # Liu et al. 2025: the update's RMS matches AdamW's, so that one learning rate serves both.
+            update = contrib.muon(
+                schedule,
+                beta=config.b1,
+                weight_decay=config.weight_decay,
+                weight_decay_mask=decays,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                adam_weight_decay=config.weight_decay,
+                adam_learning_rate=make_schedule(config, num_steps, config.adam_learning_rate),
+                muon_weight_dimension_numbers=_muon_dimensions,
+                consistent_rms=0.2,
+            )
+        case "sgd":
+            update = optax.chain(
+                optax.add_decayed_weights(config.weight_decay, mask=decays),
+                optax.sgd(schedule, momentum=config.b1 or None, nesterov=config.b1 > 0),
+            )
+    if config.clip_norm is None:
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def decay_mask(params: nnx.State) -> nnx.State:
+    """True for matrices and embeddings, False for gains and biases, whose names are `scale` and `bias`."""
+
+    def decays(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
+        return variable.replace(not names & {"scale", "bias"})
+
+    return jax.tree_util.tree_map_with_path(decays, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _muon_dimensions(params: nnx.State) -> nnx.State:
+    """Which dims of each parameter are the rows and the columns of its matrix, read off their logical names.
+
+    The side of `embed` is one, all other named dims the other; `layers` is a batch of matrices. What has no second side,
+    or has a vocabulary for it, is no matrix for Muon.
+    """
+
+    def dimensions(variable: nnx.Variable) -> nnx.Variable:
+        axes = variable.get_metadata().get("out_sharding") or ()
+        inner = [dim for dim, name in enumerate(axes) if name not in ("layers", "embed")]
+        if "embed" not in axes or not inner or "vocab" in axes or None in axes:
+            return variable.replace(None)
+        embed = [axes.index("embed")]
+        rows, columns = (embed, inner) if embed < inner else (inner, embed)
+        return variable.replace(contrib.MuonDimensionNumbers(tuple(rows), tuple(columns)))
+
+    return jax.tree.map(dimensions, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -1,0 +1,72 @@
+"""The state of a run: described abstractly, laid out, then made on the devices that will hold it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from train.mesh import check_divisible, shardings_of
+from transformer.functional import ModelFactory
+from transformer.types import Array, Int, PRNGKeyArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes. `key` is constant: step s draws from `fold_in(key, s)`."""
+
+    step: Int[Array, ""]
+    params: nnx.State
+    opt_state: optax.OptState
+    key: PRNGKeyArray
+    ema: nnx.State | None = None
+    """Exponential moving average of the parameters, when the optimiser keeps one."""
+
+
+def state_maker(
+    make_model: ModelFactory, optimizer: optax.GradientTransformation, *, keep_ema: bool = False
+) -> Callable[[PRNGKeyArray], TrainState]:
+    """A pure function from a key to a fresh state."""
+
+    def make(key: PRNGKeyArray) -> TrainState:
+        init_key, train_key = jax.random.split(key)
+        params = nnx.state(make_model(nnx.Rngs(params=init_key)), nnx.Param)
+        ema = jax.tree.map(jnp.copy, params) if keep_ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), train_key, ema)
+
+    return make
+
+
+def describe(make: Callable[[], Any], mesh: Mesh) -> Any:
+    """Shapes, types and shardings of what `make` returns, under the logical rules in force, with no array made.
+
+    Raises:
+        UserError: a dim that its mesh axis does not divide.
+    """
+    abstract = jax.eval_shape(make)
+    shardings = shardings_of(abstract, mesh)
+    check_divisible(abstract, shardings)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+def abstract_state(make_state: Callable[[PRNGKeyArray], TrainState], mesh: Mesh) -> TrainState:
+    """The description of a state before it exists."""
+    return describe(lambda: make_state(jax.random.key(0)), mesh)
+
+
+def abstract_params(make_model: ModelFactory, mesh: Mesh) -> nnx.State:
+    """The description of a model's parameters alone."""
+    return describe(lambda: nnx.state(make_model(nnx.Rngs(0)), nnx.Param), mesh)
+
+
+def init_state(make_state: Callable[[PRNGKeyArray], TrainState], abstract: TrainState, seed: int) -> TrainState:
+    """A fresh state, each array made where it will live. The values depend on `seed` alone, not on the mesh."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(make_state, out_shardings=shardings)(jax.random.key(seed))

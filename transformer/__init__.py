@@ -1,0 +1,1 @@
+"""Transformers in JAX and Flax, from attention up."""

@@ -1,0 +1,84 @@
+"""`jax.nn.dot_product_attention`: XLA's own fusion, and cuDNN's flash attention on NVIDIA GPUs.
+
+B batch, T query position, S key position, N query heads, K key/value heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from transformer.attention.mask import AttentionMask, Causal, Window
+from transformer.types import Array, Float
+
+
+def fused(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    bias_BNTS: Float[Array, "B_ N_ T_ S_"] | None = None,
+    *,
+    implementation: Literal["xla", "cudnn"],
+    scale: float,
+    **_: Any,
+) -> Float[Array, "B T N H"]:
+    """Attention by `jax.nn.dot_product_attention`: causal and window terms stay structured, the rest is an array."""
+    T = q_BTNH.shape[1]
+    S = k_BSKH.shape[1]
+    structured, rest = _structure(mask, T, S)
+    allowed = rest.materialize(T, S)
+    if allowed is not None:
+        allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
+    out = jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, bias=bias_BNTS, mask=allowed, scale=scale, implementation=implementation, **structured
+    )
+    if allowed is None:
+        return out
+    # A query with no key at all gives zeros here, as in the reference, and not the mean of the values.
+    some_key = mask.materialize(T, S).any(-1)  # [B_, N_, T]
+    return jnp.where(jnp.moveaxis(some_key, 1, 2)[..., None], out, 0)
+
+
+def _structure(mask: AttentionMask, num_queries: int, num_keys: int) -> tuple[dict[str, Any], AttentionMask]:
+    """The part of a mask that `jax.nn.dot_product_attention` takes by name, and the rest, which it takes as an array."""
+    structured: dict[str, Any] = {}
+    rest = []
+    for term in mask.terms:
+        here = isinstance(term, Causal | Window) and isinstance(term.offset, int) and term.offset == 0
+        if here and isinstance(term, Causal):
+            structured["is_causal"] = True
+        elif here and isinstance(term, Window) and num_queries == num_keys and "local_window_size" not in structured:
+            left, right = (num_keys if width is None else width for width in (term.left, term.right))
+            structured["local_window_size"] = (left, 0 if mask.is_causal else right)
+        else:
+            rest.append(term)
+    return structured, AttentionMask(tuple(rest))
+
+
+def supports_xla(request: Any) -> str | None:
+    """Why XLA cannot serve this call, or None."""
+    if request.dropout:
+        return "it has no dropout"
+    if request.logit_soft_cap is not None:
+        return "it has no logit soft-cap"
+    return None
+
+
+def supports_cudnn(request: Any) -> str | None:
+    """Why cuDNN cannot serve this call, or None. The limits are those of `jax.nn.dot_product_attention`."""
+    if request.platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this is {request.platform}"
+    if reason := supports_xla(request):
+        return reason
+    if request.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs bfloat16 or float16, and q is {request.dtype}"
+    if request.head_dim % 8 or request.head_dim > 128:
+        return f"it needs a head_dim that is a multiple of 8 and at most 128, and this is {request.head_dim}"
+    if request.has_bias:
+        return "its bias gradient is not reliable for every shape"
+    if _structure(request.mask, request.num_queries, request.num_keys)[1].terms:
+        return "it takes causal and window masks only: an array of a mask would become a bias, with a gradient of its own"
+    return None

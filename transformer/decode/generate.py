@@ -1,0 +1,167 @@
+"""Generation: one jitted prefill over the prompts, then jitted steps over a static key/value cache.
+
+B batch, T prompt position, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transformer.decode.cache import KVCache
+from transformer.decode.sampling import Sampling, next_token
+from transformer.errors import UserError
+from transformer.functional import graphdef_of
+from transformer.models.gpt import GPT, GPTConfig
+from transformer.types import Array, Bool, Float, Int, PRNGKeyArray
+
+PREFILL_MULTIPLE = 64
+"""Prompts and caches are rounded up to this, so that a program compiled once serves many lengths."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Where a batch stands between two tokens."""
+
+    cache: KVCache
+    logits_BV: Float[Array, "B V"]
+    """Scores of the token to come."""
+    done_B: Bool[Array, " B"]
+    seen_BV: Bool[Array, "B V"] | None
+    """Tokens that the row holds already, where a repetition penalty asks."""
+    keys_B: PRNGKeyArray
+
+
+class Generator:
+    """Compiled generation for one model; the parameters are given at each call.
+
+    Args:
+        config: the model's.
+        end_of_text: the token that ends a row, or None for no such token.
+    """
+
+    def __init__(self, config: GPTConfig, *, end_of_text: int | None = None) -> None:
+        # Decoding reads each weight once a token: a scan would copy every layer out of its stack first.
+        self.config = dataclasses.replace(config, scan_layers=False, remat="none")
+        self.end_of_text = end_of_text
+        self._graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs))
+        self._prefill = jax.jit(self._prefill_impl, static_argnames=("max_length", "sampling"))
+        self._decode = jax.jit(self._decode_impl, static_argnames=("num_tokens", "sampling"), donate_argnames="state")
+
+    def generate(
+        self,
+        params: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        chunk: int | None = None,
+    ) -> Iterator[Int[np.ndarray, "B n"]]:
+        """Continue every prompt, giving the new tokens of all rows a chunk at a time.
+
+        A row that has ended goes on with `end_of_text`. Row b's tokens depend on the model, its prompt, the seed and b
+        alone, and not on what else is in the batch.
+
+        Args:
+            params: the model's `nnx.Param` state.
+            prompts: token ids; rows may differ in length, none may be empty.
+            max_tokens: of each continuation.
+            chunk: tokens between two results, for streaming; all of them at once by default.
+
+        Raises:
+            UserError: an empty prompt, a token id outside the vocabulary, or more tokens than the model's context.
+        """
+        sampling = Sampling() if sampling is None else sampling
+        self._check(prompts, max_tokens)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        limit = self.config.max_length
+        width = min(_round_up(int(lengths.max())), limit)
+        tokens_BT = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(tokens_BT, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        max_length = max(min(_round_up(int(lengths.max()) + max_tokens), limit), width)
+        state = self._prefill(
+            params, tokens_BT, lengths, jax.random.key(seed), max_length=max_length, sampling=sampling
+        )
+        chunk = max_tokens if chunk is None else min(chunk, max_tokens)
+        for start in range(0, max_tokens, chunk):
+            state, tokens_Bn = self._decode(params, state, num_tokens=chunk, sampling=sampling)
+            yield np.asarray(tokens_Bn)[:, : max_tokens - start]
+            if np.asarray(state.done_B).all():
+                return
+
+    def _check(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+        for index, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise UserError(f"prompt {index + 1} is empty: a model needs at least one token to go on from")
+            if (worst := max(prompt)) >= self.config.vocab_size or min(prompt) < 0:
+                raise UserError(
+                    f"prompt {index + 1}: token id {worst} is outside the model's vocabulary of {self.config.vocab_size}"
+                )
+        longest = max(map(len, prompts))
+        if longest + max_tokens > self.config.max_length:
+            raise UserError(
+                f"a prompt of {longest} tokens and {max_tokens} new ones exceed the model's context of "
+                f"{self.config.max_length}; ask for at most {max(self.config.max_length - longest, 0)}"
+            )
+
+    def _prefill_impl(
+        self, params: nnx.State, tokens_BT: Array, lengths_B: Array, key: Array, *, max_length: int, sampling: Sampling
+    ) -> DecodeState:
+        model = nnx.merge(self._graphdef, params)
+        batch_size = tokens_BT.shape[0]
+        hidden_BTD, outputs = model.hidden(tokens_BT, cache=model.make_cache(batch_size, max_length))
+        last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
+        seen_BV = None
+        if sampling.repetition_penalty != 1:
+            real_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+            rows = jnp.arange(batch_size)[:, None]
+            seen_BV = jnp.zeros((batch_size, self.config.vocab_size), bool).at[rows, tokens_BT].max(real_BT)
+        return DecodeState(
+            outputs.cache.with_length(lengths_B),
+            model.logits(last_B1D)[:, 0],
+            jnp.zeros(batch_size, bool),
+            seen_BV,
+            jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch_size)),
+        )
+
+    def _decode_impl(
+        self, params: nnx.State, state: DecodeState, *, num_tokens: int, sampling: Sampling
+    ) -> tuple[DecodeState, Array]:
+        model = nnx.merge(self._graphdef, params)
+        rows = jnp.arange(state.done_B.shape[0])
+
+        def unfinished(carry: tuple[Array, DecodeState, Array]) -> Array:
+            index, state, _ = carry
+            return (index < num_tokens) & ~state.done_B.all()
+
+        def step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
+            index, state, tokens_Bn = carry
+            # The position makes the key, so that the text does not depend on how it is cut into chunks.
+            keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.cache.length[0])
+            token_B = next_token(state.logits_BV, sampling, keys_B, state.seen_BV)
+            done_B = state.done_B
+            if self.end_of_text is not None:
+                token_B = jnp.where(done_B, self.end_of_text, token_B)
+                done_B = done_B | (token_B == self.end_of_text)
+            seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows, token_B].set(True)
+            output = model(token_B[:, None], cache=state.cache)
+            state = DecodeState(output.cache, output.logits[:, 0], done_B, seen_BV, state.keys_B)
+            return index + 1, state, tokens_Bn.at[:, index].set(token_B)
+
+        fill = 0 if self.end_of_text is None else self.end_of_text
+        tokens_Bn = jnp.full((rows.shape[0], num_tokens), fill, jnp.int32)
+        _, state, tokens_Bn = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, tokens_Bn))
+        return state, tokens_Bn
+
+
+def _round_up(length: int) -> int:
+    return -(-length // PREFILL_MULTIPLE) * PREFILL_MULTIPLE

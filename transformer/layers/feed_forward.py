@@ -1,0 +1,71 @@
+"""The position-wise feed-forward network, plain and gated.
+
+B batch, T position, D embed, F mlp.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer.layers.linear import Linear
+from transformer.sharding import constrain
+from transformer.types import Array, DTypeLike, Float
+
+ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
+    "relu": (jax.nn.relu, False),
+    "gelu": (functools.partial(jax.nn.gelu, approximate=True), False),
+    "gelu_exact": (functools.partial(jax.nn.gelu, approximate=False), False),
+    "silu": (jax.nn.silu, False),
+    "geglu": (functools.partial(jax.nn.gelu, approximate=True), True),
+    "swiglu": (jax.nn.silu, True),
+}
+"""Name → the function and whether a second projection is gated by it (Shazeer 2020, equations 5 and 6)."""
+
+
+class FeedForward(nnx.Module):
+    """down(f(up(x))), or down(f(gate(x)) · up(x)) for a gated activation.
+
+    Vaswani et al. 2017, equation 2; Shazeer 2020.
+
+    Args:
+        activation: a name of `ACTIVATIONS`.
+        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        mlp_dim: int,
+        *,
+        activation: str = "gelu",
+        use_bias: bool = True,
+        kernel_init: Callable[..., Array],
+        out_init: Callable[..., Array],
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.activation = activation
+        into = functools.partial(
+            Linear, (embed_dim,), (mlp_dim,), axes=("embed", "mlp"), use_bias=use_bias, kernel_init=kernel_init,
+            dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
+        self.up = into()
+        self.gate = into() if ACTIVATIONS[activation][1] else None
+        self.down = Linear(
+            (mlp_dim,), (embed_dim,), axes=("mlp", "embed"), use_bias=use_bias, kernel_init=out_init,
+            dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Each position on its own, [B, T, D] → [B, T, D]."""
+        function, _ = ACTIVATIONS[self.activation]
+        with jax.named_scope("feed_forward"):
+            up = constrain(self.up(x_BTD), "batch", "seq", "mlp")
+            hidden = function(up) if self.gate is None else function(self.gate(x_BTD)) * up
+            return constrain(self.down(hidden), "batch", "seq", None)

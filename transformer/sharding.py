@@ -1,0 +1,53 @@
+"""Logical axes: a model names what a dimension means, never which devices hold it.
+
+The names are batch, seq, embed, heads, kv_heads, head_dim, mlp, vocab, layers and expert. A program maps them to the
+axes of a mesh with `flax.nnx.logical_axis_rules(table)`; with no table or no mesh they mean nothing and cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
+
+from transformer.types import Array
+
+LOGICAL_AXES = ("batch", "seq", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers", "expert")
+
+
+def with_axes(init: Callable[..., Array], *axes: str | None) -> Callable[..., Any]:
+    """An initialiser whose parameter carries the logical name of each of its dimensions.
+
+    The parameter is laid out where its state is made (`out_shardings`), not at construction, so that a model can be
+    built on a laptop with no mesh at all.
+
+    Raises:
+        ValueError: a name that is no logical axis.
+    """
+    for axis in axes:
+        _known(axis)
+    return nnx.with_partitioning(init, axes, eager_sharding=False)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Lay out an activation by the logical names of its dimensions, under the rules and the mesh in force.
+
+    Raises:
+        ValueError: a name that is no logical axis, or not one name for each dimension.
+    """
+    if len(axes) != x.ndim:
+        raise ValueError(f"constrain: {len(axes)} names {axes} for an array of shape {x.shape}")
+    rules = dict(get_logical_axis_rules())
+    spec = jax.sharding.PartitionSpec(*(rules.get(_known(axis)) for axis in axes))
+    if not rules or jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def _known(axis: str | None) -> str | None:
+    if axis is not None and axis not in LOGICAL_AXES:
+        raise ValueError(f"{axis!r} is no logical axis; there are {', '.join(LOGICAL_AXES)}")
+    return axis

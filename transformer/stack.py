@@ -1,0 +1,85 @@
+"""Many equal blocks as one: the only scan and the only rematerialisation over layers.
+
+Every parameter of the stack carries a leading L (logical axis `layers`), so that a program's size and its compile time
+do not grow with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer.errors import nearest
+from transformer.types import Array, PRNGKeyArray
+
+BlockT = TypeVar("BlockT", bound=nnx.Module)
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass finds saved: nothing, every matrix product, or those of weights alone (not attention's).
+
+`none`, the default, rematerialises nothing.
+"""
+
+
+def stack(make_block: Callable[[nnx.Rngs], BlockT], num_layers: int, rngs: nnx.Rngs) -> BlockT:
+    """`num_layers` independent blocks as one block whose parameters carry a leading `layers` axis."""
+
+    @jax.vmap
+    @nnx.transform_metadata(in_axes=0, out_axes=0, partition="layers")
+    def make(rngs: nnx.Rngs) -> BlockT:
+        return make_block(rngs)
+
+    return make(rngs.split(num_layers))
+
+
+def apply_stack(
+    call: Callable[..., tuple[Array, Any]],
+    blocks: nnx.Module,
+    x: Array,
+    *,
+    num_layers: int,
+    key: PRNGKeyArray | None = None,
+    per_layer: Any = None,
+    scan: bool = True,
+    remat: str = "none",
+) -> tuple[Array, Any]:
+    """Run `call(block, x, key, layer_input) -> (x, layer_output)` through the layers, from the first to the last.
+
+    Args:
+        blocks: what `stack` made.
+        key: split into one key a layer; None stays None.
+        per_layer: a pytree whose leaves have a leading L; each layer gets its slice.
+        scan: one `jax.lax.scan`; or a Python loop, which compiles slower and lets XLA see across layers.
+        remat: `none` or a name of `REMAT_POLICIES`.
+
+    Returns:
+        The last x, and the layers' outputs with a leading L.
+    """
+
+    def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
+        block, key, layer_input = layer
+        return call(block, x, key, layer_input)
+
+    if remat != "none":
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {remat!r} does not exist; there are none, {', '.join(REMAT_POLICIES)}."
+                             + nearest(remat, REMAT_POLICIES))  # fmt: skip
+        # Under a scan the barrier against common subexpressions is not needed, and costs fusions.
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    layers = (blocks, None if key is None else jax.random.split(key, num_layers), per_layer)
+    with jax.named_scope("layers"):
+        if scan:
+            return jax.lax.scan(body, x, layers)
+        outputs = []
+        for index in range(num_layers):
+            x, output = body(x, jax.tree.map(lambda leaf: leaf[index], layers))  # noqa: B023 - called at once
+            outputs.append(output)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

@@ -1,0 +1,40 @@
+"""Names shared by the whole library.
+
+Axis legend, used by every module's shapes:
+B batch, T query position, S key position, D embed, N query heads, K key/value heads, H head_dim, F mlp, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+else:
+    try:
+        from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+    except ImportError:
+        # Shapes are checked by the test suite, which has jaxtyping; elsewhere nothing reads the annotations.
+        Array = Bool = DTypeLike = Float = Int = PRNGKeyArray = Any
+
+__all__ = ["DTYPES", "Array", "Bool", "DTypeLike", "Float", "Int", "ModelOutput", "PRNGKeyArray"]
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+"""The compute types that a config may name."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """What a language model returns."""
+
+    logits: Array
+    """[B, T, V], float32."""
+    cache: Any = None
+    """The key/value cache after these tokens, when one was given."""
+    weights: Array | None = None
+    """[L, B, N, T, S] attention weights, when they were asked for."""
