@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     try:
-        options.run(options)
+        options.call(options)
     except UserError as error:
         print(f"manyheads: {error}", file=sys.stderr)
         return 2
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         if config:
             sub.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-        sub.set_defaults(run=run, takes_overrides=config)
+        sub.set_defaults(call=run, takes_overrides=config)
         return sub
 
     def devices(sub: argparse.ArgumentParser) -> None:
@@ -102,8 +102,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     config = _load(options)
-    from train.data.pack import check_vocabulary
-    from train.data.prepare import prepare
+    from train.data.prepare import check_vocabulary, prepare
 
     prepared = prepare(config.data)
     check_vocabulary(prepared, config.model.vocab_size)

@@ -202,7 +202,7 @@ def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
             raise
         # tyro draws a box; a mistake here is one line like every other.
         lines = [line.strip(" │╭╰╮╯─") for line in output.getvalue().splitlines()]
-        message = " ".join(line for line in lines[1:] if line and not line.startswith("For full helptext"))
+        message = " ".join(line for line in lines[1:] if line and not line.startswith(("For full helptext", "---")))
         raise UserError(f"command line: {message}") from None
     except ConfigError as error:
         raise UserError(f"command line: {field_path(error)}") from None

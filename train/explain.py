@@ -5,11 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -69,11 +71,11 @@ def cost(config: RunConfig) -> Cost:
 
 def explain(config: RunConfig) -> None:
     """Print it."""
-    console = Console(highlight=False)
-    table = Table(title=f"{config.name}: every field", title_justify="left", show_lines=False)
-    table.add_column("field", no_wrap=True)
-    table.add_column("value")
-    table.add_column("default")
+    # In a file or a pipe there is no width to fit.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    table = Table(title=f"{config.name}: every field", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("field", "value", "default"):
+        table.add_column(column, overflow="fold", no_wrap=column == "field")
     table.add_column("meaning")
     for field in fields(config):
         default = "required" if field.default is dataclasses.MISSING else _plain(field.default)
@@ -81,7 +83,7 @@ def explain(config: RunConfig) -> None:
         table.add_row(field.path, value if value == default else f"[bold]{value}[/bold]", default, field.meaning)
     console.print(table)
     total = cost(config)
-    costs = Table(title="what it costs", title_justify="left", show_header=False)
+    costs = Table(title="what it costs", title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
     costs.add_column("what")
     costs.add_column("how much", justify="right")
     costs.add_column("meaning")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,8 +18,8 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
 from train.data.cache import writing
 from train.data.loader import evaluation_batches, prefetch_to_device, train_batches
-from train.data.pack import check_vocabulary
-from train.data.prepare import Prepared, prepare
+from train.data.prepare import check_vocabulary, prepare
+from train.data.store import Prepared
 from train.display import Display, clock
 from train.evaluate import Scores, evaluate
 from train.hardware import utilization
@@ -187,10 +186,11 @@ class Run:
             length=config.sequence_length,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            max_batches=batches,
         )
         params = state.params if state.ema is None else state.ema
-        device = map(self.to_device, itertools.islice(host, batches))
-        scores = evaluate(self.eval_step, params, device, self.prepared.bytes_per_token("validation"))
+        device = prefetch_to_device(iter(host), self.to_device)
+        scores = evaluate(self.eval_step, params, device, self.prepared.meta.bytes_per_token("validation"))
         log.write(step, "eval", dataclasses.asdict(scores))
         bits = "" if scores.bits_per_byte is None else f"  bits per byte {scores.bits_per_byte:.4f}"
         display.say(f"step {step}  held-out loss {scores.loss:.4f}  perplexity {scores.perplexity:.2f}{bits}")
@@ -238,10 +238,10 @@ class Run:
             return
         display.say(self.sample(state))
         if scores.bits_per_byte is not None:
-            others = [
-                f"{name} {size:.4f}" for name, size in self.prepared.compressed_bits_per_byte().items() if size is not None
-            ]
-            display.say(f"held-out text, bits per byte: this model {scores.bits_per_byte:.4f}, " + ", ".join(others))
+            compressors: tuple[tuple[Literal["gzip", "xz"], str], ...] = (("gzip", "gzip -9"), ("xz", "xz -9"))
+            others = [(label, self.prepared.meta.bits_per_byte(name)) for name, label in compressors]
+            known = "".join(f", {label} {bits:.4f}" for label, bits in others if bits is not None)
+            display.say(f"held-out text, bits per byte: this model {scores.bits_per_byte:.4f}{known}")
         display.say(f"finished; to write with it: manyheads generate {directory} --prompt TEXT")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.loader import Batches, evaluation_batches, prefetch_to_device, train_batches
-from train.data.prepare import DataConfig
+from train.data.prepare import DataConfig, prepare
 from train.data.source import SourceConfig
 from train.data.store import Meta, Prepared, TokenArray
 from train.data.tokenizer import ByteTokenizer
@@ -95,7 +95,7 @@ def test_a_step_depends_on_seed_and_step_alone(
         )
         iterator = process.iterate(max(0, step - 1))
         fetched = [next(iterator) for _ in range(1 + (step > 0))]
-        iterator.close()  # pyright: ignore[reportAttributeAccessIssue]
+        iterator.close()
         assert_same(fetched[-1], process.batch(step))
         parts.append(fetched[-1])
     assert_same({name: np.concatenate([part[name] for part in parts]) for name in expected}, expected)
@@ -162,6 +162,24 @@ def test_evaluation_sees_every_token_once_in_batches_of_one_shape(packing, proce
     assert shown == list(range(len(shown)))
 
 
+@pytest.mark.parametrize("packing", ["chunk", "documents"])
+def test_from_files_to_batches(corpus: Path, packing) -> None:
+    sources = tuple(
+        SourceConfig(kind="files", path=f"{corpus}/{half}*.txt", weight=weight)
+        for half, weight in zip("012", (1, 2, 3), strict=True)
+    )
+    config = DataConfig(sources=sources, validation_fraction=0.4, packing=packing)
+    for _ in range(2):  # made, then found
+        prepared = prepare(config, progress=False)
+        evaluation = list(evaluation_batches(prepared, config, batch_size=4, length=64))
+        assert sum(batch["weights"].sum() for batch in evaluation) == prepared.meta.tokens("validation")
+        batches = train_batches(prepared, config, batch_size=6, length=64, seed=1)
+        assert 0.9 < batches.efficiency <= 1
+        text = prepared.tokenizer.decode(batches.batch(0)["tokens"].reshape(-1))
+        assert "alpha" in text
+        assert "Grüße" in text
+
+
 def test_evaluation_can_end_early_and_needs_text() -> None:
     batches = evaluation_batches(PREPARED, config_of(1.0, 1.0), batch_size=4, length=LENGTH, max_batches=2)
     assert [batch["example"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -196,7 +214,7 @@ def test_batches_are_put_on_the_device_ahead_and_threads_end() -> None:
     assert len(put) == 2
     np.testing.assert_array_equal(next(iterator)["tokens"], batches.batch(6)["tokens"])
     assert len(put) == 3
-    iterator.close()  # pyright: ignore[reportAttributeAccessIssue]
+    iterator.close()
     for thread in threading.enumerate():
         if thread.name.startswith("grain-prefetch"):
             thread.join(timeout=10)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import pty
 import resource
 import signal
 import subprocess
@@ -161,6 +164,20 @@ def test_rows_left_out_are_counted_and_reported(tmp_path: Path, capsys: pytest.C
     assert "rows.jsonl:2: malformed JSON" in err
 
 
+def test_a_terminal_shows_a_live_bar(corpus: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", PROGRAM, str(corpus / "*.txt"), str(resource.RLIM_INFINITY)]
+    program = subprocess.Popen(command, cwd=ROOT, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:
+        while piece := terminal.read(4096):  # an error is how a terminal ends on Linux
+            shown += piece
+    assert program.wait(timeout=60) == 0
+    assert "━━━━" in shown.decode()
+    assert "kB" in shown.decode()
+
+
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_a_fault_in_the_text_leaves_nothing_behind(tmp_path: Path, cache: Path, kind: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"text": \n')
@@ -225,7 +242,8 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(large: Path, cache: Path) ->
     assert [path.suffix for path in (cache / "prepared").iterdir()] == [".lock"]
 
 
-def test_a_killed_prepare_is_not_taken_for_whole(large: Path, corpus: Path, cache: Path) -> None:
+@pytest.mark.parametrize("next_one", ["the same", "another"])
+def test_a_killed_prepare_is_not_taken_for_whole(large: Path, corpus: Path, cache: Path, next_one: str) -> None:
     folder = cache / "prepared"
     program = start_program(large)
     try:
@@ -237,10 +255,10 @@ def test_a_killed_prepare_is_not_taken_for_whole(large: Path, corpus: Path, cach
         program.communicate()
     assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".partial"]
 
-    prepare(config_of(corpus / "*.txt"), progress=False)  # of something else, which removes what the dead one left
+    prepared = prepare(config_of(large if next_one == "the same" else corpus / "*.txt"), progress=False)
+    counts = (*prepared.meta.train, *prepared.meta.validation)
+    assert sum(split.documents for split in counts) == (LARGE_DOCUMENTS if next_one == "the same" else 40)
     assert not list(folder.glob("*.partial"))
-    prepared = prepare(config_of(large), progress=False)
-    assert prepared.meta.train[0].documents + prepared.meta.validation[0].documents == LARGE_DOCUMENTS
 
 
 def test_two_at_once_make_it_once(large: Path, cache: Path) -> None:
@@ -249,6 +267,16 @@ def test_two_at_once_make_it_once(large: Path, cache: Path) -> None:
     assert [program.returncode for program in programs] == [0, 0], errors
     assert sum("MB in" in error for error in errors) == 1
     assert sorted(path.suffix for path in (cache / "prepared").iterdir()) == ["", ".lock"]
+
+
+def test_configs_need_none_of_the_data_packages() -> None:
+    program = """
+import sys
+import train.data.loader, train.data.prepare, train.data.source, train.data.tokenizer, train.data.vocabulary
+heavy = {"datasets", "filelock", "grain", "jax", "pandas", "pyarrow", "rich", "tokenizers"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(

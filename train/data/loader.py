@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -67,7 +67,7 @@ class Batches:
         """This process's rows of the batch of a global step, counted from 0."""
         return _gather(self._sources, self._first_id, self._ids(step))
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches from `start_step` on, fetched ahead on threads. Close it to end the threads."""
         return _fetch_ahead(self.batch, start_step, _ENDLESS, self._threads, self._prefetch)
 
@@ -113,7 +113,7 @@ class EvaluationBatches:
         batch["example"] = np.where(inside, ids, -1)
         return batch
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         return _fetch_ahead(self.batch, 0, len(self), self._threads, self._prefetch)
 
 
@@ -171,7 +171,7 @@ def evaluation_batches(
 
 def prefetch_to_device(
     batches: Iterator[Batch], put: Callable[[Batch], _OnDevice], size: int = 2
-) -> Iterator[_OnDevice]:
+) -> Generator[_OnDevice, None, None]:
     """`put` of each batch, called `size` batches ahead: a transfer goes on while the step before it computes.
 
     `put` starts a transfer without waiting for it, as `jax.device_put` and `jax.make_array_from_process_local_data`
@@ -223,7 +223,9 @@ def _gather(sources: list[Examples], first_id: np.ndarray, ids: np.ndarray) -> B
     return batch
 
 
-def _fetch_ahead(fetch: Callable[[int], Batch], start: int, stop: int, threads: int, prefetch: int) -> Iterator[Batch]:
+def _fetch_ahead(
+    fetch: Callable[[int], Batch], start: int, stop: int, threads: int, prefetch: int
+) -> Generator[Batch, None, None]:
     """`fetch` of start, start + 1, ..., in order, up to `prefetch` of them ahead."""
     import grain
 

@@ -79,7 +79,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(target, shown=progress):
                 if not target.is_dir():  # nobody made it while this process waited
-                    _remove_abandoned(folder)
+                    _remove_abandoned(folder, but=target)
                     _make(target, config, shown=progress)
     return Prepared.load(target)
 
@@ -238,11 +238,14 @@ def _locked(target: Path, *, shown: bool) -> Iterator[None]:
         lock.release()
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left behind: the unfinished folders on which nobody holds the lock."""
+def _remove_abandoned(folder: Path, *, but: Path) -> None:
+    """Remove what killed processes left behind: the unfinished folders on which nobody holds the lock.
+
+    `but` is the folder whose lock this process holds itself; `_make` begins it afresh.
+    """
     from filelock import FileLock, Timeout
 
-    for partial in folder.glob(f"*{_PARTIAL}"):
+    for partial in set(folder.glob(f"*{_PARTIAL}")) - {but.with_suffix(_PARTIAL)}:
         with contextlib.suppress(Timeout), FileLock(partial.with_suffix(_LOCK), timeout=0):
             shutil.rmtree(partial, ignore_errors=True)
 

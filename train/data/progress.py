@@ -35,9 +35,11 @@ def say(message: str, *, shown: bool) -> None:
 def _live_bar(title: str, total_bytes: int | None) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    from rich.table import Column
 
-    title_column = TextColumn("{task.description}")
-    columns = (title_column, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    # A path may be long, and hold brackets that rich would take for markup.
+    name = TextColumn("{task.description}", markup=False, table_column=Column(max_width=32, no_wrap=True))
+    columns = (name, BarColumn(16), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=total_bytes)
         yield lambda count: bar.update(task, advance=count)

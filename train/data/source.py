@@ -181,12 +181,10 @@ def _library_files(include_tests: bool) -> list[tuple[str, Path]]:
     files = []
     for folder, folders, names in os.walk(root):
         below = Path(folder).relative_to(root)
-        is_top = below == Path()
         # Pruned while walking: installed packages lie inside and may be many times larger than the library.
-        folders[:] = [name for name in folders if name not in left_out and not (is_top and name.startswith(_GENERATED))]
-        for name in names:
-            if name.endswith(".py") and not (is_top and name.startswith(_GENERATED)):
-                files.append(((below / name).as_posix(), Path(folder, name)))
+        folders[:] = [name for name in folders if name not in left_out and not name.startswith(_GENERATED)]
+        modules = [name for name in names if name.endswith(".py") and not name.startswith(_GENERATED)]
+        files.extend(((below / name).as_posix(), Path(folder, name)) for name in modules)
     if not files:
         raise UserError(f"{root}: this Python has no library in source form; choose kind: files")
     return sorted(files)

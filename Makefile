@@ -1,0 +1,60 @@
+# make train · make test: each does all its own set-up on a machine with Python >= 3.11 and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/stdlib_small.yaml
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help train test lint test-newest bench bench-gpu clean
+
+help:
+	@echo "make train        train a small GPT on Python's own library (CONFIG=... for another run)"
+	@echo "make test         linters, types and all tests"
+	@echo "make lint         linters and types alone"
+	@echo "make test-newest  the tests that need no torch, on Python 3.13 with the newest jax and flax"
+	@echo "make bench        CPU benchmarks, results into benchmarks/results/"
+	@echo "make bench-gpu    GPU benchmarks, on a machine that has jax with CUDA already"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "manyheads needs Python 3.11 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+train: $(VENV)/.installed
+	$(BIN)/manyheads train $(CONFIG)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+# An environment of its own: jax 0.11 and newer need a newer Python than the main one may be.
+NEWEST ?= python3.13
+test-newest:
+	test -x .venv-newest/bin/python || $(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test-core]' jax flax optax
+	.venv-newest/bin/python -m pytest -n 2 -m "not torch"
+
+bench: $(VENV)/.installed-test
+	$(BIN)/manyheads-bench step
+	$(BIN)/manyheads-bench compile
+	$(BIN)/manyheads-bench decode
+	$(BIN)/manyheads-bench data
+
+# Runs with the Python at hand, because a GPU image brings its own jax; it needs jax, flax, optax, orbax, numpy and torch.
+bench-gpu:
+	$(PYTHON) -m benchmarks.cli gpu
+
+clean:
+	rm -rf .venv .venv-newest build *.egg-info

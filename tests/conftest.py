@@ -1,0 +1,32 @@
+"""Settings of the whole suite: 8 virtual CPU devices, strict types, and a cache of compiled programs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+# Read when jax and flax start, so they stand before the first import of either.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["NNX_GRAPH_MODE"] = "false"
+os.environ["NNX_GRAPH_UPDATES"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "manyheads-tests")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# A run's own data cache is never the developer's.
+os.environ["MANYHEADS_CACHE"] = tempfile.mkdtemp(prefix="manyheads-tests-")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_left_behind():
+    yield
+    import shutil
+
+    shutil.rmtree(os.environ["MANYHEADS_CACHE"], ignore_errors=True)
