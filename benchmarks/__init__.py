@@ -1,0 +1,1 @@
+"""`manyheads-bench`: measurements with their circumstances, kept as JSON in `benchmarks/results/`."""

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax import contrib
@@ -77,7 +78,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int, peak: float | None = 
         case "inverse_sqrt":
             # Vaswani et al. 2017, equation 3, scaled to reach `peak` at the end of the warm-up.
             start = max(warmup, 1)
-            after = lambda step: peak * (start / (step + start)) ** 0.5  # noqa: E731
+            after = lambda step: peak * (start / (jnp.maximum(step, 0) + start)) ** 0.5  # noqa: E731
         case "constant":
             after = optax.constant_schedule(peak)
     if not warmup:

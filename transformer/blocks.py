@@ -25,7 +25,7 @@ class BlockOutput:
     """What a block gives beside the residual stream; a stack adds a leading layers axis."""
 
     cache: KVCache | None = None
-    weights: Float[Array, "B N T S"] | None = None
+    weights: Float[Array, "*L B N T S"] | None = None
 
 
 class DecoderBlock(nnx.Module):

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+    from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, PRNGKeyArray
 else:
     try:
-        from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+        from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, PRNGKeyArray
     except ImportError:
         # Shapes are checked by the test suite, which has jaxtyping; elsewhere nothing reads the annotations.
-        Array = Bool = DTypeLike = Float = Int = PRNGKeyArray = Any
+        Array = Bool = DTypeLike = Float = Int = Key = PRNGKeyArray = Any
 
-__all__ = ["DTYPES", "Array", "Bool", "DTypeLike", "Float", "Int", "ModelOutput", "PRNGKeyArray"]
+__all__ = ["DTYPES", "Array", "Bool", "DTypeLike", "Float", "Int", "Key", "ModelOutput", "PRNGKeyArray"]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """The compute types that a config may name."""

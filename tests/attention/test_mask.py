@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,9 +67,9 @@ def test_causal_twice_is_causal_once():
     "make",
     [
         lambda: AttentionMask.window(left=-1),
-        lambda: AttentionMask.padding(jnp.ones((1, T))),
-        lambda: AttentionMask.segments(jnp.ones((1, T))),
-        lambda: AttentionMask.explicit(jnp.ones((T, T), bool)),
+        lambda: inspect.unwrap(AttentionMask.padding)(jnp.ones((1, T))),
+        lambda: inspect.unwrap(AttentionMask.segments)(jnp.ones((1, T))),
+        lambda: inspect.unwrap(AttentionMask.explicit)(jnp.ones((T, T), bool)),
         lambda: AttentionMask.padding(jnp.ones((1, T + 1), bool)).materialize(T, T),
     ],
 )

@@ -133,8 +133,8 @@ def test_module(make, names):
     x = draw((2, 3, 6), jnp.bfloat16)[0]
     assert norm(x).dtype == jnp.bfloat16
     plain = (
-        plain_rms_norm(x, jnp.ones(6), 1e-6)
+        plain_rms_norm(x, jnp.ones(6, x.dtype), 1e-6)
         if isinstance(norm, RMSNorm)
-        else plain_layer_norm(x, jnp.ones(6), None, 1e-5)
+        else plain_layer_norm(x, jnp.ones(6, x.dtype), None, 1e-5)
     )
     np.testing.assert_allclose(np.asarray(norm(x), np.float32), np.asarray(plain, np.float32), rtol=2e-2, atol=2e-2)

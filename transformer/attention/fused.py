@@ -32,9 +32,11 @@ def fused(
     allowed = rest.materialize(T, S)
     if allowed is not None:
         allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
-    out = jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, bias=bias_BNTS, mask=allowed, scale=scale, implementation=implementation, **structured
-    )
+    # JAX's own function mixes types, whatever stricter rule the program runs under.
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, bias=bias_BNTS, mask=allowed, scale=scale, implementation=implementation, **structured
+        )
     if allowed is None:
         return out
     # A query with no key at all gives zeros here, as in the reference, and not the mean of the values.

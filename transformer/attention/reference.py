@@ -26,7 +26,7 @@ def attention_weights(
     """Each query's distribution over the keys, [B, N, T, S] in float32 (or wider). A row with no key is all zeros."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    dtype = jnp.float64 if q_BTNH.dtype == jnp.float64 else jnp.float32
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=dtype) * scale
     logits = logits.reshape(B, N, T, S)

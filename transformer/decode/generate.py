@@ -19,7 +19,7 @@ from transformer.decode.sampling import Sampling, next_token
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.models.gpt import GPT, GPTConfig
-from transformer.types import Array, Bool, Float, Int, PRNGKeyArray
+from transformer.types import Array, Bool, Float, Int, Key
 
 PREFILL_MULTIPLE = 64
 """Prompts and caches are rounded up to this, so that a program compiled once serves many lengths."""
@@ -36,7 +36,7 @@ class DecodeState:
     done_B: Bool[Array, " B"]
     seen_BV: Bool[Array, "B V"] | None
     """Tokens that the row holds already, where a repetition penalty asks."""
-    keys_B: PRNGKeyArray
+    keys_B: Key[Array, " B"]
 
 
 class Generator:

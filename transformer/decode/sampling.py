@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.errors import require
-from transformer.types import Array, Bool, Float, Int, PRNGKeyArray
+from transformer.types import Array, Bool, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def penalize_repetition(
 
 
 def next_token(
-    logits_BV: Float[Array, "B V"], sampling: Sampling, keys_B: PRNGKeyArray, seen_BV: Bool[Array, "B V"] | None
+    logits_BV: Float[Array, "B V"], sampling: Sampling, keys_B: Key[Array, " B"], seen_BV: Bool[Array, "B V"] | None
 ) -> Int[Array, " B"]:
     """Draw one token a row, each with its own key."""
     if seen_BV is not None:

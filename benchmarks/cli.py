@@ -1,0 +1,81 @@
+"""`manyheads-bench`: measure. Needs jax, flax, optax and numpy; peers and data packages only where they are compared."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from transformer.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.call(options)
+    except UserError as error:
+        print(f"manyheads-bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="manyheads-bench", description="Measurements, kept in benchmarks/results/.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, call: object, text: str, rounds: int) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--rounds", type=_positive, default=rounds, help=f"turns of each candidate ({rounds})")
+        sub.set_defaults(call=call)
+        return sub
+
+    sub = command("step", _step, "a training step beside torch's, eager and compiled", rounds=7)
+    sub.add_argument("--steps", type=_positive, default=3, help="steps in a turn (3)")
+    sub.add_argument("--no-compiled-peer", action="store_true", help="leave torch.compile out (it needs a C++ compiler)")
+    command("decode", _decode, "greedy decoding beside transformers' generate", rounds=5)
+    command("data", _data, "the loader alone beside the step", rounds=3)
+    command("compile", _compile, "compile time of the step at 6 and 48 layers", rounds=3)
+    command("gpu", _gpu, "all measurements that need an accelerator", rounds=1)
+    return parser
+
+
+def _step(options: argparse.Namespace) -> None:
+    from benchmarks import step
+
+    step.run(options.rounds, options.steps, compiled_peer=not options.no_compiled_peer)
+
+
+def _decode(options: argparse.Namespace) -> None:
+    from benchmarks import decode
+
+    decode.run(options.rounds)
+
+
+def _data(options: argparse.Namespace) -> None:
+    from benchmarks import data
+
+    data.run(options.rounds)
+
+
+def _compile(options: argparse.Namespace) -> None:
+    from benchmarks import compile_time
+
+    compile_time.run(options.rounds)
+
+
+def _gpu(options: argparse.Namespace) -> None:
+    from benchmarks import gpu
+
+    gpu.run()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}; allowed: 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""`manyheads-bench decode`: greedy decoding beside `transformers`' generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from benchmarks.record import in_turn, ratio, save, seconds_per_call, summary
+from benchmarks.step import torch_gpt2
+from benchmarks.workload import Workload, workload
+from transformer.decode.generate import Generator
+from transformer.decode.sampling import Sampling
+from transformer.models.gpt import GPT
+
+PROMPT_TOKENS = 16
+NEW_TOKENS = 128
+
+
+def run(rounds: int) -> dict[str, Any]:
+    """New tokens per second at batch 1 and 8, in turn, and the ratios. Both write `NEW_TOKENS` tokens to the end."""
+    work = workload()
+    result: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+    for batch_size in (1, 8):
+        prompts = np.random.default_rng(0).integers(1, work.model.vocab_size, (batch_size, PROMPT_TOKENS))
+        candidates = {"manyheads": _ours(work, prompts), "transformers": _theirs(work, prompts)}
+        for write in candidates.values():
+            write()
+        timed = {name: _timer(write) for name, write in candidates.items()}
+        tokens = batch_size * NEW_TOKENS
+        speeds = {name: [tokens / s for s in taken] for name, taken in in_turn(timed, rounds).items()}
+        result[f"batch_{batch_size}"] = {
+            "tokens_per_second": {name: summary(speed) for name, speed in speeds.items()},
+            "ratio": ratio(speeds["manyheads"], speeds["transformers"]),
+        }
+    save("decode", f"manyheads-bench decode --rounds {rounds}", result)
+    return result
+
+
+def _timer(write: Callable[[], object]) -> Callable[[], float]:
+    return lambda: seconds_per_call(write, 1)
+
+
+def _ours(work: Workload, prompts: np.ndarray) -> Callable[[], object]:
+    generator = Generator(work.model)
+    params = jax.jit(lambda: nnx.state(GPT(work.model, rngs=nnx.Rngs(0)), nnx.Param))()
+    rows = [row.tolist() for row in prompts]
+    return lambda: list(generator.generate(params, rows, max_tokens=NEW_TOKENS, sampling=Sampling(temperature=0.0)))
+
+
+def _theirs(work: Workload, prompts: np.ndarray) -> Callable[[], object]:
+    import torch
+
+    model = torch_gpt2(work).eval()
+    if work.model.dtype == "bfloat16":
+        model = model.to(torch.bfloat16)
+    inputs = torch.tensor(prompts, device=model.device)
+    options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+
+    def write() -> object:
+        with torch.no_grad():
+            return model.generate(inputs, attention_mask=torch.ones_like(inputs), **options).cpu()
+
+    return write

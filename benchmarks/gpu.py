@@ -1,0 +1,40 @@
+"""`make bench-gpu`: every measurement that needs an accelerator, in one run."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+
+import jax
+
+from benchmarks import compile_time, decode, step
+from transformer.errors import UserError
+
+MEASUREMENTS: dict[str, Callable[[], object]] = {
+    "step": lambda: step.run(rounds=5, steps=10),
+    "decode": lambda: decode.run(rounds=3),
+    "compile": lambda: compile_time.run(rounds=1),
+}
+
+
+def run() -> None:
+    """Take all measurements, one after the other; one that fails does not keep the rest from running.
+
+    Raises:
+        UserError: there is no accelerator, or a measurement failed.
+    """
+    if jax.default_backend() == "cpu":
+        raise UserError("no accelerator here: jax sees the CPU alone; install jax for it, such as manyheads[cuda13]")
+    failed = []
+    for name, measure in MEASUREMENTS.items():
+        start = time.monotonic()
+        print(f"── {name} ──", flush=True)
+        try:
+            measure()
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}; the others are written")

@@ -1,0 +1,94 @@
+"""Timing in turn, and results that say where they come from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "grain")
+
+
+def in_turn(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call each candidate once a round, in an order that turns, and collect what they return.
+
+    A machine's speed drifts; candidates that alternate see the same drift, and their ratio within a round is honest.
+    """
+    names = list(candidates)
+    seen: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            seen[name].append(candidates[name]())
+    return seen
+
+
+def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
+    """Mean wall-clock seconds of `calls` calls; the function blocks until its work is done, or returns JAX arrays."""
+    start = time.perf_counter()
+    result = None
+    for _ in range(calls):
+        result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and spread."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": len(values)}
+
+
+def ratio(over: list[float], under: list[float]) -> dict[str, float]:
+    """Median and spread of the ratios of two candidates, taken round by round."""
+    return summary([a / b for a, b in zip(over, under, strict=True)])
+
+
+def save(name: str, command: str, result: dict[str, Any]) -> Path:
+    """Write a result with date, device and versions, and show it."""
+    device = jax.devices()[0]
+    record = {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": {
+            "kind": _cpu_name() if device.platform == "cpu" else device.device_kind,
+            "platform": device.platform,
+            "count": jax.device_count(),
+            "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+        "versions": {"python": platform.python_version()} | _versions(),
+        "result": result,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}_{device.platform}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+    print(f"written to {path}")
+    return path
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "cpu"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")

@@ -1,0 +1,181 @@
+"""One step, whatever the mesh, the strategy and the microbatches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
+from train.objective import LossConfig
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.state import abstract_state, init_state, state_maker
+from train.step import make_eval_step, make_train_step
+from transformer.errors import UserError
+from transformer.functional import graphdef_of
+from transformer.models.gpt import GPT, GPTConfig
+
+MODEL = GPTConfig(vocab_size=32, max_length=16, num_layers=2, embed_dim=32, num_heads=4)
+B, T = 16, 16
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 32, (B, T + 1)).astype(np.int32)
+BATCH = {
+    "tokens": TOKENS[:, :-1],
+    "targets": TOKENS[:, 1:],
+    # Rows of very different weight: a mean of means would show.
+    "weights": (RNG.random((B, T)) < np.linspace(0.05, 1, B)[:, None]).astype(np.float32),
+}
+
+
+@dataclasses.dataclass
+class Setup:
+    mesh: jax.sharding.Mesh
+    config: MeshConfig
+    state: object
+    step: object
+    eval_step: object
+
+    def batch(self, batch=BATCH):
+        return shard_batch(batch, batch_sharding(self.mesh, self.config.rules))
+
+
+def build(config, num_devices, microbatches=1, optimizer=None, ema_decay=None, model=MODEL):
+    mesh = make_mesh(config, jax.devices()[:num_devices])
+    optimizer = make_optimizer(optimizer or OptimizerConfig(learning_rate=1e-2), 10)
+
+    def make_model(rngs):
+        return GPT(model, rngs=rngs)
+
+    make_state = state_maker(make_model, optimizer, keep_ema=ema_decay is not None)
+    abstract = abstract_state(make_state, mesh)
+    step = make_train_step(
+        graphdef_of(make_model), optimizer, LossConfig(), abstract, microbatches=microbatches, ema_decay=ema_decay
+    )
+    state = init_state(make_state, abstract, seed=0)
+    return Setup(mesh, config, state, step, make_eval_step(graphdef_of(make_model)))
+
+
+def run(config, num_devices, microbatches=1, steps=3, **options):
+    """Losses, gradient norms and the last parameters."""
+    with use_mesh(make_mesh(config, jax.devices()[:num_devices]), config.rules):
+        setup = build(config, num_devices, microbatches, **options)
+        state, seen = setup.state, []
+        for _ in range(steps):
+            state, metrics = setup.step(state, setup.batch())
+            seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        return np.array(seen), jax.device_get(state.params), state
+
+
+@functools.cache
+def on_one_device():
+    return run(MeshConfig(), 1)[:2]
+
+
+@pytest.mark.parametrize(
+    ("config", "num_devices", "microbatches"),
+    [
+        (MeshConfig(), 1, 4),
+        (MeshConfig(strategy="dp"), 8, 1),
+        (MeshConfig(strategy="fsdp"), 8, 1),
+        (MeshConfig(strategy="fsdp", data=2), 8, 2),
+    ],
+    ids=["1 device, 4 microbatches", "dp", "fsdp", "2 × fsdp, 2 microbatches"],
+)
+def test_every_layout_computes_what_one_device_does(config, num_devices, microbatches):
+    expected, expected_params = on_one_device()
+    got, params, _ = run(config, num_devices, microbatches)
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
+    # Adam divides by the root of squared gradients: where those are near 0, rounding moves an update by up to its size.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), params, expected_params)
+
+
+def test_fsdp_shards_parameters_and_moments():
+    _, _, state = run(MeshConfig(strategy="fsdp"), 8, steps=1)
+    for tree in (state.params, state.opt_state[1][0].mu):
+        kernel = tree["blocks"]["attention"]["query"]["kernel"].get_value()
+        assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+
+
+def test_the_step_is_compiled_once():
+    with use_mesh(make_mesh(MeshConfig(), jax.devices()[:1]), MeshConfig().rules):
+        setup = build(MeshConfig(), 1)
+        state = setup.state
+        for _ in range(3):
+            state, _ = setup.step(state, setup.batch())
+        assert setup.step._cache_size() == 1
+
+
+def test_an_update_that_is_not_finite_is_left_out():
+    with use_mesh(make_mesh(MeshConfig(), jax.devices()[:1]), MeshConfig().rules):
+        setup = build(MeshConfig(), 1, ema_decay=0.5)
+        before = jax.device_get((setup.state.params, setup.state.opt_state, setup.state.ema))
+        state, metrics = setup.step(setup.state, setup.batch(BATCH | {"weights": np.full((B, T), np.inf, np.float32)}))
+        assert float(metrics["skipped"]) == 1
+        assert int(state.step) == 1
+        after = jax.device_get((state.params, state.opt_state, state.ema))
+        jax.tree.map(np.testing.assert_array_equal, after, before)
+        state, metrics = setup.step(state, setup.batch())
+        assert float(metrics["skipped"]) == 0
+        assert np.isfinite(float(metrics["loss"]))
+
+
+def test_the_moving_average_is_one():
+    with use_mesh(make_mesh(MeshConfig(), jax.devices()[:1]), MeshConfig().rules):
+        setup = build(MeshConfig(), 1, ema_decay=0.75)
+        first = jax.device_get(setup.state.params)
+        state, _ = setup.step(setup.state, setup.batch())
+        expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, first, jax.device_get(state.params))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), jax.device_get(state.ema), expected)
+
+
+def test_a_batch_can_be_learnt_by_heart():
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.0)
+    seen, _, _ = run(MeshConfig(), 1, steps=120, optimizer=optimizer)
+    assert seen[0, 0] > 3
+    assert seen[-1, 0] < 0.1
+
+
+def test_evaluation_takes_the_same_mean():
+    with use_mesh(make_mesh(MeshConfig(), jax.devices()[:1]), MeshConfig().rules):
+        setup = build(MeshConfig(), 1)
+        sums = setup.eval_step(setup.state.params, setup.batch())
+        assert float(sums.nll / sums.weight) == pytest.approx(on_one_device()[0][0, 0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon", "lion", "sgd"])
+def test_every_optimiser_state_can_be_sharded(name):
+    with use_mesh(make_mesh(MeshConfig(strategy="fsdp")), MeshConfig(strategy="fsdp").rules):
+        optimizer = make_optimizer(OptimizerConfig(name=name), 10)
+        make_state = state_maker(lambda rngs: GPT(MODEL, rngs=rngs), optimizer)
+        abstract = abstract_state(make_state, make_mesh(MeshConfig(strategy="fsdp")))
+        state = init_state(make_state, abstract, 0)
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.opt_state))
+
+
+@pytest.mark.parametrize(
+    ("config", "num_devices", "message"),
+    [
+        (MeshConfig(data=3), 8, "3 = 3 devices, but there are 8|data 3 × fsdp 1 = 3 devices, but there are 8"),
+        (MeshConfig(strategy="fsdp", fsdp=16), 8, "--devices 16"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices(config, num_devices, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(config, jax.devices()[:num_devices])
+
+
+def test_a_batch_that_the_devices_do_not_divide():
+    config = MeshConfig(strategy="fsdp", data=2)
+    with pytest.raises(UserError, match="batch_size: got 12, .* try 8 or 16"):
+        check_batch(make_mesh(config), config.rules, 12, 1)
+
+
+def test_a_width_that_the_devices_do_not_divide():
+    model = dataclasses.replace(MODEL, embed_dim=36)
+    config = MeshConfig(strategy="fsdp")
+    with use_mesh(make_mesh(config), config.rules), pytest.raises(UserError, match="do not divide evenly"):
+        build(config, 8, model=model)
