@@ -20,8 +20,11 @@ from train.config import CheckpointConfig, RunConfig, difference, to_data
 from train.state import TrainState
 from transformer.errors import UserError
 
-NEUTRAL = ("name", "run_dir", "evaluation", "checkpoint", "log", "sample", "mesh", "max_skipped")
-"""Config fields that may differ between a checkpoint and the run that goes on from it: they change no parameter."""
+RESUMABLE = ("name", "run_dir", "steps", "evaluation", "checkpoint", "log", "sample", "mesh", "max_skipped")
+"""Config fields that may differ between a checkpoint and the run that goes on from it.
+
+None but `steps` has a part in what is computed; that one may be raised to train on, and its schedule with it.
+"""
 
 
 class Checkpoints:
@@ -121,8 +124,8 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint belongs to another config; the fields that differ are named.
         """
-        stored = {k: v for k, v in self.meta(step)["config"].items() if k not in NEUTRAL}
-        current = {k: v for k, v in to_data(config).items() if k not in NEUTRAL}
+        stored = {k: v for k, v in self.meta(step)["config"].items() if k not in RESUMABLE}
+        current = {k: v for k, v in to_data(config).items() if k not in RESUMABLE}
         if changed := difference(stored, current):
             raise UserError(
                 f"{self.directory.parent}: its checkpoint at step {step} was made with another config: "

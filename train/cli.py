@@ -103,10 +103,21 @@ def _train(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace) -> None:
     config = _load(options)
     from train.data.prepare import check_vocabulary, prepare
+    from train.data.store import Split
 
     prepared = prepare(config.data)
     check_vocabulary(prepared, config.model.vocab_size)
-    print(prepared.summary())
+    meta = prepared.meta
+    splits: tuple[Split, ...] = ("train", "validation")
+    for split in splits:
+        for counts in meta.counts(split):
+            skipped = f", {counts.skipped} documents skipped" if counts.skipped else ""
+            print(
+                f"{split:10}  {counts.name}: {counts.documents:,} documents, {counts.tokens:,} tokens, "
+                f"{counts.bytes:,} bytes{skipped}"
+            )
+    print(f"vocabulary  {meta.vocab_size:,} tokens, {meta.bytes_per_token('train'):.2f} bytes each in the training text")
+    print(f"folder      {prepared.directory}")
 
 
 def _explain(options: argparse.Namespace) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from train.optimizer import make_optimizer, make_schedule
 from train.runtime import GracefulStop
 from train.state import TrainState, abstract_state, init_state, state_maker
 from train.step import Metrics, make_eval_step, make_train_step
-from transformer.decode.generate import Generator
+from transformer.decode import generate
 from transformer.decode.sampling import Sampling
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
@@ -87,7 +88,7 @@ class Run:
             graphdef, optimizer, config.loss, self.abstract, microbatches=config.microbatches, ema_decay=ema_decay
         )
         self.eval_step = make_eval_step(graphdef)
-        self.generator = Generator(config.model, end_of_text=prepared.tokenizer.end_of_text)
+        self.generator = generate.Generator(config.model, end_of_text=prepared.tokenizer.end_of_text)
         self.tokenizer_files = _files_of(prepared, config.directory / "tokenizer")
         self.to_device = functools.partial(shard_batch, sharding=batch_sharding(mesh, config.mesh.rules))
         self.flops_per_token = 3 * flops_per_token(config.model, config.sequence_length)
@@ -103,11 +104,14 @@ class Run:
     ) -> Finished:
         """Step until the end, a signal, or too many skipped updates."""
         config, start = self.config, int(state.step)
-        log = MetricLog(config, config.directory, start)
         batches = self._batches(start)
         meter = Meter(self, start)
         nll, step = None, start
-        with Display(config.steps, start) as display:
+        with (
+            MetricLog(config, config.directory, start) as log,
+            contextlib.closing(batches),
+            Display(config.steps, start) as display,
+        ):
             display.say(self._headline(state, start))
             for step in range(start + 1, config.steps + 1):
                 batch = next(batches)
@@ -140,7 +144,6 @@ class Run:
             if checkpoints.latest != step:
                 checkpoints.save(state, step, config, self.tokenizer_files, nll)
                 checkpoints.wait()
-            log.close()
             self._farewell(state, step, scores, display)
         return Finished(config.directory, step, scores, stop.requested)
 
@@ -162,7 +165,7 @@ class Run:
             written = written[: written.index(tokenizer.end_of_text)]
         return f"── sample ──\n{sample.prompt}{tokenizer.decode(written)}\n────────────"
 
-    def _batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
+    def _batches(self, start: int) -> Generator[dict[str, jax.Array]]:
         config = self.config
         host = train_batches(
             self.prepared,

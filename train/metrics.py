@@ -76,7 +76,7 @@ class WandbWriter:
 
 
 class MetricLog:
-    """All writers of a run as one. Names are `train/loss`, `eval/bits_per_byte` and so on."""
+    """All writers of a run as one, as a context manager. Names are `train/loss`, `eval/bits_per_byte` and so on."""
 
     def __init__(self, config: RunConfig, directory: Path, start_step: int) -> None:
         log: LogConfig = config.log
@@ -92,8 +92,10 @@ class MetricLog:
         for writer in self._writers:
             writer.write(step, named)
 
-    def close(self) -> None:
-        """Close every writer."""
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for writer in self._writers:
             writer.close()
 

@@ -13,19 +13,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer.attention.blockwise import ATTENTION_RESIDUALS
 from transformer.errors import nearest
 from transformer.types import Array, PRNGKeyArray
 
 BlockT = TypeVar("BlockT", bound=nnx.Module)
 
-REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+_policies = jax.checkpoint_policies
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "full": _policies.nothing_saveable,
+    "dots": _policies.dots_saveable,
+    "light": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION_RESIDUALS)
+    ),
 }
-"""What the backward pass finds saved: nothing, every matrix product, or those of weights alone (not attention's).
+"""What the backward pass finds saved; `none`, the absence of a policy, saves everything.
 
-`none`, the default, rematerialises nothing.
+full: nothing. dots: every matrix product, attention's T×S ones too. light: the products of weights and what a memory-saving
+attention keeps for itself; only norms, activations and sums are computed again, which costs no matrix product.
 """
 
 
@@ -70,8 +75,8 @@ def apply_stack(
 
     if remat != "none":
         if remat not in REMAT_POLICIES:
-            raise ValueError(f"remat {remat!r} does not exist; there are none, {', '.join(REMAT_POLICIES)}."
-                             + nearest(remat, REMAT_POLICIES))  # fmt: skip
+            known = ", ".join(REMAT_POLICIES)
+            raise ValueError(f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}")
         # Under a scan the barrier against common subexpressions is not needed, and costs fusions.
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
     layers = (blocks, None if key is None else jax.random.split(key, num_layers), per_layer)

@@ -50,7 +50,7 @@ def in_float64(q, k, v, mask, bias=None, soft_cap=None):
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", "xla", "blockwise"])
 def test_values(backend, num_kv_heads, name):
     q, k, v = inputs(num_kv_heads)
     mask = MASKS[name]()
@@ -58,8 +58,9 @@ def test_values(backend, num_kv_heads, name):
     np.testing.assert_allclose(out, in_float64(q, k, v, mask)[0], atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["causal", "segments", "explicit"])
-def test_backends_have_equal_gradients(name):
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("backend", ["xla", "blockwise"])
+def test_backends_have_equal_gradients(backend, name):
     q, k, v = inputs(2)
     mask = MASKS[name]()
 
@@ -67,7 +68,7 @@ def test_backends_have_equal_gradients(name):
         return jnp.sum(jnp.sin(attend(q, k, v, mask, backend=backend)[0]))
 
     expected = jax.grad(functools.partial(loss, "reference"), (0, 1, 2))(q, k, v)
-    for got, wanted in zip(jax.grad(functools.partial(loss, "xla"), (0, 1, 2))(q, k, v), expected, strict=True):
+    for got, wanted in zip(jax.grad(functools.partial(loss, backend), (0, 1, 2))(q, k, v), expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
@@ -84,7 +85,7 @@ def test_gradient_is_that_of_the_equation():
     np.testing.assert_allclose(np.sum(gradient * direction), (ends[0] - ends[1]) / (2 * step), rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", "xla", "blockwise"])
 def test_bfloat16(backend):
     q, k, v = inputs(2, jnp.bfloat16)
     out, _ = attend(q, k, v, AttentionMask.causal(), backend=backend)
@@ -102,7 +103,7 @@ def test_bias_and_soft_cap():
     np.testing.assert_allclose(weights, expected_weights, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("backend", ["reference", "xla", "blockwise"])
 def test_a_query_that_sees_nothing_gives_zeros_and_no_nan(backend):
     q, k, v = inputs(4)
     mask = AttentionMask.padding(jnp.zeros((B, T), bool))
@@ -133,6 +134,19 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
     assert float(means.std()) > 0
 
 
+@pytest.mark.parametrize("window", [None, 40, 200])
+def test_blockwise_over_several_blocks(window):
+    """A length that no block divides; blocks wholly outside the window are skipped."""
+    q, k, v = inputs(2, length=300)
+    mask = AttentionMask.causal() if window is None else AttentionMask.causal() & AttentionMask.window(left=window)
+
+    def loss(backend, q, k, v):
+        return jnp.sum(jnp.sin(attend(q, k, v, mask, backend=backend)[0]))
+
+    run = {name: jax.value_and_grad(functools.partial(loss, name), (0, 1, 2))(q, k, v) for name in ("reference", "blockwise")}
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5), run["blockwise"], run["reference"])
+
+
 def request(**changes):
     defaults = {
         "platform": "gpu", "dtype": jnp.bfloat16, "num_queries": 64, "num_keys": 64, "head_dim": 64,
@@ -154,7 +168,8 @@ def request(**changes):
         ({"logit_soft_cap": 30.0}, "reference"),
         ({"dropout": True}, "reference"),
         ({"platform": "tpu"}, "xla"),
-        ({"platform": "cpu"}, "reference"),
+        ({"platform": "cpu"}, "blockwise"),
+        ({"platform": "cpu", "dropout": True}, "reference"),
     ],
 )
 def test_auto_chooses_what_can_run(changes, expected):
@@ -168,7 +183,7 @@ def test_a_named_backend_that_cannot_run_says_why():
         attend(*inputs(4), backend="xla", dropout_rate=0.1, dropout_key=jax.random.key(0))
     with pytest.raises(ValueError, match="Did you mean 'reference'"):
         attend(*inputs(4), backend="referense")
-    assert set(BACKENDS) == {"reference", "xla", "cudnn"}
+    assert set(BACKENDS) == {"reference", "xla", "cudnn", "blockwise"}
 
 
 @pytest.mark.parametrize(

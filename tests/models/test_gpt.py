@@ -70,7 +70,7 @@ def loss_and_gradient(config, like, key=None):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "dots_no_batch"}], ids=str
+    "changes", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "light"}], ids=str
 )
 def test_scan_loop_and_remat_compute_the_same(changes):
     config = dataclasses.replace(MODERN, dropout=0.1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from transformer.attention import fused
+from transformer.attention import blockwise, fused
 from transformer.attention.mask import AttentionMask
 from transformer.attention.reference import attention_weights, reference
 from transformer.errors import nearest
@@ -46,9 +46,10 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference, lambda request: None),
     "xla": Backend(functools.partial(fused.fused, implementation="xla"), fused.supports_xla),
     "cudnn": Backend(functools.partial(fused.fused, implementation="cudnn"), fused.supports_cudnn),
+    "blockwise": Backend(blockwise.blockwise, blockwise.supports),
 }
 
-PREFERENCE = {"gpu": ("cudnn", "xla", "reference"), "tpu": ("xla", "reference"), "cpu": ("reference",)}
+PREFERENCE = {"gpu": ("cudnn", "xla", "reference"), "tpu": ("xla", "reference"), "cpu": ("blockwise", "reference")}
 """What `auto` tries, in order."""
 
 
@@ -101,10 +102,11 @@ def attend(
         The output [B, T, N, H] in v's type, and the weights [B, N, T, S] in float32 or None.
 
     Raises:
-        ValueError: shapes that do not fit, or a named backend that cannot serve the call.
+        ValueError: shapes that do not fit (the mask's too), or a named backend that cannot serve the call.
     """
     mask = AttentionMask.none() if mask is None else mask
     _check_shapes(q_BTNH, k_BSKH, v_BSKH, bias_BNTS)
+    mask.check(q_BTNH.shape[1], k_BSKH.shape[1])
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     dropout = dropout_rate > 0 and dropout_key is not None
     request = Request(

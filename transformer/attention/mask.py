@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,40 +25,65 @@ from transformer.types import Array, Bool, Int
 TermT = TypeVar("TermT", bound="Term")
 
 
+def _register(cls: type[TermT]) -> type[TermT]:
+    """Make a term a pytree: arrays are its leaves; plain numbers stay in its structure, where a kernel can read them."""
+    names = tuple(field.name for field in dataclasses.fields(cls))
+
+    def flatten(term: TermT) -> tuple[list[Any], tuple[tuple[str, Any], ...]]:
+        values = [(name, getattr(term, name)) for name in names]
+        static = tuple((name, value) for name, value in values if value is None or isinstance(value, int))
+        known = dict(static)
+        return [value for name, value in values if name not in known], static
+
+    def unflatten(static: tuple[tuple[str, Any], ...], leaves: Iterable[Any]) -> TermT:
+        # Not by the constructor: JAX also puts placeholders where arrays belong.
+        term, known, rest = object.__new__(cls), dict(static), iter(leaves)
+        for name in names:
+            object.__setattr__(term, name, known[name] if name in known else next(rest))
+        return term
+
+    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+    return cls
+
+
 @dataclasses.dataclass(frozen=True)
 class Term:
     """One condition that a (query, key) pair must meet."""
 
-    def allowed(self, q_positions: Int[Array, "... T"], k_positions: Int[Array, "S"]) -> Bool[Array, "B_ N_ T S"]:
-        """True where the pair may attend; each of the four dims is broadcastable."""
+    def allowed(self, queries: range, keys: range) -> Bool[Array, "B_ N_ T_ S_"]:
+        """True where the pair may attend, for a block of queries and keys; each of the four dims is broadcastable."""
         raise NotImplementedError
+
+    def extent(self) -> tuple[int | None, int | None]:
+        """How many queries and keys it is made for; None where any number fits."""
+        return None, None
 
     def moved(self, offset: int | Int[Array, " B"]) -> Term:
         """This term when query t of the call stands at position `offset + t` among the keys."""
         return self
 
 
-def _relative(offset: int | Array, q_positions: Array) -> Array:
-    """Absolute query positions, [1 or B, 1, T, 1]."""
-    offset = jnp.asarray(offset, q_positions.dtype)
-    return (offset.reshape(-1, 1) + q_positions)[:, None, :, None]
+def _positions(queries: range, offset: int | Array) -> Int[Array, "B_ 1 T 1"]:
+    """Where the queries stand among the keys, [1 or B, 1, T, 1]."""
+    positions = jnp.arange(queries.start, queries.stop)
+    return (jnp.asarray(offset, positions.dtype).reshape(-1, 1) + positions)[:, None, :, None]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["offset"], meta_fields=[])
+@_register
 @dataclasses.dataclass(frozen=True)
 class Causal(Term):
     """Key s is seen by query t when s ≤ offset + t."""
 
     offset: int | Int[Array, " B"] = 0
 
-    def allowed(self, q_positions, k_positions):
-        return k_positions[None, None, None, :] <= _relative(self.offset, q_positions)
+    def allowed(self, queries, keys):
+        return jnp.arange(keys.start, keys.stop)[None, None, None] <= _positions(queries, self.offset)
 
     def moved(self, offset):
         return Causal(self.offset + offset)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["offset"], meta_fields=["left", "right"])
+@_register
 @dataclasses.dataclass(frozen=True)
 class Window(Term):
     """Key s is seen by query t when -left ≤ s - (offset + t) ≤ right; None leaves a side open."""
@@ -66,8 +92,8 @@ class Window(Term):
     right: int | None
     offset: int | Int[Array, " B"] = 0
 
-    def allowed(self, q_positions, k_positions):
-        distance = k_positions[None, None, None, :] - _relative(self.offset, q_positions)
+    def allowed(self, queries, keys):
+        distance = jnp.arange(keys.start, keys.stop)[None, None, None] - _positions(queries, self.offset)
         inside = jnp.ones_like(distance, bool)
         if self.left is not None:
             inside &= distance >= -self.left
@@ -79,18 +105,21 @@ class Window(Term):
         return dataclasses.replace(self, offset=self.offset + offset)
 
 
-@jax.tree_util.register_dataclass
+@_register
 @dataclasses.dataclass(frozen=True)
 class Padding(Term):
     """Keys that are real."""
 
     valid_BS: Bool[Array, "B S"]
 
-    def allowed(self, q_positions, k_positions):
-        return self.valid_BS[:, None, None, :]
+    def extent(self):
+        return None, self.valid_BS.shape[1]
+
+    def allowed(self, queries, keys):
+        return self.valid_BS[:, None, None, keys.start : keys.stop]
 
 
-@jax.tree_util.register_dataclass
+@_register
 @dataclasses.dataclass(frozen=True)
 class Segments(Term):
     """Query and key belong to the same packed document. Segment 0 is padding, and sees and is seen by nothing."""
@@ -98,20 +127,29 @@ class Segments(Term):
     q_BT: Int[Array, "B T"]
     k_BS: Int[Array, "B S"]
 
-    def allowed(self, q_positions, k_positions):
-        same = self.q_BT[:, None, :, None] == self.k_BS[:, None, None, :]
-        return same & (self.k_BS != 0)[:, None, None, :]
+    def extent(self):
+        return self.q_BT.shape[1], self.k_BS.shape[1]
+
+    def allowed(self, queries, keys):
+        q, k = self.q_BT[:, queries.start : queries.stop], self.k_BS[:, keys.start : keys.stop]
+        return (q[:, None, :, None] == k[:, None, None, :]) & (k != 0)[:, None, None, :]
 
 
-@jax.tree_util.register_dataclass
+@_register
 @dataclasses.dataclass(frozen=True)
 class Explicit(Term):
     """Any array, each of its four dims broadcastable."""
 
     mask_BNTS: Bool[Array, "B_ N_ T_ S_"]
 
-    def allowed(self, q_positions, k_positions):
-        return self.mask_BNTS
+    def extent(self):
+        num_queries, num_keys = (None if size == 1 else size for size in self.mask_BNTS.shape[2:])
+        return num_queries, num_keys
+
+    def allowed(self, queries, keys):
+        mask = self.mask_BNTS
+        mask = mask if mask.shape[2] == 1 else mask[:, :, queries.start : queries.stop]
+        return mask if mask.shape[3] == 1 else mask[..., keys.start : keys.stop]
 
 
 @jax.tree_util.register_dataclass
@@ -180,23 +218,26 @@ class AttentionMask:
         """Whether a causal term with no offset is among the terms."""
         return any(map(_is_plain_causal, self.terms))
 
+    def check(self, num_queries: int, num_keys: int) -> None:
+        """Raise a `ValueError` for a term that is made for other numbers of queries or keys."""
+        for term in self.terms:
+            for given, wanted, name in zip(term.extent(), (num_queries, num_keys), ("queries", "keys"), strict=True):
+                if given not in (None, wanted):
+                    raise ValueError(f"mask: {type(term).__name__} is made for {given} {name}; this call has {wanted}")
+
     def materialize(self, num_queries: int, num_keys: int) -> Bool[Array, "B_ N_ T_ S_"] | None:
         """The array, as small as broadcasting allows; None when everything is allowed.
 
         Raises:
-            ValueError: a term does not broadcast to [B, N, num_queries, num_keys].
+            ValueError: a term is made for other numbers of queries or keys.
         """
-        if not self.terms:
-            return None
-        q_positions, k_positions = jnp.arange(num_queries), jnp.arange(num_keys)
-        parts = [term.allowed(q_positions, k_positions) for term in self.terms]
-        for term, part in zip(self.terms, parts, strict=True):
-            if part.shape[2] not in (1, num_queries) or part.shape[3] not in (1, num_keys):
-                raise ValueError(
-                    f"mask: {type(term).__name__} has shape {part.shape}, which does not broadcast to "
-                    f"[B, N, T={num_queries}, S={num_keys}]"
-                )
-        return functools.reduce(operator.and_, parts)
+        self.check(num_queries, num_keys)
+        return self.block(range(num_queries), range(num_keys))
+
+    def block(self, queries: range, keys: range) -> Bool[Array, "B_ N_ T_ S_"] | None:
+        """As `materialize`, for some of the queries and some of the keys."""
+        parts = [term.allowed(queries, keys) for term in self.terms]
+        return functools.reduce(operator.and_, parts) if parts else None
 
 
 def _is_plain_causal(term: Term) -> bool:

@@ -77,12 +77,12 @@ class GPTConfig:
     """Standard deviation of initial weights; those that write to the residual stream get it divided by sqrt(2 num_layers)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in. Parameters are always float32."""
-    attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "reference", "xla", "cudnn", "blockwise"] = "auto"
     """Attention backend; a named one that cannot run stops the program."""
     scan_layers: bool = True
     """One compiled block, scanned over the layers; false: an unrolled loop (slower to compile)."""
-    remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
-    """What the backward pass recomputes to save memory: nothing, everything, all but matrix products, all but those of weights."""
+    remat: Literal["none", "light", "dots", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing; norms and activations; all but matrix products; all."""
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "max_length", "num_layers", "embed_dim", "num_heads"):

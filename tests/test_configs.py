@@ -1,0 +1,49 @@
+"""Every shipped config loads, opens with what a user must know, and trains a step at a reduced size."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from train.config import load
+from train.data.prepare import DataConfig
+from train.data.source import SourceConfig
+from train.data.tokenizer import TokenizerConfig
+from train.loop import train
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_opens_with_command_hardware_time_and_result(path):
+    opening = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"manyheads train configs/{path.name}" in opening
+    for word in ("Hardware:", "Time:", "Expected:"):
+        assert word in opening
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_trains_a_step(path, tmp_path):
+    config = load(path)
+    model = dataclasses.replace(
+        config.model, vocab_size=256, max_length=32, num_layers=2, embed_dim=32, num_heads=4, head_dim=None, mlp_dim=None,
+        num_kv_heads=2 if config.model.num_kv_heads else None,
+    )  # fmt: skip
+    small = dataclasses.replace(
+        config,
+        run_dir=str(tmp_path),
+        steps=1,
+        batch_size=config.microbatches * 8,
+        length=None,
+        model=model,
+        # Its own sources may be a download of gigabytes: their reading is tested elsewhere.
+        data=DataConfig(
+            sources=(SourceConfig(kind="stdlib", limit=40),), tokenizer=TokenizerConfig(), packing=config.data.packing
+        ),
+        sample=dataclasses.replace(config.sample, max_tokens=2),
+    )
+    finished = train(small)
+    assert finished.step == 1
+    assert finished.scores.loss < 7

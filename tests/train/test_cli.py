@@ -1,0 +1,69 @@
+"""The commands beside `train`, as a user types them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from train.cli import main
+
+
+def test_generate_streams_one_prompt(whole, capsys):
+    assert main(["generate", str(whole), "--prompt", "value_", "--max-tokens", "9", "--temperature", "0"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("value_")
+    assert main(["generate", str(whole), "--prompt", "value_", "--max-tokens", "9", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_generate_continues_a_batch_of_different_lengths(whole, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nvalue_3 = \n")
+    assert main(["generate", str(whole), "--prompts-file", str(tmp_path / "prompts.txt"), "--max-tokens", "4"]) == 0
+    output = capsys.readouterr().out
+    assert "value_3 = " in output
+    assert output.count("───") >= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a" * 20], "exceed the model's context of 16"),
+        (["--prompt", ""], "prompt 1 is empty"),
+        ([], "nothing to continue"),
+        (["--prompt", "a", "--step", "5"], "this run has latest, best, "),
+        (["--prompt", "a", "--top-p", "2"], r"--top-p: got 2.0; allowed"),
+        (["--prompt", "a", "--max-tokens", "0"], "--max-tokens: got 0"),
+        (["--prompts-file", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
+    ],
+)
+def test_generate_refuses_in_one_line(whole, capsys, arguments, message):
+    assert main(["generate", str(whole), *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_generate_without_a_run(tmp_path, capsys):
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert "no run here" in capsys.readouterr().err
+
+
+def test_explain_names_every_field_and_the_cost(config_file, capsys):
+    assert main(["explain", str(config_file), "--model.num-layers", "3"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"model.num_layers +3 +12 +Number of blocks", output)
+    assert re.search(r"parameters +4\d,\d{3} ", output)
+    for part in ("parameters", "gradients", "optimiser", "activations"):
+        assert re.search(rf"memory, {part} +[\d.]+ [KMG]iB", output)
+
+
+def test_prepare_counts_what_it_made(config_file, capsys):
+    assert main(["prepare", str(config_file)]) == 0
+    output = capsys.readouterr().out
+    assert "train" in output
+    assert "validation" in output
+
+
+@pytest.mark.parametrize("text", ["5", "0:3", "7:3", "a:b"])
+def test_a_profile_range_that_makes_no_sense(config_file, capsys, text):
+    assert main(["train", str(config_file), "--profile", text]) == 2
+    assert "--profile" in capsys.readouterr().err

@@ -1,0 +1,197 @@
+"""Runs as real processes: to the end, killed and resumed, stopped by a signal, and on another number of devices."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from train.checkpoint import Checkpoints
+from train.cli import main
+from train.config import load
+from train.write import load_run
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import records
+
+
+def params_of(run_dir):
+    return jax.device_get(load_run(Path(run_dir))[2])
+
+
+def wait_until(holds, process, seconds=120):
+    """Until `holds()`, while the process lives."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"it never came: {process.communicate()}")
+
+
+def wait_for(run_dir, step, process):
+    """Until the run has recorded `step`."""
+    wait_until(lambda: (Path(run_dir) / "metrics.jsonl").exists() and step in records(run_dir), process)
+
+
+def test_a_run_says_what_it_does_and_learns(whole):
+    output = (whole / "output.txt").read_text()
+    assert re.search(r"small: starting; [\d,]+ parameters on 1 × cpu \(dp\); 128 tokens a step", output)
+    assert re.search(r"step 12/12  loss [\d.]+  lr [\d.e-]+  grad [\d.]+  [\d.]+k? tok/s  MFU –  left 0:00", output)
+    assert re.search(r"bits per byte: this model [\d.]+, gzip -9 [\d.]+, xz -9 [\d.]+", output)
+    assert "── sample ──\na" in output
+    losses = records(whole)
+    assert list(losses) == list(range(1, 13))
+    assert losses[12] < losses[1] - 1
+    assert set(records(whole, "eval/bits_per_byte")) == {4, 8, 12}
+    assert load(whole / "config.yaml").run_dir == str(whole)
+
+
+def test_killed_at_any_moment_it_resumes_bitwise(start, whole, tmp_path):
+    process = start(tmp_path / "run")
+    wait_for(tmp_path / "run", 5, process)
+    wait_until(lambda: (tmp_path / "run" / "checkpoints" / "4").exists(), process)
+    process.kill()
+    process.wait()
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest in (4, 8)
+    # Killed again while starting, which must lose nothing either.
+    process = start(tmp_path / "run")
+    time.sleep(1.5)
+    process.kill()
+    process.wait()
+    process = start(tmp_path / "run")
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "resuming after step" in output
+    assert records(tmp_path / "run") == records(whole)
+    assert records(tmp_path / "run", "eval/loss") == records(whole, "eval/loss")
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "run"), params_of(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_saves_and_says_how_to_go_on(start, whole, tmp_path, number):
+    process = start(tmp_path / "run", "--checkpoint.every", "0", "--steps", "4000", "--evaluation.every", "0")
+    wait_for(tmp_path / "run", 3, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    stopped = int(re.search(r"stopped after step (\d+); .* Run the same command again", output).group(1))
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest == stopped
+
+
+def test_restores_on_another_number_of_devices(start, whole, tmp_path):
+    process = start(tmp_path / "run", "--devices", "8", "--mesh.strategy", "fsdp")
+    wait_for(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest < 12
+    process = start(tmp_path / "run", "--devices", "2", "--mesh.strategy", "dp")
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "on 2 × cpu (dp)" in output
+    # Dropout draws the same whatever the mesh; sums over devices round differently.
+    np.testing.assert_allclose(list(records(tmp_path / "run").values()), list(records(whole).values()), rtol=1e-3)
+
+
+def test_keeps_the_newest_and_the_best(whole):
+    with Checkpoints(whole) as checkpoints:
+        scores = records(whole, "eval/loss")
+        assert checkpoints.best == min(scores, key=scores.__getitem__)
+        assert checkpoints.steps[-2:] == [8, 12]
+
+
+def cli(config_file, run_dir, *arguments):
+    return main(["train", str(config_file), "--run-dir", str(run_dir), *arguments])
+
+
+def one_line(capsys):
+    """The error, which is one line."""
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("manyheads: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in error
+    return lines[0]
+
+
+def test_a_checkpoint_of_another_config(config_file, whole, capsys):
+    before = (whole / "metrics.jsonl").read_text()
+    assert cli(config_file, whole, "--model.embed-dim", "64", "--seed", "3") == 2
+    message = one_line(capsys)
+    assert "model.embed_dim: 32 → 64; seed: 0 → 3" in message
+    assert "--run-dir" in message
+    assert (whole / "metrics.jsonl").read_text() == before
+    assert load(whole / "config.yaml").seed == 0
+
+
+def test_updates_that_are_never_finite_stop_the_run(config_file, tmp_path, capsys):
+    arguments = ("--optimizer.learning-rate", "1e30", "--optimizer.clip-norm", "None", "--max-skipped", "3")
+    assert cli(config_file, tmp_path / "run", *arguments, "--steps", "40") == 2
+    message = one_line(capsys)
+    assert re.search(r"step \d+: 3 updates in a row were not finite, the last on examples \d+, \d+", message)
+    assert "the last good checkpoint is" in message or "no checkpoint was written yet" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model.vocab-size", "100"), r"token id \d+ is outside the model's vocabulary of 100"),
+        (("--data.sources.0.path", "/nowhere/*.txt"), "/nowhere"),
+        (("--batch-size", "12", "--mesh.data", "8"), "batch_size: got 12, .* try 8 or 16"),
+        (("--mesh.data", "3"), "3 devices, but there are 8"),
+        (("--data.sources.0.limit", "1"), "no document with text to train on"),
+        (("--model.max-length", "50000"), "shorter than|sequence"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(config_file, tmp_path, capsys, arguments, message):
+    assert cli(config_file, tmp_path / "run", *arguments) == 2
+    assert re.search(message, one_line(capsys))
+
+
+def test_a_run_folder_that_cannot_be_made(config_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli(config_file, tmp_path / "file" / "run") == 2
+    assert str(tmp_path / "file") in one_line(capsys)
+
+
+def test_a_full_disk_loses_nothing(start, tmp_path):
+    """A limit on file sizes stands in for the full disk: a write beyond it fails in the same way."""
+    process = start(tmp_path / "run", "--steps", "4")
+    assert process.wait() == 0
+    limited = f"ulimit -f 40; exec {sys.executable} -m train.cli \"$@\""
+    import os
+    import subprocess
+
+    result = subprocess.run(
+        ["bash", "-c", limited, "bash", "train", str(tmp_path / "run" / "config.yaml"), "--steps", "12"],
+        cwd=Path(__file__).parents[2], env=os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "cannot write" in result.stderr
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest == 4
+        assert checkpoints.meta(4)["step"] == 4
+
+
+def test_an_unknown_device(start, tmp_path):
+    process = start(tmp_path / "run", "--platform", "quantum")
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert errors.count("\n") == 1
+    assert "no device of platform 'quantum' here" in errors
+
+
+def test_profile_names_the_stages_of_the_model(config_file, tmp_path, capsys):
+    assert cli(config_file, tmp_path / "run", "--steps", "4", "--profile", "2:3") == 0
+    assert "profile of steps 2 to 3" in capsys.readouterr().out
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "run" / "profile").rglob("perfetto_trace.json.gz"))
