@@ -45,9 +45,14 @@ def stack(make_block: Callable[[nnx.Rngs], BlockT], num_layers: int, rngs: nnx.R
     return make(rngs.split(num_layers))
 
 
+def unstack(tree: Any, num_layers: int) -> list[Any]:
+    """A stack, or a stacked cache, as one pytree a layer."""
+    return [jax.tree.map(lambda leaf: leaf[index], tree) for index in range(num_layers)]
+
+
 def apply_stack(
     call: Callable[..., tuple[Array, Any]],
-    blocks: nnx.Module,
+    blocks: nnx.Module | nnx.List,
     x: Array,
     *,
     num_layers: int,
@@ -59,14 +64,15 @@ def apply_stack(
     """Run `call(block, x, key, layer_input) -> (x, layer_output)` through the layers, from the first to the last.
 
     Args:
-        blocks: what `stack` made.
+        blocks: what `stack` made, or a list of single blocks (`unstack`), which are always run one by one.
         key: split into one key a layer; None stays None.
-        per_layer: a pytree whose leaves have a leading L; each layer gets its slice.
+        per_layer: a pytree whose leaves have a leading L, of which each layer gets its slice; for a list of blocks a
+            list of what each layer gets.
         scan: one `jax.lax.scan`; or a Python loop, which compiles slower and lets XLA see across layers.
         remat: `none` or a name of `REMAT_POLICIES`.
 
     Returns:
-        The last x, and the layers' outputs with a leading L.
+        The last x, and the layers' outputs with a leading L; for a list of blocks a list of outputs.
     """
 
     def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
@@ -79,12 +85,20 @@ def apply_stack(
             raise ValueError(f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}")
         # Under a scan the barrier against common subexpressions is not needed, and costs fusions.
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
-    layers = (blocks, None if key is None else jax.random.split(key, num_layers), per_layer)
+    keys = None if key is None else jax.random.split(key, num_layers)
+    stacked = not isinstance(blocks, nnx.List)
     with jax.named_scope("layers"):
-        if scan:
-            return jax.lax.scan(body, x, layers)
+        if stacked and scan:
+            return jax.lax.scan(body, x, (blocks, keys, per_layer))
+        layers = unstack((blocks, keys, per_layer), num_layers) if stacked else _paired(blocks, keys, per_layer)
         outputs = []
-        for index in range(num_layers):
-            x, output = body(x, jax.tree.map(lambda leaf: leaf[index], layers))  # noqa: B023 - called at once
+        for layer in layers:
+            x, output = body(x, layer)
             outputs.append(output)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if stacked else outputs
+
+
+def _paired(blocks: nnx.List, keys: Array | None, per_layer: list[Any] | None) -> list[tuple[Any, Any, Any]]:
+    """Each single block with its own key and input."""
+    none = [None] * len(blocks)
+    return list(zip(blocks, none if keys is None else keys, none if per_layer is None else per_layer, strict=True))

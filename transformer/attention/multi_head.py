@@ -114,7 +114,7 @@ class MultiHeadAttention(nnx.Module):
             if cache is not None:
                 mask = mask.moved(cache.length)
                 cache = cache.append(k_BSKH, v_BSKH)
-                k_BSKH, v_BSKH = cache.k.astype(q_BTNH.dtype), cache.v.astype(q_BTNH.dtype)
+                k_BSKH, v_BSKH = cache.keys_and_values(q_BTNH.dtype)
             out_BTNH, weights = attend(
                 q_BTNH,
                 k_BSKH,

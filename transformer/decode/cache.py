@@ -20,10 +20,13 @@ class KVCache:
 
     Rows fill independently: row b holds `length[b]` positions, and what lies beyond them is never seen, because a query
     at position p sees cache positions up to p alone. Prompts of different lengths therefore need no padding on the left.
+
+    Each head's keys and values lie as its products with a query and with weights read them, so that neither is turned round
+    for every token.
     """
 
-    k: Float[Array, "*L B S K H"]
-    v: Float[Array, "*L B S K H"]
+    k: Float[Array, "*L B K H S"]
+    v: Float[Array, "*L B K S H"]
     length: Int[Array, "*L B"]
 
     @staticmethod
@@ -31,21 +34,26 @@ class KVCache:
         num_layers: int, batch_size: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> KVCache:
         """Room for `max_length` positions in each of `num_layers` layers."""
-        shape = (num_layers, batch_size, max_length, num_kv_heads, head_dim)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[:2], jnp.int32))
+        rows = (num_layers, batch_size)
+        return KVCache(
+            jnp.zeros((*rows, num_kv_heads, head_dim, max_length), dtype),
+            jnp.zeros((*rows, num_kv_heads, max_length, head_dim), dtype),
+            jnp.zeros(rows, jnp.int32),
+        )
 
     def append(self, k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]) -> KVCache:
-        """One layer's cache with T more positions in each row, behind those it holds."""
+        """One layer's cache with T more positions in each row, behind those it holds. There must be room for them."""
+        T = k_BTKH.shape[1]
+        k_BTKH, v_BTKH = k_BTKH.astype(self.k.dtype), v_BTKH.astype(self.v.dtype)
+        rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
+        positions_BT = self.length[:, None] + jnp.arange(T)
+        k = self.k.at[rows_B1, :, :, positions_BT].set(k_BTKH, unique_indices=True, mode="promise_in_bounds")
+        v = self.v.at[rows_B1, :, positions_BT].set(v_BTKH, unique_indices=True, mode="promise_in_bounds")
+        return KVCache(k, v, self.length + T)
 
-        def write(row_SKH: Array, new_TKH: Array, start: Array) -> Array:
-            return jax.lax.dynamic_update_slice(row_SKH, new_TKH.astype(row_SKH.dtype), (start, 0, 0))
-
-        write_rows = jax.vmap(write)
-        return KVCache(
-            write_rows(self.k, k_BTKH, self.length),
-            write_rows(self.v, v_BTKH, self.length),
-            self.length + k_BTKH.shape[1],
-        )
+    def keys_and_values(self, dtype: DTypeLike) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """One layer's keys and values as attention takes them; what lies beyond `length` is to be masked."""
+        return self.k.transpose(0, 3, 1, 2).astype(dtype), self.v.swapaxes(1, 2).astype(dtype)
 
     def with_length(self, length_B: Int[Array, " B"]) -> KVCache:
         """A model's cache cut to the first `length_B` positions of each row (after a prefill of padded prompts)."""

@@ -19,6 +19,7 @@ from transformer.decode.sampling import Sampling, next_token
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.models.gpt import GPT, GPTConfig
+from transformer.stack import unstack
 from transformer.types import Array, Bool, Float, Int, Key
 
 PREFILL_MULTIPLE = 64
@@ -30,7 +31,8 @@ PREFILL_MULTIPLE = 64
 class DecodeState:
     """Where a batch stands between two tokens."""
 
-    cache: KVCache
+    cache: list[KVCache]
+    """One a layer."""
     logits_BV: Float[Array, "B V"]
     """Scores of the token to come."""
     done_B: Bool[Array, " B"]
@@ -48,10 +50,11 @@ class Generator:
     """
 
     def __init__(self, config: GPTConfig, *, end_of_text: int | None = None) -> None:
-        # Decoding reads each weight once a token: a scan would copy every layer out of its stack first.
-        self.config = dataclasses.replace(config, scan_layers=False, remat="none")
+        self.config = dataclasses.replace(config, remat="none")
         self.end_of_text = end_of_text
         self._graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs))
+        self._apart_graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs).unstacked())
+        self._take_apart = jax.jit(lambda params: nnx.split(nnx.merge(self._graphdef, params).unstacked())[1])
         self._prefill = jax.jit(self._prefill_impl, static_argnames=("max_length", "sampling"))
         self._decode = jax.jit(self._decode_impl, static_argnames=("num_tokens", "sampling"), donate_argnames="state")
 
@@ -91,9 +94,10 @@ class Generator:
         state = self._prefill(
             params, tokens_BT, lengths, jax.random.key(seed), max_length=max_length, sampling=sampling
         )
+        apart = self._take_apart(params)
         chunk = max_tokens if chunk is None else min(chunk, max_tokens)
         for start in range(0, max_tokens, chunk):
-            state, tokens_Bn = self._decode(params, state, num_tokens=chunk, sampling=sampling)
+            state, tokens_Bn = self._decode(apart, state, num_tokens=chunk, sampling=sampling)
             yield np.asarray(tokens_Bn)[:, : max_tokens - start]
             if np.asarray(state.done_B).all():
                 return
@@ -126,7 +130,7 @@ class Generator:
             rows = jnp.arange(batch_size)[:, None]
             seen_BV = jnp.zeros((batch_size, self.config.vocab_size), bool).at[rows, tokens_BT].max(real_BT)
         return DecodeState(
-            outputs.cache.with_length(lengths_B),
+            unstack(outputs.cache.with_length(lengths_B), self.config.num_layers),
             model.logits(last_B1D)[:, 0],
             jnp.zeros(batch_size, bool),
             seen_BV,
@@ -136,7 +140,7 @@ class Generator:
     def _decode_impl(
         self, params: nnx.State, state: DecodeState, *, num_tokens: int, sampling: Sampling
     ) -> tuple[DecodeState, Array]:
-        model = nnx.merge(self._graphdef, params)
+        model = nnx.merge(self._apart_graphdef, params)
         rows = jnp.arange(state.done_B.shape[0])
 
         def unfinished(carry: tuple[Array, DecodeState, Array]) -> Array:
@@ -146,7 +150,7 @@ class Generator:
         def step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
             index, state, tokens_Bn = carry
             # The position makes the key, so that the text does not depend on how it is cut into chunks.
-            keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.cache.length[0])
+            keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.cache[0].length)
             token_B = next_token(state.logits_BV, sampling, keys_B, state.seen_BV)
             done_B = state.done_B
             if self.end_of_text is not None:

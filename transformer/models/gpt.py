@@ -23,7 +23,7 @@ from transformer.layers.linear import Linear, dropout
 from transformer.layers.norm import LayerNorm, RMSNorm
 from transformer.layers.position import sinusoidal
 from transformer.sharding import constrain
-from transformer.stack import apply_stack, stack
+from transformer.stack import apply_stack, stack, unstack
 from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
 
 
@@ -125,6 +125,10 @@ class GPTConfig:
         return -(-8 * self.embed_dim // (3 * 64)) * 64 if gated else 4 * self.embed_dim
 
 
+Cache = KVCache | list[KVCache]
+"""A model's cache with a leading L, or, for a model with its blocks apart, one cache a layer."""
+
+
 class GPT(nnx.Module):
     """A decoder-only Transformer.
 
@@ -201,11 +205,11 @@ class GPT(nnx.Module):
         *,
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool = False,
-    ) -> tuple[Float[Array, "B T D"], BlockOutput]:
-        """The last block's output after the final norm; arguments as in `__call__`."""
+    ) -> tuple[Float[Array, "B T D"], BlockOutput | list[BlockOutput]]:
+        """The last block's output after the final norm, and what the blocks gave beside it; arguments as in `__call__`."""
         c = self.config
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         mask = AttentionMask.causal()
@@ -214,7 +218,7 @@ class GPT(nnx.Module):
         if segments_BT is not None:
             mask &= AttentionMask.segments(segments_BT)
         if positions_BT is None:
-            start = 0 if cache is None else cache.length[0][:, None]
+            start = 0 if cache is None else _filled(cache)[:, None]
             positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT)
@@ -250,7 +254,7 @@ class GPT(nnx.Module):
         *,
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool = False,
     ) -> ModelOutput:
@@ -272,12 +276,31 @@ class GPT(nnx.Module):
             key=key,
             return_weights=return_weights,
         )
-        return ModelOutput(logits=self.logits(hidden_BTD), cache=outputs.cache, weights=outputs.weights)
+        logits = self.logits(hidden_BTD)
+        if isinstance(outputs, list):
+            return ModelOutput(logits=logits, cache=None if cache is None else [output.cache for output in outputs])
+        return ModelOutput(logits=logits, cache=outputs.cache, weights=outputs.weights)
+
+    def unstacked(self) -> GPT:
+        """The same model with its blocks apart, for decoding, which reads each weight once a token.
+
+        A scan, and a loop over slices too, copies every layer out of the stack before it reads it. The cache of such a
+        model is a list of layers' caches (`stack.unstack`).
+        """
+        graphdef, params = nnx.split(self)
+        model = nnx.merge(graphdef, params)
+        model.blocks = nnx.List(unstack(self.blocks, self.config.num_layers))
+        return model
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens."""
         c = self.config
         return KVCache.empty(c.num_layers, batch_size, max_length, c.kv_heads, c.dim_of_head, DTYPES[c.dtype])
+
+
+def _filled(cache: Cache) -> Int[Array, " B"]:
+    """How many positions each row holds, which is the same in every layer."""
+    return cache[0].length if isinstance(cache, list) else cache.length[0]
 
 
 def count_parameters(config: GPTConfig) -> int:
