@@ -34,7 +34,7 @@ train: $(VENV)/.installed
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/mypy
 
 test: lint
 	$(BIN)/python -m pytest -n 2

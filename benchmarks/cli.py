@@ -32,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("step", _step, "a training step beside torch's, eager and compiled", rounds=7)
     sub.add_argument("--steps", type=_positive, default=3, help="steps in a turn (3)")
-    sub.add_argument("--no-compiled-peer", action="store_true", help="leave torch.compile out (it needs a C++ compiler)")
+    sub.add_argument(
+        "--no-compiled-peer", action="store_true", help="leave torch.compile out (it needs a C++ compiler)"
+    )
     command("decode", _decode, "greedy decoding beside transformers' generate", rounds=5)
     command("data", _data, "the loader alone beside the step", rounds=3)
     command("compile", _compile, "compile time of the step at 6 and 48 layers", rounds=3)

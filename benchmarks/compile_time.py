@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -23,7 +24,9 @@ def run(rounds: int) -> dict[str, Any]:
     works = {
         depth: dataclasses.replace(base, model=dataclasses.replace(base.model, num_layers=depth)) for depth in DEPTHS
     }
-    taken = in_turn({f"{depth} layers": lambda work=work: _compile_seconds(work) for depth, work in works.items()}, rounds)
+    taken = in_turn(
+        {f"{depth} layers": functools.partial(_compile_seconds, work) for depth, work in works.items()}, rounds
+    )
     shallow, deep = taken.values()
     result = {"seconds": {name: summary(values) for name, values in taken.items()}, "ratio": ratio(deep, shallow)}
     save("compile", f"manyheads-bench compile --rounds {rounds}", result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,7 +27,7 @@ def run(rounds: int) -> dict[str, Any]:
     for packing in ("chunk", "documents"):
         packed = DataConfig(packing=packing)
         loader = train_batches(prepared, packed, batch_size=work.batch_size, length=work.model.max_length, seed=0)
-        candidates[f"loader, {packing}"] = lambda batches=loader.iterate(): _seconds_per_batch(batches, 500)
+        candidates[f"loader, {packing}"] = functools.partial(_seconds_per_batch, loader.iterate(), 500)
     speeds = {name: [work.tokens / s for s in taken] for name, taken in in_turn(candidates, rounds).items()}
     result = {
         "tokens_per_second": {name: summary(speed) for name, speed in speeds.items()},

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DATA_PACKAGES = ("datasets", "grain", "tokenizers", "pydantic", "tyro", "tensorboardX", "matplotlib", "jaxtyping", "torch")
+DATA_PACKAGES = (
+    "datasets",
+    "grain",
+    "tokenizers",
+    "pydantic",
+    "tyro",
+    "tensorboardX",
+    "matplotlib",
+    "jaxtyping",
+    "torch",
+)
 
 SCRIPT = """
 import sys

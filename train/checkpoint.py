@@ -82,7 +82,9 @@ class Checkpoints:
         """Step of the checkpoint with the lowest evaluation loss, among those written right after an evaluation."""
         return self._manager.best_step()
 
-    def save(self, state: TrainState, step: int, config: RunConfig, tokenizer: dict[str, str], nll: float | None) -> None:
+    def save(
+        self, state: TrainState, step: int, config: RunConfig, tokenizer: dict[str, str], nll: float | None
+    ) -> None:
         """Write in the background; returns once the arrays are copied off the devices.
 
         Args:
@@ -96,7 +98,9 @@ class Checkpoints:
             "step": step,
             "config": to_data(config),
             "tokenizer": tokenizer,
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")
+            },
         }
         with _disk_errors(self):
             self._manager.save(
@@ -141,7 +145,7 @@ class Checkpoints:
 
 
 @dataclasses.dataclass
-class _disk_errors:  # noqa: N801 - a context manager, used like a function
+class _disk_errors:
     """Turn a full or read-only disk into a `UserError` that names the last good checkpoint."""
 
     checkpoints: Checkpoints

@@ -116,7 +116,9 @@ def _prepare(options: argparse.Namespace) -> None:
                 f"{split:10}  {counts.name}: {counts.documents:,} documents, {counts.tokens:,} tokens, "
                 f"{counts.bytes:,} bytes{skipped}"
             )
-    print(f"vocabulary  {meta.vocab_size:,} tokens, {meta.bytes_per_token('train'):.2f} bytes each in the training text")
+    print(
+        f"vocabulary  {meta.vocab_size:,} tokens, {meta.bytes_per_token('train'):.2f} bytes each in the training text"
+    )
     print(f"folder      {prepared.directory}")
 
 

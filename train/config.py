@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import textwrap
 import types
@@ -137,7 +138,10 @@ class RunConfig:
             f"allowed: 1 to model.max_length ({longest}), or null",
         )  # fmt: skip
         require(
-            self, "microbatches", self.batch_size % self.microbatches == 0, f"it must divide batch_size ({self.batch_size})"
+            self,
+            "microbatches",
+            self.batch_size % self.microbatches == 0,
+            f"it must divide batch_size ({self.batch_size})",
         )
 
     @property
@@ -295,7 +299,7 @@ def _read_yaml(path: Path) -> Any:
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
     )
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file" + _similar_file(path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -339,7 +343,7 @@ def _meanings(config_type: type) -> dict[str, str]:
     """Field name → the docstring under it."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_type))).body[0].body  # type: ignore[attr-defined]
     found = {}
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
     return found

@@ -25,7 +25,10 @@ class Scores:
 
 
 def evaluate(
-    step: Callable[[nnx.State, Batch], LossSums], params: nnx.State, batches: Iterable[Batch], bytes_per_token: float | None
+    step: Callable[[nnx.State, Batch], LossSums],
+    params: nnx.State,
+    batches: Iterable[Batch],
+    bytes_per_token: float | None,
 ) -> Scores:
     """Run `step` over all batches and take the mean over tokens, not over batches.
 

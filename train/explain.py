@@ -140,9 +140,7 @@ def _saved_bytes(graphdef: Any, params: nnx.State, batch: dict[str, Any], config
 
 
 def _bytes(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")
-    )
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 
 def _size(count: float) -> str:

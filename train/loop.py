@@ -178,9 +178,7 @@ class Run:
         )
         return prefetch_to_device(host.iterate(start), self.to_device)
 
-    def _evaluate(
-        self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None
-    ) -> Scores:
+    def _evaluate(self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None) -> Scores:
         config = self.config
         host = evaluation_batches(
             self.prepared,
@@ -215,7 +213,9 @@ class Run:
             )
         if done.skipped_in_row >= self.config.max_skipped:
             good = checkpoints.latest
-            kept = "no checkpoint was written yet" if good is None else f"the last good checkpoint is that of step {good}"
+            kept = (
+                "no checkpoint was written yet" if good is None else f"the last good checkpoint is that of step {good}"
+            )
             raise UserError(
                 f"step {done.step}: {done.skipped_in_row} updates in a row were not finite, the last on examples "
                 f"{_compact(done.examples)}; {kept} in {self.config.directory}. Lower optimizer.learning_rate or set "

@@ -56,7 +56,9 @@ class OptimizerConfig:
             require(self, field, 0 <= getattr(self, field) <= 1, "allowed: 0 to 1")
         for field in ("b1", "b2"):
             require(self, field, 0 <= getattr(self, field) < 1, "allowed: 0 or more, below 1")
-        require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "allowed: between 0 and 1, or null")
+        require(
+            self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "allowed: between 0 and 1, or null"
+        )
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int, peak: float | None = None) -> optax.Schedule:

@@ -28,7 +28,8 @@ def with_axes(init: Callable[..., Array], *axes: str | None) -> Callable[..., An
         ValueError: a name that is no logical axis.
     """
     for axis in axes:
-        _known(axis)
+        if axis is not None:
+            _known(axis)
     return nnx.with_partitioning(init, axes, eager_sharding=False)
 
 
@@ -41,13 +42,13 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} names {axes} for an array of shape {x.shape}")
     rules = dict(get_logical_axis_rules())
-    spec = jax.sharding.PartitionSpec(*(rules.get(_known(axis)) for axis in axes))
+    spec = jax.sharding.PartitionSpec(*(None if axis is None else rules.get(_known(axis)) for axis in axes))
     if not rules or jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def _known(axis: str | None) -> str | None:
-    if axis is not None and axis not in LOGICAL_AXES:
+def _known(axis: str) -> str:
+    if axis not in LOGICAL_AXES:
         raise ValueError(f"{axis!r} is no logical axis; there are {', '.join(LOGICAL_AXES)}")
     return axis

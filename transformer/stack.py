@@ -6,7 +6,7 @@ do not grow with depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -47,7 +47,18 @@ def stack(make_block: Callable[[nnx.Rngs], BlockT], num_layers: int, rngs: nnx.R
 
 def unstack(tree: Any, num_layers: int) -> list[Any]:
     """A stack, or a stacked cache, as one pytree a layer."""
-    return [jax.tree.map(lambda leaf: leaf[index], tree) for index in range(num_layers)]
+
+    def take(leaf: Any, index: int) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return leaf[index]
+        axes = leaf.get_metadata().get("out_sharding")
+        # A parameter of one layer has no layers axis any more.
+        return leaf.replace(leaf.get_value()[index], **({"out_sharding": axes[1:]} if axes else {}))
+
+    def layer(index: int) -> Any:
+        return jax.tree.map(lambda leaf: take(leaf, index), tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+    return [layer(index) for index in range(num_layers)]
 
 
 def apply_stack(
@@ -82,20 +93,28 @@ def apply_stack(
     if remat != "none":
         if remat not in REMAT_POLICIES:
             known = ", ".join(REMAT_POLICIES)
-            raise ValueError(f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}")
+            raise ValueError(
+                f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}"
+            )
         # Under a scan the barrier against common subexpressions is not needed, and costs fusions.
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
     keys = None if key is None else jax.random.split(key, num_layers)
-    stacked = not isinstance(blocks, nnx.List)
     with jax.named_scope("layers"):
-        if stacked and scan:
+        if isinstance(blocks, nnx.List):
+            return _loop(body, x, _paired(blocks, keys, per_layer))
+        if scan:
             return jax.lax.scan(body, x, (blocks, keys, per_layer))
-        layers = unstack((blocks, keys, per_layer), num_layers) if stacked else _paired(blocks, keys, per_layer)
-        outputs = []
-        for layer in layers:
-            x, output = body(x, layer)
-            outputs.append(output)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs) if stacked else outputs
+        x, outputs = _loop(body, x, unstack((blocks, keys, per_layer), num_layers))
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def _loop(body: Callable[..., tuple[Array, Any]], x: Array, layers: Iterable[Any]) -> tuple[Array, list[Any]]:
+    """A scan that is written out, with its outputs in a list."""
+    outputs = []
+    for layer in layers:
+        x, output = body(x, layer)
+        outputs.append(output)
+    return x, outputs
 
 
 def _paired(blocks: nnx.List, keys: Array | None, per_layer: list[Any] | None) -> list[tuple[Any, Any, Any]]:

@@ -20,7 +20,9 @@ MASKS = {
     "causal": lambda: AttentionMask.causal(),
     "window": lambda: AttentionMask.causal() & AttentionMask.window(left=2),
     "padding": lambda: AttentionMask.padding(jnp.arange(T) < jnp.array([[5], [8]])),
-    "segments": lambda: AttentionMask.causal() & AttentionMask.segments(jnp.array([[1] * 3 + [2] * 5, [1] * 6 + [0] * 2])),
+    "segments": lambda: (
+        AttentionMask.causal() & AttentionMask.segments(jnp.array([[1] * 3 + [2] * 5, [1] * 6 + [0] * 2]))
+    ),
     "explicit": lambda: AttentionMask.explicit(jnp.array(np.random.default_rng(1).random((B, N, T, T)) > 0.5)),
 }
 
@@ -90,7 +92,9 @@ def test_bfloat16(backend):
     q, k, v = inputs(2, jnp.bfloat16)
     out, _ = attend(q, k, v, AttentionMask.causal(), backend=backend)
     assert out.dtype == jnp.bfloat16
-    expected = in_float64(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), AttentionMask.causal())[0]
+    expected = in_float64(q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32), AttentionMask.causal())[
+        0
+    ]
     assert np.linalg.norm(np.asarray(out, np.float64) - expected) / np.linalg.norm(expected) < 1e-2
 
 
@@ -143,7 +147,10 @@ def test_blockwise_over_several_blocks(window):
     def loss(backend, q, k, v):
         return jnp.sum(jnp.sin(attend(q, k, v, mask, backend=backend)[0]))
 
-    run = {name: jax.value_and_grad(functools.partial(loss, name), (0, 1, 2))(q, k, v) for name in ("reference", "blockwise")}
+    run = {
+        name: jax.value_and_grad(functools.partial(loss, name), (0, 1, 2))(q, k, v)
+        for name in ("reference", "blockwise")
+    }
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5), run["blockwise"], run["reference"])
 
 

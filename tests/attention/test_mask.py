@@ -26,7 +26,9 @@ def test_causal_is_lower_triangular():
 
 
 def test_causal_moved_sees_what_came_before():
-    np.testing.assert_array_equal(dense(AttentionMask.causal().moved(3), 2, T), [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(
+        dense(AttentionMask.causal().moved(3), 2, T), [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
+    )
 
 
 def test_offset_may_differ_by_row():

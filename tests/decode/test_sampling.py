@@ -59,7 +59,9 @@ def test_repetition_penalty_lowers_positive_and_negative_scores():
     np.testing.assert_allclose(got, [[1.0, -4.0, 1.0]])
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2.0}, {"repetition_penalty": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2.0}, {"repetition_penalty": 0.0}]
+)
 def test_out_of_range(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         Sampling(**options)

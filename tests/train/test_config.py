@@ -74,7 +74,15 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
 def test_overrides_are_typed():
     config = override(
         parse(MINIMAL, "test"),
-        ["--model.num-layers", "3", "--optimizer.clip-norm", "None", "--model.qk-norm", "--data.sources.0.weight", "2.5"],
+        [
+            "--model.num-layers",
+            "3",
+            "--optimizer.clip-norm",
+            "None",
+            "--model.qk-norm",
+            "--data.sources.0.weight",
+            "2.5",
+        ],
     )
     assert config.model.num_layers == 3
     assert config.optimizer.clip_norm is None

@@ -166,7 +166,7 @@ def test_a_full_disk_loses_nothing(start, tmp_path):
     """A limit on file sizes stands in for the full disk: a write beyond it fails in the same way."""
     process = start(tmp_path / "run", "--steps", "4")
     assert process.wait() == 0
-    limited = f"ulimit -f 40; exec {sys.executable} -m train.cli \"$@\""
+    limited = f'ulimit -f 40; exec {sys.executable} -m train.cli "$@"'
     import os
     import subprocess
 

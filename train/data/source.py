@@ -178,7 +178,7 @@ def _file_documents(config: SourceConfig, rejects: Rejects) -> Iterator[Document
 def _library_files(include_tests: bool) -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     left_out = _NOT_LIBRARY if include_tests else _NOT_LIBRARY | _TEST_FOLDERS
-    files = []
+    files: list[tuple[str, Path]] = []
     for folder, folders, names in os.walk(root):
         below = Path(folder).relative_to(root)
         # Pruned while walking: installed packages lie inside and may be many times larger than the library.

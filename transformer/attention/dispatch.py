@@ -143,7 +143,9 @@ def _platform() -> str:
 def _check_shapes(q: Array, k: Array, v: Array, bias: Array | None) -> None:
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 4:
-            raise ValueError(f"attend: {name} has shape {array.shape}; expected 4 dims [batch, position, heads, head_dim]")
+            raise ValueError(
+                f"attend: {name} has shape {array.shape}; expected 4 dims [batch, position, heads, head_dim]"
+            )
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"attend: k has shape {k.shape} and v {v.shape}; they differ before head_dim")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:

@@ -35,12 +35,19 @@ def fused(
     # JAX's own function mixes types, whatever stricter rule the program runs under.
     with jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, bias=bias_BNTS, mask=allowed, scale=scale, implementation=implementation, **structured
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            bias=bias_BNTS,
+            mask=allowed,
+            scale=scale,
+            implementation=implementation,
+            **structured,
         )
     if allowed is None:
         return out
     # A query with no key at all gives zeros here, as in the reference, and not the mean of the values.
-    some_key = mask.materialize(T, S).any(-1)  # [B_, N_, T]
+    some_key = jnp.any(mask.block(range(T), range(S)), axis=-1)  # type: ignore[arg-type]  # [B_, N_, T]
     return jnp.where(jnp.moveaxis(some_key, 1, 2)[..., None], out, 0)
 
 
@@ -82,5 +89,7 @@ def supports_cudnn(request: Any) -> str | None:
     if request.has_bias:
         return "its bias gradient is not reliable for every shape"
     if _structure(request.mask, request.num_queries, request.num_keys)[1].terms:
-        return "it takes causal and window masks only: an array of a mask would become a bias, with a gradient of its own"
+        return (
+            "it takes causal and window masks only: an array of a mask would become a bias, with a gradient of its own"
+        )
     return None

@@ -47,8 +47,8 @@ class KVCache:
         k_BTKH, v_BTKH = k_BTKH.astype(self.k.dtype), v_BTKH.astype(self.v.dtype)
         rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
         positions_BT = self.length[:, None] + jnp.arange(T)
-        k = self.k.at[rows_B1, :, :, positions_BT].set(k_BTKH, unique_indices=True, mode="promise_in_bounds")
-        v = self.v.at[rows_B1, :, positions_BT].set(v_BTKH, unique_indices=True, mode="promise_in_bounds")
+        k = self.k.at[rows_B1, :, :, positions_BT].set(k_BTKH, unique_indices=True, mode="drop")
+        v = self.v.at[rows_B1, :, positions_BT].set(v_BTKH, unique_indices=True, mode="drop")
         return KVCache(k, v, self.length + T)
 
     def keys_and_values(self, dtype: DTypeLike) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.sharding import with_axes
+from transformer.sharding import constrain, with_axes
 from transformer.types import Array, DTypeLike, Float, Int
 
 
@@ -63,17 +63,23 @@ class Embedding(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.dtype = dtype
+        self.vocab_axis = axes[0]
         self.table = nnx.Param(with_axes(init, *axes)(rngs.params(), (vocab_size, dim), param_dtype))
 
     def __call__(self, tokens: Int[Array, "*dims"]) -> Float[Array, "*dims D"]:
         """[...] token ids → [..., D] in `dtype`."""
         with jax.named_scope("embed"):
-            return embed_lookup(self.table[...], tokens, dtype=self.dtype)
+            return embed_lookup(self._whole_rows(), tokens, dtype=self.dtype)
 
     def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """[..., D] → float32 logits [..., V] over the table's rows."""
         with jax.named_scope("unembed"):
-            return embed_attend(x, self.table[...], dtype=self.dtype)
+            return embed_attend(x, self._whole_rows(), dtype=self.dtype)
+
+    def _whole_rows(self) -> Float[Array, "V D"]:
+        """The table with its rows in one piece: where they are sharded, they are gathered here, once, and their gradient
+        is scattered; otherwise the partitioner might shard activations by features instead, and move those."""
+        return constrain(self.table[...], self.vocab_axis, None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

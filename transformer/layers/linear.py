@@ -18,7 +18,7 @@ from transformer.types import Array, DTypeLike, Float, PRNGKeyArray
 
 @jax.custom_vjp
 def dense(
-    x: Float[Array, "*dims I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, "O"] | None
+    x: Float[Array, "*dims I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, O] | None
 ) -> Float[Array, "*dims O"]:
     """x · kernel + bias over the last dim. Reverse mode only.
 
@@ -82,7 +82,7 @@ class Linear(nnx.Module):
         zeros = with_axes(nnx.initializers.zeros, *axes[self.num_in :])
         self.bias = nnx.Param(zeros(rngs.params(), out_shape, param_dtype)) if use_bias else None
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
         """[..., *in_shape] → [..., *out_shape] in `dtype`."""
         kernel = self.kernel[...].astype(self.dtype)
         # As a matrix: one well-tuned product on every device, whatever the dims mean.
@@ -92,7 +92,7 @@ class Linear(nnx.Module):
         return y.reshape(*y.shape[:-1], *kernel.shape[self.num_in :])
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
+def dropout(x: Float[Array, ...], rate: float, key: PRNGKeyArray | None) -> Float[Array, ...]:
     """Zero each element with probability `rate` and scale the rest by 1/(1-rate); the identity without a key.
 
     Srivastava et al. 2014, inverted so that inference needs no scaling.

@@ -88,7 +88,9 @@ class GPTConfig:
         for field in ("vocab_size", "max_length", "num_layers", "embed_dim", "num_heads"):
             require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
         for field in ("num_kv_heads", "head_dim", "mlp_dim", "window"):
-            require(self, field, getattr(self, field) is None or getattr(self, field) >= 1, "allowed: 1 or more, or null")
+            require(
+                self, field, getattr(self, field) is None or getattr(self, field) >= 1, "allowed: 1 or more, or null"
+            )
         for field in ("attention_soft_cap", "logit_soft_cap"):
             require(self, field, getattr(self, field) is None or getattr(self, field) > 0, "allowed: above 0, or null")
         for field in ("norm_epsilon", "init_std", "rotary_period"):
@@ -146,7 +148,7 @@ class GPT(nnx.Module):
             if c.position == "learned"
             else None
         )
-        self.blocks = stack(self._make_block, c.num_layers, rngs)
+        self.blocks: DecoderBlock | nnx.List = stack(self._make_block, c.num_layers, rngs)
         self.final_norm = self._make_norm(rngs)
         self.head = (
             None
@@ -229,9 +231,7 @@ class GPT(nnx.Module):
             x_BTD = dropout(constrain(x_BTD, "batch", "seq", None), c.dropout, embed_key)
 
         def call(block: DecoderBlock, x: Array, key: Array | None, cache: KVCache | None) -> tuple[Array, BlockOutput]:
-            return block(
-                x, mask, positions_BT=positions_BT, cache=cache, key=key, return_weights=return_weights
-            )
+            return block(x, mask, positions_BT=positions_BT, cache=cache, key=key, return_weights=return_weights)
 
         x_BTD, outputs = apply_stack(
             call, self.blocks, x_BTD, num_layers=c.num_layers, key=stack_key, per_layer=cache, scan=c.scan_layers,
