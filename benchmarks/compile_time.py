@@ -17,10 +17,9 @@ from train.mesh import MeshConfig, make_mesh, use_mesh
 DEPTHS = (6, 48)
 
 
-def run(rounds: int) -> dict[str, Any]:
+def run(rounds: int, work: Workload | None = None) -> dict[str, Any]:
     """Seconds to trace, lower and compile the step, from nothing, at each depth in turn."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    base = workload()
+    base = workload() if work is None else work
     works = {
         depth: dataclasses.replace(base, model=dataclasses.replace(base.model, num_layers=depth)) for depth in DEPTHS
     }
@@ -45,6 +44,10 @@ def _compile_seconds(work: Workload) -> float:
             "weights": np.ones((work.batch_size, work.model.max_length), np.float32),
         }
         jax.clear_caches()
-        start = time.perf_counter()
-        step.lower(state, batch).compile()  # type: ignore[attr-defined]
-        return time.perf_counter() - start
+        jax.config.update("jax_enable_compilation_cache", False)
+        try:
+            start = time.perf_counter()
+            step.lower(state, batch).compile()  # type: ignore[attr-defined]
+            return time.perf_counter() - start
+        finally:
+            jax.config.update("jax_enable_compilation_cache", True)

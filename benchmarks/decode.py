@@ -20,9 +20,9 @@ PROMPT_TOKENS = 16
 NEW_TOKENS = 128
 
 
-def run(rounds: int) -> dict[str, Any]:
+def run(rounds: int, work: Workload | None = None) -> dict[str, Any]:
     """New tokens per second at batch 1 and 8, in turn, and the ratios. Both write `NEW_TOKENS` tokens to the end."""
-    work = workload()
+    work = workload() if work is None else work
     result: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
     for batch_size in (1, 8):
         prompts = np.random.default_rng(0).integers(1, work.model.vocab_size, (batch_size, PROMPT_TOKENS))

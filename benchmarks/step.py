@@ -14,14 +14,16 @@ from train.hardware import utilization
 from transformer.models.gpt import flops_per_token
 
 
-def run(rounds: int, steps: int, *, compiled_peer: bool = True) -> dict[str, Any]:
+def run(rounds: int, steps: int, *, compiled_peer: bool = True, work: Workload | None = None) -> dict[str, Any]:
     """Tokens per second of each, in turn, and the ratios.
 
     Args:
         rounds: how often the candidates take turns.
         steps: training steps in a turn.
+        compiled_peer: also compare with torch.compile.
+        work: model and batch; the device's usual ones by default.
     """
-    work = workload()
+    work = workload() if work is None else work
     candidates: dict[str, Callable[[], object]] = {"manyheads": our_step(work)}
     candidates["torch eager"] = _torch_step(work, compiled=False)
     if compiled_peer:

@@ -33,7 +33,7 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     if platform is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
     # What orbax says of its own workings is no news for a user.
     logging.getLogger("absl").setLevel(logging.ERROR)

@@ -1,0 +1,56 @@
+"""The measurements run, at a tiny size, and leave a record that says where it comes from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import compile_time, decode, record, step
+from benchmarks.cli import main
+from benchmarks.workload import Workload
+from transformer.models.gpt import GPTConfig
+
+TINY = Workload(GPTConfig(vocab_size=32, max_length=160, num_layers=2, embed_dim=16, num_heads=2), batch_size=2)
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """Figures of a test are not results."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_candidates_take_turns_in_an_order_that_turns():
+    seen = []
+    candidates = {name: lambda name=name: seen.append(name) or float(len(seen)) for name in "abc"}
+    taken = record.in_turn(candidates, rounds=3)
+    assert "".join(seen) == "abcbcacab"
+    assert taken == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_ratios_are_taken_round_by_round():
+    assert record.ratio([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]) == {"median": 3, "min": 2, "max": 4, "rounds": 3}
+
+
+@pytest.mark.torch
+def test_step_and_decode_compare_with_the_peer(results):
+    result = step.run(rounds=1, steps=1, compiled_peer=False, work=TINY)
+    assert set(result["tokens_per_second"]) == {"manyheads", "torch eager"}
+    assert result["mfu"] is None
+    written = decode.run(rounds=1, work=TINY)
+    assert written["batch_8"]["ratio"]["median"] > 0
+    kept = json.loads((results / "step_cpu.json").read_text())
+    assert kept["command"] == "manyheads-bench step --rounds 1 --steps 1"
+    assert {"date", "device", "versions", "result"} <= set(kept)
+    assert kept["versions"]["jax"]
+
+
+def test_compile_time_is_taken_at_both_depths(results):
+    result = compile_time.run(rounds=1, work=TINY)
+    assert set(result["seconds"]) == {"6 layers", "48 layers"}
+
+
+def test_without_an_accelerator_the_gpu_run_says_so(capsys):
+    assert main(["gpu"]) == 2
+    assert capsys.readouterr().err.startswith("manyheads-bench: no accelerator here")
