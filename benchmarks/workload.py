@@ -35,7 +35,7 @@ class Workload:
 def workload() -> Workload:
     """A small GPT-2 in float32 on a CPU; GPT-2 124M in bfloat16 at context 1024 on an accelerator."""
     if jax.default_backend() == "cpu":
-        small = GPTConfig(vocab_size=256, max_length=256, num_layers=6, embed_dim=384, num_heads=6)
+        small = GPTConfig(vocab_size=256, max_length=256, num_layers=6, embed_dim=384, num_heads=6, remat="light")
         return Workload(small, batch_size=12)
     # The vocabulary is padded to a multiple of 128, here and in the peer.
     return Workload(GPTConfig(vocab_size=50304, dtype="bfloat16"), batch_size=32)

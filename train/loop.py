@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +19,16 @@ from train.data.cache import writing
 from train.data.loader import evaluation_batches, prefetch_to_device, train_batches
 from train.data.prepare import check_vocabulary, prepare
 from train.data.store import Prepared
-from train.display import Display, clock
+from train.display import Display
 from train.evaluate import Scores, evaluate
-from train.hardware import utilization
 from train.mesh import batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
+from train.meter import Meter, Reading
 from train.metrics import MetricLog
+from train.objective import Batch
 from train.optimizer import make_optimizer, make_schedule
 from train.runtime import GracefulStop
 from train.state import TrainState, abstract_state, init_state, state_maker
-from train.step import Metrics, make_eval_step, make_train_step
+from train.step import make_eval_step, make_train_step
 from transformer.decode import generate
 from transformer.decode.sampling import Sampling
 from transformer.errors import UserError
@@ -90,7 +89,7 @@ class Run:
         self.eval_step = make_eval_step(graphdef)
         self.generator = generate.Generator(config.model, end_of_text=prepared.tokenizer.end_of_text)
         self.tokenizer_files = _files_of(prepared, config.directory / "tokenizer")
-        self.to_device = functools.partial(shard_batch, sharding=batch_sharding(mesh, config.mesh.rules))
+        self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
         self.flops_per_token = 3 * flops_per_token(config.model, config.sequence_length)
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
@@ -105,7 +104,7 @@ class Run:
         """Step until the end, a signal, or too many skipped updates."""
         config, start = self.config, int(state.step)
         batches = self._batches(start)
-        meter = Meter(self, start)
+        meter = Meter(self.schedule, self.flops_per_token, list(self.mesh.devices.flat), config.model.dtype)
         nll, step = None, start
         with (
             MetricLog(config, config.directory, start) as log,
@@ -114,38 +113,45 @@ class Run:
         ):
             display.say(self._headline(state, start))
             for step in range(start + 1, config.steps + 1):
-                batch = next(batches)
+                examples, batch = next(batches)
                 _trace(profile, step, config.directory, display)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = self.train_step(state, batch)
                 # The host reads a step's metrics while the devices work on the next one.
-                meter.push(step, metrics, batch.get("example"))
+                meter.push(step, metrics, examples)
                 for done in meter.ready(keep=1):
                     self._record(done, display, log, checkpoints)
                 nll = None
-                last = step == config.steps
-                if _due(step, config.evaluation.every) and not last:
-                    nll = self._evaluate(state, step, display, log, config.evaluation.batches).loss
-                if _due(step, config.sample.every) and not last:
-                    display.say(self.sample(state))
-                if _due(step, config.checkpoint.every) and not last:
+                if step == config.steps:
+                    break
+                evaluates = _due(step, config.evaluation.every)
+                samples = _due(step, config.sample.every)
+                saves = _due(step, config.checkpoint.every)
+                if evaluates or samples or saves:
+                    # Before a step is built upon, its own update must be known to be finite.
                     self._drain(meter, display, log, checkpoints)
+                    meter.pause()
+                if evaluates:
+                    nll = self._evaluate(state, step, display, log, config.evaluation.batches).loss
+                if samples:
+                    display.say(self.sample(state))
+                if saves:
                     checkpoints.save(state, step, config, self.tokenizer_files, nll)
                 if stop.requested:
                     break
-                meter.exclude(nll is not None or _due(step, config.sample.every) or _due(step, config.checkpoint.every))
             self._drain(meter, display, log, checkpoints)
             if profile is not None and profile[0] <= step < profile[1]:
                 jax.profiler.stop_trace()
             scores = None
-            if not stop.requested:
+            interrupted = stop.requested and step < config.steps
+            if not interrupted:
                 scores = self._evaluate(state, step, display, log, None)
                 nll = scores.loss
             if checkpoints.latest != step:
                 checkpoints.save(state, step, config, self.tokenizer_files, nll)
                 checkpoints.wait()
             self._farewell(state, step, scores, display)
-        return Finished(config.directory, step, scores, stop.requested)
+        return Finished(config.directory, step, scores, interrupted)
 
     def sample(self, state: TrainState) -> str:
         """A text from the model as it is now."""
@@ -165,7 +171,12 @@ class Run:
             written = written[: written.index(tokenizer.end_of_text)]
         return f"── sample ──\n{sample.prompt}{tokenizer.decode(written)}\n────────────"
 
-    def _batches(self, start: int) -> Generator[dict[str, jax.Array]]:
+    def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
+        """A batch's example ids, which stay on the host, and its arrays on the devices."""
+        arrays = {name: rows for name, rows in batch.items() if name != "example"}
+        return batch["example"], shard_batch(arrays, self.batch_sharding)
+
+    def _batches(self, start: int) -> Generator[tuple[np.ndarray, Batch]]:
         config = self.config
         host = train_batches(
             self.prepared,
@@ -176,7 +187,7 @@ class Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return prefetch_to_device(host.iterate(start), self.to_device)
+        return prefetch_to_device(host.iterate(start), self._to_device)
 
     def _evaluate(self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None) -> Scores:
         config = self.config
@@ -190,7 +201,7 @@ class Run:
             max_batches=batches,
         )
         params = state.params if state.ema is None else state.ema
-        device = prefetch_to_device(iter(host), self.to_device)
+        device = (batch for _, batch in prefetch_to_device(iter(host), self._to_device))
         scores = evaluate(self.eval_step, params, device, self.prepared.meta.bytes_per_token("validation"))
         log.write(step, "eval", dataclasses.asdict(scores))
         bits = "" if scores.bits_per_byte is None else f"  bits per byte {scores.bits_per_byte:.4f}"
@@ -248,62 +259,6 @@ class Run:
         display.say(f"finished; to write with it: manyheads generate {directory} --prompt TEXT")
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """Metrics of a step, on the host."""
-
-    step: int
-    values: dict[str, float | None]
-    skipped_in_row: int
-    examples: np.ndarray | None
-
-
-class Meter:
-    """Holds metrics until they may be read without making the devices wait, and times the steps between readings."""
-
-    def __init__(self, run: Run, start: int) -> None:
-        self._run = run
-        self._pending: collections.deque[tuple[int, Metrics, Any]] = collections.deque()
-        self._in_row = 0
-        self._clock: float | None = None
-        self._speed: float | None = None
-
-    def push(self, step: int, metrics: Metrics, examples: Any) -> None:
-        """Take the metrics of a step that was just given to the devices."""
-        self._pending.append((step, metrics, examples))
-
-    def exclude(self, happened: bool) -> None:
-        """Leave what happened since the last step out of the speed."""
-        if happened:
-            self._clock = None
-
-    def ready(self, keep: int) -> Iterator[Reading]:
-        """Readings of all but the last `keep` steps."""
-        while len(self._pending) > keep:
-            step, metrics, examples = self._pending.popleft()
-            values: dict[str, float | None] = {k: float(v) for k, v in jax.device_get(metrics).items()}
-            skipped = values.pop("skipped")
-            self._in_row = self._in_row + 1 if skipped else 0
-            values["learning_rate"] = float(self._run.schedule(step - 1))
-            values |= self._speeds(values["tokens"] or 0.0)
-            held = np.asarray(jax.device_get(examples)) if self._in_row and examples is not None else None
-            yield Reading(step, values, self._in_row, held)
-
-    def _speeds(self, tokens: float) -> dict[str, float | None]:
-        now = time.monotonic()
-        if self._clock is not None and now > self._clock:
-            speed = tokens / (now - self._clock)
-            # Smoothed over about ten steps; the first one after a pause stands for itself.
-            self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
-        self._clock = now
-        if self._speed is None:
-            return {"tokens_per_second": None, "mfu": None}
-        run = self._run
-        flops = self._speed * run.flops_per_token
-        mfu = utilization(flops, list(run.mesh.devices.flat), run.config.model.dtype)
-        return {"tokens_per_second": self._speed, "mfu": mfu}
-
-
 def _make_model(config: RunConfig, rngs: Any) -> GPT:
     return GPT(config.model, rngs=rngs)
 
@@ -329,9 +284,6 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _compact(examples: np.ndarray | None) -> str:
-    ids = [] if examples is None else np.asarray(examples).ravel().tolist()
+def _compact(examples: np.ndarray) -> str:
+    ids = examples.tolist()
     return ", ".join(map(str, ids[:16])) + (" ..." if len(ids) > 16 else "")
-
-
-__all__ = ["Finished", "Run", "clock", "train"]

@@ -61,7 +61,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         compute = gradient if microbatches == 1 else accumulate
-        grads, sums = compute(state.params, {k: v for k, v in batch.items() if k != "example"}, key)
+        grads, sums = compute(state.params, batch, key)
         # optax relies on JAX's default promotion, whatever stricter rule the program runs under.
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             weight = jnp.maximum(sums.weight, 1)

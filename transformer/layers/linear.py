@@ -5,6 +5,7 @@ B batch, T position, D embed, N heads, H head_dim, F mlp.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -22,8 +23,7 @@ def dense(
 ) -> Float[Array, "*dims O"]:
     """x · kernel + bias over the last dim. Reverse mode only.
 
-    The gradient is the automatic one, in another order of dims: the kernel's is contracted in the kernel's own layout,
-    where automatic differentiation makes its transpose and turns it round, at the cost of a copy of each kernel.
+    The gradient is the automatic one, in another order of operands: see `_dense_backward`.
     """
     return _dense_forward(x, kernel_IO, bias_O)[0]
 
@@ -40,7 +40,12 @@ def _dense_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tupl
     leading = tuple(range(x.ndim - 1))
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())))
-    dkernel = jax.lax.dot_general(x, dy, ((leading, leading), ((), ())), preferred_element_type=wide)
+    # XLA:CPU turns the first operand round before it multiplies, so the narrower one comes first.
+    contract = functools.partial(jax.lax.dot_general, dimension_numbers=((leading, leading), ((), ())))
+    if x.shape[-1] > dy.shape[-1]:
+        dkernel = contract(dy, x, preferred_element_type=wide).T
+    else:
+        dkernel = contract(x, dy, preferred_element_type=wide)
     dbias = None if bias_O is None else dy.sum(leading, dtype=wide).astype(bias_O.dtype)
     return dx, dkernel.astype(kernel_IO.dtype), dbias
 

@@ -1,0 +1,79 @@
+"""A step's metrics on their way to the host, and the speed of a run.
+
+Metrics are read one step late, so that the devices never wait for the host to look at them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import optax
+
+from train.hardware import utilization
+from train.step import Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Metrics of a step, on the host."""
+
+    step: int
+    values: dict[str, float | None]
+    skipped_in_row: int
+    examples: np.ndarray
+
+
+class Meter:
+    """Holds metrics until they may be read without making the devices wait, and times the steps.
+
+    Args:
+        schedule: step → learning rate.
+        flops_per_token: of a training step.
+        devices: that share the work.
+        dtype: the type that they compute in.
+    """
+
+    def __init__(self, schedule: optax.Schedule, flops_per_token: float, devices: list[jax.Device], dtype: str) -> None:
+        self._schedule, self._flops_per_token = schedule, flops_per_token
+        self._devices, self._dtype = devices, dtype
+        self._pending: collections.deque[tuple[int, Metrics, np.ndarray, float | None]] = collections.deque()
+        self._in_row = 0
+        self._clock: float | None = None
+        self._speed: float | None = None
+
+    def push(self, step: int, metrics: Metrics, examples: np.ndarray) -> None:
+        """Take the metrics of a step that was just given to the devices."""
+        # Metrics are read one step late, so this call comes once a step's time, whether or not the step runs in the
+        # background.
+        now = time.monotonic()
+        self._pending.append((step, metrics, examples, None if self._clock is None else now - self._clock))
+        self._clock = now
+
+    def pause(self) -> None:
+        """Leave the time until the next step out of the speed."""
+        self._clock = None
+
+    def ready(self, keep: int) -> Iterator[Reading]:
+        """Readings of all but the last `keep` steps."""
+        while len(self._pending) > keep:
+            step, metrics, examples, seconds = self._pending.popleft()
+            values: dict[str, float | None] = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            self._in_row = self._in_row + 1 if values.pop("skipped") else 0
+            values["learning_rate"] = float(self._schedule(step - 1))
+            values |= self._speeds(values["tokens"] or 0.0, seconds)
+            yield Reading(step, values, self._in_row, examples)
+
+    def _speeds(self, tokens: float, seconds: float | None) -> dict[str, float | None]:
+        if seconds:
+            # Smoothed over about ten steps.
+            speed = tokens / seconds
+            self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
+        if self._speed is None:
+            return {"tokens_per_second": None, "mfu": None}
+        mfu = utilization(self._speed * self._flops_per_token, self._devices, self._dtype)
+        return {"tokens_per_second": self._speed, "mfu": mfu}
