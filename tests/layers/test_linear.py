@@ -78,7 +78,7 @@ def test_feed_forward(activation):
 def test_dropout():
     x = jnp.ones((100, 100))
     dropped = dropout(x, 0.25, jax.random.key(0))
-    assert set(np.unique(dropped).round(5).tolist()) == {0.0, 1.33333}
+    np.testing.assert_allclose(np.unique(dropped), [0, 4 / 3], rtol=1e-6)
     assert float(dropped.mean()) == pytest.approx(1, abs=0.02)
     assert dropout(x, 0.25, None) is x
     assert dropout(x, 0.0, jax.random.key(0)) is x

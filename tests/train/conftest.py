@@ -50,16 +50,24 @@ def config_file(corpus, tmp_path_factory):
 
 @pytest.fixture
 def start(config_file):
-    """Start `manyheads train` on the small config as a real process."""
+    """Start `manyheads train` on the small config as a real process; none outlives its test."""
+    started = []
 
     def run(run_dir, *arguments, **options):
         environment = os.environ | {"XLA_FLAGS": ""}
         command = [sys.executable, "-m", "train.cli", "train", str(config_file), "--run-dir", str(run_dir), *arguments]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
         )
+        started.append(process)
+        return process
 
-    return run
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            stream.close()
 
 
 @pytest.fixture(scope="session")
