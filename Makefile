@@ -40,8 +40,9 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 # An environment of its own: jax 0.11 and newer need a newer Python than the main one may be.
-NEWEST ?= python3.13
+NEWEST ?= $(firstword $(shell command -v python3.13) $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3.13))
 test-newest:
+	@test -n "$(NEWEST)" || { echo "test-newest needs Python 3.13; name one with make NEWEST=/path/to/python3.13 test-newest"; exit 2; }
 	test -x .venv-newest/bin/python || $(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test-core]' jax flax optax
 	.venv-newest/bin/python -m pytest -n 2 -m "not torch"

@@ -14,7 +14,7 @@ from flax import nnx
 from transformer.attention.dispatch import attend
 from transformer.attention.mask import AttentionMask
 from transformer.decode.cache import KVCache
-from transformer.layers.linear import Linear
+from transformer.layers.linear import Linear, join
 from transformer.layers.norm import RMSNorm
 from transformer.layers.position import rotary
 from transformer.sharding import constrain
@@ -60,6 +60,7 @@ class MultiHeadAttention(nnx.Module):
         self.logit_soft_cap = logit_soft_cap
         self.dropout_rate = dropout_rate
         self.backend = backend
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
 
         def project(heads: int, axis: str) -> Linear:
             return Linear(
@@ -67,9 +68,10 @@ class MultiHeadAttention(nnx.Module):
                 kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
 
-        self.query = project(num_heads, "heads")
-        self.key = project(num_kv_heads, "kv_heads")
-        self.value = project(num_kv_heads, "kv_heads")
+        self.query: Linear | None = nnx.data(project(num_heads, "heads"))
+        self.key: Linear | None = nnx.data(project(num_kv_heads, "kv_heads"))
+        self.value: Linear | None = nnx.data(project(num_kv_heads, "kv_heads"))
+        self.joint: Linear | None = nnx.data(None)
         self.out = Linear(
             (num_heads, head_dim), (embed_dim,), axes=("heads", "head_dim", "embed"), use_bias=use_bias,
             kernel_init=out_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
@@ -100,9 +102,10 @@ class MultiHeadAttention(nnx.Module):
         """
         mask = AttentionMask.none() if mask is None else mask
         with jax.named_scope("attention"):
-            q_BTNH = constrain(self.query(x_BTD), "batch", "seq", "heads", "head_dim")
-            k_BSKH = constrain(self.key(x_BTD), "batch", "seq", "kv_heads", "head_dim")
-            v_BSKH = constrain(self.value(x_BTD), "batch", "seq", "kv_heads", "head_dim")
+            q_BTNH, k_BSKH, v_BSKH = self._project(x_BTD)
+            q_BTNH = constrain(q_BTNH, "batch", "seq", "heads", "head_dim")
+            k_BSKH = constrain(k_BSKH, "batch", "seq", "kv_heads", "head_dim")
+            v_BSKH = constrain(v_BSKH, "batch", "seq", "kv_heads", "head_dim")
             if self.query_norm is not None and self.key_norm is not None:
                 q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
             if self.rotary_period is not None:
@@ -127,3 +130,22 @@ class MultiHeadAttention(nnx.Module):
                 return_weights=return_weights,
             )
             return constrain(self.out(out_BTNH), "batch", "seq", None), cache, weights
+
+    def joined(self) -> MultiHeadAttention:
+        """The same attention with its three projections as one product, for decoding.
+
+        One token gives three thin products, each of which is over before a device is busy. In training they are wide,
+        and apart each can be sharded by its own heads.
+        """
+        attention = nnx.merge(*nnx.split(self))
+        attention.joint = join([linear for linear in (self.query, self.key, self.value) if linear is not None])
+        attention.query = attention.key = attention.value = None
+        return attention
+
+    def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
+        """Queries [B, T, N, H], and keys and values [B, T, K, H]."""
+        if self.joint is not None:
+            q, k, v = jnp.split(self.joint(x_BTD), [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
+            return q, k, v
+        assert self.query is not None and self.key is not None and self.value is not None
+        return self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)

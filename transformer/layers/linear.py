@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,16 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias[...].astype(self.dtype).reshape(-1)
         y = dense(rows, kernel.reshape(rows.shape[-1], -1), bias)
         return y.reshape(*y.shape[:-1], *kernel.shape[self.num_in :])
+
+
+def join(maps: Sequence[Linear]) -> Linear:
+    """One map that gives what `maps` give, side by side along the first output dim: one product in place of several."""
+    first = maps[0]
+    joined = nnx.merge(*nnx.split(first))
+    joined.kernel = first.kernel.replace(jnp.concatenate([m.kernel[...] for m in maps], axis=first.num_in))
+    if first.bias is not None:
+        joined.bias = first.bias.replace(jnp.concatenate([m.bias[...] for m in maps if m.bias is not None], axis=0))
+    return joined
 
 
 def dropout(x: Float[Array, ...], rate: float, key: PRNGKeyArray | None) -> Float[Array, ...]:

@@ -284,12 +284,16 @@ class GPT(nnx.Module):
     def unstacked(self) -> GPT:
         """The same model with its blocks apart, for decoding, which reads each weight once a token.
 
-        A scan, and a loop over slices too, copies every layer out of the stack before it reads it. The cache of such a
-        model is a list of layers' caches (`stack.unstack`).
+        A scan, and a loop over slices too, copies every layer out of the stack before it reads it. Here each layer stands by
+        itself, its three projections of attention as one. The cache of such a model is a list of layers' caches
+        (`stack.unstack`).
         """
         graphdef, params = nnx.split(self)
         model = nnx.merge(graphdef, params)
-        model.blocks = nnx.List(unstack(self.blocks, self.config.num_layers))
+        blocks = unstack(self.blocks, self.config.num_layers)
+        for block in blocks:
+            block.attention = block.attention.joined()
+        model.blocks = nnx.List(blocks)
         return model
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
