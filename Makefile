@@ -40,7 +40,8 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 # An environment of its own: jax 0.11 and newer need a newer Python than the main one may be.
-NEWEST ?= $(firstword $(shell command -v python3.13) $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3.13))
+# A name on the PATH may be a stub that does not run.
+NEWEST ?= $(shell for p in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/python3.13; do "$$p" -c "" 2>/dev/null && { echo "$$p"; break; }; done)
 test-newest:
 	@test -n "$(NEWEST)" || { echo "test-newest needs Python 3.13; name one with make NEWEST=/path/to/python3.13 test-newest"; exit 2; }
 	test -x .venv-newest/bin/python || $(NEWEST) -m venv .venv-newest

@@ -22,7 +22,7 @@ from transformer.models.gpt import GPT, GPTConfig
 from transformer.stack import unstack
 from transformer.types import Array, Bool, Float, Int, Key
 
-PREFILL_MULTIPLE = 64
+PREFILL_MULTIPLE = 32
 """Prompts and caches are rounded up to this, so that a program compiled once serves many lengths."""
 
 

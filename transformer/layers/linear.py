@@ -101,9 +101,9 @@ def join(maps: Sequence[Linear]) -> Linear:
     """One map that gives what `maps` give, side by side along the first output dim: one product in place of several."""
     first = maps[0]
     joined = nnx.merge(*nnx.split(first))
-    joined.kernel = first.kernel.replace(jnp.concatenate([m.kernel[...] for m in maps], axis=first.num_in))
-    if first.bias is not None:
-        joined.bias = first.bias.replace(jnp.concatenate([m.bias[...] for m in maps if m.bias is not None], axis=0))
+    joined.kernel.set_value(jnp.concatenate([m.kernel[...] for m in maps], axis=first.num_in))
+    if joined.bias is not None:
+        joined.bias.set_value(jnp.concatenate([m.bias[...] for m in maps if m.bias is not None], axis=0))
     return joined
 
 
