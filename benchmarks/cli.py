@@ -38,7 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     command("decode", _decode, "greedy decoding beside transformers' generate", rounds=5)
     command("data", _data, "the loader alone beside the step", rounds=3)
     command("compile", _compile, "compile time of the step at 6 and 48 layers", rounds=3)
-    command("gpu", _gpu, "all measurements that need an accelerator", rounds=1)
+    for name, call, text in (
+        ("gpu", _gpu, "all measurements that need an accelerator"),
+        ("report", _report, "the results on record as a Markdown table"),
+    ):
+        commands.add_parser(name, help=text, description=text).set_defaults(call=call)
     return parser
 
 
@@ -70,6 +74,12 @@ def _gpu(options: argparse.Namespace) -> None:
     from benchmarks import gpu
 
     gpu.run()
+
+
+def _report(options: argparse.Namespace) -> None:
+    from benchmarks.report import report
+
+    print(report())
 
 
 def _positive(text: str) -> int:

@@ -8,7 +8,9 @@ import pytest
 
 from benchmarks import compile_time, decode, record, step
 from benchmarks.cli import main
+from benchmarks.report import report
 from benchmarks.workload import Workload
+from transformer.errors import UserError
 from transformer.models.gpt import GPTConfig
 
 TINY = Workload(GPTConfig(vocab_size=32, max_length=160, num_layers=2, embed_dim=16, num_heads=2), batch_size=2)
@@ -44,6 +46,17 @@ def test_step_and_decode_compare_with_the_peer(results):
     assert kept["command"] == "manyheads-bench step --rounds 1 --steps 1"
     assert {"date", "device", "versions", "result"} <= set(kept)
     assert kept["versions"]["jax"]
+
+
+def test_the_report_is_made_from_the_records(results):
+    with pytest.raises(UserError, match="no results yet"):
+        report(results)
+    values = {"median": 2.0, "min": 1.5, "max": 2.5, "rounds": 3}
+    record.save("compile", "manyheads-bench compile", {"seconds": {}, "ratio": values})
+    row = report(results).splitlines()[-1]
+    assert row.startswith(
+        "| compile time of the step, 48 layers over 6 | 2.00× | 1.50× to 2.50× | `manyheads-bench compile` |"
+    )
 
 
 def test_compile_time_is_taken_at_both_depths(results):
