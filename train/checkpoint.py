@@ -20,7 +20,10 @@ from train.config import CheckpointConfig, RunConfig, difference, to_data
 from train.state import TrainState
 from transformer.errors import UserError
 
-RESUMABLE = ("name", "run_dir", "steps", "evaluation", "checkpoint", "log", "sample", "mesh", "max_skipped")
+RESUMABLE = (
+    *("name:", "run_dir:", "steps:", "max_skipped:", "data.num_workers:", "data.prefetch:", "model.attention:"),
+    *("evaluation.", "checkpoint.", "log.", "sample.", "mesh."),
+)
 """Config fields that may differ between a checkpoint and the run that goes on from it.
 
 None but `steps` has a part in what is computed; that one may be raised to train on, and its schedule with it.
@@ -128,9 +131,9 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint belongs to another config; the fields that differ are named.
         """
-        stored = {k: v for k, v in self.meta(step)["config"].items() if k not in RESUMABLE}
-        current = {k: v for k, v in to_data(config).items() if k not in RESUMABLE}
-        if changed := difference(stored, current):
+        stored, current = self.meta(step)["config"], to_data(config)
+        changed = [line for line in difference(stored, current) if not line.startswith(RESUMABLE)]
+        if changed:
             raise UserError(
                 f"{self.directory.parent}: its checkpoint at step {step} was made with another config: "
                 f"{'; '.join(changed)}. Undo the change, or start anew with --run-dir FOLDER"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not options.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
+    # While libraries load and start, Python's own KeyboardInterrupt may be lost in one of their callbacks.
+    previous = signal.signal(signal.SIGINT, _leave)
     try:
         options.call(options)
     except UserError as error:
@@ -30,10 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (head, less) has left: nothing more to say, and nothing wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print("manyheads: interrupted", file=sys.stderr)
-        return 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
     return 0
+
+
+def _leave(number: int, frame: object) -> None:
+    """Nothing that is half-made is ever taken for whole, so a process may end anywhere."""
+    os.write(2, b"manyheads: interrupted\n")
+    os._exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN", help="folder of a run")
     sub.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for a batch")
     sub.add_argument("--prompts-file", metavar="FILE", help="a file with one prompt a line (- for standard input)")
-    sub.add_argument("--max-tokens", type=int, default=256, metavar="N", help="length of a continuation (256)")
+    sub.add_argument(
+        "--max-tokens", type=int, metavar="N", help="length of a continuation (256, or what the context leaves)"
+    )
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
     sub.add_argument("--top-k", type=int, help="keep the k likeliest tokens")
     sub.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens of this probability (0.95)")
@@ -165,7 +175,7 @@ def _profile_range(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     first, colon, last = text.partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UserError(f"--profile: got {text!r}; allowed: FIRST:LAST, two steps from 1 up, such as 10:20")
     return int(first), int(last)
 

@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 import json
+import re
 import textwrap
 import types
 import typing
@@ -21,6 +22,9 @@ from train.objective import LossConfig
 from train.optimizer import OptimizerConfig
 from transformer.errors import ConfigError, UserError, nearest, require
 from transformer.models.gpt import GPTConfig
+
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
+"""YAML 1.2's floats with an exponent; PyYAML's own rule takes 1e-3 for a text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,6 +177,8 @@ def parse(data: Any, source: str) -> RunConfig:
         _check_keys(data, RunConfig, "", source)
         # As JSON, a list may become a tuple, while every scalar must still have the field's own type.
         return _adapter().validate_json(json.dumps(data), strict=True)
+    except TypeError as error:
+        raise UserError(f"{source}: a value that is no text, number, list or mapping: {error}") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -199,14 +205,25 @@ def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
-            return tyro.cli(RunConfig, default=config, args=list(arguments), prog="manyheads ... CONFIG")
+            # The words of YAML; switches take a value like every other field.
+            words = [{"null": "None", "true": "True", "false": "False"}.get(word, word) for word in arguments]
+            return tyro.cli(
+                RunConfig,
+                default=config,
+                args=words,
+                prog="manyheads ... CONFIG",
+                config=(tyro.conf.FlagConversionOff,),
+            )
     except SystemExit as stop:
         if not stop.code:
             print(output.getvalue())
             raise
         # tyro draws a box; a mistake here is one line like every other.
         lines = [line.strip(" │╭╰╮╯─") for line in output.getvalue().splitlines()]
-        message = " ".join(line for line in lines[1:] if line and not line.startswith(("For full helptext", "---")))
+        helpless = itertools.takewhile(
+            lambda line: not line.startswith(("Argument helptext", "For full helptext")), lines[1:]
+        )
+        message = " ".join(line for line in helpless if line and not line.startswith("---"))
         raise UserError(f"command line: {message}") from None
     except ConfigError as error:
         raise UserError(f"command line: {field_path(error)}") from None
@@ -216,7 +233,11 @@ def dump(config: RunConfig) -> str:
     """The whole config as YAML, defaults included; `load` reads it back to an equal one."""
     import yaml
 
-    return yaml.safe_dump(to_data(config), sort_keys=False, allow_unicode=True)
+    class Dumper(yaml.SafeDumper):
+        """Quotes a text that `load` would take for a number."""
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+    return yaml.dump(to_data(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def to_data(config: RunConfig) -> dict[str, Any]:
@@ -287,21 +308,18 @@ def _read_yaml(path: Path) -> Any:
         """YAML 1.2's floats (1e-3 is a number), and no key twice."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            self.flatten_mapping(node)
             keys = [self.construct_object(key) for key, _ in node.value]
             for key in keys:
                 if keys.count(key) > 1:
                     raise UserError(f"{path}: line {node.start_mark.line + 1}: the key {key!r} stands twice")
             return super().construct_mapping(node, deep)
 
-    import re
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-    )
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file" + _similar_file(path)) from None
+        raise UserError(f"{path}: no such config file." + _similar_file(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:

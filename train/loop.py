@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class Finished:
     directory: Path
     step: int
     scores: Scores | None
-    """On all of the held-out text; None for a run that was interrupted."""
+    """On all of the held-out text; None without such text, and for a run that was interrupted or ended before."""
     interrupted: bool
 
 
@@ -58,14 +58,21 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finis
     """
     with writing(config.directory):
         config.directory.mkdir(parents=True, exist_ok=True)
+    if profile is not None and profile[0] > config.steps:
+        raise UserError(f"--profile: step {profile[0]} is beyond the last one, {config.steps}")
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
     prepared = prepare(config.data)
     check_vocabulary(prepared, config.model.vocab_size)
-    with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop:
+    with _alone_in(config.directory), use_mesh(mesh, config.mesh.rules), GracefulStop() as stop:
         run = Run(config, prepared, mesh)
         with Checkpoints(config.directory, config.checkpoint) as checkpoints:
+            if (done := checkpoints.latest) is not None and done > config.steps:
+                raise UserError(f"{config.directory}: this run is at step {done} already, and steps is {config.steps}")
             state = run.start(checkpoints)
+            if done == config.steps:
+                print(f"{config.directory}: finished before, at step {done}. Raise steps to train on, or write with it")
+                return Finished(config.directory, done, None, False)
             with writing(config.directory):
                 (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
             return run.loop(state, checkpoints, stop, profile)
@@ -87,8 +94,11 @@ class Run:
             graphdef, optimizer, config.loss, self.abstract, microbatches=config.microbatches, ema_decay=ema_decay
         )
         self.eval_step = make_eval_step(graphdef)
-        self.generator = generate.Generator(config.model, end_of_text=prepared.tokenizer.end_of_text)
+        self.generator = generate.Generator(
+            config.model, end_of_text=prepared.tokenizer.end_of_text, num_tokens=prepared.tokenizer.vocab_size
+        )
         self.tokenizer_files = _files_of(prepared, config.directory / "tokenizer")
+        self.has_held_out = bool(prepared.validation)
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
         self.flops_per_token = 3 * flops_per_token(config.model, config.sequence_length)
 
@@ -114,7 +124,8 @@ class Run:
             display.say(self._headline(state, start))
             for step in range(start + 1, config.steps + 1):
                 examples, batch = next(batches)
-                _trace(profile, step, config.directory, display)
+                if profile is not None and start < profile[0]:
+                    _trace(profile, step, config.directory, display)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = self.train_step(state, batch)
                 # The host reads a step's metrics while the devices work on the next one.
@@ -124,7 +135,7 @@ class Run:
                 nll = None
                 if step == config.steps:
                     break
-                evaluates = _due(step, config.evaluation.every)
+                evaluates = self.has_held_out and _due(step, config.evaluation.every)
                 samples = _due(step, config.sample.every)
                 saves = _due(step, config.checkpoint.every)
                 if evaluates or samples or saves:
@@ -140,17 +151,21 @@ class Run:
                 if stop.requested:
                     break
             self._drain(meter, display, log, checkpoints)
-            if profile is not None and profile[0] <= step < profile[1]:
+            if profile is not None and start < profile[0] <= step <= profile[1]:
                 jax.profiler.stop_trace()
+                display.say(f"profile from step {profile[0]}: {config.directory / 'profile'}")
             scores = None
             interrupted = stop.requested and step < config.steps
-            if not interrupted:
-                scores = self._evaluate(state, step, display, log, None)
-                nll = scores.loss
-            if checkpoints.latest != step:
-                checkpoints.save(state, step, config, self.tokenizer_files, nll)
-                checkpoints.wait()
-            self._farewell(state, step, scores, display)
+            try:
+                if self.has_held_out and not interrupted:
+                    scores = self._evaluate(state, step, display, log, None)
+                    nll = scores.loss
+            finally:
+                # Whatever happens to the last evaluation, the steps are not lost.
+                if checkpoints.latest != step:
+                    checkpoints.save(state, step, config, self.tokenizer_files, nll)
+                    checkpoints.wait()
+            self._farewell(state, step, scores, interrupted, display)
         return Finished(config.directory, step, scores, interrupted)
 
     def sample(self, state: TrainState) -> str:
@@ -158,6 +173,8 @@ class Run:
         sample = self.config.sample
         tokenizer = self.prepared.tokenizer
         prompt = tokenizer.encode(sample.prompt).tolist() or [tokenizer.end_of_text]
+        # A long prompt keeps its end, with room for at least one token.
+        prompt = prompt[-(self.config.model.max_length - 1) :]
         room = self.config.model.max_length - len(prompt)
         tokens = self.generator.generate(
             state.params if state.ema is None else state.ema,
@@ -243,15 +260,17 @@ class Run:
             f"{self.config.batch_size * self.config.sequence_length:,} tokens a step"
         )
 
-    def _farewell(self, state: TrainState, step: int, scores: Scores | None, display: Display) -> None:
+    def _farewell(
+        self, state: TrainState, step: int, scores: Scores | None, interrupted: bool, display: Display
+    ) -> None:
         directory = self.config.directory
-        if scores is None:
+        if interrupted:
             display.say(
                 f"stopped after step {step}; the state is saved in {directory}. Run the same command again to go on"
             )
             return
         display.say(self.sample(state))
-        if scores.bits_per_byte is not None:
+        if scores is not None and scores.bits_per_byte is not None:
             compressors: tuple[tuple[Literal["gzip", "xz"], str], ...] = (("gzip", "gzip -9"), ("xz", "xz -9"))
             others = [(label, self.prepared.meta.bits_per_byte(name)) for name, label in compressors]
             known = "".join(f", {label} {bits:.4f}" for label, bits in others if bits is not None)
@@ -270,9 +289,23 @@ def _files_of(prepared: Prepared, directory: Path) -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(directory.iterdir())}
 
 
-def _trace(profile: tuple[int, int] | None, step: int, directory: Path, display: Display) -> None:
-    if profile is None:
-        return
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Keep a second process from training in the same folder."""
+    import filelock
+
+    lock = filelock.FileLock(directory / f".lock-{jax.process_index()}")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{directory}: another process is training here; choose another --run-dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _trace(profile: tuple[int, int], step: int, directory: Path, display: Display) -> None:
     if step == profile[0]:
         jax.profiler.start_trace(str(directory / "profile"), create_perfetto_trace=True)
     elif step == profile[1] + 1:

@@ -47,7 +47,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for field in ("learning_rate", "epsilon"):
-            require(self, field, getattr(self, field) > 0, "allowed: above 0")
+            require(self, field, 0 < getattr(self, field) < float("inf"), "allowed: above 0")
         for field in ("adam_learning_rate", "clip_norm"):
             require(self, field, getattr(self, field) is None or getattr(self, field) > 0, "allowed: above 0, or null")
         for field in ("warmup_steps", "weight_decay"):

@@ -39,10 +39,11 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         asked = platform or os.environ.get("JAX_PLATFORMS", "the default platform")
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise UserError(
-            f"no device of platform {asked!r} here ({str(error).splitlines()[0]}); choose another with --platform "
+            f"no device of platform {asked!r} here{reason}; choose another with --platform "
             "(cpu, gpu, tpu), or install jax for it: manyheads[cuda13], manyheads[tpu]"
         ) from None
 

@@ -20,21 +20,28 @@ from transformer.decode.sampling import Sampling
 from transformer.errors import UserError
 from transformer.models.gpt import GPT
 
+DEFAULT_TOKENS = 256
 STREAM_CHUNK = 8
 """Tokens between two flushes of the text: often enough to read along, seldom enough not to slow the device."""
 
 
-def write(run: Path, prompts: list[str], step: str, max_tokens: int, sampling: Sampling, seed: int) -> None:
+def write(run: Path, prompts: list[str], step: str, max_tokens: int | None, sampling: Sampling, seed: int) -> None:
     """Print a continuation of each prompt, as it comes for one prompt, one after the other for several.
+
+    Args:
+        max_tokens: of each continuation; by default 256, or what the model's context leaves.
 
     Raises:
         UserError: no such run or checkpoint, or a prompt that does not fit the model.
     """
-    if max_tokens < 1:
+    if max_tokens is not None and max_tokens < 1:
         raise UserError(f"--max-tokens: got {max_tokens}; allowed: 1 or more")
     config, tokenizer, params, mesh = load_run(run, step)
-    generator = Generator(config.model, end_of_text=tokenizer.end_of_text)
+    generator = Generator(config.model, end_of_text=tokenizer.end_of_text, num_tokens=tokenizer.vocab_size)
     ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+    if max_tokens is None:
+        max_tokens = max(min(DEFAULT_TOKENS, config.model.max_length - max(map(len, ids))), 1)
+    generator.check(ids, max_tokens)
     decoders = [StreamDecoder(tokenizer) for _ in prompts]
     texts = [""] * len(prompts)
     alone = len(prompts) == 1
@@ -96,7 +103,7 @@ def _choose(checkpoints: Checkpoints, run: Path, step: str) -> int:
         return steps[-1]
     if step == "best":
         return steps[-1] if checkpoints.best is None else checkpoints.best
-    if not step.isdigit() or int(step) not in steps:
+    if not step.isdecimal() or int(step) not in steps:
         raise UserError(f"--step: got {step!r}; this run has latest, best, {', '.join(map(str, steps))}")
     return int(step)
 

@@ -201,7 +201,9 @@ def test_an_empty_corpus_is_named(tmp_path: Path) -> None:
 
 def test_holding_out_no_document_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("text")
-    with pytest.raises(UserError, match=r"validation_fraction 0\.001 of so few held out none: raise it, set it to 0"):
+    with pytest.raises(
+        UserError, match=r"validation_fraction 0\.001 of so few documents held out none: raise it, cut a long text"
+    ):
         prepare(config_of(tmp_path / "one.txt", validation_fraction=0.001), progress=False)
 
 

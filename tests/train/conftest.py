@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -81,9 +80,3 @@ def whole(config_file, tmp_path_factory):
     assert result.returncode == 0, result.stderr
     (folder / "output.txt").write_text(result.stdout, encoding="utf-8")
     return folder
-
-
-def records(run_dir, name="train/loss"):
-    """Step → value of one metric."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {record["step"]: record[name] for record in map(json.loads, lines) if name in record}

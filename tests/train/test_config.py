@@ -52,6 +52,7 @@ optimizer: {learning_rate: 1e-3, clip_norm: null}
         ("name: x\nbatch_size: 6\nmicrobatches: 4", r"microbatches: got 4; it must divide batch_size \(6\)"),
         ("name: x\nlength: 4096", r"length: got 4096; allowed: 1 to model.max_length \(1024\)"),
         ("name: x\nmodel: 3", r"model: got 3; expected a mapping"),
+        ("name: 2020-01-01", r"no text, number, list or mapping"),
         ("name: x\nname: y", r"line 1: the key 'name' stands twice"),
         ("name: [x", r"no valid YAML"),
         ("steps: 3", r"name is missing"),
@@ -65,9 +66,19 @@ def test_a_mistake_is_one_line_with_field_and_remedy(tmp_path, text, message):
     assert "run.yaml" in str(caught.value)
 
 
+def test_a_text_that_looks_like_a_number_stays_a_text(tmp_path):
+    config = override(parse(MINIMAL, "test"), ["--sample.prompt", "1e-7"])
+    assert load(write(tmp_path, dump(config))) == config
+
+
+def test_yaml_anchors_can_be_merged(tmp_path):
+    config = load(write(tmp_path, "name: x\nsample: &a {every: 7}\nevaluation: {<<: *a, batches: 3}"))
+    assert (config.evaluation.every, config.evaluation.batches) == (7, 3)
+
+
 def test_a_missing_file_suggests_its_neighbour(tmp_path):
     write(tmp_path, "name: x")
-    with pytest.raises(UserError, match=r"no such config file Did you mean 'run.yaml'"):
+    with pytest.raises(UserError, match=r"no such config file. Did you mean 'run.yaml'"):
         load(tmp_path / "runn.yaml")
 
 
@@ -78,8 +89,9 @@ def test_overrides_are_typed():
             "--model.num-layers",
             "3",
             "--optimizer.clip-norm",
-            "None",
+            "null",
             "--model.qk-norm",
+            "true",
             "--data.sources.0.weight",
             "2.5",
         ],

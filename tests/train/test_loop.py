@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,14 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from run_records import records
 
 from train.checkpoint import Checkpoints
 from train.cli import main
 from train.config import load
 from train.write import load_run
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import records
 
 
 def params_of(run_dir):
@@ -156,6 +156,38 @@ def test_bad_input_is_one_line_and_status_2(config_file, tmp_path, capsys, argum
     assert re.search(message, one_line(capsys))
 
 
+def test_without_held_out_text_it_trains_and_saves(config_file, tmp_path, capsys):
+    arguments = ("--data.validation-fraction", "0", "--model.vocab-size", "300", "--sample.prompt", "a" * 40)
+    assert cli(config_file, tmp_path / "run", *arguments, "--steps", "4") == 0
+    assert "── sample ──" in capsys.readouterr().out
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest == 4
+
+
+def test_a_finished_run_stays_as_it_is(config_file, whole, capsys):
+    before = (whole / "metrics.jsonl").read_text()
+    assert cli(config_file, whole) == 0
+    assert "finished before, at step 12" in capsys.readouterr().out
+    assert cli(config_file, whole, "--steps", "6") == 2
+    assert "at step 12 already, and steps is 6" in one_line(capsys)
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_one_folder_is_for_one_process(config_file, start, tmp_path, capsys):
+    process = start(tmp_path / "run", "--steps", "4000")
+    wait_for(tmp_path / "run", 2, process)
+    assert cli(config_file, tmp_path / "run") == 2
+    assert "another process is training here" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--model.attention", "cudnn"), ("--model.attention-soft-cap", "5", "--model.attention", "xla")]
+)
+def test_a_named_backend_that_cannot_run_is_one_line(config_file, tmp_path, capsys, arguments):
+    assert cli(config_file, tmp_path / "run", *arguments) == 2
+    assert "cannot do this: it" in one_line(capsys)
+
+
 def test_a_run_folder_that_cannot_be_made(config_file, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli(config_file, tmp_path / "file" / "run") == 2
@@ -167,9 +199,6 @@ def test_a_full_disk_loses_nothing(start, tmp_path):
     process = start(tmp_path / "run", "--steps", "4")
     assert process.wait() == 0
     limited = f'ulimit -f 40; exec {sys.executable} -m train.cli "$@"'
-    import os
-    import subprocess
-
     result = subprocess.run(
         ["bash", "-c", limited, "bash", "train", str(tmp_path / "run" / "config.yaml"), "--steps", "12"],
         cwd=Path(__file__).parents[2], env=os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"},
@@ -183,11 +212,12 @@ def test_a_full_disk_loses_nothing(start, tmp_path):
 
 
 def test_an_unknown_device(start, tmp_path):
-    process = start(tmp_path / "run", "--platform", "quantum")
-    _, errors = process.communicate()
-    assert process.returncode == 2
-    assert errors.count("\n") == 1
-    assert "no device of platform 'quantum' here" in errors
+    for name in ("quantum", "gpu"):
+        process = start(tmp_path / "run", "--platform", name)
+        _, errors = process.communicate()
+        assert process.returncode == 2
+        assert errors.count("\n") == 1
+        assert f"no device of platform {name!r} here" in errors
 
 
 def test_profile_names_the_stages_of_the_model(config_file, tmp_path, capsys):

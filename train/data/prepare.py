@@ -217,7 +217,12 @@ def _check_not_empty(train: tuple[Counts, ...], validation: tuple[Counts, ...], 
             raise UserError(f"{source.name}: no document with text to train on{skipped}; give the source some text")
     if validation and not any(source.documents for source in validation):
         names = ", ".join(source.name for source in validation)
-        hint = f"validation_fraction {held_out} of so few held out none: raise it, set it to 0, or " if held_out else ""
+        hint = (
+            f"validation_fraction {held_out} of so few documents held out none: raise it, cut a long text into documents "
+            "with the source's separator (such as a blank line), set it to 0 to train without, or "
+            if held_out
+            else ""
+        )
         raise UserError(f"{names}: no document with text to validate on; {hint}give data.validation a source with text")
 
 

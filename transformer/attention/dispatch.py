@@ -15,7 +15,7 @@ import jax
 from transformer.attention import blockwise, fused
 from transformer.attention.mask import AttentionMask
 from transformer.attention.reference import attention_weights, reference
-from transformer.errors import nearest
+from transformer.errors import UserError, nearest
 from transformer.types import Array, Float, PRNGKeyArray
 
 
@@ -32,6 +32,10 @@ class Request:
     has_bias: bool
     logit_soft_cap: float | None
     dropout: bool
+
+
+class BackendError(UserError, ValueError):
+    """A backend that does not exist, or that cannot serve a call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +61,18 @@ def choose_backend(backend: str, request: Request) -> str:
     """The backend that serves `request`.
 
     Raises:
-        ValueError: an unknown name, or a named backend that cannot serve the request, and why.
+        BackendError: an unknown name, or a named backend that cannot serve the request, and why.
     """
     if backend == "auto":
         order = PREFERENCE.get(request.platform, PREFERENCE["cpu"])
         return next(name for name in order if BACKENDS[name].supports(request) is None)
     if backend not in BACKENDS:
-        raise ValueError(
+        raise BackendError(
             f"attention backend {backend!r} does not exist; there are auto, {', '.join(BACKENDS)}."
             + nearest(backend, BACKENDS)
         )
     if reason := BACKENDS[backend].supports(request):
-        raise ValueError(f"attention backend {backend!r} cannot do this: {reason}")
+        raise BackendError(f"attention backend {backend!r} cannot do this: {reason}")
     return backend
 
 

@@ -47,9 +47,11 @@ class Generator:
     Args:
         config: the model's.
         end_of_text: the token that ends a row, or None for no such token.
+        num_tokens: how many token ids mean something, where the model's vocabulary is padded; no other is written.
     """
 
-    def __init__(self, config: GPTConfig, *, end_of_text: int | None = None) -> None:
+    def __init__(self, config: GPTConfig, *, end_of_text: int | None = None, num_tokens: int | None = None) -> None:
+        self.num_tokens = config.vocab_size if num_tokens is None else num_tokens
         self.config = dataclasses.replace(config, remat="none")
         self.end_of_text = end_of_text
         self._graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs))
@@ -83,7 +85,7 @@ class Generator:
             UserError: an empty prompt, a token id outside the vocabulary, or more tokens than the model's context.
         """
         sampling = Sampling() if sampling is None else sampling
-        self._check(prompts, max_tokens)
+        self.check(prompts, max_tokens)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         limit = self.config.max_length
         width = min(_round_up(int(lengths.max())), limit)
@@ -102,7 +104,8 @@ class Generator:
             if np.asarray(state.done_B).all():
                 return
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+        """Raise a `UserError` for what `generate` cannot continue."""
         for index, prompt in enumerate(prompts):
             if not len(prompt):
                 raise UserError(f"prompt {index + 1} is empty: a model needs at least one token to go on from")
@@ -151,7 +154,10 @@ class Generator:
             index, state, tokens_Bn = carry
             # The position makes the key, so that the text does not depend on how it is cut into chunks.
             keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.cache[0].length)
-            token_B = next_token(state.logits_BV, sampling, keys_B, state.seen_BV)
+            logits_BV = state.logits_BV
+            if self.num_tokens < self.config.vocab_size:
+                logits_BV = jnp.where(jnp.arange(self.config.vocab_size) < self.num_tokens, logits_BV, -jnp.inf)
+            token_B = next_token(logits_BV, sampling, keys_B, state.seen_BV)
             done_B = state.done_B
             if self.end_of_text is not None:
                 token_B = jnp.where(done_B, self.end_of_text, token_B)

@@ -213,6 +213,10 @@ class GPT(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], BlockOutput | list[BlockOutput]]:
         """The last block's output after the final norm, and what the blocks gave beside it; arguments as in `__call__`."""
         c = self.config
+        if self.positions is not None and tokens_BT.shape[1] > c.max_length:
+            raise ValueError(
+                f"{tokens_BT.shape[1]} tokens, but there are {c.max_length} learned positions (max_length)"
+            )
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         mask = AttentionMask.causal()
         if c.window is not None:
