@@ -92,7 +92,7 @@ class Checkpoints:
 
         Args:
             tokenizer: its files by name, so that a checkpoint is enough to generate.
-            nll: loss of the evaluation at this very step, when there was one.
+            nll: held-out loss at this very step, on the batches that all checkpoints are compared on, when it was taken.
 
         Raises:
             UserError: the disk is full or read-only, now or while the previous checkpoint was written.

@@ -25,19 +25,20 @@ class Scores:
 
 
 def evaluate(
-    step: Callable[[nnx.State, Batch], LossSums],
-    params: nnx.State,
-    batches: Iterable[Batch],
-    bytes_per_token: float | None,
-) -> Scores:
-    """Run `step` over all batches and take the mean over tokens, not over batches.
+    step: Callable[[nnx.State, Batch], LossSums], params: nnx.State, batches: Iterable[Batch]
+) -> list[LossSums]:
+    """Run `step`, which `make_eval_step` made, over all batches; the sums of each, on the host."""
+    # Sums stay on the device until the end: reading each would wait for it.
+    return jax.device_get([step(params, batch) for batch in batches])
+
+
+def scores_of(parts: list[LossSums], bytes_per_token: float | None) -> Scores:
+    """The mean over tokens, not over batches.
 
     Args:
-        step: what `make_eval_step` made.
         bytes_per_token: of the held-out text as a whole.
     """
-    # Sums stay on the device until the end: reading each would wait for it. Python floats then add in float64.
-    parts = jax.device_get([step(params, batch) for batch in batches])
+    # Python floats: the sums add in float64.
     weight = sum(float(part.weight) for part in parts)
     loss = sum(float(part.nll) for part in parts) / max(weight, 1.0)
     bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token

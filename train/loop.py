@@ -20,7 +20,7 @@ from train.data.loader import evaluation_batches, prefetch_to_device, train_batc
 from train.data.prepare import check_vocabulary, prepare
 from train.data.store import Prepared
 from train.display import Display
-from train.evaluate import Scores, evaluate
+from train.evaluate import Scores, evaluate, scores_of
 from train.mesh import batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
 from train.meter import Meter, Reading
 from train.metrics import MetricLog
@@ -143,7 +143,7 @@ class Run:
                     self._drain(meter, display, log, checkpoints)
                     meter.pause()
                 if evaluates:
-                    nll = self._evaluate(state, step, display, log, config.evaluation.batches).loss
+                    _, nll = self._evaluate(state, step, display, log, config.evaluation.batches)
                 if samples:
                     display.say(self.sample(state))
                 if saves:
@@ -158,8 +158,7 @@ class Run:
             interrupted = stop.requested and step < config.steps
             try:
                 if self.has_held_out and not interrupted:
-                    scores = self._evaluate(state, step, display, log, None)
-                    nll = scores.loss
+                    scores, nll = self._evaluate(state, step, display, log, None)
             finally:
                 # Whatever happens to the last evaluation, the steps are not lost.
                 if checkpoints.latest != step:
@@ -206,7 +205,10 @@ class Run:
         )
         return prefetch_to_device(host.iterate(start), self._to_device)
 
-    def _evaluate(self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None) -> Scores:
+    def _evaluate(
+        self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None
+    ) -> tuple[Scores, float]:
+        """Scores on the first `batches` batches (None: all), and the loss by which checkpoints are compared."""
         config = self.config
         host = evaluation_batches(
             self.prepared,
@@ -219,11 +221,15 @@ class Run:
         )
         params = state.params if state.ema is None else state.ema
         device = (batch for _, batch in prefetch_to_device(iter(host), self._to_device))
-        scores = evaluate(self.eval_step, params, device, self.prepared.meta.bytes_per_token("validation"))
-        log.write(step, "eval", dataclasses.asdict(scores))
+        parts = evaluate(self.eval_step, params, device)
+        bytes_per_token = self.prepared.meta.bytes_per_token("validation")
+        scores = scores_of(parts, bytes_per_token)
+        # Checkpoints are compared on the same batches, however many an evaluation takes.
+        selection = scores_of(parts[: config.evaluation.batches], bytes_per_token).loss
+        log.write(step, "eval", dataclasses.asdict(scores) | {"selection_loss": selection})
         bits = "" if scores.bits_per_byte is None else f"  bits per byte {scores.bits_per_byte:.4f}"
         display.say(f"step {step}  held-out loss {scores.loss:.4f}  perplexity {scores.perplexity:.2f}{bits}")
-        return scores
+        return scores, selection
 
     def _drain(self, meter: Meter, display: Display, log: MetricLog, checkpoints: Checkpoints) -> None:
         for done in meter.ready(keep=0):

@@ -104,7 +104,7 @@ def test_restores_on_another_number_of_devices(start, whole, tmp_path):
 
 def test_keeps_the_newest_and_the_best(whole):
     with Checkpoints(whole) as checkpoints:
-        scores = records(whole, "eval/loss")
+        scores = records(whole, "eval/selection_loss")
         assert checkpoints.best == min(scores, key=scores.__getitem__)
         assert checkpoints.steps[-2:] == [8, 12]
 
