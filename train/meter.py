@@ -41,18 +41,14 @@ class Meter:
     def __init__(self, schedule: optax.Schedule, flops_per_token: float, devices: list[jax.Device], dtype: str) -> None:
         self._schedule, self._flops_per_token = schedule, flops_per_token
         self._devices, self._dtype = devices, dtype
-        self._pending: collections.deque[tuple[int, Metrics, np.ndarray, float | None]] = collections.deque()
+        self._pending: collections.deque[tuple[int, Metrics, np.ndarray]] = collections.deque()
         self._in_row = 0
         self._clock: float | None = None
-        self._speed: float | None = None
+        self._seconds_per_token: float | None = None
 
     def push(self, step: int, metrics: Metrics, examples: np.ndarray) -> None:
         """Take the metrics of a step that was just given to the devices."""
-        # Metrics are read one step late, so this call comes once a step's time, whether or not the step runs in the
-        # background.
-        now = time.monotonic()
-        self._pending.append((step, metrics, examples, None if self._clock is None else now - self._clock))
-        self._clock = now
+        self._pending.append((step, metrics, examples))
 
     def pause(self) -> None:
         """Leave the time until the next step out of the speed."""
@@ -61,19 +57,29 @@ class Meter:
     def ready(self, keep: int) -> Iterator[Reading]:
         """Readings of all but the last `keep` steps."""
         while len(self._pending) > keep:
-            step, metrics, examples, seconds = self._pending.popleft()
+            step, metrics, examples = self._pending.popleft()
             values: dict[str, float | None] = {k: float(v) for k, v in jax.device_get(metrics).items()}
             self._in_row = self._in_row + 1 if values.pop("skipped") else 0
             values["learning_rate"] = float(self._schedule(step - 1))
-            values |= self._speeds(values["tokens"] or 0.0, seconds)
+            # Read while the next step runs, one step's metrics follow another's after a step's time. The last ones before a
+            # pause are read at once, and tell nothing.
+            if keep:
+                self._time(values["tokens"] or 0.0)
+            values |= self._speeds()
             yield Reading(step, values, self._in_row, examples)
 
-    def _speeds(self, tokens: float, seconds: float | None) -> dict[str, float | None]:
-        if seconds:
-            # Smoothed over about ten steps.
-            speed = tokens / seconds
-            self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
-        if self._speed is None:
+    def _time(self, tokens: float) -> None:
+        now = time.monotonic()
+        if self._clock is not None and tokens:
+            latest = (now - self._clock) / tokens
+            # Smoothed over about ten steps; times, not speeds, so that a hasty reading counts for little.
+            known = self._seconds_per_token
+            self._seconds_per_token = latest if known is None else 0.9 * known + 0.1 * latest
+        self._clock = now
+
+    def _speeds(self) -> dict[str, float | None]:
+        if not self._seconds_per_token:
             return {"tokens_per_second": None, "mfu": None}
-        mfu = utilization(self._speed * self._flops_per_token, self._devices, self._dtype)
-        return {"tokens_per_second": self._speed, "mfu": mfu}
+        speed = 1 / self._seconds_per_token
+        mfu = utilization(speed * self._flops_per_token, self._devices, self._dtype)
+        return {"tokens_per_second": speed, "mfu": mfu}
