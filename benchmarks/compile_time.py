@@ -8,10 +8,9 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from benchmarks.record import in_turn, ratio, save, summary
-from benchmarks.workload import Workload, compiled_step, token_batch, workload
+from benchmarks.workload import Workload, compiled_step, training_batch, workload
 from train.mesh import MeshConfig, make_mesh, use_mesh
 
 DEPTHS = (6, 48)
@@ -37,12 +36,7 @@ def _compile_seconds(work: Workload) -> float:
     mesh = make_mesh(config, jax.devices()[:1])
     with use_mesh(mesh, config.rules):
         step, state = compiled_step(work, mesh)
-        tokens = token_batch(work)
-        batch = {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "weights": np.ones((work.batch_size, work.model.max_length), np.float32),
-        }
+        batch = training_batch(work)
         jax.clear_caches()
         jax.config.update("jax_enable_compilation_cache", False)
         try:

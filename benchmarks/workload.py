@@ -47,21 +47,20 @@ def token_batch(work: Workload) -> np.ndarray:
     return np.random.default_rng(0).integers(0, work.model.vocab_size, shape).astype(np.int32)
 
 
+def training_batch(work: Workload) -> dict[str, np.ndarray]:
+    """`token_batch` as the step takes it: every token but the first is a target."""
+    tokens = token_batch(work)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    return {"tokens": inputs, "targets": targets, "weights": np.ones(inputs.shape, np.float32)}
+
+
 def our_step(work: Workload) -> Callable[[], object]:
     """A function that takes one training step and returns its metrics (not yet computed, as JAX arrays are)."""
     mesh_config = MeshConfig()
     mesh = make_mesh(mesh_config, jax.devices()[:1])
     with use_mesh(mesh, mesh_config.rules):
         step, state = compiled_step(work, mesh)
-        tokens = token_batch(work)
-        batch = shard_batch(
-            {
-                "tokens": tokens[:, :-1],
-                "targets": tokens[:, 1:],
-                "weights": np.ones((work.batch_size, work.model.max_length), np.float32),
-            },
-            batch_sharding(mesh, mesh_config.rules),
-        )
+        batch = shard_batch(training_batch(work), batch_sharding(mesh, mesh_config.rules))
     held = {"state": state}
 
     def take() -> object:
