@@ -54,9 +54,9 @@ class DecoderBlock(nnx.Module):
         positions_BT: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         key: PRNGKeyArray | None = None,
-        return_weights: bool = False,
+        return_weights: bool | tuple[int, ...] = False,
     ) -> tuple[Float[Array, "B T D"], BlockOutput]:
-        """The residual stream after this block; `key` turns dropout on."""
+        """The residual stream after this block; `key` turns dropout on, and `return_weights` is as in `attend`."""
         weights_key, attention_key, mlp_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         attended, cache, weights = self.attention(
             self.attention_norm(x_BTD),

@@ -6,7 +6,7 @@ do not grow with depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -61,8 +61,13 @@ def unstack(tree: Any, num_layers: int) -> list[Any]:
     return [layer(index) for index in range(num_layers)]
 
 
+def restack(layers: list[Any]) -> Any:
+    """One pytree a layer as one with a leading L: what `unstack` took apart."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
 def apply_stack(
-    call: Callable[..., tuple[Array, Any]],
+    call: Callable[..., tuple[Array, Any]] | Sequence[Callable[..., tuple[Array, Any]]],
     blocks: nnx.Module | nnx.List,
     x: Array,
     *,
@@ -75,6 +80,8 @@ def apply_stack(
     """Run `call(block, x, key, layer_input) -> (x, layer_output)` through the layers, from the first to the last.
 
     Args:
+        call: the same for every layer; or a list with one a layer, whose outputs may differ in kind, and which are always
+            run one by one.
         blocks: what `stack` made, or a list of single blocks (`unstack`), which are always run one by one.
         key: split into one key a layer; None stays None.
         per_layer: a pytree whose leaves have a leading L, of which each layer gets its slice; for a list of blocks a
@@ -83,38 +90,39 @@ def apply_stack(
         remat: `none` or a name of `REMAT_POLICIES`.
 
     Returns:
-        The last x, and the layers' outputs with a leading L; for a list of blocks a list of outputs.
+        The last x, and the layers' outputs with a leading L; for a list of blocks or calls a list of outputs.
     """
+    if remat != "none" and remat not in REMAT_POLICIES:
+        known = ", ".join(REMAT_POLICIES)
+        raise ValueError(f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}")
+    alike = callable(call) and not isinstance(blocks, nnx.List)
+    scan = scan and alike
 
-    def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
-        block, key, layer_input = layer
-        return call(block, x, key, layer_input)
+    def body_of(call: Callable[..., tuple[Array, Any]]) -> Callable[..., tuple[Array, Any]]:
+        def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
+            block, key, layer_input = layer
+            return call(block, x, key, layer_input)
 
-    if remat != "none":
-        if remat not in REMAT_POLICIES:
-            known = ", ".join(REMAT_POLICIES)
-            raise ValueError(
-                f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}"
-            )
+        if remat == "none":
+            return body
         # Under a scan the barrier against common subexpressions is not needed, and costs fusions.
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+        return jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+
     keys = None if key is None else jax.random.split(key, num_layers)
+    bodies = [body_of(call)] * num_layers if callable(call) else list(map(body_of, call))
     with jax.named_scope("layers"):
-        if isinstance(blocks, nnx.List):
-            return _loop(body, x, _paired(blocks, keys, per_layer))
         if scan:
-            return jax.lax.scan(body, x, (blocks, keys, per_layer))
-        x, outputs = _loop(body, x, unstack((blocks, keys, per_layer), num_layers))
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-
-
-def _loop(body: Callable[..., tuple[Array, Any]], x: Array, layers: Iterable[Any]) -> tuple[Array, list[Any]]:
-    """A scan that is written out, with its outputs in a list."""
-    outputs = []
-    for layer in layers:
-        x, output = body(x, layer)
-        outputs.append(output)
-    return x, outputs
+            return jax.lax.scan(bodies[0], x, (blocks, keys, per_layer))
+        layers = (
+            _paired(blocks, keys, per_layer)
+            if isinstance(blocks, nnx.List)
+            else unstack((blocks, keys, per_layer), num_layers)
+        )
+        outputs = []
+        for body, layer in zip(bodies, layers, strict=True):
+            x, output = body(x, layer)
+            outputs.append(output)
+        return x, restack(outputs) if alike else outputs
 
 
 def _paired(blocks: nnx.List, keys: Array | None, per_layer: list[Any] | None) -> list[tuple[Any, Any, Any]]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from transformer.attention import blockwise, fused
 from transformer.attention.mask import AttentionMask
@@ -88,8 +90,8 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     backend: str = "auto",
-    return_weights: bool = False,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"] | None]:
+    return_weights: bool | tuple[int, ...] = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B n T S"] | None]:
     """Softmax attention (Vaswani et al. 2017, equation 1), multi-head, grouped-query or multi-query by K.
 
     Args:
@@ -101,16 +103,20 @@ def attend(
         dropout_rate, dropout_key: weights are dropped only where a key is given.
         backend: `auto` or a name of `BACKENDS`.
         return_weights: also recompute the weights through `reference` (before dropout); the output stays the backend's.
+            A tuple names the query heads to do it for; nothing of size T×S is made for the others.
 
     Returns:
-        The output [B, T, N, H] in v's type, and the weights [B, N, T, S] in float32 or None.
+        The output [B, T, N, H] in v's type, and the weights [B, n, T, S] in float32, of all heads or of those
+        named, in their order; or None.
 
     Raises:
-        ValueError: shapes that do not fit (the mask's too), or a named backend that cannot serve the call.
+        ValueError: shapes that do not fit (the mask's too), a head that does not exist, or a named backend that cannot
+            serve the call.
     """
     mask = AttentionMask.none() if mask is None else mask
     _check_shapes(q_BTNH, k_BSKH, v_BSKH, bias_BNTS)
     mask.check(q_BTNH.shape[1], k_BSKH.shape[1])
+    _check_heads(return_weights, q_BTNH.shape[2])
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     dropout = dropout_rate > 0 and dropout_key is not None
     request = Request(
@@ -134,7 +140,26 @@ def attend(
         out = chosen.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS, scale=scale, **options)
     if not return_weights:
         return out, None
+    if not isinstance(return_weights, bool):
+        q_BTNH, k_BSKH, mask, bias_BNTS = _of_heads(return_weights, q_BTNH, k_BSKH, mask, bias_BNTS)
     return out, attention_weights(q_BTNH, k_BSKH, mask, bias_BNTS, scale=scale, logit_soft_cap=logit_soft_cap)
+
+
+def _of_heads(
+    heads: tuple[int, ...], q: Array, k: Array, mask: AttentionMask, bias: Array | None
+) -> tuple[Array, Array, AttentionMask, Array | None]:
+    """The same call with some query heads alone, each beside its own copy of the keys that its group shares."""
+    index = np.array(heads, int)
+
+    def pick(x: Array) -> Array:
+        return x if x.shape[1] == 1 else x[:, index]
+
+    # Term by term, so that their conjunction too is of the chosen heads alone.
+    terms = (AttentionMask((term,)).materialize(q.shape[1], k.shape[1]) for term in mask.terms)
+    picked = (AttentionMask.explicit(pick(term)) for term in terms if term is not None)
+    mask = functools.reduce(operator.and_, picked, AttentionMask.none())
+    group = q.shape[2] // k.shape[2]
+    return q[:, :, index], k[:, :, index // group], mask, None if bias is None else pick(bias)
 
 
 def _platform() -> str:
@@ -142,6 +167,12 @@ def _platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     return "gpu" if platform == "cuda" else platform
+
+
+def _check_heads(heads: bool | tuple[int, ...], num_heads: int) -> None:
+    wrong = [] if isinstance(heads, bool) else [head for head in heads if not 0 <= head < num_heads]
+    if wrong:
+        raise ValueError(f"attend: there is no head {wrong[0]}; allowed in return_weights: 0 to {num_heads - 1}")
 
 
 def _check_shapes(q: Array, k: Array, v: Array, bias: Array | None) -> None:

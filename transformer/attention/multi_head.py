@@ -87,8 +87,8 @@ class MultiHeadAttention(nnx.Module):
         positions_BT: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         key: PRNGKeyArray | None = None,
-        return_weights: bool = False,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None, Float[Array, "B N T S"] | None]:
+        return_weights: bool | tuple[int, ...] = False,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, Float[Array, "B n T S"] | None]:
         """Self-attention over x, or over the cache with x appended to it.
 
         Args:
@@ -96,6 +96,7 @@ class MultiHeadAttention(nnx.Module):
             positions_BT: where each token stands, for rotary positions; 0 to T-1 (after the cache) by default.
             cache: one layer's cache. It must have room for T more positions.
             key: turns dropout on.
+            return_weights: for all heads, or for those that a tuple names, as in `attend`.
 
         Returns:
             The output, the cache with x in it (None without one), and the weights (None unless asked for).

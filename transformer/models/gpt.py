@@ -6,7 +6,8 @@ B batch, T position, D embed, V vocab, L layers, N query heads, K key/value head
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from transformer.layers.linear import Linear, dropout
 from transformer.layers.norm import LayerNorm, RMSNorm
 from transformer.layers.position import sinusoidal
 from transformer.sharding import constrain
-from transformer.stack import apply_stack, stack, unstack
+from transformer.stack import apply_stack, restack, stack, unstack
 from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
 
 
@@ -130,6 +131,9 @@ class GPTConfig:
 Cache = KVCache | list[KVCache]
 """A model's cache with a leading L, or, for a model with its blocks apart, one cache a layer."""
 
+Chosen = tuple[tuple[int, ...], tuple[int, ...]]
+"""Layers, and query heads of each of them: whose attention weights are wanted."""
+
 
 class GPT(nnx.Module):
     """A decoder-only Transformer.
@@ -209,7 +213,7 @@ class GPT(nnx.Module):
         segments_BT: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         key: PRNGKeyArray | None = None,
-        return_weights: bool = False,
+        return_weights: bool | Chosen = False,
     ) -> tuple[Float[Array, "B T D"], BlockOutput | list[BlockOutput]]:
         """The last block's output after the final norm, and what the blocks gave beside it; arguments as in `__call__`."""
         c = self.config
@@ -217,6 +221,8 @@ class GPT(nnx.Module):
             raise ValueError(
                 f"{tokens_BT.shape[1]} tokens, but there are {c.max_length} learned positions (max_length)"
             )
+        if isinstance(return_weights, tuple) and not all(0 <= layer < c.num_layers for layer in return_weights[0]):
+            raise ValueError(f"return_weights: got layers {return_weights[0]}; allowed: 0 to {c.num_layers - 1}")
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         mask = AttentionMask.causal()
         if c.window is not None:
@@ -234,11 +240,15 @@ class GPT(nnx.Module):
                 x_BTD += sinusoidal(positions_BT, c.embed_dim).astype(x_BTD.dtype)
             x_BTD = dropout(constrain(x_BTD, "batch", "seq", None), c.dropout, embed_key)
 
-        def call(block: DecoderBlock, x: Array, key: Array | None, cache: KVCache | None) -> tuple[Array, BlockOutput]:
-            return block(x, mask, positions_BT=positions_BT, cache=cache, key=key, return_weights=return_weights)
+        def call(weights: bool | tuple[int, ...], block: DecoderBlock, x: Array, key: Array | None, cache: Any) -> Any:
+            return block(x, mask, positions_BT=positions_BT, cache=cache, key=key, return_weights=weights)
 
+        calls: Any = functools.partial(call, return_weights is True)
+        if not isinstance(return_weights, bool):
+            layers, heads = return_weights
+            calls = [functools.partial(call, heads if layer in layers else False) for layer in range(c.num_layers)]
         x_BTD, outputs = apply_stack(
-            call, self.blocks, x_BTD, num_layers=c.num_layers, key=stack_key, per_layer=cache, scan=c.scan_layers,
+            calls, self.blocks, x_BTD, num_layers=c.num_layers, key=stack_key, per_layer=cache, scan=c.scan_layers,
             remat=c.remat,
         )  # fmt: skip
         return self.final_norm(x_BTD), outputs
@@ -260,7 +270,7 @@ class GPT(nnx.Module):
         segments_BT: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         key: PRNGKeyArray | None = None,
-        return_weights: bool = False,
+        return_weights: bool | Chosen = False,
     ) -> ModelOutput:
         """Scores of each next token.
 
@@ -270,7 +280,11 @@ class GPT(nnx.Module):
             segments_BT: which packed document a token belongs to; 0 is padding. Nothing is seen across documents.
             cache: keys and values of the tokens before these; `make_cache` makes an empty one.
             key: turns dropout on.
-            return_weights: also give every layer's attention weights, recomputed beside the fast kernels.
+            return_weights: also give every layer's attention weights, recomputed beside the fast kernels; or those of some
+                layers and heads alone, (layers, heads), in that order. For a choice the layers are run one by one.
+
+        Raises:
+            ValueError: more tokens than learned positions, or a layer or head that does not exist.
         """
         hidden_BTD, outputs = self.hidden(
             tokens_BT,
@@ -281,9 +295,16 @@ class GPT(nnx.Module):
             return_weights=return_weights,
         )
         logits = self.logits(hidden_BTD)
-        if isinstance(outputs, list):
-            return ModelOutput(logits=logits, cache=None if cache is None else [output.cache for output in outputs])
-        return ModelOutput(logits=logits, cache=outputs.cache, weights=outputs.weights)
+        if not isinstance(outputs, list):
+            return ModelOutput(logits=logits, cache=outputs.cache, weights=outputs.weights)
+        layers = return_weights[0] if isinstance(return_weights, tuple) else range(len(outputs))
+        weights = [weights for layer in layers if (weights := outputs[layer].weights) is not None]
+        caches = None if cache is None else [output.cache for output in outputs]
+        return ModelOutput(
+            logits=logits,
+            cache=caches if caches is None or isinstance(self.blocks, nnx.List) else restack(caches),
+            weights=jnp.stack(weights) if weights else None,
+        )
 
     def unstacked(self) -> GPT:
         """The same model with its blocks apart, for decoding, which reads each weight once a token.
