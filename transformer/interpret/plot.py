@@ -12,14 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from transformer.interpret.capture import AttentionMaps
 from transformer.interpret.labels import code_point, visible
+from transformer.types import Float
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
-COLORS = "magma_r"
+COLORS = ("#f3f5fc", "#c3cff3", "#8a9de6", "#5563cb", "#372f96", "#1c1450")
+"""From almost nothing to 1; a weight of exactly 0, such as a masked one, stays white."""
 MAX_LABELS = 64
 """More labels than this on an axis are thinned to every second, fifth, tenth ..."""
 MAX_LETTERS = 16
@@ -38,12 +43,11 @@ def plot_head(maps: AttentionMaps, layer: int, head: int) -> Figure:
     width, height = (min(3 + 0.2 * min(len(names), MAX_LABELS), 14) for names in (maps.columns, maps.rows))
     figure = Figure(figsize=(width + 1, height), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(
-        weights_TS, cmap=COLORS, vmin=0, vmax=max(float(weights_TS.max()), 1e-9), interpolation="nearest"
-    )
+    image = _image(axes, weights_TS)
     _name(axes.xaxis, maps.columns, rotation=90)
     _name(axes.yaxis, maps.rows)
     axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
     axes.set_xlabel("key")
     axes.set_ylabel("query")
     axes.set_title(f"layer {layer}, head {head}")
@@ -62,7 +66,7 @@ def plot_grid(maps: AttentionMaps) -> Figure:
     for row, layer in enumerate(maps.layers):
         for column, head in enumerate(maps.heads):
             axes: Axes = panels[row, column]
-            axes.imshow(maps.weights_LNTS[row, column], cmap=COLORS, vmin=0, aspect="auto")
+            _image(axes, maps.weights_LNTS[row, column], aspect="auto")
             axes.set(xticks=[], yticks=[])
             if row == 0:
                 axes.set_title(f"head {head}", fontsize=8)
@@ -88,6 +92,16 @@ def thinned(count: int, most: int = MAX_LABELS) -> range:
     """Which of `count` positions get a label, at most `most`: all, every 2nd, 5th, 10th, 20th ..."""
     steps = (base * 10**power for power in range(12) for base in (1, 2, 5))
     return range(0, count, next(step for step in steps if -(-count // step) <= most))
+
+
+def _image(axes: Axes, weights_TS: Float[np.ndarray, "T S"], **options: Any) -> AxesImage:
+    """Colours go with the square root, so that faint weights are seen beside strong ones."""
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+
+    top = max(float(weights_TS.max()), 1e-9)
+    colors = LinearSegmentedColormap.from_list("attention", COLORS).with_extremes(bad="white")
+    shown = np.ma.masked_equal(weights_TS, 0)
+    return axes.imshow(shown, cmap=colors, norm=PowerNorm(0.5, 0, top), interpolation="nearest", **options)
 
 
 def _name(axis: Any, tokens: Sequence[str], **text: Any) -> None:
