@@ -1,4 +1,4 @@
-"""`manyheads`: train, prepare, explain, generate. A mistake of the user's is one line and exit status 2."""
+"""`manyheads`: train, prepare, explain, generate, attend. A mistake of the user's is one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -86,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (1)")
     sub.add_argument("--seed", type=int, default=0, help="another seed, another text (0)")
     sub.add_argument("--step", default="latest", metavar="STEP", help="checkpoint: latest, best, or a step (latest)")
+
+    sub = command("attend", _attend, "look inside: a page and pictures of a trained model's attention", config=False)
+    devices(sub)
+    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument("--text", metavar="TEXT", help="what the model shall read")
+    sub.add_argument("--layers", metavar="LIST", help="layers to capture, from 0, such as 0,3 (all)")
+    sub.add_argument("--heads", metavar="LIST", help="heads of each of them, from 0, such as 1,2 (all)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (RUN/attention)")
+    sub.add_argument("--step", default="latest", metavar="STEP", help="checkpoint: latest, best, or a step (latest)")
     return parser
 
 
@@ -161,6 +170,16 @@ def _generate(options: argparse.Namespace) -> None:
     except ConfigError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
     write(Path(options.run), prompts, options.step, options.max_tokens, sampling, options.seed)
+
+
+def _attend(options: argparse.Namespace) -> None:
+    if not options.text:
+        raise UserError("nothing to look at: give --text TEXT")
+    _set_up(options)
+    from train.attend import attend, numbers
+
+    layers, heads = numbers("--layers", options.layers), numbers("--heads", options.heads)
+    attend(Path(options.run), options.text, layers, heads, out=options.out, step=options.step)
 
 
 def _read_prompts(name: str) -> list[str]:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from transformer.errors import UserError
 from transformer.models.gpt import GPT
-from transformer.types import Float, Int
+from transformer.types import Float
 
 MAX_BYTES = 2 << 30
 """The most memory that weights may need unless a caller allows more."""
@@ -73,7 +73,7 @@ def bytes_needed(num_layers: int, num_heads: int, num_queries: int, num_keys: in
 
 def attention_maps(
     model: GPT,
-    tokens: Sequence[int] | Int[np.ndarray, " T"],
+    tokens: Sequence[int] | np.ndarray,
     labels: Sequence[str] | None = None,
     *,
     layers: Sequence[int] | None = None,

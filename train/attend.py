@@ -1,0 +1,100 @@
+"""Look at the attention of a run's model: capture it for one text, and write a page and pictures of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from train.data.tokenizer import Tokenizer
+from train.mesh import use_mesh
+from train.write import load_run
+from transformer.errors import UserError
+from transformer.functional import graphdef_of
+from transformer.interpret.capture import attention_maps, bytes_needed, check_memory, choose, readable
+from transformer.interpret.plot import save_plots
+from transformer.models.gpt import GPT
+
+PAGE = "attention.html"
+
+
+def attend(
+    run: Path, text: str, layers: list[int] | None = None, heads: list[int] | None = None, *, out: Path | None = None,
+    step: str = "latest",
+) -> None:  # fmt: skip
+    """Write the attention weights of one text: a page, a sheet of all heads, and a picture of each.
+
+    Args:
+        layers, heads: numbers from 0; all of them by default.
+        out: the folder to write into, made if need be; `attention` in the run's folder by default.
+
+    Raises:
+        UserError: no such run, checkpoint, layer or head, a text that does not fit the model, or a folder that cannot be
+            written.
+    """
+    config, tokenizer, params, mesh = load_run(run, step)
+    model = config.model
+    ids = tokenizer.encode(text)
+    _check(ids, model.max_length, model.vocab_size)
+    chosen = choose("--layer", layers, model.num_layers), choose("--head", heads, model.num_heads)
+    shape = len(chosen[0]), len(chosen[1]), ids.size, ids.size
+    check_memory(*shape)
+    print(f"text      {ids.size:,} token{'' if ids.size == 1 else 's'}")
+    print(f"layers    {_listed(chosen[0], model.num_layers)}")
+    print(f"heads     {_listed(chosen[1], model.num_heads)}")
+    print(
+        f"memory    {readable(bytes_needed(*shape))} for {shape[0] * shape[1]:,} maps of {ids.size:,} × {ids.size:,} weights"
+    )
+    graphdef = graphdef_of(lambda rngs: GPT(model, rngs=rngs))
+    with use_mesh(mesh, config.mesh.rules):
+        maps = attention_maps(
+            nnx.merge(graphdef, params), ids, labels(tokenizer, ids), layers=chosen[0], heads=chosen[1],
+            title=f"Attention of {config.name}",
+        )  # fmt: skip
+    folder = run / "attention" if out is None else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"page      {maps.save(folder / PAGE)}", flush=True)
+        pictures = save_plots(maps, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    print(f"pictures  {pictures[0]}")
+    print(f"          {pictures[1]}{f' and {len(pictures) - 2:,} more' if len(pictures) > 2 else ''}")
+
+
+def labels(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
+    """What each token reads as by itself; a part of a character as its bytes, such as \\xe4."""
+
+    def label(token: int) -> str:
+        data = tokenizer.token_bytes(token)
+        return tokenizer.decode([token]) if data is None else data.decode("utf-8", "backslashreplace")
+
+    return [label(int(token)) for token in ids]
+
+
+def numbers(option: str, text: str | None) -> list[int] | None:
+    """The list that a user typed, such as 0,3; None for an option that was not given. Raises `UserError`."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"{option}: got {text!r}; allowed: numbers from 0 with commas between them, such as 0,3")
+    return [int(part) for part in parts]
+
+
+def _check(ids: np.ndarray, max_length: int, vocab_size: int) -> None:
+    if not ids.size:
+        raise UserError("--text: it has no tokens for this run's tokenizer")
+    if ids.size > max_length:
+        raise UserError(
+            f"--text: its {ids.size:,} tokens exceed the model's context of {max_length:,}; give a shorter one"
+        )
+    if ids.max() >= vocab_size:
+        raise UserError(f"--text: token id {ids.max()} is outside the model's vocabulary of {vocab_size}")
+
+
+def _listed(chosen: tuple[int, ...], number: int) -> str:
+    if len(chosen) == number:
+        return f"all {number}"
+    return f"{', '.join(map(str, chosen))} (of {number}, from 0)"
