@@ -1,0 +1,373 @@
+"""Fast weight programmers: a matrix is written to at each position and read by queries. Time is linear in T, the state fixed.
+
+B batch, T query position, S key position, D embed, N query heads, K memories (key/value heads), G = N / K query heads a
+memory, H head_dim, M features, V value features.
+
+With φ a feature map, W_t the fast weights [M, V], β_t a strength of writing and α_t what is kept of the past:
+
+    sum           W_t = W_t-1 + β_t φ(k_t) v_tᵀ                                     Schmidhuber 1992
+    gated_sum     W_t = α_t W_t-1 + β_t φ(k_t) v_tᵀ                                 with decay
+    delta         W_t = W_t-1 + β_t φ(k_t) (v_t - W_t-1ᵀ φ(k_t))ᵀ                   Schlag et al. 2021, section 4.2
+    gated_delta   W_t = α_t W_t-1 + β_t φ(k_t) (v_t - α_t W_t-1ᵀ φ(k_t))ᵀ           Yang et al. 2024, Gated DeltaNet
+    out_t = W_tᵀ φ(q_t)
+
+One position after another is the definition. A chunk of positions at once is the same up to rounding: what the positions of a
+chunk write, u_t = β_t (v_t - recalled), depends on the chunk's own earlier writes through a unit lower triangular system
+(the UT transform of the WY representation, Yang et al. 2024, Parallelizing linear transformers with the delta rule).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer.attention.additive import check_name, check_shapes, widen
+from transformer.attention.feature_maps import FEATURE_NORMS, FeatureMap, feature_dim, feature_map_of
+from transformer.layers.linear import Linear
+from transformer.layers.norm import RMSNorm
+from transformer.sharding import constrain, with_axes
+from transformer.types import Array, Bool, DTypeLike, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How fast weights change: `erases` takes out what the key recalls before writing, `decays` fades the past."""
+
+    erases: bool
+    decays: bool
+
+
+RULES: dict[str, Rule] = {
+    "sum": Rule(erases=False, decays=False),
+    "gated_sum": Rule(erases=False, decays=True),
+    "delta": Rule(erases=True, decays=False),
+    "gated_delta": Rule(erases=True, decays=True),
+}
+
+FORMS = ("parallel", "chunked", "recurrent")
+"""All positions at once, in O(T²); chunk by chunk; one by one. Equal up to rounding."""
+
+
+def fast_weights(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKV: Float[Array, "B T K V"],
+    beta_BTK: Float[Array, "B T K"] | None = None,
+    log_decay_BTK: Float[Array, "B T K"] | None = None,
+    *,
+    rule: str = "delta",
+    feature_map: str | FeatureMap = "identity",
+    form: str = "chunked",
+    chunk: int = 64,
+    valid_BT: Bool[Array, "B T"] | None = None,
+    segments_BT: Int[Array, "B T"] | None = None,
+    state_BKMV: Float[Array, "B K M V"] | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B K M V"]]:
+    """Write and read a whole sequence, causally: position t reads what was written up to t.
+
+    The chunked form takes O(T · chunk) time, and memory for one chunk's work beside inputs, outputs and (to differentiate)
+    one state a chunk; the backward pass computes each chunk again.
+
+    Args:
+        beta_BTK: β, 1 by default. The delta rules are stable for β |φ(k)|² from 0 to 2.
+        log_decay_BTK: log α, finite and at most 0; for the gated rules, which need it, alone.
+        rule: a name of `RULES`.
+        feature_map: φ, of both queries and keys; a name of `FEATURE_MAPS` or a function.
+        form: one of `FORMS`.
+        chunk: positions a chunk.
+        valid_BT: a position that is not valid writes nothing and fades nothing.
+        segments_BT: document numbers; the state restarts where the number changes, and 0 is padding that writes nothing.
+        state_BKMV: what to start from, as an earlier call returned it; zeros by default.
+
+    Returns:
+        What each query read, in v's type, and the state after the last position, in float32 (float64 for float64 values).
+
+    Raises:
+        ValueError: unknown names, shapes that do not fit, a decay missing or out of place, or a chunk below 1.
+    """
+    shapes: dict[str, Any] = {
+        "q": (q_BTNH, "B T N H"),
+        "k": (k_BTKH, "B T K H"),
+        "v": (v_BTKV, "B T K V"),
+        "beta": (beta_BTK, "B T K"),
+        "log_decay": (log_decay_BTK, "B T K"),
+        "valid": (valid_BT, "B T", jnp.bool_),
+        "segments": (segments_BT, "B T", jnp.integer),
+        "state": (state_BKMV, "B K M V"),
+    }
+    check_shapes("fast_weights", **shapes)
+    check_name("fast_weights", "form", form, FORMS)
+    if chunk < 1:
+        raise ValueError(f"fast_weights: chunk={chunk}; expected 1 or more")
+    phi = feature_map_of(feature_map)
+    state = _state_or_zeros(state_BKMV, k_BTKH, v_BTKV, phi)
+    valid, starts = valid_BT, None
+    if segments_BT is not None:
+        starts = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+        valid = segments_BT != 0 if valid is None else valid & (segments_BT != 0)
+    tokens = _tokens(q_BTNH, k_BTKH, v_BTKV, beta_BTK, log_decay_BTK, rule, valid, starts)
+    with jax.named_scope(f"fast_weights_{form}"):
+        T = q_BTNH.shape[1]
+        if form == "recurrent" or T == 1:
+            step = functools.partial(_step, feature_map=phi, erases=RULES[rule].erases)
+            state, out_TBKGV = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
+            out_BTKGV = jnp.moveaxis(out_TBKGV, 0, 1)
+        else:
+            body = functools.partial(_chunk, feature_map=phi, erases=RULES[rule].erases)
+            state, out_BTKGV = _scan_chunks(body, state, tokens, T if form == "parallel" else min(chunk, T))
+    return out_BTKGV.reshape(*q_BTNH.shape[:3], v_BTKV.shape[-1]), state
+
+
+def fast_weights_step(
+    state_BKMV: Float[Array, "B K M V"],
+    q_BNH: Float[Array, "B N H"],
+    k_BKH: Float[Array, "B K H"],
+    v_BKV: Float[Array, "B K V"],
+    beta_BK: Float[Array, "B K"] | None = None,
+    log_decay_BK: Float[Array, "B K"] | None = None,
+    *,
+    rule: str = "delta",
+    feature_map: str | FeatureMap = "identity",
+    valid_B: Bool[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B N V"], Float[Array, "B K M V"]]:
+    """One position, as `fast_weights` takes many: what the query reads, and the next state, of the same fixed size."""
+
+    def one(x: Any) -> Any:
+        return None if x is None else x[:, None]
+
+    out_B1NV, state_BKMV = fast_weights(
+        one(q_BNH), one(k_BKH), one(v_BKV), one(beta_BK), one(log_decay_BK),
+        rule=rule, feature_map=feature_map, valid_BT=one(valid_B), state_BKMV=state_BKMV,
+    )  # fmt: skip
+    return out_B1NV[:, 0], state_BKMV
+
+
+class FastWeightAttention(nnx.Module):
+    """Causal self-attention by fast weights, in N heads over K memories.
+
+    Args:
+        rule, feature_map, form, chunk: as of `fast_weights`.
+        feature_norm: of the features of queries and keys; a name of `FEATURE_NORMS`.
+        use_output_norm: RMS-normalise what each head reads, whose size would grow with the position.
+        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rule: str = "delta",
+        feature_map: str | FeatureMap = "dpfp",
+        feature_norm: str = "l2",
+        form: str = "chunked",
+        chunk: int = 64,
+        use_output_norm: bool = True,
+        use_bias: bool = False,
+        kernel_init: Callable[..., Array],
+        out_init: Callable[..., Array],
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_name("FastWeightAttention", "rule", rule, RULES)
+        check_name("FastWeightAttention", "feature_norm", feature_norm, FEATURE_NORMS)
+        check_name("FastWeightAttention", "form", form, FORMS)
+        feature_map_of(feature_map)
+        head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.rule, self.form, self.chunk = rule, form, chunk
+        self.feature_map, self.feature_norm = feature_map, feature_norm
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+        def project(out_shape: tuple[int, ...], *axes: str, use_bias: bool = use_bias) -> Linear:
+            return Linear(
+                (embed_dim,), out_shape, axes=("embed", *axes), use_bias=use_bias, kernel_init=kernel_init, **types
+            )
+
+        self.query = project((num_heads, head_dim), "heads", "head_dim")
+        self.key = project((num_kv_heads, head_dim), "kv_heads", "head_dim")
+        self.value = project((num_kv_heads, head_dim), "kv_heads", "head_dim")
+        self.beta = project((num_kv_heads,), "kv_heads", use_bias=True) if RULES[rule].erases else None
+        self.gate = project((num_kv_heads,), "kv_heads", use_bias=True) if RULES[rule].decays else None
+        half_life = with_axes(_spread_half_lives, "kv_heads")
+        self.log_half_life = (
+            nnx.Param(half_life(rngs.params(), (num_kv_heads,), param_dtype)) if RULES[rule].decays else None
+        )
+        self.norm = RMSNorm(head_dim, axis="head_dim", param_dtype=param_dtype, rngs=rngs) if use_output_norm else None
+        self.out = Linear(
+            (num_heads, head_dim), (embed_dim,), axes=("heads", "head_dim", "embed"), use_bias=use_bias,
+            kernel_init=out_init, **types,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        valid_BT: Bool[Array, "B T"] | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+        state_BKMV: Float[Array, "B K M V"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K M V"]]:
+        """The output, and the state to go on from: with another call, or token by token with `step`."""
+        with jax.named_scope("fast_weight_attention"):
+            q_BTNH = constrain(self.query(x_BTD), "batch", "seq", "heads", "head_dim")
+            k_BTKH = constrain(self.key(x_BTD), "batch", "seq", "kv_heads", "head_dim")
+            v_BTKH = constrain(self.value(x_BTD), "batch", "seq", "kv_heads", "head_dim")
+            out_BTNH, state_BKMV = fast_weights(
+                q_BTNH, k_BTKH, v_BTKH, *self._strengths(x_BTD), rule=self.rule, feature_map=self._features,
+                form=self.form, chunk=self.chunk, valid_BT=valid_BT, segments_BT=segments_BT, state_BKMV=state_BKMV,
+            )  # fmt: skip
+            out_BTNH = out_BTNH if self.norm is None else self.norm(out_BTNH)
+            return constrain(self.out(out_BTNH), "batch", "seq", None), state_BKMV
+
+    def step(
+        self,
+        x_BD: Float[Array, "B D"],
+        state_BKMV: Float[Array, "B K M V"],
+        *,
+        valid_B: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B K M V"]]:
+        """The output for one more token, and the next state."""
+        valid_B1 = None if valid_B is None else valid_B[:, None]
+        out_B1D, state_BKMV = self(x_BD[:, None], valid_BT=valid_B1, state_BKMV=state_BKMV)
+        return out_B1D[:, 0], state_BKMV
+
+    def empty_state(self, batch_size: int) -> Float[Array, "B K M V"]:
+        """The state before the first token."""
+        num_features = feature_dim(self._features, self.head_dim)
+        return jnp.zeros((batch_size, self.num_kv_heads, num_features, self.head_dim), jnp.float32)
+
+    def _features(self, x: Array) -> Array:
+        return FEATURE_NORMS[self.feature_norm](feature_map_of(self.feature_map)(x))
+
+    def _strengths(self, x: Array) -> tuple[Array | None, Array | None]:
+        """β in (0, 1), and log α < 0: where the gate is 0, α halves a memory's past within its half-life."""
+        beta = None if self.beta is None else jax.nn.sigmoid(widen(self.beta(x)))
+        if self.gate is None or self.log_half_life is None:
+            return beta, None
+        return beta, -jax.nn.softplus(widen(self.gate(x))) * jnp.exp(-widen(self.log_half_life[...]))
+
+
+def _spread_half_lives(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Logarithms of half-lives from 4 to 512 tokens."""
+    return jnp.linspace(math.log(4), math.log(512), shape[0], dtype=dtype)
+
+
+class _Tokens(NamedTuple):
+    """What positions bring: [B, T, ...] for many, [B, ...] for one. `starts` is true where the state restarts."""
+
+    q_KGH: Array
+    k_KH: Array
+    v_KV: Array
+    beta_K: Array
+    log_decay_K: Array | None
+    starts: Array | None
+
+
+def _tokens(
+    q: Array, k: Array, v: Array, beta: Array | None, log_decay: Array | None, rule: str, valid: Array | None,
+    starts: Array | None,
+) -> _Tokens:  # fmt: skip
+    check_name("fast_weights", "rule", rule, RULES)
+    if RULES[rule].decays != (log_decay is not None):
+        given = "None" if log_decay is None else f"of shape {log_decay.shape}"
+        raise ValueError(f"fast_weights: log_decay is {given}; the gated rules alone take it, and rule={rule!r}")
+    N, K = q.shape[-2], k.shape[-2]
+    if N % K:
+        raise ValueError(f"fast_weights: q has {N} heads {q.shape}, no multiple of k's {K} {k.shape}")
+    wide = widen(v).dtype
+    beta = jnp.ones(k.shape[:-1], wide) if beta is None else beta.astype(wide)
+    log_decay = None if log_decay is None else log_decay.astype(wide)
+    if valid is not None:
+        beta = jnp.where(valid[..., None], beta, 0)
+        log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
+    return _Tokens(q.reshape(*k.shape[:-1], N // K, q.shape[-1]), k, v, beta, log_decay, starts)
+
+
+def _state_or_zeros(state: Array | None, k: Array, v: Array, feature_map: FeatureMap) -> Array:
+    shape = (k.shape[0], k.shape[-2], feature_dim(feature_map, k.shape[-1]), v.shape[-1])
+    if state is None:
+        return jnp.zeros(shape, widen(v).dtype)
+    if state.shape != shape:
+        raise ValueError(f"fast_weights: state has shape {state.shape}; expected [B, K, M, V] = {shape}")
+    return state.astype(widen(v).dtype)
+
+
+def _step(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erases: bool) -> tuple[Array, Array]:
+    """The definition: one position. The next state, and what the queries read, in v's type."""
+    wide = state_BKMV.dtype
+    q_BKGM, k_BKM = feature_map(tokens.q_KGH.astype(wide)), feature_map(tokens.k_KH.astype(wide))
+    v_BKV = tokens.v_KV.astype(wide)
+    if tokens.starts is not None:
+        state_BKMV = jnp.where(tokens.starts[:, None, None, None], 0, state_BKMV)
+    if tokens.log_decay_K is not None:
+        state_BKMV = jnp.exp(tokens.log_decay_K)[..., None, None] * state_BKMV
+    if erases:
+        v_BKV = v_BKV - jnp.einsum("BKM,BKMV->BKV", k_BKM, state_BKMV)
+    state_BKMV = state_BKMV + jnp.einsum("BKM,BKV->BKMV", k_BKM, tokens.beta_K[..., None] * v_BKV)
+    return state_BKMV, jnp.einsum("BKGM,BKMV->BKGV", q_BKGM, state_BKMV).astype(tokens.v_KV.dtype)
+
+
+def _chunk(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erases: bool) -> tuple[Array, Array]:
+    """`_step` over all positions of a chunk at once."""
+    wide = state_BKMV.dtype
+    q_BTKGM, k_BTKM = feature_map(tokens.q_KGH.astype(wide)), feature_map(tokens.k_KH.astype(wide))
+    written_BKTS, carried_BKT = _kept(tokens)
+    beta_BKT = tokens.beta_K.swapaxes(1, 2)
+    u_BKTV = beta_BKT[..., None] * tokens.v_KV.astype(wide).swapaxes(1, 2)
+    if erases:
+        recalled_BKTV = jnp.einsum("BTKM,BKMV->BKTV", k_BTKM, state_BKMV)
+        u_BKTV = u_BKTV - (beta_BKT * carried_BKT)[..., None] * recalled_BKTV
+        overlap_BKTS = jnp.einsum("BTKM,BSKM->BKTS", k_BTKM, k_BTKM) * written_BKTS * beta_BKT[..., None]
+        u_BKTV = jax.lax.linalg.triangular_solve(overlap_BKTS, u_BKTV, left_side=True, lower=True, unit_diagonal=True)
+    scores_BKGTS = jnp.einsum("BTKGM,BSKM->BKGTS", q_BTKGM, k_BTKM) * written_BKTS[:, :, None]
+    out_BTKGV = jnp.einsum("BKGTS,BKSV->BTKGV", scores_BKGTS, u_BKTV)
+    from_state_BTKGV = jnp.einsum("BTKGM,BKMV->BTKGV", q_BTKGM, state_BKMV)
+    out_BTKGV = out_BTKGV + carried_BKT.swapaxes(1, 2)[..., None, None] * from_state_BTKGV
+    u_BKTV = written_BKTS[:, :, -1, :, None] * u_BKTV
+    state_BKMV = carried_BKT[:, :, -1, None, None] * state_BKMV + jnp.einsum("BSKM,BKSV->BKMV", k_BTKM, u_BKTV)
+    return state_BKMV, out_BTKGV.astype(tokens.v_KV.dtype)
+
+
+def _kept(tokens: _Tokens) -> tuple[Array, Array]:
+    """What is left at t of what was written at s, and of the state before the chunk: [B_, K_, T, S] and [B_, K_, T]."""
+    T = tokens.beta_K.shape[1]
+    seen_BTS = jnp.tril(jnp.ones((1, T, T), bool))
+    carried_BT = jnp.ones((1, T), bool)
+    if tokens.starts is not None:
+        document_BT = jnp.cumsum(tokens.starts, axis=1)
+        seen_BTS &= document_BT[:, :, None] == document_BT[:, None, :]
+        carried_BT = document_BT == 0
+    if tokens.log_decay_K is None:
+        wide = tokens.beta_K.dtype
+        return seen_BTS[:, None].astype(wide), carried_BT[:, None].astype(wide)
+    age_BKT = jnp.cumsum(tokens.log_decay_K, axis=1).swapaxes(1, 2)
+    # Differences first: what an unseen pair would give may be too large for exp.
+    written_BKTS = jnp.exp(jnp.where(seen_BTS[:, None], age_BKT[..., None] - age_BKT[..., None, :], -jnp.inf))
+    return written_BKTS, jnp.where(carried_BT[:, None], jnp.exp(age_BKT), 0)
+
+
+def _scan_chunks(
+    body: Callable[[Array, _Tokens], tuple[Array, Array]], state: Array, tokens: _Tokens, chunk: int
+) -> tuple[Array, Array]:
+    """`body` over chunk after chunk. What pads the last one writes nothing, as its β is 0."""
+    B, T = tokens.k_KH.shape[:2]
+    chunk = max(chunk, 1)
+    num_chunks = -(-T // chunk)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, num_chunks * chunk - T)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, num_chunks, chunk, *x.shape[2:]), 1, 0)
+
+    state, out = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, jax.tree.map(cut, tokens))
+    return state, jnp.moveaxis(out, 0, 1).reshape(B, num_chunks * chunk, *out.shape[3:])[:, :T]
