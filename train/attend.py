@@ -55,7 +55,8 @@ def attend(
     folder = run / "attention" if out is None else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"page      {maps.save(folder / PAGE)}", flush=True)
+        page = maps.save(folder / PAGE)
+        print(f"page      {page} ({readable(page.stat().st_size)})", flush=True)
         pictures = save_plots(maps, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None

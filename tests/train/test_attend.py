@@ -11,18 +11,20 @@ import pytest
 from train.attend import labels
 from train.cli import main
 from train.data.tokenizer import ByteTokenizer
+from transformer.interpret.capture import readable
 
 
 def test_all_layers_and_heads(whole, capsys, tmp_path):
     assert main(["attend", str(whole), "--text", "value_3 = 5", "--out", str(tmp_path / "look" / "here")]) == 0
     lines = capsys.readouterr().out.splitlines()
     folder = tmp_path / "look" / "here"
+    size = (folder / "attention.html").stat().st_size
     assert lines == [
         "text      11 tokens",
         "layers    all 2",
         "heads     all 2",
         "memory    7.6 KiB for 4 maps of 11 × 11 weights",
-        f"page      {folder / 'attention.html'}",
+        f"page      {folder / 'attention.html'} ({readable(size)})",
         f"pictures  {folder / 'heads.png'}",
         f"          {folder / 'layer-0-head-0.png'} and 3 more",
     ]

@@ -55,7 +55,7 @@
       .map(hex => [1, 3, 5].map(start => parseInt(hex.slice(start, start + 2), 16)));
     ramp = Array.from({ length: 256 }, (_, index) => {
       const place = index / 255 * (stops.length - 1), low = Math.min(Math.floor(place), stops.length - 2);
-      return stops[low].map((value, channel) => value + (place - low) * (stops[low + 1][channel] - value));
+      return stops[low].map((value, channel) => Math.round(value + (place - low) * (stops[low + 1][channel] - value)));
     });
   }
   const ink = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -65,11 +65,9 @@
     const canvas = make("canvas", { width: S, height: T });
     const image = new ImageData(S, T);
     const scale = 255 / (strengthOf[map.top] || 1);
-    for (let i = 0; i < map.codes.length; i++) {
-      if (!map.codes[i]) continue;
-      const [red, green, blue] = ramp[Math.round(strengthOf[map.codes[i]] * scale)];
-      image.data.set([red, green, blue, 255], 4 * i);
-    }
+    const pixels = new DataView(image.data.buffer), colors = ramp.map(([red, green, blue]) => (red << 24 | green << 16 | blue << 8 | 255) >>> 0);
+    for (let i = 0; i < map.codes.length; i++)
+      if (map.codes[i]) pixels.setUint32(4 * i, colors[Math.round(strengthOf[map.codes[i]] * scale)]);
     canvas.getContext("2d").putImageData(image, 0, 0);
     return canvas;
   }
@@ -173,7 +171,7 @@
       const context = $(".legend canvas", this.section).getContext("2d");
       for (let x = 0; x < 256; x++) {
         // Evenly in weights, so that the ends are 0 and the largest.
-        context.fillStyle = `rgb(${ramp[Math.round(Math.sqrt(x / 255) * 255)].map(Math.round)})`;
+        context.fillStyle = `rgb(${ramp[Math.round(Math.sqrt(x / 255) * 255)]})`;
         context.fillRect(x, 0, 1, 1);
       }
       $(".legend .largest", this.section).textContent = number(weightOf[this.map.top]);
@@ -335,6 +333,9 @@
     async draw() {
       if (this.section.hidden) return;
       if (!this.built) this.build();
+      // As many heads in a row as fit, and as many in the last one, nearly, as in the others.
+      const fit = Math.max(1, Math.floor(this.section.clientWidth / 72));
+      this.section.style.setProperty("--across", Math.ceil(heads.length / Math.ceil(heads.length / fit)));
       for (const { button, canvas, layer, head } of this.buttons) {
         button.toggleAttribute("aria-current", layer === state.layer && head === state.head);
         const side = Math.round(150 * Math.min(2, window.devicePixelRatio || 1));

@@ -117,10 +117,11 @@ def _name(axis: Any, tokens: Sequence[str], **text: Any) -> None:
 
 def drawable(labels: Sequence[str]) -> tuple[list[str], list[str]]:
     """The fonts that together hold the labels' letters, and the labels with what no font here holds as ‹U+1F600›."""
-    families, have = ["DejaVu Sans"], _letters("DejaVu Sans")
+    files = _fonts()
+    families, have = ["DejaVu Sans"], _letters(files["DejaVu Sans"])
     missing = {letter for label in labels for letter in label} - have
-    for family in _families() if missing else ():
-        if found := missing & _letters(family):
+    for family, file in files.items() if missing else ():
+        if found := missing & _letters(file):
             families.append(family)
             missing -= found
         if not missing:
@@ -131,18 +132,19 @@ def drawable(labels: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 @functools.cache
-def _families() -> list[str]:
-    """Every installed family, sans-serif ones first; not the one that draws any letter as a box."""
+def _fonts() -> dict[str, str]:
+    """Every installed family's upright file, sans-serif ones first; not the family that draws any letter as a box."""
     from matplotlib.font_manager import fontManager
 
-    names = {font.name for font in fontManager.ttflist if "Last Resort" not in font.name and ord(font.name[0]) < 128}
-    return sorted(names, key=lambda name: ("Sans" not in name, "Mono" in name, name))
+    upright = [font for font in fontManager.ttflist if font.weight in (400, "normal") and font.style == "normal"]
+    files = {font.name: font.fname for font in upright if "Last Resort" not in font.name}
+    return dict(sorted(files.items(), key=lambda entry: ("Sans" not in entry[0], "Mono" in entry[0], entry[0])))
 
 
 @functools.cache
-def _letters(family: str) -> frozenset[str]:
-    """The characters that a family draws; none for a font that only has pictures of fixed size (colour emoji)."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+def _letters(file: str) -> frozenset[str]:
+    """The characters that a font draws; none for one that only has pictures of fixed size (colour emoji)."""
+    from matplotlib.font_manager import get_font
 
-    font = get_font(findfont(FontProperties(family=family), fallback_to_default=False))
+    font = get_font(file)
     return frozenset(map(chr, font.get_charmap())) if font.scalable else frozenset()
