@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.attention.dispatch import BACKENDS, Request, attend, choose_backend
+from transformer.attention.dispatch import BACKENDS, attend, choose_backend
 from transformer.attention.mask import AttentionMask
+from transformer.attention.mods import Mod
+from transformer.attention.request import Request
+from transformer.attention.variant import Dropout, Score, Variant
 
 B, T, N, H = 2, 8, 4, 16
 
@@ -154,10 +157,11 @@ def test_blockwise_over_several_blocks(window):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5), run["blockwise"], run["reference"])
 
 
-def request(**changes):
+def request(mask=None, bias=None, soft_cap=None, dropout=None, mod=None, **changes):
+    mask = AttentionMask.causal() if mask is None else mask
     defaults = {
-        "platform": "gpu", "dtype": jnp.bfloat16, "num_queries": 64, "num_keys": 64, "head_dim": 64,
-        "mask": AttentionMask.causal(), "has_bias": False, "logit_soft_cap": None, "dropout": False,
+        "platform": "gpu", "dtype": jnp.bfloat16, "num_queries": 64, "num_keys": 64, "num_heads": 2, "num_kv_heads": 2,
+        "head_dim": 64, "value_dim": 64, "variant": Variant(mask, Score(0.125, soft_cap, bias, mod), dropout),
     }  # fmt: skip
     return Request(**(defaults | changes))
 
@@ -167,16 +171,18 @@ def request(**changes):
     [
         ({}, "cudnn"),
         ({"dtype": jnp.float32}, "xla"),
-        ({"head_dim": 20}, "xla"),
-        ({"head_dim": 256}, "xla"),
-        ({"has_bias": True}, "xla"),
+        ({"head_dim": 20, "value_dim": 20}, "xla"),
+        ({"head_dim": 256, "value_dim": 256}, "xla"),
+        ({"value_dim": 32}, "blockwise"),
+        ({"bias": jnp.zeros((1, 1, 1, 1))}, "xla"),
         ({"mask": AttentionMask.segments(jnp.ones((1, 64), jnp.int32))}, "xla"),
         ({"mask": AttentionMask.causal() & AttentionMask.window(left=8)}, "cudnn"),
-        ({"logit_soft_cap": 30.0}, "reference"),
-        ({"dropout": True}, "reference"),
+        ({"soft_cap": 30.0}, "blockwise"),
+        ({"dropout": Dropout(jax.random.key(0), 0.1)}, "blockwise"),
+        ({"mod": Mod.score(lambda s, b, h, q, k: s, jnp.float32)}, "blockwise"),
+        ({"dtype": jnp.float32, "num_queries": 8192, "num_keys": 8192}, "blockwise"),
         ({"platform": "tpu"}, "xla"),
         ({"platform": "cpu"}, "blockwise"),
-        ({"platform": "cpu", "dropout": True}, "reference"),
     ],
 )
 def test_auto_chooses_what_can_run(changes, expected):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.attention.mask import AttentionMask, Causal
+from transformer.attention.mask import AttentionMask
 
 T = 6
 
@@ -36,7 +36,7 @@ def test_offset_may_differ_by_row():
     np.testing.assert_array_equal(allowed[:, 0, 0], [[1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
 
 
-@pytest.mark.parametrize(("left", "right"), [(0, 0), (2, None), (None, 1), (1, 2)])
+@pytest.mark.parametrize(("left", "right"), [(0, 3), (2, None), (None, 1), (1, 2)])
 def test_window(left, right):
     rows, columns = np.indices((T, T))
     expected = np.ones((T, T), bool)
@@ -62,13 +62,17 @@ def test_and_is_conjunction():
 
 
 def test_causal_twice_is_causal_once():
-    assert len((AttentionMask.causal() & AttentionMask.causal()).of_type(Causal)) == 1
+    assert len((AttentionMask.causal() & AttentionMask.causal()).terms) == 1
 
 
 @pytest.mark.parametrize(
     "make",
     [
         lambda: AttentionMask.window(left=-1),
+        lambda: AttentionMask.window(left=0, right=0),
+        lambda: AttentionMask.window(left=0),
+        lambda: AttentionMask.mod(lambda b, h, q, k: q - k),
+        lambda: AttentionMask.explicit(jnp.ones((2, 1, T, T), bool)).materialize(T, T, batch_size=3),
         lambda: inspect.unwrap(AttentionMask.padding)(jnp.ones((1, T))),
         lambda: inspect.unwrap(AttentionMask.segments)(jnp.ones((1, T))),
         lambda: inspect.unwrap(AttentionMask.explicit)(jnp.ones((T, T), bool)),

@@ -10,7 +10,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from transformer.attention.mask import AttentionMask, Causal, Window
+from transformer.attention.mask import AttentionMask
+from transformer.attention.request import Request
+from transformer.attention.terms import Causal, Window
+from transformer.attention.tile import Tile
+from transformer.attention.variant import Variant
 from transformer.types import Array, Float
 
 
@@ -18,18 +22,15 @@ def fused(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    bias_BNTS: Float[Array, "B_ N_ T_ S_"] | None = None,
+    variant: Variant,
     *,
     implementation: Literal["xla", "cudnn"],
-    scale: float,
-    **_: Any,
 ) -> Float[Array, "B T N H"]:
     """Attention by `jax.nn.dot_product_attention`: causal and window terms stay structured, the rest is an array."""
-    T = q_BTNH.shape[1]
-    S = k_BSKH.shape[1]
-    structured, rest = _structure(mask, T, S)
-    allowed = rest.materialize(T, S)
+    (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
+    whole = Tile.whole(B, N, T, S)
+    structured, rest = _structure(variant.mask, T, S)
+    allowed = rest.allowed(whole)
     if allowed is not None:
         allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
     # JAX's own function mixes types, whatever stricter rule the program runs under.
@@ -38,16 +39,16 @@ def fused(
             q_BTNH,
             k_BSKH,
             v_BSKH,
-            bias=bias_BNTS,
+            bias=variant.score.bias_BNTS,
             mask=allowed,
-            scale=scale,
+            scale=variant.score.scale,
             implementation=implementation,
             **structured,
         )
     if allowed is None:
         return out
     # A query with no key at all gives zeros here, as in the reference, and not the mean of the values.
-    some_key = jnp.any(mask.block(range(T), range(S)), axis=-1)  # type: ignore[arg-type]  # [B_, N_, T]
+    some_key = jnp.any(variant.mask.allowed(whole), axis=-1)  # type: ignore[arg-type]  # [B_, N_, T]
     return jnp.where(jnp.moveaxis(some_key, 1, 2)[..., None], out, 0)
 
 
@@ -67,16 +68,20 @@ def _structure(mask: AttentionMask, num_queries: int, num_keys: int) -> tuple[di
     return structured, AttentionMask(tuple(rest))
 
 
-def supports_xla(request: Any) -> str | None:
+def supports_xla(request: Request) -> str | None:
     """Why XLA cannot serve this call, or None."""
-    if request.dropout:
+    if request.variant.dropout is not None:
         return "it has no dropout"
-    if request.logit_soft_cap is not None:
+    if request.variant.score.soft_cap is not None:
         return "it has no logit soft-cap"
+    if request.variant.score.mod is not None:
+        return "it has no score_mod"
+    if request.value_dim != request.head_dim:
+        return f"it needs values as wide as keys, and they are {request.value_dim} and {request.head_dim}"
     return None
 
 
-def supports_cudnn(request: Any) -> str | None:
+def supports_cudnn(request: Request) -> str | None:
     """Why cuDNN cannot serve this call, or None. The limits are those of `jax.nn.dot_product_attention`."""
     if request.platform != "gpu":
         return f"it needs an NVIDIA GPU, and this is {request.platform}"
@@ -86,9 +91,9 @@ def supports_cudnn(request: Any) -> str | None:
         return f"it needs bfloat16 or float16, and q is {request.dtype}"
     if request.head_dim % 8 or request.head_dim > 128:
         return f"it needs a head_dim that is a multiple of 8 and at most 128, and this is {request.head_dim}"
-    if request.has_bias:
+    if request.variant.score.bias_BNTS is not None:
         return "its bias gradient is not reliable for every shape"
-    if _structure(request.mask, request.num_queries, request.num_keys)[1].terms:
+    if _structure(request.variant.mask, request.num_queries, request.num_keys)[1].terms:
         return (
             "it takes causal and window masks only: an array of a mask would become a bias, with a gradient of its own"
         )

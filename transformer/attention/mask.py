@@ -2,154 +2,30 @@
 
 B batch, T query position, S key position, N query heads.
 
-A mask is a conjunction of terms. A kernel that understands all of them never needs the T×S array; one that does not
-asks for `materialize`. Masks are pytrees: they pass through `jax.jit`, and what shapes a program (the kinds of terms,
-a window's width) is static.
+A mask is a conjunction of terms (`terms.py`). A kernel that understands all of them never needs the T×S array; one that
+does not asks for `materialize`, or for one tile after another. Masks are pytrees: they pass through `jax.jit`, and what
+shapes a program (the kinds of terms, a window's width) is static.
 
     mask = AttentionMask.causal() & AttentionMask.segments(segments_BT) & AttentionMask.window(left=128)
+    longformer = AttentionMask.window(left=64, right=64) | AttentionMask.global_tokens(4)
+    streaming = AttentionMask.causal() & (AttentionMask.window(left=1024) | AttentionMask.sinks(4))
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from transformer.attention import terms
+from transformer.attention.mods import Mod
+from transformer.attention.terms import Term
+from transformer.attention.tile import Grid, Tile
 from transformer.types import Array, Bool, Int
-
-TermT = TypeVar("TermT", bound="Term")
-
-
-def _register(cls: type[TermT]) -> type[TermT]:
-    """Make a term a pytree: arrays are its leaves; plain numbers stay in its structure, where a kernel can read them."""
-    names = tuple(field.name for field in dataclasses.fields(cls))
-
-    def flatten(term: TermT) -> tuple[list[Any], tuple[tuple[str, Any], ...]]:
-        values = [(name, getattr(term, name)) for name in names]
-        static = tuple((name, value) for name, value in values if value is None or isinstance(value, int))
-        known = dict(static)
-        return [value for name, value in values if name not in known], static
-
-    def unflatten(static: tuple[tuple[str, Any], ...], leaves: Iterable[Any]) -> TermT:
-        # Not by the constructor: JAX also puts placeholders where arrays belong.
-        term, known, rest = object.__new__(cls), dict(static), iter(leaves)
-        for name in names:
-            object.__setattr__(term, name, known[name] if name in known else next(rest))
-        return term
-
-    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
-    return cls
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """One condition that a (query, key) pair must meet."""
-
-    def allowed(self, queries: range, keys: range) -> Bool[Array, "B_ N_ T_ S_"]:
-        """True where the pair may attend, for a block of queries and keys; each of the four dims is broadcastable."""
-        raise NotImplementedError
-
-    def extent(self) -> tuple[int | None, int | None]:
-        """How many queries and keys it is made for; None where any number fits."""
-        return None, None
-
-    def moved(self, offset: int | Int[Array, " B"]) -> Term:
-        """This term when query t of the call stands at position `offset + t` among the keys."""
-        return self
-
-
-def _positions(queries: range, offset: int | Array) -> Int[Array, "B_ 1 T 1"]:
-    """Where the queries stand among the keys, [1 or B, 1, T, 1]."""
-    positions = jnp.arange(queries.start, queries.stop)
-    return (jnp.asarray(offset, positions.dtype).reshape(-1, 1) + positions)[:, None, :, None]
-
-
-@_register
-@dataclasses.dataclass(frozen=True)
-class Causal(Term):
-    """Key s is seen by query t when s ≤ offset + t."""
-
-    offset: int | Int[Array, " B"] = 0
-
-    def allowed(self, queries, keys):
-        return jnp.arange(keys.start, keys.stop)[None, None, None] <= _positions(queries, self.offset)
-
-    def moved(self, offset):
-        return Causal(self.offset + offset)
-
-
-@_register
-@dataclasses.dataclass(frozen=True)
-class Window(Term):
-    """Key s is seen by query t when -left ≤ s - (offset + t) ≤ right; None leaves a side open."""
-
-    left: int | None
-    right: int | None
-    offset: int | Int[Array, " B"] = 0
-
-    def allowed(self, queries, keys):
-        distance = jnp.arange(keys.start, keys.stop)[None, None, None] - _positions(queries, self.offset)
-        inside = jnp.ones_like(distance, bool)
-        if self.left is not None:
-            inside &= distance >= -self.left
-        if self.right is not None:
-            inside &= distance <= self.right
-        return inside
-
-    def moved(self, offset):
-        return dataclasses.replace(self, offset=self.offset + offset)
-
-
-@_register
-@dataclasses.dataclass(frozen=True)
-class Padding(Term):
-    """Keys that are real."""
-
-    valid_BS: Bool[Array, "B S"]
-
-    def extent(self):
-        return None, self.valid_BS.shape[1]
-
-    def allowed(self, queries, keys):
-        return self.valid_BS[:, None, None, keys.start : keys.stop]
-
-
-@_register
-@dataclasses.dataclass(frozen=True)
-class Segments(Term):
-    """Query and key belong to the same packed document. Segment 0 is padding, and sees and is seen by nothing."""
-
-    q_BT: Int[Array, "B T"]
-    k_BS: Int[Array, "B S"]
-
-    def extent(self):
-        return self.q_BT.shape[1], self.k_BS.shape[1]
-
-    def allowed(self, queries, keys):
-        q, k = self.q_BT[:, queries.start : queries.stop], self.k_BS[:, keys.start : keys.stop]
-        return (q[:, None, :, None] == k[:, None, None, :]) & (k != 0)[:, None, None, :]
-
-
-@_register
-@dataclasses.dataclass(frozen=True)
-class Explicit(Term):
-    """Any array, each of its four dims broadcastable."""
-
-    mask_BNTS: Bool[Array, "B_ N_ T_ S_"]
-
-    def extent(self):
-        num_queries, num_keys = (None if size == 1 else size for size in self.mask_BNTS.shape[2:])
-        return num_queries, num_keys
-
-    def allowed(self, queries, keys):
-        mask = self.mask_BNTS
-        mask = mask if mask.shape[2] == 1 else mask[:, :, queries.start : queries.stop]
-        return mask if mask.shape[3] == 1 else mask[..., keys.start : keys.stop]
 
 
 @jax.tree_util.register_dataclass
@@ -167,25 +43,79 @@ class AttentionMask:
     @staticmethod
     def causal(offset: int | Int[Array, " B"] = 0) -> AttentionMask:
         """Query t, standing at position offset + t, sees the keys up to its own position."""
-        return AttentionMask((Causal(offset),))
+        return AttentionMask((terms.Causal(offset=offset),))
 
     @staticmethod
     def window(left: int | None = None, right: int | None = None) -> AttentionMask:
-        """Query t sees from `left` keys before it to `right` keys after it.
+        """Query t sees from `left` keys before it to `right` keys after it; None leaves a side open.
 
         Raises:
-            ValueError: a negative width.
+            ValueError: a negative width, or widths with which a query sees itself alone.
         """
         for name, width in (("left", left), ("right", right)):
             if width is not None and width < 0:
-                raise ValueError(f"window: {name}={width}; a width is 0 (the position itself) or more")
-        return AttentionMask((Window(left, right),))
+                raise ValueError(
+                    f"window: {name}={width}; expected 1 or more, 0 for nothing on that side, or None for all"
+                )
+        if left == 0 and not right:
+            raise ValueError(
+                f"window: left=0, right={right} leaves a query nothing but itself; expected a width of 1 or more"
+            )
+        return AttentionMask((terms.Window(left, right),))
+
+    @staticmethod
+    def dilated(step: int) -> AttentionMask:
+        """Query t sees the keys at a distance that is a multiple of `step` (Beltagy et al. 2020; with a window around it).
+
+        Raises:
+            ValueError: a step below 1.
+        """
+        _at_least_one("dilated", "step", step)
+        return AttentionMask((terms.Dilated(step),))
+
+    @staticmethod
+    def prefix(length: int | Int[Array, " B"]) -> AttentionMask:
+        """Every query sees the first `length` keys; `causal() | prefix(n)` is a prefix language model's mask."""
+        if not isinstance(length, int):
+            _check("prefix", length, 1, jnp.integer)
+        return AttentionMask((terms.Prefix(length),))
+
+    @staticmethod
+    def sinks(count: int) -> AttentionMask:
+        """Every query sees the first `count` keys, the attention sinks (Xiao et al. 2023), whatever a window hides.
+
+        Raises:
+            ValueError: a count below 1.
+        """
+        _at_least_one("sinks", "count", count)
+        return AttentionMask((terms.Prefix(count),))
+
+    @staticmethod
+    def global_tokens(count: int) -> AttentionMask:
+        """The first `count` positions see everything and are seen by everything (Beltagy et al. 2020, section 3.1).
+
+        Raises:
+            ValueError: a count below 1.
+        """
+        _at_least_one("global_tokens", "count", count)
+        return AttentionMask((terms.Prefix(count),)) | AttentionMask((terms.FirstQueries(count),))
+
+    @staticmethod
+    def block_sparse(layout_QK: Bool[Array | np.ndarray, "Q K"], size: int) -> AttentionMask:
+        """Blocks of `size` queries see blocks of `size` keys where the layout is true (Child et al. 2019; Zaheer et al. 2020).
+
+        Raises:
+            ValueError: a layout that is no matrix of booleans, or a size below 1.
+        """
+        _check("block_sparse", layout_QK, 2, jnp.bool_)
+        _at_least_one("block_sparse", "size", size)
+        return AttentionMask((terms.BlockSparse(layout_QK, size),))
 
     @staticmethod
     def padding(valid_BS: Bool[Array, "B S"]) -> AttentionMask:
         """Only keys where `valid_BS` is true are seen."""
         _check("padding", valid_BS, 2, jnp.bool_)
-        return AttentionMask((Padding(valid_BS),))
+        return AttentionMask((terms.Padding(valid_BS),))
 
     @staticmethod
     def segments(q_BT: Int[Array, "B T"], k_BS: Int[Array, "B S"] | None = None) -> AttentionMask:
@@ -193,55 +123,99 @@ class AttentionMask:
         k_BS = q_BT if k_BS is None else k_BS
         for array in (q_BT, k_BS):
             _check("segments", array, 2, jnp.integer)
-        return AttentionMask((Segments(q_BT, k_BS),))
+        return AttentionMask((terms.Segments(q_BT, k_BS),))
 
     @staticmethod
     def explicit(mask_BNTS: Bool[Array, "B_ N_ T_ S_"]) -> AttentionMask:
         """Exactly the pairs where the array is true."""
         _check("explicit", mask_BNTS, 4, jnp.bool_)
-        return AttentionMask((Explicit(mask_BNTS),))
+        return AttentionMask((terms.Explicit(mask_BNTS),))
+
+    @staticmethod
+    def mod(mask_mod: Callable[..., Any]) -> AttentionMask:
+        """The pairs for which `mask_mod(b, h, q, k)`, a function of four integers, is true (Dong et al. 2024).
+
+        Raises:
+            ValueError: the function gives anything but one boolean.
+        """
+        return AttentionMask((terms.MaskMod(Mod.mask(mask_mod)),))
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
+        """The pairs that both allow."""
         extra = tuple(term for term in other.terms if not (_is_plain_causal(term) and self.is_causal))
         return AttentionMask(self.terms + extra)
+
+    def __or__(self, other: AttentionMask) -> AttentionMask:
+        """The pairs that one of the two allows."""
+        if not self.terms or not other.terms:
+            return AttentionMask()
+        return AttentionMask((terms.Either(self.terms, other.terms),))
 
     def moved(self, offset: int | Int[Array, " B"]) -> AttentionMask:
         """The mask of queries that stand `offset` positions further along the keys (decoding with a cache)."""
         return AttentionMask(tuple(term.moved(offset) for term in self.terms))
 
-    def of_type(self, kind: type[TermT]) -> tuple[TermT, ...]:
-        """The terms of one kind."""
-        return tuple(term for term in self.terms if isinstance(term, kind))
+    def padded(self, num_queries: int, num_keys: int) -> AttentionMask:
+        """The mask with its arrays filled up to so many queries and keys, which nothing sees."""
+        return AttentionMask(tuple(term.padded(num_queries, num_keys) for term in self.terms))
 
     @property
     def is_causal(self) -> bool:
         """Whether a causal term with no offset is among the terms."""
         return any(map(_is_plain_causal, self.terms))
 
-    def check(self, num_queries: int, num_keys: int) -> None:
-        """Raise a `ValueError` for a term that is made for other numbers of queries or keys."""
+    def check(self, *sizes: int) -> None:
+        """Raise a `ValueError` for a term that is made for other numbers of rows, heads, queries or keys."""
         for term in self.terms:
-            for given, wanted, name in zip(term.extent(), (num_queries, num_keys), ("queries", "keys"), strict=True):
+            for given, wanted, name in zip(term.extent(), sizes, ("rows", "heads", "queries", "keys"), strict=True):
                 if given not in (None, wanted):
                     raise ValueError(f"mask: {type(term).__name__} is made for {given} {name}; this call has {wanted}")
 
-    def materialize(self, num_queries: int, num_keys: int) -> Bool[Array, "B_ N_ T_ S_"] | None:
+    def materialize(
+        self, num_queries: int, num_keys: int, *, batch_size: int | None = None, num_heads: int | None = None
+    ) -> Bool[Array, "B_ N_ T_ S_"] | None:
         """The array, as small as broadcasting allows; None when everything is allowed.
 
-        Raises:
-            ValueError: a term is made for other numbers of queries or keys.
-        """
-        self.check(num_queries, num_keys)
-        return self.block(range(num_queries), range(num_keys))
+        Args:
+            batch_size, num_heads: those that the terms are made for, by default; a `mask_mod` that looks at the row or the
+                head needs them.
 
-    def block(self, queries: range, keys: range) -> Bool[Array, "B_ N_ T_ S_"] | None:
-        """As `materialize`, for some of the queries and some of the keys."""
-        parts = [term.allowed(queries, keys) for term in self.terms]
-        return functools.reduce(operator.and_, parts) if parts else None
+        Raises:
+            ValueError: a term is made for other numbers of rows, heads, queries or keys.
+        """
+        made_for = [
+            [size for size in sizes if size is not None]
+            for sizes in zip(*(t.extent() for t in self.terms), strict=True)
+        ]
+        rows, heads = (max(sizes, default=1) for sizes in made_for[:2]) if made_for else (1, 1)
+        rows, heads = rows if batch_size is None else batch_size, heads if num_heads is None else num_heads
+        self.check(rows, heads, num_queries, num_keys)
+        return self.allowed(Tile.whole(rows, heads, num_queries, num_keys))
+
+    def allowed(self, tile: Tile) -> Bool[Array, "B_ N_ T_ S_"] | None:
+        """As `materialize`, for one tile."""
+        return terms.all_allowed(self.terms, tile) if self.terms else None
+
+    def visible(self, grid: Grid) -> Any:
+        """Which tiles of a grid may have an allowed pair; numpy where that is known before the program runs."""
+        return terms.all_visible(self.terms, grid)
+
+    def visible_beforehand(self, grid: Grid) -> Bool[np.ndarray, "Q K"]:
+        """As `visible`, as far as it is known before the program runs: terms with arrays count as allowing all."""
+        known = [term.visible(grid) for term in self.terms if not jax.tree.leaves(term)]
+        visible = np.ones((grid.queries.count, grid.keys.count), bool)
+        for table in known:
+            visible = visible & np.asarray(table)
+        return visible
 
 
 def _is_plain_causal(term: Term) -> bool:
-    return isinstance(term, Causal) and isinstance(term.offset, int) and term.offset == 0
+    return isinstance(term, terms.Causal) and isinstance(term.offset, int) and term.offset == 0
+
+
+def _at_least_one(name: str, argument: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: {argument}={value}; expected 1 or more")
 
 
 def _check(name: str, array: Array, ndim: int, dtype: type) -> None:

@@ -7,60 +7,58 @@ B batch, T query position, S key position, N query heads, K key/value heads, G =
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from transformer.attention.mask import AttentionMask
-from transformer.types import Array, Float, PRNGKeyArray
+from transformer.attention.tile import Span, Tile
+from transformer.attention.variant import Variant, wide
+from transformer.types import Array, Float
 
 
 def attention_weights(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    bias_BNTS: Float[Array, "B_ N_ T_ S_"] | None = None,
-    *,
-    scale: float,
-    logit_soft_cap: float | None = None,
-) -> Float[Array, "B N T S"]:
-    """Each query's distribution over the keys, [B, N, T, S] in float32 (or wider). A row with no key is all zeros."""
-    B, T, N, H = q_BTNH.shape
+    variant: Variant,
+    heads: tuple[int, ...] | None = None,
+) -> Float[Array, "B n T S"]:
+    """Each query's distribution over the keys, [B, n, T, S] in float32 (or wider), before dropout; a row with no key is zeros.
+
+    Args:
+        heads: the query heads to give it for, of which alone anything of size T×S is made; None: all of them at once.
+    """
+    B, T, N, _ = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    dtype = jnp.float64 if q_BTNH.dtype == jnp.float64 else jnp.float32
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=dtype) * scale
-    logits = logits.reshape(B, N, T, S)
-    if logit_soft_cap is not None:
-        # Gemma Team 2024, section 2: bounds the logits smoothly.
-        logits = logit_soft_cap * jnp.tanh(logits / logit_soft_cap)
-    if bias_BNTS is not None:
-        logits += bias_BNTS
-    allowed = mask.materialize(T, S)
-    if allowed is None:
-        return jax.nn.softmax(logits, axis=-1)
-    # A finite floor keeps an empty row free of NaN, in the gradient too; the second where empties it.
-    weights = jax.nn.softmax(jnp.where(allowed, logits, jnp.finfo(dtype).min), axis=-1)
-    return jnp.where(allowed, weights, 0)
+    whole = Tile.whole(B, N, T, S)
+    if heads is None:
+        return _weights(q_BTNH, k_BSKH, variant, whole)
+    rows = []
+    for head in heads:
+        tile = dataclasses.replace(whole, heads=Span(head, 1))
+        key_head = Span(head // (N // K), 1)
+        rows.append(_weights(tile.heads.cut(q_BTNH, 2), key_head.cut(k_BSKH, 2), variant, tile))
+    return jnp.concatenate(rows, axis=1)
 
 
 def reference(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    mask: AttentionMask,
-    bias_BNTS: Float[Array, "B_ N_ T_ S_"] | None = None,
-    *,
-    scale: float,
-    logit_soft_cap: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: PRNGKeyArray | None = None,
-) -> Float[Array, "B T N H"]:
+    q_BTNH: Float[Array, "B T N H"], k_BSKH: Float[Array, "B S K H"], v_BSKC: Float[Array, "B S K C"], variant: Variant
+) -> Float[Array, "B T N C"]:
     """Attention with the T×S array written out. Softmax in float32, the result in v's type."""
     B, T, N, _ = q_BTNH.shape
-    K, H = v_BSKH.shape[2:]
-    weights = attention_weights(q_BTNH, k_BSKH, mask, bias_BNTS, scale=scale, logit_soft_cap=logit_soft_cap)
-    if dropout_rate > 0 and dropout_key is not None:
-        keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights.shape)
-        weights = jnp.where(keep, weights / (1 - dropout_rate), 0)
-    weights = weights.astype(v_BSKH.dtype).reshape(B, K, N // K, T, -1)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
+    S, K, C = v_BSKC.shape[1:]
+    weights = attention_weights(q_BTNH, k_BSKH, variant)
+    if variant.dropout is not None:
+        weights = variant.dropout(weights, Tile.whole(B, N, T, S))
+    weights = weights.astype(v_BSKC.dtype).reshape(B, K, N // K, T, S)
+    return jnp.einsum("BKGTS,BSKC->BTKGC", weights, v_BSKC).reshape(B, T, N, C)
+
+
+def _weights(q_BTNH: Array, k_BSKH: Array, variant: Variant, tile: Tile) -> Array:
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    products = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide(q_BTNH.dtype))
+    logits, allowed = variant.logits(products.reshape(B, N, T, S), tile)
+    weights = jax.nn.softmax(logits, axis=-1)
+    return weights if allowed is None else jnp.where(allowed, weights, 0)

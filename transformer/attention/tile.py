@@ -1,0 +1,115 @@
+"""Which part of the T×S plane a kernel is at: spans, tiles of four spans, and the grid of all tiles.
+
+B batch, T query position, S key position, N query heads.
+
+A mask or a score function is asked for one tile at a time, so that the whole plane never has to exist. A tile speaks of
+places in the arrays at hand and of positions in the sequence; the two differ where a device holds a part of the sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer.types import Array, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """`size` places of one dim, from `start` on; place 0 stands at position `base` of the whole sequence."""
+
+    start: int | Array
+    size: int
+    base: int | Array = 0
+
+    @property
+    def positions(self) -> Int[Array, " n"]:
+        """Where the places stand in the sequence."""
+        return self.base + self.start + jnp.arange(self.size)
+
+    def cut(self, x: Array, axis: int) -> Array:
+        """These places of `x`; a dim of 1 is the same for every place and stays."""
+        if x.shape[axis] == 1 or (self.size == x.shape[axis] and isinstance(self.start, int)):
+            return x
+        if isinstance(self.start, int):
+            return jax.lax.slice_in_dim(x, self.start, self.start + self.size, axis=axis)
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A block of queries against a block of keys, for some rows of the batch and some heads."""
+
+    batch: Span
+    heads: Span
+    queries: Span
+    keys: Span
+
+    @staticmethod
+    def whole(batch_size: int, num_heads: int, num_queries: int, num_keys: int) -> Tile:
+        """All of it."""
+        return Tile(Span(0, batch_size), Span(0, num_heads), Span(0, num_queries), Span(0, num_keys))
+
+    @property
+    def indices(self) -> tuple[Array, Array, Array, Array]:
+        """Row, head, query position and key position, shaped to broadcast to [B, N, t, s]."""
+        b, h, q, k = (span.positions for span in (self.batch, self.heads, self.queries, self.keys))
+        return b[:, None, None, None], h[None, :, None, None], q[None, None, :, None], k[None, None, None, :]
+
+    def cut(self, x_BNTS: Array) -> Array:
+        """The tile's part of an array over heads and plane, any of whose dims may be 1."""
+        return self.keys.cut(self.queries.cut(self.heads.cut(x_BNTS, 1), 2), 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """One dim cut into `count` blocks of `size` places; place 0 stands at position `base`."""
+
+    size: int
+    count: int
+    base: int | Array = 0
+
+    @property
+    def length(self) -> int:
+        """Places in all of them."""
+        return self.size * self.count
+
+    @property
+    def first(self) -> Any:
+        """The position of each block's first place: numpy where `base` is a plain number, so that it stays static."""
+        return np.arange(self.count) * self.size + self.base
+
+    @property
+    def last(self) -> Any:
+        """The position of each block's last place."""
+        return self.first + (self.size - 1)
+
+    def span(self, index: int | Array) -> Span:
+        """One of the blocks."""
+        return Span(index * self.size, self.size, self.base)
+
+    def split(self, x: Array, axis: int, fill: Any) -> Array:
+        """`x` with `axis` as [count, size], filled up with `fill` behind its end."""
+        around = [(0, 0)] * x.ndim
+        around[axis] = (0, self.length - x.shape[axis])
+        return jnp.pad(x, around, constant_values=fill).reshape(
+            *x.shape[:axis], self.count, self.size, *x.shape[axis + 1 :]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The plane as blocks of queries times blocks of keys."""
+
+    batch: Span
+    heads: Span
+    queries: Blocks
+    keys: Blocks
+
+    def tile(self, query_block: int | Array, key_block: int | Array) -> Tile:
+        """One of the tiles."""
+        return Tile(self.batch, self.heads, self.queries.span(query_block), self.keys.span(key_block))
