@@ -11,8 +11,8 @@ B batch, T query position, S key position, D query features, E key features, V v
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,7 @@ from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 ESTIMATORS = ("soft", "argmax", "gumbel", "reinforce")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class HardSample:
+class HardSample(NamedTuple):
     """A key drawn for each query. Where a query sees no key, everything is 0."""
 
     weights_BTS: Float[Array, "B T S"]
