@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
+from transformer.attention.dispatch import attend
 from transformer.attention.mask import AttentionMask
-from transformer.attention.reference import reference
 from transformer.attention.sparse_softmax import NORMALIZERS, SparseAttention, entmax15, sparse_attention, sparsemax
 
 SPARSE = {"sparsemax": sparsemax, "entmax15": entmax15}
@@ -131,7 +131,7 @@ def test_attention_by_loops(name):
 def test_attention_by_softmax_is_the_reference():
     q, k, v = inputs()
     got = sparse_attention(q, k, v, AttentionMask.causal(2), normalizer="softmax")[0]
-    np.testing.assert_allclose(got, reference(q, k, v, AttentionMask.causal(2), scale=8**-0.5), atol=1e-6)
+    np.testing.assert_allclose(got, attend(q, k, v, AttentionMask.causal(2), backend="reference")[0], atol=1e-6)
 
 
 def test_module():
