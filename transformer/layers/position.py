@@ -1,39 +1,281 @@
-"""Where a token stands: sinusoidal and rotary positions. Learned ones are an `Embedding` of the position.
+"""Where a token stands: sinusoidal and rotary positions, and biases of attention by distance (ALiBi, T5's).
 
-B batch, T position, D embed, N heads, H head_dim.
+B batch, T query position, S key position, D embed, N heads, H head_dim, R distances told apart.
+
+Learned positions are an `Embedding` of the position. A bias by distance is added to attention's logits: `score_mod` computes
+it for a pair at a time, so that no array of T×S exists; `bias` is the same as an array. Both count places in the row, which
+a packed document does not change: tokens of one document are as far apart as before, and others are masked.
 """
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
 
-from transformer.types import Array, Float, Int
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transformer.errors import require
+from transformer.sharding import with_axes
+from transformer.types import Array, DTypeLike, Float, Int
+
+ScoreMod = Callable[[Array, Array, Array, Array, Array], Array]
+"""(score, row, head, query, key) to score, as `attend` takes it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """How rotary positions serve a context longer than the one that a model was trained at."""
+
+    kind: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """linear: every period longer by factor; ntk: the longer ones more; yarn, llama3: only those that turn seldom."""
+    factor: float = 1.0
+    """The new context over the old one."""
+    original_length: int | None = None
+    """The context that the model was trained at, in tokens; yarn and llama3 need it."""
+    slow_turns: float = 1.0
+    """Features that turn fewer times than this in original_length get a period longer by factor (yarn, llama3)."""
+    fast_turns: float | None = None
+    """Features that turn more often than this keep their period (yarn, llama3); null: 32 for yarn, 4 for llama3."""
+    attention_factor: float | None = None
+    """What yarn multiplies rotated queries and keys by; null: 0.1 ln(factor) + 1."""
+
+    def __post_init__(self) -> None:
+        needs_length = self.kind in ("yarn", "llama3")
+        require(self, "factor", self.factor >= 1, "allowed: 1 or more")
+        require(
+            self, "original_length", self.original_length is None or self.original_length >= 1, "allowed: 1 or more"
+        )
+        require(self, "original_length", not needs_length or self.original_length is not None, f"{self.kind} needs it")
+        require(self, "slow_turns", self.slow_turns > 0, "allowed: above 0")
+        require(self, "fast_turns", self.most_turns > self.slow_turns, f"allowed: above slow_turns ({self.slow_turns})")
+        allowed = self.attention_factor is None or (self.kind == "yarn" and self.attention_factor > 0)
+        require(self, "attention_factor", allowed, "allowed: above 0, with yarn; or null")
+
+    @property
+    def most_turns(self) -> float:
+        """`fast_turns` with its default filled in."""
+        if self.fast_turns is not None:
+            return self.fast_turns
+        return 4.0 if self.kind == "llama3" else 32.0
+
+    @property
+    def magnitude(self) -> float:
+        """What rotated queries and keys are multiplied by: √(1/t) of YaRN's attention temperature t (equation 22)."""
+        if self.kind != "yarn":
+            return 1.0
+        return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+
+
+NO_SCALING = RotaryScaling()
+
+
+def token_positions(
+    batch_size: int, num_tokens: int, start: int | Int[Array, " B"] = 0
+) -> Int[Array, "{batch_size} {num_tokens}"]:
+    """`num_tokens` positions in each row, from `start` on, which each row may have its own of."""
+    first = start if isinstance(start, int) else start[:, None]
+    return jnp.broadcast_to(first + jnp.arange(num_tokens), (batch_size, num_tokens))
 
 
 def sinusoidal(positions_BT: Int[Array, "B T"], dim: int, *, max_period: float = 10_000.0) -> Float[Array, "B T D"]:
     """Sines in the even features and cosines in the odd ones (Vaswani et al. 2017, section 3.5), [B, T, dim], float32."""
-    angles = _angles(positions_BT, dim, max_period)
+    angles = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(dim, max_period)
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BT.shape, dim)
 
 
 def rotary(
-    x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], *, max_period: float = 10_000.0
+    x_BTNH: Float[Array, "B T N H"],
+    positions_BT: Int[Array, "B T"],
+    *,
+    max_period: float = 10_000.0,
+    scaling: RotaryScaling = NO_SCALING,
 ) -> Float[Array, "B T N H"]:
     """Rotate each pair (i, i + H/2) of features by an angle that grows with the position.
 
     Su et al. 2021, equation 34, with the pairs of GPT-NeoX: a head's first half with its second. The products of
     rotated queries and keys depend on the distance of their positions alone. Angles in float32.
     """
-    angles = _angles(positions_BT, x_BTNH.shape[-1], max_period)[:, :, None, :]  # [B, T, 1, H/2]
+    frequencies = rotary_frequencies(x_BTNH.shape[-1], max_period, scaling)
+    angles = (positions_BT[..., None].astype(jnp.float32) * frequencies)[:, :, None, :]  # [B, T, 1, H/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scaling.magnitude != 1:
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
 
 
-def _angles(positions_BT: Array, dim: int, max_period: float) -> Array:
-    """Position times frequency, [B, T, dim/2]; the periods run geometrically from 2π to 2π·max_period."""
+def rotary_frequencies(
+    dim: int, max_period: float = 10_000.0, scaling: RotaryScaling = NO_SCALING
+) -> Float[np.ndarray, " half"]:
+    """Radians that each pair of features turns from a position to the next, [dim/2] in float32.
+
+    θ_i = max_period^(-2i/dim), so that the periods run geometrically from 2π to 2π·max_period; with s = factor:
+
+    - linear: θ_i / s, which is position interpolation (Chen et al. 2023, equation 4);
+    - ntk: max_period · s^(dim/(dim-2)) in the place of max_period, by which the fastest pair stays as it is and the slowest
+      turns s times slower (bloc97 2023; Peng et al. 2023, definition 1);
+    - yarn: (1 - γ_i) θ_i / s + γ_i θ_i, γ_i from 0 to 1 between `slow_turns` and `fast_turns` in the old context (Peng et al.
+      2023, equation 19). As in its authors' code, and so in published checkpoints, γ is linear in i, from whole numbers;
+    - llama3: the same with γ linear in the number of turns, as in the paper's equation 18 (Llama Team 2024).
+
+    Raises:
+        ValueError: an odd `dim`.
+    """
     if dim % 2:
         raise ValueError(f"positions of sines and cosines need an even dim; got {dim}")
-    frequencies = max_period ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-    return positions_BT[..., None].astype(jnp.float32) * frequencies
+    if scaling.kind == "ntk":
+        max_period *= scaling.factor ** (dim / max(dim - 2, 1))
+    frequencies = max_period ** (-np.arange(0, dim, 2) / dim)
+    if scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling.kind in ("yarn", "llama3"):
+        keep = _kept(frequencies, max_period, scaling)
+        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def _kept(frequencies: np.ndarray, max_period: float, scaling: RotaryScaling) -> np.ndarray:
+    """γ: how much of each frequency is kept, from 0 (turns seldom, all interpolated) to 1."""
+    length = scaling.original_length
+    assert length is not None
+    turns = length * frequencies / (2 * math.pi)
+    few, many = scaling.slow_turns, scaling.most_turns
+    if scaling.kind == "llama3":
+        return np.clip((turns - few) / (many - few), 0, 1)
+    dim = 2 * len(frequencies)
+
+    def pair_with(turns: float) -> float:
+        return dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(max_period))
+
+    low, high = max(math.floor(pair_with(many)), 0), min(math.ceil(pair_with(few)), dim - 1)
+    return 1 - np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alibi:
+    """Attention with linear biases: each head's logits fall with the distance, at a slope of its own (Press et al. 2022).
+
+    The bias is -m |t - s|; section 3 of the paper has it for the keys before a query.
+    """
+
+    num_heads: int
+
+    def slopes(self, heads: Int[Array, ...]) -> Float[Array, ...]:
+        """Of head 0, 1, ...: 2^(-8/N), 2^(-16/N), ... 2^(-8). Where N is no power of two, those of the power below it, and
+        then every other one of the power above."""
+        power = 2 ** math.floor(math.log2(self.num_heads))
+        heads = heads.astype(jnp.float32)
+        return jnp.exp2(-8 / power * jnp.where(heads < power, heads + 1, heads - power + 0.5))
+
+    def bias(
+        self, num_queries: int, num_keys: int, offset: int | Int[Array, " B"] = 0
+    ) -> Float[Array, "B_ N {num_queries} {num_keys}"]:
+        """As an array of one row, or of as many as there are offsets; query t stands at key `offset + t`."""
+        distances = jnp.abs(_distances(num_queries, num_keys, offset)).astype(jnp.float32)
+        return -self.slopes(jnp.arange(self.num_heads))[:, None, None] * distances
+
+    def score_mod(self, offset: int | Int[Array, " B"] = 0) -> ScoreMod:
+        """As a function for `attend`. Query t stands at key `offset + t`: decoding, the length of each row's cache."""
+
+        def score_mod(score: Array, row: Array, head: Array, query: Array, key: Array) -> Array:
+            distance = jnp.abs(key - query - _of_row(offset, row))
+            return score - (self.slopes(head) * distance.astype(jnp.float32)).astype(score.dtype)
+
+        return score_mod
+
+
+class RelativePosition(nnx.Module):
+    """A learned bias by distance, which all layers share: distances fall into buckets, each with a number for every head.
+
+    Raffel et al. 2020, section 2.1.
+
+    Args:
+        num_buckets: half of them for single distances, half for ranges that widen geometrically; when bidirectional, half
+            of all for the keys behind a query.
+        max_distance: from here on all distances share a bucket.
+        bidirectional: tell the keys behind a query apart; otherwise they all count as distance 0.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool,
+        init: Callable[..., Array],
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_buckets(num_buckets, max_distance, bidirectional)
+        self.num_buckets, self.max_distance, self.bidirectional = num_buckets, max_distance, bidirectional
+        # One bucket a row.
+        table = with_axes(init, None, "heads")(rngs.params(), (num_buckets, num_heads), param_dtype)
+        self.table = nnx.Param(table)
+
+    def by_distance(self) -> Float[Array, "N R"]:
+        """Each head's bias at the distances -max_distance to max_distance, of key to query."""
+        distances = np.arange(-self.max_distance, self.max_distance + 1)
+        buckets = relative_buckets(distances, self.num_buckets, self.max_distance, bidirectional=self.bidirectional)
+        return self.table[...][buckets].T
+
+    def bias(
+        self, num_queries: int, num_keys: int, offset: int | Int[Array, " B"] = 0
+    ) -> Float[Array, "B_ N {num_queries} {num_keys}"]:
+        """As an array of one row, or of as many as there are offsets; query t stands at key `offset + t`."""
+        return jnp.moveaxis(self.by_distance()[:, self._index(_distances(num_queries, num_keys, offset)[:, 0])], 0, 1)
+
+    def score_mod(self, offset: int | Int[Array, " B"] = 0) -> ScoreMod:
+        """As a function for `attend`. Query t stands at key `offset + t`: decoding, the length of each row's cache."""
+        by_distance_NR = self.by_distance()
+
+        def score_mod(score: Array, row: Array, head: Array, query: Array, key: Array) -> Array:
+            index = self._index(key - query - _of_row(offset, row))
+            return score + by_distance_NR[head, index].astype(score.dtype)
+
+        return score_mod
+
+    def _index(self, distance: Array) -> Array:
+        return jnp.clip(distance, -self.max_distance, self.max_distance) + self.max_distance
+
+
+def relative_buckets(
+    distances: Int[np.ndarray, ...], num_buckets: int, max_distance: int, *, bidirectional: bool
+) -> Int[np.ndarray, ...]:
+    """T5's bucket of each distance of a key to a query (Raffel et al. 2020), which is negative for keys before the query."""
+    first: int | np.ndarray = 0
+    if bidirectional:
+        num_buckets //= 2
+        first = num_buckets * (distances > 0)
+        distances = np.abs(distances)
+    else:
+        distances = np.maximum(-distances, 0)
+    exact = num_buckets // 2
+    # In float32 as the model's authors compute it, since some boundaries are at whole numbers.
+    ratio = np.log(np.maximum(distances, 1).astype(np.float32) / np.float32(exact))
+    wide = (ratio / np.float32(math.log(max_distance / exact)) * np.float32(num_buckets - exact)).astype(np.int64)
+    return first + np.where(distances < exact, distances, np.minimum(exact + wide, num_buckets - 1))
+
+
+def check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
+    """Raise a `ValueError` for buckets that cannot be."""
+    step = 4 if bidirectional else 2
+    if num_buckets < step or num_buckets % step:
+        raise ValueError(f"relative positions: num_buckets={num_buckets}; expected a multiple of {step}")
+    if max_distance <= num_buckets // step:
+        raise ValueError(f"relative positions: max_distance={max_distance}; expected above {num_buckets // step}")
+
+
+def _distances(num_queries: int, num_keys: int, offset: int | Array) -> Int[Array, "B_ 1 T S"]:
+    """Key position less query position."""
+    first = jnp.asarray(offset, jnp.int32).reshape(-1, 1, 1, 1)
+    return jnp.arange(num_keys) - (first + jnp.arange(num_queries)[:, None])
+
+
+def _of_row(offset: int | Array, row: Array) -> int | Array:
+    return offset if isinstance(offset, int) else offset[row]
