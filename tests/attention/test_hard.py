@@ -53,7 +53,7 @@ def test_straight_through_is_hard_forwards_and_the_softmax_backwards(temperature
     def soft(x):
         return jnp.sum(direction * softmax((x + noise) / temperature, allowed))
 
-    np.testing.assert_allclose(jax.grad(hard)(scores()), jax.grad(soft)(scores()), atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(hard))(scores()), jax.jit(jax.grad(soft))(scores()), atol=1e-6)
     weights = np.asarray(gumbel_weights(scores(), allowed, key=key, temperature=temperature))
     assert set(np.unique(weights)) == {0, 1}
     np.testing.assert_array_equal(weights.sum(-1), ALLOWED.any(-1))
@@ -63,7 +63,7 @@ def test_straight_through_is_hard_forwards_and_the_softmax_backwards(temperature
 @pytest.mark.parametrize("draw", [gumbel_weights, lambda *x, key: sample_weights(*x, key=key).weights_BTS])
 def test_draws_follow_the_softmax(draw):
     keys = jax.random.split(jax.random.key(0), 4000)
-    means = jax.vmap(lambda key: draw(scores(), jnp.asarray(ALLOWED), key=key))(keys).mean(0)
+    means = jax.jit(jax.vmap(lambda key: draw(scores(), jnp.asarray(ALLOWED), key=key)))(keys).mean(0)
     np.testing.assert_allclose(means, softmax(scores(), jnp.asarray(ALLOWED)), atol=0.04)
 
 
@@ -74,7 +74,9 @@ def test_a_sample_carries_its_probability_and_the_entropy():
     np.testing.assert_allclose(jnp.exp(sample.log_prob_BT), np.where(ALLOWED.any(-1), chosen, 1), rtol=1e-5)
     entropy = -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1)
     np.testing.assert_allclose(sample.entropy_BT, entropy, atol=1e-6)
-    gradient = jax.grad(lambda x: jnp.sum(sample_weights(x, jnp.asarray(ALLOWED), key=jax.random.key(2)).entropy_BT))
+    gradient = jax.jit(
+        jax.grad(lambda x: jnp.sum(sample_weights(x, jnp.asarray(ALLOWED), key=jax.random.key(2)).entropy_BT))
+    )
     assert np.isfinite(gradient(scores())).all() and not np.asarray(gradient(scores()))[~ALLOWED].any()
 
 
@@ -97,7 +99,7 @@ def test_reinforce_is_right_on_average(baseline, entropy_weight):
         return reinforce_loss(likelihood, sample, jnp.float32(baseline), entropy_weight=entropy_weight)[0]
 
     keys = jax.random.split(jax.random.key(0), 40_000)
-    gradients = jax.vmap(jax.grad(surrogate, (0, 1)), (None, None, 0))(x, theta, keys)
+    gradients = jax.jit(jax.vmap(jax.grad(surrogate, (0, 1)), (None, None, 0)))(x, theta, keys)
     for got, wanted in zip(gradients, jax.grad(expected_loss, (0, 1))(x, theta, entropy_weight), strict=True):
         error = np.asarray(got.std(0)) / 200
         assert (np.abs(got.mean(0) - wanted) < 4.5 * error + 1e-4).all()
@@ -114,7 +116,8 @@ def test_a_baseline_lessens_the_variance_and_follows_the_rewards():
         return jax.grad(surrogate)(x)
 
     keys = jax.random.split(jax.random.key(0), 500)
-    variance = [jax.vmap(gradient, (0, None))(keys, jnp.float32(b)).var(0).sum() for b in (0.0, -6.5)]
+    many = jax.jit(jax.vmap(gradient, (0, None)))
+    variance = [many(keys, jnp.float32(b)).var(0).sum() for b in (0.0, -6.5)]
     assert variance[1] < variance[0] / 5
     sample = sample_weights(jnp.zeros((2, 1, S)), key=jax.random.key(0))
     baseline = jnp.float32(0)
@@ -137,6 +140,12 @@ def make(estimator):
     return HardAttention(6, 7, 8, estimator=estimator, kernel_init=nnx.initializers.normal(0.7), rngs=nnx.Rngs(0))
 
 
+def call(module, *args, **kwargs):
+    """The module's call as one compiled program."""
+    graphdef, state = nnx.split(module)
+    return jax.jit(lambda state, args, kwargs: nnx.merge(graphdef, state)(*args, **kwargs))(state, args, kwargs)
+
+
 def inputs():
     rng = np.random.default_rng(3)
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, 6), (B, S, 7), (B, S, V)))
@@ -146,12 +155,14 @@ def inputs():
 def test_module(estimator):
     attention, (query, keys, values) = make(estimator), inputs()
     mask = AttentionMask.explicit(jnp.asarray(ALLOWED)[:, None])
-    out, weights, sample = attention(query, keys, values, mask, key=jax.random.key(0), temperature=0.5)
+    out, weights, sample = call(
+        attention, query, keys, values, mask, key=jax.random.key(0), temperature=jnp.float32(0.5)
+    )
     np.testing.assert_allclose(out, jnp.einsum("BTS,BSV->BTV", weights, values), atol=1e-6)
     np.testing.assert_allclose(weights.sum(-1), ALLOWED.any(-1), atol=1e-6)
     assert (sample is not None) == (estimator == "reinforce")
     assert estimator == "soft" or set(np.unique(weights)) == {0, 1}
-    unseeded = attention(query, keys, values, mask)[1]
+    unseeded = call(attention, query, keys, values, mask)[1]
     expected = softmax if estimator == "soft" else argmax_weights
     np.testing.assert_allclose(unseeded, expected(attention.score.scores(query, keys), jnp.asarray(ALLOWED)), atol=1e-6)
     assert attention(query, keys)[0].shape == (B, T, 7)
@@ -166,7 +177,8 @@ def test_empty_rows_and_masked_keys(estimator):
         out, _, sample = attention(query, keys, values, mask, key=jax.random.key(0))
         return jnp.sum(jnp.sin(out)) + (0.0 if sample is None else jnp.sum(sample.log_prob_BT))
 
-    for gradient in jax.grad(run, (0, 1))(keys, values):
+    run = jax.jit(run)
+    for gradient in jax.jit(jax.grad(run, (0, 1)))(keys, values):
         # In row 0, key 2 is seen by no query.
         assert np.isfinite(gradient).all() and not np.asarray(gradient[0, 2]).any()
     changed = run(keys.at[0, 2].set(9.0), values.at[0, 2].set(1e4))

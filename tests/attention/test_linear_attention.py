@@ -144,8 +144,9 @@ def make(**options):
 def test_module_goes_on_token_by_token():
     attention = make(feature_map="favor")
     x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, 8)), jnp.float32)
-    out, last = attention(x)
-    _, state = attention(x[:, :8], state_BKMV=attention.empty_state(B))
+    prefill = jax.jit(lambda x, state: attention(x, state_BKMV=state))
+    out, last = prefill(x, attention.empty_state(B))
+    _, state = prefill(x[:, :8], attention.empty_state(B))
     step = jax.jit(lambda x, state: attention.step(x, state))
     for t in range(8, T):
         token, state = step(x[:, t], state)
@@ -157,9 +158,9 @@ def test_module_that_is_not_causal():
     attention = make(causal=False)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, 8)), jnp.float32)
     segments = jnp.asarray([[1] * 5 + [2] * 6] * B)
-    out, state = attention(x, segments_BT=segments)
+    out, state = jax.jit(lambda x: attention(x, segments_BT=segments))(x)
     assert state is None
-    np.testing.assert_allclose(out[:, :5], attention(x[:, :5])[0], atol=1e-5)
+    np.testing.assert_allclose(out[:, :5], jax.jit(lambda x: attention(x)[0])(x[:, :5]), atol=1e-5)
     with pytest.raises(ValueError, match="only causal attention goes on"):
         attention.step(x[:, 0], attention.empty_state(B))
 

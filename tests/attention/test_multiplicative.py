@@ -33,6 +33,12 @@ def make(score="general", scope="global", key_dim=E, **options):
     )
 
 
+def call(module, *args, **kwargs):
+    """The module's call as one compiled program."""
+    graphdef, state = nnx.split(module)
+    return jax.jit(lambda state, args, kwargs: nnx.merge(graphdef, state)(*args, **kwargs))(state, args, kwargs)
+
+
 def inputs(key_dim=E, dtype=jnp.float32):
     rng = np.random.default_rng(0)
     return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in ((B, T, D), (B, S, key_dim)))
@@ -75,10 +81,10 @@ def test_values_are_those_of_the_equations(score, scope):
     key_dim = D if score == "dot" else E
     attention, (query, keys) = make(score, scope, key_dim), inputs(key_dim)
     lengths = VALID.sum(1)
-    got = attention(query, keys, AttentionMask.padding(jnp.asarray(VALID)), lengths_B=jnp.asarray(lengths))
+    got = call(attention, query, keys, AttentionMask.padding(jnp.asarray(VALID)), lengths_B=jnp.asarray(lengths))
     for array, expected in zip(got, naive(attention, query, keys, VALID, lengths), strict=True):
         np.testing.assert_allclose(array, expected, atol=3e-6)
-    got = attention(query, keys)
+    got = call(attention, query, keys)
     for array, expected in zip(got, naive(attention, query, keys, np.ones_like(VALID), [S] * B), strict=True):
         np.testing.assert_allclose(array, expected, atol=3e-6)
 
@@ -86,9 +92,9 @@ def test_values_are_those_of_the_equations(score, scope):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_one_query_at_a_time_as_a_decoder_asks(scope):
     attention, (query, keys) = make("concat", scope), inputs()
-    state, weights = attention(query, keys)
+    state, weights = call(attention, query, keys)
     for t in range(T):
-        one = attention(query[:, t : t + 1], keys, positions_BT=jnp.full((B, 1), t))
+        one = call(attention, query[:, t : t + 1], keys, positions_BT=jnp.full((B, 1), t))
         np.testing.assert_allclose(one[0][:, 0], state[:, t], atol=1e-6)
         np.testing.assert_allclose(one[1][:, 0], weights[:, t], atol=1e-6)
 
@@ -111,7 +117,7 @@ def test_gradients():
 def test_the_predicted_position_is_learned():
     attention, (query, keys) = make(scope="local-p"), inputs()
     graphdef, params = nnx.split(attention)
-    gradients = jax.grad(lambda params: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(query, keys)[0])))(params)
+    gradients = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(query, keys)[0]))))(params)
     assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
 
 
@@ -120,27 +126,26 @@ def test_masked_keys_and_empty_rows(scope):
     attention, (query, keys) = make("general", scope), inputs()
     mask = AttentionMask.padding(jnp.asarray(VALID).at[1].set(False))
 
-    def run(keys):
-        return attention(query, keys, mask)
+    run = jax.jit(lambda keys: attention(query, keys, mask))
 
     state, weights = run(keys)
     np.testing.assert_array_equal(run(keys.at[0, 5:].set(1e3))[0][0], state[0])
     assert not np.asarray(weights[1]).any()
     if scope != "local-p":
         np.testing.assert_allclose(weights[0].sum(-1), 1, atol=1e-6)
-    gradient = jax.grad(lambda keys: jnp.sum(run(keys)[0]))(keys)
+    gradient = jax.jit(jax.grad(lambda keys: jnp.sum(run(keys)[0])))(keys)
     assert np.isfinite(gradient).all() and not np.asarray(gradient[0, 5:]).any() and not np.asarray(gradient[1]).any()
 
 
 def test_the_order_of_keys_does_not_matter_globally():
     attention, (query, keys) = make("concat"), inputs()
     order = np.random.default_rng(2).permutation(S)
-    np.testing.assert_allclose(attention(query, keys[:, order])[0], attention(query, keys)[0], atol=1e-6)
+    np.testing.assert_allclose(call(attention, query, keys[:, order])[0], call(attention, query, keys)[0], atol=1e-6)
 
 
 def test_types():
     attention, (query, keys) = make("dot", key_dim=D, dtype=jnp.bfloat16), inputs(D, jnp.bfloat16)
-    state, weights = attention(query, keys)
+    state, weights = call(attention, query, keys)
     assert (state.dtype, weights.dtype) == (jnp.bfloat16, jnp.float32)
 
 

@@ -17,7 +17,7 @@ from transformer.attention.dispatch import attend
 from transformer.attention.mask import AttentionMask
 from transformer.attention.sparse_softmax import NORMALIZERS, SparseAttention, entmax15, sparse_attention, sparsemax
 
-SPARSE = {"sparsemax": sparsemax, "entmax15": entmax15}
+SPARSE = {"sparsemax": jax.jit(sparsemax), "entmax15": jax.jit(entmax15)}
 SCORES = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=9)
 
 
@@ -53,7 +53,7 @@ def test_sparsemax_is_the_nearest_point_of_the_simplex(scores, other):
     z = np.pad(np.asarray(scores, np.float32), (0, 9 - len(scores)))
     other = np.asarray(other) + 1e-6
     other = other / other.sum()
-    p = np.asarray(sparsemax(jnp.asarray(z)), np.float64)
+    p = np.asarray(SPARSE["sparsemax"](jnp.asarray(z)), np.float64)
     # A projection onto a convex set: no point of the set lies on the scores' side of p.
     assert np.dot(z - p, other - p) < 1e-4
 
@@ -90,7 +90,7 @@ def test_jacobian_is_symmetric_and_its_rows_sum_to_zero(name):
 def test_a_row_that_allows_nothing_gives_zeros_and_no_nan(name):
     allowed = jnp.array([[True, False, True], [False, False, False]])
     z = jnp.array([[1.0, 1e9, 0.5], [1.0, 2.0, 3.0]])
-    value, gradient = jax.value_and_grad(lambda z: jnp.sum(NORMALIZERS[name](z, allowed) ** 2))(z)
+    value, gradient = jax.jit(jax.value_and_grad(lambda z: jnp.sum(NORMALIZERS[name](z, allowed) ** 2)))(z)
     assert np.isfinite(value)
     assert not np.asarray(NORMALIZERS[name](z, allowed)[1]).any()
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[~np.asarray(allowed)].any()
@@ -138,11 +138,12 @@ def test_module():
     options = {"kernel_init": nnx.initializers.normal(0.5), "out_init": nnx.initializers.normal(0.5)}
     attention = SparseAttention(8, 2, normalizer="sparsemax", rngs=nnx.Rngs(0), **options)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 8)), jnp.float32)
-    out, weights = attention(x, mask=AttentionMask.causal())
+    run = jax.jit(lambda x, memory, mask: attention(x, memory, mask))
+    out, weights = run(x, None, AttentionMask.causal())
     assert out.shape == x.shape
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
-    np.testing.assert_allclose(attention(x[:, :4], mask=AttentionMask.causal())[0], out[:, :4], atol=1e-5)
-    np.testing.assert_allclose(attention(x, x)[0], attention(x)[0], atol=1e-6)
+    np.testing.assert_allclose(run(x[:, :4], None, AttentionMask.causal())[0], out[:, :4], atol=1e-5)
+    np.testing.assert_allclose(run(x, x, None)[0], run(x, None, None)[0], atol=1e-6)
     with pytest.raises(ValueError, match="Did you mean 'sparsemax'"):
         SparseAttention(8, 2, normalizer="sparsmax", rngs=nnx.Rngs(0), **options)
 
