@@ -6,6 +6,7 @@ axes of a mesh with `flax.nnx.logical_axis_rules(table)`; with no table or no me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,20 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if not rules or jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """The axes of the mesh in force along which a logical axis lies under the rules in force; none without either."""
+    placed = dict(get_logical_axis_rules()).get(_known(axis))
+    names = placed if isinstance(placed, tuple) else () if placed is None else (placed,)
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else tuple(name for name in names if name in mesh.axis_names)
+
+
+def axes_size(names: tuple[str, ...]) -> int:
+    """How many devices lie along these axes of the mesh in force, taken together."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[name] for name in names)
 
 
 def _known(axis: str) -> str:

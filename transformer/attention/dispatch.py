@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from transformer.attention import blockwise, fused
+from transformer.attention import blockwise, fused, ring
 from transformer.attention.mask import AttentionMask
 from transformer.attention.mods import Mod
 from transformer.attention.reference import attention_weights, reference
@@ -40,6 +40,8 @@ BACKENDS: dict[str, Backend] = {
     "xla": Backend(functools.partial(fused.fused, implementation="xla"), fused.supports_xla),
     "cudnn": Backend(functools.partial(fused.fused, implementation="cudnn"), fused.supports_cudnn),
     "blockwise": Backend(blockwise.blockwise, lambda request: None),
+    "ring": Backend(ring.ring, ring.supports_ring),
+    "ulysses": Backend(lambda *call: ring.ulysses(*call, attend=_by_auto), ring.supports_ulysses),
 }
 
 PREFERENCE = {"gpu": ("cudnn", "xla"), "tpu": ("xla",), "cpu": ("blockwise",)}
@@ -56,10 +58,10 @@ def choose_backend(backend: str, request: Request) -> str:
         BackendError: an unknown name, or a named backend that cannot serve the request, and why.
     """
     if backend == "auto":
-        order = PREFERENCE.get(request.platform, PREFERENCE["cpu"])
-        if request.num_queries * request.num_keys >= LONG:
-            order = tuple(name for name in order if name != "xla")
-        return next((name for name in order if BACKENDS[name].supports(request) is None), "blockwise")
+        if BACKENDS["ring"].supports(request) is None:
+            # The sequence lies apart, and anything else would gather it.
+            return "ring"
+        return _on_one_device(request)
     if backend not in BACKENDS:
         raise BackendError(
             f"attention backend {backend!r} does not exist; there are auto, {', '.join(BACKENDS)}."
@@ -68,6 +70,13 @@ def choose_backend(backend: str, request: Request) -> str:
     if reason := BACKENDS[backend].supports(request):
         raise BackendError(f"attention backend {backend!r} cannot do this: {reason}")
     return backend
+
+
+def _on_one_device(request: Request) -> str:
+    order = PREFERENCE.get(request.platform, PREFERENCE["cpu"])
+    if request.num_queries * request.num_keys >= LONG:
+        order = tuple(name for name in order if name != "xla")
+    return next((name for name in order if BACKENDS[name].supports(request) is None), "blockwise")
 
 
 def attend(
@@ -110,7 +119,7 @@ def attend(
     """
     mask = AttentionMask.none() if mask is None else mask
     _check_inputs(q_BTNH, k_BSKH, v_BSKC, bias_BNTS)
-    (B, T, N, H), (S, K, C) = q_BTNH.shape, v_BSKC.shape[1:]
+    (B, T, N, H), S, C = q_BTNH.shape, k_BSKH.shape[1], v_BSKC.shape[3]
     mask.check(B, N, T, S)
     _check_heads(return_weights, N)
     variant = Variant(
@@ -123,18 +132,7 @@ def attend(
         ),
         None if dropout_key is None or dropout_rate == 0 else Dropout(dropout_key, dropout_rate),
     )
-    request = Request(
-        platform=_platform(),
-        dtype=q_BTNH.dtype,
-        num_queries=T,
-        num_keys=S,
-        num_heads=N,
-        num_kv_heads=K,
-        head_dim=H,
-        value_dim=C,
-        variant=variant,
-    )
-    chosen = choose_backend(backend, request)
+    chosen = choose_backend(backend, _request(q_BTNH, v_BSKC, variant))
     if T == 0 or S == 0:
         # A softmax over no keys has no maximum.
         return jnp.zeros((B, T, N, C), v_BSKC.dtype), jnp.zeros(
@@ -145,6 +143,25 @@ def attend(
     if not return_weights:
         return out, None
     return out, attention_weights(q_BTNH, k_BSKH, variant, None if isinstance(return_weights, bool) else return_weights)
+
+
+def _request(q: Array, v: Array, variant: Variant) -> Request:
+    return Request(
+        platform=_platform(),
+        dtype=q.dtype,
+        num_queries=q.shape[1],
+        num_keys=v.shape[1],
+        num_heads=q.shape[2],
+        num_kv_heads=v.shape[2],
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        variant=variant,
+    )
+
+
+def _by_auto(q: Array, k: Array, v: Array, variant: Variant) -> Array:
+    """What `auto` takes where every device has the whole sequence."""
+    return BACKENDS[_on_one_device(_request(q, v, variant))].attend(q, k, v, variant)
 
 
 def _platform() -> str:

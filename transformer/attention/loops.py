@@ -26,12 +26,13 @@ def forward(running: Running, q: Array, k: Array, v: Array, variant: Variant, gr
     order, count = _schedule(variant, grid)
 
     def over_queries(block: Array, running: Running) -> Running:
-        queries = grid.queries.span(block)
+        queries = grid.queries.part(block)
         q_block = queries.cut(q, 3)
 
         def over_keys(step: Array, row: Running) -> Running:
-            tile = grid.tile(block, order[block, step])
-            return online.forward(row, q_block, tile.keys.cut(k, 2), tile.keys.cut(v, 2), variant, tile)
+            index = order[block, step]
+            keys = grid.keys.part(index)
+            return online.forward(row, q_block, keys.cut(k, 2), keys.cut(v, 2), variant, grid.tile(block, index))
 
         row = jax.tree.map(lambda x: queries.cut(x, 3), running)
         row = jax.lax.fori_loop(0, count[block], over_keys, row)
@@ -55,12 +56,12 @@ def backward(
     order, count = _schedule(variant, grid)
 
     def over_queries(block: Array, gradients: Gradients) -> Gradients:
-        queries = grid.queries.span(block)
+        queries = grid.queries.part(block)
         q_block, lse_block, delta_block, dout_block = (queries.cut(x, 3) for x in (q, lse, delta, dout))
 
         def over_keys(step: Array, carry: Gradients) -> Gradients:
-            tile = grid.tile(block, order[block, step])
-            keys = tile.keys
+            index = order[block, step]
+            keys, tile = grid.keys.part(index), grid.tile(block, index)
             part = online.backward(
                 q_block, keys.cut(k, 2), keys.cut(v, 2), lse_block, delta_block, dout_block, variant, tile
             )

@@ -109,7 +109,7 @@ class AttentionMask:
         """
         _check("block_sparse", layout_QK, 2, jnp.bool_)
         _at_least_one("block_sparse", "size", size)
-        return AttentionMask((terms.BlockSparse(layout_QK, size),))
+        return AttentionMask((terms.BlockSparse(jnp.asarray(layout_QK), size),))
 
     @staticmethod
     def padding(valid_BS: Bool[Array, "B S"]) -> AttentionMask:
@@ -218,6 +218,6 @@ def _at_least_one(name: str, argument: str, value: int) -> None:
         raise ValueError(f"{name}: {argument}={value}; expected 1 or more")
 
 
-def _check(name: str, array: Array, ndim: int, dtype: type) -> None:
+def _check(name: str, array: Array | np.ndarray, ndim: int, dtype: type) -> None:
     if array.ndim != ndim or not jnp.issubdtype(array.dtype, dtype):
         raise ValueError(f"mask: {name} takes {dtype.__name__} with {ndim} dims; got {array.dtype} {array.shape}")

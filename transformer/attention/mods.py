@@ -80,7 +80,9 @@ class Mod:
 
 
 def _trace(name: str, function: Callable[..., Any], scores: tuple[Any, ...], dtype: DTypeLike) -> Mod:
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*scores, *(_INDEX,) * 4)
+    # Traced for no mesh, the program can run under any, on one device's share of a sequence too.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*scores, *(_INDEX,) * 4)
     if getattr(shape, "shape", None) != () or shape.dtype != dtype:
         given = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", shape)
         raise ValueError(f"{name}: gives {given} for one pair; expected one {jnp.dtype(dtype).name} with no dims")

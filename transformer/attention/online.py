@@ -111,11 +111,10 @@ def backward(
     dlogits = weights * (dweights - delta)
     dproducts, dscore = variant.score.pullback(_by_head(products), _by_head(dlogits), tile)
     dproducts = _by_group(dproducts, products.shape).astype(q.dtype)
-    sums = {"preferred_element_type": weights.dtype}
     return Gradients(
-        jnp.einsum("BKGTS,BKSH->BKGTH", dproducts, k, **sums),
-        jnp.einsum("BKGTS,BKGTH->BKSH", dproducts, q, **sums),
-        jnp.einsum("BKGTS,BKGTC->BKSC", kept.astype(dout.dtype), dout, **sums),
+        jnp.einsum("BKGTS,BKSH->BKGTH", dproducts, k, preferred_element_type=weights.dtype),
+        jnp.einsum("BKGTS,BKGTH->BKSH", dproducts, q, preferred_element_type=weights.dtype),
+        jnp.einsum("BKGTS,BKGTC->BKSC", kept.astype(dout.dtype), dout, preferred_element_type=weights.dtype),
         dscore,
     )
 

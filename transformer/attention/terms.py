@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.attention.mods import Mod
-from transformer.attention.tile import Blocks, Grid, Tile
+from transformer.attention.tile import Blocks, Grid, Span, Tile
 from transformer.types import Array, Bool, Int
 
 TermT = TypeVar("TermT", bound="Term")
@@ -380,4 +380,4 @@ def _extremes(blocks: Blocks, segments_BS: Array) -> tuple[Array, Array]:
 
 
 def _shifted(tile: Tile, offset: int) -> Tile:
-    return dataclasses.replace(tile, queries=dataclasses.replace(tile.queries, base=tile.queries.base + offset))
+    return dataclasses.replace(tile, queries=Span(tile.queries.start + offset, tile.queries.size))

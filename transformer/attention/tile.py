@@ -3,7 +3,7 @@
 B batch, T query position, S key position, N query heads.
 
 A mask or a score function is asked for one tile at a time, so that the whole plane never has to exist. A tile speaks of
-places in the arrays at hand and of positions in the sequence; the two differ where a device holds a part of the sequence.
+the whole sequence's positions, also where a device holds but a part of it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from transformer.types import Array, Int
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """`size` places of one dim, from `start` on; place 0 stands at position `base` of the whole sequence."""
+    """`size` places of one dim, from `start` on, which may be traced."""
 
     start: int | Array
     size: int
-    base: int | Array = 0
 
     @property
     def positions(self) -> Int[Array, " n"]:
-        """Where the places stand in the sequence."""
-        return self.base + self.start + jnp.arange(self.size)
+        """The places, one by one."""
+        return self.start + jnp.arange(self.size)
 
     def cut(self, x: Array, axis: int) -> Array:
         """These places of `x`; a dim of 1 is the same for every place and stays."""
-        if x.shape[axis] == 1 or (self.size == x.shape[axis] and isinstance(self.start, int)):
+        if x.shape[axis] == 1 or x.shape[axis] == self.size:
             return x
         if isinstance(self.start, int):
             return jax.lax.slice_in_dim(x, self.start, self.start + self.size, axis=axis)
@@ -67,38 +66,39 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """One dim cut into `count` blocks of `size` places; place 0 stands at position `base`."""
+    """A stretch of one dim, from `base` on, cut into `count` blocks of `size` places."""
 
     size: int
     count: int
     base: int | Array = 0
 
     @property
-    def length(self) -> int:
-        """Places in all of them."""
-        return self.size * self.count
-
-    @property
     def first(self) -> Any:
-        """The position of each block's first place: numpy where `base` is a plain number, so that it stays static."""
+        """Each block's first place: numpy where `base` is a plain number, so that it stays static."""
         return np.arange(self.count) * self.size + self.base
 
     @property
     def last(self) -> Any:
-        """The position of each block's last place."""
+        """Each block's last place."""
         return self.first + (self.size - 1)
 
     def span(self, index: int | Array) -> Span:
-        """One of the blocks."""
-        return Span(index * self.size, self.size, self.base)
+        """One of the blocks, as places of the whole dim."""
+        return Span(self.base + index * self.size, self.size)
+
+    def part(self, index: int | Array) -> Span:
+        """One of the blocks, as places of the stretch."""
+        return Span(index * self.size, self.size)
 
     def split(self, x: Array, axis: int, fill: Any) -> Array:
-        """`x` with `axis` as [count, size], filled up with `fill` behind its end."""
-        around = [(0, 0)] * x.ndim
-        around[axis] = (0, self.length - x.shape[axis])
-        return jnp.pad(x, around, constant_values=fill).reshape(
-            *x.shape[:axis], self.count, self.size, *x.shape[axis + 1 :]
-        )
+        """The stretch of `x` with `axis` as [count, size], filled up with `fill` behind the dim's end."""
+        length = self.size * self.count
+        if isinstance(self.base, int):
+            around = [(0, 0)] * x.ndim
+            around[axis] = (0, max(self.base + length - x.shape[axis], 0))
+            x = jnp.pad(x, around, constant_values=fill)
+        stretch = Span(self.base, length).cut(x, axis)
+        return stretch.reshape(*x.shape[:axis], self.count, self.size, *x.shape[axis + 1 :])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,267 @@
+"""Attention over a sequence that lies along an axis of the mesh: ring and all-to-all.
+
+B batch, T query position, S key position, N query heads, K key/value heads, H head_dim, C value dim; n devices along the
+sequence.
+
+ring        Each device keeps its queries; keys and values travel around, and no device ever holds more than its share of
+            the sequence (Liu et al. 2023). Each device gets one chunk from the front and one from the back of it, so
+            that a causal mask leaves all of them the same work ("zigzag", as in striped attention: Brandon et al. 2023).
+ulysses     Two all-to-alls turn a share of the sequence with all heads into the whole sequence with a share of the
+            heads, and back (Jacobs et al. 2023); in between any other backend does the work.
+
+Which axis of the mesh holds the sequence is read from the logical-axis rules in force ("seq").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from transformer.attention import loops
+from transformer.attention.blockwise import ATTENTION_RESIDUALS
+from transformer.attention.mask import AttentionMask
+from transformer.attention.online import Gradients, Running
+from transformer.attention.request import Request
+from transformer.attention.terms import BlockSparse, Either, Explicit, MaskMod, Term
+from transformer.attention.tile import Blocks, Grid, Span
+from transformer.attention.variant import Score, Variant, wide
+from transformer.sharding import axes_size, mesh_axes
+from transformer.types import Array, Float
+
+
+def ring(
+    q_BTNH: Float[Array, "B T N H"], k_BSKH: Float[Array, "B S K H"], v_BSKC: Float[Array, "B S K C"], variant: Variant
+) -> Float[Array, "B T N C"]:
+    """Exact attention with keys and values passed from device to device. Softmax in float32, the result in v's type."""
+    axes = Axes(mesh_axes("seq"), mesh_axes("batch"), _head_axes())
+    layout = PartitionSpec(axes.batch or None, axes.seq, axes.heads or None, None)
+    # The mask's arrays are small beside keys and values: every device has them whole along the sequence.
+    mask_layout = AttentionMask(tuple(_layout(term, PartitionSpec(axes.batch or None)) for term in variant.mask.terms))
+    return jax.shard_map(
+        functools.partial(_on_device, axes=axes),
+        in_specs=(layout, layout, layout, PartitionSpec(), mask_layout),
+        out_specs=layout,
+        check_vma=False,
+    )(q_BTNH, k_BSKH, v_BSKC, variant.score, variant.mask)
+
+
+def ulysses(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKC: Float[Array, "B S K C"],
+    variant: Variant,
+    *,
+    attend: Callable[[Array, Array, Array, Variant], Array],
+) -> Float[Array, "B T N C"]:
+    """Exact attention with heads in the place of positions on the sequence's devices, by `attend` in between."""
+    N, K = q_BTNH.shape[2], k_BSKH.shape[2]
+    batch, seq, heads = mesh_axes("batch"), mesh_axes("seq"), _head_axes()
+    if K % axes_size(heads + seq):
+        k_BSKH, v_BSKC = (jnp.repeat(x, N // K, axis=2) for x in (k_BSKH, v_BSKC))
+    by_head = PartitionSpec(batch or None, None, heads + seq, None)
+    by_position = PartitionSpec(batch or None, seq, heads or None, None)
+    # From one layout to the other XLA goes by an all-to-all.
+    q, k, v = (jax.lax.with_sharding_constraint(x, by_head) for x in (q_BTNH, k_BSKH, v_BSKC))
+    out = jax.lax.with_sharding_constraint(attend(q, k, v, variant), by_head)
+    return jax.lax.with_sharding_constraint(out, by_position)
+
+
+def supports_ring(request: Request) -> str | None:
+    """Why a ring cannot serve this call, or None."""
+    if reason := _no_sequence_axis("ring"):
+        return reason
+    chunks = 2 * axes_size(mesh_axes("seq"))
+    if request.num_queries % chunks or request.num_keys % chunks:
+        return (
+            f"it cuts the sequence into {chunks} chunks, two a device, and {request.num_queries} queries and "
+            f"{request.num_keys} keys are not both a multiple of that"
+        )
+    if request.variant.dropout is not None:
+        return "it has no dropout"
+    if request.variant.score.bias_BNTS is not None or any(map(_has_plane, request.variant.mask.terms)):
+        return "it takes no T×S arrays; write the mask as a mask_mod, the bias as a score_mod"
+    return None
+
+
+def supports_ulysses(request: Request) -> str | None:
+    """Why two all-to-alls cannot serve this call, or None."""
+    if reason := _no_sequence_axis("ulysses"):
+        return reason
+    shares = axes_size(_head_axes() + mesh_axes("seq"))
+    if request.num_heads % shares:
+        return f"it gives each of {shares} devices as many heads as every other, and there are {request.num_heads}"
+    return None
+
+
+def _no_sequence_axis(name: str) -> str | None:
+    if mesh_axes("seq"):
+        return None
+    return f"{name} needs a mesh and a logical-axis rule that lays 'seq' along one of its axes, and there is none"
+
+
+def _head_axes() -> tuple[str, ...]:
+    """Heads lie apart where key/value heads lie with their query heads."""
+    return mesh_axes("heads") if mesh_axes("heads") == mesh_axes("kv_heads") else ()
+
+
+def _has_plane(term: Term) -> bool:
+    if isinstance(term, Either):
+        return any(map(_has_plane, term.one + term.other))
+    return isinstance(term, Explicit)
+
+
+def _layout(term: Term, by_row: PartitionSpec) -> Any:
+    """Where a term's arrays lie: those with a row for each sequence go with the batch."""
+    if isinstance(term, Either):
+        one, other = (tuple(_layout(part, by_row) for part in parts) for parts in (term.one, term.other))
+        return Either(one, other)
+    whole = isinstance(term, BlockSparse | MaskMod)
+    return jax.tree.map(lambda leaf: PartitionSpec() if whole or leaf.shape[0] == 1 else by_row, term)
+
+
+# What follows runs on one device, on its own share of every array. Its share of the sequence is a pair: one of 2n chunks from
+# the front, and one from the back.
+
+Pair = list[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The mesh axes along which the sequence, the batch and the heads lie."""
+
+    seq: tuple[str, ...]
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+def _on_device(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, *, axes: Axes) -> Array:
+    B, T, N, H = q.shape
+    K, C = v.shape[2:]
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    pairs = (_to_zigzag(x, axes) for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+    out = _from_zigzag(_ring(*pairs, score, mask, axes), axes)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, C)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _ring(q: Pair, k: Pair, v: Pair, score: Score, mask: AttentionMask, axes: Axes) -> Pair:
+    return _forward(q, k, v, score, mask, axes)[0]
+
+
+def _forward(q: Pair, k: Pair, v: Pair, score: Score, mask: AttentionMask, axes: Axes) -> tuple[Pair, tuple]:
+    variant = Variant(mask, score)
+
+    def meet(running: Pair, guests: tuple[Pair, Pair], owner: Array) -> tuple[Pair, tuple[Pair, Pair]]:
+        k, v = guests
+        for mine, theirs, grid in _meetings(q, k, owner, axes):
+            running[mine] = loops.forward(running[mine], q[mine], k[theirs], v[theirs], variant, grid)
+        return running, guests
+
+    start = [Running.start(x.shape[:4], v[0].shape[-1], wide(x.dtype)) for x in q]
+    running, _ = _around(meet, start, (k, v), axes)
+    out, lse = map(list, zip(*(part.finish(v[0].dtype) for part in running), strict=True))
+    out, lse = checkpoint_name(out, ATTENTION_RESIDUALS), checkpoint_name(lse, ATTENTION_RESIDUALS)
+    return out, (q, k, v, score, mask, out, lse)
+
+
+def _backward(axes: Axes, saved: tuple, dout: Pair) -> tuple[Pair, Pair, Pair, Score, None]:
+    q, k, v, score, mask, out, lse = saved
+    variant = Variant(mask, score)
+    delta = [
+        (a.astype(b.dtype) * o.astype(b.dtype)).sum(-1, keepdims=True) for a, o, b in zip(dout, out, lse, strict=True)
+    ]
+
+    def meet(home: tuple, guests: tuple, owner: Array) -> tuple[tuple, tuple]:
+        (dq, dscore), (k, v, dk, dv) = home, guests
+        for mine, theirs, grid in _meetings(q, k, owner, axes):
+            so_far = Gradients(dq[mine], dk[theirs], dv[theirs], dscore)
+            of_queries = (lse[mine], delta[mine], dout[mine])
+            sums = loops.backward(so_far, q[mine], k[theirs], v[theirs], *of_queries, variant, grid)
+            dq[mine], dk[theirs], dv[theirs], dscore = sums.q, sums.k, sums.v, sums.score
+        return (dq, dscore), (k, v, dk, dv)
+
+    dq, dk, dv = ([jnp.zeros(x.shape, wide(x.dtype)) for x in pair] for pair in (q, k, v))
+    (dq, dscore), (_, _, dk, dv) = _around(meet, (dq, score.zero_gradients()), (k, v, dk, dv), axes)
+    # After its last meeting a chunk is one step away from its owner.
+    dk, dv = _passed_on((dk, dv), axes)
+    gradients = ([dx.astype(x.dtype) for dx, x in zip(*pair, strict=True)] for pair in ((dq, q), (dk, k), (dv, v)))
+    return *gradients, score.cotangent(dscore), None
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _around(meet: Callable[..., Any], home: Any, guests: Any, axes: Axes) -> tuple[Any, Any]:
+    """Let `meet(home, guests, owner)` change what stays and what travels, once for each owner of guests."""
+    n, index = jax.lax.axis_size(axes.seq), jax.lax.axis_index(axes.seq)
+
+    def step(turn: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        home, guests = meet(*state, (index - turn) % n)
+        return home, _passed_on(guests, axes)
+
+    home, guests = jax.lax.fori_loop(0, n - 1, step, (home, guests))
+    return meet(home, guests, (index + 1) % n)
+
+
+def _passed_on(guests: Any, axes: Axes) -> Any:
+    n = jax.lax.axis_size(axes.seq)
+    return jax.lax.ppermute(guests, axes.seq, [(device, (device + 1) % n) for device in range(n)])
+
+
+def _meetings(q: Pair, k: Pair, owner: Array, axes: Axes) -> list[tuple[int, int, Grid]]:
+    """Each of this device's chunks with each of the owner's, and where on the whole plane they meet."""
+    n, index = jax.lax.axis_size(axes.seq), jax.lax.axis_index(axes.seq)
+    B, K, G, T, _ = q[0].shape
+    rows, heads = (Span(_index(names) * size, size) for names, size in ((axes.batch, B), (axes.heads, K * G)))
+
+    def blocks(length: int, chunk: Array) -> Blocks:
+        size = max(size for size in range(1, min(length, loops.BLOCK) + 1) if length % size == 0)
+        return Blocks(size, length // size, chunk * length)
+
+    def chunk(device: Array, which: int) -> Array:
+        return device if which == 0 else 2 * n - 1 - device
+
+    return [
+        (mine, theirs, Grid(rows, heads, blocks(T, chunk(index, mine)), blocks(k[0].shape[2], chunk(owner, theirs))))
+        for mine in range(2)
+        for theirs in range(2)
+    ]
+
+
+def _index(names: tuple[str, ...]) -> int | Array:
+    return jax.lax.axis_index(names) if names else 0
+
+
+def _routes(n: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Device j holds chunks 2j and 2j + 1 in the sequence's own order; each goes to the device that has it in zigzag."""
+
+    def owner(chunk: int) -> int:
+        return chunk if chunk < n else 2 * n - 1 - chunk
+
+    return [(j, owner(2 * j)) for j in range(n)], [(j, owner(2 * j + 1)) for j in range(n)]
+
+
+def _to_zigzag(x: Array, axes: Axes) -> Pair:
+    """A device's share of the sequence, which is the last dim but one, exchanged for its pair of chunks."""
+    even_route, odd_route = _routes(jax.lax.axis_size(axes.seq))
+    first, second = jnp.split(x, 2, axis=-2)
+    even, odd = jax.lax.ppermute(first, axes.seq, even_route), jax.lax.ppermute(second, axes.seq, odd_route)
+    # Of chunks i and 2n-1-i the first is even where i is.
+    is_even = jax.lax.axis_index(axes.seq) % 2 == 0
+    return [jnp.where(is_even, even, odd), jnp.where(is_even, odd, even)]
+
+
+def _from_zigzag(pair: Pair, axes: Axes) -> Array:
+    """The way back."""
+    is_even = jax.lax.axis_index(axes.seq) % 2 == 0
+    even, odd = jnp.where(is_even, *pair), jnp.where(is_even, *pair[::-1])
+    backwards = ([(there, here) for here, there in route] for route in _routes(jax.lax.axis_size(axes.seq)))
+    halves = (jax.lax.ppermute(half, axes.seq, route) for half, route in zip((even, odd), backwards, strict=True))
+    return jnp.concatenate(list(halves), axis=-2)
