@@ -16,6 +16,7 @@ from transformer.decode.cache import KVCache
 from transformer.layers.feed_forward import FeedForward
 from transformer.layers.linear import dropout
 from transformer.layers.norm import LayerNorm, RMSNorm
+from transformer.layers.position import ScoreMod
 from transformer.types import Array, Float, Int, PRNGKeyArray
 
 
@@ -53,16 +54,18 @@ class DecoderBlock(nnx.Module):
         *,
         positions_BT: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
+        score_mod: ScoreMod | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool | tuple[int, ...] = False,
     ) -> tuple[Float[Array, "B T D"], BlockOutput]:
-        """The residual stream after this block; `key` turns dropout on, and `return_weights` is as in `attend`."""
+        """The residual stream after this block; `key` turns dropout on, `score_mod` and `return_weights` are as in `attend`."""
         weights_key, attention_key, mlp_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         attended, cache, weights = self.attention(
             self.attention_norm(x_BTD),
             mask,
             positions_BT=positions_BT,
             cache=cache,
+            score_mod=score_mod,
             key=weights_key,
             return_weights=return_weights,
         )

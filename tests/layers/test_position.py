@@ -98,7 +98,7 @@ def test_scaling_by_turns_keeps_fast_pairs_and_interpolates_slow_ones(kind):
 def test_yarn_raises_the_logits_by_its_temperature():
     x = normal(B, T, N, H)
     turned = rotary(x, token_positions(B, T), scaling=SCALINGS["yarn"])
-    # Equation 22: the square root of 1/t is 0.1 ln(s) + 1, on queries and keys alike.
+    # Section 3.4: the square root of 1/t is 0.1 ln(s) + 1, on queries and keys alike.
     ratio = jnp.linalg.norm(turned, axis=-1) / jnp.linalg.norm(x, axis=-1)
     np.testing.assert_allclose(ratio, 0.1 * np.log(4) + 1, rtol=1e-5)
     fixed = RotaryScaling(kind="yarn", factor=4.0, original_length=64, attention_factor=1.0)
@@ -136,7 +136,7 @@ def test_an_odd_width_is_refused():
 
 
 def test_alibi_is_the_papers():
-    # Section 3: for 8 heads the slopes are 1/2, 1/4, ... 1/256; footnote: for 12, those of 8 and every other one of 16.
+    # Section 3: for 8 heads the slopes are 1/2, 1/4, ... 1/256; for 12, those of 8 and every other one of 16.
     np.testing.assert_allclose(Alibi(8).slopes(jnp.arange(8)), 0.5 ** np.arange(1, 9), rtol=1e-6)
     twelve = np.concatenate([0.5 ** np.arange(1, 9), 0.5 ** np.array([0.5, 1.5, 2.5, 3.5])])
     np.testing.assert_allclose(Alibi(12).slopes(jnp.arange(12)), twelve, rtol=1e-6)

@@ -64,7 +64,7 @@ class RotaryScaling:
 
     @property
     def magnitude(self) -> float:
-        """What rotated queries and keys are multiplied by: √(1/t) of YaRN's attention temperature t (equation 22)."""
+        """What rotated queries and keys are multiplied by: √(1/t) of YaRN's attention temperature t (section 3.4)."""
         if self.kind != "yarn":
             return 1.0
         return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
@@ -118,10 +118,10 @@ def rotary_frequencies(
 
     - linear: θ_i / s, which is position interpolation (Chen et al. 2023, equation 4);
     - ntk: max_period · s^(dim/(dim-2)) in the place of max_period, by which the fastest pair stays as it is and the slowest
-      turns s times slower (bloc97 2023; Peng et al. 2023, definition 1);
+      turns s times slower (bloc97 2023; Peng et al. 2023, section 3.1);
     - yarn: (1 - γ_i) θ_i / s + γ_i θ_i, γ_i from 0 to 1 between `slow_turns` and `fast_turns` in the old context (Peng et al.
-      2023, equation 19). As in its authors' code, and so in published checkpoints, γ is linear in i, from whole numbers;
-    - llama3: the same with γ linear in the number of turns, as in the paper's equation 18 (Llama Team 2024).
+      2023, section 3.2). As in its authors' code, and so in published checkpoints, γ is linear in i, between whole numbers;
+    - llama3: the same with γ linear in the number of turns, as YaRN's paper has it (Llama Team 2024).
 
     Raises:
         ValueError: an odd `dim`.
