@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from transformer.attention import blockwise, fused, ring
+from transformer.attention import blockwise, fused, pallas, ring
 from transformer.attention.mask import AttentionMask
 from transformer.attention.mods import Mod
 from transformer.attention.reference import attention_weights, reference
@@ -40,11 +40,12 @@ BACKENDS: dict[str, Backend] = {
     "xla": Backend(functools.partial(fused.fused, implementation="xla"), fused.supports_xla),
     "cudnn": Backend(functools.partial(fused.fused, implementation="cudnn"), fused.supports_cudnn),
     "blockwise": Backend(blockwise.blockwise, lambda request: None),
+    "pallas": Backend(lambda *call: pallas.pallas(*call, platform=_platform()), pallas.supports_pallas),
     "ring": Backend(ring.ring, ring.supports_ring),
     "ulysses": Backend(lambda *call: ring.ulysses(*call, attend=_by_auto), ring.supports_ulysses),
 }
 
-PREFERENCE = {"gpu": ("cudnn", "xla"), "tpu": ("xla",), "cpu": ("blockwise",)}
+PREFERENCE = {"gpu": ("cudnn", "xla"), "tpu": ("pallas", "xla"), "cpu": ("blockwise",)}
 """What `auto` tries, in order, where the T×S array is small; beyond `LONG` pairs it skips what would make one."""
 
 LONG = 4096 * 4096
