@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from train.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
 from transformer.errors import ConfigError
+from transformer.layers.position import RotaryScaling
 from transformer.models.gpt import GPT, GPTConfig, count_parameters, flops_per_token
+from transformer.stack import unstack
 
 B, T, V = 2, 12, 40
 CLASSIC = GPTConfig(vocab_size=V, max_length=16, num_layers=3, embed_dim=32, num_heads=4)
@@ -20,7 +23,18 @@ MODERN = dataclasses.replace(
     CLASSIC, num_kv_heads=2, norm="rms_norm", position="rotary", activation="swiglu", use_bias=False, qk_norm=True,
     tie_embeddings=False, logit_soft_cap=30.0, attention_soft_cap=50.0,
 )  # fmt: skip
-SHAPES = {"classic": CLASSIC, "modern": MODERN}
+YARN = RotaryScaling(kind="yarn", factor=4.0, original_length=8, fast_turns=4.0)
+RELATIVE = dataclasses.replace(CLASSIC, position="relative", relative_buckets=8, relative_distance=10)
+SHAPES = {
+    "classic": CLASSIC,
+    "modern": MODERN,
+    "sinusoidal": dataclasses.replace(CLASSIC, position="sinusoidal"),
+    "yarn": dataclasses.replace(MODERN, rotary_scaling=YARN),
+    "alibi": dataclasses.replace(MODERN, position="alibi"),
+    "relative": RELATIVE,
+    "none": dataclasses.replace(CLASSIC, position="none"),
+}
+SPANS = {"all": {}, "window": {"window": 3}, "sinks": {"window": 3, "sinks": 2}}
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)), jnp.int32)
 
 
@@ -70,10 +84,20 @@ def loss_and_gradient(config, like, key=None):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "light"}], ids=str
+    ("shape", "changes"),
+    [
+        ("modern", {"scan_layers": False}),
+        ("modern", {"remat": "full"}),
+        ("modern", {"remat": "dots"}),
+        ("modern", {"remat": "light"}),
+        ("alibi", {"scan_layers": False}),
+        ("relative", {"scan_layers": False}),
+        ("relative", {"remat": "light"}),
+    ],
+    ids=str,
 )
-def test_scan_loop_and_remat_compute_the_same(changes):
-    config = dataclasses.replace(MODERN, dropout=0.1)
+def test_scan_loop_and_remat_compute_the_same(shape, changes):
+    config = dataclasses.replace(SHAPES[shape], dropout=0.1)
     key = jax.random.key(5)
     expected = loss_and_gradient(config, config, key)
     got = loss_and_gradient(dataclasses.replace(config, **changes), config, key)
@@ -81,33 +105,87 @@ def test_scan_loop_and_remat_compute_the_same(changes):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("window", [None, 3])
-def test_cached_equals_uncached(shape, window):
-    config = dataclasses.replace(SHAPES[shape], window=window)
+@pytest.mark.parametrize("span", SPANS)
+def test_cached_equals_uncached(shape, span):
+    config = dataclasses.replace(SHAPES[shape], **SPANS[span])
     model = nnx.merge(*make(config))
     expected = model(TOKENS).logits
     cache = model.make_cache(B, 16)
-    first = model(TOKENS[:, :5], cache=cache)
+    step = jax.jit(lambda tokens, cache: model(tokens, cache=cache))
+    first = step(TOKENS[:, :5], cache)
     logits, cache = [first.logits], first.cache
     for t in range(5, T):
-        out = model(TOKENS[:, t : t + 1], cache=cache)
+        out = step(TOKENS[:, t : t + 1], cache)
         logits.append(out.logits)
         cache = out.cache
     np.testing.assert_allclose(jnp.concatenate(logits, 1), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_packed_equals_alone(shape):
+@pytest.mark.parametrize("span", ["all", "sinks"])
+def test_cached_rows_of_different_lengths_equal_uncached_ones(shape, span):
+    config = dataclasses.replace(SHAPES[shape], **SPANS[span])
+    model = nnx.merge(*make(config))
+    expected = model(TOKENS).logits
+    # What a prompt is padded with is written over by the tokens that follow.
+    cache = model(TOKENS[:, :6], cache=model.make_cache(B, 16)).cache.with_length(jnp.array([3, 5]))
+    cache, apart = unstack(cache, config.num_layers), model.unstacked()
+    step = jax.jit(lambda tokens, cache: apart(tokens, cache=cache))
+    for _ in range(4):
+        places = cache[0].length
+        out = step(TOKENS[jnp.arange(B), places][:, None], cache)
+        for row in range(B):
+            np.testing.assert_allclose(out.logits[row, 0], expected[row, int(places[row])], atol=2e-5)
+        cache = out.cache
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("span", ["all", "sinks"])
+def test_packed_equals_alone(shape, span):
+    config = dataclasses.replace(SHAPES[shape], **SPANS[span])
     segments = jnp.array([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
     positions = jnp.array([[*range(5), *range(7)], [*range(9), 0, 0, 0]])
-    packed = run(SHAPES[shape], segments_BT=segments, positions_BT=positions).logits
+    packed = run(config, segments_BT=segments, positions_BT=positions).logits
     for row, start, stop in ((0, 0, 5), (0, 5, 12), (1, 0, 9)):
-        alone = run(SHAPES[shape], TOKENS[row : row + 1, start:stop]).logits[0]
+        alone = run(config, TOKENS[row : row + 1, start:stop]).logits[0]
         np.testing.assert_allclose(packed[row, start:stop], alone, atol=2e-5)
 
 
-def test_weights_are_distributions_and_leave_the_output_alone():
-    plain, looked_at = run(MODERN), run(MODERN, return_weights=True)
+@pytest.mark.parametrize("shape", ["modern", "alibi", "relative"])
+def test_eight_devices_compute_what_one_does(shape):
+    graphdef, params = make(SHAPES[shape])
+    tokens = jnp.concatenate([TOKENS] * 4)
+
+    def loss(params, tokens):
+        return jnp.mean(jnp.square(nnx.merge(graphdef, params)(tokens).logits))
+
+    expected = jax.jit(jax.value_and_grad(loss))(params, tokens)
+    config = MeshConfig(strategy="fsdp")
+    mesh = make_mesh(config)
+    with use_mesh(mesh, config.rules):
+        params = jax.device_put(params, shardings_of(params, mesh))
+        tokens = jax.device_put(tokens, batch_sharding(mesh, config.rules))
+        got = jax.jit(jax.value_and_grad(loss))(params, tokens)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), got, expected)
+
+
+def test_layers_share_one_table_of_distances_and_learn_it():
+    _, gradient = loss_and_gradient(RELATIVE, RELATIVE)
+    table = gradient["relative"]["table"][...]
+    assert table.shape == (8, 4)
+    assert float(jnp.abs(table).min()) > 0
+
+
+def test_sinks_are_seen_past_a_window():
+    weights = run(dataclasses.replace(CLASSIC, window=3, sinks=2), return_weights=True).weights
+    query, key = np.indices((T, T))
+    seen = (key <= query) & ((query - key <= 3) | (key < 2))
+    np.testing.assert_array_equal(np.asarray(weights > 0), np.broadcast_to(seen, weights.shape))
+
+
+@pytest.mark.parametrize("shape", ["modern", "alibi", "relative"])
+def test_weights_are_distributions_and_leave_the_output_alone(shape):
+    plain, looked_at = run(SHAPES[shape]), run(SHAPES[shape], return_weights=True)
     np.testing.assert_array_equal(plain.logits, looked_at.logits)
     weights = looked_at.weights
     assert weights.shape == (3, B, 4, T, T)
@@ -115,7 +193,7 @@ def test_weights_are_distributions_and_leave_the_output_alone():
     assert not np.triu(np.asarray(weights), 1).any()
 
 
-@pytest.mark.parametrize("position", ["sinusoidal", "none", "learned", "rotary"])
+@pytest.mark.parametrize("position", ["sinusoidal", "none", "learned", "rotary", "alibi", "relative"])
 def test_positions_tell_order_apart(position):
     config = dataclasses.replace(CLASSIC, position=position)
     pair = jnp.array([[3, 5, 7], [5, 3, 7]])
@@ -153,6 +231,10 @@ def test_gpt2_has_124_million_parameters():
     assert count_parameters(GPTConfig()) == 124_439_808
 
 
+def test_relative_positions_take_a_number_a_bucket_and_head():
+    assert count_parameters(RELATIVE) == count_parameters(SHAPES["none"]) + 8 * 4
+
+
 def test_flops_are_counted_from_the_shapes():
     c = MODERN
     kernels = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * c.dim_of_mlp
@@ -161,6 +243,10 @@ def test_flops_are_counted_from_the_shapes():
     # A window of 3 sees 1, 2, 3, then 4 keys.
     windowed = flops_per_token(dataclasses.replace(c, window=3), T)
     assert flops_per_token(c, T) - windowed == pytest.approx(3 * 4 * 32 * ((T + 1) / 2 - (1 + 2 + 3 + 4 * 9) / 12))
+    # And 2 sinks more.
+    sunk = flops_per_token(dataclasses.replace(c, window=3, sinks=2), T)
+    assert flops_per_token(c, T) - sunk == pytest.approx(3 * 4 * 32 * ((T + 1) / 2 - (1 + 2 + 3 + 4 + 5 + 6 * 7) / 12))
+    assert flops_per_token(RELATIVE, T) == flops_per_token(CLASSIC, T)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +258,11 @@ def test_flops_are_counted_from_the_shapes():
         ({"dropout": 1.0}, "dropout"),
         ({"num_layers": 0}, "num_layers"),
         ({"logit_soft_cap": -1.0}, "logit_soft_cap"),
+        ({"sinks": 4}, "sinks"),
+        ({"window": 3, "sinks": -1}, "sinks"),
+        ({"rotary_scaling": YARN}, "rotary_scaling"),
+        ({"position": "relative", "relative_buckets": 5}, "relative_buckets"),
+        ({"position": "relative", "relative_distance": 16}, "relative_distance"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(changes, field):

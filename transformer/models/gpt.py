@@ -22,7 +22,7 @@ from transformer.layers.embedding import Embedding
 from transformer.layers.feed_forward import ACTIVATIONS, FeedForward
 from transformer.layers.linear import Linear, dropout
 from transformer.layers.norm import LayerNorm, RMSNorm
-from transformer.layers.position import sinusoidal
+from transformer.layers.position import Alibi, RelativePosition, RotaryScaling, sinusoidal, token_positions
 from transformer.sharding import constrain
 from transformer.stack import apply_stack, restack, stack, unstack
 from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
@@ -56,10 +56,17 @@ class GPTConfig:
     """Normalisation before each sublayer and at the end."""
     norm_epsilon: float = 1e-5
     """Added to the variance in a norm."""
-    position: Literal["learned", "sinusoidal", "rotary", "none"] = "learned"
-    """How the model knows where a token stands."""
+    position: Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"] = "learned"
+    """How the model knows where a token stands: added to its embedding, rotary, or a bias of attention by distance that is
+    fixed (alibi) or learned and shared by the layers (relative, T5's)."""
     rotary_period: float = 10_000.0
     """Longest period of rotary positions, over 2π (often called theta)."""
+    rotary_scaling: RotaryScaling = RotaryScaling()
+    """How rotary positions are stretched to a longer context than the model was trained at."""
+    relative_buckets: int = 32
+    """Distances that relative positions tell apart; half of them one by one, half in ranges that widen."""
+    relative_distance: int = 128
+    """From this distance on, in tokens, relative positions are all alike."""
     use_bias: bool = True
     """Biases in linear maps and layer norms."""
     tie_embeddings: bool = True
@@ -72,6 +79,8 @@ class GPTConfig:
     """Bound c of the output logits: c tanh(logits / c); null: none."""
     window: int | None = None
     """Each token sees this many tokens before itself; null: all of them."""
+    sinks: int = 0
+    """With a window, each token also sees this many tokens at the start of its document (attention sinks)."""
     dropout: float = 0.0
     """Drop rate after the embedding, in attention and after each sublayer."""
     init_std: float = 0.02
@@ -96,6 +105,10 @@ class GPTConfig:
             require(self, field, getattr(self, field) is None or getattr(self, field) > 0, "allowed: above 0, or null")
         for field in ("norm_epsilon", "init_std", "rotary_period"):
             require(self, field, getattr(self, field) > 0, "allowed: above 0")
+        require(self, "sinks", self.sinks >= 0, "allowed: 0 or more")
+        require(
+            self, "sinks", self.sinks == 0 or self.window is not None, "it needs a window, which sinks are seen past"
+        )
         require(self, "dropout", 0 <= self.dropout < 1, "allowed: 0 or more, below 1")
         require(
             self, "num_heads", self.head_dim is not None or self.embed_dim % self.num_heads == 0,
@@ -106,6 +119,17 @@ class GPTConfig:
         )
         if self.position == "rotary":
             require(self, "head_dim", self.dim_of_head % 2 == 0, f"rotary needs an even one (it is {self.dim_of_head})")
+        require(
+            self, "rotary_scaling", self.rotary_scaling.kind == "none" or self.position == "rotary",
+            f"it needs position: rotary (it is {self.position})",
+        )  # fmt: skip
+        if self.position == "relative":
+            require(
+                self, "relative_buckets", self.relative_buckets >= 2 and self.relative_buckets % 2 == 0,
+                "allowed: an even number",
+            )  # fmt: skip
+            least = self.relative_buckets // 2
+            require(self, "relative_distance", self.relative_distance > least, f"allowed: above {least}")
         if self.position == "sinusoidal":
             require(self, "embed_dim", self.embed_dim % 2 == 0, "sinusoidal positions need an even one")
 
@@ -139,7 +163,7 @@ class GPT(nnx.Module):
     """A decoder-only Transformer.
 
     Radford et al. 2019; for the modern shape Touvron et al. 2023 (rotary, RMSNorm, SwiGLU), Ainslie et al. 2023 (grouped
-    queries), Dehghani et al. 2023 (QK-norm), Gemma Team 2024 (soft-cap).
+    queries), Dehghani et al. 2023 (QK-norm), Gemma Team 2024 (soft-cap), Xiao et al. 2023 (sinks).
     """
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs) -> None:
@@ -152,6 +176,16 @@ class GPT(nnx.Module):
             if c.position == "learned"
             else None
         )
+        self.relative: Alibi | RelativePosition | None = None
+        if c.position == "alibi":
+            self.relative = Alibi(c.num_heads)
+        elif c.position == "relative":
+            self.relative = nnx.data(
+                RelativePosition(
+                    c.num_heads, num_buckets=c.relative_buckets, max_distance=c.relative_distance, bidirectional=False,
+                    init=init, rngs=rngs,
+                )
+            )  # fmt: skip
         self.blocks: DecoderBlock | nnx.List = stack(self._make_block, c.num_layers, rngs)
         self.final_norm = self._make_norm(rngs)
         self.head = (
@@ -181,6 +215,7 @@ class GPT(nnx.Module):
                 head_dim=c.head_dim,
                 use_bias=c.use_bias,
                 rotary_period=c.rotary_period if c.position == "rotary" else None,
+                rotary_scaling=c.rotary_scaling,
                 qk_norm=c.qk_norm,
                 logit_soft_cap=c.attention_soft_cap,
                 dropout_rate=c.dropout,
@@ -224,14 +259,13 @@ class GPT(nnx.Module):
         if isinstance(return_weights, tuple) and not all(0 <= layer < c.num_layers for layer in return_weights[0]):
             raise ValueError(f"return_weights: got layers {return_weights[0]}; allowed: 0 to {c.num_layers - 1}")
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
-        mask = AttentionMask.causal()
-        if c.window is not None:
-            mask &= AttentionMask.window(left=c.window)
-        if segments_BT is not None:
-            mask &= AttentionMask.segments(segments_BT)
+        start = 0 if cache is None else _filled(cache)
         if positions_BT is None:
-            start = 0 if cache is None else _filled(cache)[:, None]
-            positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            B, T = tokens_BT.shape
+            positions_BT = token_positions(B, T, start)
+        mask = self._mask(positions_BT, segments_BT)
+        # Made once, since all layers share it.
+        score_mod = None if self.relative is None else self.relative.score_mod(start)
         with jax.named_scope("embed"):
             x_BTD = self.embed(tokens_BT)
             if self.positions is not None:
@@ -241,7 +275,9 @@ class GPT(nnx.Module):
             x_BTD = dropout(constrain(x_BTD, "batch", "seq", None), c.dropout, embed_key)
 
         def call(weights: bool | tuple[int, ...], block: DecoderBlock, x: Array, key: Array | None, cache: Any) -> Any:
-            return block(x, mask, positions_BT=positions_BT, cache=cache, key=key, return_weights=weights)
+            return block(
+                x, mask, positions_BT=positions_BT, cache=cache, score_mod=score_mod, key=key, return_weights=weights
+            )
 
         calls: Any = functools.partial(call, return_weights is True)
         if not isinstance(return_weights, bool):
@@ -252,6 +288,20 @@ class GPT(nnx.Module):
             remat=c.remat,
         )  # fmt: skip
         return self.final_norm(x_BTD), outputs
+
+    def _mask(self, positions_BT: Array, segments_BT: Array | None) -> AttentionMask:
+        """In positions of a call; a cache moves it."""
+        c = self.config
+        mask = AttentionMask.causal()
+        if c.window is not None:
+            near = AttentionMask.window(left=c.window)
+            if c.sinks and segments_BT is None:
+                near |= AttentionMask.sinks(c.sinks)
+            elif c.sinks:
+                # Each packed document has its own.
+                near |= AttentionMask.padding(positions_BT < c.sinks)
+            mask &= near
+        return mask if segments_BT is None else mask & AttentionMask.segments(segments_BT)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""
@@ -342,8 +392,8 @@ def flops_per_token(config: GPTConfig, length: int) -> float:
     """Floating-point operations of one token's forward pass at context `length`; a training step takes three times that.
 
     A multiply-add counts as two. Counted: every matrix product, the output projection, and attention's two products
-    over the keys that are really seen: the causal half once, a window at its width. Not counted: lookups, norms,
-    activations, softmax, and whatever rematerialisation repeats.
+    over the keys that are really seen: the causal half once, a window at its width and its sinks. Not counted: lookups,
+    norms, activations, softmax, biases by distance, and whatever rematerialisation repeats.
     """
     c = config
     width = c.num_heads * c.dim_of_head
@@ -351,8 +401,7 @@ def flops_per_token(config: GPTConfig, length: int) -> float:
     matrices = 3 if ACTIVATIONS[c.activation][1] else 2
     feed_forward = 2 * matrices * c.embed_dim * c.dim_of_mlp
     seen = (length + 1) / 2
-    if c.window is not None and c.window + 1 < length:
-        w = c.window + 1
+    if c.window is not None and (w := c.window + 1 + c.sinks) < length:
         seen = w - w * (w - 1) / (2 * length)
     attention = 2 * 2 * seen * width
     return c.num_layers * (projections + feed_forward + attention) + 2 * c.embed_dim * c.vocab_size
