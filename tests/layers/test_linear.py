@@ -82,3 +82,11 @@ def test_dropout():
     assert float(dropped.mean()) == pytest.approx(1, abs=0.02)
     assert dropout(x, 0.25, None) is x
     assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [(128, 32), (32, 128)])
+def test_dense_in_bfloat16_narrows_and_widens(wide, narrow):
+    x, kernel = draw(2, 8, wide, dtype=jnp.bfloat16), draw(wide, narrow, dtype=jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda x, kernel: dense(x, kernel, None).astype(jnp.float32).sum(), 1))(x, kernel)
+    expected = np.asarray(x, np.float32).sum((0, 1))[:, None] * np.ones((1, narrow))
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected, rtol=1e-2)

@@ -22,13 +22,13 @@ from transformer.types import Array, DTypeLike, Float
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """A softmax under way over some keys."""
+    """A softmax under way over some keys; of a ring's two chunks with a leading dim of 2."""
 
-    top: Float[Array, "B K G T 1"]
+    top: Float[Array, "*chunks B K G T 1"]
     """The largest logit so far."""
-    total: Float[Array, "B K G T 1"]
+    total: Float[Array, "*chunks B K G T 1"]
     """The sum of exp(logit - top)."""
-    values: Float[Array, "B K G T C"]
+    values: Float[Array, "*chunks B K G T C"]
     """The sum of exp(logit - top) · value, with dropout."""
 
     @staticmethod
@@ -40,7 +40,7 @@ class Running:
             jnp.zeros((*shape, value_dim), dtype),
         )
 
-    def finish(self, dtype: DTypeLike) -> tuple[Float[Array, "B K G T C"], Float[Array, "B K G T 1"]]:
+    def finish(self, dtype: DTypeLike) -> tuple[Float[Array, "*chunks B K G T C"], Float[Array, "*chunks B K G T 1"]]:
         """The output, zeros where there was no key, and the log-sum-exp of the logits."""
         total = jnp.maximum(self.total, jnp.finfo(self.total.dtype).tiny)
         return (self.values / total).astype(dtype), self.top + jnp.log(total)
@@ -51,9 +51,9 @@ class Running:
 class Gradients:
     """Sums under way over tiles, in the width that softmax is taken in."""
 
-    q: Float[Array, "B K G T H"]
-    k: Float[Array, "B K S H"]
-    v: Float[Array, "B K S C"]
+    q: Float[Array, "*chunks B K G T H"]
+    k: Float[Array, "*chunks B K S H"]
+    v: Float[Array, "*chunks B K S C"]
     score: list[Array]
 
     @staticmethod

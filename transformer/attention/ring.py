@@ -126,10 +126,8 @@ def _layout(term: Term, by_row: PartitionSpec) -> Any:
     return jax.tree.map(lambda leaf: PartitionSpec() if whole or leaf.shape[0] == 1 else by_row, term)
 
 
-# What follows runs on one device, on its own share of every array. Its share of the sequence is a pair: one of 2n chunks from
-# the front, and one from the back.
-
-Pair = list[Any]
+# What follows runs on one device, on its own share of every array. Its share of the sequence is a pair of chunks, one of 2n
+# from the front and one from the back, in a leading dim of 2.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,48 +149,57 @@ def _on_device(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _ring(q: Pair, k: Pair, v: Pair, score: Score, mask: AttentionMask, axes: Axes) -> Pair:
+def _ring(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, axes: Axes) -> Array:
     return _forward(q, k, v, score, mask, axes)[0]
 
 
-def _forward(q: Pair, k: Pair, v: Pair, score: Score, mask: AttentionMask, axes: Axes) -> tuple[Pair, tuple]:
+def _forward(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, axes: Axes) -> tuple[Array, tuple]:
     variant = Variant(mask, score)
 
-    def meet(running: Pair, guests: tuple[Pair, Pair], owner: Array) -> tuple[Pair, tuple[Pair, Pair]]:
-        k, v = guests
-        for mine, theirs, grid in _meetings(q, k, owner, axes):
-            running[mine] = loops.forward(running[mine], q[mine], k[theirs], v[theirs], variant, grid)
-        return running, guests
+    def meet(running: Running, guests: tuple[Array, Array], owner: Array) -> tuple[Running, tuple[Array, Array]]:
+        def pair(number: Array, running: Running) -> Running:
+            mine, theirs = number // 2, number % 2
+            q_chunk, (k_chunk, v_chunk) = _at(q, mine), _at(guests, theirs)
+            grid = _grid(q_chunk, k_chunk, mine, theirs, owner, axes)
+            part = loops.forward(_at(running, mine), q_chunk, k_chunk, v_chunk, variant, grid)
+            return _put(running, part, mine)
 
-    start = [Running.start(x.shape[:4], v[0].shape[-1], wide(x.dtype)) for x in q]
+        return jax.lax.fori_loop(0, 4, pair, running), guests
+
+    start = jax.vmap(lambda x: Running.start(x.shape[:4], v.shape[-1], wide(x.dtype)))(q)
     running, _ = _around(meet, start, (k, v), axes)
-    out, lse = map(list, zip(*(part.finish(v[0].dtype) for part in running), strict=True))
+    out, lse = running.finish(v.dtype)
     out, lse = checkpoint_name(out, ATTENTION_RESIDUALS), checkpoint_name(lse, ATTENTION_RESIDUALS)
     return out, (q, k, v, score, mask, out, lse)
 
 
-def _backward(axes: Axes, saved: tuple, dout: Pair) -> tuple[Pair, Pair, Pair, Score, None]:
+def _backward(axes: Axes, saved: tuple, dout: Array) -> tuple[Array, Array, Array, Score, None]:
     q, k, v, score, mask, out, lse = saved
     variant = Variant(mask, score)
-    delta = [
-        (a.astype(b.dtype) * o.astype(b.dtype)).sum(-1, keepdims=True) for a, o, b in zip(dout, out, lse, strict=True)
-    ]
+    delta = (dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1, keepdims=True)
 
     def meet(home: tuple, guests: tuple, owner: Array) -> tuple[tuple, tuple]:
-        (dq, dscore), (k, v, dk, dv) = home, guests
-        for mine, theirs, grid in _meetings(q, k, owner, axes):
-            so_far = Gradients(dq[mine], dk[theirs], dv[theirs], dscore)
-            of_queries = (lse[mine], delta[mine], dout[mine])
-            sums = loops.backward(so_far, q[mine], k[theirs], v[theirs], *of_queries, variant, grid)
-            dq[mine], dk[theirs], dv[theirs], dscore = sums.q, sums.k, sums.v, sums.score
-        return (dq, dscore), (k, v, dk, dv)
+        k, v, *_ = guests
 
-    dq, dk, dv = ([jnp.zeros(x.shape, wide(x.dtype)) for x in pair] for pair in (q, k, v))
+        def pair(number: Array, sums: Gradients) -> Gradients:
+            mine, theirs = number // 2, number % 2
+            q_chunk, lse_chunk, delta_chunk, dout_chunk = _at((q, lse, delta, dout), mine)
+            k_chunk, v_chunk = _at((k, v), theirs)
+            grid = _grid(q_chunk, k_chunk, mine, theirs, owner, axes)
+            so_far = Gradients(_at(sums.q, mine), _at(sums.k, theirs), _at(sums.v, theirs), sums.score)
+            part = loops.backward(so_far, q_chunk, k_chunk, v_chunk, lse_chunk, delta_chunk, dout_chunk, variant, grid)
+            dk, dv = _put((sums.k, sums.v), (part.k, part.v), theirs)
+            return Gradients(_put(sums.q, part.q, mine), dk, dv, part.score)
+
+        (dq, dscore), (dk, dv) = home, guests[2:]
+        sums = jax.lax.fori_loop(0, 4, pair, Gradients(dq, dk, dv, dscore))
+        return (sums.q, sums.score), (k, v, sums.k, sums.v)
+
+    dq, dk, dv = (jnp.zeros(x.shape, wide(x.dtype)) for x in (q, k, v))
     (dq, dscore), (_, _, dk, dv) = _around(meet, (dq, score.zero_gradients()), (k, v, dk, dv), axes)
     # After its last meeting a chunk is one step away from its owner.
     dk, dv = _passed_on((dk, dv), axes)
-    gradients = ([dx.astype(x.dtype) for dx, x in zip(*pair, strict=True)] for pair in ((dq, q), (dk, k), (dv, v)))
-    return *gradients, score.cotangent(dscore), None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), score.cotangent(dscore), None
 
 
 _ring.defvjp(_forward, _backward)
@@ -215,24 +222,25 @@ def _passed_on(guests: Any, axes: Axes) -> Any:
     return jax.lax.ppermute(guests, axes.seq, [(device, (device + 1) % n) for device in range(n)])
 
 
-def _meetings(q: Pair, k: Pair, owner: Array, axes: Axes) -> list[tuple[int, int, Grid]]:
-    """Each of this device's chunks with each of the owner's, and where on the whole plane they meet."""
+def _grid(q: Array, k: Array, mine: Array, theirs: Array, owner: Array, axes: Axes) -> Grid:
+    """Where on the whole plane one of this device's chunks meets one of the owner's."""
     n, index = jax.lax.axis_size(axes.seq), jax.lax.axis_index(axes.seq)
-    B, K, G, T, _ = q[0].shape
+    B, K, G, T, _ = q.shape
     rows, heads = (Span(_index(names) * size, size) for names, size in ((axes.batch, B), (axes.heads, K * G)))
 
-    def blocks(length: int, chunk: Array) -> Blocks:
+    def blocks(length: int, device: Array, which: Array) -> Blocks:
         size = max(size for size in range(1, min(length, loops.BLOCK) + 1) if length % size == 0)
-        return Blocks(size, length // size, chunk * length)
+        return Blocks(size, length // size, jnp.where(which == 0, device, 2 * n - 1 - device) * length)
 
-    def chunk(device: Array, which: int) -> Array:
-        return device if which == 0 else 2 * n - 1 - device
+    return Grid(rows, heads, blocks(T, index, mine), blocks(k.shape[2], owner, theirs))
 
-    return [
-        (mine, theirs, Grid(rows, heads, blocks(T, chunk(index, mine)), blocks(k[0].shape[2], chunk(owner, theirs))))
-        for mine in range(2)
-        for theirs in range(2)
-    ]
+
+def _at(tree: Any, index: Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+
+
+def _put(tree: Any, part: Any, index: Array) -> Any:
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), tree, part)
 
 
 def _index(names: tuple[str, ...]) -> int | Array:
@@ -248,20 +256,20 @@ def _routes(n: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     return [(j, owner(2 * j)) for j in range(n)], [(j, owner(2 * j + 1)) for j in range(n)]
 
 
-def _to_zigzag(x: Array, axes: Axes) -> Pair:
+def _to_zigzag(x: Array, axes: Axes) -> Array:
     """A device's share of the sequence, which is the last dim but one, exchanged for its pair of chunks."""
     even_route, odd_route = _routes(jax.lax.axis_size(axes.seq))
     first, second = jnp.split(x, 2, axis=-2)
     even, odd = jax.lax.ppermute(first, axes.seq, even_route), jax.lax.ppermute(second, axes.seq, odd_route)
     # Of chunks i and 2n-1-i the first is even where i is.
     is_even = jax.lax.axis_index(axes.seq) % 2 == 0
-    return [jnp.where(is_even, even, odd), jnp.where(is_even, odd, even)]
+    return jnp.stack([jnp.where(is_even, even, odd), jnp.where(is_even, odd, even)])
 
 
-def _from_zigzag(pair: Pair, axes: Axes) -> Array:
+def _from_zigzag(pair: Array, axes: Axes) -> Array:
     """The way back."""
     is_even = jax.lax.axis_index(axes.seq) % 2 == 0
-    even, odd = jnp.where(is_even, *pair), jnp.where(is_even, *pair[::-1])
+    even, odd = jnp.where(is_even, pair[0], pair[1]), jnp.where(is_even, pair[1], pair[0])
     backwards = ([(there, here) for here, there in route] for route in _routes(jax.lax.axis_size(axes.seq)))
     halves = (jax.lax.ppermute(half, axes.seq, route) for half, route in zip((even, odd), backwards, strict=True))
     return jnp.concatenate(list(halves), axis=-2)

@@ -40,9 +40,10 @@ def _dense_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tupl
     leading = tuple(range(x.ndim - 1))
     wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())))
-    # XLA:CPU turns the first operand round before it multiplies, so the narrower one comes first.
+    # XLA:CPU turns the first operand round before it multiplies, so the narrower one comes first; in bfloat16 it has no
+    # product that it could turn round itself.
     contract = functools.partial(jax.lax.dot_general, dimension_numbers=((leading, leading), ((), ())))
-    if x.shape[-1] > dy.shape[-1]:
+    if x.shape[-1] > dy.shape[-1] and x.dtype == wide:
         dkernel = contract(dy, x, preferred_element_type=wide).T
     else:
         dkernel = contract(x, dy, preferred_element_type=wide)
