@@ -5,8 +5,16 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from transformer.layers.position import Alibi, RotaryScaling, relative_buckets, rotary, rotary_frequencies
+from transformer.layers.position import (
+    Alibi,
+    RelativePosition,
+    RotaryScaling,
+    relative_buckets,
+    rotary,
+    rotary_frequencies,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -100,3 +108,20 @@ def test_buckets_are_those_of_t5(num_buckets, max_distance, bidirectional):
     ).numpy()
     got = relative_buckets(distances, num_buckets, max_distance, bidirectional=bidirectional)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_biases_are_those_of_t5(is_decoder):
+    torch = pytest.importorskip("torch")
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
+    config = t5.T5Config(d_model=16, d_kv=4, num_heads=4, num_layers=1, is_decoder=is_decoder)
+    peer = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
+    position = RelativePosition(4, bidirectional=not is_decoder, init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+    table = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
+    position.table[...] = jnp.asarray(table)
+    with torch.no_grad():
+        peer.relative_attention_bias.weight.copy_(torch.tensor(table))
+        # The last 3 of 200 positions, as when decoding behind a cache.
+        whole, last = peer.compute_bias(200, 200), peer.compute_bias(3, 200, past_seen_tokens=197)
+    np.testing.assert_array_equal(position.bias(200, 200), whole.numpy())
+    np.testing.assert_array_equal(position.bias(3, 200, 197), last.numpy())

@@ -212,7 +212,7 @@ class RelativePosition(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        check_buckets(num_buckets, max_distance, bidirectional)
+        _check_buckets(num_buckets, max_distance, bidirectional)
         self.num_buckets, self.max_distance, self.bidirectional = num_buckets, max_distance, bidirectional
         # One bucket a row.
         table = with_axes(init, None, "heads")(rngs.params(), (num_buckets, num_heads), param_dtype)
@@ -262,7 +262,7 @@ def relative_buckets(
     return first + np.where(distances < exact, distances, np.minimum(exact + wide, num_buckets - 1))
 
 
-def check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
+def _check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
     """Raise a `ValueError` for buckets that cannot be."""
     step = 4 if bidirectional else 2
     if num_buckets < step or num_buckets % step:
