@@ -37,7 +37,9 @@ from transformer.types import Array, Float, Int
 TPU_BLOCKS = (512, 256, 128)
 """Blocks of positions for splash attention; the largest one that pads a length by no more than an eighth is taken."""
 GPU_BLOCK = 128
-"""Positions of a block in the GPU kernel's forward pass; shorter sequences are one block of a power of two."""
+"""What the GPU kernel's lengths are a multiple of; shorter ones are one block of a power of two."""
+GPU_BLOCKS = {64: (128, 128), 128: (128, 64), 256: (64, 32)}
+"""Queries and keys in a block of the GPU kernel's forward pass, by the largest head_dim that they leave shared memory for."""
 
 NO_LOGIT = -1e30
 """The logit of a key that is always seen and has no value: nothing beside any real logit, everything beside none."""
@@ -114,6 +116,8 @@ def _not_computed(request: Request) -> str | None:
         return (
             f"its {where} kernel needs values as wide as keys, and they are {request.value_dim} and {request.head_dim}"
         )
+    if request.head_dim > max(GPU_BLOCKS):
+        return f"its {where} kernel needs a head_dim of at most {max(GPU_BLOCKS)}, and this is {request.head_dim}"
     if request.num_queries != request.num_keys:
         return (
             f"its {where} kernel needs as many keys as queries, and there are {request.num_keys} and "
@@ -299,7 +303,9 @@ def _on_gpu(
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
     q, k, v = (_padded(x, length) for x in (q, k, v))
     numbers = None if shared is None else _padded(shared, length)
-    out = kernel.mha(q, k, v, numbers, sm_scale=scale, causal=is_causal, interpret=interpret)
+    block_q, block_k = next(blocks for widest, blocks in GPU_BLOCKS.items() if q.shape[3] <= widest)
+    blocks = dataclasses.replace(kernel.BlockSizes.get_default(), block_q=block_q, block_k=block_k)
+    out = kernel.mha(q, k, v, numbers, sm_scale=scale, causal=is_causal, block_sizes=blocks, interpret=interpret)
     return _real(out[:, :T], ids)
 
 

@@ -1,0 +1,203 @@
+"""Compile the `pallas` backend for accelerators that are not here: TPU slices and 8 H100s.
+
+B batch, T query position, N query heads, K key/value heads, H head_dim.
+
+The compilers ask for libraries of their own (`jax[tpu]`, `jax[cuda13]`), which seldom belong into the environment that one
+works in. So the work is done by another Python, whose interpreter is an argument, and an answer comes back as one line.
+Compiling proves that a kernel is lawful for the chip, that its blocks fit into its memory and that it takes its place among
+sharded arrays. It says nothing of numbers or of speed.
+
+    python -m benchmarks.attention.ahead tpu --python PATH/TO/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+COMPILED = "compiled, not run"
+"""What `compile_ahead` gives where nothing went wrong."""
+
+TOPOLOGIES = {"tpu": "v5e:2x4", "gpu": "1x1x8"}
+"""8 chips of a TPU v5e, and one host with 8 H100s."""
+
+PACKAGES = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
+"""Of these modules one has to be there."""
+
+KERNELS = {"tpu": "tpu_custom_call", "gpu": "__gpu$xla.gpu.triton"}
+"""What a program with a kernel in it calls."""
+
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 28 patch: 0 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """A call of attention, by its whole shapes; batch and heads are spread over the topology's devices."""
+
+    batch: int = 8
+    num_queries: int = 1024
+    num_keys: int = 1024
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 64
+    value_dim: int | None = None
+    """None: as `head_dim`."""
+    dtype: str = "bfloat16"
+    causal: bool = True
+    window: int | None = None
+    segments: bool = False
+    soft_cap: float | None = None
+
+
+def compile_ahead(
+    platform: str,
+    call: Call | None = None,
+    *,
+    python: str = sys.executable,
+    topology: str | None = None,
+    tensor: int = 2,
+    timeout: float = 600,
+) -> str:
+    """Compile a call's forward and backward pass through `attend(backend="pallas")`.
+
+    Args:
+        platform: "tpu" or "gpu".
+        call: what to compile; packed segments under a causal mask by default.
+        python: the interpreter of an environment with the platform's compiler; this one by default.
+        topology: "v5e:2x4", "v5p:2x2x1", "v6e:4x4", ... for a TPU, hosts and devices "1x1x8" for GPUs; None: eight devices.
+        tensor: devices along which the heads lie; the batch lies along the others.
+        timeout: seconds.
+
+    Returns:
+        `COMPILED`, or one line with the reason why it could not be compiled.
+
+    Raises:
+        ValueError: no such platform.
+    """
+    if platform not in TOPOLOGIES:
+        raise ValueError(f"compile_ahead: platform {platform!r}; allowed: {', '.join(TOPOLOGIES)}")
+    task = {
+        "platform": platform,
+        "topology": topology or TOPOLOGIES[platform],
+        "tensor": tensor,
+        "call": dataclasses.asdict(call or Call(segments=True)),
+    }
+    try:
+        done = subprocess.run(
+            [python, "-c", "from benchmarks.attention import ahead; ahead.answer()"],
+            input=json.dumps(task), capture_output=True, text=True, timeout=timeout, env=_environment(platform),
+        )  # fmt: skip
+    except OSError as error:
+        return f"{python} cannot be started: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return f"not compiled in {timeout:g} s"
+    try:
+        return json.loads(done.stdout.splitlines()[-1])["answer"]
+    except (IndexError, ValueError, KeyError, TypeError):
+        # It ended before it could answer: a module is missing, or the compiler took the process with it.
+        return next(reversed(done.stderr.strip().splitlines()), f"it ended with status {done.returncode} and no answer")
+
+
+def _environment(platform: str) -> dict[str, str]:
+    """Of the process that compiles: this program's own modules, and no accelerator to look for."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    # Without a TPU the process itself runs on the CPU; without a GPU the CUDA plugin's check for one would stop it.
+    own = {"JAX_PLATFORMS": "cpu"} if platform == "tpu" else {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    return kept | own | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+
+def answer() -> None:
+    """Do the task that stands in the input, in the process that has the compiler, and print the answer as JSON."""
+    task = json.load(sys.stdin)
+    try:
+        given = _compile(task["platform"], task["topology"], task["tensor"], Call(**task["call"]))
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        given = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    print(json.dumps({"answer": given}))
+
+
+def _compile(platform: str, topology_name: str, tensor: int, call: Call) -> str:
+    if not any(map(importlib.util.find_spec, PACKAGES[platform])):
+        return f"the compiler is not installed: {' or '.join(PACKAGES[platform])}"
+    # Imported here, so that the asking process needs none of it.
+    import jax
+    import numpy as np
+    from flax import nnx
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    options: dict[str, Any] = {"topology": topology_name, "target_config": H100} if platform == "gpu" else {}
+    topology = topologies.get_topology_desc(
+        platform="cuda" if platform == "gpu" else "tpu",
+        topology_name="" if platform == "gpu" else topology_name,
+        **options,
+    )
+    mesh = Mesh(np.array(topology.devices).reshape(-1, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rules = (("batch", "data"), ("seq", None), ("heads", "tensor"), ("kv_heads", "tensor"))
+
+    def shape(dims: tuple[int, ...], dtype: str, *axes: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    def heads(length: int, count: int, width: int) -> jax.ShapeDtypeStruct:
+        spread = "tensor" if count % tensor == 0 else None
+        return shape((call.batch, length, count, width), call.dtype, "data", None, spread)
+
+    q = heads(call.num_queries, call.num_heads, call.head_dim)
+    k = heads(call.num_keys, call.num_kv_heads, call.head_dim)
+    v = heads(call.num_keys, call.num_kv_heads, call.value_dim or call.head_dim)
+    segments = shape((call.batch, call.num_queries), "int32", "data") if call.segments else None
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+        text = jax.jit(jax.grad(_loss(call), (0, 1, 2))).lower(q, k, v, segments).compile().as_text()
+    return COMPILED if text and KERNELS[platform] in text else "compiled, but without the kernel in it"
+
+
+def _loss(call: Call) -> Any:
+    from transformer.attention.dispatch import attend
+    from transformer.attention.mask import AttentionMask
+
+    def loss(q: Any, k: Any, v: Any, segments: Any) -> Any:
+        mask = AttentionMask.causal() if call.causal else AttentionMask.none()
+        if call.window is not None:
+            mask &= AttentionMask.window(left=call.window)
+        if segments is not None:
+            mask &= AttentionMask.segments(segments)
+        return attend(q, k, v, mask, logit_soft_cap=call.soft_cap, backend="pallas")[0].astype("float32").sum()
+
+    return loss
+
+
+def main() -> None:
+    """Compile one call and print the answer."""
+    parser = argparse.ArgumentParser(
+        description="compile the pallas attention backend for an accelerator that is not here"
+    )
+    parser.add_argument("platform", choices=sorted(TOPOLOGIES))
+    parser.add_argument("--python", default=sys.executable, help="interpreter of an environment with the compiler")
+    parser.add_argument("--topology", help="TPU slice or GPU hosts; eight devices by default")
+    parser.add_argument("--call", type=json.loads, default={}, help='fields of Call as JSON: {"head_dim": 128}')
+    given = parser.parse_args()
+    print(compile_ahead(given.platform, Call(**given.call), python=given.python, topology=given.topology))
+
+
+if __name__ == "__main__":
+    main()
