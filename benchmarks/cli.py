@@ -38,6 +38,13 @@ def _parser() -> argparse.ArgumentParser:
     command("decode", _decode, "greedy decoding beside transformers' generate", rounds=5)
     command("data", _data, "the loader alone beside the step", rounds=3)
     command("compile", _compile, "compile time of the step at 6 and 48 layers", rounds=3)
+    sub = command("attention", _attention, "attention: exact, fast, long; what each backend can do", rounds=5)
+    sub.add_argument("--certify", action="store_true", help="every mechanism and backend against float64")
+    sub.add_argument("--speed", action="store_true", help="the backends against each other")
+    sub.add_argument("--length", action="store_true", help="time and memory over the length of the sequence")
+    sub.add_argument("--budget", type=float, default=10.0, help="seconds a call may take under --length (10)")
+    sub.add_argument("--last", type=_positive, default=1 << 20, help="the longest sequence of --length (1048576)")
+    sub.add_argument("--support", action="store_true", help="print the table of what each backend can do")
     for name, call, text in (
         ("gpu", _gpu, "all measurements that need an accelerator"),
         ("report", _report, "the results on record as a Markdown table"),
@@ -68,6 +75,32 @@ def _compile(options: argparse.Namespace) -> None:
     from benchmarks import compile_time
 
     compile_time.run(options.rounds)
+
+
+def _attention(options: argparse.Namespace) -> None:
+    if not (options.certify or options.speed or options.length or options.support):
+        raise UserError("attention: say what to do: --certify, --speed, --length or --support")
+    if options.certify:
+        import jax
+
+        from benchmarks.attention import certify
+
+        # A ring needs devices; on a CPU they are virtual, and have to be there before JAX starts.
+        jax.config.update("jax_num_cpu_devices", 8)
+        if certify.run()["failed"]:
+            raise UserError("attention: something is further from float64 than it may be; see the table")
+    if options.speed:
+        from benchmarks.attention import speed
+
+        speed.run(options.rounds)
+    if options.length:
+        from benchmarks.attention import length
+
+        length.run(options.budget, options.last)
+    if options.support:
+        from benchmarks.attention import support
+
+        print(support.table())
 
 
 def _gpu(options: argparse.Namespace) -> None:

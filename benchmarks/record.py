@@ -53,8 +53,8 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
     return summary([a / b for a, b in zip(over, under, strict=True)])
 
 
-def save(name: str, command: str, result: dict[str, Any]) -> Path:
-    """Write a result with date, device and versions, and show it."""
+def save(name: str, command: str, result: dict[str, Any], *, show: bool = True) -> Path:
+    """Write a result with date, device and versions, and show it unless it is long."""
     device = jax.devices()[0]
     record = {
         "command": command,
@@ -71,7 +71,8 @@ def save(name: str, command: str, result: dict[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}_{device.platform}.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    if show:
+        print(json.dumps(result, indent=2))
     print(f"written to {path}")
     return path
 

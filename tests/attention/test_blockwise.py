@@ -68,7 +68,9 @@ def values_and_gradients(backend, arrays, mask, learned=(), **options):
         def loss(arrays, learned):
             made = {name: make(*learned) for name, make in options.items()}
             out = attend(*arrays, mask, backend=backend, **made)[0]
-            return jnp.sum(jnp.sin(out.astype(jnp.float32)) * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)), out
+            return jnp.sum(
+                jnp.sin(out.astype(jnp.float32)) * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+            ), out
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(arrays, learned)
 

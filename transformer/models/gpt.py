@@ -87,7 +87,7 @@ class GPTConfig:
     """Standard deviation of initial weights; those that write to the residual stream get it divided by sqrt(2 num_layers)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in. Parameters are always float32."""
-    attention: Literal["auto", "reference", "xla", "cudnn", "blockwise"] = "auto"
+    attention: Literal["auto", "reference", "xla", "cudnn", "pallas", "blockwise", "ring", "ulysses"] = "auto"
     """Attention backend; a named one that cannot run stops the program."""
     scan_layers: bool = True
     """One compiled block, scanned over the layers; false: an unrolled loop (slower to compile)."""

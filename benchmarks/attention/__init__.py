@@ -1,0 +1,1 @@
+"""Attention measured: certificates of exactness, speed, and length."""

@@ -1,0 +1,196 @@
+"""What is certified and measured: masks and scores of softmax attention, and every other mechanism with its forms.
+
+B batch, T query position, S key position, N query heads, K key/value heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transformer.attention.additive import AdditiveAttention
+from transformer.attention.decomposable import DecomposableAttention
+from transformer.attention.fast_weights import FORMS, RULES, fast_weights
+from transformer.attention.feature_maps import unit_length
+from transformer.attention.hard import argmax_weights
+from transformer.attention.intra import IntraAttention
+from transformer.attention.linear import linear_attention
+from transformer.attention.mask import AttentionMask
+from transformer.attention.multiplicative import LuongAttention
+from transformer.attention.sparse_softmax import sparse_attention
+from transformer.attention.structured import StructuredAttention
+
+B, N, H = 2, 4, 32
+HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
+
+Masks = dict[str, Callable[[int], AttentionMask]]
+
+
+def _segments(length: int) -> jax.Array:
+    """Two rows of packed documents, the second with padding at its end."""
+    row = jnp.arange(length)
+    return jnp.stack([1 + row * 5 // length, jnp.where(row < length * 7 // 8, 1 + row * 3 // length, 0)]).astype(
+        jnp.int32
+    )
+
+
+def _layout(length: int) -> np.ndarray:
+    blocks = -(-length // 16)
+    return np.random.default_rng(0).random((blocks, blocks)) > 0.6
+
+
+MASKS: Masks = {
+    "none": lambda T: AttentionMask.none(),
+    "causal": lambda T: AttentionMask.causal(),
+    "window": lambda T: AttentionMask.causal() & AttentionMask.window(left=T // 6),
+    "padding": lambda T: AttentionMask.padding(jnp.arange(T) < jnp.array([[T // 2], [T]])),
+    "packed segments": lambda T: AttentionMask.causal() & AttentionMask.segments(_segments(T)),
+    "prefix": lambda T: AttentionMask.causal() | AttentionMask.prefix(jnp.array([T // 4, T // 3])),
+    "sinks + window": lambda T: (
+        AttentionMask.causal() & (AttentionMask.window(left=T // 8) | AttentionMask.sinks(4))
+    ),
+    "global + local": lambda T: AttentionMask.window(8, 8) | AttentionMask.global_tokens(4),
+    "dilated": lambda T: AttentionMask.causal() & AttentionMask.window(left=T // 2) & AttentionMask.dilated(4),
+    "block sparse": lambda T: AttentionMask.block_sparse(_layout(T), 16) | AttentionMask.window(0, 1),
+    "mask_mod": lambda T: AttentionMask.mod(lambda b, h, q, k: (q >= k) & ((q - k) % (h + 2) == 0)),
+    "explicit": lambda T: AttentionMask.explicit(jnp.array(np.random.default_rng(1).random((B, N, T, T)) > 0.5)),
+}  # fmt: skip
+
+
+def _alibi(length: int) -> dict[str, Any]:
+    def score_mod(score, b, h, q, k):
+        return score - 0.5 ** (h + 1).astype(score.dtype) * jnp.abs(q - k).astype(score.dtype)
+
+    return {"score_mod": score_mod}
+
+
+SCORES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "bias": lambda T: {"bias_BNTS": jnp.asarray(normal((1, N, T, T))[0], jnp.float32)},
+    "soft-cap": lambda T: {"logit_soft_cap": 5.0},
+    "score_mod": _alibi,
+}
+"""Options of `attend` beyond the mask, for a length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """A mechanism that is not softmax attention over dot products."""
+
+    arrays: Callable[[int], list[np.ndarray]]
+    """What it is differentiated by, for a length: parameters, then inputs."""
+    forms: dict[str, Callable[..., jax.Array]]
+    """Ways to compute it from those arrays; the first is its definition."""
+    linear_time: bool = False
+    differentiable: bool = True
+    kinked: bool = False
+    """Its ReLUs turn on and off with a rounding in bfloat16, so that its gradient there is no measure of exactness."""
+
+
+def normal(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """Standard normal float64 arrays, always the same ones."""
+    return [np.random.default_rng(seed).normal(size=shape) for seed, shape in enumerate(shapes)]
+
+
+def _fast(rule: str, form: str) -> Callable[..., jax.Array]:
+    def run(q, k, v, beta, decay):
+        k = unit_length(k)
+        beta = jax.nn.sigmoid(beta) if RULES[rule].erases else None
+        decay = jax.nn.log_sigmoid(decay + 4) if RULES[rule].decays else None
+        return fast_weights(q, k, v, beta, decay, rule=rule, form=form)[0]
+
+    return run
+
+
+def _linear(feature_map: str, form: str) -> Callable[..., jax.Array]:
+    return lambda q, k, v: linear_attention(q, k, v, feature_map=feature_map, form=form)[0]
+
+
+def _module(
+    make: Callable[..., nnx.Module], call: Callable[..., jax.Array], *shapes: str, kinked: bool = False
+) -> Mechanism:
+    """A mechanism by its module: `call(module, *inputs)`, differentiated by the parameters too."""
+
+    def split(dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(make(dtype=dtype, rngs=nnx.Rngs(0)))
+
+    def arrays(length: int) -> list[np.ndarray]:
+        params = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(split(jnp.float32)[1])]
+        sizes = {"T": length, "S": length * 2 // 3, "B": B, "D": N * H}
+        inputs = normal(*(tuple(sizes[letter] for letter in shape) for shape in shapes))
+        # States of a recurrent network, which most of these attend to, lie well inside (-1, 1).
+        return params + [0.3 * x for x in inputs]
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        graphdef, params = jax.eval_shape(lambda: split(arrays[0].dtype))
+        params = jax.tree.unflatten(jax.tree.structure(params), arrays[: -len(shapes)])
+        return call(nnx.merge(graphdef, params), *arrays[-len(shapes) :])
+
+    return Mechanism(arrays, {"module": run}, kinked=kinked)
+
+
+def _options(**fixed: Any) -> dict[str, Any]:
+    return {"kernel_init": nnx.initializers.lecun_normal()} | fixed
+
+
+D = N * H
+_QKV = lambda T: normal(*[(B, T, N, H)] * 3)  # noqa: E731
+_GATED = lambda T: normal(*[(B, T, N, H)] * 3, *[(B, T, N)] * 2)  # noqa: E731
+
+MECHANISMS: dict[str, Mechanism] = {
+    "additive (Bahdanau 2014)": _module(
+        lambda **kw: AdditiveAttention(D, D, H, **_options(**kw)), lambda m, q, k: m(q, k)[0], "BTD", "BSD"
+    ),
+    **{
+        f"{score}, {scope} (Luong 2015)": _module(
+            lambda score=score, scope=scope, **kw: LuongAttention(
+                D, D, score=score, scope=scope, window=4, attention_dim=H, **_options(**kw)
+            ),
+            lambda m, q, k: m(q, k)[0],
+            "BTD",
+            "BSD",
+        )
+        for score, scope in [
+            ("dot", "global"),
+            ("general", "global"),
+            ("concat", "global"),
+            ("general", "local-m"),
+            ("general", "local-p"),
+        ]
+    },
+    "hard, argmax": Mechanism(
+        _QKV,
+        {"function": lambda q, k, v: argmax_weights(q[:, :, 0] @ k[:, :, 0].mT) @ v[:, :, 0]},
+        differentiable=False,
+    ),
+    **{
+        name: Mechanism(_QKV, {"function": lambda q, k, v, name=name: sparse_attention(q, k, v, normalizer=name)[0]})
+        for name in ("sparsemax", "entmax15")
+    },
+    "LSTMN intra-attention (Cheng 2016)": _module(
+        lambda **kw: IntraAttention(D, H, H, **_options(**kw)), lambda m, x: m(x)[0], "BTD"
+    ),
+    "structured (Lin 2017)": _module(
+        lambda **kw: StructuredAttention(D, H, 4, **_options(**kw)), lambda m, x: m(x)[0], "BTD"
+    ),
+    "decomposable (Parikh 2016)": _module(
+        lambda **kw: DecomposableAttention(D, H, 3, use_intra=True, **_options(**kw)),
+        lambda m, a, b: m(a, b)[0],
+        "BTD",
+        "BSD",
+        kinked=True,
+    ),
+    **{
+        f"linear attention, {name}": Mechanism(_QKV, {form: _linear(name, form) for form in FORMS}, linear_time=True)
+        for name in ("elu", "dpfp", "favor")
+    },
+    **{
+        f"fast weights, {rule}": Mechanism(_GATED, {form: _fast(rule, form) for form in FORMS}, linear_time=True)
+        for rule in RULES
+    },
+}

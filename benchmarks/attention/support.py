@@ -1,0 +1,79 @@
+"""`manyheads-bench attention --support`: what each backend of softmax attention can do, as a Markdown table.
+
+Made from the backends' own `supports`, for a call as good as any: bfloat16, heads of 64, 1024 queries and keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType
+
+from benchmarks.attention.cases import MASKS
+from transformer.attention.dispatch import BACKENDS
+from transformer.attention.mods import Mod
+from transformer.attention.request import Request
+from transformer.attention.variant import Dropout, Score, Variant
+
+LENGTH = 1024
+
+
+def table() -> str:
+    """One column a backend, one row a feature, and the platforms on which it is there."""
+    rows = [["", *BACKENDS], ["---"] * (len(BACKENDS) + 1)]
+    for name, changes in _features().items():
+        cells = [_platforms(backend, changes) for backend in BACKENDS]
+        rows.append([name, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _platforms(backend: str, changes: dict[str, Any]) -> str:
+    with _sequence_axis():
+        able = [name for name in ("cpu", "gpu", "tpu") if BACKENDS[backend].supports(_request(name, **changes)) is None]
+    return "all" if len(able) == 3 else ", ".join(able).upper() or "–"
+
+
+def _features() -> dict[str, dict[str, Any]]:
+    arrays = jax.eval_shape(lambda: {name: make(LENGTH) for name, make in MASKS.items()})
+    features: dict[str, dict[str, Any]] = {f"mask: {name}": {"mask": mask} for name, mask in arrays.items()}
+    return features | {
+        "bias": {"score": Score(0.125, bias_BNTS=jnp.zeros((1, 1, 1, LENGTH)))},
+        "score_mod": {"score": Score(0.125, mod=Mod.score(lambda score, b, h, q, k: score, jnp.float32))},
+        "logit soft-cap": {"score": Score(0.125, soft_cap=30.0)},
+        "dropout": {"dropout": Dropout(jax.random.key(0), 0.1)},
+        "grouped queries": {"num_kv_heads": 4},
+        "float32": {"dtype": jnp.dtype(jnp.float32)},
+        "head_dim 256": {"head_dim": 256, "value_dim": 256},
+        "values of another width": {"value_dim": 32},
+        "a length of 1000": {"num_queries": 1000, "num_keys": 1000, "mask": MASKS["causal"](1000)},
+    }
+
+
+def _request(platform: str, mask: Any = None, score: Any = None, dropout: Any = None, **changes: Any) -> Request:
+    mask = MASKS["causal"](LENGTH) if mask is None else mask
+    request = Request(
+        platform=platform,
+        dtype=jnp.dtype(jnp.bfloat16),
+        num_queries=LENGTH,
+        num_keys=LENGTH,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+        value_dim=64,
+        variant=Variant(mask, Score(0.125) if score is None else score, dropout),
+    )
+    return dataclasses.replace(request, **changes)
+
+
+@contextlib.contextmanager
+def _sequence_axis() -> Iterator[None]:
+    """A mesh on which ring and ulysses have somewhere to go."""
+    mesh = jax.make_mesh((1,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh), nnx.logical_axis_rules((("seq", "sequence"),)):
+        yield
