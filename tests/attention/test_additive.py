@@ -11,16 +11,8 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from transformer.attention.additive import (
-    AdditiveAttention,
-    additive_attention,
-    additive_scores,
-    check_name,
-    check_shapes,
-    context,
-    headless_mask,
-    softmax,
-)
+from transformer.attention.additive import AdditiveAttention, additive_attention, additive_scores
+from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
 from transformer.attention.sparse_softmax import sparsemax
 

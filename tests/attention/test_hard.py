@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.attention.additive import softmax
+from transformer.attention.common import softmax
 from transformer.attention.hard import (
     ESTIMATORS,
     HardAttention,

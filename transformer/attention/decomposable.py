@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.additive import check_shapes, context, headless_mask, softmax
+from transformer.attention.common import check_shapes, context, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
 from transformer.attention.multiplicative import dot_scores
 from transformer.layers.linear import Linear

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.additive import check_name, check_shapes, widen
+from transformer.attention.common import check_name, check_shapes, widen
 from transformer.attention.feature_maps import FEATURE_NORMS, FeatureMap, feature_dim, feature_map_of
 from transformer.layers.linear import Linear
 from transformer.layers.norm import RMSNorm

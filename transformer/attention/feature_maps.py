@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.attention.additive import check_name
+from transformer.attention.common import check_name
 from transformer.types import Array, Float
 
 FeatureMap = Callable[[Array], Array]

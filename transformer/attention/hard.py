@@ -18,15 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.additive import (
-    AdditiveAttention,
-    check_name,
-    check_shapes,
-    context,
-    headless_mask,
-    softmax,
-    widen,
-)
+from transformer.attention.additive import AdditiveAttention
+from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax, widen
 from transformer.attention.mask import AttentionMask
 from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.additive import check_name, check_shapes, widen
+from transformer.attention.common import check_name, check_shapes, widen
 from transformer.attention.fast_weights import FORMS, fast_weights
 from transformer.attention.feature_maps import FeatureMap, feature_dim, feature_map_of
 from transformer.layers.linear import Linear

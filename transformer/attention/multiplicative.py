@@ -21,15 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.additive import (
-    additive_scores,
-    check_name,
-    check_shapes,
-    context,
-    headless_mask,
-    softmax,
-    widen,
-)
+from transformer.attention.additive import additive_scores
+from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax, widen
 from transformer.attention.mask import AttentionMask
 from transformer.layers.linear import Linear
 from transformer.types import Array, DTypeLike, Float, Int

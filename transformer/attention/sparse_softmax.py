@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.additive import Normalizer, check_name, check_shapes, softmax, widen
+from transformer.attention.common import Normalizer, check_name, check_shapes, softmax, widen
 from transformer.attention.mask import AttentionMask
 from transformer.layers.linear import Linear
 from transformer.sharding import constrain

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.additive import check_shapes, context, headless_mask, softmax, widen
+from transformer.attention.common import check_shapes, context, headless_mask, softmax, widen
 from transformer.attention.mask import AttentionMask
 from transformer.layers.linear import Linear
 from transformer.types import Array, DTypeLike, Float

@@ -1,0 +1,85 @@
+"""What the mechanisms share: a masked softmax, a weighted mean, and the checks of their arguments.
+
+B batch, T query position, S key position, V value features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from transformer.attention.mask import AttentionMask
+from transformer.errors import nearest
+from transformer.types import Array, Bool, Float
+
+Normalizer = Callable[[Array, Array | None], Array]
+"""From scores [B, T, S], and where they are allowed, to weights: `softmax`, or one of `sparse_softmax.NORMALIZERS`."""
+
+
+def softmax(scores: Float[Array, "*#dims"], allowed: Bool[Array, "*#dims"] | None = None) -> Float[Array, "*#dims"]:
+    """Softmax over the last dim in float32 or wider, zero where not allowed; all zeros for a row that allows nothing."""
+    scores = widen(scores)
+    if allowed is None:
+        return jax.nn.softmax(scores, axis=-1)
+    # A finite floor keeps an empty row free of NaN, in the gradient too; the second where empties it.
+    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    return jnp.where(allowed, weights, 0)
+
+
+def context(weights_BTS: Float[Array, "B T S"], values_BSV: Float[Array, "B S V"]) -> Float[Array, "B T V"]:
+    """Σ_s α_ts v_s, accumulated in the weights' type, in the values' type."""
+    weights_BTS, wide = weights_BTS.astype(values_BSV.dtype), weights_BTS.dtype
+    summed = jnp.einsum("BTS,BSV->BTV", weights_BTS, values_BSV, preferred_element_type=wide)
+    return summed.astype(values_BSV.dtype)
+
+
+def headless_mask(mask: AttentionMask | None, num_queries: int, num_keys: int) -> Bool[Array, "B_ T_ S_"] | None:
+    """The mask of a mechanism with one head; None when everything is allowed.
+
+    Raises:
+        ValueError: a mask that differs by head, or is made for other numbers of queries or keys.
+    """
+    allowed_BNTS = None if mask is None else mask.materialize(num_queries, num_keys)
+    if allowed_BNTS is None:
+        return None
+    if allowed_BNTS.shape[1] != 1:
+        raise ValueError(f"mask: it has {allowed_BNTS.shape[1]} heads {allowed_BNTS.shape}; this attention has one")
+    return allowed_BNTS[:, 0]
+
+
+def widen(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """The type to accumulate in: float64 stays, anything narrower becomes float32."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def check_shapes(caller: str, **arguments: tuple[Array | None, str] | tuple[Array | None, str, Any]) -> None:
+    """Raise a `ValueError` unless every array is of floats (or of the type given) and its dims fit the letters.
+
+        check_shapes("attention", q=(q, "B T D"), valid=(valid, "B T", jnp.bool_))
+
+    A letter stands for the same size in each argument; an argument that is None fits.
+    """
+    sizes: dict[str, int] = {}
+    for name, (array, letters, *kinds) in arguments.items():
+        if array is None:
+            continue
+        dims, kind = letters.split(), kinds[0] if kinds else jnp.floating
+        fits = len(dims) == array.ndim and all(
+            sizes.get(dim, size) == size for dim, size in zip(dims, array.shape, strict=True)
+        )
+        if not (fits and jnp.issubdtype(array.dtype, kind)):
+            wanted = ", ".join(f"{dim}={sizes[dim]}" if dim in sizes else dim for dim in dims)
+            raise ValueError(f"{caller}: {name} is {array.dtype} {array.shape}; expected {kind.__name__} [{wanted}]")
+        sizes |= zip(dims, array.shape, strict=True)
+
+
+def check_name(caller: str, argument: str, name: str, names: Iterable[str]) -> None:
+    """Raise a `ValueError` for a name that is not among `names`."""
+    names = tuple(names)
+    if name not in names:
+        raise ValueError(
+            f"{caller}: {argument}={name!r} does not exist; there are {', '.join(names)}.{nearest(name, names)}"
+        )
