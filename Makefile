@@ -53,6 +53,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/manyheads-bench compile
 	$(BIN)/manyheads-bench decode
 	$(BIN)/manyheads-bench data
+	$(BIN)/manyheads-bench attention --certify
+	$(BIN)/manyheads-bench attention --speed --length
 
 # Runs with the Python at hand, because a GPU image brings its own jax; it needs jax, flax, optax, orbax, numpy and torch.
 bench-gpu:

@@ -41,6 +41,22 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
                 f"greedy decoding, {batch.replace('_', ' ')}, speed over transformers",
                 *_figure(result[batch]["ratio"], "{:.2f}×"),
             )
+    for case in result.get("cases", ()):
+        if "blockwise_over_reference" in case:
+            what = f"{case['length']} tokens, {'causal' if case['causal'] else 'all pairs'}, {case['passes']}"
+            figure = _figure(case["blockwise_over_reference"], "{:.2f}×")
+            yield f"blockwise attention, {what}, speed over the plain equation", *figure
+    if "auto_over_best" in result:
+        yield "attention, time of auto over the best backend, at worst", f"{result['auto_over_best']:.2f}×", ""
+    for name, spread in result.get("flat", {}).items():
+        if not name.startswith("softmax"):
+            yield f"{name}, slowest over fastest token, 4k to 128k tokens", f"{spread:.2f}×", ""
+    if "worst" in result:
+        yield (
+            "attention, mechanisms and backends within their limits of float64",
+            f"{result['passed']}",
+            f"{result['failed']} beyond",
+        )
     if "seconds" in result:
         yield "compile time of the step, 48 layers over 6", *_figure(result["ratio"], "{:.2f}×")
     elif "ratio" in result:

@@ -7,7 +7,7 @@ tpu     `splash_attention`: a band of the T×S plane (causal, windows, offsets),
 gpu     `attention.mha`: causal or none, packed segments of self-attention. JAX 0.12 calls it deprecated; a JAX without
         it is a reason why this backend cannot serve.
 
-The kernels know whole blocks and rows that see something. Here lengths are padded up to blocks, and the padding is hidden by
+The kernels know whole blocks, and rows that see something. Here lengths are padded up to blocks, and the padding is hidden by
 the band where it can be, else by segment numbers; a row that sees nothing gives zeros. A kernel cannot be partitioned by the
 compiler, so that under a mesh it runs in `jax.shard_map` on each device's share of the batch and the heads.
 
@@ -199,14 +199,15 @@ query: a query with number 0 gives zeros."""
 
 
 def _segment_ids(mask: AttentionMask, B: int, T: int, S: int) -> Ids | None:
-    """What a mask's terms of content leave together; the same array twice where queries and keys share it."""
+    """What a mask's terms of content leave together."""
     segments = [term for term in mask.terms if isinstance(term, Segments)]
     hidden = [_valid(term, S) for term in mask.terms if isinstance(term, Padding | Prefix)]
     if not segments and not hidden:
         return None
-    shared = bool(segments) and segments[0].q_BT is segments[0].k_BS and not hidden
-    q_ids = _rows(segments[0].q_BT, B) if segments else jnp.ones((B, T), jnp.int32)
-    k_ids = q_ids if shared else _rows(segments[0].k_BS, B) if segments else jnp.ones((B, S), jnp.int32)
+    if segments:
+        q_ids, k_ids = _rows(segments[0].q_BT, B), _rows(segments[0].k_BS, B)
+    else:
+        q_ids, k_ids = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
     for valid_BS in hidden:
         k_ids = jnp.where(valid_BS, k_ids, 0)
     return q_ids, k_ids
@@ -284,7 +285,7 @@ def _on_tpu(
     )
     of_rows = None if ids is None else splash.SegmentIds(_padded(ids[0], T_padded), _padded(ids[1], S_padded))
     # A row that sees nothing has this key to see, and so zeros for its output and gradients in the place of NaN.
-    sinks = jnp.full((N,), NO_LOGIT, q.dtype)
+    sinks = jnp.full((N,), max(NO_LOGIT, float(jnp.finfo(q.dtype).min)), q.dtype)
     out = jax.vmap(attention, in_axes=(0, 0, 0, 0, None))(q, k, v, of_rows, sinks)
     return _real(out.transpose(0, 2, 1, 3)[:, :T], ids)
 
@@ -297,6 +298,7 @@ def _on_gpu(
     B, T, N, _ = q.shape
     length = max(16, 1 << (T - 1).bit_length()) if T <= GPU_BLOCK else _up_to(T, GPU_BLOCK)
     is_causal = band.right == 0
+    # Queries and keys have one array of numbers between them, as `supports_pallas` sees to.
     shared = None if ids is None else ids[0]
     if shared is None and length > T and not is_causal:
         shared = jnp.ones((B, T), jnp.int32)
