@@ -6,6 +6,7 @@ One row and one head of 64, float32 on a CPU and bfloat16 on an accelerator, for
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ def run(budget: float, last: int = LAST) -> dict[str, Any]:
             length, expected = 2 * length, point["seconds"] * 2**candidate.power
     result = {"head_dim": HEAD_DIM, "budget_seconds": budget, "figures": figures, "flat": _flatness(figures)}
     path = save("attention_length", f"manyheads-bench attention --length --budget {budget:g}", result, show=False)
-    plot(figures, path.with_suffix(".png"))
+    if importlib.util.find_spec("matplotlib"):
+        plot(figures, path.with_suffix(".png"))
+    else:
+        print("no plot is drawn: matplotlib is not installed")
     return result
 
 

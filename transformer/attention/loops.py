@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transformer.attention import online
 from transformer.attention.online import Gradients, Running
@@ -81,8 +82,10 @@ def backward(
 
 def _schedule(variant: Variant, grid: Grid) -> tuple[Array, Array]:
     """Of each block of queries the visible blocks of keys, in order and before all others, and how many they are."""
-    visible = jnp.asarray(variant.mask.visible(grid))
-    return jnp.argsort(~visible, axis=1, stable=True), visible.sum(1)
+    visible = variant.mask.visible(grid)
+    # What is known beforehand is sorted here, once, and not by the compiler as a constant of the program.
+    order = (np if isinstance(visible, np.ndarray) else jnp).argsort(~visible, axis=1, stable=True)
+    return jnp.asarray(order, jnp.int32), jnp.asarray(visible.sum(1), jnp.int32)
 
 
 def _put(x: Array, part: Array, start: int | Array, axis: int) -> Array:
