@@ -40,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     command("compile", _compile, "compile time of the step at 6 and 48 layers", rounds=3)
     sub = command("attention", _attention, "attention: exact, fast, long; what each backend can do", rounds=5)
     sub.add_argument("--certify", action="store_true", help="every mechanism and backend against float64")
+    for platform in ("tpu", "gpu"):
+        text = f"--certify also compiles for a {platform.upper()} that is not here, by this interpreter's JAX"
+        sub.add_argument(f"--{platform}-python", metavar="PYTHON", help=text)
     sub.add_argument("--speed", action="store_true", help="the backends against each other")
     sub.add_argument("--length", action="store_true", help="time and memory over the length of the sequence")
     sub.add_argument("--budget", type=float, default=10.0, help="seconds a call may take under --length (10)")
@@ -87,7 +90,8 @@ def _attention(options: argparse.Namespace) -> None:
 
         # A ring needs devices; on a CPU they are virtual, and have to be there before JAX starts.
         jax.config.update("jax_num_cpu_devices", 8)
-        if certify.run()["failed"]:
+        compilers = {"tpu": options.tpu_python, "gpu": options.gpu_python}
+        if certify.run(compilers={name: python for name, python in compilers.items() if python})["failed"]:
             raise UserError("attention: something is further from float64 than it may be; see the table")
     if options.speed:
         from benchmarks.attention import speed

@@ -16,10 +16,12 @@ from flax import nnx
 
 from transformer.attention.additive import AdditiveAttention
 from transformer.attention.decomposable import DecomposableAttention
+from transformer.attention.differential import DifferentialAttention
 from transformer.attention.fast_weights import FORMS, RULES, fast_weights
 from transformer.attention.feature_maps import unit_length
 from transformer.attention.hard import argmax_weights
 from transformer.attention.intra import IntraAttention
+from transformer.attention.latent import LatentAttention
 from transformer.attention.linear import linear_attention
 from transformer.attention.mask import AttentionMask
 from transformer.attention.multiplicative import LuongAttention
@@ -112,9 +114,17 @@ def _linear(feature_map: str, form: str) -> Callable[..., jax.Array]:
 
 
 def _module(
-    make: Callable[..., nnx.Module], call: Callable[..., jax.Array], *shapes: str, kinked: bool = False
+    make: Callable[..., nnx.Module],
+    call: Callable[..., jax.Array],
+    *shapes: str,
+    kinked: bool = False,
+    spread: float = 0.3,
 ) -> Mechanism:
-    """A mechanism by its module: `call(module, *inputs)`, differentiated by the parameters too."""
+    """A mechanism by its module: `call(module, *inputs)`, differentiated by the parameters too.
+
+    Args:
+        spread: of the inputs. States of a recurrent network lie well inside (-1, 1); what a norm gives has unit variance.
+    """
 
     def split(dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(make(dtype=dtype, rngs=nnx.Rngs(0)))
@@ -123,8 +133,7 @@ def _module(
         params = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(split(jnp.float32)[1])]
         sizes = {"T": length, "S": length * 2 // 3, "B": B, "D": N * H}
         inputs = normal(*(tuple(sizes[letter] for letter in shape) for shape in shapes))
-        # States of a recurrent network, which most of these attend to, lie well inside (-1, 1).
-        return params + [0.3 * x for x in inputs]
+        return params + [spread * x for x in inputs]
 
     def run(*arrays: jax.Array) -> jax.Array:
         graphdef, params = jax.eval_shape(lambda: split(arrays[0].dtype))
@@ -136,6 +145,10 @@ def _module(
 
 def _options(**fixed: Any) -> dict[str, Any]:
     return {"kernel_init": nnx.initializers.lecun_normal()} | fixed
+
+
+def _both(**fixed: Any) -> dict[str, Any]:
+    return _options(out_init=nnx.initializers.lecun_normal(), **fixed)
 
 
 D = N * H
@@ -184,6 +197,18 @@ MECHANISMS: dict[str, Mechanism] = {
         "BTD",
         "BSD",
         kinked=True,
+    ),
+    "multi-head latent (DeepSeek-AI 2024)": _module(
+        lambda **kw: LatentAttention(D, N, latent_dim=H, head_dim=H, rotary_dim=16, **_both(**kw)),
+        lambda m, x: m(x, AttentionMask.causal())[0],
+        "BTD",
+        spread=1.0,
+    ),
+    "differential (Ye et al. 2024)": _module(
+        lambda **kw: DifferentialAttention(D, N, num_kv_heads=2, head_dim=H, layer=1, **_both(**kw)),
+        lambda m, x: m(x, AttentionMask.causal())[0],
+        "BTD",
+        spread=1.0,
     ),
     **{
         f"linear attention, {name}": Mechanism(_QKV, {form: _linear(name, form) for form in FORMS}, linear_time=True)

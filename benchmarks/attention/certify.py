@@ -17,12 +17,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType
 
+from benchmarks.attention.ahead import Call, compile_ahead
 from benchmarks.attention.cases import HEADS, MASKS, MECHANISMS, SCORES, B, H, N, normal
 from benchmarks.record import save
 from transformer.attention import blockwise
-from transformer.attention.dispatch import BACKENDS, BackendError, attend
+from transformer.attention.dispatch import BACKENDS, attend
 from transformer.attention.mask import AttentionMask
-from transformer.attention.variant import wide
+from transformer.attention.mods import Mod
+from transformer.attention.pallas import pallas_interpret
+from transformer.attention.variant import Score, Variant, wide
 
 LENGTH = 208
 """No block of any backend divides it, and a ring of 8 does."""
@@ -33,9 +36,13 @@ LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-2)}
 Row = dict[str, Any]
 
 
-def run(length: int = LENGTH) -> dict[str, Any]:
-    """Certify everything, write JSON and Markdown, and give the rows."""
-    rows = []
+def run(length: int = LENGTH, compilers: dict[str, str] | None = None) -> dict[str, Any]:
+    """Certify everything, write JSON and Markdown, and give the rows.
+
+    Args:
+        compilers: for `tpu` and `gpu` the interpreter of an environment whose JAX can compile for hardware that is not here.
+    """
+    rows = [_ahead(platform, python) for platform, python in (compilers or {}).items()]
     for row in _softmax_rows(length):
         rows.append(row)
         _say(row)
@@ -117,9 +124,13 @@ def _softmax_rows(length: int) -> Iterator[Row]:
             for case, mask, options in cases:
                 with jax.enable_x64(True):
                     truth = _host(with_gradients(_call("reference", mask, options), [jnp.asarray(x) for x in exact]))
-                for backend in (*BACKENDS, "blockwise, looped"):
+                ways = {backend: _call(backend, mask, options) for backend in BACKENDS}
+                ways["blockwise, looped"] = ways["blockwise"]
+                for platform in ("tpu", "gpu"):
+                    ways[f"pallas for {platform.upper()}, interpreted"] = _interpreted(platform, mask, options)
+                for backend, function in ways.items():
                     row = {"mechanism": "softmax", "backend": backend, "case": case, "heads": heads, "dtype": dtype}
-                    yield row | _certified(backend, _call(backend.split(",")[0], mask, options), arrays, truth, dtype)
+                    yield row | _certified(backend, function, arrays, truth, dtype)
 
 
 def _mechanism_rows(length: int) -> Iterator[Row]:
@@ -140,6 +151,29 @@ def _call(backend: str, mask: AttentionMask, options: dict[str, Any]) -> Callabl
     return lambda q, k, v: attend(q, k, v, mask, backend=backend, **options)[0]
 
 
+def _ahead(platform: str, python: str) -> Row:
+    answer = compile_ahead(platform, Call(), python=python)
+    row = {"mechanism": "softmax", "backend": f"pallas for {platform.upper()}", "case": "causal", "heads": "MHA"}
+    print(f"{row['backend']}: {answer}", flush=True)
+    return row | {"dtype": Call().dtype, "status": "not run", "reason": answer}
+
+
+def _interpreted(platform: str, mask: AttentionMask, options: dict[str, Any]) -> Callable[..., jax.Array]:
+    """A kernel for hardware that is not here, its program carried out step by step."""
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mod = options.get("score_mod")
+        score = Score(
+            q.shape[-1] ** -0.5,
+            options.get("logit_soft_cap"),
+            options.get("bias_BNTS"),
+            None if mod is None else Mod.score(mod, wide(q.dtype)),
+        )
+        return pallas_interpret(q, k, v, Variant(mask, score), platform=platform)
+
+    return run
+
+
 def _certified(
     backend: str,
     function: Callable[..., jax.Array],
@@ -151,7 +185,8 @@ def _certified(
     try:
         with _conditions(backend):
             out, gradients = _host(with_gradients(function, arrays, differentiable))
-    except BackendError as refusal:
+    except ValueError as refusal:
+        # A backend's way to say what it cannot do; the row shows the reason.
         return {"status": "not run", "reason": str(refusal).partition(": ")[2]}
     forward, gradient = error(out, truth[0]), error(gradients, truth[1]) if differentiable else None
     allowed = LIMITS[dtype]

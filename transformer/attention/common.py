@@ -30,10 +30,8 @@ def softmax(scores: Float[Array, "*#dims"], allowed: Bool[Array, "*#dims"] | Non
 
 
 def context(weights_BTS: Float[Array, "B T S"], values_BSV: Float[Array, "B S V"]) -> Float[Array, "B T V"]:
-    """Σ_s α_ts v_s, accumulated in the weights' type, in the values' type."""
-    weights_BTS, wide = weights_BTS.astype(values_BSV.dtype), weights_BTS.dtype
-    summed = jnp.einsum("BTS,BSV->BTV", weights_BTS, values_BSV, preferred_element_type=wide)
-    return summed.astype(values_BSV.dtype)
+    """Σ_s α_ts v_s, computed in the weights' type, in the values' type."""
+    return (weights_BTS @ values_BSV.astype(weights_BTS.dtype)).astype(values_BSV.dtype)
 
 
 def headless_mask(mask: AttentionMask | None, num_queries: int, num_keys: int) -> Bool[Array, "B_ T_ S_"] | None:

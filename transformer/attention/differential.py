@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer.attention.common import widen
 from transformer.attention.dispatch import attend
 from transformer.attention.mask import AttentionMask
 from transformer.decode.cache import KVCache
@@ -145,8 +146,9 @@ class DifferentialAttention(nnx.Module):
                 for q_BTNH, k_BSKH, dropout_key in maps
             )
             lam = self.value_of_lambda()
-            out = first - lam.astype(first.dtype) * second
-            out = self.norm(out) * (1 - self.initial_lambda)
+            # The maps are nearly equal at first: their difference, and λ's gradient by it, need the wider type.
+            out = widen(first) - lam.astype(widen(first).dtype) * widen(second)
+            out = (self.norm(out) * (1 - self.initial_lambda)).astype(x_BTD.dtype)
             weights = None
             if first_weights is not None and second_weights is not None:
                 weights = first_weights - lam.astype(first_weights.dtype) * second_weights

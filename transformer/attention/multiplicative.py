@@ -24,6 +24,7 @@ from flax import nnx
 from transformer.attention.additive import additive_scores
 from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax, widen
 from transformer.attention.mask import AttentionMask
+from transformer.attention.variant import wide
 from transformer.layers.linear import Linear
 from transformer.types import Array, DTypeLike, Float, Int
 
@@ -130,7 +131,7 @@ class LuongAttention(nnx.Module):
         self.score, self.scope, self.window = score, scope, window
         attention_dim = query_dim if attention_dim is None else attention_dim
 
-        def project(size: int, *out_shape: int, axes: tuple[str, ...]) -> Linear:
+        def project(size: int, *out_shape: int, axes: tuple[str, ...], dtype: DTypeLike = dtype) -> Linear:
             return Linear(
                 (size,), out_shape, axes=axes, use_bias=False, kernel_init=kernel_init, dtype=dtype,
                 param_dtype=param_dtype, rngs=rngs,
@@ -143,7 +144,8 @@ class LuongAttention(nnx.Module):
         self.query = project(query_dim, attention_dim, axes=into) if concat else None
         self.key = project(key_dim, attention_dim, axes=into) if concat else None
         self.vector = project(attention_dim, axes=("mlp",)) if concat else None
-        self.position = project(query_dim, attention_dim, axes=into) if predicts else None
+        exact = wide(dtype)
+        self.position = project(query_dim, attention_dim, axes=into, dtype=exact) if predicts else None
         self.position_vector = project(attention_dim, axes=("mlp",)) if predicts else None
         self.combine = project(key_dim + query_dim, query_dim, axes=("mlp", "embed"))
 
@@ -179,7 +181,9 @@ class LuongAttention(nnx.Module):
                 weights_BTS = local_weights(scores_BTS, positions_BT, self.window, mask)
             else:
                 lengths = S if lengths_B is None else lengths_B
-                centres_BT = predicted_positions(self.position(query_BTD), self.position_vector.kernel[...], lengths)
+                # Among hundreds of keys a position in a narrow type would be off by a good part of the window.
+                hidden_BTA = self.position(widen(query_BTD))
+                centres_BT = predicted_positions(hidden_BTA, self.position_vector.kernel[...], lengths)
                 weights_BTS = local_weights(scores_BTS, centres_BT, self.window, mask, gaussian=True)
             return attentional_state(context(weights_BTS, keys_BSE), query_BTD, self.combine), weights_BTS
 
