@@ -10,7 +10,7 @@ from flax import nnx
 from train.data.tokenizer import Tokenizer
 from train.mesh import use_mesh
 from train.write import load_run
-from transformer.errors import UserError
+from transformer.errors import UserError, check_text
 from transformer.functional import graphdef_of
 from transformer.interpret.capture import attention_maps, bytes_needed, check_memory, choose, readable
 from transformer.interpret.plot import save_plots
@@ -35,6 +35,7 @@ def attend(
     """
     config, tokenizer, params, mesh = load_run(run, step)
     model = config.model
+    check_text("--text", text)
     ids = tokenizer.encode(text)
     _check(ids, model.max_length, model.vocab_size)
     chosen = choose("--layer", layers, model.num_layers), choose("--head", heads, model.num_heads)

@@ -17,7 +17,7 @@ from train.mesh import make_mesh, use_mesh
 from train.state import abstract_params
 from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
-from transformer.errors import UserError
+from transformer.errors import UserError, check_text
 from transformer.models.gpt import GPT
 
 DEFAULT_TOKENS = 256
@@ -38,6 +38,8 @@ def write(run: Path, prompts: list[str], step: str, max_tokens: int | None, samp
         raise UserError(f"--max-tokens: got {max_tokens}; allowed: 1 or more")
     config, tokenizer, params, mesh = load_run(run, step)
     generator = Generator(config.model, end_of_text=tokenizer.end_of_text, num_tokens=tokenizer.vocab_size)
+    for prompt in prompts:
+        check_text("--prompt", prompt)
     ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     if max_tokens is None:
         max_tokens = max(min(DEFAULT_TOKENS, config.model.max_length - max(map(len, ids))), 1)

@@ -14,7 +14,7 @@ class UserError(Exception):
     """
 
 
-class ConfigError(UserError):
+class ConfigError(UserError, ValueError):
     """A config value that is out of range, or that contradicts another one.
 
     `owner` is the config class and `field` the name of the field, from which a program that knows the whole
@@ -27,6 +27,14 @@ class ConfigError(UserError):
         self.field = field
         self.given = given
         self.allowed = allowed
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise a `UserError` for text from a command line that is not valid UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: it is not valid UTF-8 at character {error.start + 1}") from None
 
 
 def require(config: Any, field: str, holds: bool, allowed: str) -> None:

@@ -60,6 +60,7 @@ def _request(platform: str, mask: Any = None, score: Any = None, dropout: Any = 
     request = Request(
         platform=platform,
         dtype=jnp.dtype(jnp.bfloat16),
+        batch_size=2,
         num_queries=LENGTH,
         num_keys=LENGTH,
         num_heads=8,

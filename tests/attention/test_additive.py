@@ -146,7 +146,7 @@ def test_softmax_and_context_alone():
 def test_a_mask_with_heads_is_refused():
     mask = AttentionMask.explicit(jnp.ones((1, 4, T, S), bool))
     with pytest.raises(ValueError, match="it has 4 heads"):
-        headless_mask(mask, T, S)
+        headless_mask(mask, B, T, S)
     with pytest.raises(ValueError, match="made for"):
         additive_attention(*inputs(), AttentionMask.padding(jnp.ones((B, S + 1), bool)))
 

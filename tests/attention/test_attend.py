@@ -160,7 +160,8 @@ def test_blockwise_over_several_blocks(window):
 def request(mask=None, bias=None, soft_cap=None, dropout=None, mod=None, **changes):
     mask = AttentionMask.causal() if mask is None else mask
     defaults = {
-        "platform": "gpu", "dtype": jnp.bfloat16, "num_queries": 64, "num_keys": 64, "num_heads": 2, "num_kv_heads": 2,
+        "platform": "gpu", "dtype": jnp.bfloat16, "batch_size": 2, "num_queries": 64, "num_keys": 64,
+        "num_heads": 2, "num_kv_heads": 2,
         "head_dim": 64, "value_dim": 64, "variant": Variant(mask, Score(0.125, soft_cap, bias, mod), dropout),
     }  # fmt: skip
     return Request(**(defaults | changes))

@@ -171,7 +171,8 @@ def test_each_device_gets_its_share():
 def request(mask=None, score=None, dropout=None, **changes):
     mask = AttentionMask.causal() if mask is None else mask
     defaults = {
-        "platform": "tpu", "dtype": jnp.bfloat16, "num_queries": 256, "num_keys": 256, "num_heads": 4, "num_kv_heads": 2,
+        "platform": "tpu", "dtype": jnp.bfloat16, "batch_size": 2,
+        "num_queries": 256, "num_keys": 256, "num_heads": 4, "num_kv_heads": 2,
         "head_dim": 64, "value_dim": 64, "variant": Variant(mask, score or Score(0.125), dropout),
     }  # fmt: skip
     return Request(**(defaults | changes))

@@ -56,7 +56,7 @@ def additive_attention(
     """
     shapes = {"q": (q_BTA, "B T A"), "k": (k_BSA, "B S A"), "values": (values_BSV, "B S V"), "vector": (vector_A, "A")}
     check_shapes("additive_attention", **shapes)
-    allowed_BTS = headless_mask(mask, q_BTA.shape[1], k_BSA.shape[1])
+    allowed_BTS = headless_mask(mask, q_BTA.shape[0], q_BTA.shape[1], k_BSA.shape[1])
     weights_BTS = (normalize or softmax)(additive_scores(q_BTA, k_BSA, vector_A), allowed_BTS)
     return context(weights_BTS, values_BSV), weights_BTS
 

@@ -34,13 +34,15 @@ def context(weights_BTS: Float[Array, "B T S"], values_BSV: Float[Array, "B S V"
     return (weights_BTS @ values_BSV.astype(weights_BTS.dtype)).astype(values_BSV.dtype)
 
 
-def headless_mask(mask: AttentionMask | None, num_queries: int, num_keys: int) -> Bool[Array, "B_ T_ S_"] | None:
+def headless_mask(
+    mask: AttentionMask | None, batch_size: int, num_queries: int, num_keys: int
+) -> Bool[Array, "B_ T_ S_"] | None:
     """The mask of a mechanism with one head; None when everything is allowed.
 
     Raises:
-        ValueError: a mask that differs by head, or is made for other numbers of queries or keys.
+        ValueError: a mask that differs by head, or is made for other numbers of rows, queries or keys.
     """
-    allowed_BNTS = None if mask is None else mask.materialize(num_queries, num_keys)
+    allowed_BNTS = None if mask is None else mask.materialize(num_queries, num_keys, batch_size=batch_size)
     if allowed_BNTS is None:
         return None
     if allowed_BNTS.shape[1] != 1:

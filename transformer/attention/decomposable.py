@@ -46,7 +46,7 @@ def attend_both_ways(
         ValueError: shapes that do not fit, or a mask with heads.
     """
     check_shapes("attend_both_ways", scores=(scores_BTS, "B T S"), a=(a_BTD, "B T D"), b=(b_BSD, "B S D"))
-    allowed_BTS = headless_mask(mask, *scores_BTS.shape[1:])
+    allowed_BTS = headless_mask(mask, *scores_BTS.shape)
     over_b_BTS = softmax(scores_BTS, allowed_BTS)
     over_a_BST = softmax(scores_BTS.swapaxes(1, 2), None if allowed_BTS is None else allowed_BTS.swapaxes(1, 2))
     return context(over_b_BTS, b_BSD), context(over_a_BST, a_BTD), over_b_BTS, over_a_BST
@@ -145,7 +145,7 @@ class DecomposableAttention(nnx.Module):
         T, features = x_BTD.shape[1], self.intra(x_BTD)
         scores_BTT = dot_scores(features, features)
         scores_BTT = scores_BTT + distance_bias(self.bias[...], T).astype(scores_BTT.dtype)[None]
-        weights_BTT = softmax(scores_BTT, headless_mask(AttentionMask.padding(valid_BT), T, T))
+        weights_BTT = softmax(scores_BTT, headless_mask(AttentionMask.padding(valid_BT), *scores_BTT.shape))
         return jnp.concatenate([x_BTD, context(weights_BTT, x_BTD)], axis=-1)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from transformer.attention import blockwise, fused, pallas, ring
 from transformer.attention.mask import AttentionMask
@@ -120,6 +121,7 @@ def attend(
     """
     mask = AttentionMask.none() if mask is None else mask
     _check_inputs(q_BTNH, k_BSKH, v_BSKC, bias_BNTS)
+    _check_options(mask, scale, logit_soft_cap, dropout_rate)
     (B, T, N, H), S, C = q_BTNH.shape, k_BSKH.shape[1], v_BSKC.shape[3]
     mask.check(B, N, T, S)
     _check_heads(return_weights, N)
@@ -134,11 +136,11 @@ def attend(
         None if dropout_key is None or dropout_rate == 0 else Dropout(dropout_key, dropout_rate),
     )
     chosen = choose_backend(backend, _request(q_BTNH, v_BSKC, variant))
-    if T == 0 or S == 0:
+    if 0 in (B, T, S):
         # A softmax over no keys has no maximum.
-        return jnp.zeros((B, T, N, C), v_BSKC.dtype), jnp.zeros(
-            (B, N, T, S), wide(q_BTNH.dtype)
-        ) if return_weights else None
+        heads = N if isinstance(return_weights, bool) else len(return_weights)
+        weights = jnp.zeros((B, heads, T, S), wide(q_BTNH.dtype)) if return_weights else None
+        return jnp.zeros((B, T, N, C), v_BSKC.dtype), weights
     with jax.named_scope("attend"):
         out = BACKENDS[chosen].attend(q_BTNH, k_BSKH, v_BSKC, variant)
     if not return_weights:
@@ -150,6 +152,7 @@ def _request(q: Array, v: Array, variant: Variant) -> Request:
     return Request(
         platform=_platform(),
         dtype=q.dtype,
+        batch_size=q.shape[0],
         num_queries=q.shape[1],
         num_keys=v.shape[1],
         num_heads=q.shape[2],
@@ -172,20 +175,42 @@ def _platform() -> str:
     return "gpu" if platform == "cuda" else platform
 
 
-def _check_heads(heads: bool | tuple[int, ...], num_heads: int) -> None:
+def _check_options(mask: Any, scale: Any, soft_cap: Any, dropout_rate: Any) -> None:
+    if not isinstance(mask, AttentionMask):
+        given = type(mask).__name__
+        raise ValueError(f"attend: mask is a {given}; expected an AttentionMask, such as AttentionMask.explicit(array)")
+    numbers = int | float | np.number
+    if scale is not None and not isinstance(scale, numbers):
+        given = type(scale).__name__
+        raise ValueError(f"attend: scale is a {given}; expected a plain number (multiply q by one that is learned)")
+    if soft_cap is not None and not (isinstance(soft_cap, numbers) and soft_cap > 0):
+        raise ValueError(f"attend: logit_soft_cap={soft_cap!r}; expected a number above 0, or None")
+    if not (isinstance(dropout_rate, numbers) and 0 <= dropout_rate < 1):
+        raise ValueError(f"attend: dropout_rate={dropout_rate!r}; expected a number from 0 to below 1")
+
+
+def _check_heads(heads: Any, num_heads: int) -> None:
+    if not isinstance(heads, bool | tuple):
+        raise ValueError(f"attend: return_weights={heads!r}; expected True, False or a tuple of heads")
     wrong = [] if isinstance(heads, bool) else [head for head in heads if not 0 <= head < num_heads]
     if wrong:
         raise ValueError(f"attend: there is no head {wrong[0]}; allowed in return_weights: 0 to {num_heads - 1}")
 
 
-def _check_inputs(q: Array, k: Array, v: Array, bias: Array | None) -> None:
+def _check_inputs(q: Any, k: Any, v: Any, bias: Any) -> None:
     for name, array in (("q", q), ("k", k), ("v", v)):
+        if not hasattr(array, "ndim"):
+            raise ValueError(f"attend: {name} is a {type(array).__name__}; expected an array with 4 dims")
         if array.ndim != 4:
             raise ValueError(
                 f"attend: {name} has shape {array.shape}; expected 4 dims [batch, position, heads, head_dim]"
             )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"attend: {name} is {array.dtype} {array.shape}; expected floating-point numbers")
+        if 0 in array.shape[2:]:
+            raise ValueError(f"attend: {name} has shape {array.shape}; heads and head_dim must be 1 or more")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attend: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; expected one type")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"attend: k has shape {k.shape} and v {v.shape}; they differ before head_dim")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -193,6 +218,8 @@ def _check_inputs(q: Array, k: Array, v: Array, bias: Array | None) -> None:
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attend: {q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads")
     if bias is not None:
+        if not jnp.issubdtype(bias.dtype, jnp.floating):
+            raise ValueError(f"attend: bias is {bias.dtype} {bias.shape}; expected floats (booleans are a mask's)")
         full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         if bias.ndim != 4 or any(size not in (1, whole) for size, whole in zip(bias.shape, full, strict=True)):
             raise ValueError(f"attend: bias has shape {bias.shape}; it must broadcast to [B, N, T, S] = {full}")

@@ -186,7 +186,7 @@ class HardAttention(nnx.Module):
         check_temperature("HardAttention", temperature)
         with jax.named_scope("hard_attention"):
             scores_BTS = self.score.scores(query_BTD, keys_BSE)
-            allowed_BTS = headless_mask(mask, query_BTD.shape[1], keys_BSE.shape[1])
+            allowed_BTS = headless_mask(mask, query_BTD.shape[0], query_BTD.shape[1], keys_BSE.shape[1])
             sample = None
             if self.estimator == "soft":
                 weights_BTS = softmax(scores_BTS / temperature, allowed_BTS)

@@ -68,7 +68,7 @@ def lstmn(
     dtype, x_BTD = x_BTD.dtype, widen(x_BTD)
     w = jax.tree.map(lambda parameter: parameter.astype(x_BTD.dtype), weights)
     past_BTT = jnp.tril(jnp.ones((1, T, T), bool), -1)
-    allowed_BTT = headless_mask(mask, T, T)
+    allowed_BTT = headless_mask(mask, x_BTD.shape[0], T, T)
     past_BTT = jnp.broadcast_to(past_BTT if allowed_BTT is None else past_BTT & allowed_BTT, (B, T, T))
 
     def step(carry: tuple[Array, ...], now: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:

@@ -43,7 +43,7 @@ class AttentionMask:
     @staticmethod
     def causal(offset: int | Int[Array, " B"] = 0) -> AttentionMask:
         """Query t, standing at position offset + t, sees the keys up to its own position."""
-        return AttentionMask((terms.Causal(offset=offset),))
+        return AttentionMask((terms.Causal(offset=_whole("causal", "offset", offset)),))
 
     @staticmethod
     def window(left: int | None = None, right: int | None = None) -> AttentionMask:
@@ -53,13 +53,13 @@ class AttentionMask:
             ValueError: a negative width, or widths with which a query sees itself alone.
         """
         for name, width in (("left", left), ("right", right)):
-            if width is not None and width < 0:
+            if width is not None and (not isinstance(width, int) or width < 0):
                 raise ValueError(
                     f"window: {name}={width}; expected 1 or more, 0 for nothing on that side, or None for all"
                 )
         if left == 0 and not right:
             raise ValueError(
-                f"window: left=0, right={right} leaves a query nothing but itself; expected a width of 1 or more"
+                f"window: left=0, right={right} has no width: a causal query would see itself alone; expected 1 or more"
             )
         return AttentionMask((terms.Window(left, right),))
 
@@ -76,9 +76,7 @@ class AttentionMask:
     @staticmethod
     def prefix(length: int | Int[Array, " B"]) -> AttentionMask:
         """Every query sees the first `length` keys; `causal() | prefix(n)` is a prefix language model's mask."""
-        if not isinstance(length, int):
-            _check("prefix", length, 1, jnp.integer)
-        return AttentionMask((terms.Prefix(length),))
+        return AttentionMask((terms.Prefix(_whole("prefix", "length", length)),))
 
     @staticmethod
     def sinks(count: int) -> AttentionMask:
@@ -88,7 +86,7 @@ class AttentionMask:
             ValueError: a count below 1.
         """
         _at_least_one("sinks", "count", count)
-        return AttentionMask((terms.Prefix(count),))
+        return AttentionMask((terms.Prefix(int(count)),))
 
     @staticmethod
     def global_tokens(count: int) -> AttentionMask:
@@ -123,6 +121,8 @@ class AttentionMask:
         k_BS = q_BT if k_BS is None else k_BS
         for array in (q_BT, k_BS):
             _check("segments", array, 2, jnp.integer)
+        if q_BT.shape[0] != k_BS.shape[0] and 1 not in (q_BT.shape[0], k_BS.shape[0]):
+            raise ValueError(f"mask: segments of {q_BT.shape[0]} rows of queries and {k_BS.shape[0]} of keys")
         return AttentionMask((terms.Segments(q_BT, k_BS),))
 
     @staticmethod
@@ -153,6 +153,7 @@ class AttentionMask:
 
     def moved(self, offset: int | Int[Array, " B"]) -> AttentionMask:
         """The mask of queries that stand `offset` positions further along the keys (decoding with a cache)."""
+        offset = _whole("moved", "offset", offset)
         return AttentionMask(tuple(term.moved(offset) for term in self.terms))
 
     def padded(self, num_queries: int, num_keys: int) -> AttentionMask:
@@ -188,6 +189,9 @@ class AttentionMask:
             for sizes in zip(*(t.extent() for t in self.terms), strict=True)
         ]
         rows, heads = (max(sizes, default=1) for sizes in made_for[:2]) if made_for else (1, 1)
+        for axis, (given, name) in enumerate(((batch_size, "batch_size"), (num_heads, "num_heads"))):
+            if given is None and any(term.looks_at()[axis] for term in self.terms):
+                raise ValueError(f"materialize: a mask_mod looks at the row or the head; {name} must be given")
         rows, heads = rows if batch_size is None else batch_size, heads if num_heads is None else num_heads
         self.check(rows, heads, num_queries, num_keys)
         return self.allowed(Tile.whole(rows, heads, num_queries, num_keys))
@@ -213,11 +217,23 @@ def _is_plain_causal(term: Term) -> bool:
     return isinstance(term, terms.Causal) and isinstance(term.offset, int) and term.offset == 0
 
 
-def _at_least_one(name: str, argument: str, value: int) -> None:
-    if value < 1:
+def _whole(name: str, argument: str, value: Any) -> int | Array:
+    """A plain whole number, or one for each row."""
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if not hasattr(value, "ndim") or value.ndim > 1 or not jnp.issubdtype(value.dtype, jnp.integer):
+        given = f"{value.dtype} {value.shape}" if hasattr(value, "ndim") else repr(value)
+        raise ValueError(f"{name}: {argument} is {given}; expected a whole number, or one for each row")
+    return jnp.asarray(value).reshape(-1)
+
+
+def _at_least_one(name: str, argument: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name}: {argument}={value}; expected 1 or more")
 
 
-def _check(name: str, array: Array | np.ndarray, ndim: int, dtype: type) -> None:
+def _check(name: str, array: Any, ndim: int, dtype: type) -> None:
+    if not hasattr(array, "ndim"):
+        raise ValueError(f"mask: {name} takes an array with {ndim} dims; got {type(array).__name__}")
     if array.ndim != ndim or not jnp.issubdtype(array.dtype, dtype):
         raise ValueError(f"mask: {name} takes {dtype.__name__} with {ndim} dims; got {array.dtype} {array.shape}")

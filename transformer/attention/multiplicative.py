@@ -73,11 +73,11 @@ def local_weights(
     """
     check_shapes("local_weights", scores=(scores_BTS, "B T S"), positions=(positions_BT, "B T", jnp.number))
     _check_window("local_weights", window)
-    T, S = scores_BTS.shape[1:]
+    S = scores_BTS.shape[2]
     scores_BTS = widen(scores_BTS)
     distance_BTS = jnp.arange(S, dtype=scores_BTS.dtype) - positions_BT.astype(scores_BTS.dtype)[..., None]
     allowed_BTS = jnp.abs(distance_BTS) <= window
-    masked_BTS = headless_mask(mask, T, S)
+    masked_BTS = headless_mask(mask, *scores_BTS.shape)
     weights_BTS = softmax(scores_BTS, allowed_BTS if masked_BTS is None else allowed_BTS & masked_BTS)
     return weights_BTS * jnp.exp(-2 * (distance_BTS / window) ** 2) if gaussian else weights_BTS
 
@@ -174,7 +174,7 @@ class LuongAttention(nnx.Module):
         (T, S), scores_BTS = (query_BTD.shape[1], keys_BSE.shape[1]), self.scores(query_BTD, keys_BSE)
         with jax.named_scope("luong_attention"):
             if self.scope == "global":
-                weights_BTS = softmax(scores_BTS, headless_mask(mask, T, S))
+                weights_BTS = softmax(scores_BTS, headless_mask(mask, *scores_BTS.shape))
             elif self.position is None or self.position_vector is None:
                 if positions_BT is None:
                     positions_BT = jnp.broadcast_to(jnp.arange(T), query_BTD.shape[:2])

@@ -66,7 +66,7 @@ def pallas(
     """
     (B, T, N, H), (_, S, K, C) = q_BTNH.shape, v_BSKC.shape
     request = Request(
-        platform=platform, dtype=q_BTNH.dtype, num_queries=T, num_keys=S, num_heads=N, num_kv_heads=K, head_dim=H,
+        platform=platform, dtype=q_BTNH.dtype, batch_size=B, num_queries=T, num_keys=S, num_heads=N, num_kv_heads=K, head_dim=H,
         value_dim=C, variant=variant,
     )  # fmt: skip
     if reason := _not_computed(request):

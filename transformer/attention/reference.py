@@ -60,5 +60,7 @@ def _weights(q_BTNH: Array, k_BSKH: Array, variant: Variant, tile: Tile) -> Arra
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     products = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide(q_BTNH.dtype))
     logits, allowed = variant.logits(products.reshape(B, N, T, S), tile)
-    weights = jax.nn.softmax(logits, axis=-1)
-    return weights if allowed is None else jnp.where(allowed, weights, 0)
+    # A row of nothing but -inf, of a bias or a score_mod that masks so, is a row with no key too.
+    weights = jax.nn.softmax(jnp.maximum(logits, jnp.finfo(logits.dtype).min), axis=-1)
+    hidden = jnp.isneginf(logits) if allowed is None else jnp.isneginf(logits) | ~allowed
+    return jnp.where(hidden, 0, weights)

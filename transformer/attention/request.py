@@ -14,6 +14,7 @@ class Request:
 
     platform: str
     dtype: Any
+    batch_size: int
     num_queries: int
     num_keys: int
     num_heads: int

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from transformer.attention import loops
 from transformer.attention.blockwise import ATTENTION_RESIDUALS
@@ -77,6 +77,13 @@ def supports_ring(request: Request) -> str | None:
     """Why a ring cannot serve this call, or None."""
     if reason := _no_sequence_axis("ring"):
         return reason
+    for size, axes, name in (
+        (request.batch_size, mesh_axes("batch"), "rows"),
+        (request.num_heads, _head_axes(), "heads"),
+        (request.num_kv_heads, _head_axes(), "key/value heads"),
+    ):
+        if size % axes_size(axes):
+            return f"it gives each device as much as every other, and {axes_size(axes)} do not divide {size} {name}"
     chunks = 2 * axes_size(mesh_axes("seq"))
     if request.num_queries % chunks or request.num_keys % chunks:
         return (
@@ -102,7 +109,12 @@ def supports_ulysses(request: Request) -> str | None:
 
 def _no_sequence_axis(name: str) -> str | None:
     if mesh_axes("seq"):
-        return None
+        mesh = jax.sharding.get_abstract_mesh()
+        if all(kind == AxisType.Auto for kind in mesh.axis_types):
+            return None
+        return (
+            f"{name} needs a mesh whose axes are of the type Auto: jax.make_mesh(..., axis_types=(AxisType.Auto,) * n)"
+        )
     return f"{name} needs a mesh and a logical-axis rule that lays 'seq' along one of its axes, and there is none"
 
 

@@ -38,7 +38,7 @@ def structured_attention(
     """
     check_shapes("structured_attention", scores=(scores_BSR, "B S R"), x=(x_BSD, "B S D"))
     S, R = scores_BSR.shape[1:]
-    weights_BRS = softmax(scores_BSR.swapaxes(1, 2), headless_mask(mask, R, S))
+    weights_BRS = softmax(scores_BSR.swapaxes(1, 2), headless_mask(mask, scores_BSR.shape[0], R, S))
     return context(weights_BRS, x_BSD), weights_BRS
 
 

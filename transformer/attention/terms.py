@@ -64,6 +64,10 @@ class Term:
         """How many rows, heads, queries and keys it is made for; None where any number fits."""
         return None, None, None, None
 
+    def looks_at(self) -> tuple[bool, bool]:
+        """Whether its answer depends on the row and on the head beyond what its own arrays say."""
+        return False, False
+
     def moved(self, offset: int | Int[Array, " B"]) -> Term:
         """This term when query t of the call stands at position `offset + t` among the keys."""
         return self
@@ -78,6 +82,9 @@ class Placed(Term):
     """A condition on positions: query t stands at `offset + t` among the keys."""
 
     offset: int | Int[Array, " B"] = dataclasses.field(default=0, kw_only=True)
+
+    def extent(self):
+        return None if isinstance(self.offset, int) else _rows(self.offset), None, None, None
 
     def moved(self, offset):
         return dataclasses.replace(self, offset=self.offset + offset)
@@ -161,6 +168,9 @@ class Prefix(Term):
     """Keys at the first `length` positions, of each row where it is an array."""
 
     length: int | Int[Array, " B"]
+
+    def extent(self):
+        return None if isinstance(self.length, int) else _rows(self.length), None, None, None
 
     def allowed(self, tile):
         length = self.length if isinstance(self.length, int) else self.length[:, None, None, None]
@@ -293,6 +303,10 @@ class MaskMod(Placed):
 
     mod: Mod
 
+    def looks_at(self):
+        row, head, _, _ = self.mod.depends_on
+        return row, head
+
     def allowed(self, tile):
         if isinstance(self.offset, int) and self.offset == 0:
             return self.mod(tile)
@@ -332,10 +346,12 @@ class Either(Term):
 
     def extent(self):
         extents = [term.extent() for term in self.one + self.other]
-        rows, heads, queries, keys = (
-            next((size for size in sizes if size is not None), None) for sizes in zip(*extents, strict=True)
-        )
+        rows, heads, queries, keys = map(_one_size, zip(*extents, strict=True))
         return rows, heads, queries, keys
+
+    def looks_at(self):
+        rows, heads = zip(*(term.looks_at() for term in self.one + self.other), strict=True)
+        return any(rows), any(heads)
 
     def moved(self, offset):
         return Either(*(tuple(term.moved(offset) for term in terms) for terms in (self.one, self.other)))
@@ -366,6 +382,15 @@ def _filled(x: Array, size: int, axis: int = -1) -> Array:
     around = [(0, 0)] * x.ndim
     around[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, around)
+
+
+def _one_size(sizes: tuple[int | None, ...]) -> int | None:
+    known = {size for size in sizes if size is not None}
+    if len(known) > 1:
+        raise ValueError(
+            f"mask: its parts are made for {' and '.join(map(str, sorted(known)))} rows, heads, queries or keys"
+        )
+    return next(iter(known), None)
 
 
 def _rows(x_BS: Array) -> int | None:

@@ -49,7 +49,9 @@ class KVCache:
 
     def append(self, k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]) -> KVCache:
         """One layer's cache with T more positions in each row, behind those it holds. There must be room for them."""
-        T = k_BTKH.shape[1]
+        T, room = k_BTKH.shape[1], self.v.shape[-2]
+        if room < T:
+            raise ValueError(f"cache: {T} more positions, and it has room for {room} in all")
         k_BTKH, v_BTKH = k_BTKH.astype(self.k.dtype), v_BTKH.astype(self.v.dtype)
         rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
         positions_BT = self.length[:, None] + jnp.arange(T)
