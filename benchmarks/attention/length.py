@@ -53,12 +53,13 @@ def candidates() -> dict[str, Candidate]:
     return found
 
 
-def run(budget: float, last: int = LAST) -> dict[str, Any]:
+def run(budget: float, last: int = LAST, planned: int = 131_072) -> dict[str, Any]:
     """Measure, save JSON and a plot, and give the figures.
 
     Args:
         budget: seconds that one call may take; a candidate goes no further.
         last: the longest sequence.
+        planned: the length for which the compiler's plan of memory is kept for every candidate.
     """
     figures: dict[str, list[dict[str, float]]] = {}
     for name, candidate in candidates().items():
@@ -75,7 +76,16 @@ def run(budget: float, last: int = LAST) -> dict[str, Any]:
                 flush=True,
             )
             length, expected = 2 * length, point["seconds"] * 2**candidate.power
-    result = {"head_dim": HEAD_DIM, "budget_seconds": budget, "figures": figures, "flat": _flatness(figures)}
+    result = {
+        "head_dim": HEAD_DIM,
+        "budget_seconds": budget,
+        "figures": figures,
+        "flat": _flatness(figures),
+        # What the compiler plans, also where running it would take longer than the budget.
+        f"mebibytes_at_{planned}": {
+            name: _compiled(candidate, planned)[1] / 2**20 for name, candidate in candidates().items()
+        },
+    }
     path = save("attention_length", f"manyheads-bench attention --length --budget {budget:g}", result, show=False)
     if importlib.util.find_spec("matplotlib"):
         plot(figures, path.with_suffix(".png"))
@@ -109,17 +119,23 @@ def plot(figures: dict[str, list[dict[str, float]]], path: Path) -> None:
     print(f"drawn in {path}")
 
 
-def _measure(candidate: Candidate, length: int, budget: float) -> dict[str, float] | None:
+def _compiled(candidate: Candidate, length: int) -> tuple[Any, float]:
+    """The program of both passes, and the bytes that it takes above its inputs, its results among them."""
+
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(candidate.attend(q, k, v).astype(jnp.float32)))
 
-    shapes = [_shape(length)] * 3
-    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile()
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*[_shape(length)] * 3).compile()
     memory = compiled.memory_analysis()
     assert memory is not None, "this platform's compiler does not say what memory a program takes"
-    needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return compiled, float(memory.temp_size_in_bytes + memory.output_size_in_bytes)
+
+
+def _measure(candidate: Candidate, length: int, budget: float) -> dict[str, float] | None:
+    compiled, needed = _compiled(candidate, length)
     if needed > MEMORY:
         return None
+    shapes = [_shape(length)] * 3
     arrays = [
         jax.random.normal(key, shape.shape, shape.dtype)
         for key, shape in zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
@@ -132,7 +148,7 @@ def _measure(candidate: Candidate, length: int, budget: float) -> dict[str, floa
         "length": length,
         "seconds": seconds,
         "microseconds_per_token": seconds / length * 1e6,
-        "bytes": float(needed),
+        "bytes": needed,
     }
 
 

@@ -61,9 +61,11 @@ def test_an_error_is_relative_and_never_hides_nan():
 
 
 def test_lengths_are_measured_and_drawn(results):
-    result = length.run(budget=0.05, last=128)
+    result = length.run(budget=0.05, last=128, planned=256)
     assert all(points and points[0]["length"] == 64 for points in result["figures"].values())
     assert all(point["bytes"] > 0 for points in result["figures"].values() for point in points)
+    planned = result["mebibytes_at_256"]
+    assert planned["softmax, reference"] > planned["softmax, blockwise"] > 0
     assert (results / "attention_length_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,7 +4,7 @@ B batch, T query position, S key position, N query heads, K key/value heads, G =
 C value dim.
 
 Tiles that the mask rules out are never touched: the masked half of causal attention costs nothing, nor do far keys under a
-window, other documents in a packed row, or a user's empty blocks. Up to a few thousand queries the blocks are written out one
+window, other documents in a packed row, or a user's empty blocks. Up to two thousand queries the blocks are written out one
 by one, which XLA fuses best; beyond that they are loops, whose program does not grow with the length.
 """
 
@@ -28,8 +28,8 @@ ATTENTION_RESIDUALS = "attention_residuals"
 
 BLOCK = 128
 """Queries in a block that is written out, and the multiple of keys that it skips."""
-MAX_BLOCKS = 32
-"""More written-out blocks than this would be slow to compile."""
+MAX_BLOCKS = 16
+"""More written-out blocks than this are slower to compile, and no faster than loops."""
 
 
 def blockwise(
