@@ -42,10 +42,10 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
                 *_figure(result[batch]["ratio"], "{:.2f}×"),
             )
     for case in result.get("cases", ()):
-        if "blockwise_over_reference" in case:
-            what = f"{case['length']} tokens, {'causal' if case['causal'] else 'all pairs'}, {case['passes']}"
+        if "blockwise_over_reference" in case and case["passes"] != "forward":
+            what = f"{case['length']} tokens, {'causal' if case['causal'] else 'all pairs'}"
             figure = _figure(case["blockwise_over_reference"], "{:.2f}×")
-            yield f"blockwise attention, {what}, speed over the plain equation", *figure
+            yield f"blockwise attention, both passes, {what}, speed over the plain equation", *figure
     if "auto_over_best" in result:
         yield "attention, time of auto over the best backend, at worst", f"{result['auto_over_best']:.2f}×", ""
     for name, spread in result.get("flat", {}).items():

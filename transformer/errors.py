@@ -14,7 +14,7 @@ class UserError(Exception):
     """
 
 
-class ConfigError(UserError, ValueError):
+class ConfigError(UserError):
     """A config value that is out of range, or that contradicts another one.
 
     `owner` is the config class and `field` the name of the field, from which a program that knows the whole
