@@ -86,7 +86,9 @@ def run(budget: float, last: int = LAST, planned: int = 131_072) -> dict[str, An
             name: _compiled(candidate, planned)[1] / 2**20 for name, candidate in candidates().items()
         },
     }
-    path = save("attention_length", f"manyheads-bench attention --length --budget {budget:g}", result, show=False)
+    path = save(
+        "attention_length", f"manyheads-bench attention --length --budget {budget:g} --last {last}", result, show=False
+    )
     if importlib.util.find_spec("matplotlib"):
         plot(figures, path.with_suffix(".png"))
     else:
