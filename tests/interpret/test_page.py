@@ -9,8 +9,8 @@ import re
 
 import numpy as np
 import pytest
-from attention_pages import HOSTILE, maps_of, two_texts
 
+from tests.interpret.attention_pages import HOSTILE, maps_of, two_texts
 from transformer.interpret import AttentionMaps
 from transformer.interpret.page import decode, encode, page
 from transformer.interpret.rollout import entropy, mean_distance, rollout

@@ -11,7 +11,8 @@ import shutil
 
 import numpy as np
 import pytest
-from attention_pages import HOSTILE, maps_of, two_texts
+
+from tests.interpret.attention_pages import HOSTILE, maps_of, two_texts
 
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from run_records import records
 
+from tests.train.run_records import records
 from train.checkpoint import Checkpoints
 from train.cli import main
 from train.config import load
