@@ -21,10 +21,22 @@ else:
         # Shapes are checked by the test suite, which has jaxtyping; elsewhere nothing reads the annotations.
         Array = Bool = DTypeLike = Float = Int = Key = PRNGKeyArray = Any
 
-__all__ = ["DTYPES", "Array", "Bool", "DTypeLike", "Float", "Int", "Key", "ModelOutput", "PRNGKeyArray"]
+__all__ = [
+    "DTYPES", "Array", "Bool", "DTypeLike", "Float", "Int", "Key", "ModelOutput", "PRNGKeyArray", "wide", "widen",
+]  # fmt: skip
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """The compute types that a config may name."""
+
+
+def wide(dtype: DTypeLike) -> DTypeLike:
+    """The type that sums, statistics and softmax of `dtype` are taken in: float64 stays, anything narrower is float32."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def widen(x: Array) -> Array:
+    """`x` in that type."""
+    return x.astype(wide(x.dtype))
 
 
 @jax.tree_util.register_dataclass

@@ -23,9 +23,9 @@ from benchmarks.record import save
 from transformer.attention import blockwise
 from transformer.attention.dispatch import BACKENDS, attend
 from transformer.attention.mask import AttentionMask
-from transformer.attention.mods import Mod
 from transformer.attention.pallas import pallas_interpret
-from transformer.attention.variant import Score, Variant, wide
+from transformer.attention.variant import Score, Variant
+from transformer.types import wide
 
 LENGTH = 208
 """No block of any backend divides it, and a ring of 8 does."""
@@ -162,13 +162,7 @@ def _interpreted(platform: str, mask: AttentionMask, options: dict[str, Any]) ->
     """A kernel for hardware that is not here, its program carried out step by step."""
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        mod = options.get("score_mod")
-        score = Score(
-            q.shape[-1] ** -0.5,
-            options.get("logit_soft_cap"),
-            options.get("bias_BNTS"),
-            None if mod is None else Mod.score(mod, wide(q.dtype)),
-        )
+        score = Score.of(q, **options)
         return pallas_interpret(q, k, v, Variant(mask, score), platform=platform)
 
     return run

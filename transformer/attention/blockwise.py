@@ -19,9 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from transformer.attention import loops, online
 from transformer.attention.mask import AttentionMask
 from transformer.attention.online import Gradients, Running
-from transformer.attention.tile import Blocks, Grid, Span, Tile
-from transformer.attention.variant import Dropout, Score, Variant, wide
-from transformer.types import Array, Float
+from transformer.attention.tile import Blocks, Grid, Span, Tile, filled
+from transformer.attention.variant import Dropout, Score, Variant
+from transformer.types import Array, Float, wide
 
 ATTENTION_RESIDUALS = "attention_residuals"
 """The name under which a rematerialisation policy finds what the backward pass needs of the forward pass."""
@@ -43,7 +43,7 @@ def blockwise(
         out = _attention(q, k, v, variant.score, (variant.mask, variant.dropout), False)
         return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, C)
     rows, columns = (-(-size // loops.BLOCK) * loops.BLOCK for size in (T, S))
-    q, k, v = _padded(q, rows), _padded(k, columns), _padded(v, columns)
+    q, k, v = filled(q, rows, -2), filled(k, columns, -2), filled(v, columns, -2)
     mask, score = variant.mask.padded(rows, columns), variant.score.padded(rows, columns)
     if columns > S:
         mask &= AttentionMask.prefix(S)
@@ -64,7 +64,7 @@ def _forward(q: Array, k: Array, v: Array, score: Score, rest: Rest, looped: boo
     variant = Variant(rest[0], score, rest[1])
     if looped:
         running = Running.start(q.shape[:4], v.shape[-1], wide(q.dtype))
-        out, lse = loops.forward(running, q, k, v, variant, _grid(q, k, loops.BLOCK, loops.BLOCK)).finish(v.dtype)
+        out, lse = loops.forward(running, q, k, v, variant, _grid(q, k, loops.BLOCK)).finish(v.dtype)
     else:
         blocks = [
             online.forward(
@@ -80,9 +80,9 @@ def _forward(q: Array, k: Array, v: Array, score: Score, rest: Rest, looped: boo
 
 def _backward(looped: bool, saved: tuple, dout: Array) -> tuple[Array, Array, Array, Score, None]:
     q, k, v, variant, out, lse = saved
-    delta = (dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1, keepdims=True)
+    delta = online.delta(dout, out)
     if looped:
-        grid = _grid(q, k, loops.BLOCK, loops.BLOCK)
+        grid = _grid(q, k, loops.BLOCK)
         total = loops.backward(Gradients.zero(q, k, v, variant), q, k, v, lse, delta, dout, variant, grid)
         dq, dk, dv, dscore = total.q, total.k, total.v, total.score
     else:
@@ -103,16 +103,16 @@ def _backward(looped: bool, saved: tuple, dout: Array) -> tuple[Array, Array, Ar
 _attention.defvjp(_forward, _backward)
 
 
-def _grid(q: Array, k: Array, query_block: int, key_block: int) -> Grid:
+def _grid(q: Array, k: Array, size: int) -> Grid:
     B, K, G, T, _ = q.shape
-    blocks = (Blocks(size, -(-length // size)) for size, length in ((query_block, T), (key_block, k.shape[2])))
+    blocks = (Blocks(size, -(-length // size)) for length in (T, k.shape[2]))
     return Grid(Span(0, B), Span(0, K * G), *blocks)
 
 
 def _tiles(q: Array, k: Array, variant: Variant) -> list[Tile]:
     """A block of queries each, with the stretch of keys that any of them may see as far as is known beforehand."""
     T, S = q.shape[3], k.shape[2]
-    grid = _grid(q, k, BLOCK, BLOCK)
+    grid = _grid(q, k, BLOCK)
     tiles = []
     for index, row in enumerate(variant.mask.visible_beforehand(grid)):
         # At least one block, so that no array is empty; what the mask forbids it still forbids.
@@ -125,8 +125,3 @@ def _tiles(q: Array, k: Array, variant: Variant) -> list[Tile]:
 
 def _heads_first(x_BSKH: Array) -> Array:
     return x_BSKH.transpose(0, 2, 1, 3)
-
-
-def _padded(x: Array, length: int) -> Array:
-    """Zeros behind the last dim but one."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)])

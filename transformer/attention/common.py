@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from transformer.attention.mask import AttentionMask
 from transformer.errors import nearest
-from transformer.types import Array, Bool, Float
+from transformer.types import Array, Bool, Float, widen
 
 Normalizer = Callable[[Array, Array | None], Array]
 """From scores [B, T, S], and where they are allowed, to weights: `softmax`, or one of `sparse_softmax.NORMALIZERS`."""
@@ -48,11 +48,6 @@ def headless_mask(
     if allowed_BNTS.shape[1] != 1:
         raise ValueError(f"mask: it has {allowed_BNTS.shape[1]} heads {allowed_BNTS.shape}; this attention has one")
     return allowed_BNTS[:, 0]
-
-
-def widen(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    """The type to accumulate in: float64 stays, anything narrower becomes float32."""
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def check_shapes(caller: str, **arguments: tuple[Array | None, str] | tuple[Array | None, str, Any]) -> None:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.common import widen
 from transformer.attention.dispatch import attend
 from transformer.attention.mask import AttentionMask
 from transformer.decode.cache import KVCache
@@ -25,7 +24,7 @@ from transformer.layers.linear import Linear
 from transformer.layers.norm import RMSNorm
 from transformer.layers.position import NO_SCALING, RotaryScaling, ScoreMod, rotary, token_positions
 from transformer.sharding import constrain, with_axes
-from transformer.types import Array, DTypeLike, Float, Int, PRNGKeyArray
+from transformer.types import Array, DTypeLike, Float, Int, PRNGKeyArray, widen
 
 
 def initial_lambda(layer: int) -> float:
@@ -147,7 +146,8 @@ class DifferentialAttention(nnx.Module):
             )
             lam = self.value_of_lambda()
             # The maps are nearly equal at first: their difference, and λ's gradient by it, need the wider type.
-            out = widen(first) - lam.astype(widen(first).dtype) * widen(second)
+            first, second = widen(first), widen(second)
+            out = first - lam.astype(first.dtype) * second
             out = (self.norm(out) * (1 - self.initial_lambda)).astype(x_BTD.dtype)
             weights = None
             if first_weights is not None and second_weights is not None:

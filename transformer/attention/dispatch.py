@@ -16,12 +16,11 @@ import numpy as np
 
 from transformer.attention import blockwise, fused, pallas, ring
 from transformer.attention.mask import AttentionMask
-from transformer.attention.mods import Mod
 from transformer.attention.reference import attention_weights, reference
 from transformer.attention.request import Request
-from transformer.attention.variant import Dropout, Score, Variant, wide
+from transformer.attention.variant import Dropout, Score, Variant
 from transformer.errors import UserError, nearest
-from transformer.types import Array, Float, PRNGKeyArray
+from transformer.types import Array, Float, PRNGKeyArray, wide
 
 
 class BackendError(UserError, ValueError):
@@ -122,20 +121,15 @@ def attend(
     mask = AttentionMask.none() if mask is None else mask
     _check_inputs(q_BTNH, k_BSKH, v_BSKC, bias_BNTS)
     _check_options(mask, scale, logit_soft_cap, dropout_rate)
-    (B, T, N, H), S, C = q_BTNH.shape, k_BSKH.shape[1], v_BSKC.shape[3]
+    (B, T, N, _), S, C = q_BTNH.shape, k_BSKH.shape[1], v_BSKC.shape[3]
     mask.check(B, N, T, S)
     _check_heads(return_weights, N)
     variant = Variant(
         mask,
-        Score(
-            scale=H**-0.5 if scale is None else scale,
-            soft_cap=logit_soft_cap,
-            bias_BNTS=bias_BNTS,
-            mod=None if score_mod is None else Mod.score(score_mod, wide(q_BTNH.dtype)),
-        ),
+        Score.of(q_BTNH, bias_BNTS, score_mod=score_mod, scale=scale, logit_soft_cap=logit_soft_cap),
         None if dropout_key is None or dropout_rate == 0 else Dropout(dropout_key, dropout_rate),
     )
-    chosen = choose_backend(backend, _request(q_BTNH, v_BSKC, variant))
+    chosen = choose_backend(backend, Request.of(q_BTNH, v_BSKC, variant, _platform()))
     if 0 in (B, T, S):
         # A softmax over no keys has no maximum.
         heads = N if isinstance(return_weights, bool) else len(return_weights)
@@ -148,24 +142,9 @@ def attend(
     return out, attention_weights(q_BTNH, k_BSKH, variant, None if isinstance(return_weights, bool) else return_weights)
 
 
-def _request(q: Array, v: Array, variant: Variant) -> Request:
-    return Request(
-        platform=_platform(),
-        dtype=q.dtype,
-        batch_size=q.shape[0],
-        num_queries=q.shape[1],
-        num_keys=v.shape[1],
-        num_heads=q.shape[2],
-        num_kv_heads=v.shape[2],
-        head_dim=q.shape[3],
-        value_dim=v.shape[3],
-        variant=variant,
-    )
-
-
 def _by_auto(q: Array, k: Array, v: Array, variant: Variant) -> Array:
     """What `auto` takes where every device has the whole sequence."""
-    return BACKENDS[_on_one_device(_request(q, v, variant))].attend(q, k, v, variant)
+    return BACKENDS[_on_one_device(Request.of(q, v, variant, _platform()))].attend(q, k, v, variant)
 
 
 def _platform() -> str:

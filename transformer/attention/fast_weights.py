@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.common import check_name, check_shapes, widen
+from transformer.attention.common import check_name, check_shapes
 from transformer.attention.feature_maps import FEATURE_NORMS, FeatureMap, feature_dim, feature_map_of
 from transformer.layers.linear import Linear
 from transformer.layers.norm import RMSNorm
 from transformer.sharding import constrain, with_axes
-from transformer.types import Array, Bool, DTypeLike, Float, Int
+from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
 
 
 @dataclasses.dataclass(frozen=True)

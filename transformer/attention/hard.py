@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer.attention.additive import AdditiveAttention
-from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax, widen
+from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
-from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, widen
 
 ESTIMATORS = ("soft", "argmax", "gumbel", "reinforce")
 

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer.attention.additive import additive_scores
-from transformer.attention.common import check_shapes, headless_mask, softmax, widen
+from transformer.attention.common import check_shapes, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
 from transformer.layers.linear import Linear
-from transformer.types import Array, DTypeLike, Float
+from transformer.types import Array, DTypeLike, Float, widen
 
 
 class LSTMNWeights(NamedTuple):

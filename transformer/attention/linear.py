@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.common import check_name, check_shapes, widen
+from transformer.attention.common import check_name, check_shapes
 from transformer.attention.fast_weights import FORMS, fast_weights
 from transformer.attention.feature_maps import FeatureMap, feature_dim, feature_map_of
 from transformer.layers.linear import Linear
 from transformer.sharding import constrain
-from transformer.types import Array, Bool, DTypeLike, Float, Int
+from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
 
 
 def linear_attention(

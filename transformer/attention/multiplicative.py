@@ -22,11 +22,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer.attention.additive import additive_scores
-from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax, widen
+from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
-from transformer.attention.variant import wide
 from transformer.layers.linear import Linear
-from transformer.types import Array, DTypeLike, Float, Int
+from transformer.types import Array, DTypeLike, Float, Int, wide, widen
 
 SCORES = ("dot", "general", "concat")
 SCOPES = ("global", "local-m", "local-p")

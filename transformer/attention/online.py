@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from transformer.attention.tile import Tile
-from transformer.attention.variant import Variant, wide
-from transformer.types import Array, DTypeLike, Float
+from transformer.attention.variant import Variant
+from transformer.types import Array, DTypeLike, Float, wide, widen
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ def forward(
     tile: Tile,
 ) -> Running:
     """The softmax with one more tile of keys in it."""
-    logits, allowed = _logits(q, k, variant, tile)
+    _, logits, allowed = _logits(q, k, variant, tile)
     top = jnp.maximum(running.top, logits.max(-1, keepdims=True))
     powers = jnp.exp(logits - top)
     if allowed is not None:
@@ -96,12 +96,11 @@ def backward(
     variant: Variant,
     tile: Tile,
 ) -> Gradients:
-    """A tile's part in the gradients; `delta` is the sum over C of dout · out."""
-    products = _products(q, k)
-    logits, allowed = variant.logits(_by_head(products), tile)
-    weights = jnp.exp(_by_group(logits, products.shape) - lse)
+    """A tile's part in the gradients; `lse` as `Running.finish` gives it, and `delta` of the whole row of keys."""
+    products, logits, allowed = _logits(q, k, variant, tile)
+    weights = jnp.exp(logits - lse)
     if allowed is not None:
-        weights = jnp.where(_mask_by_group(allowed, products.shape), weights, 0)
+        weights = jnp.where(allowed, weights, 0)
     dweights = jnp.einsum("BKGTC,BKSC->BKGTS", dout, v, preferred_element_type=weights.dtype)
     kept = weights
     if variant.dropout is not None:
@@ -119,15 +118,19 @@ def backward(
     )
 
 
-def _products(q: Array, k: Array) -> Array:
-    return jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=wide(q.dtype))
+def delta(
+    dout: Float[Array, "*chunks B K G T C"], out: Float[Array, "*chunks B K G T C"]
+) -> Float[Array, "*chunks B K G T 1"]:
+    """The sum over C of dout · out: what each row's weights have in common in their gradients."""
+    return (widen(dout) * widen(out)).sum(-1, keepdims=True)
 
 
-def _logits(q: Array, k: Array, variant: Variant, tile: Tile) -> tuple[Array, Array | None]:
-    products = _products(q, k)
+def _logits(q: Array, k: Array, variant: Variant, tile: Tile) -> tuple[Array, Array, Array | None]:
+    """A tile's products, its logits, and where they are allowed, all [B_, K_, G_, t, s]."""
+    products = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=wide(q.dtype))
     logits, allowed = variant.logits(_by_head(products), tile)
     allowed = None if allowed is None else _mask_by_group(allowed, products.shape)
-    return _by_group(logits, products.shape), allowed
+    return products, _by_group(logits, products.shape), allowed
 
 
 def _by_head(x: Array) -> Array:

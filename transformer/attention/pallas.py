@@ -30,9 +30,10 @@ from transformer.attention.blockwise import ATTENTION_RESIDUALS
 from transformer.attention.mask import AttentionMask
 from transformer.attention.request import Request
 from transformer.attention.terms import Causal, Padding, Prefix, Segments, Term, Window
+from transformer.attention.tile import filled
 from transformer.attention.variant import Variant
 from transformer.sharding import axes_size, mesh_axes
-from transformer.types import Array, Float, Int
+from transformer.types import Array, Float
 
 TPU_BLOCKS = (512, 256, 128)
 """Blocks of positions for splash attention; the largest one that pads a length by no more than an eighth is taken."""
@@ -64,11 +65,8 @@ def pallas(
     Raises:
         ValueError: the platform has no kernel, or its kernel does not compute this variant.
     """
-    (B, T, N, H), (_, S, K, C) = q_BTNH.shape, v_BSKC.shape
-    request = Request(
-        platform=platform, dtype=q_BTNH.dtype, batch_size=B, num_queries=T, num_keys=S, num_heads=N, num_kv_heads=K, head_dim=H,
-        value_dim=C, variant=variant,
-    )  # fmt: skip
+    (B, T, N, _), S, C = q_BTNH.shape, k_BSKH.shape[1], v_BSKC.shape[3]
+    request = Request.of(q_BTNH, v_BSKC, variant, platform)
     if reason := _not_computed(request):
         raise ValueError(f"pallas: {reason}")
     band, ids = Band.of(variant.mask), _segment_ids(variant.mask, B, T, S)
@@ -281,9 +279,9 @@ def _on_tpu(
     # The kernel has no scale of its own.
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     q, k, v = (
-        _padded(x, length).transpose(0, 2, 1, 3) for x, length in ((scaled, T_padded), (k, S_padded), (v, S_padded))
+        filled(x, length, 1).transpose(0, 2, 1, 3) for x, length in ((scaled, T_padded), (k, S_padded), (v, S_padded))
     )
-    of_rows = None if ids is None else splash.SegmentIds(_padded(ids[0], T_padded), _padded(ids[1], S_padded))
+    of_rows = None if ids is None else splash.SegmentIds(filled(ids[0], T_padded, 1), filled(ids[1], S_padded, 1))
     # A row that sees nothing has this key to see, and so zeros for its output and gradients in the place of NaN.
     sinks = jnp.full((N,), max(NO_LOGIT, float(jnp.finfo(q.dtype).min)), q.dtype)
     out = jax.vmap(attention, in_axes=(0, 0, 0, 0, None))(q, k, v, of_rows, sinks)
@@ -303,8 +301,8 @@ def _on_gpu(
     if shared is None and length > T and not is_causal:
         shared = jnp.ones((B, T), jnp.int32)
     k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
-    q, k, v = (_padded(x, length) for x in (q, k, v))
-    numbers = None if shared is None else _padded(shared, length)
+    q, k, v = (filled(x, length, 1) for x in (q, k, v))
+    numbers = None if shared is None else filled(shared, length, 1)
     block_q, block_k = next(blocks for widest, blocks in GPU_BLOCKS.items() if q.shape[3] <= widest)
     blocks = dataclasses.replace(kernel.BlockSizes.get_default(), block_q=block_q, block_k=block_k)
     out = kernel.mha(q, k, v, numbers, sm_scale=scale, causal=is_causal, block_sizes=blocks, interpret=interpret)
@@ -334,10 +332,3 @@ def _tpu_block(length: int) -> int:
 
 def _up_to(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
-
-
-def _padded(x: Int[Array, "B n"] | Float[Array, "B n N H"], length: int) -> Array:
-    """Zeros behind the positions, which are the second dim."""
-    around = [(0, 0)] * x.ndim
-    around[1] = (0, length - x.shape[1])
-    return jnp.pad(x, around)

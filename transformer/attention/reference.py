@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from transformer.attention.tile import Span, Tile
-from transformer.attention.variant import Variant, wide
-from transformer.types import Array, Float
+from transformer.attention.variant import Variant
+from transformer.types import Array, Float, wide
 
 
 def attention_weights(

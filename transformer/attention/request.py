@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from transformer.attention.variant import Variant
+from transformer.types import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,3 +23,12 @@ class Request:
     head_dim: int
     value_dim: int
     variant: Variant
+
+    @staticmethod
+    def of(q_BTNH: Array, v_BSKC: Array, variant: Variant, platform: str) -> Request:
+        """The request of a call with these queries and values."""
+        (B, T, N, H), (_, S, K, C) = q_BTNH.shape, v_BSKC.shape
+        return Request(
+            platform=platform, dtype=q_BTNH.dtype, batch_size=B, num_queries=T, num_keys=S, num_heads=N, num_kv_heads=K,
+            head_dim=H, value_dim=C, variant=variant,
+        )  # fmt: skip

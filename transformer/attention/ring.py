@@ -24,16 +24,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from transformer.attention import loops
+from transformer.attention import loops, online
 from transformer.attention.blockwise import ATTENTION_RESIDUALS
 from transformer.attention.mask import AttentionMask
 from transformer.attention.online import Gradients, Running
 from transformer.attention.request import Request
 from transformer.attention.terms import BlockSparse, Either, Explicit, MaskMod, Term
 from transformer.attention.tile import Blocks, Grid, Span
-from transformer.attention.variant import Score, Variant, wide
+from transformer.attention.variant import Score, Variant
 from transformer.sharding import axes_size, mesh_axes
-from transformer.types import Array, Float
+from transformer.types import Array, Float, wide
 
 
 def ring(
@@ -188,7 +188,7 @@ def _forward(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, ax
 def _backward(axes: Axes, saved: tuple, dout: Array) -> tuple[Array, Array, Array, Score, None]:
     q, k, v, score, mask, out, lse = saved
     variant = Variant(mask, score)
-    delta = (dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1, keepdims=True)
+    delta = online.delta(dout, out)
 
     def meet(home: tuple, guests: tuple, owner: Array) -> tuple[tuple, tuple]:
         k, v, *_ = guests

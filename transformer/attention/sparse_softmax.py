@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.common import Normalizer, check_name, check_shapes, softmax, widen
+from transformer.attention.common import Normalizer, check_name, check_shapes, softmax
 from transformer.attention.mask import AttentionMask
 from transformer.layers.linear import Linear
 from transformer.sharding import constrain
-from transformer.types import Array, Bool, DTypeLike, Float
+from transformer.types import Array, Bool, DTypeLike, Float, widen
 
 
 def sparsemax(scores: Float[Array, "*#dims"], allowed: Bool[Array, "*#dims"] | None = None) -> Float[Array, "*#dims"]:

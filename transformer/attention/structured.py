@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.common import check_shapes, context, headless_mask, softmax, widen
+from transformer.attention.common import check_shapes, context, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
 from transformer.layers.linear import Linear
-from transformer.types import Array, DTypeLike, Float
+from transformer.types import Array, DTypeLike, Float, widen
 
 
 def structured_attention(

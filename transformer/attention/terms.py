@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.attention.mods import Mod
-from transformer.attention.tile import Blocks, Grid, Span, Tile
+from transformer.attention.tile import Blocks, Grid, Span, Tile, filled, plane_filled
 from transformer.types import Array, Bool, Int
 
 TermT = TypeVar("TermT", bound="Term")
@@ -212,7 +212,7 @@ class Padding(Term):
         return grid.keys.split(self.valid_BS, 1, False).any((0, 2))[None]
 
     def padded(self, num_queries, num_keys):
-        return Padding(_filled(self.valid_BS, num_keys))
+        return Padding(filled(self.valid_BS, num_keys, 1))
 
 
 @register
@@ -237,7 +237,7 @@ class Segments(Term):
         return meet.any(0)
 
     def padded(self, num_queries, num_keys):
-        return Segments(_filled(self.q_BT, num_queries), _filled(self.k_BS, num_keys))
+        return Segments(filled(self.q_BT, num_queries, 1), filled(self.k_BS, num_keys, 1))
 
 
 @register
@@ -262,11 +262,7 @@ class Explicit(Term):
         return plane
 
     def padded(self, num_queries, num_keys):
-        sizes = [
-            size if size == 1 else wanted
-            for size, wanted in zip(self.mask_BNTS.shape[2:], (num_queries, num_keys), strict=True)
-        ]
-        return Explicit(_filled(_filled(self.mask_BNTS, sizes[1]), sizes[0], axis=2))
+        return Explicit(plane_filled(self.mask_BNTS, num_queries, num_keys))
 
 
 @register
@@ -376,12 +372,6 @@ def all_visible(terms: Iterable[Term], grid: Grid) -> Any:
     for term in terms:
         visible = visible & term.visible(grid)
     return visible
-
-
-def _filled(x: Array, size: int, axis: int = -1) -> Array:
-    around = [(0, 0)] * x.ndim
-    around[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, around)
 
 
 def _one_size(sizes: tuple[int | None, ...]) -> int | None:

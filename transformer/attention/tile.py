@@ -18,6 +18,21 @@ import numpy as np
 from transformer.types import Array, Int
 
 
+def filled(x: Array, size: int, axis: int, fill: Any = 0) -> Array:
+    """`x` with `axis` filled up to `size` places behind its end."""
+    around = [(0, 0)] * x.ndim
+    around[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, around, constant_values=fill)
+
+
+def plane_filled(x_BNTS: Array, num_queries: int, num_keys: int) -> Array:
+    """An array over the plane filled up to so many queries and keys; a dim of 1 is the same for every place and stays."""
+    for axis, size in ((2, num_queries), (3, num_keys)):
+        if x_BNTS.shape[axis] > 1:
+            x_BNTS = filled(x_BNTS, size, axis)
+    return x_BNTS
+
+
 @dataclasses.dataclass(frozen=True)
 class Span:
     """`size` places of one dim, from `start` on, which may be traced."""
@@ -94,9 +109,7 @@ class Blocks:
         """The stretch of `x` with `axis` as [count, size], filled up with `fill` behind the dim's end."""
         length = self.size * self.count
         if isinstance(self.base, int):
-            around = [(0, 0)] * x.ndim
-            around[axis] = (0, max(self.base + length - x.shape[axis], 0))
-            x = jnp.pad(x, around, constant_values=fill)
+            x = filled(x, max(self.base + length, x.shape[axis]), axis, fill)
         stretch = Span(self.base, length).cut(x, axis)
         return stretch.reshape(*x.shape[:axis], self.count, self.size, *x.shape[axis + 1 :])
 

@@ -9,6 +9,7 @@ B batch, T query position, S key position, N query heads.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 
 from transformer.attention.mask import AttentionMask
 from transformer.attention.mods import Mod
-from transformer.attention.tile import Tile
-from transformer.types import Array, Bool, DTypeLike, Float
+from transformer.attention.tile import Tile, plane_filled
+from transformer.types import Array, Bool, Float, wide
 
 _STATIC: dict[str, Any] = {"static": True}
 
@@ -33,6 +34,20 @@ class Score:
     bias_BNTS: Any = None
     """An array [B_, N_, T_, S_], or None; not typed so, since JAX also puts placeholders where arrays belong."""
     mod: Mod | None = None
+
+    @staticmethod
+    def of(
+        q_BTNH: Float[Array, "B T N H"],
+        bias_BNTS: Float[Array, "B_ N_ T_ S_"] | None = None,
+        *,
+        score_mod: Callable[..., Any] | None = None,
+        scale: float | None = None,
+        logit_soft_cap: float | None = None,
+    ) -> Score:
+        """That of a call of `attend` with these queries; arguments as there."""
+        scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+        mod = None if score_mod is None else Mod.score(score_mod, wide(q_BTNH.dtype))
+        return Score(scale, logit_soft_cap, bias_BNTS, mod)
 
     @property
     def is_plain(self) -> bool:
@@ -83,14 +98,7 @@ class Score:
         """The same with room for so many queries and keys in its bias."""
         if self.bias_BNTS is None:
             return self
-        sizes = [
-            size if size == 1 else wanted
-            for size, wanted in zip(self.bias_BNTS.shape[2:], (num_queries, num_keys), strict=True)
-        ]
-        around = [(0, 0), (0, 0)] + [
-            (0, wanted - size) for wanted, size in zip(sizes, self.bias_BNTS.shape[2:], strict=True)
-        ]
-        return dataclasses.replace(self, bias_BNTS=jnp.pad(self.bias_BNTS, around))
+        return dataclasses.replace(self, bias_BNTS=plane_filled(self.bias_BNTS, num_queries, num_keys))
 
     def _floats(self) -> list[Array]:
         return [] if self.mod is None else [array for array in self.mod.captured if _is_float(array)]
@@ -145,11 +153,6 @@ class Variant:
             return logits, None
         # A finite floor keeps a row with no key free of NaN, in the gradient too.
         return jnp.where(allowed, logits, jnp.finfo(logits.dtype).min), allowed
-
-
-def wide(dtype: DTypeLike) -> DTypeLike:
-    """The type that softmax and sums are taken in."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _is_float(array: Array) -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer.sharding import constrain, with_axes
-from transformer.types import Array, DTypeLike, Float, Int
+from transformer.types import Array, DTypeLike, Float, Int, wide
 
 
 def embed_lookup(
@@ -106,5 +106,4 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _contract(a: Array, b: Array, a_dims: tuple[int, ...], b_dims: tuple[int, ...]) -> Array:
     """The product summed over the paired dims, accumulated in float32 (float64 for float64 operands)."""
-    wide = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
-    return jax.lax.dot_general(a, b, ((a_dims, b_dims), ((), ())), preferred_element_type=wide)
+    return jax.lax.dot_general(a, b, ((a_dims, b_dims), ((), ())), preferred_element_type=wide(a.dtype))

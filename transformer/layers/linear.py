@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer.sharding import with_axes
-from transformer.types import Array, DTypeLike, Float, PRNGKeyArray
+from transformer.types import Array, DTypeLike, Float, PRNGKeyArray, wide
 
 
 @jax.custom_vjp
@@ -38,16 +38,15 @@ def _dense_forward(x: Array, kernel_IO: Array, bias_O: Array | None) -> tuple[Ar
 def _dense_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, Array | None]:
     x, kernel_IO, bias_O = saved
     leading = tuple(range(x.ndim - 1))
-    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
     dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())))
     # XLA:CPU turns the first operand round before it multiplies, so the narrower one comes first; in bfloat16 it has no
     # product that it could turn round itself.
     contract = functools.partial(jax.lax.dot_general, dimension_numbers=((leading, leading), ((), ())))
-    if x.shape[-1] > dy.shape[-1] and x.dtype == wide:
-        dkernel = contract(dy, x, preferred_element_type=wide).T
+    if x.shape[-1] > dy.shape[-1] and x.dtype == wide(x.dtype):
+        dkernel = contract(dy, x, preferred_element_type=wide(x.dtype)).T
     else:
-        dkernel = contract(x, dy, preferred_element_type=wide)
-    dbias = None if bias_O is None else dy.sum(leading, dtype=wide).astype(bias_O.dtype)
+        dkernel = contract(x, dy, preferred_element_type=wide(x.dtype))
+    dbias = None if bias_O is None else dy.sum(leading, dtype=wide(x.dtype)).astype(bias_O.dtype)
     return dx, dkernel.astype(kernel_IO.dtype), dbias
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer.sharding import with_axes
-from transformer.types import Array, DTypeLike, Float
+from transformer.types import Array, DTypeLike, Float, widen
 
 
 def layer_norm(
@@ -103,7 +103,7 @@ def _layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> A
 
 
 def _layer_norm_forward(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple[Array, tuple]:
-    wide = _widen(x)
+    wide = widen(x)
     mean = wide.mean(-1, keepdims=True)
     rstd = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
     y = (wide - mean) * rstd * _row(scale, wide)
@@ -114,7 +114,7 @@ def _layer_norm_forward(x: Array, scale: Array, bias: Array | None, epsilon: flo
 
 def _layer_norm_backward(epsilon: float, saved: tuple, dy: Array) -> tuple[Array, Array, Array | None]:
     x, scale, bias, mean, rstd = saved
-    unit = (_widen(x) - mean) * rstd
+    unit = (widen(x) - mean) * rstd
     dy = dy.astype(unit.dtype)
     dunit = dy * _row(scale, unit)
     # The projections take out what moves the mean and what moves the variance: neither reaches the output.
@@ -132,14 +132,14 @@ def _rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
 
 
 def _rms_norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple]:
-    wide = _widen(x)
+    wide = widen(x)
     rstd = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
     return (wide * rstd * _row(scale, wide)).astype(x.dtype), (x, scale, rstd)
 
 
 def _rms_norm_backward(epsilon: float, saved: tuple, dy: Array) -> tuple[Array, Array]:
     x, scale, rstd = saved
-    unit = _widen(x) * rstd
+    unit = widen(x) * rstd
     dy = dy.astype(unit.dtype)
     dunit = dy * _row(scale, unit)
     dx = rstd * (dunit - unit * (dunit * unit).mean(-1, keepdims=True))
@@ -147,11 +147,6 @@ def _rms_norm_backward(epsilon: float, saved: tuple, dy: Array) -> tuple[Array, 
 
 
 _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
-
-
-def _widen(x: Array) -> Array:
-    """`x` in the type of the statistics: at least float32."""
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _row(param: Array, like: Array) -> Array:
