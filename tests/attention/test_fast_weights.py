@@ -314,3 +314,16 @@ def test_inputs_that_do_not_fit(arguments, message):
 def test_a_module_with_unknown_names(option, message):
     with pytest.raises(ValueError, match=message):
         make(**option)
+
+
+def test_arrays_that_a_feature_map_captures_have_gradients_in_chunks():
+    q, k, v = (jax.random.normal(key, (2, 10, 2, 3)) for key in jax.random.split(jax.random.key(0), 3))
+
+    def loss(matrix, form):
+        out, state = fast_weights(q, k, v, feature_map=lambda x: jnp.tanh(x @ matrix), rule="sum", form=form, chunk=4)
+        return jnp.sum(out**2) + jnp.sum(state)
+
+    matrix = jax.random.normal(jax.random.key(1), (3, 5))
+    grads = [jax.grad(loss)(matrix, form) for form in ("chunked", "recurrent")]
+    np.testing.assert_allclose(*grads, rtol=1e-4)
+    assert np.abs(grads[0]).min() > 0

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer.attention.chunks import scan_chunks
 from transformer.attention.common import check_name, check_shapes
 from transformer.attention.feature_maps import FEATURE_NORMS, FeatureMap, feature_dim, feature_map_of
 from transformer.layers.linear import Linear
@@ -68,8 +69,9 @@ def fast_weights(
     chunk: int = 64,
     valid_BT: Bool[Array, "B T"] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
-    state_BKMV: Float[Array, "B K M V"] | None = None,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B K M V"]]:
+    state_BKMV: Float[Array, "B K M V_"] | None = None,
+    epsilon: float | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B K M V_"]]:
     """Write and read a whole sequence, causally: position t reads what was written up to t.
 
     The chunked form takes O(T · chunk) time, and memory for one chunk's work beside inputs, outputs and (to differentiate)
@@ -85,6 +87,8 @@ def fast_weights(
         valid_BT: a position that is not valid writes nothing and fades nothing.
         segments_BT: document numbers; the state restarts where the number changes, and 0 is padding that writes nothing.
         state_BKMV: what to start from, as an earlier call returned it; zeros by default.
+        epsilon: where given, what is read is divided by φ(q) · z + epsilon, with z the sum of the features of keys, written
+            and kept as one more value feature: V_ is V + 1 then, else V.
 
     Returns:
         What each query read, in v's type, and the state after the last position, in float32 (float64 for float64 values).
@@ -100,14 +104,14 @@ def fast_weights(
         "log_decay": (log_decay_BTK, "B T K"),
         "valid": (valid_BT, "B T", jnp.bool_),
         "segments": (segments_BT, "B T", jnp.integer),
-        "state": (state_BKMV, "B K M V"),
+        "state": (state_BKMV, "B K M V_"),
     }
     check_shapes("fast_weights", **shapes)
     check_name("fast_weights", "form", form, FORMS)
     if chunk < 1:
         raise ValueError(f"fast_weights: chunk={chunk}; expected 1 or more")
     phi = feature_map_of(feature_map)
-    state = _state_or_zeros(state_BKMV, k_BTKH, v_BTKV, phi)
+    state = _state_or_zeros(state_BKMV, k_BTKH, v_BTKV.shape[-1] + (epsilon is not None), phi, widen(v_BTKV).dtype)
     valid, starts = valid_BT, None
     if segments_BT is not None:
         starts = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
@@ -115,13 +119,15 @@ def fast_weights(
     tokens = _tokens(q_BTNH, k_BTKH, v_BTKV, beta_BTK, log_decay_BTK, rule, valid, starts)
     with jax.named_scope(f"fast_weights_{form}"):
         T = q_BTNH.shape[1]
-        if form == "recurrent" or T == 1:
-            step = functools.partial(_step, feature_map=phi, erases=RULES[rule].erases)
-            state, out_TBKGV = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
+        one_by_one = form == "recurrent" or T == 1
+        body = functools.partial(_step if one_by_one else _chunk, feature_map=phi, erases=RULES[rule].erases)
+        if epsilon is not None:
+            body = functools.partial(_normalised, body=body, epsilon=epsilon)
+        if one_by_one:
+            state, out_TBKGV = jax.lax.scan(body, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
             out_BTKGV = jnp.moveaxis(out_TBKGV, 0, 1)
         else:
-            body = functools.partial(_chunk, feature_map=phi, erases=RULES[rule].erases)
-            state, out_BTKGV = _scan_chunks(body, state, tokens, T if form == "parallel" else min(chunk, T))
+            state, out_BTKGV = scan_chunks(body, state, tokens, T if form == "parallel" else min(chunk, T))
     return out_BTKGV.reshape(*q_BTNH.shape[:3], v_BTKV.shape[-1]), state
 
 
@@ -294,13 +300,20 @@ def _tokens(
     return _Tokens(q.reshape(*k.shape[:-1], N // K, q.shape[-1]), k, v, beta, log_decay, starts)
 
 
-def _state_or_zeros(state: Array | None, k: Array, v: Array, feature_map: FeatureMap) -> Array:
-    shape = (k.shape[0], k.shape[-2], feature_dim(feature_map, k.shape[-1]), v.shape[-1])
+def _state_or_zeros(state: Array | None, k: Array, num_values: int, feature_map: FeatureMap, dtype: DTypeLike) -> Array:
+    shape = (k.shape[0], k.shape[-2], feature_dim(feature_map, k.shape[-1]), num_values)
     if state is None:
-        return jnp.zeros(shape, widen(v).dtype)
+        return jnp.zeros(shape, dtype)
     if state.shape != shape:
         raise ValueError(f"fast_weights: state has shape {state.shape}; expected [B, K, M, V] = {shape}")
-    return state.astype(widen(v).dtype)
+    return state.astype(dtype)
+
+
+def _normalised(state: Array, tokens: _Tokens, *, body: Callable, epsilon: float) -> tuple[Array, Array]:
+    """`body` with a value of 1 beside the others, whose sum divides them."""
+    v = widen(tokens.v_KV)
+    state, sums = body(state, tokens._replace(v_KV=jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)))
+    return state, (sums[..., :-1] / (sums[..., -1:] + epsilon)).astype(tokens.v_KV.dtype)
 
 
 def _step(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erases: bool) -> tuple[Array, Array]:
@@ -355,19 +368,3 @@ def _kept(tokens: _Tokens) -> tuple[Array, Array]:
     # Differences first: what an unseen pair would give may be too large for exp.
     written_BKTS = jnp.exp(jnp.where(seen_BTS[:, None], age_BKT[..., None] - age_BKT[..., None, :], -jnp.inf))
     return written_BKTS, jnp.where(carried_BT[:, None], jnp.exp(age_BKT), 0)
-
-
-def _scan_chunks(
-    body: Callable[[Array, _Tokens], tuple[Array, Array]], state: Array, tokens: _Tokens, chunk: int
-) -> tuple[Array, Array]:
-    """`body` over chunk after chunk. What pads the last one writes nothing, as its β is 0."""
-    B, T = tokens.k_KH.shape[:2]
-    chunk = max(chunk, 1)
-    num_chunks = -(-T // chunk)
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, num_chunks * chunk - T)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, num_chunks, chunk, *x.shape[2:]), 1, 0)
-
-    state, out = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, jax.tree.map(cut, tokens))
-    return state, jnp.moveaxis(out, 0, 1).reshape(B, num_chunks * chunk, *out.shape[3:])[:, :T]

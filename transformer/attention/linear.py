@@ -80,19 +80,17 @@ def linear_attention(
         raise ValueError(
             f"linear_attention: state has shape {state_BKMV.shape}; only causal attention goes on from one"
         )
-    phi, wide = feature_map_of(feature_map), widen(v_BSKV).dtype
-    ones = jnp.ones((*v_BSKV.shape[:3], 1), wide)
-    arrays = q_BTNH, k_BSKH, jnp.concatenate([v_BSKV.astype(wide), ones], axis=-1)
-    options: dict[str, Any] = {"feature_map": phi, "form": form, "chunk": chunk}
+    options: dict[str, Any] = {"feature_map": feature_map_of(feature_map), "form": form, "chunk": chunk}
     with jax.named_scope("linear_attention"):
         if causal:
-            sums_BTNV, state_BKMV = fast_weights(
-                *arrays, rule="sum", valid_BT=valid_BS, segments_BT=segments_BT, state_BKMV=state_BKMV, **options
-            )
-        else:
-            sums_BTNV = _both_ways(*arrays, valid_BS, segments_BT, **options)
-        out_BTNV = sums_BTNV[..., :-1] / (sums_BTNV[..., -1:] + epsilon)
-    return out_BTNV.astype(v_BSKV.dtype), state_BKMV
+            return fast_weights(
+                q_BTNH, k_BSKH, v_BSKV, rule="sum", valid_BT=valid_BS, segments_BT=segments_BT,
+                state_BKMV=state_BKMV, epsilon=epsilon, **options,
+            )  # fmt: skip
+        v = widen(v_BSKV)
+        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+        sums_BTNV = _both_ways(q_BTNH, k_BSKH, v, valid_BS, segments_BT, **options)
+        return (sums_BTNV[..., :-1] / (sums_BTNV[..., -1:] + epsilon)).astype(v_BSKV.dtype), None
 
 
 class LinearAttention(nnx.Module):
