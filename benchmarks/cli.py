@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(f"--{platform}-python", metavar="PYTHON", help=text)
     sub.add_argument("--speed", action="store_true", help="the backends against each other")
     sub.add_argument("--length", action="store_true", help="time and memory over the length of the sequence")
+    sub.add_argument("--long", type=_positive, metavar="T", help="run blockwise over T tokens, both passes, once")
     sub.add_argument("--budget", type=float, default=10.0, help="seconds a call may take under --length (10)")
     sub.add_argument("--last", type=_positive, default=1 << 20, help="the longest sequence of --length (1048576)")
     sub.add_argument("--support", action="store_true", help="print the table of what each backend can do")
@@ -81,8 +82,8 @@ def _compile(options: argparse.Namespace) -> None:
 
 
 def _attention(options: argparse.Namespace) -> None:
-    if not (options.certify or options.speed or options.length or options.support):
-        raise UserError("attention: say what to do: --certify, --speed, --length or --support")
+    if not (options.certify or options.speed or options.length or options.long or options.support):
+        raise UserError("attention: say what to do: --certify, --speed, --length, --long or --support")
     if options.certify:
         import jax
 
@@ -101,6 +102,10 @@ def _attention(options: argparse.Namespace) -> None:
         from benchmarks.attention import length
 
         length.run(options.budget, options.last)
+    if options.long:
+        from benchmarks.attention import long
+
+        long.run(options.long)
     if options.support:
         from benchmarks.attention import support
 

@@ -84,7 +84,7 @@ def run(budget: float, last: int = LAST, planned: int = 131_072) -> dict[str, An
         "flat": _flatness(figures),
         # What the compiler plans, also where running it would take longer than the budget.
         f"mebibytes_at_{planned}": {
-            name: _compiled(candidate, planned)[1] / 2**20 for name, candidate in candidates().items()
+            name: compiled_with_memory(candidate, planned)[1] / 2**20 for name, candidate in candidates().items()
         },
     }
     path = save(
@@ -122,7 +122,7 @@ def plot(figures: dict[str, list[dict[str, float]]], path: Path) -> None:
     print(f"drawn in {path}")
 
 
-def _compiled(candidate: Candidate, length: int) -> tuple[Any, float]:
+def compiled_with_memory(candidate: Candidate, length: int) -> tuple[Any, float]:
     """The program of both passes, and the bytes that it takes above its inputs, its results among them."""
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -134,15 +134,17 @@ def _compiled(candidate: Candidate, length: int) -> tuple[Any, float]:
     return compiled, float(memory.temp_size_in_bytes + memory.output_size_in_bytes)
 
 
+def arrays_of(length: int) -> list[jax.Array]:
+    """Random q, k and v."""
+    shape = _shape(length)
+    return [jax.random.normal(key, shape.shape, shape.dtype) for key in jax.random.split(jax.random.key(0), 3)]
+
+
 def _measure(candidate: Candidate, length: int, budget: float) -> dict[str, float] | None:
-    compiled, needed = _compiled(candidate, length)
+    compiled, needed = compiled_with_memory(candidate, length)
     if needed > MEMORY:
         return None
-    shapes = [_shape(length)] * 3
-    arrays = [
-        jax.random.normal(key, shape.shape, shape.dtype)
-        for key, shape in zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
-    ]
+    arrays = arrays_of(length)
     taken = [seconds_per_call(lambda: compiled(*arrays), 1)]
     while len(taken) < 9 and sum(taken) < min(3 * budget, 3.0):
         taken.append(seconds_per_call(lambda: compiled(*arrays), 1))
