@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from train.data.readers import Document
 from train.data.source import SourceConfig, documents
 from transformer.errors import UserError
 
@@ -48,6 +50,31 @@ def test_a_missing_member_and_another_content_are_named(wheel: Path, cache: Path
     with pytest.raises(UserError, match=f"has SHA-256 {sha256}, the config expects {'0' * 64}"):
         list(documents(source("0" * 64)))
     assert not list(cache.glob("**/.download-*"))
+
+
+def test_pairs_come_from_a_database_inside(wheel: Path, tmp_path: Path) -> None:
+    database = tmp_path / "verses.db"
+    connection = sqlite3.connect(database)
+    connection.execute("create table bible (version text, verse integer, words text)")
+    rows = [("e", 1, "In the [beginning]"), ("f", 1, "Au commencement"), ("e", 2, "one two three four"), ("f", 2, "un")]
+    connection.executemany("insert into bible values (?, ?, ?)", rows)
+    connection.commit()
+    connection.close()
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.write(database, "tiny_texts/verses.db")
+    config = SourceConfig(
+        kind="wheel",
+        package="tiny-texts==1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        path="tiny_texts/verses.db",
+        text_field="english",
+        target_field="french",
+        group_field="chapter",
+        query="select replace(replace(a.words, '[', ''), ']', '') as english, b.words as french, 1 as chapter "
+        "from bible a join bible b using (verse) where a.version = 'e' and b.version = 'f' "
+        "and length(a.words) - length(replace(a.words, ' ', '')) < 3",
+    )
+    assert list(documents(config)) == [Document("tiny_texts/verses.db:1", "In the beginning", "Au commencement", "1")]
 
 
 @pytest.mark.usefixtures("wheel")

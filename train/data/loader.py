@@ -9,6 +9,7 @@ Axes: B rows of a process's part of the batch, T positions.
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -16,20 +17,58 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from train.data.pack import Examples, examples
+from train.data.buckets import Buckets
+from train.data.check import check_objective
+from train.data.draws import Draws, draw_key
+from train.data.examples import ExamplesMaker
+from train.data.objective_config import ObjectiveConfig
+from train.data.pack import Examples
 from train.data.prepare import DataConfig
 from train.data.store import Prepared
 from transformer.errors import UserError
 
 Batch = dict[str, np.ndarray]
-"""The arrays of `train.data.pack`, and `example` [B] int64: which example a row is, -1 for a row of padding."""
+"""The arrays of the objective, as `train.data.pack`, `masked`, `spans` and `pairs` describe them, and `example` [B] int64:
+which example a row is, -1 for a row of padding, whose weights are 0 and whose label is -1."""
 
+_CAUSAL = ObjectiveConfig()
+_VALIDATION_KEY = draw_key(0, "validation")  # one seed for all runs: they are scored on the same
 _ENDLESS = 1 << 62
 _OnDevice = TypeVar("_OnDevice")
 
 
-class Batches:
+class Batches(abc.ABC):
     """The endless training batches of one process, by step."""
+
+    def __init__(self, threads: int, prefetch: int) -> None:
+        self._threads, self._prefetch = threads, prefetch
+
+    @property
+    @abc.abstractmethod
+    def examples_per_epoch(self) -> int:
+        """How many different examples there are, over all sources."""
+
+    @property
+    @abc.abstractmethod
+    def efficiency(self) -> float:
+        """The part of all positions that hold a token of text; of pairs, on the side that is predicted."""
+
+    @property
+    @abc.abstractmethod
+    def source_efficiency(self) -> float | None:
+        """The same of the source, where there is one."""
+
+    @abc.abstractmethod
+    def batch(self, step: int) -> Batch:
+        """This process's rows of the batch of a global step, counted from 0."""
+
+    def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
+        """The batches from `start_step` on, fetched ahead on threads. Close it to end the threads."""
+        return _fetch_ahead(self.batch, start_step, _ENDLESS, self._threads, self._prefetch)
+
+
+class MixedBatches(Batches):
+    """Rows drawn from all sources by weight: a batch mixes them."""
 
     def __init__(
         self,
@@ -43,33 +82,31 @@ class Batches:
         prefetch: int,
     ) -> None:
         """Draws from `sources` by `weights`; yields the `rows` of each global batch of `batch_size`."""
+        super().__init__(threads, prefetch)
         self._sources = sources
         self._first_id = np.cumsum([0, *map(len, sources)])
         self._order = _order(sources, weights, seed)
         self._order[0]  # what grain sets up on first use is not made for several threads at once
         self._batch_size = batch_size
+        self._key = draw_key(seed, "train")
         self._rows = range(batch_size)[rows]
-        self._threads = threads
-        self._prefetch = prefetch
 
     @property
     def examples_per_epoch(self) -> int:
-        """How many different examples there are, over all sources."""
         return int(self._first_id[-1])
 
     @property
     def efficiency(self) -> float:
-        """The part of all positions of all examples that have a target."""
-        positions = sum(len(source) for source in self._sources)
-        return sum(source.efficiency * len(source) for source in self._sources) / positions
+        return _mean([(len(source), source.efficiency) for source in self._sources])
+
+    @property
+    def source_efficiency(self) -> float | None:
+        parts = [(len(source), source.source_efficiency) for source in self._sources]
+        return _mean([(count, part) for count, part in parts if part is not None]) if parts[0][1] is not None else None
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of the batch of a global step, counted from 0."""
-        return _gather(self._sources, self._first_id, self._ids(step))
-
-    def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """The batches from `start_step` on, fetched ahead on threads. Close it to end the threads."""
-        return _fetch_ahead(self.batch, start_step, _ENDLESS, self._threads, self._prefetch)
+        draws = Draws(self._key, step * self._batch_size + np.array(self._rows, np.int64))
+        return _gather(self._sources, self._first_id, self._ids(step), draws)
 
     def _ids(self, step: int) -> np.ndarray:
         first = step * self._batch_size
@@ -77,8 +114,60 @@ class Batches:
         return np.array([self._first_id[source] + example for source, example in drawn], np.int64)
 
 
-class EvaluationBatches:
-    """The validation examples of one process, each once and in order. `len` is the number of batches."""
+class BucketedBatches(Batches):
+    """One pair a row, pairs of similar length together: a batch comes from one source, which is drawn by weight."""
+
+    def __init__(
+        self, sources: list[Buckets], weights: list[float], *, seed: int, rows: slice, threads: int, prefetch: int
+    ) -> None:
+        """As for `MixedBatches`; the size of a batch is that of the buckets."""
+        super().__init__(threads, prefetch)
+        self._sources = sources
+        self._first_id = np.cumsum([0, *map(len, sources)])
+        self._order = _endless_order(len(sources), weights)
+        self._order[0]
+        self._rows = rows
+
+    @property
+    def examples_per_epoch(self) -> int:
+        return int(self._first_id[-1])
+
+    @property
+    def efficiency(self) -> float:
+        return _mean([(len(source), source.efficiency[1]) for source in self._sources])
+
+    @property
+    def source_efficiency(self) -> float:
+        return _mean([(len(source), source.efficiency[0]) for source in self._sources])
+
+    def batch(self, step: int) -> Batch:
+        number, ordinal = self._order[step]
+        source = self._sources[number]
+        width, pairs = source.numbers(*divmod(int(ordinal), source.batches))
+        return _pairs_of(source, width, pairs[self._rows], self._first_id[number])
+
+
+class EvaluationBatches(abc.ABC):
+    """The validation examples of one process, each once. `len` is the number of batches."""
+
+    def __init__(self, count: int, threads: int, prefetch: int, max_batches: int | None) -> None:
+        """Of `count` batches, `max_batches` at most."""
+        self._len = count if max_batches is None else min(count, max_batches)
+        self._threads, self._prefetch = threads, prefetch
+
+    def __len__(self) -> int:
+        return self._len
+
+    @abc.abstractmethod
+    def batch(self, index: int) -> Batch:
+        """This process's rows of one batch."""
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        return _fetch_ahead(self.batch, 0, len(self), self._threads, self._prefetch)
+
+
+class OrderedBatches(EvaluationBatches):
+    """The examples in order, in batches of one shape."""
 
     def __init__(
         self,
@@ -90,31 +179,44 @@ class EvaluationBatches:
         prefetch: int,
         max_batches: int | None,
     ) -> None:
-        """As for `Batches`; `max_batches` ends early."""
+        """As for `MixedBatches`; `max_batches` ends early."""
         self._sources = sources
         self._first_id = np.cumsum([0, *map(len, sources)])
         self._batch_size = batch_size
         self._rows = range(batch_size)[rows]
-        self._threads = threads
-        self._prefetch = prefetch
-        self._len = -(-int(self._first_id[-1]) // batch_size)
-        if max_batches is not None:
-            self._len = min(self._len, max_batches)
-
-    def __len__(self) -> int:
-        return self._len
+        super().__init__(-(-int(self._first_id[-1]) // batch_size), threads, prefetch, max_batches)
 
     def batch(self, index: int) -> Batch:
         """This process's rows of one batch. Rows past the last example have weight 0, so that all shapes are equal."""
         ids = index * self._batch_size + np.array(self._rows, np.int64)
         inside = ids < self._first_id[-1]
-        batch = _gather(self._sources, self._first_id, np.where(inside, ids, 0))
+        draws = Draws(_VALIDATION_KEY, ids)
+        batch = _gather(self._sources, self._first_id, np.where(inside, ids, 0), draws)
         batch["weights"] *= inside[:, None]
+        if "labels" in batch:
+            batch["labels"] = np.where(inside, batch["labels"], -1).astype(np.int32)
         batch["example"] = np.where(inside, ids, -1)
         return batch
 
-    def __iter__(self) -> Generator[Batch, None, None]:
-        return _fetch_ahead(self.batch, 0, len(self), self._threads, self._prefetch)
+
+class BucketedEvaluation(EvaluationBatches):
+    """The pairs in batches of similar length, whose order is mixed: the first few are like all of them."""
+
+    def __init__(
+        self, sources: list[Buckets], *, rows: slice, threads: int, prefetch: int, max_batches: int | None
+    ) -> None:
+        """As for `OrderedBatches`."""
+        self._sources = sources
+        self._first_id = np.cumsum([0, *map(len, sources)])
+        self._first_batch = np.cumsum([0, *(source.batches for source in sources)])
+        self._rows = rows
+        super().__init__(int(self._first_batch[-1]), threads, prefetch, max_batches)
+
+    def batch(self, index: int) -> Batch:
+        number = int(np.searchsorted(self._first_batch, index, side="right")) - 1
+        source = self._sources[number]
+        width, pairs = source.numbers(0, index - int(self._first_batch[number]))
+        return _pairs_of(source, width, pairs[self._rows], self._first_id[number])
 
 
 def train_batches(
@@ -124,20 +226,30 @@ def train_batches(
     batch_size: int,
     length: int,
     seed: int,
+    objective: ObjectiveConfig = _CAUSAL,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
     """The training batches of process `process_index`: global batches of `batch_size` sequences of `length` tokens.
 
-    Each source is shuffled anew every time all of it has been seen, and sources are mixed by weight. Raises
-    `UserError` for a source shorter than one sequence and for a batch that the processes do not divide.
+    With a source beside them, `length` is that of what is predicted. Each source is shuffled anew every time all of it
+    has been seen, and sources are mixed by weight. Raises `UserError` for a source shorter than one sequence, for data
+    that does not suit the objective, and for a batch that the processes do not divide.
     """
-    return Batches(
-        [examples(array, config.packing, length, training=True) for array in prepared.train],
-        [source.weight for source in config.sources],
+    check_objective(prepared, objective, length)
+    weights = [source.weight for source in config.sources]
+    rows = _rows(batch_size, process_index, process_count)
+    shown = process_index == 0
+    if config.packing == "pad":
+        buckets = [Buckets(array, length, objective, batch_size, seed, shown=shown) for array in prepared.train]
+        return BucketedBatches(buckets, weights, seed=seed, rows=rows, threads=config.workers, prefetch=config.prefetch)
+    make = ExamplesMaker(prepared.tokenizer, config.packing, length, objective)
+    return MixedBatches(
+        [make(array, training=True, shown=shown) for array in prepared.train],
+        weights,
         batch_size=batch_size,
         seed=seed,
-        rows=_rows(batch_size, process_index, process_count),
+        rows=rows,
         threads=config.workers,
         prefetch=config.prefetch,
     )
@@ -149,22 +261,32 @@ def evaluation_batches(
     *,
     batch_size: int,
     length: int,
+    objective: ObjectiveConfig = _CAUSAL,
     process_index: int = 0,
     process_count: int = 1,
     max_batches: int | None = None,
 ) -> EvaluationBatches:
-    """The validation batches of one process, as `train_batches`. Every validation token is predicted once.
+    """The validation batches of one process, as `train_batches`.
 
-    Raises `UserError` if no validation text was prepared.
+    Every validation token is predicted once where all tokens are: causal, seq2seq. Where an objective draws, it draws the
+    same for an example every time; span corruption leaves out what does not fill a sequence. Raises `UserError` if no
+    validation text was prepared.
     """
     if not prepared.validation:
         raise UserError("no validation text: set data.validation_fraction above 0, or give data.validation a source")
-    return EvaluationBatches(
-        [examples(array, config.packing, length, training=False) for array in prepared.validation],
+    check_objective(prepared, objective, length)
+    rows = _rows(batch_size, process_index, process_count)
+    threads, prefetch, shown = config.workers, config.prefetch, process_index == 0
+    if config.packing == "pad":
+        buckets = [Buckets(array, length, objective, batch_size, 0, shown=shown) for array in prepared.validation]
+        return BucketedEvaluation(buckets, rows=rows, threads=threads, prefetch=prefetch, max_batches=max_batches)
+    make = ExamplesMaker(prepared.tokenizer, config.packing, length, objective)
+    return OrderedBatches(
+        [make(array, training=False, shown=shown) for array in prepared.validation],
         batch_size=batch_size,
-        rows=_rows(batch_size, process_index, process_count),
-        threads=config.workers,
-        prefetch=config.prefetch,
+        rows=rows,
+        threads=threads,
+        prefetch=prefetch,
         max_batches=max_batches,
     )
 
@@ -210,17 +332,37 @@ def _order(sources: list[Examples], weights: list[float], seed: int) -> Any:
     return grain.MapDataset.mix(shuffled, weights) if len(shuffled) > 1 else shuffled[0]
 
 
-def _gather(sources: list[Examples], first_id: np.ndarray, ids: np.ndarray) -> Batch:
+def _endless_order(sources: int, weights: list[float]) -> Any:
+    """The endless sequence of (source, how often it was drawn before), found by place."""
+    import grain
+
+    counted = [
+        grain.MapDataset.range(_ENDLESS).map(lambda ordinal, number=number: (number, ordinal))
+        for number in range(sources)
+    ]
+    return grain.MapDataset.mix(counted, weights) if sources > 1 else counted[0]
+
+
+def _gather(sources: list[Examples], first_id: np.ndarray, ids: np.ndarray, draws: Draws) -> Batch:
     """The examples of global `ids` [B], whichever sources they belong to."""
     owner = np.searchsorted(first_id, ids, side="right") - 1
     if np.all(owner == owner[0]):
-        return sources[owner[0]].gather(ids - first_id[owner[0]]) | {"example": ids}
+        return sources[owner[0]].gather(ids - first_id[owner[0]], draws) | {"example": ids}
     batch: Batch = {"example": ids}
     for number in np.unique(owner):
         rows = np.flatnonzero(owner == number)
-        for name, part in sources[number].gather(ids[rows] - first_id[number]).items():
+        for name, part in sources[number].gather(ids[rows] - first_id[number], draws.rows(rows)).items():
             batch.setdefault(name, np.empty((len(ids), *part.shape[1:]), part.dtype))[rows] = part
     return batch
+
+
+def _pairs_of(source: Buckets, width: int, pairs: np.ndarray, first_id: int) -> Batch:
+    return source.gather(width, pairs) | {"example": np.where(pairs < 0, -1, pairs + first_id)}
+
+
+def _mean(parts: list[tuple[int, float]]) -> float:
+    """The mean of values by their counts."""
+    return sum(count * value for count, value in parts) / sum(count for count, _ in parts)
 
 
 def _fetch_ahead(

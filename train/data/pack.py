@@ -19,16 +19,19 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from train.data.cache import sync
+from train.data.draws import Draws
 from train.data.store import TokenArray
 from transformer.errors import UserError
 
-Packing = Literal["chunk", "documents"]
+Packing = Literal["chunk", "documents", "pad"]
 
 _WINDOW = 1 << 20  # document remainders that are fitted together: bounds the memory that packing takes
 _INDEX_VERSION = 1
@@ -45,13 +48,21 @@ class Examples(abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The examples at `indices` [B] int64, each in [0, len): arrays [B, T] as the module describes."""
+    def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
+        """The examples at `indices` [B] int64, each in [0, len): arrays [B, T] as the module describes.
+
+        `draws` has a stream of random numbers for each row, for an objective that takes any.
+        """
 
     @property
     @abc.abstractmethod
     def efficiency(self) -> float:
-        """The part of all positions that have a target; the rest is padding."""
+        """The part of all positions that hold a token of text; the rest is padding."""
+
+    @property
+    def source_efficiency(self) -> float | None:
+        """The same of the source, where there is one."""
+        return None
 
 
 class Chunked(Examples):
@@ -68,7 +79,7 @@ class Chunked(Examples):
     def __len__(self) -> int:
         return self._len
 
-    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
         places = indices[:, None] * self.length + np.arange(self.length + 1)
         window = self._tokens[np.minimum(places, self._targets)].astype(np.int32)
         weights = (places[:, 1:] <= self._targets).astype(np.float32)
@@ -91,7 +102,8 @@ class Documents(Examples):
 
     def __init__(self, array: TokenArray, length: int) -> None:
         super().__init__(array, length)
-        index = _load_or_make_index(array, length)
+        name = f"fit{_INDEX_VERSION}-{length}"
+        index = kept_index(array, name, lambda: fit_documents(array.offsets, length))
         self._starts, self._lengths = index[:, 0], index[:, 1]
         count = int(index[-1, 2]) + 1 if len(index) else 0
         self._bounds = np.searchsorted(index[:, 2], np.arange(count + 1))
@@ -99,37 +111,71 @@ class Documents(Examples):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        # From rows to pieces, then from pieces to tokens, each time by repeating what a group shares and adding
-        # the place within the group: no Python loop, however short the documents are.
-        first, counts = self._bounds[indices], self._bounds[indices + 1] - self._bounds[indices]
-        place = _place_in_group(counts)
-        pieces = np.repeat(first, counts) + place
-        rows = np.repeat(np.arange(len(indices)), counts)
-        sizes = self._lengths[pieces]
-        before = np.cumsum(sizes) - sizes  # tokens of all pieces before, whose first in the row is the row's own start
-        columns = before - np.repeat(before[np.cumsum(counts) - counts], counts)
-
-        positions = _place_in_group(sizes)
-        source = np.repeat(self._starts[pieces], sizes) + positions
-        target = np.repeat(rows * self.length + columns, sizes) + positions
-        values = {
-            "tokens": self._tokens[source],
-            "targets": self._tokens[source + 1],
-            "weights": np.float32(1),
-            "segments": np.repeat(place + 1, sizes),
-            "positions": positions,
+    def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
+        placed = Placed.at(self._bounds, self._lengths, indices, self.length)
+        source = np.repeat(self._starts[placed.pieces], placed.sizes) + placed.positions
+        return {
+            "tokens": placed.spread(self._tokens[source]),
+            "targets": placed.spread(self._tokens[source + 1]),
+            "weights": placed.spread(np.float32(1)),
+            **placed.places(),
         }
-        batch = {}
-        for name, value in values.items():
-            flat = np.zeros(len(indices) * self.length, np.float32 if name == "weights" else np.int32)
-            flat[target] = value
-            batch[name] = flat.reshape(len(indices), self.length)
-        return batch
 
     @property
     def efficiency(self) -> float:
         return int(self._lengths.sum()) / max(1, len(self) * self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Where in the rows of a batch the tokens of its pieces go. P pieces in B rows of T positions, N tokens in all."""
+
+    pieces: np.ndarray
+    """[P], row by row."""
+    sizes: np.ndarray
+    """[P], in tokens."""
+    segments: np.ndarray
+    """[N], from 1 in each row."""
+    positions: np.ndarray
+    """[N], from 0 in each piece."""
+    flat: np.ndarray
+    """[N], each token's place in [B · T]."""
+    shape: tuple[int, int]
+    """(B, T)."""
+
+    @classmethod
+    def at(cls, bounds: np.ndarray, sizes: np.ndarray, rows: np.ndarray, length: int) -> Placed:
+        """Rows r of `rows` [B] hold the pieces `bounds[r]` to `bounds[r + 1]`, whose sizes are in `sizes`."""
+        first, counts = bounds[rows], bounds[rows + 1] - bounds[rows]
+        return cls.of(np.repeat(first, counts) + place_in_group(counts), counts, sizes, length)
+
+    @classmethod
+    def of(cls, pieces: np.ndarray, counts: np.ndarray, sizes: np.ndarray, length: int) -> Placed:
+        """The first `counts[0]` of `pieces` [P] are in row 0, and so on; `sizes` has those of all pieces there are."""
+        # From rows to pieces, then from pieces to tokens, each time by repeating what a group shares and adding
+        # the place within the group: no Python loop, however short the documents are.
+        rows = np.repeat(np.arange(len(counts)), counts)
+        sizes = sizes[pieces]
+        before = np.cumsum(sizes) - sizes  # tokens of all pieces before, whose first in the row is the row's own start
+        row_starts = (np.cumsum(counts) - counts)[counts > 0]
+        columns = before - np.repeat(before[row_starts], counts[counts > 0])
+        positions = place_in_group(sizes)
+        flat = np.repeat(rows * length + columns, sizes) + positions
+        segments = np.repeat(place_in_group(counts) + 1, sizes)
+        return cls(pieces, sizes, segments, positions, flat, (len(counts), length))
+
+    def spread(self, values: np.ndarray | np.float32) -> np.ndarray:
+        """Values [N] of the tokens at their places: [B, T], 0 elsewhere; float32 for floats, else int32."""
+        rows = np.zeros(self.shape, np.float32 if values.dtype == np.float32 else np.int32)
+        rows.reshape(-1)[self.flat] = values
+        return rows
+
+    def places(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """The arrays `segments` and `positions`."""
+        return {
+            f"{prefix}segments": self.spread(self.segments),
+            f"{prefix}positions": self.spread(self.positions),
+        }
 
 
 def examples(array: TokenArray, packing: Packing, length: int, *, training: bool) -> Examples:
@@ -146,28 +192,36 @@ def examples(array: TokenArray, packing: Packing, length: int, *, training: bool
 def fit_documents(offsets: np.ndarray, length: int) -> np.ndarray:
     """Fit documents into examples: [P, 3] int64, for each piece its first input, its size and its example.
 
-    `offsets` [documents + 1] is `TokenArray.offsets`. Pieces are sorted by example. A document longer than `length`
-    gives full examples and a remainder; remainders and shorter documents are fitted together, largest first, each
-    into the fullest example that still has room.
+    `offsets` [documents + 1] is `TokenArray.offsets`. Pieces are sorted by example.
     """
-    starts, sizes = offsets[:-1] - 1, np.diff(offsets)
-    full = sizes // length
-    full_starts = np.repeat(starts, full) + length * _place_in_group(full)
-    parts = [np.stack([full_starts, np.full_like(full_starts, length), np.arange(len(full_starts))], axis=1)]
+    return fit_pieces(offsets[:-1] - 1, np.diff(offsets), length)
+
+
+def fit_pieces(starts: np.ndarray, sizes: np.ndarray, length: int, *, extra: int = 0) -> np.ndarray:
+    """Fit texts of these `starts` and `sizes` [documents] into examples of `length`: [P, 3] as `fit_documents`.
+
+    A text longer than an example gives full examples and a remainder; remainders and shorter texts are fitted
+    together, largest first, each into the fullest example that still has room. Each piece takes `extra` positions
+    besides its own tokens.
+    """
+    room = length - extra
+    full = sizes // room
+    full_starts = np.repeat(starts, full) + room * place_in_group(full)
+    parts = [np.stack([full_starts, np.full_like(full_starts, room), np.arange(len(full_starts))], axis=1)]
     count = len(full_starts)
 
-    rest = sizes % length
-    rest_starts, rest = (starts + full * length)[rest > 0], rest[rest > 0]
+    rest = sizes % room
+    rest_starts, rest = (starts + full * room)[rest > 0], rest[rest > 0]
     for begin in range(0, len(rest), _WINDOW):
         window = slice(begin, begin + _WINDOW)
-        bins = _best_fit_decreasing(rest[window], length)
+        bins = best_fit_decreasing(rest[window] + extra, length)
         order = np.argsort(bins, kind="stable")
         parts.append(np.stack([rest_starts[window], rest[window], bins + count], axis=1)[order])
         count += int(bins.max()) + 1
     return np.concatenate(parts).astype(np.int64)
 
 
-def _best_fit_decreasing(sizes: np.ndarray, room: int) -> np.ndarray:
+def best_fit_decreasing(sizes: np.ndarray, room: int) -> np.ndarray:
     """A bin for each of `sizes` [P], all in [1, room], such that no bin holds more than `room`."""
     bins = np.empty(len(sizes), np.int64)
     bins_with: list[list[int]] = [[] for _ in range(room + 1)]  # by the room that they have left
@@ -190,18 +244,19 @@ def _best_fit_decreasing(sizes: np.ndarray, room: int) -> np.ndarray:
     return bins
 
 
-def _place_in_group(sizes: np.ndarray) -> np.ndarray:
+def place_in_group(sizes: np.ndarray) -> np.ndarray:
     """0, 1, ... within each of consecutive groups of these sizes: [2, 3] gives 0 1 0 1 2."""
     ends = np.cumsum(sizes)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)
 
 
-def _load_or_make_index(array: TokenArray, length: int) -> np.ndarray:
+def kept_index(array: TokenArray, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` returns, from the file `name` beside the tokens if it was made before."""
     if array.index_path is None:
-        return fit_documents(array.offsets, length)
-    path = Path(f"{array.index_path}.fit{_INDEX_VERSION}-{length}.npy")
+        return make()
+    path = Path(f"{array.index_path}.{name}.npy")
     if not path.is_file():
-        index = fit_documents(array.offsets, length)
+        index = make()
         # Keeping the index only saves time: where the folder cannot be written, it is made anew each run.
         with contextlib.suppress(OSError):
             _save_whole(path, index)

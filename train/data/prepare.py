@@ -12,18 +12,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from train.data.baseline import Baseline
 from train.data.cache import cache_dir, sync, writing
+from train.data.objective_config import ObjectiveConfig, largest_inserted
 from train.data.progress import report, say
 from train.data.readers import Rejects
 from train.data.source import SourceConfig, documents, identity, text_size, validation_position
-from train.data.store import FORMAT_VERSION, Counts, Meta, Prepared, Split, TokenWriter, write_meta, write_tokenizer
+from train.data.store import FORMAT_VERSION, Counts, DocumentWriter, Meta, Prepared, Split, write_meta, write_tokenizers
 from train.data.tokenise import tokenised
 from train.data.tokenizer import Tokenizer, TokenizerConfig
 from train.data.vocabulary import is_trained, make_tokenizer
-from transformer.errors import UserError, require
+from transformer.errors import ConfigError, UserError, require
 
 _PARTIAL = ".partial"
 _LOCK = ".lock"
@@ -38,12 +39,15 @@ class DataConfig:
     validation: tuple[SourceConfig, ...] = ()
     """Where validation text comes from; empty: documents held out from `sources`."""
     validation_fraction: float = 0.05
-    """The part of the documents that is held out, chosen by document id; not used where `validation` is given."""
+    """The part of the documents that is held out, chosen by document id, or by group where the source has a
+    `group_field`; not used where `validation` is given."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes token ids."""
-    packing: Literal["chunk", "documents"] = "chunk"
-    """`chunk`: all documents joined, cut into sequences; `documents`: whole documents fitted into sequences, none of
-    which attends to another."""
+    target_tokenizer: TokenizerConfig | None = None
+    """How the other side of pairs becomes token ids; null: by the same vocabulary, trained on both sides."""
+    packing: Literal["chunk", "documents", "pad"] = "chunk"
+    """`chunk`: all documents joined, cut into sequences; `documents`: whole documents, or pairs, fitted into sequences,
+    none of which attends to another; `pad`: one pair a row, in batches of pairs of similar length."""
     num_workers: int = 0
     """Threads that tokenise, and threads that fetch batches; 0: one per core."""
     prefetch: int = 4
@@ -51,9 +55,27 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self, "sources", len(self.sources) > 0, "at least one source")
+        for part in ("sources", "validation"):
+            other = [source.title for source in getattr(self, part) if source.gives_pairs != self.pairs]
+            if other:
+                wanted = f"which {'gives no pairs' if self.pairs else 'gives pairs'}: all sources do, or none does"
+                raise ConfigError(DataConfig, part, other[0], wanted)
+        require(self, "target_tokenizer", self.pairs or self.target_tokenizer is None, "only for sources of pairs")
+        if self.pairs:
+            wanted = "'documents' or 'pad' for pairs: cut anywhere, the two sides would not correspond"
+            require(self, "packing", self.packing != "chunk", wanted)
+        else:
+            require(
+                self, "packing", self.packing != "pad", "'pad' is for pairs; 'chunk' or 'documents' for single texts"
+            )
         require(self, "validation_fraction", 0 <= self.validation_fraction < 1, "at least 0 and below 1")
         require(self, "num_workers", self.num_workers >= 0, "a number of threads, or 0 for one per core")
         require(self, "prefetch", self.prefetch >= 1, "at least 1")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the sources give pairs, such as a text and its translation."""
+        return bool(self.sources) and self.sources[0].gives_pairs
 
     @property
     def workers(self) -> int:
@@ -89,24 +111,42 @@ def fingerprint(config: DataConfig) -> str:
 
     Raises `UserError` for a source or tokenizer file that is missing.
     """
-    tokenizer = dataclasses.asdict(config.tokenizer)
-    if config.tokenizer.path:
-        tokenizer["content"] = _content_hash(Path(config.tokenizer.path).expanduser())
     content = {
         "format": FORMAT_VERSION,
         "sources": [identity(source) for source in config.sources],
         "validation": [identity(source) for source in config.validation] or config.validation_fraction,
-        "tokenizer": tokenizer,
+        "tokenizer": _tokenizer_identity(config.tokenizer),
+        "target_tokenizer": config.target_tokenizer and _tokenizer_identity(config.target_tokenizer),
     }
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def check_vocabulary(prepared: Prepared, vocab_size: int) -> None:
-    """Raise a `UserError` unless every prepared token id is below a model's `vocab_size`."""
-    if prepared.meta.largest_id >= vocab_size:
+def check_vocabulary(
+    prepared: Prepared,
+    vocab_size: int,
+    *,
+    target_vocab_size: int | None = None,
+    objective: ObjectiveConfig | None = None,
+) -> None:
+    """Raise a `UserError` unless every token id that a model meets is below its `vocab_size`.
+
+    With `target_vocab_size` what is predicted has a vocabulary of its own: the other side of pairs. An `objective` adds
+    the special tokens that it puts into sequences.
+    """
+    meta = prepared.meta
+    inserted = largest_inserted(prepared.tokenizer, objective or ObjectiveConfig())
+    one_for_all = meta.largest_target_id if target_vocab_size is None else 0
+    _check_ids(prepared, "vocab_size", max(meta.largest_id, inserted, one_for_all), vocab_size, prepared.tokenizer)
+    if target_vocab_size is not None:
+        target = prepared.target_tokenizer
+        _check_ids(prepared, "target_vocab_size", meta.largest_target_id, target_vocab_size, target)
+
+
+def _check_ids(prepared: Prepared, field: str, largest: int, vocab_size: int, tokenizer: Tokenizer) -> None:
+    if largest >= vocab_size:
         raise UserError(
-            f"{prepared.directory}: token id {prepared.meta.largest_id} is outside the model's vocabulary of "
-            f"{vocab_size}; set the model's vocab_size to at least {prepared.meta.vocab_size}"
+            f"{prepared.directory}: token id {largest} is outside the model's vocabulary of "
+            f"{vocab_size}; set the model's {field} to at least {max(tokenizer.vocab_size, largest + 1)}"
         )
 
 
@@ -116,36 +156,49 @@ def _make(target: Path, config: DataConfig, *, shown: bool) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        tokenizer = _tokenizer(config, shown=shown)
-        write_tokenizer(partial, tokenizer)
-        write_meta(partial, _write_tokens(partial, config, tokenizer, target.name, shown=shown))
+        tokenizers = _tokenizers(config, shown=shown)
+        write_tokenizers(partial, tokenizers)
+        write_meta(partial, _write_tokens(partial, config, tokenizers, target.name, shown=shown))
         os.replace(partial, target)
         sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _tokenizer(config: DataConfig, *, shown: bool) -> Tokenizer:
-    if is_trained(config.tokenizer):
-        say(f"training a {config.tokenizer.kind} tokenizer of {config.tokenizer.vocab_size} tokens", shown=shown)
-    return make_tokenizer(config.tokenizer, _training_texts(config))
+def _tokenizers(config: DataConfig, *, shown: bool) -> list[Tokenizer]:
+    """The tokenizer, and that of a pair's other side if it has one of its own."""
+    if config.target_tokenizer is None:
+        return [_tokenizer(config.tokenizer, _training_texts(config, config.tokenizer, None), shown=shown)]
+    both = (config.tokenizer, config.target_tokenizer)
+    return [_tokenizer(one, _training_texts(config, one, side), shown=shown) for side, one in enumerate(both)]
 
 
-def _training_texts(config: DataConfig) -> Iterator[str]:
-    """Text to learn a vocabulary from: training documents only, up to the same number of bytes of each source."""
+def _tokenizer(config: TokenizerConfig, texts: Iterator[str], *, shown: bool) -> Tokenizer:
+    if is_trained(config):
+        say(f"training a {config.kind} tokenizer of {config.vocab_size} tokens", shown=shown)
+    return make_tokenizer(config, texts)
+
+
+def _training_texts(config: DataConfig, tokenizer: TokenizerConfig, side: int | None) -> Iterator[str]:
+    """Text to learn a vocabulary from: training documents only, up to the same number of bytes of each source.
+
+    Of pairs, that of one `side`; None for all sides.
+    """
     for source in config.sources:
-        left = config.tokenizer.training_bytes // len(config.sources)
+        left = tokenizer.training_bytes // len(config.sources)
         for document in documents(source):
             if left <= 0:
                 break
-            if validation_position(document.id) >= _held_out(config):
-                left -= len(document.text.encode())
-                yield document.text
+            if validation_position(document.split_by) >= _held_out(config):
+                for text in document.sides if side is None else document.sides[side : side + 1]:
+                    left -= len(text.encode())
+                    yield text
 
 
-def _write_tokens(directory: Path, config: DataConfig, tokenizer: Tokenizer, name: str, *, shown: bool) -> Meta:
+def _write_tokens(directory: Path, config: DataConfig, tokenizers: list[Tokenizer], name: str, *, shown: bool) -> Meta:
     """Tokenise every source into `directory`, and count."""
-    run = _Run(directory, tokenizer, Baseline(), config.workers, shown)
+    own, other = tokenizers[0], tokenizers[-1]
+    run = _Run(directory, (own, other) if config.pairs else (own,), Baseline(), config.workers, shown)
     counts = [run.write(number, source, _held_out(config)) for number, source in enumerate(config.sources)]
     counts += [run.write(number, source, 1.0) for number, source in enumerate(config.validation)]
     train = tuple(split["train"] for split in counts if "train" in split)
@@ -156,13 +209,14 @@ def _write_tokens(directory: Path, config: DataConfig, tokenizer: Tokenizer, nam
         format_version=FORMAT_VERSION,
         fingerprint=name,
         python=platform.python_version(),
-        dtype=tokenizer.dtype.str,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text=tokenizer.end_of_text,
+        dtype=own.dtype.str,
+        vocab_size=own.vocab_size,
+        end_of_text=own.end_of_text,
         train=train,
         validation=validation,
         gzip_bytes=gzip_bytes,
         xz_bytes=xz_bytes,
+        target_vocab_size=other.vocab_size if config.pairs else None,
     )
 
 
@@ -171,7 +225,8 @@ class _Run:
     """What tokenising one source has in common with tokenising the next."""
 
     directory: Path
-    tokenizer: Tokenizer
+    tokenizers: tuple[Tokenizer, ...]
+    """One for each side of a document."""
     baseline: Baseline
     workers: int
     shown: bool
@@ -179,21 +234,19 @@ class _Run:
     def write(self, number: int, source: SourceConfig, held_out: float) -> dict[Split, Counts]:
         """Tokenise source `number`, the fraction `held_out` of its documents for validation; count what was written."""
         rejects = Rejects(source.on_error)
-        writers: dict[Split, TokenWriter] = {}
+        writers: dict[Split, DocumentWriter] = {}
         with contextlib.ExitStack() as stack:
             if held_out < 1:
                 writers["train"] = stack.enter_context(self._writer("train", number, source))
             if held_out > 0:
                 writers["validation"] = stack.enter_context(self._writer("validation", number, source))
             advance = stack.enter_context(report(f"tokenising {source.title}", text_size(source), shown=self.shown))
-            for document, ids in tokenised(self.tokenizer, documents(source, rejects), self.workers):
-                text = document.text.encode()
-                if validation_position(document.id) < held_out:
-                    writers["validation"].add(ids, len(text))
-                    self.baseline.add(text)
-                else:
-                    writers["train"].add(ids, len(text))
-                advance(len(text))
+            for document, ids in tokenised(self.tokenizers, documents(source, rejects), self.workers):
+                is_held_out = validation_position(document.split_by) < held_out
+                writers["validation" if is_held_out else "train"].add(ids, document.sides)
+                if is_held_out:
+                    self.baseline.add(document.sides[-1].encode())
+                advance(sum(len(text.encode()) for text in document.sides))
             counts: dict[Split, Counts] = {split: writer.finish() for split, writer in writers.items()}
         if rejects.count:
             first = next(iter(counts))
@@ -201,8 +254,8 @@ class _Run:
             say(f"{source.title}: {rejects.count} documents left out, the first: {rejects.first}", shown=self.shown)
         return counts
 
-    def _writer(self, split: Split, number: int, source: SourceConfig) -> TokenWriter:
-        return TokenWriter(self.directory, split, number, source.title, self.tokenizer)
+    def _writer(self, split: Split, number: int, source: SourceConfig) -> DocumentWriter:
+        return DocumentWriter(self.directory, split, number, source.title, self.tokenizers)
 
 
 def _held_out(config: DataConfig) -> float:
@@ -253,6 +306,11 @@ def _remove_abandoned(folder: Path, *, but: Path) -> None:
     for partial in set(folder.glob(f"*{_PARTIAL}")) - {but.with_suffix(_PARTIAL)}:
         with contextlib.suppress(Timeout), FileLock(partial.with_suffix(_LOCK), timeout=0):
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tokenizer_identity(config: TokenizerConfig) -> dict[str, Any]:
+    settings = dataclasses.asdict(config)
+    return settings | ({"content": _content_hash(Path(config.path).expanduser())} if config.path else {})
 
 
 def _content_hash(path: Path) -> str:

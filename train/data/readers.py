@@ -12,7 +12,7 @@ import sqlite3
 import sys
 import tokenize
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
@@ -35,10 +35,47 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Document(NamedTuple):
-    """One text of a corpus. Its id is stable from run to run: the validation split is made from it."""
+    """One text of a corpus, or one pair of texts. Its id is stable from run to run."""
 
     id: str
     text: str
+    target: str | None = None
+    """The other side of a pair."""
+    group: str = ""
+    """What this document belongs to, such as a chapter; empty: nothing but itself."""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The text, and in a pair the other side's."""
+        return (self.text,) if self.target is None else (self.text, self.target)
+
+    @property
+    def split_by(self) -> str:
+        """What the validation split goes by: documents of one group are held out together."""
+        return self.group or self.id
+
+
+class Fields(NamedTuple):
+    """The fields of a record that make up a document; a dotted path such as `translation.fr` reaches inside."""
+
+    text: str
+    target: str = ""
+    group: str = ""
+
+    def by_setting(self) -> dict[str, str]:
+        """The fields that are wanted, by the setting which names them."""
+        named = {"text_field": self.text, "target_field": self.target, "group_field": self.group}
+        return {setting: field for setting, field in named.items() if field}
+
+    def columns(self, known: list[str]) -> list[str]:
+        """The columns among `known` to read, each once. Raises `KeyError` with a reason for one that is missing."""
+        found = []
+        for setting, field in self.by_setting().items():
+            root = field if field in known else field.partition(".")[0]
+            if root not in known:
+                raise KeyError(missing_field(setting, field, known))
+            found.append(root)
+        return list(dict.fromkeys(found))
 
 
 @dataclass
@@ -66,7 +103,7 @@ class Reader:
     """How to turn files into documents. `read` is the only entrance; the rest is one method per format."""
 
     format: Literal["auto"] | Format
-    text_field: str
+    fields: Fields
     separator: str
     query: str
     rejects: Rejects
@@ -135,18 +172,16 @@ class Reader:
                     continue
                 if not isinstance(row, dict):
                     self.rejects.add(place, f"expected a JSON object, got {type(row).__name__}")
-                elif self.text_field not in row:
-                    self.rejects.add(place, missing_field(self.text_field, list(row)))
-                elif (text := self.valid(row[self.text_field], place)) is not None:
-                    yield Document(f"{name}:{line}", text)
+                elif document := self.document(row, f"{name}:{line}", place):
+                    yield document
 
     def _csv(self, path: Path, name: str) -> Iterator[Document]:
         csv.field_size_limit(sys.maxsize)  # a document may well be longer than the module's 128 KiB
         with open_bytes(path) as stream:
             rows = csv.DictReader(data.decode("utf-8", "surrogateescape") for data in stream)
             fields = [field.removeprefix("\ufeff") for field in rows.fieldnames or ()]
-            if fields and self.text_field not in fields:
-                raise UserError(f"{path}:1: {missing_field(self.text_field, fields)}")
+            if fields:
+                self.columns(fields, f"{path}:1")
             rows.fieldnames = fields
             while True:
                 try:
@@ -159,8 +194,8 @@ class Reader:
                 place = f"{path}:{rows.line_num}"
                 if None in row or None in row.values():
                     self.rejects.add(place, f"malformed CSV (not the header's {len(fields)} fields)")
-                elif (text := self.valid(row[self.text_field], place)) is not None:
-                    yield Document(f"{name}:{rows.line_num}", text)
+                elif document := self.document(row, f"{name}:{rows.line_num}", place):
+                    yield document
 
     def _parquet(self, path: Path, name: str) -> Iterator[Document]:
         import pyarrow as pa
@@ -168,46 +203,93 @@ class Reader:
 
         try:
             with pq.ParquetFile(path) as file:
-                if self.text_field not in (fields := file.schema_arrow.names):
-                    raise UserError(f"{path}: {missing_field(self.text_field, fields)}")
-                row = 0
-                for batch in file.iter_batches(columns=[self.text_field]):
-                    for value in batch.column(0).to_pylist():
-                        row += 1
-                        if (text := self.valid(value, f"{path}:{row}")) is not None:
-                            yield Document(f"{name}:{row}", text)
+                columns = self.columns(file.schema_arrow.names, str(path))
+                number = 0
+                for batch in file.iter_batches(columns=columns):
+                    for row in batch.to_pylist():
+                        number += 1
+                        if document := self.document(row, f"{name}:{number}", f"{path}:{number}"):
+                            yield document
         except pa.ArrowException as error:
             raise UserError(f"{path}: not a Parquet file that can be read ({_line(error)}); make it again") from error
 
     def _sqlite(self, path: Path, name: str) -> Iterator[Document]:
-        # Read-only and immutable: no journal is written beside a file that is not ours.
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+        # Read-only and immutable: no journal is written beside a file that is not ours. A tokenizer that is trained on
+        # these documents asks for them from threads of its own, one at a time.
+        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
         connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
         try:
             rows = connection.execute(self.query)
-            fields = [column[0] for column in rows.description or ()]
-            if self.text_field not in fields and len(fields) != 1:
-                raise UserError(f"{path}: query: {missing_field(self.text_field, fields)}")
-            column = fields.index(self.text_field) if self.text_field in fields else 0
-            for number, row in enumerate(rows, start=1):
-                if (text := self.valid(row[column], f"{path}: row {number}")) is not None:
-                    yield Document(f"{name}:{number}", text)
+            columns = [column[0] for column in rows.description or ()]
+            if len(columns) == 1 and len(self.fields.by_setting()) == 1:
+                columns = [self.fields.text]  # the only column is the text, whatever its name
+            self.columns(columns, f"{path}: query")
+            for number, values in enumerate(rows, start=1):
+                row = dict(zip(columns, values, strict=True))
+                if document := self.document(row, f"{name}:{number}", f"{path}: row {number}"):
+                    yield document
         except sqlite3.Error as error:
             raise UserError(f"{path}: query: {error}; check the query and that this is a SQLite database") from error
         finally:
             connection.close()
 
-    def valid(self, value: Any, place: str) -> str | None:
+    def columns(self, known: list[str], place: str) -> list[str]:
+        """The columns of a table to read. Raises `UserError` for one that the table lacks."""
+        try:
+            return self.fields.columns(known)
+        except KeyError as error:
+            raise UserError(f"{place}: {error.args[0]}") from None
+
+    def document(self, row: Mapping[str, Any], id: str, place: str) -> Document | None:
+        """The document that a record holds; None for an empty text, and after telling `rejects` about a fault."""
+        values = {}
+        for setting, field in self.fields.by_setting().items():
+            try:
+                values[setting] = value_at(row, field)
+            except KeyError:
+                self.rejects.add(place, missing_field(setting, field, list(row)))
+                return None
+        text = self._valid(values["text_field"], self.fields.text, place)
+        if text is None:
+            return None
+        target = None
+        if self.fields.target:
+            target = self._valid(values["target_field"], self.fields.target, place)
+            if target is None:
+                return None
+            for field, side in ((self.fields.text, text), (self.fields.target, target)):
+                if not side.strip():
+                    self.rejects.add(place, f"field {field!r} is empty, and so is one side of the pair")
+                    return None
+        group = values.get("group_field", "")
+        if group is None:
+            self.rejects.add(place, f"field {self.fields.group!r} holds nothing")
+            return None
+        return Document(id, text, target, str(group).encode("utf-8", "replace").decode()) if text else None
+
+    def _valid(self, value: Any, field: str, place: str) -> str | None:
         """`value` if it is text that UTF-8 can hold, else None after telling `rejects` about `place`."""
         if not isinstance(value, str):
-            self.rejects.add(place, f"field {self.text_field!r} holds {type(value).__name__}, not text")
+            self.rejects.add(place, f"field {field!r} holds {type(value).__name__}, not text")
             return None
         try:
             value.encode()
         except UnicodeEncodeError:  # an undecodable byte that `surrogateescape` kept, or a lone "\ud800" in JSON
-            self.rejects.add(place, f"field {self.text_field!r} is not valid UTF-8")
+            self.rejects.add(place, f"field {field!r} is not valid UTF-8")
             return None
         return value
+
+
+def value_at(row: Mapping[str, Any], field: str) -> Any:
+    """The value of a field of a record, which a dotted path finds inside others. Raises `KeyError` if it is missing."""
+    if field in row:
+        return row[field]
+    root, _, rest = field.partition(".")
+    inner = row.get(root)
+    if not rest or not isinstance(inner, Mapping):
+        raise KeyError(field)
+    return value_at(inner, rest)
 
 
 def format_of(path: Path) -> Format:
@@ -239,10 +321,10 @@ def open_bytes(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def missing_field(field: str, fields: list[str]) -> str:
-    """The reason why a row or a table has no text: which field was looked for, and what there is."""
+def missing_field(setting: str, field: str, fields: list[str]) -> str:
+    """The reason why a record lacks a field that `setting` names: what was looked for, and what there is."""
     known = ", ".join(map(str, fields)) or "none"
-    return f"no field {field!r} (there is {known}); set text_field.{nearest(field, fields)}"
+    return f"no field {field!r} (there is {known}); set {setting}.{nearest(field, fields)}"
 
 
 def _split(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:

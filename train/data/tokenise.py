@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -20,24 +20,32 @@ _LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
 
 
 def tokenised(
-    tokenizer: Tokenizer, documents: Iterable[Document], workers: int
-) -> Iterator[tuple[Document, np.ndarray]]:
-    """Each document with its token ids [n], in the order given, whatever the number of `workers`.
+    tokenizers: Sequence[Tokenizer], documents: Iterable[Document], workers: int
+) -> Iterator[tuple[Document, tuple[np.ndarray, ...]]]:
+    """Each document with the token ids [n] of each of its sides, in the order given, whatever the number of `workers`.
 
-    The tokenizer releases the GIL, so threads are enough, and nothing is copied between processes. No more than a
-    few batches of text are in memory at once.
+    There is one tokenizer for each side. They release the GIL, so threads are enough, and nothing is copied between
+    processes. No more than a few batches of text are in memory at once.
     """
-    waiting: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
+
+    def encode(batch: list[Document]) -> list[tuple[np.ndarray, ...]]:
+        sides = zip(*(document.sides for document in batch), strict=True)
+        encoded = [tokenizer.encode_batch(texts) for tokenizer, texts in zip(tokenizers, sides, strict=True)]
+        return list(zip(*encoded, strict=True))
+
+    waiting: deque[tuple[list[Document], Future[list[tuple[np.ndarray, ...]]]]] = deque()
     with _library_threads_off(), ThreadPoolExecutor(workers, "tokenise") as pool:
         for batch in _batches(documents):
-            waiting.append((batch, pool.submit(tokenizer.encode_batch, [document.text for document in batch])))
+            waiting.append((batch, pool.submit(encode, batch)))
             if len(waiting) > workers * _BATCHES_PER_WORKER:
                 yield from _finished(*waiting.popleft())
         while waiting:
             yield from _finished(*waiting.popleft())
 
 
-def _finished(documents: list[Document], ids: Future[list[np.ndarray]]) -> Iterator[tuple[Document, np.ndarray]]:
+def _finished(
+    documents: list[Document], ids: Future[list[tuple[np.ndarray, ...]]]
+) -> Iterator[tuple[Document, tuple[np.ndarray, ...]]]:
     return zip(documents, ids.result(), strict=True)
 
 
@@ -46,7 +54,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text)
+        characters += sum(map(len, document.sides))
         if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0

