@@ -42,11 +42,15 @@ def widen(x: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOutput:
-    """What a language model returns."""
+    """What a model returns."""
 
     logits: Array
-    """[B, T, V], float32."""
+    """Scores, float32: [B, T, V] of a language model; another head says what its are."""
+    pooled_logits: Array | None = None
+    """[B, C] scores of a whole row, for a model that gives them beside its tokens'."""
     cache: Any = None
     """The key/value cache after these tokens, when one was given."""
     weights: Array | None = None
     """[L, B, N, T, S] attention weights, when they were asked for."""
+    router_loss: Array | None = None
+    """A scalar to add to the mean loss a token, for a model with mixtures of experts."""

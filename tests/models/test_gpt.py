@@ -171,7 +171,7 @@ def test_eight_devices_compute_what_one_does(shape):
 
 def test_layers_share_one_table_of_distances_and_learn_it():
     _, gradient = loss_and_gradient(RELATIVE, RELATIVE)
-    table = gradient["relative"]["table"][...]
+    table = gradient["layers"]["relative"]["table"][...]
     assert table.shape == (8, 4)
     assert float(jnp.abs(table).min()) > 0
 
@@ -221,7 +221,7 @@ def test_dropout_needs_a_key_and_follows_it():
 
 def test_residual_projections_start_smaller_with_depth():
     config = GPTConfig(vocab_size=V, max_length=16, num_layers=8, embed_dim=64, num_heads=4)
-    blocks = GPT(config, rngs=nnx.Rngs(0)).blocks
+    blocks = GPT(config, rngs=nnx.Rngs(0)).layers.blocks
     assert float(blocks.attention.query.kernel[...].std()) == pytest.approx(0.02, rel=0.05)
     assert float(blocks.attention.out.kernel[...].std()) == pytest.approx(0.02 / 4, rel=0.05)
     assert float(blocks.feed_forward.down.kernel[...].std()) == pytest.approx(0.02 / 4, rel=0.05)

@@ -29,13 +29,13 @@ def test_logits_equal_those_of_transformers():
     def layers(name):
         return np.stack([state[f"transformer.h.{layer}.{name}"] for layer in range(L)])
 
-    blocks = model.blocks
+    blocks = model.layers.blocks
     model.embed.table[...] = jnp.asarray(state["transformer.wte.weight"])
     model.positions.table[...] = jnp.asarray(state["transformer.wpe.weight"])
     for norm, name in ((blocks.attention_norm, "ln_1"), (blocks.feed_forward_norm, "ln_2")):
         norm.scale[...], norm.bias[...] = jnp.asarray(layers(f"{name}.weight")), jnp.asarray(layers(f"{name}.bias"))
-    model.final_norm.scale[...] = jnp.asarray(state["transformer.ln_f.weight"])
-    model.final_norm.bias[...] = jnp.asarray(state["transformer.ln_f.bias"])
+    model.layers.final_norm.scale[...] = jnp.asarray(state["transformer.ln_f.weight"])
+    model.layers.final_norm.bias[...] = jnp.asarray(state["transformer.ln_f.bias"])
     kernels = np.split(layers("attn.c_attn.weight"), 3, axis=-1)
     biases = np.split(layers("attn.c_attn.bias"), 3, axis=-1)
     attention = blocks.attention

@@ -32,6 +32,7 @@ class MultiHeadAttention(nnx.Module):
         rotary_period: longest period of rotary positions over 2π; None for no rotation.
         rotary_scaling: how they are stretched to a longer context.
         qk_norm: RMS-normalise each head's queries and keys (Henry et al. 2020; Dehghani et al. 2023).
+        scale: of the logits; None for 1 / sqrt(head_dim).
         learned_temperature: multiply each head's logits by a number of its own, which is 1 at first (Henry et al. 2020, g).
         logit_soft_cap: bound of the attention logits, or None.
         dropout_rate: of the attention weights.
@@ -54,6 +55,7 @@ class MultiHeadAttention(nnx.Module):
         rotary_period: float | None = None,
         rotary_scaling: RotaryScaling = NO_SCALING,
         qk_norm: bool = False,
+        scale: float | None = None,
         learned_temperature: bool = False,
         logit_soft_cap: float | None = None,
         dropout_rate: float = 0.0,
@@ -72,7 +74,7 @@ class MultiHeadAttention(nnx.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.is_cross = memory_dim is not None
         self.rotary_period, self.rotary_scaling = rotary_period, rotary_scaling
-        self.logit_soft_cap = logit_soft_cap
+        self.logit_scale, self.logit_soft_cap = scale, logit_soft_cap
         self.dropout_rate = dropout_rate
         self.backend = backend
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
@@ -157,6 +159,7 @@ class MultiHeadAttention(nnx.Module):
                 v_BSKH,
                 mask,
                 score_mod=score_mod,
+                scale=self.logit_scale,
                 logit_soft_cap=self.logit_soft_cap,
                 dropout_rate=self.dropout_rate,
                 dropout_key=key,

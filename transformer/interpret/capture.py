@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from transformer.errors import UserError
+from transformer.models.bert import Bert
 from transformer.models.gpt import GPT
 from transformer.types import Float
 
@@ -72,7 +73,7 @@ def bytes_needed(num_layers: int, num_heads: int, num_queries: int, num_keys: in
 
 
 def attention_maps(
-    model: GPT,
+    model: GPT | Bert,
     tokens: Sequence[int] | np.ndarray,
     labels: Sequence[str] | None = None,
     *,

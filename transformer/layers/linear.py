@@ -58,7 +58,7 @@ class Linear(nnx.Module):
 
     Args:
         in_shape, out_shape: for example (D,) and (N, H) for a projection into heads, or (N, H) and (D,) out of them.
-        axes: the logical name of each dim of the kernel, `in_shape` first.
+        axes: the logical name of each dim of the kernel, `in_shape` first; None for a dim that is never sharded.
         kernel_init: called on the kernel as a matrix, so that fans are counted right.
         dtype: the type to compute in; parameters are kept in `param_dtype`.
     """
@@ -68,7 +68,7 @@ class Linear(nnx.Module):
         in_shape: tuple[int, ...],
         out_shape: tuple[int, ...],
         *,
-        axes: tuple[str, ...],
+        axes: tuple[str | None, ...],
         use_bias: bool = True,
         kernel_init: Callable[..., Array],
         dtype: DTypeLike = jnp.float32,

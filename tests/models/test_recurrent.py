@@ -1,0 +1,313 @@
+"""The recurrent translator's properties, for both styles and every kind of attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from train.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
+from transformer.errors import ConfigError
+from transformer.layers.recurrent import KINDS
+from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator, count_parameters, flops_per_token
+
+B, S, T, SOURCE_V, V = 3, 7, 6, 23, 19
+BAHDANAU = RecurrentConfig(
+    source_vocab_size=SOURCE_V, vocab_size=V, embed_dim=8, hidden_dim=12, encoder_dim=6, attention_dim=10,
+    local_window=2, init_std=0.3,
+)  # fmt: skip
+LUONG = dataclasses.replace(BAHDANAU, cell="lstm", style="luong", attention="general", num_layers=2)
+STYLES = {"bahdanau": BAHDANAU, "luong": LUONG}
+SHAPES = {
+    **STYLES,
+    "tanh": dataclasses.replace(BAHDANAU, readout="tanh", bidirectional=False),
+    "bahdanau_lstm": dataclasses.replace(BAHDANAU, cell="lstm", num_layers=2),
+    "luong_gru": dataclasses.replace(LUONG, cell="gru", input_feeding=False),
+    "one_way": dataclasses.replace(LUONG, bidirectional=False, encoder_dim=None),
+    "mapped": dataclasses.replace(LUONG, encoder_dim=5),
+    "remat": dataclasses.replace(LUONG, remat="full"),
+}
+RNG = np.random.default_rng(0)
+SOURCE = jnp.asarray(RNG.integers(0, SOURCE_V, (B, S)), jnp.int32)
+TARGET = jnp.asarray(RNG.integers(0, V, (B, T)), jnp.int32)
+SOURCE_SEGMENTS = (jnp.arange(S) < jnp.array([[7], [4], [1]])).astype(jnp.int32)
+SEGMENTS = (jnp.arange(T) < jnp.array([[6], [3], [5]])).astype(jnp.int32)
+PADDED = {"source_segments_BS": SOURCE_SEGMENTS, "segments_BT": SEGMENTS}
+
+
+@functools.cache
+def make(config):
+    return nnx.split(RecurrentTranslator(config, rngs=nnx.Rngs(0)))
+
+
+def of_kind(style, kind, **changes):
+    return dataclasses.replace(STYLES[style], attention=kind, num_layers=1, **changes)
+
+
+@functools.cache
+def forward(config, return_weights):
+    graphdef = make(config)[0]
+    return jax.jit(
+        lambda params, *tokens, **options: nnx.merge(graphdef, params)(
+            *tokens, return_weights=return_weights, **options
+        )
+    )  # fmt: skip
+
+
+def run(config, source=SOURCE, target=TARGET, *, return_weights=False, **options):
+    return forward(config, return_weights)(make(config)[1], source, target, **options)
+
+
+@functools.cache
+def backward(config):
+    graphdef = make(config)[0]
+
+    def loss(params, source, target, weights, options):
+        logits = nnx.merge(graphdef, params)(source, target, **options).logits
+        return jnp.sum(jnp.where(weights[..., None] != 0, jnp.square(logits), 0))
+
+    return jax.jit(jax.grad(loss))
+
+
+def gradient(config, source=SOURCE, target=TARGET, **options):
+    return backward(config)(make(config)[1], source, target, options.get("segments_BT", jnp.ones((B, T))), options)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_float32_and_the_future_has_no_influence(shape):
+    logits = run(SHAPES[shape]).logits
+    assert logits.shape == (B, T, V)
+    assert logits.dtype == jnp.float32
+    assert bool(jnp.isfinite(logits).all())
+    after = run(SHAPES[shape], target=TARGET.at[:, 4:].set(0)).logits
+    np.testing.assert_array_equal(logits[:, :4], after[:, :4])
+    assert float(jnp.abs(logits[:, 4:] - after[:, 4:]).max()) > 1e-3
+    assert float(jnp.abs(logits - run(SHAPES[shape], source=SOURCE.at[:, -1].set(0)).logits).max()) > 1e-5
+
+
+def check_steps(config):
+    out = run(config, return_weights=True, **PADDED)
+    model = nnx.merge(*make(config))
+    memory = model.encode(SOURCE, source_segments_BS=SOURCE_SEGMENTS)
+    state = model.begin(memory, T)
+    assert all(leaf.shape[0] == B for leaf in jax.tree.leaves((memory, state)))
+    step = jax.jit(functools.partial(model.step, return_weights=True))
+    for t in range(T):
+        logits, state, weights = step(TARGET[:, t], state, memory)
+        real = np.asarray(SEGMENTS[:, t] != 0)
+        np.testing.assert_allclose(logits[real], out.logits[:, t][real], atol=2e-5)
+        assert (weights is None) == (out.weights is None)
+        if weights is not None:
+            np.testing.assert_allclose(weights[real], out.weights[0, :, 0, t][real], atol=2e-5)
+    logits, _ = model.step(TARGET[:, 0], model.begin(memory, T), memory)
+    np.testing.assert_allclose(logits, out.logits[:, 0], atol=2e-5)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_equal_teacher_forcing(style, kind):
+    check_steps(of_kind(style, kind))
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in STYLES])
+def test_steps_equal_teacher_forcing_in_every_shape(shape):
+    check_steps(SHAPES[shape])
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_has_no_influence(style, kind):
+    config = of_kind(style, kind)
+    source = jnp.where(SOURCE_SEGMENTS != 0, SOURCE, SOURCE_V - 1)
+    target = jnp.where(SEGMENTS != 0, TARGET, V - 1)
+    real = np.asarray(SEGMENTS != 0)
+    out, changed = (
+        run(config, return_weights=True, **PADDED),
+        run(config, source, target, return_weights=True, **PADDED),
+    )
+    np.testing.assert_array_equal(out.logits[real], changed.logits[real])
+    if out.weights is not None:
+        assert not (np.asarray(out.weights) * np.asarray(SOURCE_SEGMENTS == 0)[None, :, None, None]).any()
+    # A row by itself, without padding.
+    alone = nnx.merge(*make(config))(SOURCE[1:2, :4], TARGET[1:2, :3])
+    np.testing.assert_allclose(out.logits[1, :3], alone.logits[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_learns_and_padding_does_not(style, kind):
+    config = of_kind(style, kind, dropout=0.1)
+    expected = gradient(config, key=jax.random.key(3), **PADDED)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        assert bool(jnp.isfinite(leaf).all()), path
+        assert float(jnp.abs(leaf).max()) > 0, path
+    source = jnp.where(SOURCE_SEGMENTS != 0, SOURCE, SOURCE_V - 1)
+    target = jnp.where(SEGMENTS != 0, TARGET, V - 1)
+    got = gradient(config, source, target, key=jax.random.key(3), **PADDED)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    for table, tokens, segments in (("source_embed", source, SOURCE_SEGMENTS), ("embed", target, SEGMENTS)):
+        rows = np.asarray(got[table]["table"][...])
+        unseen = np.setdiff1d(np.arange(len(rows)), np.asarray(tokens)[np.asarray(segments != 0)])
+        assert not rows[unseen].any()
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"none", "delta"}))
+def test_weights_are_distributions(style, kind):
+    weights = np.asarray(run(of_kind(style, kind), return_weights=True, **PADDED).weights)
+    assert weights.shape == (1, B, 1, T, S)
+    if kind.startswith("local"):
+        # Gaussian weights are not normalised again, and a step behind the source sees none of it.
+        assert (weights.sum(-1) <= 1 + 1e-5).all()
+    else:
+        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    if kind == "hard":
+        assert set(np.unique(weights)) == {0, 1}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_looking_at_weights_leaves_the_output_alone(style):
+    plain, looked_at = run(STYLES[style], **PADDED), run(STYLES[style], return_weights=True, **PADDED)
+    assert plain.weights is None
+    np.testing.assert_allclose(plain.logits, looked_at.logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "delta"])
+def test_attention_without_weights_gives_none(kind):
+    assert run(of_kind("luong", kind), return_weights=True, **PADDED).weights is None
+
+
+def test_hard_attention_draws_with_a_key_alone():
+    config = of_kind("bahdanau", "hard")
+    plain = run(config).logits
+    np.testing.assert_array_equal(plain, run(config).logits)
+    first, again, other = (run(config, key=jax.random.key(seed)).logits for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert float(jnp.abs(first - other).max()) > 1e-3
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_dropout_needs_a_key_and_follows_it(style):
+    config = dataclasses.replace(STYLES[style], dropout=0.3)
+    np.testing.assert_array_equal(run(config).logits, run(STYLES[style]).logits)
+    first, again, other = (run(config, key=jax.random.key(seed)).logits for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert float(jnp.abs(first - other).max()) > 1e-3
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_small_batch_is_learned_by_heart(style):
+    config = dataclasses.replace(STYLES[style], embed_dim=16, hidden_dim=32, encoder_dim=16)
+    graphdef, params = make(config)
+    optimizer = optax.adam(2e-2)
+    inputs = jnp.pad(TARGET[:, :-1], ((0, 0), (1, 0)))
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params)(SOURCE, inputs, **PADDED).logits
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, TARGET)
+        return jnp.where(SEGMENTS != 0, losses, 0).sum() / SEGMENTS.sum().astype(jnp.float32)
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            value, gradient = jax.value_and_grad(loss)(params)
+            # optax raises a float to an integer's power.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=200)
+
+    losses = train(params)[1]
+    assert float(losses[0]) > 2
+    assert float(losses[-1]) < 0.02
+
+
+def test_rematerialisation_changes_no_gradient():
+    expected, got = gradient(LUONG, **PADDED), gradient(SHAPES["remat"], **PADDED)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, expected)
+
+
+@pytest.mark.parametrize(("style", "kind"), [*(("bahdanau", kind) for kind in KINDS), ("luong", "general")])
+def test_bfloat16_computes_close_to_float32(style, kind):
+    config = of_kind(style, kind)
+    narrow = dataclasses.replace(config, dtype="bfloat16")
+    got, expected = (run(c, return_weights=True, **PADDED).logits for c in (narrow, config))
+    assert got.dtype == jnp.float32
+    assert float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)) < (0.3 if kind == "hard" else 0.05)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_eight_devices_compute_what_one_does(style):
+    # Every dim can be cut into eight.
+    sizes = {"source_vocab_size": 24, "vocab_size": 32, "hidden_dim": 16, "encoder_dim": 8, "attention_dim": 8}
+    graphdef, params = make(dataclasses.replace(STYLES[style], **sizes))
+    batch = jnp.concatenate([SOURCE] * 8), jnp.concatenate([TARGET] * 8)
+
+    def loss(params, source, target):
+        return jnp.mean(jnp.square(nnx.merge(graphdef, params)(source, target).logits))
+
+    expected = jax.jit(jax.value_and_grad(loss))(params, *batch)
+    config = MeshConfig(strategy="fsdp")
+    mesh = make_mesh(config)
+    with use_mesh(mesh, config.rules):
+        params = jax.device_put(params, shardings_of(params, mesh))
+        batch = jax.device_put(batch, batch_sharding(mesh, config.rules))
+        got = jax.jit(jax.value_and_grad(loss))(params, *batch)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), got, expected)
+
+
+def test_packed_rows_are_refused():
+    model = nnx.merge(*make(BAHDANAU))
+    with pytest.raises(ValueError, match="source_segments: got segment 2"):
+        model.encode(SOURCE, source_segments_BS=SOURCE_SEGMENTS * 2)
+    with pytest.raises(ValueError, match="segments: got segment 3"):
+        model(SOURCE, TARGET, segments_BT=SEGMENTS * 3)
+
+
+def test_parameters_and_flops_are_counted_from_the_shapes():
+    c = dataclasses.replace(BAHDANAU, readout="tanh")
+    encoder = 2 * 3 * 6 * (8 + 6)
+    decoder = 3 * 12 * (8 + 12 + 12)
+    matrices = encoder + decoder + 12 * 10 + 12 * 10 + (12 + 12 + 8) * 8 + 8 * V
+    biases = 2 * 18 + 36 + 10 + 8 + V
+    first_state, lookups, vector = 6 * 12 + 12, 8 * (SOURCE_V + V), 10
+    assert count_parameters(c) == matrices + biases + first_state + lookups + vector
+    assert flops_per_token(c, 40) == 2 * (matrices + 40 * (10 + 12))
+    # Local attention sees 5 states, and scores them by a product with W in between.
+    local = dataclasses.replace(c, attention="local_m")
+    assert flops_per_token(local, 40) == 2 * (matrices - 2 * 12 * 10 + 12 * 12 + 5 * 2 * 12)
+    luong = 2 * 4 * 6 * (8 + 6 + 12 + 6) + 4 * 12 * (8 + 12 + 12 + 12 + 12) + 12 * 12 + 24 * 12 + 12 * V
+    assert flops_per_token(LUONG, 40) == 2 * (luong + 2 * 40 * 12)
+    assert count_parameters(LUONG) == luong + 2 * 2 * 4 * 6 + 2 * 4 * 12 + V + lookups
+
+
+def test_every_kind_of_attention_can_be_named():
+    assert typing.get_args(typing.get_type_hints(RecurrentConfig)["attention"]) == KINDS
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "field"),
+    [
+        (BAHDANAU, {"hidden_dim": 0}, "hidden_dim"),
+        (BAHDANAU, {"source_vocab_size": 0}, "source_vocab_size"),
+        (BAHDANAU, {"attention_dim": 0}, "attention_dim"),
+        (BAHDANAU, {"dropout": 1.0}, "dropout"),
+        (BAHDANAU, {"hard_temperature": 0.0}, "hard_temperature"),
+        (BAHDANAU, {"attention": "dot", "encoder_dim": 12}, "attention"),
+        (LUONG, {"hidden_dim": 13, "encoder_dim": None}, "hidden_dim"),
+        (LUONG, {"local_window": 0}, "local_window"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(config, changes, field):
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(config, **changes)
+    assert caught.value.field == field

@@ -1,0 +1,153 @@
+"""A mixture of experts: many feed-forward networks, of which each token goes to a few.
+
+B batch, T position, D embed, F mlp, E experts, C room of an expert in a row, k experts a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer.layers.feed_forward import ACTIVATIONS
+from transformer.layers.linear import Linear
+from transformer.sharding import constrain, with_axes
+from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterLosses:
+    """What a router is trained by beside the model's loss, means over tokens; a stack adds a leading layers axis."""
+
+    balance: Float[Array, "*L"]
+    """E Σ_e f_e P_e with f the share of tokens that go to an expert and P the router's mean probability (Fedus et al. 2021,
+    equation 4): 1 when even."""
+    z: Float[Array, "*L"]
+    """log² Σ_e exp(logit_e) (Zoph et al. 2022, equation 5)."""
+
+
+def route(
+    logits_BTE: Float[Array, "B T E"], valid_BT: Bool[Array, "B T"], *, experts_per_token: int, room: int
+) -> tuple[Int[Array, "B T k"], Int[Array, "B T k"], Float[Array, "B T k"], RouterLosses]:
+    """Where each token goes: Switch (Fedus et al. 2021, section 2.1) for one expert a token, top-k (Shazeer et al. 2017) beyond.
+
+    Each row of the batch fills the experts' room by itself: every token's first choice before any second, and in the
+    row's order.
+
+    Args:
+        valid_BT: tokens that are no padding; only these take room and count in the losses.
+        room: tokens of a row that an expert takes.
+
+    Returns:
+        Each choice's expert; its place in the expert's room, `room` or more where it found none; and its weight: the router's
+        probability for one expert, normalised over the choices for several (Mixtral; Jiang et al. 2024); and the losses.
+    """
+    num_experts = logits_BTE.shape[-1]
+    probabilities_BTE = jax.nn.softmax(logits_BTE)
+    weights_BTk, experts_BTk = jax.lax.top_k(probabilities_BTE, experts_per_token)
+    if experts_per_token > 1:
+        weights_BTk = weights_BTk / weights_BTk.sum(-1, keepdims=True)
+    B, T, k = experts_BTk.shape
+    chosen_BTkE = jax.nn.one_hot(experts_BTk, num_experts, dtype=jnp.int32)
+    chosen_BTkE = jnp.where(valid_BT[..., None, None], chosen_BTkE, 0)
+    # Choice by choice, then token by token: who comes before in this order comes before in the room.
+    in_order = chosen_BTkE.swapaxes(1, 2).reshape(B, k * T, num_experts)
+    places = ((jnp.cumsum(in_order, axis=1) - in_order) * in_order).sum(-1)
+    places_BTk = places.reshape(B, k, T).swapaxes(1, 2)
+    places_BTk = jnp.where(valid_BT[..., None], places_BTk, room)
+    count = jnp.maximum(valid_BT.sum(), 1).astype(logits_BTE.dtype)
+    share_E = chosen_BTkE.sum((0, 1, 2)).astype(logits_BTE.dtype) / (count * k)
+    mean_E = jnp.where(valid_BT[..., None], probabilities_BTE, 0).sum((0, 1)) / count
+    log_z_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
+    z = jnp.where(valid_BT, jnp.square(log_z_BT), 0).sum() / count
+    return experts_BTk, places_BTk, weights_BTk, RouterLosses(num_experts * jnp.sum(share_E * mean_E), z)
+
+
+class MixtureOfExperts(nnx.Module):
+    """Feed-forward networks side by side, along the logical axis `expert`, and a router.
+
+    Args:
+        experts_per_token: how many of them a token goes to.
+        capacity: room of an expert as a multiple of an even share of a row's tokens; a token beyond it passes the expert by,
+            and with it what the expert would have added. None: room for all, which costs num_experts / experts_per_token
+            times the arithmetic, and is exact.
+        activation: a name of `ACTIVATIONS`.
+        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        mlp_dim: int,
+        *,
+        num_experts: int,
+        experts_per_token: int = 1,
+        capacity: float | None = 1.25,
+        activation: str = "gelu",
+        kernel_init: Callable[..., Array],
+        out_init: Callable[..., Array],
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.num_experts, self.experts_per_token, self.capacity = num_experts, experts_per_token, capacity
+        self.activation, self.dtype = activation, dtype
+        # Routing decides on small differences: in the parameters' type, whatever the experts compute in.
+        self.router = Linear(
+            (embed_dim,), (num_experts,), axes=("embed", "expert"), use_bias=False, kernel_init=kernel_init,
+            dtype=param_dtype, param_dtype=param_dtype, rngs=rngs,
+        )  # fmt: skip
+
+        def make(init: Callable[..., Array], shape: tuple[int, int], *axes: str) -> nnx.Param:
+            # Each expert is drawn by itself, so that an initialiser that looks at the fan sees one expert's.
+            each = jax.vmap(functools.partial(init, shape=shape, dtype=param_dtype))
+
+            def stacked(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+                return each(jax.random.split(key, num_experts))
+
+            return nnx.Param(with_axes(stacked, "expert", *axes)(rngs.params(), (num_experts, *shape), param_dtype))
+
+        self.up_EDF = make(kernel_init, (embed_dim, mlp_dim), "embed", "mlp")
+        self.gate_EDF = make(kernel_init, (embed_dim, mlp_dim), "embed", "mlp") if ACTIVATIONS[activation][1] else None
+        self.down_EFD = make(out_init, (mlp_dim, embed_dim), "mlp", "embed")
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], RouterLosses]:
+        """What each token's experts make of it, weighted; zeros for padding and for a token that found no room."""
+        B, T, _ = x_BTD.shape
+        with jax.named_scope("mixture_of_experts"):
+            valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
+            room = self.room(T)
+            experts_BTk, places_BTk, weights_BTk, losses = route(
+                self.router(widen(x_BTD)), valid_BT, experts_per_token=self.experts_per_token, room=room
+            )
+            # A place beyond the room is no column of the one-hot, and so goes nowhere.
+            taken = jax.nn.one_hot(experts_BTk, self.num_experts, dtype=self.dtype)[..., :, None]
+            taken_BTkEC = taken * jax.nn.one_hot(places_BTk, room, dtype=self.dtype)[..., None, :]
+            combine_BTEC = (taken_BTkEC * weights_BTk.astype(self.dtype)[..., None, None]).sum(2)
+            given_EBCD = jnp.einsum("BTEC,BTD->EBCD", taken_BTkEC.sum(2), x_BTD.astype(self.dtype))
+            given_EBCD = constrain(given_EBCD, "expert", "batch", None, None)
+            function, _ = ACTIVATIONS[self.activation]
+            hidden = jnp.einsum("EBCD,EDF->EBCF", given_EBCD, self.up_EDF[...].astype(self.dtype))
+            if self.gate_EDF is None:
+                hidden = function(hidden)
+            else:
+                hidden *= function(jnp.einsum("EBCD,EDF->EBCF", given_EBCD, self.gate_EDF[...].astype(self.dtype)))
+            hidden = constrain(hidden, "expert", "batch", None, "mlp")
+            out_EBCD = jnp.einsum("EBCF,EFD->EBCD", hidden, self.down_EFD[...].astype(self.dtype))
+            out_BTD = jnp.einsum("BTEC,EBCD->BTD", combine_BTEC, constrain(out_EBCD, "expert", "batch", None, None))
+            return constrain(out_BTD.astype(x_BTD.dtype), "batch", "seq", None), losses
+
+    def room(self, num_tokens: int) -> int:
+        """Tokens of a row of `num_tokens` that an expert takes."""
+        if self.capacity is None:
+            return num_tokens
+        even = num_tokens * self.experts_per_token / self.num_experts
+        return min(max(math.ceil(self.capacity * even), 1), num_tokens)

@@ -1,0 +1,198 @@
+"""BERT: an encoder that sees both sides of every token, and a head; RoBERTa, DistilBERT and modern encoders from one config.
+
+B batch, T position, D embed, V vocab, L layers, N query heads, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer.attention.mask import AttentionMask
+from transformer.blocks import BlockOutput
+from transformer.errors import require
+from transformer.layers.embedding import Embedding
+from transformer.layers.linear import dropout
+from transformer.layers.position import sinusoidal, token_positions
+from transformer.models.config import StackConfig, attention_flops, feed_forward_flops
+from transformer.models.heads import MaskedHead, PooledHead, TokenHead, embedding_of, linear_options
+from transformer.models.layer_stack import Chosen, LayerStack, make_norm, router_loss, weights_of
+from transformer.sharding import constrain
+from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig(StackConfig):
+    """The defaults are BERT's base model (Devlin et al. 2018); `configs/` has RoBERTa's shape and a modern encoder's."""
+
+    family: Literal["bert"] = "bert"
+    """Kind of model."""
+    vocab_size: int = 30_522
+    """Number of token ids; at least the tokenizer's. A multiple of 128 runs faster on accelerators."""
+    max_length: int = 512
+    """Longest context, in tokens."""
+    activation: Literal["relu", "gelu", "gelu_exact", "silu", "geglu", "swiglu"] = "gelu_exact"
+    """Feed-forward activation; geglu and swiglu are gated. gelu is the tanh approximation."""
+    norm_first: bool = False
+    """Normalise before each sublayer, and once at the end (pre-norm); false: after each sum, as in the paper."""
+    norm_epsilon: float = 1e-12
+    """Added to the variance in a norm."""
+    dropout: float = 0.1
+    """Drop rate after the embedding, in attention and after each sublayer."""
+    token_types: int = 2
+    """Kinds of sentence that a token may belong to, each with an embedding of its own; 0: none, as in RoBERTa."""
+    embed_norm: bool = True
+    """Normalise the sum of the embeddings."""
+    local_window: int | None = None
+    """Layers that are not global see this many tokens before and behind each token; null: all layers see everything."""
+    global_every: int = 3
+    """With a local window, every so-manyth layer is global, from the first on."""
+    head: Literal["masked", "pretraining", "classification", "tokens", "answer", "choice", "embedding"] = "masked"
+    """What stands on the encoder: scores of masked tokens; those and of the next sentence (pretraining); of classes, or with
+    num_labels 1 of a number; of each token's class; of where an answer starts and ends; of a choice; or the mean vector."""
+    num_labels: int = 2
+    """Classes of the heads classification and tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "token_types", self.token_types >= 0, "allowed: 0 or more")
+        require(self, "num_labels", self.num_labels >= 1, "allowed: 1 or more")
+        require(self, "global_every", self.global_every >= 1, "allowed: 1 or more")
+        window = self.local_window
+        require(self, "local_window", window is None or window >= 1, "allowed: 1 or more, or null")
+
+
+class Bert(nnx.Module):
+    """An encoder-only Transformer with a head.
+
+    Devlin et al. 2018; Liu et al. 2019 (RoBERTa); for the modern shape Warner et al. 2024 (rotary, GEGLU, alternating local
+    and global attention, packed sequences).
+    """
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = c = config
+        init = nnx.initializers.normal(c.init_std)
+
+        def table(size: int, axis: str | None) -> Embedding:
+            return Embedding(size, c.embed_dim, axes=(axis, "embed"), init=init, dtype=DTYPES[c.dtype], rngs=rngs)
+
+        self.embed = table(c.vocab_size, "vocab")
+        self.positions = table(c.max_length, None) if c.position == "learned" else None
+        self.types = table(c.token_types, None) if c.token_types else None
+        self.embed_norm = make_norm(c, rngs) if c.embed_norm else None
+        self.layers = LayerStack(c, causal=False, rngs=rngs)
+        options = linear_options(c.init_std, DTYPES[c.dtype], rngs)
+        self.masked_head: MaskedHead | None = None
+        self.pooled_head: PooledHead | None = None
+        self.token_head: TokenHead | None = None
+        if c.head in ("masked", "pretraining"):
+            self.masked_head = nnx.data(
+                MaskedHead(c.embed_dim, c.vocab_size, activation="gelu_exact", norm_epsilon=c.norm_epsilon, **options)
+            )
+        classes = {"pretraining": 2, "classification": c.num_labels, "choice": 1}.get(c.head)
+        if classes is not None:
+            self.pooled_head = nnx.data(PooledHead(c.embed_dim, classes, dropout_rate=c.dropout, **options))
+        classes = {"tokens": c.num_labels, "answer": 2}.get(c.head)
+        if classes is not None:
+            self.token_head = nnx.data(TokenHead(c.embed_dim, classes, dropout_rate=c.dropout, **options))
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions_BT: Int[Array, "B T"] | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+        token_types_BT: Int[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
+        return_weights: bool | Chosen = False,
+    ) -> tuple[Float[Array, "B T D"], BlockOutput | list[BlockOutput]]:
+        """The last block's output, and what the blocks gave beside it; arguments as in `__call__`."""
+        c = self.config
+        batch_size, length = tokens_BT.shape
+        if self.positions is not None and length > c.max_length:
+            raise ValueError(f"{length} tokens, but there are {c.max_length} learned positions (max_length)")
+        embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
+        positions_BT = token_positions(batch_size, length) if positions_BT is None else positions_BT
+        with jax.named_scope("embed"):
+            x_BTD = self.embed(tokens_BT)
+            if self.positions is not None:
+                x_BTD += self.positions(positions_BT)
+            elif c.position == "sinusoidal":
+                x_BTD += sinusoidal(positions_BT, c.embed_dim).astype(x_BTD.dtype)
+            if self.types is not None:
+                x_BTD += self.types(jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT)
+            x_BTD = x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
+            x_BTD = dropout(constrain(x_BTD, "batch", "seq", None), c.dropout, embed_key)
+        mask = AttentionMask.none() if segments_BT is None else AttentionMask.segments(segments_BT)
+        masks: AttentionMask | list[AttentionMask] = mask
+        if c.local_window is not None:
+            near = mask & AttentionMask.window(left=c.local_window, right=c.local_window)
+            masks = [near if layer % c.global_every else mask for layer in range(c.num_layers)]
+        return self.layers(
+            x_BTD, masks, positions_BT=positions_BT, valid_BT=None if segments_BT is None else segments_BT != 0,
+            key=stack_key, return_weights=return_weights,
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions_BT: Int[Array, "B T"] | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+        token_types_BT: Int[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
+        return_weights: bool | Chosen = False,
+    ) -> ModelOutput:
+        """The head's scores.
+
+        Args:
+            positions_BT: where each token stands in its document; 0 to T-1 by default.
+            segments_BT: which packed document a token belongs to; 0 is padding. Nothing is seen across documents. The heads
+                of whole rows take a row for one document.
+            token_types_BT: which sentence of a pair a token belongs to; 0 by default.
+            key: turns dropout on.
+            return_weights: also give the attention weights, as in `GPT`.
+
+        Returns:
+            Float32 logits: [B, T, V] (masked, pretraining), [B, C] (classification, choice), [B, T, C] (tokens, answer), or
+            the vectors of length 1 [B, D] (embedding). `pooled_logits` [B, 2] are the next sentence's (pretraining).
+
+        Raises:
+            ValueError: more tokens than learned positions, or a layer or head that does not exist.
+        """
+        c = self.config
+        key, head_key = (None, None) if key is None else jax.random.split(key)
+        hidden_BTD, outputs = self.hidden(
+            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, token_types_BT=token_types_BT, key=key,
+            return_weights=return_weights,
+        )  # fmt: skip
+        valid_BT = None if segments_BT is None else segments_BT != 0
+        pooled = None if self.pooled_head is None else self.pooled_head(hidden_BTD, valid_BT, key=head_key)
+        if self.masked_head is not None:
+            logits = self.masked_head(hidden_BTD, self.embed)
+        elif self.token_head is not None:
+            logits = self.token_head(hidden_BTD, key=head_key)
+        else:
+            logits = embedding_of(hidden_BTD, valid_BT) if pooled is None else pooled
+        return ModelOutput(
+            logits=logits,
+            pooled_logits=pooled if c.head == "pretraining" else None,
+            weights=weights_of(outputs, return_weights),
+            router_loss=router_loss(c, outputs),
+        )
+
+
+def flops_per_token(config: BertConfig, length: int) -> float:
+    """Floating-point operations of one token's forward pass at context `length`, counted as in `gpt.flops_per_token`."""
+    c = config
+    seen = [float(length)] * c.num_layers
+    if c.local_window is not None:
+        near = float(min(2 * c.local_window + 1, length))
+        seen = [near if layer % c.global_every else float(length) for layer in range(c.num_layers)]
+    stack = sum(attention_flops(c, keys) + feed_forward_flops(c) for keys in seen)
+    head = 2 * c.embed_dim * (c.embed_dim + c.vocab_size) if c.head in ("masked", "pretraining") else 0
+    return stack + head

@@ -1,0 +1,57 @@
+"""All model families behind one door: the config decides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from transformer.models import bert, encoder_decoder, gpt, recurrent
+from transformer.models.bert import Bert, BertConfig
+from transformer.models.encoder_decoder import EncoderDecoder, T5Config, VaswaniConfig
+from transformer.models.gpt import GPT, GPTConfig
+from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
+
+ModelConfig = GPTConfig | BertConfig | VaswaniConfig | T5Config | RecurrentConfig
+Model = GPT | Bert | EncoderDecoder | RecurrentTranslator
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What belongs to the models of one name."""
+
+    config: type
+    model: Callable[..., Any]
+    flops_per_token: Callable[[Any, int], float]
+    objectives: tuple[str, ...]
+    """The training objectives that suit it, the usual one first."""
+
+
+_TO_TEXT = ("seq2seq", "span_corruption", "ul2")
+
+FAMILIES: dict[str, Family] = {
+    "gpt": Family(GPTConfig, GPT, gpt.flops_per_token, ("causal", "prefix")),
+    "bert": Family(BertConfig, Bert, bert.flops_per_token, ("masked", "next_sentence", "sentence_order")),
+    "vaswani": Family(VaswaniConfig, EncoderDecoder, encoder_decoder.flops_per_token, _TO_TEXT),
+    "t5": Family(T5Config, EncoderDecoder, encoder_decoder.flops_per_token, (_TO_TEXT[1], _TO_TEXT[2], _TO_TEXT[0])),
+    "recurrent": Family(RecurrentConfig, RecurrentTranslator, recurrent.flops_per_token, ("seq2seq",)),
+}
+
+
+def make_model(config: ModelConfig, rngs: nnx.Rngs) -> Model:
+    """The model that a config describes, with fresh parameters."""
+    return FAMILIES[config.family].model(config, rngs=rngs)
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Floating-point operations of one (target) token's forward pass; a training step takes three times that."""
+    return FAMILIES[config.family].flops_per_token(config, length)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters, from the shapes of the model itself."""
+    abstract = jax.eval_shape(lambda: nnx.state(make_model(config, nnx.Rngs(0)), nnx.Param))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract))

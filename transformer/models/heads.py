@@ -1,0 +1,139 @@
+"""What stands on an encoder: from its hidden states to the scores of a task.
+
+B batch, T position, D embed, V vocab, C classes, Q choices of a question.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer.layers.embedding import Embedding
+from transformer.layers.feed_forward import ACTIVATIONS
+from transformer.layers.linear import Linear, dropout
+from transformer.layers.norm import LayerNorm
+from transformer.sharding import constrain, with_axes
+from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, widen
+
+Pooling = Literal["cls", "mean"]
+
+
+def pool(
+    hidden_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None, *, pooling: Pooling
+) -> Float[Array, "B D"]:
+    """One vector a row: that of the first token, or the mean of the tokens that are no padding (zeros where there is none)."""
+    if pooling == "cls":
+        return hidden_BTD[:, 0]
+    if valid_BT is None:
+        return hidden_BTD.mean(1)
+    weights_BT1 = valid_BT[..., None].astype(widen(hidden_BTD).dtype)
+    mean_BD = (widen(hidden_BTD) * weights_BT1).sum(1) / jnp.maximum(weights_BT1.sum(1), 1)
+    return mean_BD.astype(hidden_BTD.dtype)
+
+
+def embedding_of(
+    hidden_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None, *, pooling: Pooling = "mean"
+) -> Float[Array, "B D"]:
+    """`pool` scaled to length 1, so that products are cosines."""
+    pooled_BD = widen(pool(hidden_BTD, valid_BT, pooling=pooling))
+    return pooled_BD * jax.lax.rsqrt(jnp.maximum(jnp.square(pooled_BD).sum(-1, keepdims=True), 1e-24))
+
+
+class MaskedHead(nnx.Module):
+    """Scores of the token at each position: a transform, then the token embedding as output projection, and a bias.
+
+    Devlin et al. 2018, with the transform of their released code: norm(f(x W + b)).
+    """
+
+    def __init__(
+        self, embed_dim: int, vocab_size: int, *, activation: str, norm_epsilon: float, **options: Any
+    ) -> None:
+        self.function = ACTIVATIONS[activation][0]
+        self.dense = Linear((embed_dim,), (embed_dim,), axes=("embed", None), **options)
+        self.norm = LayerNorm(embed_dim, epsilon=norm_epsilon, rngs=options["rngs"])
+        bias = with_axes(nnx.initializers.zeros, "vocab")
+        self.bias = nnx.Param(bias(options["rngs"].params(), (vocab_size,), jnp.float32))
+
+    def __call__(self, hidden_BTD: Float[Array, "B T D"], embed: Embedding) -> Float[Array, "B T V"]:
+        """Float32 logits over the rows of `embed`."""
+        with jax.named_scope("masked_head"):
+            logits = embed.attend(self.norm(self.function(self.dense(hidden_BTD)))).astype(jnp.float32)
+            return constrain(logits + self.bias[...], "batch", "seq", "vocab")
+
+
+class PooledHead(nnx.Module):
+    """Scores of a whole row: classes, a number (one class), or a choice among rows.
+
+    The pooled vector through a tanh layer (Devlin et al. 2018's pooler), dropout, and a linear map.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_classes: int, *, pooling: Pooling = "cls", dropout_rate: float = 0.0, **options: Any
+    ) -> None:
+        self.pooling: Pooling = pooling
+        self.dropout_rate = dropout_rate
+        self.pooler = Linear((embed_dim,), (embed_dim,), axes=("embed", None), **options)
+        self.out = Linear((embed_dim,), (num_classes,), axes=("embed", None), **options)
+
+    def __call__(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        valid_BT: Bool[Array, "B T"] | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B C"]:
+        """Float32 logits; `key` turns dropout on."""
+        with jax.named_scope("pooled_head"):
+            pooled_BD = jnp.tanh(self.pooler(pool(hidden_BTD, valid_BT, pooling=self.pooling)))
+            return self.out(dropout(pooled_BD, self.dropout_rate, key)).astype(jnp.float32)
+
+
+class TokenHead(nnx.Module):
+    """Scores of each token: classes; or, with two, where an answer starts and where it ends (Devlin et al. 2018, section 4.2)."""
+
+    def __init__(self, embed_dim: int, num_classes: int, *, dropout_rate: float = 0.0, **options: Any) -> None:
+        self.dropout_rate = dropout_rate
+        self.out = Linear((embed_dim,), (num_classes,), axes=("embed", None), **options)
+
+    def __call__(self, hidden_BTD: Float[Array, "B T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "B T C"]:
+        """Float32 logits; `key` turns dropout on."""
+        with jax.named_scope("token_head"):
+            return self.out(dropout(hidden_BTD, self.dropout_rate, key)).astype(jnp.float32)
+
+
+def choices(logits_R1: Float[Array, "R 1"], num_choices: int) -> Float[Array, "Q {num_choices}"]:
+    """Scores of single rows as those of questions, whose choices follow each other (Devlin et al. 2018, section 4.4)."""
+    return logits_R1.reshape(-1, num_choices)
+
+
+def best_span(
+    logits_BT2: Float[Array, "B T 2"], allowed_BT: Bool[Array, "B T"], *, max_tokens: int = 30
+) -> tuple[Int[Array, " B"], Int[Array, " B"], Float[Array, " B"]]:
+    """The answer of highest start + end score among spans of allowed tokens of at most `max_tokens`: first, last, score."""
+    start_BT, end_BT = jnp.moveaxis(jnp.where(allowed_BT[..., None], logits_BT2, -jnp.inf), -1, 0)
+    T = start_BT.shape[1]
+    place = jnp.arange(T)
+    length = place[None, :] - place[:, None]
+    fits_TT = (length >= 0) & (length < max_tokens)
+    scores_BTT = jnp.where(fits_TT, start_BT[:, :, None] + end_BT[:, None, :], -jnp.inf)
+    best_B = scores_BTT.reshape(-1, T * T).argmax(-1)
+    return best_B // T, best_B % T, scores_BTT.reshape(-1, T * T).max(-1)
+
+
+def contrastive_loss(
+    a_BD: Float[Array, "B D"], b_BD: Float[Array, "B D"], *, temperature: float = 0.05
+) -> Float[Array, " B"]:
+    """Each a's cross-entropy of finding its own b among the batch's, of vectors of length 1.
+
+    In-batch negatives (van den Oord et al. 2018, equation 4; Gao et al. 2021). Over devices the batch is the global one.
+    """
+    logits_BB = jnp.einsum("AD,BD->AB", widen(a_BD), widen(b_BD)) / temperature
+    return jax.nn.logsumexp(logits_BB, axis=-1) - jnp.diagonal(logits_BB)
+
+
+def linear_options(init_std: float, dtype: DTypeLike, rngs: nnx.Rngs) -> dict[str, Any]:
+    """What the heads' linear maps have in common."""
+    return {"kernel_init": nnx.initializers.normal(init_std), "dtype": dtype, "rngs": rngs}

@@ -1,0 +1,445 @@
+"""Translation before the Transformer: a recurrent encoder, and a recurrent decoder that attends to its states.
+
+B batch, T target position, S source position, I embed_dim, D hidden_dim, E features of an encoder state, A alignment features,
+G all gates' features of a cell, V vocab.
+
+    Cho et al. 2014, Sutskever et al. 2014: the source is one vector (attention: none)
+    Bahdanau et al. 2014: the decoder's state before a step looks at the source (style: bahdanau)
+    Luong et al. 2015: its state after the step does (style: luong)
+
+The decoder asks one query at a time, since where it looks depends on where it has looked before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transformer.attention.multiplicative import attentional_state
+from transformer.errors import require
+from transformer.layers.embedding import Embedding
+from transformer.layers.linear import Linear, dropout
+from transformer.layers.recurrent import (
+    ADDITIVE,
+    CELLS,
+    FAST,
+    GENERAL,
+    CellState,
+    Source,
+    SourceAttention,
+    scan_cell,
+    where_valid,
+)
+from transformer.sharding import constrain
+from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray, wide, widen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecurrentConfig:
+    """The defaults are near RNNsearch-50 (Bahdanau et al. 2014)."""
+
+    family: Literal["recurrent"] = "recurrent"
+    """Kind of model."""
+    source_vocab_size: int = 30_000
+    """Number of the source's token ids."""
+    vocab_size: int = 30_000
+    """Number of the target's token ids. A multiple of 128 runs faster on accelerators."""
+    max_length: int = 50
+    """Longest source and longest target, in tokens."""
+    cell: Literal["gru", "lstm"] = "gru"
+    """Recurrent unit of encoder and decoder."""
+    style: Literal["bahdanau", "luong"] = "bahdanau"
+    """What looks at the source: the decoder's state before a step, whose input the context then is; or its state after it,
+    with which the context makes an attentional state."""
+    attention: Literal[
+        "none", "additive", "dot", "general", "concat", "local_m", "local_p", "hard", "linear", "delta"
+    ] = "additive"
+    """How it looks: not at all (the source is its last state); Bahdanau's score; Luong's three; Luong's local attention about
+    the step's own number (m) or a predicted position (p); one state alone; linear attention; or fast weights that the
+    source's states write by the delta rule."""
+    embed_dim: int = 620
+    """Width of the embeddings, and of the maxout or tanh layer before the output in style bahdanau."""
+    hidden_dim: int = 1000
+    """Width of the decoder's state."""
+    encoder_dim: int | None = None
+    """Width of the encoder's state, in each direction; null: hidden_dim, but half of it for both directions in style luong."""
+    attention_dim: int | None = None
+    """Width of the layer that scores, or of the keys of linear and delta; null: hidden_dim."""
+    num_layers: int = 1
+    """Number of recurrent layers, in the encoder and in the decoder."""
+    bidirectional: bool = True
+    """The encoder reads the source in both directions."""
+    input_feeding: bool = True
+    """In style luong, the attentional state is a part of the next step's input."""
+    readout: Literal["maxout", "tanh"] = "maxout"
+    """In style bahdanau, the layer before the output."""
+    local_window: int = 10
+    """Local attention sees this many states to each side."""
+    hard_temperature: float = 1.0
+    """Temperature of the relaxed draw whose gradient hard attention takes."""
+    dropout: float = 0.0
+    """Drop rate of embeddings, between layers and before the output; nothing is dropped from step to step."""
+    init_std: float = 0.05
+    """Standard deviation of initial weights; those from state to state start orthogonal."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type to compute in. Parameters and recurrent states are always float32."""
+    remat: Literal["none", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing; each step of the decoder."""
+
+    def __post_init__(self) -> None:
+        for field in (
+            "source_vocab_size", "vocab_size", "max_length", "embed_dim", "hidden_dim", "num_layers", "local_window",
+        ):  # fmt: skip
+            require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
+        for field in ("encoder_dim", "attention_dim"):
+            require(
+                self, field, getattr(self, field) is None or getattr(self, field) >= 1, "allowed: 1 or more, or null"
+            )
+        for field in ("hard_temperature", "init_std"):
+            require(self, field, getattr(self, field) > 0, "allowed: above 0")
+        require(self, "dropout", 0 <= self.dropout < 1, "allowed: 0 or more, below 1")
+        require(
+            self, "hidden_dim", self.encoder_dim is not None or self.style == "bahdanau" or not self.bidirectional
+            or self.hidden_dim % 2 == 0, "the two directions share it, so it is even, or set encoder_dim",
+        )  # fmt: skip
+        require(
+            self, "attention", self.attention != "dot" or self.memory_dim == self.hidden_dim,
+            f"it needs the encoder's states ({self.memory_dim} wide) as wide as hidden_dim ({self.hidden_dim}); "
+            "encoder_dim sets their width in each direction",
+        )  # fmt: skip
+
+    @property
+    def dim_of_encoder(self) -> int:
+        """`encoder_dim` with its default filled in."""
+        if self.encoder_dim is not None:
+            return self.encoder_dim
+        return self.hidden_dim // 2 if self.style == "luong" and self.bidirectional else self.hidden_dim
+
+    @property
+    def memory_dim(self) -> int:
+        """Width of an encoder state, both directions taken together."""
+        return self.dim_of_encoder * (2 if self.bidirectional else 1)
+
+    @property
+    def dim_of_attention(self) -> int:
+        """`attention_dim` with its default filled in."""
+        return self.hidden_dim if self.attention_dim is None else self.attention_dim
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the decoder knows of a source. Every array has a leading B."""
+
+    initial: tuple[CellState, ...]
+    """State of each decoder layer before the first token."""
+    source: Source
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderState:
+    """Where a decoder stands between two tokens. Every array has a leading B."""
+
+    layers: tuple[CellState, ...]
+    fed_BD: Float[Array, "B D"] | None
+    """The attentional state of the step before, where it is fed."""
+    step_B: Int[Array, " B"]
+    """How many tokens were read."""
+
+
+class RecurrentTranslator(nnx.Module):
+    """A recurrent encoder-decoder.
+
+    It reads rows of one sentence each: packed rows would carry a state from one to the next.
+    """
+
+    def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs) -> None:
+        c = self.config = config
+        init = nnx.initializers.normal(c.init_std)
+        options: dict[str, Any] = {"kernel_init": init, "dtype": DTYPES[c.dtype], "rngs": rngs}
+        tables: dict[str, Any] = {"init": init, "dtype": DTYPES[c.dtype], "rngs": rngs}
+        self.source_embed = Embedding(c.source_vocab_size, c.embed_dim, **tables)
+        self.embed = Embedding(c.vocab_size, c.embed_dim, **tables)
+
+        cell, layers = CELLS[c.cell], range(c.num_layers)
+
+        def encoder() -> nnx.List:
+            sizes = [c.embed_dim if layer == 0 else c.memory_dim for layer in layers]
+            return nnx.List([cell(size, c.dim_of_encoder, **options) for size in sizes])
+
+        self.forward_cells = encoder()
+        self.backward_cells = encoder() if c.bidirectional else None
+        self.bridge = (
+            None
+            if _copies_states(c)
+            else Linear(
+                (_bridge_dim(c),), (c.num_layers * cell.num_states * c.hidden_dim,), axes=("embed", "mlp"), **options
+            )
+        )
+        self.attention = SourceAttention(
+            c.attention, c.hidden_dim, c.memory_dim, c.dim_of_attention, window=c.local_window,
+            temperature=c.hard_temperature, **options,
+        )  # fmt: skip
+        self.cells = nnx.List(
+            [cell(c.embed_dim if layer == 0 else c.hidden_dim, c.hidden_dim, **options) for layer in layers]
+        )
+        # The first layer's input is the token and what is fed: by its own product, so that the token's needs no step.
+        self.feed = (
+            Linear(
+                (_fed_dim(c),), (cell.num_gates * c.hidden_dim,), axes=("embed", "mlp"), use_bias=False, **options
+            )
+            if _fed_dim(c)
+            else None
+        )  # fmt: skip
+        out_dim = c.hidden_dim if c.style == "luong" else c.embed_dim * (2 if c.readout == "maxout" else 1)
+        self.combine = Linear(
+            (_combined_dim(c),), (out_dim,), axes=("mlp", "embed"), use_bias=c.style == "bahdanau", **options
+        )
+        head_dim = c.hidden_dim if c.style == "luong" else c.embed_dim
+        self.head = Linear((head_dim,), (c.vocab_size,), axes=("embed", "vocab"), **options)
+
+    def encode(
+        self,
+        source_tokens_BS: Int[Array, "B S"],
+        *,
+        source_segments_BS: Int[Array, "B S"] | None = None,
+        source_positions_BS: Int[Array, "B S"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Memory:
+        """Read sources.
+
+        Args:
+            source_tokens_BS: token ids below source_vocab_size.
+            source_segments_BS: 1 for a token and 0 for padding, which stands behind the tokens and has no influence.
+            source_positions_BS: not looked at: a recurrent model knows the order alone.
+            key: turns dropout on.
+
+        Raises:
+            ValueError: packed rows, with a segment above 1. Traced segments are not looked at: 2 counts as 1 there.
+        """
+        c = self.config
+        _refuse_packed("source_segments", source_segments_BS)
+        B, S = source_tokens_BS.shape
+        valid_BS = jnp.ones((B, S), bool) if source_segments_BS is None else source_segments_BS != 0
+        keys = [None] * c.num_layers if key is None else list(jax.random.split(key, c.num_layers))
+        finals: list[list[CellState]] = []
+        with jax.named_scope("encoder"):
+            x_BSE = constrain(self.source_embed(source_tokens_BS), "batch", "seq", None)
+            for layer, layer_key in enumerate(keys):
+                x_BSE = dropout(x_BSE, c.dropout, layer_key)
+                cells = [self.forward_cells[layer]]
+                if self.backward_cells is not None:
+                    cells.append(self.backward_cells[layer])
+                outputs, states = zip(
+                    *(
+                        scan_cell(cell, x_BSE, cell.empty_state(B), valid_BT=valid_BS, reverse=reverse)
+                        for cell, reverse in zip(cells, (False, True), strict=False)
+                    ),
+                    strict=True,
+                )
+                x_BSE = jnp.concatenate(outputs, axis=-1)
+                finals.append(list(states))
+        summary_BE = jnp.concatenate([state[0] for state in finals[-1]], axis=-1)
+        source = self.attention.prepare(x_BSE, valid_BS, summary_BE.astype(x_BSE.dtype))
+        return Memory(self._initial(finals, summary_BE), source)
+
+    def _initial(self, finals: list[list[CellState]], summary_BE: Array) -> tuple[CellState, ...]:
+        """The decoder's first state: the encoder's last one, layer by layer, or a map of it.
+
+        s_0 = tanh(W_s h←_1) in Bahdanau et al. 2014, appendix A.2.2.
+        """
+        if self.bridge is None:
+            return tuple(
+                tuple(jnp.concatenate(parts, axis=-1) for parts in zip(*directions, strict=True))
+                for directions in finals
+            )
+        source = finals[-1][-1][0] if self.config.style == "bahdanau" else summary_BE
+        states = widen(jnp.tanh(self.bridge(source)))
+        num_states = CELLS[self.config.cell].num_states
+        parts = jnp.split(states, self.config.num_layers * num_states, axis=-1)
+        return tuple(tuple(parts[start : start + num_states]) for start in range(0, len(parts), num_states))
+
+    def begin(self, memory: Memory, max_length: int) -> DecoderState:
+        """The state before the first token. Its size does not depend on `max_length`."""
+        c = self.config
+        B = memory.source.valid_BS.shape[0]
+        fed_BD = jnp.zeros((B, c.hidden_dim), wide(DTYPES[c.dtype])) if c.style == "luong" and c.input_feeding else None
+        return DecoderState(memory.initial, fed_BD, jnp.zeros(B, jnp.int32))
+
+    def step(
+        self, token_B: Int[Array, " B"], state: DecoderState, memory: Memory, *, return_weights: bool = False
+    ) -> tuple[Any, ...]:
+        """One token more: the logits [B, V] of the next one, float32, and the state; with `return_weights` the weights
+        [B, S] too, or None for attention that has none."""
+        embedded_BI = self.embed(token_B)
+        state, features, weights_BS = self._advance(
+            self.cells[0].project(embedded_BI), state, memory, None, return_weights=return_weights
+        )
+        logits_BV = self._logits(embedded_BI, features, None)
+        return (logits_BV, state, weights_BS) if return_weights else (logits_BV, state)
+
+    def __call__(
+        self,
+        source_tokens_BS: Int[Array, "B S"],
+        tokens_BT: Int[Array, "B T"],
+        *,
+        source_segments_BS: Int[Array, "B S"] | None = None,
+        source_positions_BS: Int[Array, "B S"] | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
+        return_weights: bool = False,
+    ) -> ModelOutput:
+        """Scores of each next token of the targets (teacher forcing).
+
+        Args:
+            source_tokens_BS, source_segments_BS, source_positions_BS: as of `encode`.
+            tokens_BT: target tokens, from the start token on.
+            segments_BT: 1 for a token and 0 for padding, which has no influence.
+            positions_BT: not looked at.
+            key: turns dropout on, and lets hard attention draw.
+            return_weights: also give the weights, [1, B, 1, T, S], of attention that has them: not of `none` and `delta`.
+
+        Raises:
+            ValueError: packed rows, as in `encode`.
+        """
+        _refuse_packed("segments", segments_BT)
+        encode_key, embed_key, step_key, out_key = (None,) * 4 if key is None else jax.random.split(key, 4)
+        memory = self.encode(source_tokens_BS, source_segments_BS=source_segments_BS, key=encode_key)
+        T = tokens_BT.shape[1]
+
+        def body(state: DecoderState, inputs: tuple[Array, Array | None, Array | None]) -> tuple[DecoderState, Any]:
+            inputs_BG, valid_B, key = inputs
+            after, features, weights_BS = self._advance(inputs_BG, state, memory, key, return_weights=return_weights)
+            return where_valid(valid_B, after, state), (features, weights_BS)
+
+        if self.config.remat == "full":
+            # Under a scan the barrier against common subexpressions is not needed, and costs fusions.
+            body = jax.checkpoint(body, prevent_cse=False)
+        with jax.named_scope("decoder"):
+            embedded_BTI = constrain(self.embed(tokens_BT), "batch", "seq", None)
+            embedded_BTI = dropout(embedded_BTI, self.config.dropout, embed_key)
+            inputs_TBG = self.cells[0].project(jnp.moveaxis(embedded_BTI, 1, 0))
+            valid_TB = None if segments_BT is None else (segments_BT != 0).T
+            keys_T = None if step_key is None else jax.random.split(step_key, T)
+            _, (features, weights_TBS) = jax.lax.scan(body, self.begin(memory, T), (inputs_TBG, valid_TB, keys_T))
+        features = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), features)
+        logits_BTV = constrain(self._logits(embedded_BTI, features, out_key), "batch", "seq", "vocab")
+        weights = None if weights_TBS is None else jnp.moveaxis(weights_TBS, 0, 1)[None, :, None]
+        return ModelOutput(logits=logits_BTV, weights=weights)
+
+    def _advance(
+        self, inputs_BG: Array, state: DecoderState, memory: Memory, key: Array | None, *, return_weights: bool
+    ) -> tuple[DecoderState, tuple[Array, ...], Array | None]:
+        """One step of the decoder from the token's projected embedding: the next state, what the output is made of, and
+        the weights."""
+        c = self.config
+        attend_key, *layer_keys = [None] * c.num_layers if key is None else jax.random.split(key, c.num_layers)
+        fed = state.fed_BD
+        if c.style == "bahdanau":
+            context_BE, weights_BS = self.attention(
+                state.layers[-1][0], memory.source, state.step_B, key=attend_key, return_weights=return_weights
+            )
+            fed = context_BE
+        if self.feed is not None and fed is not None:
+            inputs_BG = inputs_BG + self.feed(fed)
+        layers: list[CellState] = []
+        for cell, old, layer_key in zip(self.cells, state.layers, [None, *layer_keys], strict=True):
+            if layers:
+                inputs_BG = cell.project(dropout(layers[-1][0], c.dropout, layer_key))
+            layers.append(cell.step(inputs_BG, old))
+        hidden_BD = layers[-1][0]
+        if c.style == "bahdanau":
+            features: tuple[Array, ...] = (hidden_BD, context_BE)
+        else:
+            context_BE, weights_BS = self.attention(
+                hidden_BD, memory.source, state.step_B, key=attend_key, return_weights=return_weights
+            )
+            features = (attentional_state(context_BE[:, None], hidden_BD[:, None], self.combine)[:, 0],)
+        fed_BD = None if state.fed_BD is None else features[0].astype(state.fed_BD.dtype)
+        return DecoderState(tuple(layers), fed_BD, state.step_B + 1), features, weights_BS
+
+    def _logits(self, embedded: Array, features: tuple[Array, ...], key: Array | None) -> Array:
+        """[..., V] float32: from the attentional state, or by a deep output of embedding, state and context.
+
+        p(y_i) = g(y_i-1, s_i, c_i) is equation 4 of Bahdanau et al. 2014, g a layer of maxout units in appendix A.2.2.
+        """
+        with jax.named_scope("logits"):
+            if self.config.style == "luong":
+                (x,) = features
+            else:
+                hidden, seen = (x.astype(embedded.dtype) for x in features)
+                x = self.combine(jnp.concatenate([hidden, embedded, seen], axis=-1))
+                x = x.reshape(*x.shape[:-1], -1, 2).max(-1) if self.config.readout == "maxout" else jnp.tanh(x)
+            return self.head(dropout(x, self.config.dropout, key)).astype(jnp.float32)
+
+
+def count_parameters(config: RecurrentConfig) -> int:
+    """Number of parameters, from the shapes of the model itself."""
+    abstract = jax.eval_shape(lambda: nnx.state(RecurrentTranslator(config, rngs=nnx.Rngs(0)), nnx.Param))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
+
+
+def flops_per_token(config: RecurrentConfig, length: int) -> float:
+    """Floating-point operations of one target token's forward pass, for a source and a target of `length` tokens each, so
+    with those of one source token; a training step takes three times that.
+
+    A multiply-add counts as two. Counted: every matrix product, the output projection, and attention's scores and mean over
+    the states that are seen: local attention's window at its width. Not counted: lookups, gates, activations, softmax, the
+    decoder's first state, and whatever rematerialisation repeats.
+    """
+    c = config
+    gates, kind = CELLS[c.cell].num_gates, c.attention
+    D, E, A, H, embed = c.hidden_dim, c.memory_dim, c.dim_of_attention, c.dim_of_encoder, c.embed_dim
+    directions = 2 if c.bidirectional else 1
+    encoder = directions * gates * H * (embed + (c.num_layers - 1) * E + c.num_layers * H)
+    decoder = gates * D * (embed + _fed_dim(c) + (c.num_layers - 1) * D + c.num_layers * D)
+    seen = min(2 * c.local_window + 1, length) if kind in ("local_m", "local_p") else length
+    attention = 0.0
+    if kind in ADDITIVE:
+        attention = E * A + D * A + seen * (A + E)
+    elif kind == "dot" or kind in GENERAL:
+        attention = (0 if kind == "dot" else D * E) + 2 * seen * E + (D * A + A if kind == "local_p" else 0)
+    elif kind in FAST:
+        # Each source state writes and each query reads; the delta rule also recalls, to erase.
+        values, features, passes = (E + 1, A, 2) if kind == "linear" else (E, 2 * A, 3)
+        attention = E * A + D * A + passes * features * values + (E if kind == "delta" else 0)
+    if c.style == "luong":
+        out, head_dim = D, D
+    else:
+        out, head_dim = embed * (2 if c.readout == "maxout" else 1), embed
+    return 2.0 * (encoder + decoder + attention + _combined_dim(c) * out + head_dim * c.vocab_size)
+
+
+def _copies_states(c: RecurrentConfig) -> bool:
+    """Luong's decoder goes on from the encoder's own states, where they fit."""
+    return c.style == "luong" and c.memory_dim == c.hidden_dim
+
+
+def _bridge_dim(c: RecurrentConfig) -> int:
+    return c.dim_of_encoder if c.style == "bahdanau" else c.memory_dim
+
+
+def _fed_dim(c: RecurrentConfig) -> int:
+    """Width of what a step's input has beside the token: the context, or the last attentional state."""
+    if c.style == "bahdanau":
+        return c.memory_dim
+    return c.hidden_dim if c.input_feeding else 0
+
+
+def _combined_dim(c: RecurrentConfig) -> int:
+    return c.hidden_dim + c.memory_dim + (c.embed_dim if c.style == "bahdanau" else 0)
+
+
+def _refuse_packed(name: str, segments: Array | None) -> None:
+    if segments is None or isinstance(segments, jax.core.Tracer):
+        return
+    # By NumPy, since even a concrete array's maximum is traced where anything is.
+    if (most := int(np.asarray(segments).max(initial=0))) > 1:
+        raise ValueError(f"{name}: got segment {most}; a recurrent model takes unpacked rows: 1, and 0 for padding")
