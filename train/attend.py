@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import CLS, SEP
+from train.labels import labels
 from train.mesh import use_mesh
-from train.write import load_run
+from train.run_files import load_run
 from transformer.errors import UserError, check_text
 from transformer.functional import graphdef_of
 from transformer.interpret.capture import attention_maps, bytes_needed, check_memory, choose, readable
 from transformer.interpret.plot import save_plots
-from transformer.models.gpt import GPT
+from transformer.models.bert import BertConfig
+from transformer.models.families import make_model
+from transformer.models.gpt import GPTConfig
 
 PAGE = "attention.html"
 
@@ -33,10 +36,19 @@ def attend(
         UserError: no such run, checkpoint, layer or head, a text that does not fit the model, or a folder that cannot be
             written.
     """
-    config, tokenizer, params, mesh = load_run(run, step)
+    loaded = load_run(run, step)
+    config, tokenizer, params, mesh = loaded.config, loaded.tokenizer, loaded.params, loaded.mesh
     model = config.model
     check_text("--text", text)
+    if not isinstance(model, GPTConfig | BertConfig):
+        raise UserError(
+            f"{run}: a model of family {model.family!r} reads pairs; look at it with manyheads translate --attention"
+        )
     ids = tokenizer.encode(text)
+    if isinstance(model, BertConfig):
+        # As in training.
+        around = [np.array([tokenizer.special(name)], ids.dtype) for name in (CLS, SEP)]
+        ids = np.concatenate([around[0], ids, around[1]]) if ids.size else ids
     _check(ids, model.max_length, model.vocab_size)
     chosen = choose("--layer", layers, model.num_layers), choose("--head", heads, model.num_heads)
     shape = len(chosen[0]), len(chosen[1]), ids.size, ids.size
@@ -47,7 +59,7 @@ def attend(
     print(
         f"memory    {readable(bytes_needed(*shape))} for {shape[0] * shape[1]:,} maps of {ids.size:,} × {ids.size:,} weights"
     )
-    graphdef = graphdef_of(lambda rngs: GPT(model, rngs=rngs))
+    graphdef = graphdef_of(lambda rngs: make_model(model, rngs))
     with use_mesh(mesh, config.mesh.rules):
         maps = attention_maps(
             nnx.merge(graphdef, params), ids, labels(tokenizer, ids), layers=chosen[0], heads=chosen[1],
@@ -63,16 +75,6 @@ def attend(
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
     print(f"pictures  {pictures[0]}")
     print(f"          {pictures[1]}{f' and {len(pictures) - 2:,} more' if len(pictures) > 2 else ''}")
-
-
-def labels(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    """What each token reads as by itself; a part of a character as its bytes, such as \\xe4."""
-
-    def label(token: int) -> str:
-        data = tokenizer.token_bytes(token)
-        return tokenizer.decode([token]) if data is None else data.decode("utf-8", "backslashreplace")
-
-    return [label(int(token)) for token in ids]
 
 
 def numbers(option: str, text: str | None) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""`manyheads`: train, prepare, explain, generate, attend. A mistake of the user's is one line and exit status 2."""
+"""`manyheads`: train, prepare, explain, generate, attend, translate. A mistake of the user's is one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -95,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--heads", metavar="LIST", help="heads of each of them, from 0, such as 1,2 (all)")
     sub.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (RUN/attention)")
     sub.add_argument("--step", default="latest", metavar="STEP", help="checkpoint: latest, best, or a step (latest)")
+
+    sub = command("translate", _translate, "translate with a model trained on pairs of texts", config=False)
+    devices(sub)
+    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument("--text", action="append", metavar="TEXT", help="what to translate; repeat it for a batch")
+    sub.add_argument("--file", metavar="FILE", help="a file with one text a line (- for standard input)")
+    sub.add_argument("--beams", type=int, default=4, help="hypotheses that are followed; 1 is greedy (4)")
+    sub.add_argument("--num-best", type=int, default=1, metavar="N", help="show the N best with their scores (1)")
+    sub.add_argument("--length-penalty", type=float, default=0.6, help="above 0 favours longer translations (0.6)")
+    sub.add_argument("--coverage-penalty", type=float, default=0.0, help="above 0 favours what covers the source (0)")
+    sub.add_argument("--attention", type=Path, metavar="PAGE", help="write a page, and a picture, of the first text's")
+    sub.add_argument("--step", default="latest", metavar="STEP", help="checkpoint: latest, best, or a step (latest)")
     return parser
 
 
@@ -121,11 +133,12 @@ def _train(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     config = _load(options)
-    from train.data.prepare import check_vocabulary, prepare
+    from train.data.prepare import prepare
     from train.data.store import Split
+    from train.loop import check_data
 
     prepared = prepare(config.data)
-    check_vocabulary(prepared, config.model.vocab_size)
+    check_data(config, prepared)
     meta = prepared.meta
     splits: tuple[Split, ...] = ("train", "validation")
     for split in splits:
@@ -180,6 +193,29 @@ def _attend(options: argparse.Namespace) -> None:
 
     layers, heads = numbers("--layers", options.layers), numbers("--heads", options.heads)
     attend(Path(options.run), options.text, layers, heads, out=options.out, step=options.step)
+
+
+def _translate(options: argparse.Namespace) -> None:
+    texts = list(options.text or [])
+    if options.file:
+        texts += _read_prompts(options.file)
+    if not texts:
+        raise UserError("nothing to translate: give --text TEXT or --file FILE")
+    _set_up(options)
+    from train.translate import translate
+    from transformer.decode.beam import BeamSearch
+    from transformer.errors import ConfigError
+
+    try:
+        search = BeamSearch(
+            beams=options.beams,
+            num_best=options.num_best,
+            length_penalty=options.length_penalty,
+            coverage_penalty=options.coverage_penalty,
+        )
+    except ConfigError as error:
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+    translate(Path(options.run), texts, search, attention=options.attention, step=options.step)
 
 
 def _read_prompts(name: str) -> list[str]:

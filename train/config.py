@@ -16,11 +16,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig
 from train.mesh import MeshConfig
 from train.objective import LossConfig
 from train.optimizer import OptimizerConfig
 from transformer.errors import ConfigError, UserError, nearest, require
+from transformer.models.bert import BertConfig
+from transformer.models.families import FAMILIES, ModelConfig
 from transformer.models.gpt import GPTConfig
 
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
@@ -35,10 +38,13 @@ class EvaluationConfig:
     """Steps between evaluations; 0: only at the end."""
     batches: int | None = 20
     """Batches of an evaluation on the way; null: all of the held-out text. The last evaluation always takes all of it."""
+    translations: int = 500
+    """seq2seq: held-out pairs, spread over all of them, that are translated for BLEU and chrF at the end; 0: none."""
 
     def __post_init__(self) -> None:
         require(self, "every", self.every >= 0, "allowed: 0 or more")
         require(self, "batches", self.batches is None or self.batches >= 1, "allowed: 1 or more, or null")
+        require(self, "translations", self.translations >= 0, "allowed: 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,8 +118,10 @@ class RunConfig:
     """Parts a step's batch is cut into, one after the other (gradient accumulation)."""
     max_skipped: int = 10
     """Stop after this many updates in a row were skipped for a loss or gradient that is not finite."""
-    model: GPTConfig = GPTConfig()
-    """The network."""
+    model: ModelConfig = GPTConfig()
+    """The network; its `family` decides which fields there are."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is predicted from what."""
     data: DataConfig = DataConfig()
     """The text, and how it becomes sequences of tokens."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -136,6 +144,15 @@ class RunConfig:
         for field in ("steps", "batch_size", "microbatches", "max_skipped"):
             require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
         require(self, "seed", 0 <= self.seed < 2**32, "allowed: 0 to 2**32 - 1")
+        suited = FAMILIES[self.model.family].objectives
+        kind = self.objective.kind
+        if kind not in suited:
+            allowed = f"a model of family {self.model.family!r} goes with {', '.join(suited)}"
+            raise ConfigError(ObjectiveConfig, "kind", kind, allowed)
+        if isinstance(self.model, BertConfig):
+            head = "masked" if kind == "masked" else "pretraining"
+            if self.model.head != head:
+                raise ConfigError(BertConfig, "head", self.model.head, f"objective {kind} needs {head!r}")
         longest = self.model.max_length
         require(
             self, "length", self.length is None or 1 <= self.length <= longest,
@@ -174,14 +191,14 @@ def parse(data: Any, source: str) -> RunConfig:
     import pydantic
 
     try:
+        data = _with_family(data, source)
         _check_keys(data, RunConfig, "", source)
         # As JSON, a list may become a tuple, while every scalar must still have the field's own type.
         return _adapter().validate_json(json.dumps(data), strict=True)
     except TypeError as error:
         raise UserError(f"{source}: a value that is no text, number, list or mapping: {error}") from None
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        first, where = _first_error(error, data)
         if first["type"] == "missing":
             raise UserError(f"{source}: {where} is missing, and has no default") from None
         raise UserError(f"{source}: {where}: got {first['input']!r}; {first['msg']}") from None
@@ -212,7 +229,7 @@ def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
                 default=config,
                 args=words,
                 prog="manyheads ... CONFIG",
-                config=(tyro.conf.FlagConversionOff,),
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as stop:
         if not stop.code:
@@ -331,6 +348,30 @@ def _similar_file(path: Path) -> str:
     return nearest(path.name, (other.name for other in folder.glob("*.yaml"))) if folder.is_dir() else ""
 
 
+def _with_family(data: Any, source: str) -> Any:
+    """The same with the model's family written out, on which its fields depend."""
+    model = data.get("model", {}) if isinstance(data, dict) else None
+    if not isinstance(model, dict):
+        return data
+    family = model.get("family", GPTConfig.family)
+    if family not in FAMILIES:
+        near = nearest(family, FAMILIES) if isinstance(family, str) else ""
+        raise UserError(f"{source}: model.family: got {family!r}; allowed: {', '.join(FAMILIES)}.{near}")
+    return data | {"model": model | {"family": family}}
+
+
+def _first_error(error: Any, data: Any) -> tuple[dict[str, Any], str]:
+    """The first thing wrong, and its field; of the models that the config might be, the one whose family it names."""
+    family = FAMILIES[data["model"]["family"]].config.__name__ if isinstance(data.get("model"), dict) else ""
+    others = {kind.config.__name__ for kind in FAMILIES.values()} - {family}
+    for found in error.errors():
+        path = [str(part) for part in found["loc"]]
+        if path[:1] == ["model"] and len(path) > 1 and path[1] in others:
+            continue
+        return found, ".".join(part for index, part in enumerate(path) if (index, part) != (1, family))
+    raise AssertionError
+
+
 def _check_keys(data: Any, config_type: type, prefix: str, source: str) -> None:
     """Raise a `UserError` for the first key below `data` that the config does not have."""
     if not isinstance(data, dict):
@@ -340,7 +381,10 @@ def _check_keys(data: Any, config_type: type, prefix: str, source: str) -> None:
     for key, value in data.items():
         if key not in hints:
             raise UserError(f"{source}: {prefix}{key}: no such field.{nearest(str(key), hints)}")
-        for inner in _dataclasses_in(hints[key]):
+        optional = type(None) in typing.get_args(hints[key])
+        for inner in _dataclasses_in(hints[key]) if value is not None or not optional else ():
+            if isinstance(value, dict) and getattr(inner, "family", None) not in (None, value.get("family")):
+                continue
             if isinstance(value, list):
                 for index, item in enumerate(value):
                     _check_keys(item, inner, f"{prefix}{key}.{index}.", source)
@@ -359,9 +403,12 @@ def _dataclasses_in(kind: Any) -> list[type]:
 
 def _meanings(config_type: type) -> dict[str, str]:
     """Field name → the docstring under it."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config_type))).body[0].body  # type: ignore[attr-defined]
     found = {}
-    for field, text in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    for owner in reversed(config_type.__mro__):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import sys
 from typing import Any
@@ -17,11 +18,11 @@ from rich.table import Table
 
 from train.config import RunConfig, fields
 from train.mesh import MESH_AXES
-from train.objective import LossConfig, causal
+from train.objective import LOSSES, LossConfig
 from train.optimizer import make_optimizer
 from train.state import state_maker
 from transformer.functional import graphdef_of
-from transformer.models.gpt import GPT, flops_per_token
+from transformer.models.families import flops_per_token, make_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +43,13 @@ class Cost:
 def cost(config: RunConfig) -> Cost:
     """Count from the shapes of the real model, optimiser and loss; no array is made."""
 
-    def make_model(rngs: nnx.Rngs) -> GPT:
-        return GPT(config.model, rngs=rngs)
-
+    make = functools.partial(make_model, config.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    make_state = state_maker(make_model, optimizer, keep_ema=config.optimizer.ema_decay is not None)
+    make_state = state_maker(make, optimizer, keep_ema=config.optimizer.ema_decay is not None)
     state = jax.eval_shape(make_state, jax.random.key(0))
     length = config.sequence_length
     rows = config.batch_size // config.microbatches
-    shape = (rows, length)
-    batch = {
-        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
-        "targets": jax.ShapeDtypeStruct(shape, jnp.int32),
-        "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
-    }
-    if config.data.packing == "documents":
-        batch |= {"segments": batch["tokens"], "positions": batch["tokens"]}
+    batch = _batch(config, rows, length)
     return Cost(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         tokens_per_step=config.batch_size * length,
@@ -65,8 +57,29 @@ def cost(config: RunConfig) -> Cost:
         parameter_bytes=_bytes(state.params),
         gradient_bytes=_bytes(state.params),
         optimizer_bytes=_bytes(state.opt_state) + _bytes(state.ema),
-        activation_bytes=_saved_bytes(graphdef_of(make_model), state.params, batch, config),
+        activation_bytes=_saved_bytes(graphdef_of(make), state.params, batch, config),
     )
+
+
+def _batch(config: RunConfig, rows: int, length: int) -> dict[str, Any]:
+    """The shapes of what the objective's loss reads, padding included."""
+    objective = config.objective
+
+    def whole(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    batch = {name: whole(rows, length) for name in ("tokens", "targets")}
+    batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    if objective.kind != "causal" or config.data.packing == "documents":
+        batch |= {name: whole(rows, length) for name in ("segments", "positions")}
+    if objective.kind in ("next_sentence", "sentence_order"):
+        batch |= {"token_types": whole(rows, length), "labels": whole(rows)}
+    if objective.kind == "prefix":
+        batch["prefix"] = whole(rows)
+    if objective.has_source:
+        width = objective.source_width(length)
+        batch |= {f"source_{name}": whole(rows, width) for name in ("tokens", "segments", "positions")}
+    return batch
 
 
 def explain(config: RunConfig) -> None:
@@ -122,7 +135,7 @@ def _saved_bytes(graphdef: Any, params: nnx.State, batch: dict[str, Any], config
         key = jax.random.key(0) if config.model.dropout else None
 
         def loss(params: nnx.State) -> Any:
-            return causal(nnx.merge(graphdef, params), batch, LossConfig(), key=key).loss
+            return LOSSES[config.objective.kind](nnx.merge(graphdef, params), batch, LossConfig(), key=key).loss
 
         return jax.vjp(loss, params)[1]
 

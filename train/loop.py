@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ import optax
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
 from train.data.cache import writing
+from train.data.check import check_objective
 from train.data.loader import evaluation_batches, prefetch_to_device, train_batches
 from train.data.prepare import check_vocabulary, prepare
 from train.data.store import Prepared
@@ -26,14 +27,15 @@ from train.meter import Meter, Reading
 from train.metrics import MetricLog
 from train.objective import Batch
 from train.optimizer import make_optimizer, make_schedule
+from train.run_files import tokenizer_files
 from train.runtime import GracefulStop
+from train.sample import make_sampler
 from train.state import TrainState, abstract_state, init_state, state_maker
 from train.step import make_eval_step, make_train_step
-from transformer.decode import generate
-from transformer.decode.sampling import Sampling
+from train.translation import TextTranslator, spread
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
-from transformer.models.gpt import GPT, flops_per_token
+from transformer.models.families import flops_per_token, make_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finis
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
     prepared = prepare(config.data)
-    check_vocabulary(prepared, config.model.vocab_size)
+    check_data(config, prepared)
     with _alone_in(config.directory), use_mesh(mesh, config.mesh.rules), GracefulStop() as stop:
         run = Run(config, prepared, mesh)
         with Checkpoints(config.directory, config.checkpoint) as checkpoints:
@@ -83,21 +85,23 @@ class Run:
 
     def __init__(self, config: RunConfig, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
         self.config, self.prepared, self.mesh = config, prepared, mesh
-        make_model = functools.partial(_make_model, config)
-        graphdef = graphdef_of(make_model)
+        make = functools.partial(make_model, config.model)
+        graphdef = graphdef_of(make)
         optimizer = make_optimizer(config.optimizer, config.steps)
         self.schedule: optax.Schedule = make_schedule(config.optimizer, config.steps)
         ema_decay = config.optimizer.ema_decay
-        self.make_state = state_maker(make_model, optimizer, keep_ema=ema_decay is not None)
+        self.make_state = state_maker(make, optimizer, keep_ema=ema_decay is not None)
         self.abstract = abstract_state(self.make_state, mesh)
         self.train_step = make_train_step(
-            graphdef, optimizer, config.loss, self.abstract, microbatches=config.microbatches, ema_decay=ema_decay
-        )
-        self.eval_step = make_eval_step(graphdef)
-        self.generator = generate.Generator(
-            config.model, end_of_text=prepared.tokenizer.end_of_text, num_tokens=prepared.tokenizer.vocab_size
-        )
-        self.tokenizer_files = _files_of(prepared, config.directory / "tokenizer")
+            graphdef, optimizer, config.loss, self.abstract, microbatches=config.microbatches, ema_decay=ema_decay,
+            objective=config.objective.kind,
+        )  # fmt: skip
+        self.eval_step = make_eval_step(graphdef, config.objective.kind)
+        self.translator = None
+        if prepared.pairs and prepared.validation:
+            self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
+        self.sampler = make_sampler(config, prepared, self.translator)
+        self.tokenizer_files = tokenizer_files(prepared, config.directory / "tokenizer")
         self.has_held_out = bool(prepared.validation)
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
         self.flops_per_token = 3 * flops_per_token(config.model, config.sequence_length)
@@ -145,7 +149,7 @@ class Run:
                 if evaluates:
                     _, nll = self._evaluate(state, step, display, log, config.evaluation.batches)
                 if samples:
-                    display.say(self.sample(state))
+                    self.sample(state, display)
                 if saves:
                     checkpoints.save(state, step, config, self.tokenizer_files, nll)
                 if stop.requested:
@@ -164,28 +168,14 @@ class Run:
                 if checkpoints.latest != step:
                     checkpoints.save(state, step, config, self.tokenizer_files, nll)
                     checkpoints.wait()
-            self._farewell(state, step, scores, interrupted, display)
+            self._farewell(state, step, scores, interrupted, display, log)
         return Finished(config.directory, step, scores, interrupted)
 
-    def sample(self, state: TrainState) -> str:
-        """A text from the model as it is now."""
-        sample = self.config.sample
-        tokenizer = self.prepared.tokenizer
-        prompt = tokenizer.encode(sample.prompt).tolist() or [tokenizer.end_of_text]
-        # A long prompt keeps its end, with room for at least one token.
-        prompt = prompt[-(self.config.model.max_length - 1) :]
-        room = self.config.model.max_length - len(prompt)
-        tokens = self.generator.generate(
-            state.params if state.ema is None else state.ema,
-            [prompt],
-            max_tokens=max(min(sample.max_tokens, room), 1),
-            sampling=Sampling(temperature=sample.temperature, top_p=sample.top_p),
-            seed=self.config.seed,
-        )
-        written = [int(token) for chunk in tokens for token in chunk[0]]
-        if tokenizer.end_of_text in written:
-            written = written[: written.index(tokenizer.end_of_text)]
-        return f"── sample ──\n{sample.prompt}{tokenizer.decode(written)}\n────────────"
+    def sample(self, state: TrainState, display: Display) -> None:
+        """Show what the model makes of the config's prompt, or of held-out sentences, as it is now."""
+        if self.sampler is not None:
+            text = self.sampler(state.params if state.ema is None else state.ema)
+            display.say(f"── sample ──\n{text}\n────────────")
 
     def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
         """A batch's example ids, which stay on the host, and its arrays on the devices."""
@@ -200,6 +190,7 @@ class Run:
             batch_size=config.batch_size,
             length=config.sequence_length,
             seed=config.seed,
+            objective=config.objective,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -215,6 +206,7 @@ class Run:
             config.data,
             batch_size=config.batch_size,
             length=config.sequence_length,
+            objective=config.objective,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             max_batches=batches,
@@ -222,7 +214,9 @@ class Run:
         params = state.params if state.ema is None else state.ema
         device = (batch for _, batch in prefetch_to_device(iter(host), self._to_device))
         parts = evaluate(self.eval_step, params, device)
-        bytes_per_token = self.prepared.meta.bytes_per_token("validation")
+        # Bits per byte mean something where every token is predicted, and from those before it alone.
+        every = config.objective.kind in ("causal", "seq2seq")
+        bytes_per_token = self.prepared.meta.bytes_per_token("validation") if every else None
         scores = scores_of(parts, bytes_per_token)
         # Checkpoints are compared on the same batches, however many an evaluation takes.
         selection = scores_of(parts[: config.evaluation.batches], bytes_per_token).loss
@@ -267,7 +261,7 @@ class Run:
         )
 
     def _farewell(
-        self, state: TrainState, step: int, scores: Scores | None, interrupted: bool, display: Display
+        self, state: TrainState, step: int, scores: Scores | None, interrupted: bool, display: Display, log: MetricLog
     ) -> None:
         directory = self.config.directory
         if interrupted:
@@ -275,24 +269,35 @@ class Run:
                 f"stopped after step {step}; the state is saved in {directory}. Run the same command again to go on"
             )
             return
-        display.say(self.sample(state))
-        if scores is not None and scores.bits_per_byte is not None:
+        self.sample(state, display)
+        if scores is not None and scores.bits_per_byte is not None and self.config.objective.kind == "causal":
             compressors: tuple[tuple[Literal["gzip", "xz"], str], ...] = (("gzip", "gzip -9"), ("xz", "xz -9"))
             others = [(label, self.prepared.meta.bits_per_byte(name)) for name, label in compressors]
             known = "".join(f", {label} {bits:.4f}" for label, bits in others if bits is not None)
             display.say(f"held-out text, bits per byte: this model {scores.bits_per_byte:.4f}{known}")
-        display.say(f"finished; to write with it: manyheads generate {directory} --prompt TEXT")
+        if self.translator is not None and (count := self.config.evaluation.translations):
+            params = state.params if state.ema is None else state.ema
+            quality = self.translator.quality(params, spread(self.prepared.validation_pairs(), count))
+            log.write(step, "eval", dataclasses.asdict(quality))
+            display.say(f"{quality.pairs} held-out translations: BLEU {quality.bleu:.2f}, chrF {quality.chrf:.2f}")
+        uses = {"gpt": "to write with it: manyheads generate {} --prompt TEXT"}
+        if self.prepared.pairs:
+            uses |= dict.fromkeys(
+                ("vaswani", "t5", "recurrent"), "to translate with it: manyheads translate {} --text TEXT"
+            )
+        display.say(f"finished; {uses.get(self.config.model.family, 'it is in {}').format(directory)}")
 
 
-def _make_model(config: RunConfig, rngs: Any) -> GPT:
-    return GPT(config.model, rngs=rngs)
-
-
-def _files_of(prepared: Prepared, directory: Path) -> dict[str, str]:
-    """Save the tokenizer in the run's folder, and give its files as text."""
-    with writing(directory):
-        prepared.tokenizer.save(directory)
-    return {path.name: path.read_text(encoding="utf-8") for path in sorted(directory.iterdir())}
+def check_data(config: RunConfig, prepared: Prepared) -> None:
+    """Raise a `UserError` unless the data suits the model and the objective."""
+    source_vocab_size = getattr(config.model, "source_vocab_size", None)
+    if source_vocab_size is None:
+        check_vocabulary(prepared, config.model.vocab_size, objective=config.objective)
+    else:
+        check_vocabulary(
+            prepared, source_vocab_size, target_vocab_size=config.model.vocab_size, objective=config.objective
+        )
+    check_objective(prepared, config.objective, config.sequence_length)
 
 
 @contextlib.contextmanager

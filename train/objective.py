@@ -7,6 +7,7 @@ global batch is taken once, however it was cut into microbatches and devices.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,14 +76,79 @@ def cross_entropy(
     return LossSums(jnp.sum(loss * weights_BT), jnp.sum(nll * weights_BT), jnp.sum(weights_BT))
 
 
+Loss = Callable[..., LossSums]
+"""(model, batch, config, key=None) -> LossSums; a key turns dropout on."""
+
+
 def causal(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
-    """Predict each next token.
+    """Predict each next token; of a prefix language model, behind the prefix alone.
 
     Args:
         batch: tokens, targets [B, T] int32 and weights [B, T] float32; positions and segments [B, T] where documents are
-            packed.
+            packed; prefix [B], how many first tokens all others see.
         key: turns dropout on.
     """
-    output = model(batch["tokens"], positions_BT=batch.get("positions"), segments_BT=batch.get("segments"), key=key)
+    output = model(
+        batch["tokens"], positions_BT=batch.get("positions"), segments_BT=batch.get("segments"),
+        **({"prefix_B": batch["prefix"]} if "prefix" in batch else {}), key=key,
+    )  # fmt: skip
+    return _sums(output, batch, config)
+
+
+def masked(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    """Predict the tokens that were hidden (Devlin et al. 2018, section 3.1), and whether the second sentence belongs behind
+    the first where the batch has labels.
+
+    Args:
+        batch: tokens, targets [B, T] int32, weights [B, T] float32 (1 at hidden tokens), positions and segments [B, T]; with
+            two sentences a row also token_types [B, T] and labels [B].
+    """
+    output = model(
+        batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
+        token_types_BT=batch.get("token_types"), key=key,
+    )  # fmt: skip
+    sums = _sums(output, batch, config)
+    if "labels" not in batch:
+        return sums
+    with jax.named_scope("sentence_loss"):
+        # A mean over rows beside a mean over tokens: brought to the tokens' weight. A row of padding has the label -1.
+        rows = (batch["labels"] >= 0).astype(jnp.float32)
+        sentence = cross_entropy(output.pooled_logits[:, None], batch["labels"][:, None], rows[:, None], LossConfig())
+        added = sentence.loss / jnp.maximum(sentence.weight, 1) * sums.weight
+        return dataclasses.replace(sums, loss=sums.loss + added)
+
+
+def to_text(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    """Predict each next token of the target from the source and the target's tokens before it (teacher forcing).
+
+    Args:
+        batch: source_tokens, source_segments, source_positions [B, S] int32; tokens, targets, segments, positions [B, T]
+            int32 and weights [B, T] float32.
+    """
+    output = model(
+        batch["source_tokens"], batch["tokens"], source_segments_BS=batch["source_segments"],
+        source_positions_BS=batch["source_positions"], segments_BT=batch["segments"], positions_BT=batch["positions"],
+        key=key,
+    )  # fmt: skip
+    return _sums(output, batch, config)
+
+
+LOSSES: dict[str, Loss] = {
+    "causal": causal,
+    "prefix": causal,
+    "masked": masked,
+    "next_sentence": masked,
+    "sentence_order": masked,
+    "span_corruption": to_text,
+    "ul2": to_text,
+    "seq2seq": to_text,
+}
+"""The loss of each objective of `train.data.objective_config`."""
+
+
+def _sums(output: Any, batch: Batch, config: LossConfig) -> LossSums:
     with jax.named_scope("loss"):
-        return cross_entropy(output.logits, batch["targets"], batch["weights"], config)
+        sums = cross_entropy(output.logits, batch["targets"], batch["weights"], config)
+        if output.router_loss is None:
+            return sums
+        return dataclasses.replace(sums, loss=sums.loss + output.router_loss * sums.weight)

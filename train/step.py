@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from train.objective import Batch, LossConfig, LossSums, causal
+from train.objective import LOSSES, Batch, LossConfig, LossSums
 from train.state import TrainState
 from transformer.types import Array
 
@@ -26,6 +26,7 @@ def make_train_step(
     *,
     microbatches: int = 1,
     ema_decay: float | None = None,
+    objective: str = "causal",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
@@ -37,6 +38,7 @@ def make_train_step(
         abstract: shapes and shardings of the state (`abstract_state`).
         microbatches: into how many parts the batch is cut, one after the other, to save memory.
         ema_decay: of the parameters' moving average, where the state keeps one.
+        objective: a name of `LOSSES`.
 
     Returns:
         A function whose metrics are float32 scalars: loss, nll (nats per token), grad_norm (before clipping), tokens,
@@ -44,7 +46,7 @@ def make_train_step(
     """
 
     def loss_sum(params: nnx.State, batch: Batch, key: Array) -> tuple[Array, LossSums]:
-        sums = causal(nnx.merge(graphdef, params), batch, loss, key=key)
+        sums = LOSSES[objective](nnx.merge(graphdef, params), batch, loss, key=key)
         return sums.loss, sums
 
     gradient = jax.grad(loss_sum, has_aux=True)
@@ -93,11 +95,11 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_eval_step(graphdef: Any) -> Callable[[nnx.State, Batch], LossSums]:
+def make_eval_step(graphdef: Any, objective: str = "causal") -> Callable[[nnx.State, Batch], LossSums]:
     """The jitted `(params, batch) -> LossSums` without dropout, smoothing or z-loss."""
 
     def step(params: nnx.State, batch: Batch) -> LossSums:
-        return causal(nnx.merge(graphdef, params), batch, LossConfig())
+        return LOSSES[objective](nnx.merge(graphdef, params), batch, LossConfig())
 
     return jax.jit(step)
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax import nnx
 from rich.console import Console
 
-from train.checkpoint import Checkpoints
-from train.config import RunConfig, parse
-from train.data.tokenizer import StreamDecoder, Tokenizer
-from train.mesh import make_mesh, use_mesh
-from train.state import abstract_params
+from train.data.tokenizer import StreamDecoder
+from train.mesh import use_mesh
+from train.run_files import load_run
 from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
 from transformer.errors import UserError, check_text
-from transformer.models.gpt import GPT
+from transformer.models.gpt import GPTConfig
 
 DEFAULT_TOKENS = 256
 STREAM_CHUNK = 8
@@ -36,23 +31,31 @@ def write(run: Path, prompts: list[str], step: str, max_tokens: int | None, samp
     """
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"--max-tokens: got {max_tokens}; allowed: 1 or more")
-    config, tokenizer, params, mesh = load_run(run, step)
-    generator = Generator(config.model, end_of_text=tokenizer.end_of_text, num_tokens=tokenizer.vocab_size)
+    loaded = load_run(run, step)
+    model, tokenizer = loaded.config.model, loaded.tokenizer
+    if not isinstance(model, GPTConfig):
+        raise UserError(f"{run}: a model of family {model.family!r} continues no text; generate is for gpt")
+    generator = Generator(model, end_of_text=tokenizer.end_of_text, num_tokens=tokenizer.vocab_size)
     for prompt in prompts:
         check_text("--prompt", prompt)
     ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     if max_tokens is None:
-        max_tokens = max(min(DEFAULT_TOKENS, config.model.max_length - max(map(len, ids))), 1)
+        max_tokens = max(min(DEFAULT_TOKENS, model.max_length - max(map(len, ids))), 1)
     generator.check(ids, max_tokens)
     decoders = [StreamDecoder(tokenizer) for _ in prompts]
     texts = [""] * len(prompts)
     alone = len(prompts) == 1
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    with use_mesh(mesh, config.mesh.rules):
+    with use_mesh(loaded.mesh, loaded.config.mesh.rules):
         if alone:
             console.print(prompts[0], end="")
         chunks = generator.generate(
-            params, ids, max_tokens=max_tokens, sampling=sampling, seed=seed, chunk=STREAM_CHUNK if alone else None
+            loaded.params,
+            ids,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            seed=seed,
+            chunk=STREAM_CHUNK if alone else None,
         )
         ended = np.zeros(len(prompts), bool)
         for chunk in chunks:
@@ -71,43 +74,6 @@ def write(run: Path, prompts: list[str], step: str, max_tokens: int | None, samp
     for prompt, text in zip(prompts, texts, strict=True):
         console.rule()
         console.print(prompt + text)
-
-
-def load_run(run: Path, step: str = "latest") -> tuple[RunConfig, Tokenizer, nnx.State, jax.sharding.Mesh]:
-    """A run's config, tokenizer and parameters, laid out over the devices that are here now.
-
-    Args:
-        step: `latest`, `best`, or a step's number.
-
-    Raises:
-        UserError: no such run or checkpoint.
-    """
-    with Checkpoints(run) as checkpoints:
-        number = _choose(checkpoints, run, step)
-        meta = checkpoints.meta(number)
-        config = parse(meta["config"], f"{run}, step {number}")
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in meta["tokenizer"].items():
-                Path(folder, name).write_text(text, encoding="utf-8")
-            tokenizer = Tokenizer.load(Path(folder))
-        mesh = make_mesh(type(config.mesh)(strategy=config.mesh.strategy))
-        with use_mesh(mesh, config.mesh.rules):
-            described = abstract_params(lambda rngs: GPT(config.model, rngs=rngs), mesh)
-            params = checkpoints.restore_params(number, described)
-    return config, tokenizer, params, mesh
-
-
-def _choose(checkpoints: Checkpoints, run: Path, step: str) -> int:
-    steps = checkpoints.steps
-    if not steps:
-        raise UserError(f"{run}: this run has no checkpoint yet")
-    if step == "latest":
-        return steps[-1]
-    if step == "best":
-        return steps[-1] if checkpoints.best is None else checkpoints.best
-    if not step.isdecimal() or int(step) not in steps:
-        raise UserError(f"--step: got {step!r}; this run has latest, best, {', '.join(map(str, steps))}")
-    return int(step)
 
 
 def _until(tokens: np.ndarray, end_of_text: int, ended: np.ndarray, row: int) -> np.ndarray:

@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from train.attend import labels
 from train.cli import main
 from train.data.tokenizer import ByteTokenizer
+from train.labels import labels
 from transformer.interpret.capture import readable
 
 

@@ -18,11 +18,11 @@ from tests.train.run_records import records
 from train.checkpoint import Checkpoints
 from train.cli import main
 from train.config import load
-from train.write import load_run
+from train.run_files import load_run
 
 
 def params_of(run_dir):
-    return jax.device_get(load_run(Path(run_dir))[2])
+    return jax.device_get(load_run(Path(run_dir)).params)
 
 
 def wait_until(holds, process, seconds=120):

@@ -66,7 +66,7 @@ def test_every_optimiser_moves_every_parameter(name):
 
 def test_muon_orthogonalises_whole_matrices_of_each_layer():
     updates = step(name="muon", weight_decay=0.0, clip_norm=None)
-    kernel = updates["blocks"]["attention"]["query"]["kernel"][...]  # [L, D, N, H]
+    kernel = updates["layers"]["blocks"]["attention"]["query"]["kernel"][...]  # [L, D, N, H]
     for layer in kernel.reshape(2, 16, 16):
         values = jnp.linalg.svd(layer, compute_uv=False)
         assert float(values.max() / values.mean()) < 1.6

@@ -96,7 +96,7 @@ def test_every_layout_computes_what_one_device_does(config, num_devices, microba
 def test_fsdp_shards_parameters_and_moments():
     _, _, state = run(MeshConfig(strategy="fsdp"), 8, steps=1)
     for tree in (state.params, state.opt_state[1][0].mu):
-        kernel = tree["blocks"]["attention"]["query"]["kernel"].get_value()
+        kernel = tree["layers"]["blocks"]["attention"]["query"]["kernel"].get_value()
         assert kernel.addressable_shards[0].data.size * 8 == kernel.size
 
 

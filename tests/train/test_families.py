@@ -1,0 +1,210 @@
+"""What holds for every family: it learns, padding is nothing, a scan is a loop, eight devices are one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from train.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
+from train.objective import LOSSES, LossConfig
+from transformer.models.bert import BertConfig
+from transformer.models.encoder_decoder import T5Config, VaswaniConfig
+from transformer.models.families import FAMILIES, count_parameters, flops_per_token, make_model
+from transformer.models.gpt import GPTConfig
+from transformer.models.recurrent import RecurrentConfig
+
+V, B, T, S = 32, 8, 12, 10
+SMALL = {"vocab_size": V, "max_length": 16, "num_layers": 2, "embed_dim": 16, "num_heads": 2, "dropout": 0.0}
+EXPERTS = {"num_experts": 4, "experts_per_token": 2, "mlp_dim": 32}
+MODELS = {
+    "gpt": (GPTConfig(**SMALL), "causal"),
+    "gpt, prefix": (GPTConfig(**SMALL), "prefix"),
+    "gpt, experts": (GPTConfig(**SMALL, **EXPERTS), "causal"),
+    "bert": (BertConfig(**SMALL), "masked"),
+    "bert, sentences": (BertConfig(**SMALL, head="pretraining"), "next_sentence"),
+    "bert, modern": (
+        BertConfig(
+            **SMALL, position="rotary", activation="geglu", norm_first=True, local_window=2, global_every=2,
+            token_types=0, use_bias=False,
+        ),
+        "masked",
+    ),
+    "vaswani": (VaswaniConfig(**SMALL), "seq2seq"),
+    "t5": (T5Config(**SMALL | {"head_dim": 8, "mlp_dim": 32, "num_decoder_layers": 1}), "span_corruption"),
+    "t5, experts": (
+        T5Config(**SMALL | {"head_dim": 8} | EXPERTS, tie_embeddings=True, scale_logits=True, expert_capacity=1.5),
+        "seq2seq",
+    ),
+    "recurrent": (RecurrentConfig(vocab_size=V, source_vocab_size=V, embed_dim=16, hidden_dim=16), "seq2seq"),
+}  # fmt: skip
+
+
+def batch_of(objective: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of different lengths with padding behind them."""
+    rng = np.random.default_rng(seed)
+
+    def side(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sizes = rng.integers(length // 2, length + 1, B)
+        valid = np.arange(length) < sizes[:, None]
+        tokens = np.where(valid, rng.integers(1, V, (B, length)), 0).astype(np.int32)
+        positions = np.broadcast_to(np.arange(length), (B, length)) * valid
+        return tokens, valid.astype(np.int32), positions.astype(np.int32)
+
+    tokens, segments, positions = side(T)
+    targets = np.where(segments, rng.integers(1, V, (B, T)), 0).astype(np.int32)
+    batch = {
+        "tokens": tokens, "targets": targets, "weights": segments.astype(np.float32), "segments": segments,
+        "positions": positions,
+    }  # fmt: skip
+    if FAMILIES["bert"].objectives[0] in (objective, "masked") and objective in FAMILIES["bert"].objectives:
+        batch["weights"] *= rng.random((B, T)) < 0.4
+    if objective == "next_sentence":
+        batch["token_types"] = (positions >= 3).astype(np.int32)
+        batch["labels"] = rng.integers(0, 2, B).astype(np.int32)
+    if objective == "prefix":
+        batch["prefix"] = np.full(B, 4, np.int32)
+        batch["weights"] *= np.arange(T) >= 4
+    if LOSSES[objective].__name__ == "to_text":
+        batch |= dict(zip(("source_tokens", "source_segments", "source_positions"), side(S), strict=True))
+    return batch
+
+
+@functools.cache
+def loss_and_gradient(name: str, **changes):
+    config, objective = MODELS[name]
+    config = dataclasses.replace(config, **changes)
+    graphdef, params = nnx.split(make_model(config, nnx.Rngs(0)), nnx.Param)
+
+    @jax.jit
+    def run(params, batch):
+        def mean(params):
+            sums = LOSSES[objective](nnx.merge(graphdef, params), batch, LossConfig())
+            return sums.loss / sums.weight
+
+        return jax.value_and_grad(mean)(params)
+
+    return params, run
+
+
+def assert_close(got, expected, rtol=1e-5, atol=1e-6):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), got, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_overfits_a_batch(name):
+    params, run = loss_and_gradient(name)
+    batch = batch_of(MODELS[name][1])
+    optimizer = optax.adam(0.01)
+
+    @jax.jit
+    def steps(params, state):
+        def step(carry, _):
+            params, state = carry
+            loss, gradient = run(params, batch)
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.lax.scan(step, (params, state), length=300)
+
+    _, losses = steps(params, optimizer.init(params))
+    assert losses[0] > 2
+    # What the routers add never goes to zero.
+    floor = 0.1 if "experts" in name else 0.0
+    assert losses[-1] < 0.1 + floor
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt, prefix"])
+def test_padding_has_no_influence(name):
+    params, run = loss_and_gradient(name)
+    batch = batch_of(MODELS[name][1])
+    expected = run(params, batch)
+    other = dict(batch)
+    for tokens, segments in (("tokens", "segments"), ("source_tokens", "source_segments")):
+        if tokens in batch:
+            other[tokens] = np.where(batch[segments], batch[tokens], 7)
+    # Another token where there is padding, then more of it.
+    assert_close(run(params, other), expected)
+    longer = {key: np.pad(x, ((0, 0), (0, 3))) if x.ndim == 2 else x for key, x in other.items()}
+    if getattr(MODELS[name][0], "expert_capacity", None) is None:
+        # Room in proportion to the row's length depends on it.
+        assert_close(run(params, longer), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "recurrent"])
+def test_a_scan_is_a_loop(name):
+    batch = batch_of(MODELS[name][1])
+    params, run = loss_and_gradient(name)
+    assert_close(loss_and_gradient(name, scan_layers=False)[1](params, batch), run(params, batch), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_devices_are_one(name):
+    params, run = loss_and_gradient(name)
+    batch = batch_of(MODELS[name][1])
+    expected = run(params, batch)
+    config = MeshConfig(strategy="fsdp")
+    mesh = make_mesh(config)
+    with use_mesh(mesh, config.rules):
+        # Traced anew, under the mesh.
+        got = loss_and_gradient.__wrapped__(name)[1](params, shard_batch(batch, batch_sharding(mesh, config.rules)))
+    assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vaswani", "t5", "t5, experts"])
+def test_packed_pairs_are_apart(name):
+    config = dataclasses.replace(MODELS[name][0], expert_capacity=None)
+    model = make_model(config, nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    pairs = [(rng.integers(1, V, s), rng.integers(1, V, t)) for s, t in ((4, 5), (6, 3))]
+
+    def row(sides):
+        tokens = np.concatenate(sides)[None]
+        segments = np.concatenate([np.full(len(side), n + 1) for n, side in enumerate(sides)])[None]
+        positions = np.concatenate([np.arange(len(side)) for side in sides])[None]
+        return (jnp.asarray(x, jnp.int32) for x in (tokens, segments, positions))
+
+    source, source_segments, source_positions = row([pair[0] for pair in pairs])
+    target, segments, positions = row([pair[1] for pair in pairs])
+    packed = model(
+        source, target, source_segments_BS=source_segments, source_positions_BS=source_positions,
+        segments_BT=segments, positions_BT=positions,
+    ).logits[0]  # fmt: skip
+    apart = [model(*(jnp.asarray(side, jnp.int32)[None] for side in pair)).logits[0] for pair in pairs]
+    np.testing.assert_allclose(packed, jnp.concatenate(apart), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vaswani", "t5"])
+def test_step_by_step_is_all_at_once(name):
+    model = make_model(MODELS[name][0], nnx.Rngs(0))
+    batch = jax.tree.map(jnp.asarray, batch_of("seq2seq"))
+    whole = model(
+        batch["source_tokens"], batch["tokens"], source_segments_BS=batch["source_segments"], return_weights=True
+    )
+    apart = model.unstacked()
+    memory = apart.encode(batch["source_tokens"], source_segments_BS=batch["source_segments"])
+    state = apart.begin(memory, T)
+    step = jax.jit(lambda token, state: apart.step(token, state, memory, return_weights=True))
+    for place in range(T):
+        logits, state, weights = step(batch["tokens"][:, place], state)
+        np.testing.assert_allclose(logits, whole.logits[:, place], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights, whole.weights[-1].mean(1)[:, place], atol=1e-5)
+    padding = np.asarray(batch["source_segments"]) == 0
+    assert (np.asarray(whole.weights) * padding[None, :, None, None]).max() == 0
+
+
+def test_shapes_of_the_papers():
+    # Vaswani et al. 2017, table 3: 65 million with a shared vocabulary of 37,000.
+    assert count_parameters(VaswaniConfig()) == pytest.approx(65e6, rel=0.05)
+    # Devlin et al. 2018: 110 million, and the masked head's transform and bias.
+    assert count_parameters(BertConfig()) == pytest.approx(110e6, rel=0.01)
+    # Raffel et al. 2020's released t5-v1_1-small.
+    assert count_parameters(T5Config()) == 76_961_152
+    assert flops_per_token(VaswaniConfig(), 32) > 2 * 37_000 * 512

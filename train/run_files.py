@@ -1,0 +1,86 @@
+"""What a run leaves for those who come after it: the config, the tokenizers and the parameters of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from train.checkpoint import Checkpoints
+from train.config import RunConfig, parse
+from train.data.cache import writing
+from train.data.store import Prepared
+from train.data.tokenizer import Tokenizer
+from train.mesh import make_mesh, use_mesh
+from train.state import abstract_params
+from transformer.errors import UserError
+from transformer.models.families import make_model
+
+_TARGET = "target/"
+"""What the names of the files of the target's own tokenizer begin with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A trained model with all that it takes to use it."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    target_tokenizer: Tokenizer
+    """Of what is predicted: the same, unless pairs have a vocabulary a side."""
+    params: nnx.State
+    mesh: jax.sharding.Mesh
+
+
+def load_run(run: Path, step: str = "latest") -> LoadedRun:
+    """A run's config, tokenizers and parameters, laid out over the devices that are here now.
+
+    Args:
+        step: `latest`, `best`, or a step's number.
+
+    Raises:
+        UserError: no such run or checkpoint.
+    """
+    with Checkpoints(run) as checkpoints:
+        number = _choose(checkpoints, run, step)
+        meta = checkpoints.meta(number)
+        config = parse(meta["config"], f"{run}, step {number}")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in meta["tokenizer"].items():
+                path = Path(folder, name)
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            tokenizer = Tokenizer.load(Path(folder))
+            target = Path(folder, _TARGET)
+            target_tokenizer = Tokenizer.load(target) if target.is_dir() else tokenizer
+        mesh = make_mesh(type(config.mesh)(strategy=config.mesh.strategy))
+        with use_mesh(mesh, config.mesh.rules):
+            described = abstract_params(lambda rngs: make_model(config.model, rngs), mesh)
+            params = checkpoints.restore_params(number, described)
+    return LoadedRun(config, tokenizer, target_tokenizer, params, mesh)
+
+
+def tokenizer_files(prepared: Prepared, directory: Path) -> dict[str, str]:
+    """Save the tokenizers in a folder of the run, and give their files as text, by name, for its checkpoints."""
+    with writing(directory):
+        prepared.tokenizer.save(directory)
+        if prepared.own_target_tokenizer is not None:
+            prepared.own_target_tokenizer.save(directory / _TARGET)
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def _choose(checkpoints: Checkpoints, run: Path, step: str) -> int:
+    steps = checkpoints.steps
+    if not steps:
+        raise UserError(f"{run}: this run has no checkpoint yet")
+    if step == "latest":
+        return steps[-1]
+    if step == "best":
+        return steps[-1] if checkpoints.best is None else checkpoints.best
+    if not step.isdecimal() or int(step) not in steps:
+        raise UserError(f"--step: got {step!r}; this run has latest, best, {', '.join(map(str, steps))}")
+    return int(step)
