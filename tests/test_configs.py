@@ -27,10 +27,16 @@ def test_it_opens_with_command_hardware_time_and_result(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_trains_a_step(path, tmp_path):
     config = load(path)
-    model = dataclasses.replace(
-        config.model, vocab_size=256, max_length=32, num_layers=2, embed_dim=32, num_heads=4, head_dim=None, mlp_dim=None,
-        num_kv_heads=2 if config.model.num_kv_heads else None,
-    )  # fmt: skip
+    smaller = {
+        "vocab_size": 512, "max_length": 32, "num_layers": 2, "embed_dim": 32, "num_heads": 4, "head_dim": None,
+        "mlp_dim": None, "hidden_dim": 32, "num_experts": min(getattr(config.model, "num_experts", 0), 4),
+        "num_kv_heads": 2 if getattr(config.model, "num_kv_heads", None) else None,
+    }  # fmt: skip
+    if getattr(config.model, "source_vocab_size", None) is not None:
+        smaller["source_vocab_size"] = 512
+    known = {field.name for field in dataclasses.fields(config.model)}
+    model = dataclasses.replace(config.model, **{name: size for name, size in smaller.items() if name in known})
+    pairs = config.data.pairs
     small = dataclasses.replace(
         config,
         run_dir=str(tmp_path),
@@ -40,8 +46,12 @@ def test_it_trains_a_step(path, tmp_path):
         model=model,
         # Its own sources may be a download of gigabytes: their reading is tested elsewhere.
         data=DataConfig(
-            sources=(SourceConfig(kind="stdlib", limit=40),), tokenizer=TokenizerConfig(), packing=config.data.packing
+            sources=(SourceConfig(kind="synthetic" if pairs else "stdlib", limit=400 if pairs else 40),),
+            tokenizer=TokenizerConfig(special_tokens=config.data.tokenizer.special_tokens, sentinels=20),
+            packing=config.data.packing,
         ),
+        objective=dataclasses.replace(config.objective, source_length=None),
+        evaluation=dataclasses.replace(config.evaluation, translations=2),
         sample=dataclasses.replace(config.sample, max_tokens=2),
     )
     finished = train(small)
