@@ -57,7 +57,11 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             f"{result['passed']}",
             f"{result['failed']} beyond",
         )
-    if "seconds" in result:
+    if "host_mebibytes_above_inputs" in result:
+        what = f"blockwise attention, both passes, {result['length']:,} tokens of one head"
+        yield f"{what}, memory above the inputs", f"{result['host_mebibytes_above_inputs']:.0f} MiB", ""
+        yield f"{what}, time", f"{result['seconds']:.0f} s", ""
+    elif "seconds" in result:
         yield "compile time of the step, 48 layers over 6", *_figure(result["ratio"], "{:.2f}×")
     elif "ratio" in result:
         for loader, values in result["ratio"].items():

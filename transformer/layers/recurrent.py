@@ -374,7 +374,8 @@ class SourceAttention(nnx.Module):
         return (read_BV[:, :-1] / sums_B1).astype(source.states_BSE.dtype), weights_BS
 
     def _features(self, x: Array) -> Array:
-        return unit_length(dpfp(x)) if self.kind == "delta" else elu_plus_one(x)
+        # The scale before the map goes out behind it; what starts small is not to fall below the guard of the division there.
+        return unit_length(dpfp(unit_length(x))) if self.kind == "delta" else elu_plus_one(x)
 
 
 def _product(x_BD: Array, kernel_DG: Array) -> Array:

@@ -1,0 +1,144 @@
+"""Train on pairs, translate, and look at who made which word."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+from tests.train.run_records import records
+from train.cli import main
+from train.config import RunConfig, load
+from train.data.objective_config import ObjectiveConfig
+from train.data.prepare import DataConfig
+from train.data.source import SourceConfig
+from train.data.synthetic import sentence
+from train.data.tokenizer import TokenizerConfig
+from train.loop import train
+from train.run_files import load_run
+from train.translate import alignment
+from train.translation import score, spread
+from transformer.errors import UserError
+from transformer.models.encoder_decoder import VaswaniConfig
+from transformer.models.families import make_model
+from transformer.models.recurrent import RecurrentConfig
+
+DATA = DataConfig(
+    sources=(SourceConfig(kind="synthetic", limit=300),),
+    tokenizer=TokenizerConfig(kind="words", vocab_size=600),
+    target_tokenizer=TokenizerConfig(kind="words", vocab_size=700),
+    packing="pad",
+)
+SIZES = {"source_vocab_size": 600, "vocab_size": 700, "max_length": 40, "embed_dim": 32}
+MODELS = {
+    "transformer": VaswaniConfig(**SIZES, num_layers=2, num_heads=2),
+    "recurrent": RecurrentConfig(**SIZES, hidden_dim=16),
+}
+
+
+def config_of(directory: Path, name: str) -> RunConfig:
+    # Packed where the model can: one shape to compile.
+    data = dataclasses.replace(DATA, packing="documents") if name == "transformer" else DATA
+    config = RunConfig(
+        name="pairs", run_dir=str(directory), steps=3, batch_size=8, length=40, model=MODELS[name], data=data,
+        objective=ObjectiveConfig(kind="seq2seq"),
+    )  # fmt: skip
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, translations=5))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def trained(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("pairs") / "run"
+    train(config_of(directory, request.param))
+    return request.param, directory
+
+
+def test_a_run_ends_with_the_quality_of_its_translations(trained):
+    assert records(trained[1], "eval/pairs") == {3: 5}
+    (quality,) = records(trained[1], "eval/chrf").values()
+    assert 0 <= quality <= 100
+
+
+def test_translations_and_the_page(trained, tmp_path, capsys):
+    page = tmp_path / "look" / "page.html"
+    command = ["translate", str(trained[1]), "--text", sentence(0), "--num-best", "2", "--attention", str(page)]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2", "page", "picture"]
+    for word in sentence(0).split():
+        assert word in page.read_text()
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_attention_there_is_nothing_to_look_at(trained):
+    loaded = load_run(trained[1])
+    blind = RecurrentConfig(**SIZES, hidden_dim=16, attention="none")
+    params = nnx.state(make_model(blind, nnx.Rngs(0)), nnx.Param)
+    loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=blind), params=params)
+    with pytest.raises(UserError, match="no attention"):
+        alignment(loaded, [3, 4, 0], [5, 6])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--text"),
+        (["--text", ""], "no tokens"),
+        (["--text", "x " * 100], "context"),
+        (["--text", "x", "--beams", "0"], "--beams"),
+        (["--text", "x", "--num-best", "9"], "num-best"),
+    ],
+)
+def test_a_mistake_is_one_line(trained, capsys, arguments, words):
+    assert main(["translate", str(trained[1]), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_model_of_pairs_neither_writes_nor_shows_itself(trained, capsys):
+    for command in (["generate", str(trained[1]), "--prompt", "x"], ["attend", str(trained[1]), "--text", "x"]):
+        assert main(command) == 2
+        assert "family" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {family: brt}", "Did you mean 'bert'?"),
+        ("model: {family: bert}", "objective.kind: got 'causal'; a model of family 'bert' goes with masked"),
+        ("model: {family: bert, num_layer: 2}", "Did you mean 'num_layers'?"),
+        ("model: {family: bert, num_layers: two}", "model.num_layers: got 'two'"),
+        ("model: {family: t5, window: 3}", "model.window: no such field"),
+        ("model: {family: bert}\nobjective: {kind: next_sentence}", "model.head: got 'masked'"),
+        ("objective: {kind: seq2seq}", "a model of family 'gpt' goes with causal, prefix"),
+    ],
+)
+def test_a_family_and_what_does_not_go_with_it(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: x\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert words in str(caught.value)
+
+
+def test_overrides_reach_the_fields_of_the_family(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: x\nmodel: {family: bert}\nobjective: {kind: masked}\n")
+    config = load(path, ["--model.token-types", "0", "--model.num-layers", "3"])
+    assert (config.model.token_types, config.model.num_layers) == (0, 3)
+
+
+def test_scores_are_those_of_sacrebleu():
+    same = ["le roi est vieux et sage", "il parla ainsi au peuple"]
+    assert score(same, same).bleu == 100
+    assert score(["rien", "du tout"], same).bleu < 5
+
+
+def test_spread_takes_from_all_over():
+    pairs = [(str(n), "") for n in range(10)]
+    assert [int(source) for source, _ in spread(pairs, 4)] == [0, 2, 5, 7]
+    assert spread(pairs[:2], 4) == pairs[:2]
+    assert spread([], 4) == []
