@@ -11,7 +11,14 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from transformer.attention.fast_weights import FORMS, RULES, FastWeightAttention, fast_weights, fast_weights_step
+from transformer.attention.fast_weights import (
+    FORMS,
+    RULES,
+    FastWeightAttention,
+    fast_weights,
+    fast_weights_step,
+    unit_lower_inverse,
+)
 from transformer.attention.feature_maps import FEATURE_MAPS, feature_dim
 
 B, T, N, K, H, V = 2, 13, 4, 2, 3, 5
@@ -327,3 +334,15 @@ def test_arrays_that_a_feature_map_captures_have_gradients_in_chunks():
     grads = [jax.grad(loss)(matrix, form) for form in ("chunked", "recurrent")]
     np.testing.assert_allclose(*grads, rtol=1e-4)
     assert np.abs(grads[0]).min() > 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 33])
+def test_unit_lower_inverse(size):
+    matrix = np.random.default_rng(size).normal(size=(3, size, size)).astype(np.float32)
+    expected = np.linalg.inv(np.eye(size) + np.tril(matrix, -1).astype(np.float64))
+    np.testing.assert_allclose(
+        unit_lower_inverse(jnp.asarray(matrix)), expected, rtol=2e-4, atol=1e-4 * np.abs(expected).max()
+    )
+    # Equal keys: powers of the matrix would reach 10^9 and cancel.
+    ones = unit_lower_inverse(jnp.ones((size, size)))
+    np.testing.assert_allclose(ones, np.linalg.inv(np.tril(np.ones((size, size)))), atol=1e-6)
