@@ -336,11 +336,17 @@ def test_packing_fills_rows_on_both_sides() -> None:
     assert np.all(np.diff(index[:, 1]) >= 0)
 
 
+def test_no_more_shapes_than_are_allowed() -> None:
+    sizes = np.arange(1, 90)
+    for most in (1, 2, 4):
+        assert len(choose_widths(sizes, sizes, 100, 100, most=most)) == most
+
+
 def test_widths_waste_less_than_one_width_does() -> None:
     random = np.random.default_rng(0)
     source = random.integers(3, 100, 2000)
     target = np.clip(source + random.integers(-5, 6, 2000), 2, 100)
-    widths = choose_widths(source, target, 100, 100)
+    widths = choose_widths(source, target, 100, 100, most=6)
     assert len(widths) == 6
     assert np.all(np.diff(widths, axis=0) >= 0)
     assert widths[-1].tolist() == [100, 100]
@@ -348,7 +354,7 @@ def test_widths_waste_less_than_one_width_does() -> None:
     assert fits[:, -1].all()
     positions = widths.sum(axis=1)[fits.argmax(axis=1)]
     assert (source + target).sum() / positions.sum() > 0.8
-    assert choose_widths(source[:1], target[:1], 100, 100).shape == (1, 2)
+    assert choose_widths(source[:1], target[:1], 100, 100, most=6).shape == (1, 2)
 
 
 def test_sources_of_pairs_are_mixed_by_weight(verses: Path) -> None:

@@ -27,7 +27,9 @@ class Buckets:
     ) -> None:
         """`seed` decides the order. Raises `UserError` if no pair is short enough."""
         sizes = PairSizes.of(array, objective, length, shown=shown)
-        self.widths = choose_widths(sizes.source, sizes.target, objective.source_width(length), length)
+        self.widths = choose_widths(
+            sizes.source, sizes.target, objective.source_width(length), length, most=objective.max_shapes
+        )
         """[W, 2] int64: the widths of source and target that batches come in."""
         self._sizes, self._rows = sizes, PairRows(array, sizes)
         self._batch_size, self._key = batch_size, draw_key(seed, "buckets")

@@ -54,6 +54,8 @@ class ObjectiveConfig:
     """seq2seq: the longest target, in tokens with its end of text; null: as long as a row."""
     too_long: Literal["drop", "truncate"] = "drop"
     """seq2seq: what happens to a pair with a side that is longer than a row."""
+    max_shapes: int = 6
+    """seq2seq with packing `pad`: the most shapes that batches come in. More waste less; each is a program to compile."""
 
     def __post_init__(self) -> None:
         require(self, "mask_rate", 0 < self.mask_rate < 1, "above 0 and below 1")
@@ -63,6 +65,7 @@ class ObjectiveConfig:
         require(self, "ngram", self.ngram >= 1, "1 or more")
         require(self, "noise_density", 0 < self.noise_density <= 0.5, "above 0, at most 0.5")
         require(self, "mean_span", self.mean_span >= 1, "1 or more")
+        require(self, "max_shapes", self.max_shapes >= 1, "1 or more")
         weights = self.denoiser_weights
         require(self, "denoiser_weights", min(weights) >= 0 and sum(weights) > 0, "three numbers, 0 or more, not all 0")
         for field in ("source_length", "target_length"):

@@ -21,7 +21,6 @@ from transformer.errors import UserError
 _INDEX_VERSION = 1
 _WINDOW = 1 << 14  # pairs that are fitted together: bounds the time that fitting takes
 _WIDTH_STEP = 8
-_MOST_WIDTHS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +172,10 @@ def _fit(sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
     return rows
 
 
-def choose_widths(source: np.ndarray, target: np.ndarray, source_room: int, target_room: int) -> np.ndarray:
-    """Up to six widths for rows of one pair, [W, 2] int64 rising on both sides, with the least padding in all.
+def choose_widths(
+    source: np.ndarray, target: np.ndarray, source_room: int, target_room: int, *, most: int
+) -> np.ndarray:
+    """Up to `most` widths for rows of one pair, [W, 2] int64 rising on both sides, with the least padding in all.
 
     Pairs are ordered by their longer side, and cut into groups by dynamic programming; a group is as wide as its
     longest pair, in steps of 8.
@@ -190,7 +191,7 @@ def choose_widths(source: np.ndarray, target: np.ndarray, source_room: int, targ
     # cost[i, j]: positions of the keys i to j as one group.
     cost = np.where(np.tri(len(keys), dtype=bool).T, before[1:] - before[:-1, None], np.inf) * wide.sum(axis=1)
     best, cuts = cost[0], []
-    for _ in range(min(_MOST_WIDTHS, len(keys)) - 1):
+    for _ in range(min(most, len(keys)) - 1):
         total = np.vstack([np.full((1, len(keys)), np.inf), best[:-1, None] + cost[1:]])
         cuts.append(np.where(total.min(axis=0) < best, total.argmin(axis=0), 0))
         best = np.minimum(best, total.min(axis=0))
