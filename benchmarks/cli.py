@@ -49,6 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--budget", type=float, default=10.0, help="seconds a call may take under --length (10)")
     sub.add_argument("--last", type=_positive, default=1 << 20, help="the longest sequence of --length (1048576)")
     sub.add_argument("--support", action="store_true", help="print the table of what each backend can do")
+    text = "attention through history: ten models trained on the same pairs at the same budget, and a report"
+    sub = commands.add_parser("history", help=text, description=text)
+    sub.set_defaults(call=_history)
+    sub.add_argument("--models", metavar="A,B,C", help="names, comma-separated (all)")
+    sub.add_argument("--parameters", type=_positive, metavar="N", help="budget of each model (2000000)")
+    sub.add_argument("--steps", type=_positive, metavar="N", help="of each model, so the same tokens for all")
+    sub.add_argument("--data", metavar="DATA", help="verses, synthetic, or the path of a config of pairs (verses)")
+    sub.add_argument("--seed", type=int, metavar="N", help="of weights, dropout and the order of the data (0)")
+    sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/history)")
     for name, call, text in (
         ("gpu", _gpu, "all measurements that need an accelerator"),
         ("report", _report, "the results on record as a Markdown table"),
@@ -110,6 +119,19 @@ def _attention(options: argparse.Namespace) -> None:
         from benchmarks.attention import support
 
         print(support.table())
+
+
+def _history(options: argparse.Namespace) -> None:
+    from benchmarks.history import run
+    from train.runtime import set_up_devices
+
+    set_up_devices()
+    given = {
+        name: getattr(options, name) for name in ("models", "parameters", "steps", "data", "seed", "directory")
+    }  # fmt: skip
+    if given["models"] is not None:
+        given["models"] = [name.strip() for name in given["models"].split(",") if name.strip()]
+    run.run(**{name: value for name, value in given.items() if value is not None})
 
 
 def _gpu(options: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""`manyheads-bench history`: attention through history, every mechanism trained on the same pairs at the same budget."""

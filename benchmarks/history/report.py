@@ -1,0 +1,179 @@
+"""The report: what was found, tables and pictures, as one page that needs nothing else and as Markdown."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.history.findings import Figures, findings, title
+from benchmarks.history.models import ENTRIES
+from benchmarks.history.plots import alignment_sheet, by_length, loss_curves
+
+HEADING = "Attention through history"
+PICTURES: dict[str, tuple[str, Callable[[Sequence[Figures]], str]]] = {
+    "loss": ("Loss over the steps; in training the mean of five neighbouring readings", loss_curves),
+    "length": ("Quality of held-out translations by the source's length", by_length),
+    "alignment": ("Where each word of one held-out sentence looks", alignment_sheet),
+}
+_STYLE = """
+body { font: 15px/1.55 system-ui, sans-serif; color: #1f2430; background: #fff; max-width: 1180px; margin: 2rem auto;
+  padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { margin-top: 2.6rem; border-top: 1px solid #dde1ea; padding-top: 1.4rem; }
+h3 { margin: 1.8rem 0 .5rem; font-size: 1rem; } li { margin: .25rem 0; max-width: 60rem; } p { max-width: 60rem; }
+.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e6e9f0; white-space: nowrap; }
+th { color: #5a6273; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+td.text { white-space: normal; text-align: left; } th.text { text-align: left; } td.best { font-weight: 700; }
+svg { max-width: 100%; height: auto; } .muted { color: #5a6273; }
+"""
+
+Table = list[list[str]]
+"""Rows of cells, the heads first; `**` around a cell marks the best of its column."""
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write `path` as a page, the same as Markdown beside it, and Markdown's pictures."""
+    page, markdown = [f"<h1>{HEADING}</h1>"], [f"# {HEADING}", ""]
+    for paragraph in introduction(result):
+        page.append("<p>" + re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(paragraph)) + "</p>")
+        markdown += [paragraph, ""]
+    for name, task in result["tasks"].items():
+        stages = task["stages"]
+        page.append(f"<h2>{html.escape(task['title'])}</h2><p class=muted>{html.escape(_amounts(task))}</p>")
+        markdown += [f"## {task['title']}", "", _amounts(task), ""]
+        if len(stages) > 1:
+            found = findings(stages)
+            page.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in found) + "</ul>")
+            markdown += [*(f"- {line}" for line in found), ""]
+        for caption, table in tables(stages):
+            page.append(f"<h3>{html.escape(caption)}</h3>{_table_html(table)}")
+            markdown += [f"**{caption}**", "", *_table_markdown(table), ""]
+        for kind, (caption, draw) in PICTURES.items():
+            picture = draw(stages)
+            file = path.with_name(f"{path.stem}_{name}_{kind}.svg")
+            file.write_text(picture, encoding="utf-8")
+            caption += _caption(stages) if kind == "alignment" else ""
+            page.append(f"<h3>{html.escape(caption)}</h3>{picture}")
+            markdown += [f"**{caption}**", "", f"![{caption}]({file.name})", ""]
+        table = example_table(stages)
+        page.append(f"<h3>That sentence, translated greedily</h3>{_table_html(table, 'text')}")
+        markdown += ["**That sentence, translated greedily**", "", *_table_markdown(table), ""]
+    head = (
+        f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{HEADING}</title>"
+        f"<style>{_STYLE}</style>"
+    )
+    path.write_text(
+        f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(page)}</body></html>\n", encoding="utf-8"
+    )
+    path.with_suffix(".md").write_text("\n".join(markdown), encoding="utf-8")
+
+
+def introduction(result: dict[str, Any]) -> list[str]:
+    """What was done, alike for all models."""
+    settings = result["settings"]
+    rates = sorted({one["learning_rate"] for task in result["tasks"].values() for one in task["stages"]})
+    return [
+        f"Made by `{result['command']}`. Each model has {settings['parameters']:,} parameters, give or take "
+        f"{settings['tolerance']:.0%}, and takes {settings['steps']:,} steps of {settings['batch_size']} pairs: the same "
+        "pairs in the same batches and the same order, by the same tokenizer. AdamW, cosine schedule with a tenth of "
+        f"warm-up, dropout {settings['dropout']:g}; the highest learning rate is "
+        f"{' or '.join(f'{rate:g}' for rate in rates)}. Seed {settings['seed']}.",
+        "Recurrent models have a GRU encoder in both directions and a GRU decoder, so that they differ in how the decoder "
+        "looks at the source; Bahdanau's, hard, linear and delta look before a step, Luong's after it. The Transformer is "
+        "pre-norm, three layers a side. Losses are nats per target token of all held-out pairs; "
+        "speeds are target tokens a second in training; AER is the alignment error rate; translations are greedy, "
+        "scored by sacrebleu. One seed and one learning rate: small gaps say little.",
+    ]
+
+
+def tables(stages: Sequence[Figures]) -> list[tuple[str, Table]]:
+    """Captions and tables of one task."""
+    by_head: dict[str, tuple[Callable[[Figures], float | None], str, int]] = {
+        "parameters": (lambda one: one["parameters"], ",.0f", 0),
+        "learning rate": (lambda one: one["learning_rate"], "g", 0),
+        "held-out loss": (lambda one: one["held_out_loss"], ".3f", -1),
+        "BLEU": (lambda one: one["bleu"], ".2f", 1),
+        "chrF": (lambda one: one["chrf"], ".2f", 1),
+        "tokens/s": (lambda one: one["tokens_per_second"], ",.0f", 1),
+    }
+    if any(one["alignment"] for one in stages):
+        by_head["AER"] = (
+            lambda one: one["alignment"] and one["alignment"]["error_rate"], ".3f", -1
+        )  # fmt: skip
+    columns = [[title(one) for one in stages]]
+    columns += [_column([value(one) for one in stages], form, sign) for value, form, sign in by_head.values()]
+    papers = [ENTRIES[one["model"]].paper for one in stages]
+    found = [("Each model", _table(["model", "after", *by_head], [columns[0], papers, *columns[1:]]))]
+    buckets = stages[0]["by_length"]
+    heads = [f"{kind}, {bucket['words']}" for kind in ("BLEU", "chrF") for bucket in buckets]
+    counts = ", ".join(f"{bucket['words']}: {bucket['pairs']}" for bucket in buckets)
+    cells = [
+        _column([one["by_length"][i][kind] for one in stages], ".2f", 1)
+        for kind in ("bleu", "chrf")
+        for i in range(len(buckets))
+    ]
+    found.append(
+        (
+            f"By the source's length in words (held-out pairs of {counts})",
+            _table(["model", *heads], [columns[0], *cells]),
+        )
+    )
+    return found
+
+
+def example_table(stages: Sequence[Figures]) -> Table:
+    """The sentence that is shown, its reference and what each model makes of it."""
+    first = stages[0]["example"]
+    rows = [["source", first["source"]], ["reference", first["reference"]]]
+    return [["", "text"], *rows, *([title(one), one["example"]["translation"] or "(nothing)"] for one in stages)]
+
+
+def _amounts(task: dict[str, Any]) -> str:
+    tokens = task["tokens"]
+    return (
+        f"Every model reads {tokens['source']:,} source tokens and predicts {tokens['target']:,} target tokens in training "
+        f"({tokens['pairs']:,} pairs)."
+    )
+
+
+def _caption(stages: Sequence[Figures]) -> str:
+    """What else the alignments need to be read."""
+    text = "; rows are the reference's words, columns the source's"
+    if stages[0]["example"]["gold"]:
+        return text + ". A ring is where a word really came from. Of several heads: the one that aligns best"
+    return text + ". Of several heads: their mean"
+
+
+def _column(values: Sequence[float | None], form: str, sign: int) -> list[str]:
+    """Cells, the best one marked: the greatest for sign 1, the least for -1, none for 0."""
+    known = [value for value in values if value is not None]
+    best = (max if sign > 0 else min)(known) if sign and len(known) > 1 else None
+    cells = ["–" if value is None else f"{value:{form}}" for value in values]
+    return [
+        f"**{cell}**" if value is not None and value == best else cell
+        for cell, value in zip(cells, values, strict=True)
+    ]
+
+
+def _table(heads: list[str], columns: list[list[str]]) -> Table:
+    return [heads, *(list(row) for row in zip(*columns, strict=True))]
+
+
+def _table_markdown(table: Table) -> list[str]:
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], f"|---|{'---:|' * (len(table[0]) - 1)}", *lines[1:]]
+
+
+def _table_html(table: Table, kind: str = "") -> str:
+    def cell(text: str) -> str:
+        best = text.startswith("**") and text.endswith("**") and len(text) > 4
+        classes = " ".join(name for name in (kind, "best" if best else "") if name)
+        return f"<td class='{classes}'>{html.escape(text.strip('*') if best else text)}</td>"
+
+    heads = "".join(f"<th class='{kind}'>{html.escape(head)}</th>" for head in table[0])
+    rows = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in table[1:])
+    return f"<div class=table><table><tr>{heads}</tr>{rows}</table></div>"

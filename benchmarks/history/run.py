@@ -1,0 +1,119 @@
+"""The command: every stage in turn, each kept as soon as it is finished, then the report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.history import report
+from benchmarks.history.models import ENTRIES, chosen
+from benchmarks.history.stages import Interrupted, Settings, result_path, run_stage, tokens_of
+from benchmarks.history.tasks import tasks_of
+from train.data.cache import writing
+from train.display import clock
+from transformer.errors import UserError
+
+PARAMETERS = 2_000_000
+STEPS = 300
+"""So that all ten models on both tasks finish within 20 minutes on 2 cores."""
+DIRECTORY = "runs/history"
+
+
+def run(
+    models: Sequence[str] | None = None,
+    parameters: int = PARAMETERS,
+    steps: int = STEPS,
+    data: str = "verses",
+    seed: int = 0,
+    directory: str = DIRECTORY,
+    *,
+    synthetic_pairs: int | None = None,
+) -> dict[str, Any]:
+    """Train and ask each model on each task, write JSON and the report, and give the figures. Finished stages are kept.
+
+    Args:
+        models: names of `ENTRIES`; None: all.
+        parameters, steps: of each model.
+        data: `verses`, `synthetic`, or the path of a config of pairs.
+        directory: where runs and figures are kept, in a folder for each set of settings.
+        synthetic_pairs: how many there are; None: the usual number.
+
+    Raises:
+        UserError: an unknown name, a budget that a model cannot meet, whatever `train` raises, and an interruption.
+    """
+    names = chosen(models)
+    tasks = tasks_of(data, parameters, synthetic_pairs=synthetic_pairs)
+    settings = Settings(tasks=tasks, parameters=parameters, steps=steps, seed=seed)
+    folder = settings.folder(Path(directory))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(settings.as_data(), indent=1) + "\n", encoding="utf-8")
+    prepared = {task.name: task.prepared() for task in tasks}
+    # Before an hour of training: every model must meet the budget.
+    for task in tasks:
+        for name in names:
+            settings.run_config(name, task, prepared[task.name], folder)
+
+    stages = [(task, name) for task in tasks for name in names]
+    waiting = {(task.name, name) for task, name in stages if not result_path(folder, name, task).exists()}
+    print(f"{len(stages)} stages, {len(stages) - len(waiting)} of them finished before; kept in {folder}", flush=True)
+    figures: dict[str, list[dict[str, Any]]] = {task.name: [] for task in tasks}
+    taken: list[float] = []
+    for number, (task, name) in enumerate(stages, start=1):
+        known = (task.name, name) not in waiting
+        start = time.monotonic()
+        try:
+            one = run_stage(settings, name, task, prepared[task.name], folder)
+        except (Interrupted, KeyboardInterrupt):
+            raise UserError(
+                f"history: stopped in stage {number} of {len(stages)} ({task.name}, {name}); everything is kept in {folder}. "
+                "Run the same command again to go on"
+            ) from None
+        figures[task.name].append(one)
+        spent = "finished before"
+        if not known:
+            taken.append(time.monotonic() - start)
+            waiting.discard((task.name, name))
+            left = sum(taken) / len(taken) * len(waiting)
+            spent = f"{clock(taken[-1])}, about {clock(left)} left" if waiting else clock(taken[-1])
+        print(
+            f"[{number}/{len(stages)}] {task.name}, {ENTRIES[name].title}: held-out loss {one['held_out_loss']:.3f}, "
+            f"BLEU {one['bleu']:.2f}; {spent}",
+            flush=True,
+        )
+
+    command = _command(names, parameters, steps, data, seed)
+    result = {
+        "command": command,
+        "settings": settings.as_data(),
+        "tasks": {
+            task.name: {
+                "title": task.title,
+                "tokens": tokens_of(settings, task, prepared[task.name]),
+                "stages": figures[task.name],
+            }
+            for task in tasks
+        },
+    }
+    path = record.save("history", command, result, show=False).with_suffix(".html")
+    with writing(path):
+        report.write(result, path)
+    print(f"report in {path} and {path.with_suffix('.md').name}")
+    return result
+
+
+def _command(names: Sequence[str], parameters: int, steps: int, data: str, seed: int) -> str:
+    """The command that makes these figures, options that are as usual left out."""
+    given = {
+        "models": ",".join(names) if tuple(names) != tuple(ENTRIES) else None,
+        "parameters": parameters if parameters != PARAMETERS else None,
+        "steps": steps if steps != STEPS else None,
+        "data": data if data != "verses" else None,
+        "seed": seed or None,
+    }
+    options = [f"--{name} {value}" for name, value in given.items() if value is not None]
+    return " ".join(["manyheads-bench history", *options])

@@ -1,0 +1,89 @@
+"""The pairs that the models learn from: those of a config, and sentences of two invented languages with known alignments."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from train.config import load
+from train.data.objective_config import ObjectiveConfig
+from train.data.prepare import DataConfig, prepare
+from train.data.source import SourceConfig
+from train.data.store import Prepared
+from train.data.tokenizer import TokenizerConfig
+from transformer.errors import UserError, nearest
+
+DATA = ("verses", "synthetic")
+"""What `--data` takes beside the path of a config."""
+VERSES = Path(__file__).parents[2] / "configs" / "translate_en_fr_small.yaml"
+"""The config whose pairs `--data verses` takes."""
+SYNTHETIC_PAIRS = 20_000
+SYNTHETIC_WORDS = 896
+"""Room for every word of both invented languages: there a token is a word."""
+SHAPES = 2
+"""Of batches: each is a program to compile for each model."""
+HELD_OUT = 0.03
+SHAPES = 2
+"""That batches come in: with ten models, compiling more would take longer than their padding."""
+PARAMETERS_PER_TOKEN = 500
+"""A smaller budget has a smaller vocabulary, or embeddings would be all of the model."""
+LEAST_TOKENS, MOST_TOKENS = 320, 4000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """Pairs to learn from, in batches that are the same for every model."""
+
+    name: str
+    """`pairs` or `synthetic`."""
+    title: str
+    data: DataConfig
+    length: int
+    """Longest source and longest target, in tokens with the end of text; longer pairs are left out."""
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """Translation."""
+        return ObjectiveConfig(kind="seq2seq", source_length=self.length, max_shapes=SHAPES)
+
+    def prepared(self) -> Prepared:
+        """Its tokens."""
+        return prepare(self.data)
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether the alignment of its words is known."""
+        return self.name == "synthetic"
+
+
+def tasks_of(data: str, parameters: int, *, synthetic_pairs: int | None = None) -> tuple[Task, ...]:
+    """The tasks for `--data`: its pairs, and the synthetic ones, by which alignments are judged.
+
+    Args:
+        parameters: of each model, by which the size of the vocabulary goes.
+        synthetic_pairs: how many of them; null: `SYNTHETIC_PAIRS`.
+
+    Raises:
+        UserError: neither a known name nor a config of pairs.
+    """
+    words = TokenizerConfig(kind="words", vocab_size=SYNTHETIC_WORDS)
+    sources = (SourceConfig(kind="synthetic", limit=synthetic_pairs or SYNTHETIC_PAIRS),)
+    drawn = DataConfig(sources=sources, tokenizer=words, packing="pad", validation_fraction=HELD_OUT)
+    synthetic = Task(name="synthetic", title="Two invented languages", data=drawn, length=32)
+    if data == "synthetic":
+        return (synthetic,)
+    path = VERSES if data == "verses" else Path(data)
+    if data not in DATA and path.suffix not in (".yaml", ".yml"):
+        raise UserError(
+            f"--data: got {data!r}; allowed: {', '.join(DATA)}, or the path of a config.{nearest(data, DATA)}"
+        )
+    config = load(path)
+    if not config.data.pairs:
+        raise UserError(f"--data: {path} gives no pairs of texts")
+    tokenizer = TokenizerConfig(
+        kind="bpe", vocab_size=min(max(parameters // PARAMETERS_PER_TOKEN, LEAST_TOKENS), MOST_TOKENS)
+    )
+    # One vocabulary for both sides, and one pair a row: a recurrent model cannot read several.
+    pairs = dataclasses.replace(config.data, tokenizer=tokenizer, target_tokenizer=None, packing="pad")
+    title = "English and French verses" if data == "verses" else path.stem
+    return Task(name="pairs", title=title, data=pairs, length=48), synthetic
