@@ -97,7 +97,9 @@ def alignment(loaded: LoadedRun, source: list[int], target: list[int]) -> Attent
 def words(tokenizer: Tokenizer, ids: list[int]) -> tuple[tuple[str, ...], list[tuple[int, int]]]:
     """The words that token ids make and which tokens each is made of; behind them the end of text, one token more."""
     pieces = labels(tokenizer, np.asarray(ids, int))
-    spans = list(word_spans(pieces))
+    # A vocabulary of whole words has no spaces in its tokens.
+    whole = len(tokenizer.decode(ids).split()) == len(ids)
+    spans = [(place, place + 1) for place in range(len(ids))] if whole else list(word_spans(pieces))
     names = [("".join(pieces[start:stop]).strip().replace("##", "") or "␣") for start, stop in spans]
     return (*names, END), [*spans, (len(ids), len(ids) + 1)]
 

@@ -68,7 +68,7 @@ def test_translations_and_the_page(trained, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "page", "picture"]
     for word in sentence(0).split():
-        assert word in page.read_text()
+        assert f'"{word}"' in page.read_text()
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
