@@ -30,3 +30,10 @@ def _no_cache_left_behind():
     import shutil
 
     shutil.rmtree(os.environ["MANYHEADS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_program_outlives_its_file():
+    """Each compiled program takes memory maps, of which a process may have only so many: thousands of tests would use them up."""
+    yield
+    jax.clear_caches()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
 from train.data.cache import writing
 from train.data.check import check_objective
-from train.data.loader import evaluation_batches, prefetch_to_device, train_batches
+from train.data.loader import Batches, evaluation_batches, prefetch_to_device, train_batches
 from train.data.prepare import check_vocabulary, prepare
 from train.data.store import Prepared
 from train.display import Display
@@ -117,7 +117,8 @@ class Run:
     ) -> Finished:
         """Step until the end, a signal, or too many skipped updates."""
         config, start = self.config, int(state.step)
-        batches = self._batches(start)
+        host = self._host_batches()
+        batches = prefetch_to_device(host.iterate(start), self._to_device)
         meter = Meter(self.schedule, self.flops_per_token, list(self.mesh.devices.flat), config.model.dtype)
         nll, step = None, start
         with (
@@ -126,6 +127,8 @@ class Run:
             Display(config.steps, start) as display,
         ):
             display.say(self._headline(state, start))
+            if padding := _padding(host):
+                display.say(padding)
             for step in range(start + 1, config.steps + 1):
                 examples, batch = next(batches)
                 if profile is not None and start < profile[0]:
@@ -182,9 +185,9 @@ class Run:
         arrays = {name: rows for name, rows in batch.items() if name != "example"}
         return batch["example"], shard_batch(arrays, self.batch_sharding)
 
-    def _batches(self, start: int) -> Generator[tuple[np.ndarray, Batch]]:
+    def _host_batches(self) -> Batches:
         config = self.config
-        host = train_batches(
+        return train_batches(
             self.prepared,
             config.data,
             batch_size=config.batch_size,
@@ -194,7 +197,6 @@ class Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return prefetch_to_device(host.iterate(start), self._to_device)
 
     def _evaluate(
         self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None
@@ -286,6 +288,17 @@ class Run:
                 ("vaswani", "t5", "recurrent"), "to translate with it: manyheads translate {} --text TEXT"
             )
         display.say(f"finished; {uses.get(self.config.model.family, 'it is in {}').format(directory)}")
+
+
+def _padding(batches: Batches) -> str | None:
+    """What part of all positions holds nothing, for people; None for none to speak of."""
+    parts = {"source": batches.source_efficiency, "target": batches.efficiency}
+    wastes = {side: 1 - part for side, part in parts.items() if part is not None}
+    if max(wastes.values()) < 0.001:
+        return None
+    if len(wastes) == 1:
+        return f"padding: {wastes['target']:.1%} of all positions"
+    return f"padding: {wastes['source']:.1%} of the source's positions, {wastes['target']:.1%} of the target's"
 
 
 def check_data(config: RunConfig, prepared: Prepared) -> None:

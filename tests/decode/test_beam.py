@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.decode.beam import MIN_COVERED, BeamSearch, Translator, beam_search, sample_translations
+from transformer.decode.beam import MIN_COVERED, BeamSearch, beam_search, sample_translations
 from transformer.decode.sampling import Sampling
+from transformer.decode.translator import Translator
 from transformer.errors import ConfigError, UserError
 from transformer.models.gpt import GPT, GPTConfig
 from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
