@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from transformer.errors import UserError
 
 if TYPE_CHECKING:
     from train.config import RunConfig
+
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,18 +173,8 @@ def _generate(options: argparse.Namespace) -> None:
     _set_up(options)
     from train.write import write
     from transformer.decode.sampling import Sampling
-    from transformer.errors import ConfigError
 
-    try:
-        sampling = Sampling(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=options.repetition_penalty,
-        )
-    except ConfigError as error:
-        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+    sampling = _from_flags(Sampling, options)
     write(Path(options.run), prompts, options.step, options.max_tokens, sampling, options.seed)
 
 
@@ -204,18 +197,20 @@ def _translate(options: argparse.Namespace) -> None:
     _set_up(options)
     from train.translate import translate
     from transformer.decode.beam import BeamSearch
+
+    search = _from_flags(BeamSearch, options)
+    translate(Path(options.run), texts, search, attention=options.attention, step=options.step)
+
+
+def _from_flags(kind: type[T], options: argparse.Namespace) -> T:
+    """A config of which each field that the command has a flag for is that flag's value."""
     from transformer.errors import ConfigError
 
+    names = {field.name for field in dataclasses.fields(kind)} & vars(options).keys()  # type: ignore[arg-type]
     try:
-        search = BeamSearch(
-            beams=options.beams,
-            num_best=options.num_best,
-            length_penalty=options.length_penalty,
-            coverage_penalty=options.coverage_penalty,
-        )
+        return kind(**{name: getattr(options, name) for name in names})
     except ConfigError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
-    translate(Path(options.run), texts, search, attention=options.attention, step=options.step)
 
 
 def _read_prompts(name: str) -> list[str]:

@@ -14,7 +14,8 @@ from flax import nnx
 from train.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
 from transformer.errors import ConfigError
 from transformer.layers.position import RotaryScaling
-from transformer.models.gpt import GPT, GPTConfig, count_parameters, flops_per_token
+from transformer.models.families import count_parameters
+from transformer.models.gpt import GPT, GPTConfig, flops_per_token
 from transformer.stack import unstack
 
 B, T, V = 2, 12, 40

@@ -17,7 +17,8 @@ from flax import nnx
 from train.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
 from transformer.errors import ConfigError
 from transformer.layers.recurrent import KINDS
-from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator, count_parameters, flops_per_token
+from transformer.models.families import count_parameters
+from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator, flops_per_token
 
 B, S, T, SOURCE_V, V = 3, 7, 6, 23, 19
 BAHDANAU = RecurrentConfig(

@@ -63,7 +63,7 @@ def batch_of(objective: str, seed: int = 0) -> dict[str, np.ndarray]:
         "tokens": tokens, "targets": targets, "weights": segments.astype(np.float32), "segments": segments,
         "positions": positions,
     }  # fmt: skip
-    if FAMILIES["bert"].objectives[0] in (objective, "masked") and objective in FAMILIES["bert"].objectives:
+    if objective in FAMILIES["bert"].objectives:
         batch["weights"] *= rng.random((B, T)) < 0.4
     if objective == "next_sentence":
         batch["token_types"] = (positions >= 3).astype(np.int32)

@@ -15,13 +15,10 @@ from flax import nnx
 from transformer.attention.mask import AttentionMask
 from transformer.blocks import BlockOutput
 from transformer.errors import require
-from transformer.layers.embedding import Embedding
-from transformer.layers.linear import dropout
-from transformer.layers.position import sinusoidal, token_positions
-from transformer.models.config import StackConfig, attention_flops, feed_forward_flops
+from transformer.models.config import Activation, StackConfig, attention_flops, feed_forward_flops
+from transformer.models.embed import embed, make_positions, make_table
 from transformer.models.heads import MaskedHead, PooledHead, TokenHead, embedding_of, linear_options
 from transformer.models.layer_stack import Chosen, LayerStack, make_norm, router_loss, weights_of
-from transformer.sharding import constrain
 from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
 
 
@@ -35,7 +32,7 @@ class BertConfig(StackConfig):
     """Number of token ids; at least the tokenizer's. A multiple of 128 runs faster on accelerators."""
     max_length: int = 512
     """Longest context, in tokens."""
-    activation: Literal["relu", "gelu", "gelu_exact", "silu", "geglu", "swiglu"] = "gelu_exact"
+    activation: Activation = "gelu_exact"
     """Feed-forward activation; geglu and swiglu are gated. gelu is the tanh approximation."""
     norm_first: bool = False
     """Normalise before each sublayer, and once at the end (pre-norm); false: after each sum, as in the paper."""
@@ -75,14 +72,9 @@ class Bert(nnx.Module):
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
         self.config = c = config
-        init = nnx.initializers.normal(c.init_std)
-
-        def table(size: int, axis: str | None) -> Embedding:
-            return Embedding(size, c.embed_dim, axes=(axis, "embed"), init=init, dtype=DTYPES[c.dtype], rngs=rngs)
-
-        self.embed = table(c.vocab_size, "vocab")
-        self.positions = table(c.max_length, None) if c.position == "learned" else None
-        self.types = table(c.token_types, None) if c.token_types else None
+        self.embed = make_table(c, c.vocab_size, rngs=rngs)
+        self.positions = make_positions(c, rngs)
+        self.types = make_table(c, c.token_types, axis=None, rngs=rngs) if c.token_types else None
         self.embed_norm = make_norm(c, rngs) if c.embed_norm else None
         self.layers = LayerStack(c, causal=False, rngs=rngs)
         options = linear_options(c.init_std, DTYPES[c.dtype], rngs)
@@ -112,21 +104,15 @@ class Bert(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], BlockOutput | list[BlockOutput]]:
         """The last block's output, and what the blocks gave beside it; arguments as in `__call__`."""
         c = self.config
-        batch_size, length = tokens_BT.shape
-        if self.positions is not None and length > c.max_length:
-            raise ValueError(f"{length} tokens, but there are {c.max_length} learned positions (max_length)")
-        embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
-        positions_BT = token_positions(batch_size, length) if positions_BT is None else positions_BT
-        with jax.named_scope("embed"):
-            x_BTD = self.embed(tokens_BT)
-            if self.positions is not None:
-                x_BTD += self.positions(positions_BT)
-            elif c.position == "sinusoidal":
-                x_BTD += sinusoidal(positions_BT, c.embed_dim).astype(x_BTD.dtype)
+
+        def with_types(x_BTD: Array) -> Array:
             if self.types is not None:
                 x_BTD += self.types(jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT)
-            x_BTD = x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
-            x_BTD = dropout(constrain(x_BTD, "batch", "seq", None), c.dropout, embed_key)
+            return x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
+
+        x_BTD, positions_BT, key = embed(
+            c, self.embed, self.positions, tokens_BT, positions_BT=positions_BT, finish=with_types, key=key
+        )
         mask = AttentionMask.none() if segments_BT is None else AttentionMask.segments(segments_BT)
         masks: AttentionMask | list[AttentionMask] = mask
         if c.local_window is not None:
@@ -134,7 +120,7 @@ class Bert(nnx.Module):
             masks = [near if layer % c.global_every else mask for layer in range(c.num_layers)]
         return self.layers(
             x_BTD, masks, positions_BT=positions_BT, valid_BT=None if segments_BT is None else segments_BT != 0,
-            key=stack_key, return_weights=return_weights,
+            key=key, return_weights=return_weights,
         )  # fmt: skip
 
     def __call__(

@@ -9,6 +9,9 @@ from transformer.errors import require
 from transformer.layers.feed_forward import ACTIVATIONS
 from transformer.layers.position import RotaryScaling
 
+Activation = Literal["relu", "gelu", "gelu_exact", "silu", "geglu", "swiglu"]
+Position = Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackConfig:
@@ -30,7 +33,7 @@ class StackConfig:
     """Width of a head; null: embed_dim / num_heads."""
     mlp_dim: int | None = None
     """Width of the feed-forward layer; null: 4 embed_dim, or 8/3 embed_dim (rounded up to a multiple of 64) when gated."""
-    activation: Literal["relu", "gelu", "gelu_exact", "silu", "geglu", "swiglu"] = "gelu"
+    activation: Activation = "gelu"
     """Feed-forward activation; geglu and swiglu are gated. gelu is the tanh approximation, as in GPT-2."""
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     """Kind of normalisation."""
@@ -38,7 +41,7 @@ class StackConfig:
     """Normalise before each sublayer, and once at the end (pre-norm); false: after each sum (post-norm, Vaswani et al. 2017)."""
     norm_epsilon: float = 1e-5
     """Added to the variance in a norm."""
-    position: Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"] = "learned"
+    position: Position = "learned"
     """How the model knows where a token stands: added to its embedding, rotary, or a bias of attention by distance that is
     fixed (alibi) or learned and shared by the layers (relative, T5's)."""
     rotary_period: float = 10_000.0

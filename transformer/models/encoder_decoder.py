@@ -16,14 +16,11 @@ from flax import nnx
 from transformer.attention.mask import AttentionMask
 from transformer.decode.cache import KVCache
 from transformer.errors import require
-from transformer.layers.embedding import Embedding
-from transformer.layers.linear import Linear, dropout
-from transformer.layers.position import sinusoidal, token_positions
-from transformer.models.config import StackConfig, attention_flops, feed_forward_flops
+from transformer.models.config import Activation, Position, StackConfig, attention_flops, feed_forward_flops
+from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table
 from transformer.models.layer_stack import LayerStack, router_loss, weights_of
-from transformer.sharding import constrain
 from transformer.stack import unstack
-from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
+from transformer.types import Array, Float, Int, ModelOutput, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +70,11 @@ class VaswaniConfig(EncoderDecoderConfig):
     """Width of the residual stream."""
     num_heads: int = 8
     """Number of query heads."""
-    activation: Literal["relu", "gelu", "gelu_exact", "silu", "geglu", "swiglu"] = "relu"
+    activation: Activation = "relu"
     """Feed-forward activation; geglu and swiglu are gated."""
     norm_first: bool = False
     """Normalise before each sublayer, and once at the end (pre-norm); false: after each sum, as in the paper."""
-    position: Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"] = "sinusoidal"
+    position: Position = "sinusoidal"
     """How the model knows where a token stands."""
     dropout: float = 0.1
     """Drop rate after the embedding, in attention and after each sublayer."""
@@ -107,13 +104,13 @@ class T5Config(EncoderDecoderConfig):
     """Width of a head, of its own whatever embed_dim is."""
     mlp_dim: int | None = 1024
     """Width of the feed-forward layer."""
-    activation: Literal["relu", "gelu", "gelu_exact", "silu", "geglu", "swiglu"] = "geglu"
+    activation: Activation = "geglu"
     """Feed-forward activation; version 1.0 has relu."""
     norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
     """Kind of normalisation."""
     norm_epsilon: float = 1e-6
     """Added to the variance in a norm."""
-    position: Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"] = "relative"
+    position: Position = "relative"
     """How the model knows where a token stands."""
     use_bias: bool = False
     """Biases in linear maps and layer norms."""
@@ -150,34 +147,17 @@ class EncoderDecoder(nnx.Module):
         self.config = c = config
         # A table that is multiplied by sqrt(D) on the way in, and ties the output, starts at 1 / sqrt(D).
         std = c.embed_dim**-0.5 if c.scale_embeddings else c.init_std
-        init = nnx.initializers.normal(std)
-
-        def table(size: int) -> Embedding:
-            return Embedding(size, c.embed_dim, init=init, dtype=DTYPES[c.dtype], rngs=rngs)
-
-        def positions() -> Embedding:
-            return Embedding(
-                c.max_length, c.embed_dim, axes=(None, "embed"), init=nnx.initializers.normal(c.init_std),
-                dtype=DTYPES[c.dtype], rngs=rngs,
-            )  # fmt: skip
-
-        self.embed = table(c.vocab_size)
-        self.source_embed = None if c.source_vocab_size is None else table(c.source_vocab_size)
-        self.positions = positions() if c.position == "learned" else None
-        self.source_positions = positions() if c.position == "learned" else None
+        source_size = c.source_vocab_size
+        self.embed = make_table(c, c.vocab_size, std=std, rngs=rngs)
+        self.source_embed = None if source_size is None else make_table(c, source_size, std=std, rngs=rngs)
+        self.positions = make_positions(c, rngs)
+        self.source_positions = make_positions(c, rngs)
         scale = None if c.scale_attention else 1.0
         kernel_init = nnx.initializers.xavier_uniform() if c.init == "xavier" else None
         options: dict[str, Any] = {"attention_scale": scale, "kernel_init": kernel_init, "rngs": rngs}
         self.encoder = LayerStack(c, causal=False, **options)
         self.decoder = LayerStack(c, causal=True, cross=True, num_layers=c.decoder_layers, **options)
-        self.head = (
-            None
-            if c.tie_embeddings
-            else Linear(
-                (c.embed_dim,), (c.vocab_size,), axes=("embed", "vocab"), use_bias=False,
-                kernel_init=nnx.initializers.normal(c.init_std), dtype=DTYPES[c.dtype], rngs=rngs,
-            )
-        )  # fmt: skip
+        self.head = None if c.tie_embeddings else make_output(c, rngs)
 
     def encode(
         self,
@@ -276,8 +256,7 @@ class EncoderDecoder(nnx.Module):
         with jax.named_scope("logits"):
             if self.config.scale_logits:
                 hidden_BTD = hidden_BTD * self.config.embed_dim**-0.5
-            logits = self.embed.attend(hidden_BTD) if self.head is None else self.head(hidden_BTD)
-            return constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
+            return logits_of(self.embed, self.head, hidden_BTD)
 
     def unstacked(self) -> EncoderDecoder:
         """The same model with its decoder's blocks apart, for decoding (`LayerStack.take_apart`)."""
@@ -306,21 +285,8 @@ class EncoderDecoder(nnx.Module):
         c = self.config
         table = self.source_embed if is_source and self.source_embed is not None else self.embed
         learned = self.source_positions if is_source else self.positions
-        if learned is not None and tokens.shape[1] > c.max_length:
-            raise ValueError(f"{tokens.shape[1]} tokens, but there are {c.max_length} learned positions (max_length)")
-        if positions is None:
-            B, T = tokens.shape
-            positions = token_positions(B, T, start)
-        embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
-        with jax.named_scope("embed"):
-            x = table(tokens)
-            if c.scale_embeddings:
-                x = x * math.sqrt(c.embed_dim)
-            if learned is not None:
-                x += learned(positions)
-            elif c.position == "sinusoidal":
-                x += sinusoidal(positions, c.embed_dim).astype(x.dtype)
-            return dropout(constrain(x, "batch", "seq", None), c.dropout, embed_key), positions, stack_key
+        scale = math.sqrt(c.embed_dim) if c.scale_embeddings else None
+        return embed(c, table, learned, tokens, positions_BT=positions, start=start, scale=scale, key=key)
 
 
 def flops_per_token(config: EncoderDecoderConfig, length: int) -> float:

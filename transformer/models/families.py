@@ -30,13 +30,13 @@ class Family:
     """The training objectives that suit it, the usual one first."""
 
 
-_TO_TEXT = ("seq2seq", "span_corruption", "ul2")
-
 FAMILIES: dict[str, Family] = {
     "gpt": Family(GPTConfig, GPT, gpt.flops_per_token, ("causal", "prefix")),
     "bert": Family(BertConfig, Bert, bert.flops_per_token, ("masked", "next_sentence", "sentence_order")),
-    "vaswani": Family(VaswaniConfig, EncoderDecoder, encoder_decoder.flops_per_token, _TO_TEXT),
-    "t5": Family(T5Config, EncoderDecoder, encoder_decoder.flops_per_token, (_TO_TEXT[1], _TO_TEXT[2], _TO_TEXT[0])),
+    "vaswani": Family(
+        VaswaniConfig, EncoderDecoder, encoder_decoder.flops_per_token, ("seq2seq", "span_corruption", "ul2")
+    ),
+    "t5": Family(T5Config, EncoderDecoder, encoder_decoder.flops_per_token, ("span_corruption", "ul2", "seq2seq")),
     "recurrent": Family(RecurrentConfig, RecurrentTranslator, recurrent.flops_per_token, ("seq2seq",)),
 }
 

@@ -16,14 +16,11 @@ from transformer.attention.mask import AttentionMask
 from transformer.blocks import BlockOutput
 from transformer.decode.cache import KVCache
 from transformer.errors import require
-from transformer.layers.embedding import Embedding
-from transformer.layers.linear import Linear, dropout
-from transformer.layers.position import sinusoidal, token_positions
 from transformer.models.config import StackConfig, attention_flops, feed_forward_flops
+from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table
 from transformer.models.layer_stack import Chosen, LayerStack, filled, router_loss, weights_of
-from transformer.sharding import constrain
 from transformer.stack import restack
-from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
+from transformer.types import Array, Float, Int, ModelOutput, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,22 +63,10 @@ class GPT(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         c = config
-        init = nnx.initializers.normal(c.init_std)
-        self.embed = Embedding(c.vocab_size, c.embed_dim, init=init, dtype=DTYPES[c.dtype], rngs=rngs)
-        self.positions = (
-            Embedding(c.max_length, c.embed_dim, axes=(None, "embed"), init=init, dtype=DTYPES[c.dtype], rngs=rngs)
-            if c.position == "learned"
-            else None
-        )
+        self.embed = make_table(c, c.vocab_size, rngs=rngs)
+        self.positions = make_positions(c, rngs)
         self.layers = LayerStack(c, causal=True, rngs=rngs)
-        self.head = (
-            None
-            if c.tie_embeddings
-            else Linear(
-                (c.embed_dim,), (c.vocab_size,), axes=("embed", "vocab"), use_bias=False, kernel_init=init,
-                dtype=DTYPES[c.dtype], rngs=rngs,
-            )
-        )  # fmt: skip
+        self.head = None if c.tie_embeddings else make_output(c, rngs)
 
     def hidden(
         self,
@@ -95,27 +80,14 @@ class GPT(nnx.Module):
         return_weights: bool | Chosen = False,
     ) -> tuple[Float[Array, "B T D"], BlockOutput | list[BlockOutput]]:
         """The last block's output after the final norm, and what the blocks gave beside it; arguments as in `__call__`."""
-        c = self.config
-        if self.positions is not None and tokens_BT.shape[1] > c.max_length:
-            raise ValueError(
-                f"{tokens_BT.shape[1]} tokens, but there are {c.max_length} learned positions (max_length)"
-            )
-        embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
-        if positions_BT is None:
-            B, T = tokens_BT.shape
-            positions_BT = token_positions(B, T, 0 if cache is None else filled(cache))
-        mask = self._mask(positions_BT, segments_BT, prefix_B)
-        with jax.named_scope("embed"):
-            x_BTD = self.embed(tokens_BT)
-            if self.positions is not None:
-                x_BTD += self.positions(positions_BT)
-            elif c.position == "sinusoidal":
-                x_BTD += sinusoidal(positions_BT, c.embed_dim).astype(x_BTD.dtype)
-            x_BTD = dropout(constrain(x_BTD, "batch", "seq", None), c.dropout, embed_key)
-
+        x_BTD, positions_BT, key = embed(
+            self.config, self.embed, self.positions, tokens_BT, positions_BT=positions_BT,
+            start=0 if cache is None else filled(cache), key=key,
+        )  # fmt: skip
         return self.layers(
-            x_BTD, mask, positions_BT=positions_BT, valid_BT=None if segments_BT is None else segments_BT != 0,
-            cache=cache, key=stack_key, return_weights=return_weights,
+            x_BTD, self._mask(positions_BT, segments_BT, prefix_B), positions_BT=positions_BT,
+            valid_BT=None if segments_BT is None else segments_BT != 0, cache=cache, key=key,
+            return_weights=return_weights,
         )  # fmt: skip
 
     def _mask(self, positions_BT: Array, segments_BT: Array | None, prefix_B: Array | None) -> AttentionMask:
@@ -137,8 +109,7 @@ class GPT(nnx.Module):
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""
         with jax.named_scope("logits"):
-            logits = self.embed.attend(hidden_BTD) if self.head is None else self.head(hidden_BTD)
-            logits = constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
+            logits = logits_of(self.embed, self.head, hidden_BTD)
             if self.config.logit_soft_cap is not None:
                 logits = self.config.logit_soft_cap * jnp.tanh(logits / self.config.logit_soft_cap)
             return logits
@@ -200,12 +171,6 @@ class GPT(nnx.Module):
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens."""
         return self.layers.make_cache(batch_size, max_length)
-
-
-def count_parameters(config: GPTConfig) -> int:
-    """Number of parameters, from the shapes of the model itself."""
-    abstract = jax.eval_shape(lambda: nnx.state(GPT(config, rngs=nnx.Rngs(0)), nnx.Param))
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
 def flops_per_token(config: GPTConfig, length: int) -> float:

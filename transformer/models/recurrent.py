@@ -380,12 +380,6 @@ class RecurrentTranslator(nnx.Module):
             return self.head(dropout(x, self.config.dropout, key)).astype(jnp.float32)
 
 
-def count_parameters(config: RecurrentConfig) -> int:
-    """Number of parameters, from the shapes of the model itself."""
-    abstract = jax.eval_shape(lambda: nnx.state(RecurrentTranslator(config, rngs=nnx.Rngs(0)), nnx.Param))
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
-
-
 def flops_per_token(config: RecurrentConfig, length: int) -> float:
     """Floating-point operations of one target token's forward pass, for a source and a target of `length` tokens each, so
     with those of one source token; a training step takes three times that.

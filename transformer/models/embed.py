@@ -1,0 +1,88 @@
+"""The two ends of every Transformer: tokens with their positions at the bottom, the output projection at the top.
+
+B batch, T position, D embed, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from transformer.layers.embedding import Embedding
+from transformer.layers.linear import Linear, dropout
+from transformer.layers.position import sinusoidal, token_positions
+from transformer.models.config import StackConfig
+from transformer.sharding import constrain
+from transformer.types import DTYPES, Array, Float, Int, PRNGKeyArray
+
+
+def make_table(
+    config: StackConfig, size: int, *, axis: str | None = "vocab", std: float | None = None, rngs: nnx.Rngs
+) -> Embedding:
+    """`size` rows as wide as the residual stream, normal with `std` (by default `config.init_std`)."""
+    init = nnx.initializers.normal(config.init_std if std is None else std)
+    return Embedding(size, config.embed_dim, axes=(axis, "embed"), init=init, dtype=DTYPES[config.dtype], rngs=rngs)
+
+
+def make_positions(config: StackConfig, rngs: nnx.Rngs) -> Embedding | None:
+    """A row for each of `max_length` places, where the config has positions learned."""
+    return make_table(config, config.max_length, axis=None, rngs=rngs) if config.position == "learned" else None
+
+
+def make_output(config: StackConfig, rngs: nnx.Rngs) -> Linear:
+    """The output projection of a model that does not use its embedding as one."""
+    return Linear(
+        (config.embed_dim,), (config.vocab_size,), axes=("embed", "vocab"), use_bias=False,
+        kernel_init=nnx.initializers.normal(config.init_std), dtype=DTYPES[config.dtype], rngs=rngs,
+    )  # fmt: skip
+
+
+def embed(
+    config: StackConfig,
+    table: Embedding,
+    positions: Embedding | None,
+    tokens_BT: Int[Array, "B T"],
+    *,
+    positions_BT: Int[Array, "B T"] | None = None,
+    start: int | Int[Array, ""] | Int[Array, " B"] = 0,
+    scale: float | None = None,
+    finish: Callable[[Array], Array] | None = None,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], PRNGKeyArray | None]:
+    """Tokens with their positions added, where those stand, and a key for the layers above.
+
+    Args:
+        positions: the learned ones.
+        positions_BT: where each token stands; from `start` on by default.
+        scale: of the tokens' rows.
+        finish: what else happens to the sum before dropout.
+        key: turns dropout on.
+
+    Raises:
+        ValueError: more tokens than learned positions.
+    """
+    B, T = tokens_BT.shape
+    if positions is not None and config.max_length < T:
+        raise ValueError(f"{T} tokens, but there are {config.max_length} learned positions (max_length)")
+    if positions_BT is None:
+        positions_BT = token_positions(B, T, start)
+    embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
+    with jax.named_scope("embed"):
+        x_BTD = table(tokens_BT)
+        if scale is not None:
+            x_BTD = x_BTD * scale
+        if positions is not None:
+            x_BTD += positions(positions_BT)
+        elif config.position == "sinusoidal":
+            x_BTD += sinusoidal(positions_BT, config.embed_dim).astype(x_BTD.dtype)
+        if finish is not None:
+            x_BTD = finish(x_BTD)
+        return dropout(constrain(x_BTD, "batch", "seq", None), config.dropout, embed_key), positions_BT, layers_key
+
+
+def logits_of(table: Embedding, head: Linear | None, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Scores of each token of the vocabulary, float32: by the output projection, or else by the tied table."""
+    logits = table.attend(hidden_BTD) if head is None else head(hidden_BTD)
+    return constrain(logits.astype("float32"), "batch", "seq", "vocab")
