@@ -1,15 +1,17 @@
 """A translation task between two invented languages whose word alignment is known.
 
-A lexicon turns each source word into 0 to 3 target words, always the same ones. A translation also moves words: an
-adjective follows its noun, and what comes after the subject of a clause is said in the opposite order of blocks, so that
-the verb ends the clause. Both follow from the source sentence alone, so that a model can learn them, and `alignment`
-tells for any sentence which target word came from which source word.
+A lexicon turns each source word into 0 to 3 target words, always the same ones; where there are several, each of them
+belongs to several source words too, so that none tells the next one and all come from the source alone. A translation
+also moves words: an adjective follows its noun, and what comes after the subject of a clause is said in the opposite
+order of blocks, so that the verb ends the clause. Both follow from the source sentence alone, so that a model can learn
+them, and `alignment` tells for any sentence which target word came from which source word.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +21,7 @@ import numpy as np
 from train.data.readers import Document
 from transformer.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Changes with whatever changes the sentences of a document number."""
 
 Kind = Literal["noun", "adjective", "verb", "adverb", "particle", "joint"]
@@ -59,13 +61,19 @@ def lexicon() -> Lexicon:
     random = np.random.Generator(np.random.Philox(_SEED))
     total = sum(_SIZES.values())
     sources = iter(_invented(random, _SOURCE_SYLLABLES, total))
-    targets = iter(_invented(random, _TARGET_SYLLABLES, 3 * total))
+    targets = iter(_invented(random, _TARGET_SYLLABLES, total))
     words = {kind: tuple(itertools.islice(sources, size)) for kind, size in _SIZES.items()}
-    translation = {
-        word: tuple(itertools.islice(targets, int(random.choice(4, p=_FERTILITY[kind]))))
-        for kind, known in words.items()
-        for word in known
-    }
+    by_fertility: dict[int, list[str]] = {count: [] for count in range(4)}
+    for kind, known in words.items():
+        for word in known:
+            by_fertility[int(random.choice(4, p=_FERTILITY[kind]))].append(word)
+    translation: dict[str, tuple[str, ...]] = dict.fromkeys(by_fertility[0], ())
+    for count in (1, 2, 3):
+        # One list of words for each place, just long enough that all combinations together are enough.
+        size = math.ceil(len(by_fertility[count]) ** (1 / count))
+        combinations = list(itertools.product(*(tuple(itertools.islice(targets, size)) for _ in range(count))))
+        chosen = random.permutation(len(combinations))
+        translation |= {word: combinations[n] for word, n in zip(by_fertility[count], chosen, strict=False)}
     return Lexicon(words, {word: kind for kind, known in words.items() for word in known}, translation)
 
 
