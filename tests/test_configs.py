@@ -36,17 +36,17 @@ def test_it_trains_a_step(path, tmp_path):
         smaller["source_vocab_size"] = 512
     known = {field.name for field in dataclasses.fields(config.model)}
     model = dataclasses.replace(config.model, **{name: size for name, size in smaller.items() if name in known})
-    pairs = config.data.pairs
     small = dataclasses.replace(
         config,
-        run_dir=str(tmp_path),
+        run_dir=str(tmp_path / "run"),
+        init_from=None,
         steps=1,
         batch_size=config.microbatches * 8,
         length=None,
         model=model,
         # Its own sources may be a download of gigabytes: their reading is tested elsewhere.
         data=DataConfig(
-            sources=(SourceConfig(kind="synthetic" if pairs else "stdlib", limit=400 if pairs else 40),),
+            sources=(_source(config, tmp_path),),
             tokenizer=TokenizerConfig(special_tokens=config.data.tokenizer.special_tokens, sentinels=20),
             packing=config.data.packing,
         ),
@@ -57,3 +57,14 @@ def test_it_trains_a_step(path, tmp_path):
     finished = train(small)
     assert finished.step == 1
     assert finished.scores.loss < 7
+
+
+def _source(config, folder) -> SourceConfig:
+    """A small source of the same kind of documents: pairs, those with classes, or single texts."""
+    if config.data.labelled:
+        (label,) = {source.label_field for source in config.data.sources}
+        rows = [f"{number},{number % config.model.num_labels}\n" for number in range(40)]
+        (folder / "rows.csv").write_text(f"text,{label}\n{''.join(rows)}")
+        return SourceConfig(kind="files", path=str(folder / "rows.csv"), label_field=label)
+    pairs = config.data.pairs
+    return SourceConfig(kind="synthetic" if pairs else "stdlib", limit=400 if pairs else 12)

@@ -16,7 +16,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from train.config import CheckpointConfig, RunConfig, difference, to_data
+from train.config import RunConfig, difference, to_data
+from train.sections import CheckpointConfig
 from train.state import TrainState
 from transformer.errors import UserError
 

@@ -21,6 +21,7 @@ from train.data.prepare import DataConfig
 from train.mesh import MeshConfig
 from train.objective import LossConfig
 from train.optimizer import OptimizerConfig
+from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from transformer.errors import ConfigError, UserError, nearest, require
 from transformer.models.bert import BertConfig
 from transformer.models.families import FAMILIES, ModelConfig
@@ -31,74 +32,6 @@ _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """When the held-out text is scored."""
-
-    every: int = 500
-    """Steps between evaluations; 0: only at the end."""
-    batches: int | None = 20
-    """Batches of an evaluation on the way; null: all of the held-out text. The last evaluation always takes all of it."""
-    translations: int = 500
-    """seq2seq: held-out pairs, spread over all of them, that are translated for BLEU and chrF at the end; 0: none."""
-
-    def __post_init__(self) -> None:
-        require(self, "every", self.every >= 0, "allowed: 0 or more")
-        require(self, "batches", self.batches is None or self.batches >= 1, "allowed: 1 or more, or null")
-        require(self, "translations", self.translations >= 0, "allowed: 0 or more")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When the state is written, and what is kept of it."""
-
-    every: int = 500
-    """Steps between checkpoints; 0: only at the end and on interruption."""
-    keep: int = 2
-    """How many of the newest are kept; the best by evaluation loss is kept beside them."""
-
-    def __post_init__(self) -> None:
-        require(self, "every", self.every >= 0, "allowed: 0 or more")
-        require(self, "keep", self.keep >= 1, "allowed: 1 or more")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """Where metrics go, beside the terminal and metrics.jsonl."""
-
-    every: int = 10
-    """Steps between two recorded values."""
-    tensorboard: bool = True
-    """Write TensorBoard events under the run's folder."""
-    wandb_project: str | None = None
-    """Also log to this Weights & Biases project (needs the extra `wandb`); null: no."""
-
-    def __post_init__(self) -> None:
-        require(self, "every", self.every >= 1, "allowed: 1 or more")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """A text written by the model now and then, to look at."""
-
-    every: int = 1000
-    """Steps between samples; 0: only at the end."""
-    prompt: str = "\n"
-    """What the sample begins with."""
-    max_tokens: int = 128
-    """Length of the sample, in tokens."""
-    temperature: float = 0.8
-    """Sampling temperature; 0: the likeliest token."""
-    top_p: float = 0.95
-    """Sample from the likeliest tokens that make up this probability."""
-
-    def __post_init__(self) -> None:
-        require(self, "every", self.every >= 0, "allowed: 0 or more")
-        require(self, "max_tokens", self.max_tokens >= 1, "allowed: 1 or more")
-        require(self, "temperature", self.temperature >= 0, "allowed: 0 or more")
-        require(self, "top_p", 0 < self.top_p <= 1, "allowed: above 0, at most 1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides what a run computes."""
 
@@ -106,6 +39,9 @@ class RunConfig:
     """Name of the run."""
     run_dir: str | None = None
     """Folder of the run; null: runs/NAME."""
+    init_from: str | None = None
+    """Folder of a run whose weights training begins with; what has another place or is not there begins afresh. null: all
+    does."""
     seed: int = 0
     """Decides initial weights, dropout and the order of the data."""
     steps: int = 1000
@@ -150,7 +86,7 @@ class RunConfig:
             allowed = f"a model of family {self.model.family!r} goes with {', '.join(suited)}"
             raise ConfigError(ObjectiveConfig, "kind", kind, allowed)
         if isinstance(self.model, BertConfig):
-            head = "masked" if kind == "masked" else "pretraining"
+            head = {"masked": "masked", "classification": "classification"}.get(kind, "pretraining")
             if self.model.head != head:
                 raise ConfigError(BertConfig, "head", self.model.head, f"objective {kind} needs {head!r}")
         longest = self.model.max_length

@@ -16,12 +16,14 @@ class Display:
     Args:
         num_steps: length of the run.
         start_step: where it begins.
+        unit: of what a step predicts.
     """
 
-    def __init__(self, num_steps: int, start_step: int, console: Console | None = None) -> None:
+    def __init__(self, num_steps: int, start_step: int, console: Console | None = None, *, unit: str = "tok") -> None:
         # A file or a pipe is read by people and by grep: no wrapping, no cursor movements.
         self.console = console or Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
         self._num_steps, self._start_step, self._began = num_steps, start_step, time.monotonic()
+        self._unit = unit
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=20),
@@ -56,7 +58,7 @@ class Display:
             f"loss {values['loss']:.4f}",
             f"lr {values['learning_rate']:.2e}",
             f"grad {values['grad_norm']:.2f}",
-            f"{'–' if speed is None else _short(speed)} tok/s",
+            f"{'–' if speed is None else _short(speed)} {self._unit}/s",
             f"MFU {'–' if mfu is None else f'{mfu:.1%}'}",
             f"left {self._left(step, speed, values.get('tokens'))}",
         ]

@@ -74,6 +74,8 @@ def _batch(config: RunConfig, rows: int, length: int) -> dict[str, Any]:
         batch |= {name: whole(rows, length) for name in ("segments", "positions")}
     if objective.kind in ("next_sentence", "sentence_order"):
         batch |= {"token_types": whole(rows, length), "labels": whole(rows)}
+    if objective.kind == "classification":
+        batch |= {"labels": whole(rows), "weights": jax.ShapeDtypeStruct((rows, 1), jnp.float32)}
     if objective.kind == "prefix":
         batch["prefix"] = whole(rows)
     if objective.has_source:

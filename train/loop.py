@@ -16,12 +16,14 @@ import optax
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
 from train.data.cache import writing
-from train.data.check import check_objective
+from train.data.check import check_labels, check_objective
+from train.data.labelled import commonest_share
 from train.data.loader import Batches, evaluation_batches, prefetch_to_device, train_batches
 from train.data.prepare import check_vocabulary, prepare
 from train.data.store import Prepared
 from train.display import Display
 from train.evaluate import Scores, evaluate, scores_of
+from train.init_from import begin_from
 from train.mesh import batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
 from train.meter import Meter, Reading
 from train.metrics import MetricLog
@@ -35,6 +37,7 @@ from train.step import make_eval_step, make_train_step
 from train.translation import TextTranslator, spread
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
+from transformer.models.bert import BertConfig
 from transformer.models.families import flops_per_token, make_model
 
 
@@ -103,14 +106,23 @@ class Run:
         self.sampler = make_sampler(config, prepared, self.translator)
         self.tokenizer_files = tokenizer_files(prepared, config.directory / "tokenizer")
         self.has_held_out = bool(prepared.validation)
+        self.classifies = config.objective.kind == "classification"
+        self.guess = commonest_share(prepared.validation) if self.classifies else None
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
-        self.flops_per_token = 3 * flops_per_token(config.model, config.sequence_length)
+        # What a step predicts is a token, or a whole row.
+        tokens = config.sequence_length if self.classifies else 1
+        self.flops_per_target = 3 * tokens * flops_per_token(config.model, config.sequence_length)
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
-        """A fresh state, or that of the newest checkpoint."""
+        """A fresh state, with another run's weights if the config says so; or that of the newest checkpoint."""
         if checkpoints.latest is not None:
             return checkpoints.restore(checkpoints.latest, self.abstract, self.config)
-        return init_state(self.make_state, self.abstract, self.config.seed)
+        state = init_state(self.make_state, self.abstract, self.config.seed)
+        if self.config.init_from is None:
+            return state
+        params, said = begin_from(state.params, self.config, self.prepared)
+        print(f"{self.config.name}: {said}")
+        return init_state(self.make_state, self.abstract, self.config.seed, params)
 
     def loop(
         self, state: TrainState, checkpoints: Checkpoints, stop: GracefulStop, profile: tuple[int, int] | None
@@ -119,12 +131,12 @@ class Run:
         config, start = self.config, int(state.step)
         host = self._host_batches()
         batches = prefetch_to_device(host.iterate(start), self._to_device)
-        meter = Meter(self.schedule, self.flops_per_token, list(self.mesh.devices.flat), config.model.dtype)
+        meter = Meter(self.schedule, self.flops_per_target, list(self.mesh.devices.flat), config.model.dtype)
         nll, step = None, start
         with (
             MetricLog(config, config.directory, start) as log,
             contextlib.closing(batches),
-            Display(config.steps, start) as display,
+            Display(config.steps, start, unit="row" if self.classifies else "tok") as display,
         ):
             display.say(self._headline(state, start))
             if padding := _padding(host):
@@ -223,8 +235,8 @@ class Run:
         # Checkpoints are compared on the same batches, however many an evaluation takes.
         selection = scores_of(parts[: config.evaluation.batches], bytes_per_token).loss
         log.write(step, "eval", dataclasses.asdict(scores) | {"selection_loss": selection})
-        bits = "" if scores.bits_per_byte is None else f"  bits per byte {scores.bits_per_byte:.4f}"
-        display.say(f"step {step}  held-out loss {scores.loss:.4f}  perplexity {scores.perplexity:.2f}{bits}")
+        guess = "" if self.guess is None else f" (the commonest class: {self.guess:.2%})"
+        display.say(f"step {step}  held-out {scores}{guess}")
         return scores, selection
 
     def _drain(self, meter: Meter, display: Display, log: MetricLog, checkpoints: Checkpoints) -> None:
@@ -311,6 +323,8 @@ def check_data(config: RunConfig, prepared: Prepared) -> None:
             prepared, source_vocab_size, target_vocab_size=config.model.vocab_size, objective=config.objective
         )
     check_objective(prepared, config.objective, config.sequence_length)
+    if isinstance(config.model, BertConfig) and config.objective.kind == "classification":
+        check_labels(prepared, config.model.num_labels)
 
 
 @contextlib.contextmanager

@@ -33,13 +33,15 @@ class Meter:
 
     Args:
         schedule: step → learning rate.
-        flops_per_token: of a training step.
+        flops_per_target: of a training step, for each token or row that it predicts.
         devices: that share the work.
         dtype: the type that they compute in.
     """
 
-    def __init__(self, schedule: optax.Schedule, flops_per_token: float, devices: list[jax.Device], dtype: str) -> None:
-        self._schedule, self._flops_per_token = schedule, flops_per_token
+    def __init__(
+        self, schedule: optax.Schedule, flops_per_target: float, devices: list[jax.Device], dtype: str
+    ) -> None:
+        self._schedule, self._flops_per_target = schedule, flops_per_target
         self._devices, self._dtype = devices, dtype
         self._pending: collections.deque[tuple[int, Metrics, np.ndarray]] = collections.deque()
         self._in_row = 0
@@ -81,5 +83,5 @@ class Meter:
         if not self._seconds_per_token:
             return {"tokens_per_second": None, "mfu": None}
         speed = 1 / self._seconds_per_token
-        mfu = utilization(speed * self._flops_per_token, self._devices, self._dtype)
+        mfu = utilization(speed * self._flops_per_target, self._devices, self._dtype)
         return {"tokens_per_second": speed, "mfu": mfu}

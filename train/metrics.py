@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.config import LogConfig, RunConfig, to_data
+from train.config import RunConfig, to_data
+from train.sections import LogConfig
 from transformer.errors import UserError
 
 

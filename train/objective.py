@@ -26,7 +26,7 @@ class LossConfig:
     z_loss: float = 0.0
     """Weight of log(Z)², which keeps the logits' normaliser near 1 (1e-4 is usual)."""
     label_smoothing: float = 0.0
-    """Share of the target's probability that is spread evenly over the vocabulary."""
+    """Share of the target's probability that is spread evenly over the vocabulary, or over the classes."""
 
     def __post_init__(self) -> None:
         require(self, "z_loss", self.z_loss >= 0, "allowed: 0 or more")
@@ -36,22 +36,19 @@ class LossConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """Sums over tokens, in float32."""
+    """Sums over what is predicted, tokens or rows, in float32."""
 
     loss: Float[Array, ""]
     """What is minimised, z-loss and smoothing included."""
     nll: Float[Array, ""]
     """Negative log-likelihood of the targets, in nats."""
     weight: Float[Array, ""]
-    """Number of target tokens."""
+    """Number of target tokens, or of rows."""
+    correct: Float[Array, ""] | None = None
+    """Of classes: number of rows whose likeliest class is theirs."""
 
     def __add__(self, other: LossSums) -> LossSums:
         return jax.tree.map(jnp.add, self, other)
-
-    @staticmethod
-    def zero() -> LossSums:
-        """The sum of nothing."""
-        return LossSums(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
 def cross_entropy(
@@ -133,6 +130,20 @@ def to_text(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray |
     return _sums(output, batch, config)
 
 
+def classification(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    """Tell the class of a row (Devlin et al. 2018, section 4.1).
+
+    Args:
+        batch: tokens, positions and segments [B, T] int32, labels [B] int32 (-1: a row of padding), weights [B, 1] float32.
+    """
+    output = model(batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"], key=key)
+    with jax.named_scope("loss"):
+        labels, weights = batch["labels"][:, None], batch["weights"]
+        sums = _with_router_loss(cross_entropy(output.logits[:, None], labels, weights, config), output)
+        is_right = output.logits.argmax(-1, keepdims=True) == labels
+        return dataclasses.replace(sums, correct=jnp.sum(jnp.where(is_right, weights, 0)))
+
+
 LOSSES: dict[str, Loss] = {
     "causal": causal,
     "prefix": causal,
@@ -142,13 +153,17 @@ LOSSES: dict[str, Loss] = {
     "span_corruption": to_text,
     "ul2": to_text,
     "seq2seq": to_text,
+    "classification": classification,
 }
 """The loss of each objective of `train.data.objective_config`."""
 
 
 def _sums(output: Any, batch: Batch, config: LossConfig) -> LossSums:
     with jax.named_scope("loss"):
-        sums = cross_entropy(output.logits, batch["targets"], batch["weights"], config)
-        if output.router_loss is None:
-            return sums
-        return dataclasses.replace(sums, loss=sums.loss + output.router_loss * sums.weight)
+        return _with_router_loss(cross_entropy(output.logits, batch["targets"], batch["weights"], config), output)
+
+
+def _with_router_loss(sums: LossSums, output: Any) -> LossSums:
+    if output.router_loss is None:
+        return sums
+    return dataclasses.replace(sums, loss=sums.loss + output.router_loss * sums.weight)

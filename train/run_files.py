@@ -14,7 +14,7 @@ from train.config import RunConfig, parse
 from train.data.cache import writing
 from train.data.store import Prepared
 from train.data.tokenizer import Tokenizer
-from train.mesh import make_mesh, use_mesh
+from train.mesh import MeshConfig, make_mesh, use_mesh
 from train.state import abstract_params
 from transformer.errors import UserError
 from transformer.models.families import make_model
@@ -33,13 +33,15 @@ class LoadedRun:
     """Of what is predicted: the same, unless pairs have a vocabulary a side."""
     params: nnx.State
     mesh: jax.sharding.Mesh
+    step: int
 
 
-def load_run(run: Path, step: str = "latest") -> LoadedRun:
+def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) -> LoadedRun:
     """A run's config, tokenizers and parameters, laid out over the devices that are here now.
 
     Args:
-        step: `latest`, `best`, or a step's number.
+        step: `latest`, `best` (the latest where none was scored), or a step's number.
+        like: lay the parameters out as this run would; None: as the run itself.
 
     Raises:
         UserError: no such run or checkpoint.
@@ -56,11 +58,12 @@ def load_run(run: Path, step: str = "latest") -> LoadedRun:
             tokenizer = Tokenizer.load(Path(folder))
             target = Path(folder, _TARGET)
             target_tokenizer = Tokenizer.load(target) if target.is_dir() else tokenizer
-        mesh = make_mesh(type(config.mesh)(strategy=config.mesh.strategy))
-        with use_mesh(mesh, config.mesh.rules):
+        placed = MeshConfig(strategy=config.mesh.strategy) if like is None else like.mesh
+        mesh = make_mesh(placed)
+        with use_mesh(mesh, placed.rules):
             described = abstract_params(lambda rngs: make_model(config.model, rngs), mesh)
             params = checkpoints.restore_params(number, described)
-    return LoadedRun(config, tokenizer, target_tokenizer, params, mesh)
+    return LoadedRun(config, tokenizer, target_tokenizer, params, mesh, number)
 
 
 def tokenizer_files(prepared: Prepared, directory: Path) -> dict[str, str]:

@@ -30,14 +30,19 @@ class TrainState:
     """Exponential moving average of the parameters, when the optimiser keeps one."""
 
 
+StateMaker = Callable[..., TrainState]
+"""(key, params=None) -> TrainState"""
+
+
 def state_maker(
     make_model: ModelFactory, optimizer: optax.GradientTransformation, *, keep_ema: bool = False
-) -> Callable[[PRNGKeyArray], TrainState]:
-    """A pure function from a key to a fresh state."""
+) -> StateMaker:
+    """A pure function from a key, and from parameters where there are any, to a state that begins."""
 
-    def make(key: PRNGKeyArray) -> TrainState:
+    def make(key: PRNGKeyArray, params: nnx.State | None = None) -> TrainState:
         init_key, train_key = jax.random.split(key)
-        params = nnx.state(make_model(nnx.Rngs(params=init_key)), nnx.Param)
+        if params is None:
+            params = nnx.state(make_model(nnx.Rngs(params=init_key)), nnx.Param)
         ema = jax.tree.map(jnp.copy, params) if keep_ema else None
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), train_key, ema)
 
@@ -56,7 +61,7 @@ def describe(make: Callable[[], Any], mesh: Mesh) -> Any:
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
-def abstract_state(make_state: Callable[[PRNGKeyArray], TrainState], mesh: Mesh) -> TrainState:
+def abstract_state(make_state: StateMaker, mesh: Mesh) -> TrainState:
     """The description of a state before it exists."""
     return describe(lambda: make_state(jax.random.key(0)), mesh)
 
@@ -66,7 +71,11 @@ def abstract_params(make_model: ModelFactory, mesh: Mesh) -> nnx.State:
     return describe(lambda: nnx.state(make_model(nnx.Rngs(0)), nnx.Param), mesh)
 
 
-def init_state(make_state: Callable[[PRNGKeyArray], TrainState], abstract: TrainState, seed: int) -> TrainState:
-    """A fresh state, each array made where it will live. The values depend on `seed` alone, not on the mesh."""
+def init_state(make_state: StateMaker, abstract: TrainState, seed: int, params: nnx.State | None = None) -> TrainState:
+    """A fresh state, each array made where it will live. The values depend on `seed` alone, not on the mesh.
+
+    Args:
+        params: what training begins with; None: random ones.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(make_state, out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(make_state, out_shardings=shardings)(jax.random.key(seed), params)

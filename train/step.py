@@ -57,7 +57,8 @@ def make_train_step(
 
         parts = jax.tree.map(lambda x: _cut(x, microbatches), batch)
         keys = jax.random.split(key, microbatches)
-        zero = (jax.tree.map(jnp.zeros_like, params), LossSums.zero())
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *first))
         return jax.lax.scan(add, zero, (parts, keys))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

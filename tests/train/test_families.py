@@ -36,6 +36,10 @@ MODELS = {
         ),
         "masked",
     ),
+    "bert, classes": (BertConfig(**SMALL, head="classification", num_labels=3), "classification"),
+    "bert, classes, experts": (
+        BertConfig(**SMALL | EXPERTS, head="classification", num_labels=3, pooling="mean"), "classification",
+    ),
     "vaswani": (VaswaniConfig(**SMALL), "seq2seq"),
     "t5": (T5Config(**SMALL | {"head_dim": 8, "mlp_dim": 32, "num_decoder_layers": 1}), "span_corruption"),
     "t5, experts": (
@@ -68,6 +72,10 @@ def batch_of(objective: str, seed: int = 0) -> dict[str, np.ndarray]:
     if objective == "next_sentence":
         batch["token_types"] = (positions >= 3).astype(np.int32)
         batch["labels"] = rng.integers(0, 2, B).astype(np.int32)
+    if objective == "classification":
+        del batch["targets"]
+        batch |= {"weights": np.ones((B, 1), np.float32), "labels": rng.integers(0, 3, B).astype(np.int32)}
+        batch["weights"][-1], batch["labels"][-1] = 0, -1  # a row of padding
     if objective == "prefix":
         batch["prefix"] = np.full(B, 4, np.int32)
         batch["weights"] *= np.arange(T) >= 4
@@ -115,7 +123,7 @@ def test_overfits_a_batch(name):
         return jax.lax.scan(step, (params, state), length=300)
 
     _, losses = steps(params, optimizer.init(params))
-    assert losses[0] > 2
+    assert losses[0] > (1 if "classes" in name else 2)
     # What the routers add never goes to zero.
     floor = 0.1 if "experts" in name else 0.0
     assert losses[-1] < 0.1 + floor
@@ -132,7 +140,8 @@ def test_padding_has_no_influence(name):
             other[tokens] = np.where(batch[segments], batch[tokens], 7)
     # Another token where there is padding, then more of it.
     assert_close(run(params, other), expected)
-    longer = {key: np.pad(x, ((0, 0), (0, 3))) if x.ndim == 2 else x for key, x in other.items()}
+    fixed = ("weights",) if "labels" in batch and "targets" not in batch else ()
+    longer = {key: np.pad(x, ((0, 0), (0, 3))) if x.ndim == 2 and key not in fixed else x for key, x in other.items()}
     if getattr(MODELS[name][0], "expert_capacity", None) is None:
         # Room in proportion to the row's length depends on it.
         assert_close(run(params, longer), expected, atol=2e-6)

@@ -9,7 +9,10 @@ from train.data.store import Prepared
 from train.data.words import WordPieces
 from transformer.errors import UserError
 
-_LEAST_LENGTH = {"masked": 3, "next_sentence": 5, "sentence_order": 5, "prefix": 2, "span_corruption": 3, "ul2": 8}
+_LEAST_LENGTH = {
+    "masked": 3, "next_sentence": 5, "sentence_order": 5, "prefix": 2, "span_corruption": 3, "ul2": 8,
+    "classification": 3,
+}  # fmt: skip
 
 
 def check_objective(prepared: Prepared, objective: ObjectiveConfig, length: int) -> None:
@@ -19,6 +22,10 @@ def check_objective(prepared: Prepared, objective: ObjectiveConfig, length: int)
         raise UserError("objective.kind: 'seq2seq' needs pairs, the sources give single texts; set their target_field")
     if kind != "seq2seq" and prepared.pairs:
         raise UserError(f"objective.kind: {kind!r} is for single texts, the sources give pairs; set it to seq2seq")
+    if kind == "classification" and not prepared.meta.labels:
+        raise UserError(
+            "objective.kind: 'classification' needs documents with a class, the sources give none; set their label_field"
+        )
     _check_lengths(objective, length)
     _check_special_tokens(prepared, objective, length)
     _check_held_out(prepared, objective, length)
@@ -29,6 +36,16 @@ def check_objective(prepared: Prepared, objective: ObjectiveConfig, length: int)
             "objective.kind: 'next_sentence' needs at least two documents in each source; cut a long text into documents "
             "with the source's separator, or use sentence_order"
         )
+
+
+def check_labels(prepared: Prepared, num_labels: int) -> None:
+    """Raise a `UserError` unless a model of `num_labels` classes has those of the data."""
+    labels = prepared.meta.labels
+    names = ", ".join(labels)
+    if len(labels) == 1:
+        raise UserError(f"data: all documents are of one class, {names}: there is nothing to tell apart")
+    if len(labels) != num_labels:
+        raise UserError(f"model.num_labels: got {num_labels}; the data has {len(labels)} classes: {names}")
 
 
 def _check_lengths(objective: ObjectiveConfig, length: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from train.data.labelled import LabelledDocuments
 from train.data.masked import MaskedChunks, MaskedDocuments, SentencePairs
 from train.data.objective_config import ObjectiveConfig
 from train.data.pack import Examples, Packing, examples
@@ -32,6 +33,10 @@ class ExamplesMaker:
             return examples(array, self.packing, self.length, training=training)
         if kind in _RUNNING_TEXT and self.packing != "chunk":
             raise UserError(f"data.packing: got {self.packing!r}; {kind} is for running text: set it to 'chunk'")
+        if kind == "classification" and self.packing != "documents":
+            raise UserError(
+                f"data.packing: got {self.packing!r}; {kind} takes one document a row: set it to 'documents'"
+            )
         made = self._made(array, training=training, shown=shown)
         if training and not len(made):
             raise UserError(
@@ -44,6 +49,8 @@ class ExamplesMaker:
         kind, common = self.objective.kind, (array, self.tokenizer, self.length, self.objective)
         if kind == "seq2seq":
             return PackedPairs(array, self.length, self.objective, shown=shown)
+        if kind == "classification":
+            return LabelledDocuments(*common, shown=shown)
         if kind == "prefix":
             return Prefix(array, self.length, keep_rest=not training)
         if kind == "span_corruption":

@@ -151,10 +151,7 @@ class MaskedDocuments(_Text):
 
     def laid_out(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         placed = Placed.at(self._bounds, self._sizes, indices, self.length)
-        tokens = self._tokens[np.repeat(self._starts[placed.pieces], placed.sizes) + placed.positions - 1]
-        tokens = np.where(placed.positions == 0, self._cls, tokens.astype(np.int32))
-        tokens[np.cumsum(placed.sizes) - 1] = self._sep
-        return {"tokens": placed.spread(tokens), **placed.places()}
+        return framed(self._tokens, self._starts, placed, self._cls, self._sep)
 
     @property
     def efficiency(self) -> float:
@@ -239,3 +236,14 @@ class SentencePairs(_Text):
     @property
     def efficiency(self) -> float:
         return float((self._sizes + 3).mean()) / self.length if len(self) else 0.0
+
+
+def framed(tokens: np.ndarray, starts: np.ndarray, placed: Placed, cls: int, sep: int) -> dict[str, np.ndarray]:
+    """`tokens`, `segments` and `positions` of rows of pieces that begin with `cls` and end with `sep`.
+
+    `starts` has the first token of each piece in `tokens`; the sizes of `placed` count both ends.
+    """
+    text = tokens[np.repeat(starts[placed.pieces], placed.sizes) + placed.positions - 1].astype(np.int32)
+    text[placed.positions == 0] = cls
+    text[np.cumsum(placed.sizes) - 1] = sep
+    return {"tokens": placed.spread(text), **placed.places()}

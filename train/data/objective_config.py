@@ -9,7 +9,8 @@ from train.data.tokenizer import CLS, MASK, SEP, Tokenizer, sentinel
 from transformer.errors import require
 
 Kind = Literal[
-    "causal", "masked", "span_corruption", "prefix", "ul2", "next_sentence", "sentence_order", "seq2seq"
+    "causal", "masked", "span_corruption", "prefix", "ul2", "next_sentence", "sentence_order", "seq2seq",
+    "classification",
 ]  # fmt: skip
 
 ENCODER_DECODER: tuple[Kind, ...] = ("span_corruption", "ul2", "seq2seq")
@@ -28,7 +29,8 @@ class ObjectiveConfig:
     """`causal`: each next token (GPT); `masked`: tokens that were masked (BERT, RoBERTa); `next_sentence`: masked, and
     whether one stretch of text follows the other (BERT); `sentence_order`: masked, and whether two stretches are in order
     (ALBERT); `prefix`: the rest after a part that is seen at once (prefix LM); `span_corruption`: spans that were cut out
-    (T5); `ul2`: a mixture of denoisers (UL2); `seq2seq`: the other side of pairs."""
+    (T5); `ul2`: a mixture of denoisers (UL2); `seq2seq`: the other side of pairs; `classification`: the class of a
+    document."""
     mask_rate: float = 0.15
     """masked, next_sentence, sentence_order: the part of the tokens that is predicted."""
     mask_share: float = 0.8
@@ -53,7 +55,8 @@ class ObjectiveConfig:
     target_length: int | None = None
     """seq2seq: the longest target, in tokens with its end of text; null: as long as a row."""
     too_long: Literal["drop", "truncate"] = "drop"
-    """seq2seq: what happens to a pair with a side that is longer than a row."""
+    """seq2seq, classification: what happens to a pair with a side, or a document, that is longer than a row: it is left
+    out, or its end is. Both are counted and said."""
     max_shapes: int = 6
     """seq2seq with packing `pad`: the most shapes that batches come in. More waste less; each is a program to compile."""
 
@@ -86,6 +89,8 @@ class ObjectiveConfig:
         """The special tokens that this objective takes, sentinels aside."""
         if self.kind in MASKED:
             return (MASK, CLS, SEP)
+        if self.kind == "classification":
+            return (CLS, SEP)
         return MODES if self.kind == "ul2" and self.mode_tokens else ()
 
 

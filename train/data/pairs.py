@@ -6,7 +6,6 @@ Axes: B rows, S positions of the source, T positions of what is predicted, N pai
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from train.data.draws import Draws
 from train.data.objective_config import ObjectiveConfig
 from train.data.pack import Examples, Placed, kept_index, place_in_group
-from train.data.progress import say
+from train.data.progress import say_once
 from train.data.store import TokenArray
 from transformer.errors import UserError
 
@@ -53,7 +52,7 @@ class PairSizes:
             )
         if too_long and shown:
             what = "left out" if drops else "cut"
-            _say_once(
+            say_once(
                 f"{array.name}: {too_long} of {len(fits)} pairs are longer than {source_room} tokens of source or "
                 f"{target_room} of target: {what}"
             )
@@ -200,8 +199,3 @@ def choose_widths(
         if (begin := int(cut[ends[-1]])) > 0:
             ends.append(begin - 1)
     return wide[ends[::-1]]
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    say(message, shown=True)

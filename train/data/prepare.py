@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from train.data.baseline import Baseline
 from train.data.cache import cache_dir, sync, writing
+from train.data.classes import Classes
 from train.data.objective_config import ObjectiveConfig, largest_inserted
 from train.data.progress import report, say
 from train.data.readers import Rejects
@@ -47,7 +48,8 @@ class DataConfig:
     """How the other side of pairs becomes token ids; null: by the same vocabulary, trained on both sides."""
     packing: Literal["chunk", "documents", "pad"] = "chunk"
     """`chunk`: all documents joined, cut into sequences; `documents`: whole documents, or pairs, fitted into sequences,
-    none of which attends to another; `pad`: one pair a row, in batches of pairs of similar length."""
+    none of which attends to another (with classification one document a row); `pad`: one pair a row, in batches of pairs
+    of similar length."""
     num_workers: int = 0
     """Threads that tokenise, and threads that fetch batches; 0: one per core."""
     prefetch: int = 4
@@ -59,6 +61,12 @@ class DataConfig:
             other = [source.title for source in getattr(self, part) if source.gives_pairs != self.pairs]
             if other:
                 wanted = f"which {'gives no pairs' if self.pairs else 'gives pairs'}: all sources do, or none does"
+                raise ConfigError(DataConfig, part, other[0], wanted)
+            other = [source.title for source in getattr(self, part) if bool(source.label_field) != self.labelled]
+            if other:
+                wanted = (
+                    f"which has {'no label_field' if self.labelled else 'a label_field'}: all sources do, or none does"
+                )
                 raise ConfigError(DataConfig, part, other[0], wanted)
         require(self, "target_tokenizer", self.pairs or self.target_tokenizer is None, "only for sources of pairs")
         if self.pairs:
@@ -76,6 +84,11 @@ class DataConfig:
     def pairs(self) -> bool:
         """Whether the sources give pairs, such as a text and its translation."""
         return bool(self.sources) and self.sources[0].gives_pairs
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the documents have classes."""
+        return bool(self.sources) and bool(self.sources[0].label_field)
 
     @property
     def workers(self) -> int:
@@ -198,7 +211,7 @@ def _training_texts(config: DataConfig, tokenizer: TokenizerConfig, side: int | 
 def _write_tokens(directory: Path, config: DataConfig, tokenizers: list[Tokenizer], name: str, *, shown: bool) -> Meta:
     """Tokenise every source into `directory`, and count."""
     own, other = tokenizers[0], tokenizers[-1]
-    run = _Run(directory, (own, other) if config.pairs else (own,), Baseline(), config.workers, shown)
+    run = _Run(directory, (own, other) if config.pairs else (own,), Baseline(), Classes(), config.workers, shown)
     counts = [run.write(number, source, _held_out(config)) for number, source in enumerate(config.sources)]
     counts += [run.write(number, source, 1.0) for number, source in enumerate(config.validation)]
     train = tuple(split["train"] for split in counts if "train" in split)
@@ -217,6 +230,7 @@ def _write_tokens(directory: Path, config: DataConfig, tokenizers: list[Tokenize
         gzip_bytes=gzip_bytes,
         xz_bytes=xz_bytes,
         target_vocab_size=other.vocab_size if config.pairs else None,
+        labels=run.classes.write(directory),
     )
 
 
@@ -228,6 +242,7 @@ class _Run:
     tokenizers: tuple[Tokenizer, ...]
     """One for each side of a document."""
     baseline: Baseline
+    classes: Classes
     workers: int
     shown: bool
 
@@ -243,7 +258,10 @@ class _Run:
             advance = stack.enter_context(report(f"tokenising {source.title}", text_size(source), shown=self.shown))
             for document, ids in tokenised(self.tokenizers, documents(source, rejects), self.workers):
                 is_held_out = validation_position(document.split_by) < held_out
-                writers["validation" if is_held_out else "train"].add(ids, document.sides)
+                split: Split = "validation" if is_held_out else "train"
+                writers[split].add(ids, document.sides)
+                if document.label is not None:
+                    self.classes.add(split, number, document.label)
                 if is_held_out:
                     self.baseline.add(document.sides[-1].encode())
                 advance(sum(len(text.encode()) for text in document.sides))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,12 @@ def say(message: str, *, shown: bool) -> None:
     """One line of news."""
     if shown:
         print(message, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """The same, unless it was said before: the batches of a run are made again for each evaluation."""
+    say(message, shown=True)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,8 @@ class Document(NamedTuple):
     """The other side of a pair."""
     group: str = ""
     """What this document belongs to, such as a chapter; empty: nothing but itself."""
+    label: str | None = None
+    """The document's class."""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -61,10 +63,16 @@ class Fields(NamedTuple):
     text: str
     target: str = ""
     group: str = ""
+    label: str = ""
 
     def by_setting(self) -> dict[str, str]:
         """The fields that are wanted, by the setting which names them."""
-        named = {"text_field": self.text, "target_field": self.target, "group_field": self.group}
+        named = {
+            "text_field": self.text,
+            "target_field": self.target,
+            "group_field": self.group,
+            "label_field": self.label,
+        }
         return {setting: field for setting, field in named.items() if field}
 
     def columns(self, known: list[str]) -> list[str]:
@@ -107,6 +115,8 @@ class Reader:
     separator: str
     query: str
     rejects: Rejects
+    labels: tuple[str, ...] = ()
+    """Documents of other classes are passed over; empty: none are."""
 
     def read(self, path: Path, name: str) -> Iterator[Document]:
         """The documents of the file at `path`, in its order, none of them empty.
@@ -242,13 +252,19 @@ class Reader:
             raise UserError(f"{place}: {error.args[0]}") from None
 
     def document(self, row: Mapping[str, Any], id: str, place: str) -> Document | None:
-        """The document that a record holds; None for an empty text, and after telling `rejects` about a fault."""
+        """The document that a record holds; None for one to pass over, and after telling `rejects` about a fault."""
         values = {}
         for setting, field in self.fields.by_setting().items():
             try:
                 values[setting] = value_at(row, field)
             except KeyError:
                 self.rejects.add(place, missing_field(setting, field, list(row)))
+                return None
+        label = None
+        if self.fields.label:
+            # Before the text: what is wrong with a document that is passed over is no matter.
+            label = self._label(values["label_field"], place)
+            if label is None or (self.labels and label not in self.labels):
                 return None
         text = self._valid(values["text_field"], self.fields.text, place)
         if text is None:
@@ -266,7 +282,16 @@ class Reader:
         if group is None:
             self.rejects.add(place, f"field {self.fields.group!r} holds nothing")
             return None
-        return Document(id, text, target, str(group).encode("utf-8", "replace").decode()) if text else None
+        return Document(id, text, target, str(group).encode("utf-8", "replace").decode(), label) if text else None
+
+    def _label(self, value: Any, place: str) -> str | None:
+        """The class that a field holds, else None after telling `rejects` about `place`."""
+        field = self.fields.label
+        if value is None or (isinstance(value, str) and not value.strip()):
+            self.rejects.add(place, f"field {field!r} is empty, and the document has no class")
+            return None
+        # Data sets often number their classes.
+        return str(value) if isinstance(value, int) else self._valid(value, field, place)
 
     def _valid(self, value: Any, field: str, place: str) -> str | None:
         """`value` if it is text that UTF-8 can hold, else None after telling `rejects` about `place`."""

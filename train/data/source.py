@@ -58,6 +58,10 @@ class SourceConfig:
     """The field that holds the other side, such as the translation: the source then gives pairs; empty: single texts."""
     group_field: str = ""
     """The field by which documents are held out together, such as a chapter; empty: each by itself."""
+    label_field: str = ""
+    """The field that holds a document's class, for the objective `classification`; empty: documents have none."""
+    labels: tuple[str, ...] = ()
+    """With a label_field: read documents of these classes alone; empty: of all."""
     separator: str = ""
     """Text that ends a document inside a plain text file; empty: each file is one document."""
     query: str = ""
@@ -97,10 +101,14 @@ class SourceConfig:
         require(self, "query", bool(self.query) == (form == "sqlite"), wanted)
         require(self, "text_field", bool(self.text_field), "a field's name")
         has_fields = self.kind == "hub" or form in _RECORDS
-        for field in ("target_field", "group_field"):
+        for field in ("target_field", "group_field", "label_field"):
             holds = has_fields or not getattr(self, field)
             require(self, field, holds, f"only for records: kind 'hub', or files of {', '.join(_RECORDS)}")
-        require(self, "target_field", self.target_field != self.text_field, "another field than text_field")
+        for field in ("target_field", "label_field"):
+            require(self, field, getattr(self, field) != self.text_field, "another field than text_field")
+        alone = not (self.label_field and self.target_field)
+        require(self, "label_field", alone, "not together with target_field: only single texts have a class")
+        require(self, "labels", bool(self.label_field) or not self.labels, "only with a label_field")
         require(self, "split", bool(self.split), "the name of a split, such as 'train'")
         if self.kind == "wheel":
             require(self, "package", bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+]+", self.package)), "NAME==VERSION")
@@ -127,7 +135,7 @@ class SourceConfig:
     @property
     def fields(self) -> Fields:
         """The fields of a record that make up a document."""
-        return Fields(self.text_field, self.target_field, self.group_field)
+        return Fields(self.text_field, self.target_field, self.group_field, self.label_field)
 
     @property
     def title(self) -> str:
@@ -199,6 +207,7 @@ def _file_documents(config: SourceConfig, rejects: Rejects) -> Iterator[Document
         separator=config.separator,
         query=config.query,
         rejects=rejects,
+        labels=config.labels,
     )
     for name, path in source_files(config):
         yield from reader.read(path, name)
@@ -246,7 +255,9 @@ def _hub_documents(config: SourceConfig, rejects: Rejects) -> Iterator[Document]
             streaming=config.streaming,
         )
         fields = list(rows.column_names or ())
-        reader = Reader(format="auto", fields=config.fields, separator="", query="", rejects=rejects)
+        reader = Reader(
+            format="auto", fields=config.fields, separator="", query="", rejects=rejects, labels=config.labels
+        )
         if fields:
             rows = rows.select_columns(reader.columns(fields, config.path))
         for number, row in enumerate(rows):

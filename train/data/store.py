@@ -14,6 +14,10 @@ Of pairs, such as a text and its translation, there is besides
       train/0.target.offsets.npy
       validation/0.pairs.jsonl      the held-out pairs as text: [source, target] a line
 
+and of documents with classes
+
+      train/0.labels.npy            the class of each, int32 [documents], by its number in meta.json
+
 An array begins with one end of text, and each document is followed by one. So every token of every document has a
 token before it to be predicted from, and `offsets[d] - 1` is where the inputs of document d begin.
 """
@@ -36,7 +40,7 @@ from transformer.errors import UserError
 
 Split = Literal["train", "validation"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _META_FILE = "meta.json"
 _SIDES = ("", ".target")
 _TOKENIZER_FOLDERS = ("tokenizer", "target_tokenizer")
@@ -85,6 +89,8 @@ class Meta:
     """The same after `xz`."""
     target_vocab_size: int | None = None
     """Of pairs: the vocabulary size of the other side, whether its own or the same; None where there are no pairs."""
+    labels: tuple[str, ...] = ()
+    """The classes of the training documents, sorted; empty where documents have none."""
 
     def counts(self, split: Split) -> tuple[Counts, ...]:
         """The counts of a split, one per source."""
@@ -136,6 +142,8 @@ class TokenArray:
     """Beginning of the names of files in which an index over this array may be kept; None to keep none."""
     target: TokenArray | None = None
     """Of pairs, the other side, document by document; None for single texts."""
+    labels: np.ndarray | None = None
+    """[documents], int32: the class of each, by its number in `Meta.labels`; None where documents have none."""
 
     @property
     def documents(self) -> int:
@@ -296,7 +304,7 @@ def _read_meta(directory: Path) -> Meta:
     fields = json.loads((directory / _META_FILE).read_text("utf-8"))
     for split in ("train", "validation"):
         fields[split] = tuple(_read_counts(counts) for counts in fields[split])
-    return Meta(**fields)
+    return Meta(**fields | {"labels": tuple(fields["labels"])})
 
 
 def _read_counts(fields: dict[str, Any]) -> Counts:
@@ -308,7 +316,10 @@ def _open(directory: Path, split: Split, source: int, meta: Meta, dtypes: tuple[
     path = _array_path(directory, split, source)
     counts = meta.counts(split)[source]
     target = None if counts.target is None else _open_side(path, _SIDES[1], counts.target, dtypes[1])
-    return dataclasses.replace(_open_side(path, _SIDES[0], counts, dtypes[0]), target=target)
+    labels = np.load(labels_path(directory, split, source), mmap_mode="r") if meta.labels else None
+    if labels is not None and len(labels) != counts.documents:
+        raise ValueError(f"{path.name}: {len(labels)} labels where meta.json counts {counts.documents} documents")
+    return dataclasses.replace(_open_side(path, _SIDES[0], counts, dtypes[0]), target=target, labels=labels)
 
 
 def _open_side(path: Path, side: str, counts: Counts, dtype: np.dtype) -> TokenArray:
@@ -317,6 +328,11 @@ def _open_side(path: Path, side: str, counts: Counts, dtype: np.dtype) -> TokenA
     if len(tokens) != counts.tokens + 1 or len(offsets) != counts.documents + 1:
         raise ValueError(f"{path.name}{side}: {len(tokens)} tokens where meta.json counts {counts.tokens + 1}")
     return TokenArray(counts.name, tokens, offsets, Path(f"{path}{side}"))
+
+
+def labels_path(directory: Path, split: Split, source: int) -> Path:
+    """The file of the classes of one source's documents."""
+    return Path(f"{_array_path(directory, split, source)}.labels.npy")
 
 
 def _array_path(directory: Path, split: Split, source: int) -> Path:

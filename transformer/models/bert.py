@@ -17,7 +17,7 @@ from transformer.blocks import BlockOutput
 from transformer.errors import require
 from transformer.models.config import Activation, StackConfig, attention_flops, feed_forward_flops
 from transformer.models.embed import embed, make_positions, make_table
-from transformer.models.heads import MaskedHead, PooledHead, TokenHead, embedding_of, linear_options
+from transformer.models.heads import MaskedHead, PooledHead, Pooling, TokenHead, embedding_of, linear_options
 from transformer.models.layer_stack import Chosen, LayerStack, make_norm, router_loss, weights_of
 from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
 
@@ -53,6 +53,8 @@ class BertConfig(StackConfig):
     num_labels 1 of a number; of each token's class; of where an answer starts and ends; of a choice; or the mean vector."""
     num_labels: int = 2
     """Classes of the heads classification and tokens."""
+    pooling: Pooling = "cls"
+    """What stands for a row in the heads pretraining, classification and choice: its first token, or the mean of its tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +89,9 @@ class Bert(nnx.Module):
             )
         classes = {"pretraining": 2, "classification": c.num_labels, "choice": 1}.get(c.head)
         if classes is not None:
-            self.pooled_head = nnx.data(PooledHead(c.embed_dim, classes, dropout_rate=c.dropout, **options))
+            self.pooled_head = nnx.data(
+                PooledHead(c.embed_dim, classes, pooling=c.pooling, dropout_rate=c.dropout, **options)
+            )
         classes = {"tokens": c.num_labels, "answer": 2}.get(c.head)
         if classes is not None:
             self.token_head = nnx.data(TokenHead(c.embed_dim, classes, dropout_rate=c.dropout, **options))

@@ -32,7 +32,9 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "gpt": Family(GPTConfig, GPT, gpt.flops_per_token, ("causal", "prefix")),
-    "bert": Family(BertConfig, Bert, bert.flops_per_token, ("masked", "next_sentence", "sentence_order")),
+    "bert": Family(
+        BertConfig, Bert, bert.flops_per_token, ("masked", "next_sentence", "sentence_order", "classification")
+    ),
     "vaswani": Family(
         VaswaniConfig, EncoderDecoder, encoder_decoder.flops_per_token, ("seq2seq", "span_corruption", "ul2")
     ),

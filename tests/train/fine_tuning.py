@@ -1,0 +1,70 @@
+"""A tiny masked language model and a classifier of the same shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from train.config import RunConfig
+from train.data.objective_config import ObjectiveConfig
+from train.data.prepare import DataConfig
+from train.data.source import SourceConfig
+from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
+from train.optimizer import OptimizerConfig
+from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from transformer.models.bert import BertConfig
+
+SPECIAL = (MASK, CLS, SEP)
+SMALL = {
+    "vocab_size": 264,
+    "max_length": 24,
+    "num_layers": 2,
+    "embed_dim": 32,
+    "num_heads": 2,
+    "norm_first": True,
+    "dropout": 0.0,
+}
+
+
+def write_texts(path: Path) -> Path:
+    """Texts whose class is a word in them."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(160):
+        label = ("bad", "good")[number % 2]
+        before, after = ("".join(rng.choice(list("wxyz"), rng.integers(1, 6))) for _ in range(2))
+        rows.append({"text": f"{before} {label} {after}", "class": label})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config_of(texts, folder, **changes) -> RunConfig:
+    """A few steps of a masked language model on the texts."""
+    base = RunConfig(
+        name=folder.name, run_dir=str(folder), steps=4, batch_size=8, length=24, model=BertConfig(**SMALL),
+        objective=ObjectiveConfig(kind="masked"),
+        data=DataConfig(
+            sources=(SourceConfig(kind="files", path=str(texts)),), packing="documents", validation_fraction=0.2,
+            tokenizer=TokenizerConfig(special_tokens=SPECIAL),
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
+        evaluation=EvaluationConfig(every=2), checkpoint=CheckpointConfig(every=2),
+        log=LogConfig(every=1, tensorboard=False), sample=SampleConfig(every=0),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def classifier_of(texts, folder, **changes) -> RunConfig:
+    """The same encoder with a head over classes."""
+    base = config_of(texts, folder)
+    source = dataclasses.replace(base.data.sources[0], label_field="class")
+    tuned = dataclasses.replace(
+        base,
+        model=BertConfig(**SMALL, head="classification", pooling="mean"),
+        objective=ObjectiveConfig(kind="classification"),
+        data=dataclasses.replace(base.data, sources=(source,)),
+    )
+    return dataclasses.replace(tuned, **changes)

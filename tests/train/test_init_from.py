@@ -1,0 +1,220 @@
+"""Training that begins with another run's weights: what is taken, what is not, and what stands against it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.train.fine_tuning import SMALL, SPECIAL, classifier_of, config_of, write_texts
+from train.cli import main
+from train.config import RunConfig, dump
+from train.data.objective_config import ObjectiveConfig
+from train.data.prepare import prepare
+from train.data.tokenizer import CLS, SEP, TokenizerConfig
+from train.data.vocabulary import make_tokenizer
+from train.init_from import begin_from
+from train.loop import Run, train
+from train.mesh import MeshConfig, make_mesh, use_mesh
+from train.optimizer import OptimizerConfig
+from train.run_files import load_run
+from transformer.errors import UserError
+from transformer.models.bert import BertConfig
+from transformer.models.families import make_model
+from transformer.models.gpt import GPTConfig
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def encoder(texts, tmp_path_factory):
+    """The folder of a masked language model."""
+    folder = tmp_path_factory.mktemp("runs") / "encoder"
+    train(config_of(texts, folder))
+    return folder
+
+
+def beginning(config: RunConfig) -> tuple[dict, dict, str]:
+    """Parameters of the model by path: random ones, those that training begins with; and what is said."""
+    mesh = make_mesh(config.mesh)
+    with use_mesh(mesh, config.mesh.rules):
+        run = Run(config, prepare(config.data, progress=False), mesh)
+        key = jax.random.key(config.seed)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
+        fresh = jax.jit(run.make_state, out_shardings=shardings)(key).params
+        params, said = begin_from(fresh, config, run.prepared)
+        begun = jax.jit(run.make_state, out_shardings=shardings)(key, params)
+    assert jax.tree.map(lambda leaf: leaf.sharding, begun) == shardings
+    values = [
+        {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(part)} for part in (fresh, begun.params)
+    ]
+    return values[0], values[1], said
+
+
+def stored(run, step="latest") -> dict:
+    return {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(load_run(run, step).params)}
+
+
+@pytest.mark.parametrize("strategy", ["dp", "fsdp"])
+def test_the_encoder_is_taken_and_the_head_begins_afresh(texts, encoder, tmp_path, strategy):
+    mesh = MeshConfig(strategy=strategy)
+    fresh, begun, said = beginning(classifier_of(texts, tmp_path / "tuned", init_from=str(encoder), mesh=mesh))
+    theirs = stored(encoder, "best")
+    assert {path[0] for path in begun.keys() - theirs.keys()} == {"pooled_head"}
+    for path, value in begun.items():
+        np.testing.assert_array_equal(value, theirs.get(path, fresh[path]))
+    taken = sum(begun[path].size for path in begun.keys() & theirs.keys())
+    total = sum(value.size for value in begun.values())
+    assert f"step 4: {taken:,} of {total:,} parameters; beginning afresh: pooled_head; left behind: masked_head" in said
+    assert "\n" not in said and "; with" not in said
+
+
+def test_what_else_is_another_model_is_said(texts, encoder, tmp_path):
+    model = BertConfig(**SMALL, head="classification", norm_epsilon=1e-5, activation="relu")
+    config = classifier_of(texts, tmp_path / "tuned", init_from=str(encoder), model=model)
+    assert beginning(config)[2].endswith(
+        "; with model.activation: 'gelu_exact' → 'relu', model.norm_epsilon: 1e-12 → 1e-05"
+    )
+
+
+def test_a_run_begins_so_learns_and_goes_on_without_beginning_again(texts, encoder, tmp_path, capsys, monkeypatch):
+    config = classifier_of(
+        texts,
+        tmp_path / "tuned",
+        init_from=str(encoder),
+        steps=40,
+        optimizer=OptimizerConfig(learning_rate=3e-3, ema_decay=0.5, warmup_steps=1),
+    )
+    whole = train(config)
+    assert capsys.readouterr().out.count(f"weights from {encoder}, step") == 1
+    assert whole.scores.accuracy == 1 and whole.scores.perplexity is None
+    # Half of it, then the rest, with the encoder gone.
+    moved = tmp_path / "encoder"
+    shutil.copytree(encoder, moved)
+    half = dataclasses.replace(config, run_dir=str(tmp_path / "half"), init_from=str(moved))
+    from train import loop
+
+    stop = loop.GracefulStop
+    monkeypatch.setattr(loop, "GracefulStop", lambda: _StopAt(stop(), after=7))
+    assert train(half).interrupted
+    monkeypatch.setattr(loop, "GracefulStop", stop)
+    shutil.rmtree(moved)
+    capsys.readouterr()
+    assert train(half).step == 40
+    assert "weights from" not in capsys.readouterr().out
+    one, other = stored(tmp_path / "tuned"), stored(tmp_path / "half")
+    for path, value in one.items():
+        np.testing.assert_array_equal(other[path], value)
+
+
+class _StopAt:
+    """A stop that is asked for after so many steps."""
+
+    def __init__(self, stop, after: int) -> None:
+        self._stop, self._left = stop, after
+
+    def __enter__(self):
+        self._stop.__enter__()
+        return self
+
+    def __exit__(self, *arguments):
+        return self._stop.__exit__(*arguments)
+
+    @property
+    def requested(self) -> bool:
+        self._left -= 1
+        return self._left <= 0
+
+
+def refusal(config: RunConfig) -> str:
+    """What is said against it. Shapes alone are enough for that."""
+    fresh = jax.eval_shape(lambda: nnx.state(make_model(config.model, nnx.Rngs(0)), nnx.Param))
+    with pytest.raises(UserError) as raised:
+        begin_from(fresh, config, prepare(config.data, progress=False))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"vocab_size": 300}, "embed.table: [264, 32] there, [300, 32] here; set model.vocab_size to 264 (it is 300)"),
+        ({"embed_dim": 64}, "set model.embed_dim to 32 (it is 64)"),
+        ({"num_layers": 3}, "set model.num_layers to 2 (it is 3)"),
+        ({"mlp_dim": 64}, "set model.mlp_dim to None (it is 64)"),
+    ],
+)  # fmt: skip
+def test_another_shape_names_the_field(texts, encoder, tmp_path, changes, told):
+    model = BertConfig(**SMALL | changes, head="classification")
+    found = refusal(classifier_of(texts, tmp_path / "tuned", init_from=str(encoder), model=model))
+    assert found.startswith("init_from: ") and "have another shape" in found and told in found
+
+
+def test_nothing_in_common_is_told(texts, encoder, tmp_path):
+    config = config_of(texts, tmp_path / "tuned", init_from=str(encoder))
+    other = dataclasses.replace(config, model=GPTConfig(**SMALL), objective=ObjectiveConfig())
+    fresh = nnx.State({"elsewhere": {"kernel": nnx.Param(jnp.zeros((2, 2)))}})
+    with pytest.raises(
+        UserError, match=r"of model\.family 'bert', has no parameter in common with this model, of family 'gpt'"
+    ):
+        begin_from(fresh, other, prepare(config.data, progress=False))
+
+
+def test_no_run_there_is_told(texts, tmp_path):
+    found = refusal(classifier_of(texts, tmp_path / "tuned", init_from=str(tmp_path / "none")))
+    assert found.startswith("init_from: ") and "no run here" in found
+
+
+def test_another_tokenizer_is_told_and_how_to_use_the_same(texts, encoder, tmp_path):
+    tokenizer = TokenizerConfig(special_tokens=(CLS, SEP))
+    config = classifier_of(texts, tmp_path / "tuned", init_from=str(encoder))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    assert "data.tokenizer: it gives other ids" in refusal(config)
+    assert refusal(config).endswith('set it to {kind: bytes, special_tokens: ["[MASK]", "[CLS]", "[SEP]"]}')
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "words", "unigram"])
+def test_the_file_of_a_tokenizer_is_the_same_tokenizer(tmp_path, kind):
+    config = TokenizerConfig(kind=kind, vocab_size=300, special_tokens=SPECIAL)
+    trained = make_tokenizer(config, ["some words to learn from, and more"] * 3)
+    trained.save(tmp_path)
+    for special in ((), SPECIAL, (CLS, SEP)):
+        same = TokenizerConfig(kind="file", path=str(tmp_path / "tokenizer.json"), special_tokens=special)
+        assert make_tokenizer(same, []).fingerprint() == trained.fingerprint()
+
+
+def test_the_tokenizer_that_a_run_keeps_is_named(texts, tmp_path):
+    first = config_of(texts, tmp_path / "encoder", steps=1)
+    trained = TokenizerConfig(kind="bpe", vocab_size=264, special_tokens=SPECIAL)
+    train(dataclasses.replace(first, data=dataclasses.replace(first.data, tokenizer=trained)))
+    config = classifier_of(texts, tmp_path / "tuned", init_from=str(tmp_path / "encoder"))
+    path = tmp_path / "encoder" / "tokenizer" / "tokenizer.json"
+    assert refusal(config).endswith(f"set it to {{kind: file, path: {path}}}")
+    same = TokenizerConfig(kind="file", path=str(path))
+    beginning(dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=same)))
+
+
+def test_pretraining_and_fine_tuning_from_the_command_line(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for config in (config_of(texts, tmp_path / "encoder"), classifier_of(texts, tmp_path / "tuned", steps=40)):
+        (tmp_path / f"{config.name}.yaml").write_text(dump(config), encoding="utf-8")
+    assert main(["train", "encoder.yaml"]) == 0
+    assert main(["train", "tuned.yaml", "--init-from", "encoder"]) == 0
+    said = capsys.readouterr().out
+    assert "tuned: weights from encoder, step" in said and "row/s" in said
+    assert "held-out loss" in said and "accuracy 100.00% (the commonest class:" in said
+    records = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
+    last = next(record for record in reversed(records) if "eval/loss" in record)
+    assert last["eval/accuracy"] == 1 and "eval/perplexity" not in last and "eval/bits_per_byte" not in last
+    assert main(["train", "tuned.yaml", "--init-from", "encoder", "--model.num-labels", "3", "--run-dir", "other"]) == 2
+    assert "model.num_labels: got 3; the data has 2 classes: bad, good" in capsys.readouterr().err
+    assert main(["explain", "tuned.yaml"]) == 0

@@ -1,0 +1,124 @@
+"""Beginning with another run's weights: fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from train.config import RunConfig, difference
+from train.data.store import Prepared
+from train.data.tokenizer import Tokenizer
+from train.run_files import load_run
+from transformer.errors import ConfigError, UserError
+from transformer.models.families import ModelConfig, make_model
+
+ParameterPath = tuple[Any, ...]
+Parameters = dict[ParameterPath, nnx.Variable]
+
+_OFTEN_ANOTHER = tuple(
+    f"model.{field}:" for field in ("head", "num_labels", "pooling", "dropout", "max_length", "remat", "attention")
+)
+"""Settings in which fine-tuning usually differs from pretraining."""
+
+
+def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple[nnx.State, str]:
+    """`fresh` parameters with those of the run `config.init_from` where it has any of the same path; and a line that says so.
+
+    Read from its best checkpoint, or from its newest where none was scored.
+
+    Raises:
+        UserError: no such run, one with another tokenizer, a parameter of another shape, or none of the same path.
+    """
+    assert config.init_from is not None
+    run = Path(config.init_from)
+    try:
+        loaded = load_run(run, "best", like=config)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    _check_tokenizer("tokenizer", run / "tokenizer", loaded.tokenizer, prepared.tokenizer)
+    if prepared.pairs:
+        folder = run / "tokenizer" / "target"
+        _check_tokenizer("target_tokenizer", folder, loaded.target_tokenizer, prepared.target_tokenizer)
+    ours, theirs = _by_path(fresh), _by_path(loaded.params)
+    _check_shapes(run, ours, theirs, config.model, loaded.config.model)
+    taken = {path: parameter.replace(theirs[path].get_value()) for path, parameter in ours.items() if path in theirs}
+    if not taken:
+        raise UserError(
+            f"init_from: {run}, of model.family {loaded.config.model.family!r}, has no parameter in common with this model, "
+            f"of family {config.model.family!r}; name a run of a like model"
+        )
+    said = f"weights from {run}, step {loaded.step}: {_size(taken):,} of {_size(ours):,} parameters"
+    for what, paths in (
+        ("beginning afresh", ours.keys() - taken.keys()),
+        ("left behind", theirs.keys() - taken.keys()),
+    ):
+        if paths:
+            said += f"; {what}: {', '.join(sorted({str(path[0]) for path in paths}))}"
+    changed = difference(
+        {"model": dataclasses.asdict(loaded.config.model)}, {"model": dataclasses.asdict(config.model)}
+    )
+    if changed := [line for line in changed if not line.startswith(_OFTEN_ANOTHER)]:
+        said += f"; with {', '.join(changed)}"
+    return nnx.from_flat_state(ours | taken), said
+
+
+def _by_path(params: nnx.State) -> Parameters:
+    return dict(nnx.to_flat_state(params))
+
+
+def _size(parameters: Parameters) -> int:
+    return sum(parameter.get_value().size for parameter in parameters.values())
+
+
+def _check_tokenizer(field: str, folder: Path, theirs: Tokenizer, ours: Tokenizer) -> None:
+    if theirs.fingerprint() == ours.fingerprint():
+        return
+    path = folder / "tokenizer.json"
+    names = ", ".join(f'"{name}"' for name, id in theirs.special_ids.items() if id != theirs.end_of_text)
+    same = f"kind: file, path: {path}" if path.exists() else f"kind: bytes, special_tokens: [{names}]"
+    raise UserError(
+        f"data.{field}: it gives other ids than that of init_from, to which the weights belong; set it to {{{same}}}"
+    )
+
+
+def _check_shapes(
+    run: Path,
+    ours: Parameters,
+    theirs: Parameters,
+    model: ModelConfig,
+    other: ModelConfig,
+) -> None:
+    """Raise a `UserError` for parameters of the same path and another shape, with the field of the model that makes them so."""
+
+    mine, their = _shapes(ours), _shapes(theirs)
+    if not (bad := [path for path, shape in mine.items() if their.get(path, shape) != shape]):
+        return
+    path = bad[0]
+    here, there = dataclasses.asdict(model), dataclasses.asdict(other)
+    decides = [
+        f"model.{name} to {there[name]!r} (it is {here[name]!r})"
+        for name in here.keys() & there.keys() - {"family"}
+        if here[name] != there[name] and _shape_with(model, name, getattr(other, name), path) == their[path]
+    ]
+    raise UserError(
+        f"init_from: {len(bad)} parameters have another shape in {run}, the first is {'.'.join(map(str, path))}: "
+        f"{list(their[path])} there, {list(mine[path])} here; set {' or '.join(sorted(decides)) or 'model as it is there'}"
+    )
+
+
+def _shape_with(model: Any, field: str, value: Any, path: ParameterPath) -> tuple[int, ...] | None:
+    """The shape of a parameter in a model with one field changed; None if there is no such model or parameter."""
+    try:
+        changed = dataclasses.replace(model, **{field: value})
+    except ConfigError:
+        return None
+    described = jax.eval_shape(lambda: nnx.state(make_model(changed, nnx.Rngs(0)), nnx.Param))
+    return _shapes(_by_path(described)).get(path)
+
+
+def _shapes(parameters: Parameters) -> dict[ParameterPath, tuple[int, ...]]:
+    return {path: parameter.get_value().shape for path, parameter in parameters.items()}

@@ -1,0 +1,75 @@
+"""Sections of a run's config that decide nothing of what it computes: when it is scored, kept, recorded and shown."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from transformer.errors import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When the held-out text is scored."""
+
+    every: int = 500
+    """Steps between evaluations; 0: only at the end."""
+    batches: int | None = 20
+    """Batches of an evaluation on the way; null: all of the held-out text. The last evaluation always takes all of it."""
+    translations: int = 500
+    """seq2seq: held-out pairs, spread over all of them, that are translated for BLEU and chrF at the end; 0: none."""
+
+    def __post_init__(self) -> None:
+        require(self, "every", self.every >= 0, "allowed: 0 or more")
+        require(self, "batches", self.batches is None or self.batches >= 1, "allowed: 1 or more, or null")
+        require(self, "translations", self.translations >= 0, "allowed: 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is written, and what is kept of it."""
+
+    every: int = 500
+    """Steps between checkpoints; 0: only at the end and on interruption."""
+    keep: int = 2
+    """How many of the newest are kept; the best by evaluation loss is kept beside them."""
+
+    def __post_init__(self) -> None:
+        require(self, "every", self.every >= 0, "allowed: 0 or more")
+        require(self, "keep", self.keep >= 1, "allowed: 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where metrics go, beside the terminal and metrics.jsonl."""
+
+    every: int = 10
+    """Steps between two recorded values."""
+    tensorboard: bool = True
+    """Write TensorBoard events under the run's folder."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (needs the extra `wandb`); null: no."""
+
+    def __post_init__(self) -> None:
+        require(self, "every", self.every >= 1, "allowed: 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """A text written by the model now and then, to look at."""
+
+    every: int = 1000
+    """Steps between samples; 0: only at the end."""
+    prompt: str = "\n"
+    """What the sample begins with."""
+    max_tokens: int = 128
+    """Length of the sample, in tokens."""
+    temperature: float = 0.8
+    """Sampling temperature; 0: the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that make up this probability."""
+
+    def __post_init__(self) -> None:
+        require(self, "every", self.every >= 0, "allowed: 0 or more")
+        require(self, "max_tokens", self.max_tokens >= 1, "allowed: 1 or more")
+        require(self, "temperature", self.temperature >= 0, "allowed: 0 or more")
+        require(self, "top_p", 0 < self.top_p <= 1, "allowed: above 0, at most 1")
