@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", metavar="DATA", help="verses, synthetic, or the path of a config of pairs (verses)")
     sub.add_argument("--seed", type=int, metavar="N", help="of weights, dropout and the order of the data (0)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/history)")
+    text = "a classifier that begins with a pretrained encoder's weights, beside one that begins with random ones"
+    sub = commands.add_parser("pretraining", help=text, description=text)
+    sub.set_defaults(call=_pretraining)
+    sub.add_argument("--seeds", type=_positive, default=5, metavar="N", help="runs of each, with seeds 0 to N - 1 (5)")
+    sub.add_argument(
+        "--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/pretraining)"
+    )
     for name, call, text in (
         ("gpu", _gpu, "all measurements that need an accelerator"),
         ("report", _report, "the results on record as a Markdown table"),
@@ -132,6 +139,14 @@ def _history(options: argparse.Namespace) -> None:
     if given["models"] is not None:
         given["models"] = [name.strip() for name in given["models"].split(",") if name.strip()]
     run.run(**{name: value for name, value in given.items() if value is not None})
+
+
+def _pretraining(options: argparse.Namespace) -> None:
+    from benchmarks import pretraining
+    from train.runtime import set_up_devices
+
+    set_up_devices()
+    pretraining.run(options.seeds, options.directory or pretraining.DIRECTORY)
 
 
 def _gpu(options: argparse.Namespace) -> None:

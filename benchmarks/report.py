@@ -46,6 +46,9 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             what = f"{case['length']} tokens, {'causal' if case['causal'] else 'all pairs'}"
             figure = _figure(case["blockwise_over_reference"], "{:.2f}×")
             yield f"blockwise attention, both passes, {what}, speed over the plain equation", *figure
+    for arm, values in result.get("accuracy", {}).items():
+        what = f"{result['classifier']}, held-out accuracy from {arm} weights"
+        yield what, f"{values['mean']:.1%}", f"{values['min']:.1%} to {values['max']:.1%}, {values['seeds']} seeds"
     if "auto_over_best" in result:
         yield "attention, time of auto over the best backend, at worst", f"{result['auto_over_best']:.2f}×", ""
     for name, spread in result.get("flat", {}).items():

@@ -11,7 +11,7 @@ from flax import nnx
 
 from train.config import RunConfig, difference
 from train.data.store import Prepared
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import ByteTokenizer, Tokenizer
 from train.run_files import load_run
 from transformer.errors import ConfigError, UserError
 from transformer.models.families import ModelConfig, make_model
@@ -77,9 +77,9 @@ def _size(parameters: Parameters) -> int:
 def _check_tokenizer(field: str, folder: Path, theirs: Tokenizer, ours: Tokenizer) -> None:
     if theirs.fingerprint() == ours.fingerprint():
         return
-    path = folder / "tokenizer.json"
     names = ", ".join(f'"{name}"' for name, id in theirs.special_ids.items() if id != theirs.end_of_text)
-    same = f"kind: file, path: {path}" if path.exists() else f"kind: bytes, special_tokens: [{names}]"
+    is_bytes = isinstance(theirs, ByteTokenizer)
+    same = f"kind: bytes, special_tokens: [{names}]" if is_bytes else f"kind: file, path: {folder / 'tokenizer.json'}"
     raise UserError(
         f"data.{field}: it gives other ids than that of init_from, to which the weights belong; set it to {{{same}}}"
     )

@@ -1,0 +1,185 @@
+"""`manyheads-bench pretraining`: what an encoder's weights are worth to a classifier.
+
+An encoder is pretrained as a masked language model once. Then the same classifier is trained from its weights and from random
+ones, with each of several seeds, and both are scored on the same held-out documents.
+
+    DIRECTORY/FINGERPRINT/encoder/                   the pretraining run
+    DIRECTORY/FINGERPRINT/pretrained-0.0003-0/       a classifier's run: arm, learning rate, seed
+    DIRECTORY/FINGERPRINT/pretrained-0.0003-0.json   its figures; there once it is finished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from train.config import RunConfig, load, to_data
+from train.data.cache import writing
+from train.data.labelled import commonest_share
+from train.data.prepare import prepare
+from train.loop import train
+from train.sections import CheckpointConfig, EvaluationConfig, LogConfig
+from transformer.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ENCODER = CONFIGS / "encoder_reviews_small.yaml"
+CLASSIFIER = CONFIGS / "classify_reviews.yaml"
+SEEDS = 5
+DIRECTORY = "runs/pretraining"
+ARMS = ("pretrained", "random")
+LEARNING_RATES = (3e-4, 1e-3)
+"""Each arm has the one that is better for it: the accuracy with seed 0 decides."""
+
+
+def run(
+    seeds: int = SEEDS, directory: str = DIRECTORY, *, encoder: Path = ENCODER, classifier: Path = CLASSIFIER
+) -> dict[str, Any]:
+    """Pretrain, fine-tune with each seed in both arms, print and save. What is finished is not run again.
+
+    Args:
+        seeds: how many, from 0.
+        directory: where runs and figures are kept, in a folder for each pair of configs.
+        encoder: config of the pretraining.
+        classifier: config of the fine-tuning, whose `init_from` and tokenizer are those of the encoder's run.
+
+    Raises:
+        UserError: whatever `train` raises, and an interruption.
+    """
+    pretraining, tuning = load(encoder), load(classifier)
+    content = json.dumps([to_data(pretraining), to_data(tuning)], sort_keys=True).encode()
+    folder = Path(directory) / hashlib.blake2b(content, digest_size=6).hexdigest()
+    print(f"pretraining {pretraining.name}; everything is kept in {folder}", flush=True)
+    pretraining = dataclasses.replace(pretraining, run_dir=str(folder / "encoder"))
+    _train(pretraining)
+    score = _last(pretraining.directory)["eval/loss"]
+    print(f"pretrained for {pretraining.steps} steps: held-out loss {score:.4f}", flush=True)
+
+    tokenizer = dataclasses.replace(
+        tuning.data.tokenizer, path=str(folder / "encoder" / "tokenizer" / "tokenizer.json")
+    )
+    tuning = dataclasses.replace(
+        tuning,
+        data=dataclasses.replace(tuning.data, tokenizer=tokenizer),
+        # Only the end counts: no step is chosen by what it makes of the held-out documents.
+        evaluation=EvaluationConfig(every=0),
+        checkpoint=CheckpointConfig(every=0, keep=1),
+        log=LogConfig(every=tuning.log.every, tensorboard=False),
+    )
+    tried = {(arm, rate): _figures(tuning, folder, arm, rate, 0) for rate in LEARNING_RATES for arm in ARMS}
+    rates = {arm: max(LEARNING_RATES, key=lambda rate: tried[arm, rate]["accuracy"]) for arm in ARMS}
+    print(
+        "learning rates, chosen on seed 0: " + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items()), flush=True
+    )
+    found: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for seed in range(seeds):
+        for arm in ARMS:
+            found[arm].append(_figures(tuning, folder, arm, rates[arm], seed)["accuracy"])
+
+    prepared = prepare(tuning.data, progress=False)
+    differences = [one - other for one, other in zip(*found.values(), strict=True)]
+    result = {
+        "encoder": pretraining.name,
+        "classifier": tuning.name,
+        "pretraining_steps": pretraining.steps,
+        "pretraining_loss": score,
+        "steps": tuning.steps,
+        "held_out_documents": sum(array.documents for array in prepared.validation),
+        "commonest_class": commonest_share(prepared.validation),
+        "learning_rates": rates,
+        "tried_with_seed_0": {f"{arm} {rate:g}": one["accuracy"] for (arm, rate), one in tried.items()},
+        "accuracies": found,
+        "accuracy": {arm: _summary(values) for arm, values in found.items()},
+        "difference": _summary(differences),
+    }
+    _show(result)
+    record.save(
+        "pretraining",
+        "manyheads-bench pretraining" + (f" --seeds {seeds}" if seeds != SEEDS else ""),
+        result,
+        show=False,
+    )
+    return result
+
+
+def _figures(tuning: RunConfig, folder: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
+    """The score of one classifier at its last step: trained now, or read if it was before."""
+    directory = folder / f"{arm}-{rate:g}-{seed}"
+    path = Path(f"{directory}.json")
+    if not path.exists():
+        config = dataclasses.replace(
+            tuning,
+            run_dir=str(directory),
+            seed=seed,
+            init_from=str(folder / "encoder") if arm == "pretrained" else None,
+            optimizer=dataclasses.replace(tuning.optimizer, learning_rate=rate),
+        )
+        start = time.monotonic()
+        _train(config)
+        last = _last(directory)
+        figures = {"accuracy": last["eval/accuracy"], "loss": last["eval/loss"], "seconds": time.monotonic() - start}
+        with writing(path):
+            partial = Path(f"{path}.partial")
+            partial.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+        # Dozens of them would fill a disk.
+        shutil.rmtree(directory / "checkpoints")
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    print(
+        f"{arm}, learning rate {rate:g}, seed {seed}: accuracy {figures['accuracy']:.2%}, {figures['seconds']:.0f} s",
+        flush=True,
+    )
+    return figures
+
+
+def _train(config: RunConfig) -> None:
+    """Train to the end, what the run shows being kept in its folder."""
+    with writing(config.directory):
+        config.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with (
+            (config.directory / "output.txt").open("a", encoding="utf-8") as stream,
+            contextlib.redirect_stdout(stream),
+        ):
+            stopped = train(config).interrupted
+    except KeyboardInterrupt:
+        stopped = True
+    if stopped:
+        raise UserError(f"pretraining: stopped in {config.directory}; run the same command again to go on")
+
+
+def _last(directory: Path) -> dict[str, Any]:
+    """The last thing that a finished run recorded: its scores on all that is held out."""
+    return json.loads((directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    """Mean and sample standard deviation over the seeds."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {
+        "mean": statistics.mean(values),
+        "deviation": spread,
+        "min": min(values),
+        "max": max(values),
+        "seeds": len(values),
+    }
+
+
+def _show(result: dict[str, Any]) -> None:
+    print(
+        f"\nheld-out accuracy on {result['held_out_documents']} documents; the commonest class: {result['commonest_class']:.2%}"
+    )
+    print("  ".join([f"{'seed':>12}", *(f"{arm:>10}" for arm in ARMS), "difference"]))
+    for seed, pair in enumerate(zip(*result["accuracies"].values(), strict=True)):
+        print("  ".join([f"{seed:12}", *(f"{value:10.2%}" for value in pair), f"{pair[0] - pair[1]:+10.2%}"]))
+    both = [*result["accuracy"].values(), result["difference"]]
+    print("  ".join([f"{'mean':>12}", *(f"{one['mean']:10.2%}" for one in both)]))
+    print("  ".join([f"{'deviation':>12}", *(f"{one['deviation']:10.2%}" for one in both)]))
