@@ -30,6 +30,15 @@ from transformer.models.gpt import GPTConfig
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
 """YAML 1.2's floats with an exponent; PyYAML's own rule takes 1e-3 for a text."""
 
+HEADS = {
+    "masked": "masked",
+    "next_sentence": "pretraining",
+    "sentence_order": "pretraining",
+    "replaced_tokens": "replaced",
+    "classification": "classification",
+}
+"""The head of an encoder that each objective trains."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -86,7 +95,7 @@ class RunConfig:
             allowed = f"a model of family {self.model.family!r} goes with {', '.join(suited)}"
             raise ConfigError(ObjectiveConfig, "kind", kind, allowed)
         if isinstance(self.model, BertConfig):
-            head = {"masked": "masked", "classification": "classification"}.get(kind, "pretraining")
+            head = HEADS[kind]
             if self.model.head != head:
                 raise ConfigError(BertConfig, "head", self.model.head, f"objective {kind} needs {head!r}")
         longest = self.model.max_length

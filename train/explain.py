@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.config import RunConfig, fields
+from train.data.objective_config import MASKED
 from train.mesh import MESH_AXES
 from train.objective import LOSSES, LossConfig
 from train.optimizer import make_optimizer
@@ -72,6 +73,8 @@ def _batch(config: RunConfig, rows: int, length: int) -> dict[str, Any]:
     batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
     if objective.kind != "causal" or config.data.packing == "documents":
         batch |= {name: whole(rows, length) for name in ("segments", "positions")}
+    if objective.kind in MASKED:
+        batch["predicted"] = whole(rows, objective.most_predicted(length))
     if objective.kind in ("next_sentence", "sentence_order"):
         batch |= {"token_types": whole(rows, length), "labels": whole(rows)}
     if objective.kind == "classification":

@@ -98,13 +98,15 @@ def masked(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | 
 
     Args:
         batch: tokens, targets [B, T] int32, weights [B, T] float32 (1 at hidden tokens), positions and segments [B, T]; with
-            two sentences a row also token_types [B, T] and labels [B].
+            two sentences a row also token_types [B, T] and labels [B]; predicted [B, K], places among which all hidden tokens
+            are, so that no others need be scored.
     """
+    predicted = batch.get("predicted")
     output = model(
         batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
-        token_types_BT=batch.get("token_types"), key=key,
+        token_types_BT=batch.get("token_types"), predicted_BK=predicted, key=key,
     )  # fmt: skip
-    sums = _sums(output, batch, config)
+    sums = _sums(output, batch if predicted is None else batch | _at(batch, predicted), config)
     if "labels" not in batch:
         return sums
     with jax.named_scope("sentence_loss"):
@@ -113,6 +115,42 @@ def masked(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | 
         sentence = cross_entropy(output.pooled_logits[:, None], batch["labels"][:, None], rows[:, None], LossConfig())
         added = sentence.loss / jnp.maximum(sentence.weight, 1) * sums.weight
         return dataclasses.replace(sums, loss=sums.loss + added)
+
+
+def replaced_tokens(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    """Predict the tokens that were hidden with the generator, put draws from it in their places, and tell with the encoder
+    which tokens are not what stood there (Clark et al. 2020, section 3.1).
+
+    The generator learns to predict, not to deceive: no gradient goes through a draw. The likelihood that is reported is
+    the encoder's, over all tokens. Without a key the draws are the same every time.
+
+    Args:
+        batch: as for `masked`, with predicted [B, K].
+    """
+    network_key, encoder_key, draw_key = (None, None, jax.random.key(0)) if key is None else jax.random.split(key, 3)
+    places = {"positions_BT": batch["positions"], "segments_BT": batch["segments"]}
+    hidden = _at(batch, batch["predicted"])
+    scores_BKV = model.generator_logits(
+        batch["tokens"], predicted_BK=batch["predicted"], key=network_key, **places
+    )  # fmt: skip
+    with jax.named_scope("generator_loss"):
+        sums = cross_entropy(scores_BKV, hidden["targets"], hidden["weights"], config)
+        generator = sums.loss / jnp.maximum(sums.weight, 1)
+    with jax.named_scope("replace"):
+        drawn_BK = jax.random.categorical(draw_key, jax.lax.stop_gradient(scores_BKV)).astype(batch["tokens"].dtype)
+        seen_BK = jnp.where(hidden["weights"] > 0, drawn_BK, hidden["targets"])
+        # What stood there everywhere, and the draws where something was hidden.
+        seen_BT = jnp.put_along_axis(batch["targets"], batch["predicted"], seen_BK, axis=1, inplace=False)
+        is_replaced_BT = seen_BT != batch["targets"]
+    output = model(seen_BT, key=encoder_key, **places)
+    with jax.named_scope("loss"):
+        valid_BT = (batch["segments"] != 0).astype(jnp.float32)
+        # Rows that only fill a batch count as little as padding.
+        valid_BT *= jnp.max(batch["weights"], axis=1, keepdims=True)
+        signed = jnp.where(is_replaced_BT, output.logits, -output.logits)
+        nll, weight = -jnp.sum(jax.nn.log_sigmoid(signed) * valid_BT), jnp.sum(valid_BT)
+        loss = model.config.replaced_weight * nll + generator * weight
+        return _with_router_loss(LossSums(loss, nll, weight), output)
 
 
 def to_text(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
@@ -150,6 +188,7 @@ LOSSES: dict[str, Loss] = {
     "masked": masked,
     "next_sentence": masked,
     "sentence_order": masked,
+    "replaced_tokens": replaced_tokens,
     "span_corruption": to_text,
     "ul2": to_text,
     "seq2seq": to_text,
@@ -161,6 +200,11 @@ LOSSES: dict[str, Loss] = {
 def _sums(output: Any, batch: Batch, config: LossConfig) -> LossSums:
     with jax.named_scope("loss"):
         return _with_router_loss(cross_entropy(output.logits, batch["targets"], batch["weights"], config), output)
+
+
+def _at(batch: Batch, places_BK: Array) -> Batch:
+    """Targets and weights [B, K] at some places of each row."""
+    return {name: jnp.take_along_axis(batch[name], places_BK, axis=1) for name in ("targets", "weights")}
 
 
 def _with_router_loss(sums: LossSums, output: Any) -> LossSums:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,14 @@ from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
 from transformer.errors import ConfigError, UserError
 
 LENGTH = 32
-MASKED_KEYS = {"tokens", "targets", "weights", "segments", "positions", "example"}
-SIDES_KEYS = MASKED_KEYS | {"source_tokens", "source_segments", "source_positions"}
+MASKED_KEYS = {"tokens", "targets", "weights", "predicted", "segments", "positions", "example"}
+SIDES_KEYS = MASKED_KEYS - {"predicted"} | {"source_tokens", "source_segments", "source_positions"}
 KEYS: dict[Kind, set[str]] = {
     "causal": {"tokens", "targets", "weights", "example"},
     "masked": MASKED_KEYS,
     "next_sentence": MASKED_KEYS | {"token_types", "labels"},
     "sentence_order": MASKED_KEYS | {"token_types", "labels"},
+    "replaced_tokens": MASKED_KEYS,
     "prefix": {"tokens", "targets", "weights", "prefix", "example"},
     "span_corruption": SIDES_KEYS,
     "ul2": SIDES_KEYS,
@@ -177,6 +179,19 @@ def test_masked_text_is_framed_and_its_specials_stay(prepared: Prepared, packing
                 assert np.sum(piece == sep) == 1
                 assert len(set(piece.tolist()) - {cls, sep, ord(" ")}) <= 1
             np.testing.assert_array_equal(rows["positions"][row][segments[row] == segment], np.arange(len(piece)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"whole_word": True}, {"ngram": 10}, {"mask_rate": 0.4}])
+def test_places_to_score_hold_all_that_is_predicted(prepared: Prepared, settings: dict) -> None:
+    rows = all_of(batches_of(prepared, objective_of("masked", **settings)))
+    predicted, weights = rows["predicted"], rows["weights"]
+    assert all(len(set(row)) == len(row) for row in predicted.tolist())
+    found = np.take_along_axis(weights, predicted, axis=1)
+    np.testing.assert_array_equal(found.sum(axis=1), weights.sum(axis=1))
+    # In order, and first those that count.
+    assert np.all(np.diff(found, axis=1) <= 0)
+    if not settings.keys() & {"whole_word", "ngram"}:
+        assert predicted.shape[1] == math.ceil(settings.get("mask_rate", 0.15) * LENGTH)
 
 
 def test_masked_evaluation_shows_all_of_the_text(prepared: Prepared) -> None:

@@ -15,8 +15,9 @@ from flax import nnx
 from train.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
 from train.objective import LOSSES, LossConfig
 from transformer.models.bert import BertConfig
+from transformer.models.electra import ElectraConfig
 from transformer.models.encoder_decoder import T5Config, VaswaniConfig
-from transformer.models.families import FAMILIES, count_parameters, flops_per_token, make_model
+from transformer.models.families import count_parameters, flops_per_token, make_model
 from transformer.models.gpt import GPTConfig
 from transformer.models.recurrent import RecurrentConfig
 
@@ -31,11 +32,12 @@ MODELS = {
     "bert, sentences": (BertConfig(**SMALL, head="pretraining"), "next_sentence"),
     "bert, modern": (
         BertConfig(
-            **SMALL, position="rotary", activation="geglu", norm_first=True, local_window=2, global_every=2,
+            **SMALL | {"num_layers": 5}, position="rotary", activation="geglu", norm_first=True, local_window=2, global_every=2,
             token_types=0, use_bias=False,
         ),
         "masked",
     ),
+    "electra": (ElectraConfig(**SMALL | {"embed_dim": 32, "num_heads": 4}, table_dim=16, generator_size=0.5), "replaced_tokens"),
     "bert, classes": (BertConfig(**SMALL, head="classification", num_labels=3), "classification"),
     "bert, classes, experts": (
         BertConfig(**SMALL | EXPERTS, head="classification", num_labels=3, pooling="mean"), "classification",
@@ -67,8 +69,11 @@ def batch_of(objective: str, seed: int = 0) -> dict[str, np.ndarray]:
         "tokens": tokens, "targets": targets, "weights": segments.astype(np.float32), "segments": segments,
         "positions": positions,
     }  # fmt: skip
-    if objective in FAMILIES["bert"].objectives:
-        batch["weights"] *= rng.random((B, T)) < 0.4
+    if LOSSES[objective].__name__ in ("masked", "replaced_tokens"):
+        hidden = (rng.random((B, T)) < 0.4) & (segments > 0)
+        batch["predicted"] = np.argsort(~hidden, axis=1, kind="stable")[:, :6].astype(np.int32)
+        hidden &= np.cumsum(hidden, axis=1) <= 6
+        batch["weights"] *= hidden
     if objective == "next_sentence":
         batch["token_types"] = (positions >= 3).astype(np.int32)
         batch["labels"] = rng.integers(0, 2, B).astype(np.int32)
@@ -140,7 +145,7 @@ def test_padding_has_no_influence(name):
             other[tokens] = np.where(batch[segments], batch[tokens], 7)
     # Another token where there is padding, then more of it.
     assert_close(run(params, other), expected)
-    fixed = ("weights",) if "labels" in batch and "targets" not in batch else ()
+    fixed = ("predicted", "weights") if "labels" in batch and "targets" not in batch else ("predicted",)
     longer = {key: np.pad(x, ((0, 0), (0, 3))) if x.ndim == 2 and key not in fixed else x for key, x in other.items()}
     if getattr(MODELS[name][0], "expert_capacity", None) is None:
         # Room in proportion to the row's length depends on it.

@@ -166,10 +166,13 @@ def number_runs(maskable_BT: np.ndarray, joined_BT: np.ndarray, lengths_BT: np.n
     return np.where(maskable_BT, np.cumsum(run_starts, axis=1) - 1, -1)
 
 
-def choose_runs(run_BT: np.ndarray, rate: float, priority_BT: np.ndarray, coin_B: np.ndarray) -> np.ndarray:
+def choose_runs(
+    run_BT: np.ndarray, rate: float, priority_BT: np.ndarray, coin_B: np.ndarray, *, most: int
+) -> np.ndarray:
     """Which tokens to predict: [B, T] bool, whole runs in a random order until the `rate` of all tokens is reached.
 
-    The run that would pass the rate is taken with the probability that makes the expected number exactly right.
+    The run that would pass the rate is taken with the probability that makes the expected number exactly right, unless
+    there would be more than `most` tokens in a row with it.
     """
     maskable = run_BT >= 0
     rows = len(run_BT)
@@ -178,9 +181,10 @@ def choose_runs(run_BT: np.ndarray, rate: float, priority_BT: np.ndarray, coin_B
     sizes = np.bincount(flat, minlength=rows * slots).reshape(rows, slots)
     order = np.argsort(np.where(sizes > 0, priority_BT[:, :slots], 2.0), axis=1)
     ordered = np.take_along_axis(sizes, order, axis=1)
-    room = rate * maskable.sum(axis=1, keepdims=True) - (np.cumsum(ordered, axis=1) - ordered)
+    total = np.cumsum(ordered, axis=1)
+    room = rate * maskable.sum(axis=1, keepdims=True) - (total - ordered)
     taken = np.zeros_like(order, bool)
-    np.put_along_axis(taken, order, coin_B[:, None] * ordered < room, axis=1)
+    np.put_along_axis(taken, order, (coin_B[:, None] * ordered < room) & (total <= most), axis=1)
     return np.take_along_axis(taken, np.maximum(run_BT, 0), axis=1) & maskable
 
 

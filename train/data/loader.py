@@ -28,8 +28,8 @@ from train.data.store import Prepared
 from transformer.errors import UserError
 
 Batch = dict[str, np.ndarray]
-"""The arrays of the objective, as `train.data.pack`, `masked`, `spans` and `pairs` describe them, and `example` [B] int64:
-which example a row is, -1 for a row of padding, whose weights are 0 and whose label is -1."""
+"""The arrays of the objective, as `train.data.pack`, `masked`, `spans`, `pairs` and `labelled` describe them, and `example`
+[B] int64: which example a row is, -1 for a row of padding, whose weights are 0 and whose label is -1."""
 
 _CAUSAL = ObjectiveConfig()
 _VALIDATION_KEY = draw_key(0, "validation")  # one seed for all runs: they are scored on the same

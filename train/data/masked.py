@@ -1,9 +1,10 @@
 """Examples for masked language models: text with some of its tokens hidden, and pairs of stretches of text.
 
-Axes: B examples asked for at once, T positions. Every example holds
+Axes: B examples asked for at once, T positions, K of them that may be predicted. Every example holds
 
     tokens, targets    [B, T] int32    what is seen, and what stands there in truth
     weights            [B, T] float32  1 where a token is predicted, else 0
+    predicted          [B, K] int32    the places of those tokens, in order, and then of others: no other is scored
     segments           [B, T] int32    which piece a position belongs to: 1, 2, ...; 0 at padding
     positions          [B, T] int32    its place in the piece, from 0
 
@@ -55,7 +56,8 @@ class Masking:
         maskable = (batch["segments"] > 0) & ~self._is_special[tokens]
         joined = self._words.joined(tokens) if self._words else np.zeros_like(maskable)
         run = number_runs(maskable, joined, ngram_lengths(length, objective.ngram))
-        chosen = choose_runs(run, objective.mask_rate, priority, drawn[:, -1])
+        most = objective.most_predicted(width)
+        chosen = choose_runs(run, objective.mask_rate, priority, drawn[:, -1], most=most)
         if objective.ngram > 1:  # all of a span are masked, or replaced, or left (SpanBERT, section 3.1)
             action = np.take_along_axis(action, np.maximum(run, 0), axis=1)
         seen = replace_tokens(
@@ -68,7 +70,10 @@ class Masking:
             mask_share=objective.mask_share,
             random_share=objective.random_share,
         )
-        return batch | {"tokens": seen, "targets": tokens, "weights": chosen.astype(np.float32)}
+        places = np.argsort(~chosen, axis=1, kind="stable")[:, :most].astype(np.int32)
+        return batch | {
+            "tokens": seen, "targets": tokens, "weights": chosen.astype(np.float32), "predicted": places
+        }  # fmt: skip
 
 
 class _Text(Examples):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,16 +10,17 @@ from train.data.tokenizer import CLS, MASK, SEP, Tokenizer, sentinel
 from transformer.errors import require
 
 Kind = Literal[
-    "causal", "masked", "span_corruption", "prefix", "ul2", "next_sentence", "sentence_order", "seq2seq",
-    "classification",
+    "causal", "masked", "span_corruption", "prefix", "ul2", "next_sentence", "sentence_order",
+    "replaced_tokens", "seq2seq", "classification",
 ]  # fmt: skip
 
 ENCODER_DECODER: tuple[Kind, ...] = ("span_corruption", "ul2", "seq2seq")
 """The kinds whose batches have a source beside the tokens that are predicted."""
-MASKED: tuple[Kind, ...] = ("masked", "next_sentence", "sentence_order")
+MASKED: tuple[Kind, ...] = ("masked", "next_sentence", "sentence_order", "replaced_tokens")
 """The kinds that predict tokens which were masked."""
 MODES = ("[R]", "[S]", "[X]")
 """UL2's names of its three kinds of denoising."""
+_LONG_WORD = 8  # tokens: a run of words may pass the mask rate by so many for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +30,20 @@ class ObjectiveConfig:
     kind: Kind = "causal"
     """`causal`: each next token (GPT); `masked`: tokens that were masked (BERT, RoBERTa); `next_sentence`: masked, and
     whether one stretch of text follows the other (BERT); `sentence_order`: masked, and whether two stretches are in order
-    (ALBERT); `prefix`: the rest after a part that is seen at once (prefix LM); `span_corruption`: spans that were cut out
-    (T5); `ul2`: a mixture of denoisers (UL2); `seq2seq`: the other side of pairs; `classification`: the class of a
-    document."""
+    (ALBERT); `replaced_tokens`: masked, and which tokens a small model put in their places (ELECTRA); `prefix`: the rest
+    after a part that is seen at once (prefix LM); `span_corruption`: spans that were cut out (T5); `ul2`: a mixture of
+    denoisers (UL2); `seq2seq`: the other side of pairs; `classification`: the class of a document."""
     mask_rate: float = 0.15
-    """masked, next_sentence, sentence_order: the part of the tokens that is predicted."""
+    """Kinds that mask: the part of the tokens that is predicted."""
     mask_share: float = 0.8
-    """masked, next_sentence, sentence_order: the part of those that `[MASK]` stands for."""
+    """Kinds that mask: the part of those that `[MASK]` stands for."""
     random_share: float = 0.1
-    """masked, next_sentence, sentence_order: the part of those that a random token stands for; the rest is left."""
+    """Kinds that mask: the part of those that a random token stands for; the rest is left."""
     whole_word: bool = False
-    """masked, next_sentence, sentence_order: predict all tokens of a word, or none."""
+    """Kinds that mask: predict all tokens of a word, or none."""
     ngram: int = 1
-    """masked, next_sentence, sentence_order: the most tokens (or words) in a row that are predicted together; the lengths
-    are geometric with p = 0.2, as in SpanBERT, where this is 10."""
+    """Kinds that mask: the most tokens (or words) in a row that are predicted together; the lengths are geometric with
+    p = 0.2, as in SpanBERT, where this is 10."""
     noise_density: float = 0.15
     """span_corruption: the part of the tokens that is cut out."""
     mean_span: float = 3.0
@@ -79,6 +81,11 @@ class ObjectiveConfig:
     def has_source(self) -> bool:
         """Whether batches have a source for an encoder."""
         return self.kind in ENCODER_DECODER
+
+    def most_predicted(self, length: int) -> int:
+        """Of kinds that mask: the most tokens of a row of `length` that are predicted."""
+        single = self.ngram == 1 and not self.whole_word
+        return min(length, math.ceil(self.mask_rate * length) + (0 if single else _LONG_WORD * self.ngram))
 
     def source_width(self, length: int) -> int:
         """`source_length` with its default filled in."""

@@ -1,6 +1,6 @@
 """BERT: an encoder that sees both sides of every token, and a head; RoBERTa, DistilBERT and modern encoders from one config.
 
-B batch, T position, D embed, V vocab, L layers, N query heads, C classes.
+B batch, T position, K predicted position, E table, D embed, V vocab, L layers, N query heads, C classes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ from flax import nnx
 from transformer.attention.mask import AttentionMask
 from transformer.blocks import BlockOutput
 from transformer.errors import require
+from transformer.layers.linear import Linear
 from transformer.models.config import Activation, StackConfig, attention_flops, feed_forward_flops
 from transformer.models.embed import embed, make_positions, make_table
-from transformer.models.heads import MaskedHead, PooledHead, Pooling, TokenHead, embedding_of, linear_options
+from transformer.models.heads import (
+    MaskedHead,
+    PooledHead,
+    Pooling,
+    ReplacedHead,
+    TokenHead,
+    embedding_of,
+    linear_options,
+)
 from transformer.models.layer_stack import Chosen, LayerStack, make_norm, router_loss, weights_of
 from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
 
@@ -40,6 +49,8 @@ class BertConfig(StackConfig):
     """Added to the variance in a norm."""
     dropout: float = 0.1
     """Drop rate after the embedding, in attention and after each sublayer."""
+    table_dim: int | None = None
+    """Width of the embeddings, which a linear map brings to embed_dim (as in ELECTRA's small model); null: embed_dim."""
     token_types: int = 2
     """Kinds of sentence that a token may belong to, each with an embedding of its own; 0: none, as in RoBERTa."""
     embed_norm: bool = True
@@ -48,9 +59,12 @@ class BertConfig(StackConfig):
     """Layers that are not global see this many tokens before and behind each token; null: all layers see everything."""
     global_every: int = 3
     """With a local window, every so-manyth layer is global, from the first on."""
-    head: Literal["masked", "pretraining", "classification", "tokens", "answer", "choice", "embedding"] = "masked"
-    """What stands on the encoder: scores of masked tokens; those and of the next sentence (pretraining); of classes, or with
-    num_labels 1 of a number; of each token's class; of where an answer starts and ends; of a choice; or the mean vector."""
+    head: Literal["masked", "pretraining", "replaced", "classification", "tokens", "answer", "choice", "embedding"] = (
+        "masked"
+    )
+    """What stands on the encoder: scores of masked tokens; those and of the next sentence (pretraining); of tokens that are
+    not what stood there (replaced, ELECTRA's); of classes, or with num_labels 1 of a number; of each token's class; of where
+    an answer starts and ends; of a choice; or the mean vector."""
     num_labels: int = 2
     """Classes of the heads classification and tokens."""
     pooling: Pooling = "cls"
@@ -60,9 +74,15 @@ class BertConfig(StackConfig):
         super().__post_init__()
         require(self, "token_types", self.token_types >= 0, "allowed: 0 or more")
         require(self, "num_labels", self.num_labels >= 1, "allowed: 1 or more")
+        require(self, "table_dim", self.table_dim is None or self.table_dim >= 1, "allowed: 1 or more, or null")
         require(self, "global_every", self.global_every >= 1, "allowed: 1 or more")
         window = self.local_window
         require(self, "local_window", window is None or window >= 1, "allowed: 1 or more, or null")
+
+    @property
+    def dim_of_table(self) -> int:
+        """`table_dim` with its default filled in."""
+        return self.embed_dim if self.table_dim is None else self.table_dim
 
 
 class Bert(nnx.Module):
@@ -74,19 +94,26 @@ class Bert(nnx.Module):
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
         self.config = c = config
-        self.embed = make_table(c, c.vocab_size, rngs=rngs)
-        self.positions = make_positions(c, rngs)
-        self.types = make_table(c, c.token_types, axis=None, rngs=rngs) if c.token_types else None
-        self.embed_norm = make_norm(c, rngs) if c.embed_norm else None
-        self.layers = LayerStack(c, causal=False, rngs=rngs)
+        E = c.dim_of_table
+        self.embed = make_table(c, c.vocab_size, dim=E, rngs=rngs)
+        self.positions = make_positions(c, rngs, dim=E)
+        self.types = make_table(c, c.token_types, dim=E, axis=None, rngs=rngs) if c.token_types else None
+        self.embed_norm = make_norm(c, rngs, dim=E) if c.embed_norm else None
         options = linear_options(c.init_std, DTYPES[c.dtype], rngs)
+        self.widen = None if c.embed_dim == E else Linear((E,), (c.embed_dim,), axes=(None, "embed"), **options)
+        self.layers = LayerStack(c, causal=False, rngs=rngs)
         self.masked_head: MaskedHead | None = None
         self.pooled_head: PooledHead | None = None
         self.token_head: TokenHead | None = None
+        self.replaced_head: ReplacedHead | None = None
+        if c.head == "replaced":
+            self.replaced_head = nnx.data(ReplacedHead(c.embed_dim, activation="gelu_exact", **options))
         if c.head in ("masked", "pretraining"):
             self.masked_head = nnx.data(
-                MaskedHead(c.embed_dim, c.vocab_size, activation="gelu_exact", norm_epsilon=c.norm_epsilon, **options)
-            )
+                MaskedHead(
+                    c.embed_dim, c.vocab_size, table_dim=E, activation="gelu_exact", norm_epsilon=c.norm_epsilon, **options
+                )
+            )  # fmt: skip
         classes = {"pretraining": 2, "classification": c.num_labels, "choice": 1}.get(c.head)
         if classes is not None:
             self.pooled_head = nnx.data(
@@ -107,25 +134,43 @@ class Bert(nnx.Module):
         return_weights: bool | Chosen = False,
     ) -> tuple[Float[Array, "B T D"], BlockOutput | list[BlockOutput]]:
         """The last block's output, and what the blocks gave beside it; arguments as in `__call__`."""
-        c = self.config
+        x_BTE, positions_BT, key = self.embedded(
+            tokens_BT, positions_BT=positions_BT, token_types_BT=token_types_BT, key=key
+        )
+        x_BTD = x_BTE if self.widen is None else self.widen(x_BTE)
+        valid_BT = None if segments_BT is None else segments_BT != 0
+        return self.layers(
+            x_BTD, self.masks(segments_BT), positions_BT=positions_BT, valid_BT=valid_BT, key=key,
+            return_weights=return_weights,
+        )  # fmt: skip
+
+    def embedded(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions_BT: Int[Array, "B T"] | None = None,
+        token_types_BT: Int[Array, "B T"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T E"], Int[Array, "B T"], PRNGKeyArray | None]:
+        """The sum of a token's embeddings, where tokens stand, and a key for the layers; arguments as in `__call__`."""
 
         def with_types(x_BTD: Array) -> Array:
             if self.types is not None:
                 x_BTD += self.types(jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT)
             return x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
 
-        x_BTD, positions_BT, key = embed(
-            c, self.embed, self.positions, tokens_BT, positions_BT=positions_BT, finish=with_types, key=key
+        return embed(
+            self.config, self.embed, self.positions, tokens_BT, positions_BT=positions_BT, finish=with_types, key=key
         )
+
+    def masks(self, segments_BT: Int[Array, "B T"] | None) -> AttentionMask | list[AttentionMask]:
+        """What tokens see: one mask for all layers, or a list that is gone through again and again."""
+        c = self.config
         mask = AttentionMask.none() if segments_BT is None else AttentionMask.segments(segments_BT)
-        masks: AttentionMask | list[AttentionMask] = mask
-        if c.local_window is not None:
-            near = mask & AttentionMask.window(left=c.local_window, right=c.local_window)
-            masks = [near if layer % c.global_every else mask for layer in range(c.num_layers)]
-        return self.layers(
-            x_BTD, masks, positions_BT=positions_BT, valid_BT=None if segments_BT is None else segments_BT != 0,
-            key=key, return_weights=return_weights,
-        )  # fmt: skip
+        if c.local_window is None:
+            return mask
+        near = mask & AttentionMask.window(left=c.local_window, right=c.local_window)
+        return [mask, *[near] * (c.global_every - 1)][: c.num_layers]
 
     def __call__(
         self,
@@ -134,6 +179,7 @@ class Bert(nnx.Module):
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
         token_types_BT: Int[Array, "B T"] | None = None,
+        predicted_BK: Int[Array, "B K"] | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool | Chosen = False,
     ) -> ModelOutput:
@@ -144,12 +190,14 @@ class Bert(nnx.Module):
             segments_BT: which packed document a token belongs to; 0 is padding. Nothing is seen across documents. The heads
                 of whole rows take a row for one document.
             token_types_BT: which sentence of a pair a token belongs to; 0 by default.
+            predicted_BK: the places that the masked head scores, which saves the others' products; all by default.
             key: turns dropout on.
             return_weights: also give the attention weights, as in `GPT`.
 
         Returns:
-            Float32 logits: [B, T, V] (masked, pretraining), [B, C] (classification, choice), [B, T, C] (tokens, answer), or
-            the vectors of length 1 [B, D] (embedding). `pooled_logits` [B, 2] are the next sentence's (pretraining).
+            Float32 logits: [B, K, V] (masked, pretraining; K is T without `predicted_BK`), [B, C] (classification, choice),
+            [B, T, C] (tokens, answer), [B, T] (replaced), or the vectors of length 1 [B, D] (embedding). `pooled_logits`
+            [B, 2] are the next sentence's (pretraining).
 
         Raises:
             ValueError: more tokens than learned positions, or a layer or head that does not exist.
@@ -163,7 +211,9 @@ class Bert(nnx.Module):
         valid_BT = None if segments_BT is None else segments_BT != 0
         pooled = None if self.pooled_head is None else self.pooled_head(hidden_BTD, valid_BT, key=head_key)
         if self.masked_head is not None:
-            logits = self.masked_head(hidden_BTD, self.embed)
+            logits = self.masked_head(hidden_BTD, self.embed, predicted_BK)
+        elif self.replaced_head is not None:
+            logits = self.replaced_head(hidden_BTD)
         elif self.token_head is not None:
             logits = self.token_head(hidden_BTD, key=head_key)
         else:
@@ -177,12 +227,15 @@ class Bert(nnx.Module):
 
 
 def flops_per_token(config: BertConfig, length: int) -> float:
-    """Floating-point operations of one token's forward pass at context `length`, counted as in `gpt.flops_per_token`."""
+    """Floating-point operations of one token's forward pass at context `length`, counted as in `gpt.flops_per_token`; of a
+    masked head as if 15% of the tokens were predicted."""
     c = config
     seen = [float(length)] * c.num_layers
     if c.local_window is not None:
         near = float(min(2 * c.local_window + 1, length))
         seen = [near if layer % c.global_every else float(length) for layer in range(c.num_layers)]
     stack = sum(attention_flops(c, keys) + feed_forward_flops(c) for keys in seen)
-    head = 2 * c.embed_dim * (c.embed_dim + c.vocab_size) if c.head in ("masked", "pretraining") else 0
-    return stack + head
+    E = c.dim_of_table
+    widen = 0 if c.embed_dim == E else 2 * E * c.embed_dim
+    head = 0.15 * 2 * E * (c.embed_dim + c.vocab_size) if c.head in ("masked", "pretraining") else 0
+    return widen + stack + head

@@ -19,16 +19,25 @@ from transformer.types import DTYPES, Array, Float, Int, PRNGKeyArray
 
 
 def make_table(
-    config: StackConfig, size: int, *, axis: str | None = "vocab", std: float | None = None, rngs: nnx.Rngs
+    config: StackConfig,
+    size: int,
+    *,
+    dim: int | None = None,
+    axis: str | None = "vocab",
+    std: float | None = None,
+    rngs: nnx.Rngs,
 ) -> Embedding:
-    """`size` rows as wide as the residual stream, normal with `std` (by default `config.init_std`)."""
+    """`size` rows of `dim` (by default as wide as the residual stream), normal with `std` (`config.init_std`)."""
     init = nnx.initializers.normal(config.init_std if std is None else std)
-    return Embedding(size, config.embed_dim, axes=(axis, "embed"), init=init, dtype=DTYPES[config.dtype], rngs=rngs)
+    width = config.embed_dim if dim is None else dim
+    return Embedding(size, width, axes=(axis, "embed"), init=init, dtype=DTYPES[config.dtype], rngs=rngs)
 
 
-def make_positions(config: StackConfig, rngs: nnx.Rngs) -> Embedding | None:
+def make_positions(config: StackConfig, rngs: nnx.Rngs, *, dim: int | None = None) -> Embedding | None:
     """A row for each of `max_length` places, where the config has positions learned."""
-    return make_table(config, config.max_length, axis=None, rngs=rngs) if config.position == "learned" else None
+    if config.position != "learned":
+        return None
+    return make_table(config, config.max_length, dim=dim, axis=None, rngs=rngs)
 
 
 def make_output(config: StackConfig, rngs: nnx.Rngs) -> Linear:
@@ -76,7 +85,7 @@ def embed(
         if positions is not None:
             x_BTD += positions(positions_BT)
         elif config.position == "sinusoidal":
-            x_BTD += sinusoidal(positions_BT, config.embed_dim).astype(x_BTD.dtype)
+            x_BTD += sinusoidal(positions_BT, x_BTD.shape[-1]).astype(x_BTD.dtype)
         if finish is not None:
             x_BTD = finish(x_BTD)
         return dropout(constrain(x_BTD, "batch", "seq", None), config.dropout, embed_key), positions_BT, layers_key

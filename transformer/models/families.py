@@ -9,14 +9,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-from transformer.models import bert, encoder_decoder, gpt, recurrent
+from transformer.models import bert, electra, encoder_decoder, gpt, recurrent
 from transformer.models.bert import Bert, BertConfig
+from transformer.models.electra import Electra, ElectraConfig
 from transformer.models.encoder_decoder import EncoderDecoder, T5Config, VaswaniConfig
 from transformer.models.gpt import GPT, GPTConfig
 from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
 
-ModelConfig = GPTConfig | BertConfig | VaswaniConfig | T5Config | RecurrentConfig
-Model = GPT | Bert | EncoderDecoder | RecurrentTranslator
+ModelConfig = GPTConfig | BertConfig | ElectraConfig | VaswaniConfig | T5Config | RecurrentConfig
+Model = GPT | Bert | Electra | EncoderDecoder | RecurrentTranslator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         BertConfig, Bert, bert.flops_per_token, ("masked", "next_sentence", "sentence_order", "classification")
     ),
+    "electra": Family(ElectraConfig, Electra, electra.flops_per_token, ("replaced_tokens",)),
     "vaswani": Family(
         VaswaniConfig, EncoderDecoder, encoder_decoder.flops_per_token, ("seq2seq", "span_corruption", "ul2")
     ),

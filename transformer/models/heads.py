@@ -46,22 +46,49 @@ class MaskedHead(nnx.Module):
     """Scores of the token at each position: a transform, then the token embedding as output projection, and a bias.
 
     Devlin et al. 2018, with the transform of their released code: norm(f(x W + b)).
+
+    Args:
+        table_dim: width of the token embedding.
     """
 
     def __init__(
-        self, embed_dim: int, vocab_size: int, *, activation: str, norm_epsilon: float, **options: Any
+        self, embed_dim: int, vocab_size: int, *, table_dim: int, activation: str, norm_epsilon: float, **options: Any
     ) -> None:
         self.function = ACTIVATIONS[activation][0]
-        self.dense = Linear((embed_dim,), (embed_dim,), axes=("embed", None), **options)
-        self.norm = LayerNorm(embed_dim, epsilon=norm_epsilon, rngs=options["rngs"])
+        self.dense = Linear((embed_dim,), (table_dim,), axes=("embed", None), **options)
+        self.norm = LayerNorm(table_dim, epsilon=norm_epsilon, rngs=options["rngs"])
         bias = with_axes(nnx.initializers.zeros, "vocab")
         self.bias = nnx.Param(bias(options["rngs"].params(), (vocab_size,), jnp.float32))
 
-    def __call__(self, hidden_BTD: Float[Array, "B T D"], embed: Embedding) -> Float[Array, "B T V"]:
-        """Float32 logits over the rows of `embed`."""
+    def __call__(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        embed: Embedding,
+        predicted_BK: Int[Array, "B K"] | None = None,
+    ) -> Float[Array, "B K V"]:
+        """Float32 logits over the rows of `embed`, at the places `predicted_BK` (by default at all: K is T then)."""
         with jax.named_scope("masked_head"):
+            if predicted_BK is not None:
+                hidden_BTD = jnp.take_along_axis(hidden_BTD, predicted_BK[..., None], axis=1)
             logits = embed.attend(self.norm(self.function(self.dense(hidden_BTD)))).astype(jnp.float32)
-            return constrain(logits + self.bias[...], "batch", "seq", "vocab")
+            return constrain(logits + self.bias[...], "batch", "seq" if predicted_BK is None else None, "vocab")
+
+
+class ReplacedHead(nnx.Module):
+    """How likely each token is to be another than what stood there (Clark et al. 2020, equation 2).
+
+    A transform as wide as the hidden states, and one number a token.
+    """
+
+    def __init__(self, embed_dim: int, *, activation: str, **options: Any) -> None:
+        self.function = ACTIVATIONS[activation][0]
+        self.dense = Linear((embed_dim,), (embed_dim,), axes=("embed", None), **options)
+        self.out = Linear((embed_dim,), (1,), axes=("embed", None), **options)
+
+    def __call__(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        """Float32 logits; above 0: replaced."""
+        with jax.named_scope("replaced_head"):
+            return self.out(self.function(self.dense(hidden_BTD)))[..., 0].astype(jnp.float32)
 
 
 class PooledHead(nnx.Module):
