@@ -80,22 +80,25 @@ def apply_stack(
     """Run `call(block, x, key, layer_input) -> (x, layer_output)` through the layers, from the first to the last.
 
     Args:
-        call: the same for every layer; or a list with one a layer, whose outputs may differ in kind, and which are always
-            run one by one.
+        call: the same for every layer; or a list that is gone through again and again, such as one global layer and two
+            local ones. One as long as the stack has outputs that may differ in kind, and is always run one by one.
         blocks: what `stack` made, or a list of single blocks (`unstack`), which are always run one by one.
         key: split into one key a layer; None stays None.
         per_layer: a pytree whose leaves have a leading L, of which each layer gets its slice; for a list of blocks a
             list of what each layer gets.
-        scan: one `jax.lax.scan`; or a Python loop, which compiles slower and lets XLA see across layers.
+        scan: one `jax.lax.scan`, of a list over its repetitions; or a Python loop, which compiles slower and lets XLA see
+            across layers.
         remat: `none` or a name of `REMAT_POLICIES`.
 
     Returns:
-        The last x, and the layers' outputs with a leading L; for a list of blocks or calls a list of outputs.
+        The last x, and the layers' outputs with a leading L; a list of outputs for a list of blocks, or of L calls.
     """
     if remat != "none" and remat not in REMAT_POLICIES:
         known = ", ".join(REMAT_POLICIES)
         raise ValueError(f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}")
-    alike = callable(call) and not isinstance(blocks, nnx.List)
+    calls = [call] if callable(call) else list(call)
+    period = len(calls)
+    alike = (callable(call) or period < num_layers) and not isinstance(blocks, nnx.List)
     scan = scan and alike
 
     def body_of(call: Callable[..., tuple[Array, Any]]) -> Callable[..., tuple[Array, Any]]:
@@ -109,20 +112,37 @@ def apply_stack(
         return jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
 
     keys = None if key is None else jax.random.split(key, num_layers)
-    bodies = [body_of(call)] * num_layers if callable(call) else list(map(body_of, call))
-    with jax.named_scope("layers"):
-        if scan:
-            return jax.lax.scan(bodies[0], x, (blocks, keys, per_layer))
-        layers = (
-            _paired(blocks, keys, per_layer)
-            if isinstance(blocks, nnx.List)
-            else unstack((blocks, keys, per_layer), num_layers)
-        )
+    bodies = list(map(body_of, calls))
+
+    def one_by_one(x: Array, layers: Sequence[Any]) -> tuple[Array, list[Any]]:
         outputs = []
-        for body, layer in zip(bodies, layers, strict=True):
-            x, output = body(x, layer)
+        for index, layer in enumerate(layers):
+            x, output = bodies[index % period](x, layer)
             outputs.append(output)
-        return x, restack(outputs) if alike else outputs
+        return x, outputs
+
+    with jax.named_scope("layers"):
+        if isinstance(blocks, nnx.List):
+            return one_by_one(x, _paired(blocks, keys, per_layer))
+        layers = (blocks, keys, per_layer)
+        if scan and period == 1:
+            return jax.lax.scan(bodies[0], x, layers)
+        if not scan:
+            x, outputs = one_by_one(x, unstack(layers, num_layers))
+            return x, restack(outputs) if alike else outputs
+
+        def group(x: Array, layers: Any) -> tuple[Array, Any]:
+            x, outputs = one_by_one(x, unstack(layers, period))
+            return x, restack(outputs)
+
+        whole, rest = divmod(num_layers, period)
+        first = jax.tree.map(lambda leaf: leaf[: whole * period].reshape(whole, period, *leaf.shape[1:]), layers)
+        x, grouped = jax.lax.scan(group, x, first)
+        outputs = jax.tree.map(lambda leaf: leaf.reshape(whole * period, *leaf.shape[2:]), grouped)
+        if rest:
+            x, last = one_by_one(x, unstack(jax.tree.map(lambda leaf: leaf[-rest:], layers), rest))
+            outputs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), outputs, restack(last))
+        return x, outputs
 
 
 def _paired(blocks: nnx.List, keys: Array | None, per_layer: list[Any] | None) -> list[tuple[Any, Any, Any]]:

@@ -87,7 +87,7 @@ class LayerStack(nnx.Module):
         """The last block's output behind the final norm, and what the blocks gave beside it.
 
         Args:
-            mask: of self-attention; a list has one for each layer, which are then run one by one.
+            mask: of self-attention; a list is gone through again and again, layer by layer.
             memory: what the blocks look at, or each layer's keys and values of it (`remember`), for single blocks.
             cache: with a leading L, or a list for single blocks.
             return_weights: of all layers and heads, or of those chosen; for a choice the layers are run one by one.
@@ -113,16 +113,17 @@ class LayerStack(nnx.Module):
                 return_weights=weights,
             )  # fmt: skip
 
+        masks = [mask] if isinstance(mask, AttentionMask) else list(mask)
         calls: Any
-        if isinstance(mask, AttentionMask) and isinstance(return_weights, bool):
-            calls = functools.partial(call, mask, return_weights)
+        if isinstance(return_weights, tuple):
+            layers, heads = return_weights
+            calls = [
+                functools.partial(call, masks[layer % len(masks)], heads if layer in layers else False)
+                for layer in range(self.num_layers)
+            ]
         else:
-            masks = [mask] * self.num_layers if isinstance(mask, AttentionMask) else list(mask)
-            wanted: list[bool | tuple[int, ...]] = [return_weights is True] * self.num_layers
-            if isinstance(return_weights, tuple):
-                layers, heads = return_weights
-                wanted = [heads if layer in layers else False for layer in range(self.num_layers)]
-            calls = [functools.partial(call, *options) for options in zip(masks, wanted, strict=True)]
+            calls = [functools.partial(call, each, return_weights) for each in masks]
+            calls = calls if len(calls) > 1 else calls[0]
         per_layer: Any = (cache, None)
         if isinstance(self.blocks, nnx.List):
             none = [None] * self.num_layers
@@ -156,11 +157,12 @@ class LayerStack(nnx.Module):
         return KVCache.empty(self.num_layers, batch_size, max_length, c.kv_heads, c.dim_of_head, DTYPES[c.dtype])
 
 
-def make_norm(config: StackConfig, rngs: nnx.Rngs) -> Norm:
-    """The config's kind of norm over the residual stream."""
+def make_norm(config: StackConfig, rngs: nnx.Rngs, *, dim: int | None = None) -> Norm:
+    """The config's kind of norm, over the residual stream or another `dim`."""
+    width = config.embed_dim if dim is None else dim
     if config.norm == "layer_norm":
-        return LayerNorm(config.embed_dim, use_bias=config.use_bias, epsilon=config.norm_epsilon, rngs=rngs)
-    return RMSNorm(config.embed_dim, epsilon=config.norm_epsilon, rngs=rngs)
+        return LayerNorm(width, use_bias=config.use_bias, epsilon=config.norm_epsilon, rngs=rngs)
+    return RMSNorm(width, epsilon=config.norm_epsilon, rngs=rngs)
 
 
 def filled(cache: KVCache | list[KVCache]) -> Int[Array, " B"]:
