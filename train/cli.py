@@ -88,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--min-p", type=float, default=0.0, help="keep tokens this likely relative to the likeliest (0)")
     sub.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (1)")
     sub.add_argument("--seed", type=int, default=0, help="another seed, another text (0)")
+    sub.add_argument(
+        "--beams", type=int, metavar="N", help="search for the likeliest text with N beams; nothing is drawn"
+    )
+    sub.add_argument("--num-best", type=int, default=1, metavar="N", help="with --beams: show the N best (1)")
+    sub.add_argument(
+        "--length-penalty", type=float, default=0.6, help="with --beams: above 0 favours longer texts (0.6)"
+    )
     sub.add_argument("--step", default="latest", metavar="STEP", help="checkpoint: latest, best, or a step (latest)")
 
     sub = command("attend", _attend, "look inside: a page and pictures of a trained model's attention", config=False)
@@ -172,10 +179,13 @@ def _generate(options: argparse.Namespace) -> None:
         raise UserError("nothing to continue: give --prompt TEXT or --prompts-file FILE")
     _set_up(options)
     from train.write import write
+    from transformer.decode.beam import BeamSearch
     from transformer.decode.sampling import Sampling
 
-    sampling = _from_flags(Sampling, options)
-    write(Path(options.run), prompts, options.step, options.max_tokens, sampling, options.seed)
+    if options.beams is None and options.num_best != 1:
+        raise UserError("--num-best: several continuations are ranked with --beams N")
+    how = _from_flags(Sampling, options) if options.beams is None else _from_flags(BeamSearch, options)
+    write(Path(options.run), prompts, options.step, options.max_tokens, how, options.seed)
 
 
 def _attend(options: argparse.Namespace) -> None:

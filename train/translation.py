@@ -10,8 +10,8 @@ from flax import nnx
 
 from train.config import RunConfig
 from train.data.tokenizer import Tokenizer
-from transformer.decode.beam import BeamSearch
-from transformer.decode.translator import Hypothesis, Translator
+from transformer.decode.beam import BeamSearch, Hypothesis
+from transformer.decode.translator import Translator
 from transformer.errors import UserError
 from transformer.models.families import make_model
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from train.data.tokenizer import StreamDecoder
+from train.data.tokenizer import StreamDecoder, Tokenizer
 from train.mesh import use_mesh
 from train.run_files import load_run
+from transformer.decode.beam import BeamSearch, Hypothesis
 from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
 from transformer.errors import UserError, check_text
@@ -20,11 +21,15 @@ STREAM_CHUNK = 8
 """Tokens between two flushes of the text: often enough to read along, seldom enough not to slow the device."""
 
 
-def write(run: Path, prompts: list[str], step: str, max_tokens: int | None, sampling: Sampling, seed: int) -> None:
-    """Print a continuation of each prompt, as it comes for one prompt, one after the other for several.
+def write(
+    run: Path, prompts: list[str], step: str, max_tokens: int | None, how: Sampling | BeamSearch, seed: int
+) -> None:
+    """Print a continuation of each prompt, as it comes for one prompt, one after the other for several; of a search the
+    best ones.
 
     Args:
         max_tokens: of each continuation; by default 256, or what the model's context leaves.
+        how: to draw, by `seed`, or to search.
 
     Raises:
         UserError: no such run or checkpoint, or a prompt that does not fit the model.
@@ -42,6 +47,11 @@ def write(run: Path, prompts: list[str], step: str, max_tokens: int | None, samp
     if max_tokens is None:
         max_tokens = max(min(DEFAULT_TOKENS, model.max_length - max(map(len, ids))), 1)
     generator.check(ids, max_tokens)
+    if isinstance(how, BeamSearch):
+        with use_mesh(loaded.mesh, loaded.config.mesh.rules):
+            found = generator.search(loaded.params, ids, max_tokens=max_tokens, search=how)
+        _show(prompts, found, tokenizer)
+        return
     decoders = [StreamDecoder(tokenizer) for _ in prompts]
     texts = [""] * len(prompts)
     alone = len(prompts) == 1
@@ -53,7 +63,7 @@ def write(run: Path, prompts: list[str], step: str, max_tokens: int | None, samp
             loaded.params,
             ids,
             max_tokens=max_tokens,
-            sampling=sampling,
+            sampling=how,
             seed=seed,
             chunk=STREAM_CHUNK if alone else None,
         )
@@ -74,6 +84,15 @@ def write(run: Path, prompts: list[str], step: str, max_tokens: int | None, samp
     for prompt, text in zip(prompts, texts, strict=True):
         console.rule()
         console.print(prompt + text)
+
+
+def _show(prompts: list[str], found: list[list[Hypothesis]], tokenizer: Tokenizer) -> None:
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for prompt, ranked in zip(prompts, found, strict=True):
+        for hypothesis in ranked:
+            if len(prompts) > 1 or len(ranked) > 1:
+                console.rule(f"score {hypothesis.score:.3f}, log-probability {hypothesis.log_probability:.2f}")
+            console.print(prompt + tokenizer.decode(hypothesis.tokens))
 
 
 def _until(tokens: np.ndarray, end_of_text: int, ended: np.ndarray, row: int) -> np.ndarray:

@@ -13,12 +13,12 @@ import pytest
 from flax import nnx
 
 from transformer.decode.beam import MIN_COVERED, BeamSearch, beam_search, sample_translations
+from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
 from transformer.decode.translator import Translator
 from transformer.errors import ConfigError, UserError
 from transformer.models.gpt import GPT, GPTConfig
 from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
-from transformer.stack import unstack
 
 START, END = 0, 1
 CONFIG = RecurrentConfig(
@@ -253,37 +253,31 @@ def test_a_repetition_penalty_forbids_what_was_written(translator):
 
 
 def test_a_decoder_only_model_can_be_searched():
-    model = GPT(GPTConfig(vocab_size=4, max_length=16, num_layers=2, embed_dim=16, num_heads=2), rngs=nnx.Rngs(3))
+    config = GPTConfig(vocab_size=5, max_length=16, num_layers=2, embed_dim=16, num_heads=2)
+    model = GPT(config, rngs=nnx.Rngs(3))
     nnx.update(model, jax.tree.map(lambda p: p * 8, nnx.state(model, nnx.Param)))
-    prompts, beams, longest = jnp.array([[2, 3, 0], [3, 3, 2]]), 64, 3
-
-    @jax.jit
-    def search():
-        # Layers apart, a cache's arrays have a leading B.
-        cache = unstack(model(prompts[:, :-1], cache=model.make_cache(2, 16)).cache, 2)
-        cache = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), cache)
-        apart = model.unstacked()
-
-        def step(token_B, cache):
-            out = apart(token_B[:, None], cache=cache)
-            return out.logits[:, 0], out.cache, None
-
-        return beam_search(
-            step, cache, prompts[:, -1], jnp.full(2, longest), search=BeamSearch(beams=beams), width=4, end_of_text=END
-        )
-
-    found = search()
-    forward = jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens).logits))
-    for row, prompt in enumerate(prompts.tolist()):
+    params = nnx.state(model, nnx.Param)
+    prompts, longest = [[2, 3, 0, 2], [3, 3]], 3
+    generator = Generator(config, end_of_text=END, num_tokens=4)
+    found = generator.search(params, prompts, max_tokens=longest, search=BeamSearch(beams=64, num_best=2))
+    forward = jax.jit(lambda tokens: jax.nn.log_softmax(model(tokens).logits[..., :4]))
+    for row, prompt in enumerate(prompts):
         best = (-math.inf, [])
         for length in range(longest + 1):
             choices = [list(choice) for choice in itertools.product([0, 2, 3], repeat=length)]
-            log_probs = np.asarray(forward(jnp.array([prompt + choice for choice in choices])))[:, 2:]
+            log_probs = np.asarray(forward(jnp.array([prompt + choice for choice in choices])))[:, len(prompt) - 1 :]
             for index, choice in enumerate(choices):
                 total = log_probs[index, np.arange(length + 1), [*choice, END]].sum()
                 best = max(best, (total / ((6 + length) / 6) ** 0.6, choice))
-        assert found.tokens_BQn[row, 0, : int(found.length_BQ[row, 0])].tolist() == best[1]
-        assert float(found.score_BQ[row, 0]) == pytest.approx(best[0], abs=1e-4)
+        assert found[row][0].tokens == best[1]
+        assert found[row][0].score == pytest.approx(best[0], abs=1e-4)
+        assert found[row][1].score <= found[row][0].score
+    (alone,) = generator.search(params, prompts[1:], max_tokens=longest, search=BeamSearch(beams=64, num_best=2))
+    assert [h.tokens for h in alone] == [h.tokens for h in found[1]]
+    with pytest.raises(UserError, match="needs an end of text"):
+        Generator(config).search(params, prompts, max_tokens=1)
+    with pytest.raises(UserError, match="exceed the model's context of 16"):
+        generator.search(params, prompts, max_tokens=14)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,17 @@ def test_generate_refuses_in_one_line(whole, capsys, arguments, message):
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
+def test_generate_searches(whole, capsys):
+    arguments = ["generate", str(whole), "--prompt", "value_", "--max-tokens", "4", "--beams", "3"]
+    assert main([*arguments, "--num-best", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("value_") == 2 and shown.count("log-probability") == 2
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip("\n") in shown
+    assert main([*arguments, "--num-best", "4"]) == 2
+    assert "--num-best: got 4; allowed: 1 to beams (3)" in capsys.readouterr().err
+
+
 def test_generate_without_a_run(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "no run here" in capsys.readouterr().err

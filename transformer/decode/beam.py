@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,6 +67,27 @@ class Beams(NamedTuple):
     score_BQ: Float[Array, "B Q"]
     log_probability_BQ: Float[Array, "B Q"]
     """Of the tokens and the end that was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypothesis:
+    """One of them, on the host."""
+
+    tokens: list[int]
+    """Without the end."""
+    score: float
+    """What it was ranked by."""
+    log_probability: float
+    """Of the tokens and the end, in nats; what was drawn up to its limit has no end."""
+
+
+def hypotheses(found: Beams, row: int) -> list[Hypothesis]:
+    """Those of one row, the best first, as far as there are any; `found` is on the host (`jax.device_get`)."""
+    return [
+        Hypothesis(tokens[:length].tolist(), float(score), float(log_probability))
+        for tokens, length, score, log_probability in zip(*(part[row] for part in found), strict=True)
+        if score > -math.inf
+    ]
 
 
 class _Search(NamedTuple):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from transformer.decode.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses
 from transformer.decode.cache import KVCache
 from transformer.decode.sampling import Sampling, next_token
 from transformer.errors import UserError
@@ -58,6 +59,7 @@ class Generator:
         self._apart_graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs).unstacked())
         self._take_apart = jax.jit(lambda params: nnx.split(nnx.merge(self._graphdef, params).unstacked())[1])
         self._prefill = jax.jit(self._prefill_impl, static_argnames=("max_length", "sampling"))
+        self._search = jax.jit(self._search_impl, static_argnames=("max_length", "width", "search"))
         self._decode = jax.jit(self._decode_impl, static_argnames=("num_tokens", "sampling"), donate_argnames="state")
 
     def generate(
@@ -85,16 +87,9 @@ class Generator:
             UserError: an empty prompt, a token id outside the vocabulary, or more tokens than the model's context.
         """
         sampling = Sampling() if sampling is None else sampling
-        self.check(prompts, max_tokens)
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        limit = self.config.max_length
-        width = min(_round_up(int(lengths.max())), limit)
-        tokens_BT = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in zip(tokens_BT, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        max_length = max(min(_round_up(int(lengths.max()) + max_tokens), limit), width)
+        tokens_BT, lengths_B, max_length = self._padded(prompts, max_tokens)
         state = self._prefill(
-            params, tokens_BT, lengths, jax.random.key(seed), max_length=max_length, sampling=sampling
+            params, tokens_BT, lengths_B, jax.random.key(seed), max_length=max_length, sampling=sampling
         )
         apart = self._take_apart(params)
         chunk = max_tokens if chunk is None else min(chunk, max_tokens)
@@ -103,6 +98,47 @@ class Generator:
             yield np.asarray(tokens_Bn)[:, : max_tokens - start]
             if np.asarray(state.done_B).all():
                 return
+
+    def search(
+        self,
+        params: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        search: BeamSearch | None = None,
+    ) -> list[list[Hypothesis]]:
+        """The likeliest continuations of every prompt, each up to its `end_of_text`, the best first.
+
+        Args:
+            params, prompts, max_tokens: as of `generate`.
+            search: how to search; `BeamSearch()` by default.
+
+        Raises:
+            UserError: as `generate`; no end of text; or a coverage penalty, for which there is no source.
+        """
+        search = BeamSearch() if search is None else search
+        if self.end_of_text is None:
+            raise UserError("beam search ranks whole texts: it needs an end of text")
+        tokens_BT, lengths_B, max_length = self._padded(prompts, max_tokens)
+        found = self._search(
+            params, tokens_BT, lengths_B, jnp.int32(max_tokens), max_length=max_length, width=_round_up(max_tokens),
+            search=search,
+        )  # fmt: skip
+        found = jax.device_get(found)
+        return [hypotheses(found, row) for row in range(len(prompts))]
+
+    def _padded(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int
+    ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"], int]:
+        """Prompts of one width, their lengths, and the length of the cache."""
+        self.check(prompts, max_tokens)
+        lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+        longest, limit = int(lengths_B.max()), self.config.max_length
+        width = min(_round_up(longest), limit)
+        tokens_BT = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(tokens_BT, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return tokens_BT, lengths_B, max(min(_round_up(longest + max_tokens), limit), width)
 
     def check(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
         """Raise a `UserError` for what `generate` cannot continue."""
@@ -139,6 +175,38 @@ class Generator:
             seen_BV,
             jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch_size)),
         )
+
+    def _search_impl(
+        self,
+        params: nnx.State,
+        tokens_BT: Array,
+        lengths_B: Array,
+        max_tokens: Array,
+        *,
+        max_length: int,
+        width: int,
+        search: BeamSearch,
+    ) -> Beams:
+        model = nnx.merge(self._graphdef, params)
+        assert self.end_of_text is not None
+        # The search reads a prompt's last token again, in its own place, for the scores of the first that it writes.
+        state = self._prefill_impl(
+            params, tokens_BT, lengths_B, jax.random.key(0), max_length=max_length, sampling=Sampling()
+        )
+        cache = [layer.with_length(lengths_B - 1) for layer in state.cache]
+        cache = jax.tree.map(lambda x: jnp.repeat(x, search.beams, axis=0), cache)
+        apart = model.unstacked()
+
+        def step(token_R: Array, cache: list[KVCache]) -> tuple[Array, list[KVCache], None]:
+            output = apart(token_R[:, None], cache=cache)
+            return output.logits[:, 0], output.cache, None
+
+        start_B = jnp.take_along_axis(tokens_BT, (lengths_B - 1)[:, None], axis=1)[:, 0]
+        limit_B = jnp.full_like(lengths_B, max_tokens)
+        return beam_search(
+            step, cache, start_B, limit_B, search=search, width=width, end_of_text=self.end_of_text,
+            num_tokens=self.num_tokens,
+        )  # fmt: skip
 
     def _decode_impl(
         self, params: nnx.State, state: DecodeState, *, num_tokens: int, sampling: Sampling

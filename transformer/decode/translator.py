@@ -9,7 +9,6 @@ the next state. Memory and state are pytrees whose arrays all have a leading B.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer.decode.beam import Beams, BeamSearch, beam_search, sample_translations
+from transformer.decode.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses, sample_translations
 from transformer.decode.sampling import Sampling
 from transformer.errors import UserError
 from transformer.functional import ModelFactory, graphdef_of
@@ -30,18 +29,6 @@ LENGTH_MULTIPLE = 16
 """Sources and translations are padded to a multiple of this, so that a program compiled once serves many lengths."""
 MAX_RATIO = 2.0
 """Tokens of a translation for one of its source, where nothing else limits it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Hypothesis:
-    """One translation."""
-
-    tokens: list[int]
-    """Without the end."""
-    score: float
-    """What it was ranked by."""
-    log_probability: float
-    """Of the tokens and the end, in nats; what was drawn up to its limit has no end."""
 
 
 class Translator:
@@ -129,14 +116,11 @@ class Translator:
             # A row of padding alone would be no sentence at all.
             segments_BS[len(group) :, 0] = 1
             width = -(-int(limit_B.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-            found = self._run(params, tokens_BS, segments_BS, limit_B, index_B, key, width=width, how=how)
-            tokens, lengths, scores, sums = map(np.asarray, found)
+            found = jax.device_get(
+                self._run(params, tokens_BS, segments_BS, limit_B, index_B, key, width=width, how=how)
+            )
             for row, index in enumerate(group):
-                results[index] = [
-                    Hypothesis(tokens[row, rank, : lengths[row, rank]].tolist(), float(score), float(sums[row, rank]))
-                    for rank, score in enumerate(scores[row])
-                    if np.isfinite(score)
-                ]
+                results[index] = hypotheses(found, row)
         return results
 
     def _run_impl(
