@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("history", help=text, description=text)
     sub.set_defaults(call=_history)
     sub.add_argument("--models", metavar="A,B,C", help="names, comma-separated (all)")
-    sub.add_argument("--parameters", type=_positive, metavar="N", help="budget of each model (2000000)")
+    sub.add_argument("--parameters", type=_positive, metavar="N", help="budget of each model (1000000)")
     sub.add_argument("--steps", type=_positive, metavar="N", help="of each model, so the same tokens for all")
     sub.add_argument("--data", metavar="DATA", help="verses, synthetic, or the path of a config of pairs (verses)")
     sub.add_argument("--seed", type=int, metavar="N", help="of weights, dropout and the order of the data (0)")

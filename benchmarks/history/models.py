@@ -11,6 +11,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from transformer.errors import UserError, nearest
 from transformer.models.encoder_decoder import VaswaniConfig
 from transformer.models.families import ModelConfig, count_parameters
@@ -20,6 +22,7 @@ TOLERANCE = 0.03
 """How far a model's parameters may be from the budget, as a part of it."""
 DROPOUT = 0.1
 _LARGEST = 1 << 13
+_PROBED = (8, 32, 128)
 _HEADS = 4
 _LAYERS = 3
 
@@ -110,8 +113,8 @@ def solve(name: str, budget: int, *, source_vocab_size: int, vocab_size: int, ma
     def config(width: int, fine: int | None = None) -> ModelConfig:
         return entry.make(width, entry.fine(width) if fine is None else fine, **options)
 
-    width = entry.step * _nearest(lambda size: count_parameters(config(entry.step * size)) - budget)
-    fine = _nearest(lambda size: count_parameters(config(width, size)) - budget)
+    width = entry.step * _nearest(functools.cache(lambda size: count_parameters(config(entry.step * size)) - budget))
+    fine = _nearest(functools.cache(lambda size: count_parameters(config(width, size)) - budget))
     found = config(width, fine)
     count = count_parameters(found)
     if abs(count - budget) > TOLERANCE * budget:
@@ -123,11 +126,12 @@ def solve(name: str, budget: int, *, source_vocab_size: int, vocab_size: int, ma
 
 
 def _nearest(excess: Callable[[int], int]) -> int:
-    """The size, 1 or more, at which a function that grows with it is nearest 0."""
-    low, high = 1, 2
-    while excess(high) < 0 and high < _LARGEST:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if excess(middle) < 0 else (low, middle)
-    return min((low, high), key=lambda size: abs(excess(size)))
+    """The size, 1 or more, at which a function that grows with it, nearly as a polynomial of degree 2, is nearest 0."""
+    # Each call makes a model, if only its shapes: three of them tell about where to look.
+    curve = np.polyfit(_PROBED, [excess(size) for size in _PROBED], 2)
+    low = 1 + int(np.abs(np.polyval(curve, np.arange(1, _LARGEST))).argmin())
+    while low > 1 and excess(low) > 0:
+        low -= 1
+    while low < _LARGEST and excess(low + 1) <= 0:
+        low += 1
+    return min((low, low + 1), key=lambda size: abs(excess(size)))

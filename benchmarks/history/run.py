@@ -17,7 +17,7 @@ from train.data.cache import writing
 from train.display import clock
 from transformer.errors import UserError
 
-PARAMETERS = 2_000_000
+PARAMETERS = 1_000_000
 STEPS = 300
 """So that all ten models on both tasks finish within 20 minutes on 2 cores."""
 DIRECTORY = "runs/history"
@@ -99,7 +99,8 @@ def run(
             for task in tasks
         },
     }
-    path = record.save("history", command, result, show=False).with_suffix(".html")
+    name = "history" if data == "verses" else f"history_{Path(data).stem}"
+    path = record.save(name, command, result, show=False).with_suffix(".html")
     with writing(path):
         report.write(result, path)
     print(f"report in {path} and {path.with_suffix('.md').name}")

@@ -36,9 +36,9 @@ def _compare(runs, **options):
 
 def test_the_report_holds_every_model_and_the_figures_of_the_record(compared):
     result, results, _ = compared
-    kept = json.loads((results / "history_cpu.json").read_text())["result"]
+    kept = json.loads((results / "history_synthetic_cpu.json").read_text())["result"]
     assert kept == json.loads(json.dumps(result))
-    page, markdown = ((results / f"history_cpu.{suffix}").read_text() for suffix in ("html", "md"))
+    page, markdown = ((results / f"history_synthetic_cpu.{suffix}").read_text() for suffix in ("html", "md"))
     assert page.count("<svg") == 3 and "http-equiv" not in page and "src=" not in page
     for one in result["tasks"]["synthetic"]["stages"]:
         row = next(line for line in markdown.splitlines() if line.startswith(f"| {ENTRIES[one['model']].title} |"))
