@@ -36,7 +36,9 @@ def _no_cache_left_behind():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_program_outlives_its_file():
-    """Each compiled program takes memory maps, of which a process may have only so many: thousands of tests would use them up."""
+def _programs_do_not_pile_up():
+    """Each compiled program takes memory maps, of which Linux gives a process 65,530: thousands of tests would use them up."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
