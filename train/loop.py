@@ -109,8 +109,12 @@ class Run:
         self.classifies = config.objective.kind == "classification"
         self.guess = commonest_share(prepared.validation) if self.classifies else None
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
-        # What a step predicts is a token, or a whole row.
-        tokens = config.sequence_length if self.classifies else 1
+        # What a step predicts is each token, a hidden one among many, or a whole row.
+        tokens, self.unit = 1.0, "tok"
+        if self.classifies:
+            tokens, self.unit = config.sequence_length, "row"
+        elif config.objective.hides:
+            tokens, self.unit = 1 / config.objective.mask_rate, "hidden tok"
         self.flops_per_target = 3 * tokens * flops_per_token(config.model, config.sequence_length)
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
@@ -136,7 +140,7 @@ class Run:
         with (
             MetricLog(config, config.directory, start) as log,
             contextlib.closing(batches),
-            Display(config.steps, start, unit="row" if self.classifies else "tok") as display,
+            Display(config.steps, start, unit=self.unit) as display,
         ):
             display.say(self._headline(state, start))
             if padding := _padding(host):

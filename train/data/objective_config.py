@@ -17,7 +17,7 @@ Kind = Literal[
 ENCODER_DECODER: tuple[Kind, ...] = ("span_corruption", "ul2", "seq2seq")
 """The kinds whose batches have a source beside the tokens that are predicted."""
 MASKED: tuple[Kind, ...] = ("masked", "next_sentence", "sentence_order", "replaced_tokens")
-"""The kinds that predict tokens which were masked."""
+"""The kinds that hide tokens."""
 MODES = ("[R]", "[S]", "[X]")
 """UL2's names of its three kinds of denoising."""
 _LONG_WORD = 8  # tokens: a run of words may pass the mask rate by so many for each
@@ -81,6 +81,11 @@ class ObjectiveConfig:
     def has_source(self) -> bool:
         """Whether batches have a source for an encoder."""
         return self.kind in ENCODER_DECODER
+
+    @property
+    def hides(self) -> bool:
+        """Whether tokens are hidden, and those alone predicted."""
+        return self.kind in MASKED and self.kind != "replaced_tokens"
 
     def most_predicted(self, length: int) -> int:
         """Of kinds that mask: the most tokens of a row of `length` that are predicted."""
