@@ -19,52 +19,108 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from transformer.errors import UserError, require
 from transformer.sharding import LOGICAL_AXES
 
-MESH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""From the slowest links to the fastest: what is sent most often goes between neighbours."""
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """Where each logical axis lies, and which mesh axis takes the devices that the config does not place."""
+    """What is sliced, and which mesh axis takes the devices that the config does not place."""
 
-    rules: Rules
     fills: str
-
-
-def _rules(**placed: str | tuple[str, ...]) -> Rules:
-    """A full table: what is not placed is replicated."""
-    return tuple((axis, placed.get(axis)) for axis in LOGICAL_AXES)
+    slices_parameters: bool = True
+    """Along fsdp; else every device has them whole."""
+    slices_gradients: bool = True
+    """Along fsdp, whatever the parameters are: each device then sums its own slice alone."""
+    slices_stream: bool = False
+    """Activations between sublayers are sliced along tensor, by position."""
 
 
 STRATEGIES = {
-    # Every device holds the whole state and a slice of the batch; gradients are all-reduced.
-    "dp": Strategy(_rules(batch=("data", "fsdp")), fills="data"),
-    # Parameters, gradients and optimiser state are sliced too (ZeRO-3, Rajbhandari et al. 2020): gathered layer by layer
-    # for use, gradients reduce-scattered. With data > 1 the slices are replicated that many times.
-    "fsdp": Strategy(_rules(batch=("data", "fsdp"), embed="fsdp"), fills="fsdp"),
+    # Slices of the state along fsdp are whole where nothing lies there.
+    "dp": Strategy("data"),
+    # Rajbhandari et al. 2020, stages 1 to 3.
+    "zero1": Strategy("fsdp", slices_parameters=False, slices_gradients=False),
+    "zero2": Strategy("fsdp", slices_parameters=False),
+    "fsdp": Strategy("fsdp"),
+    # Sliced within fast links, replicated across slow ones (Zhao et al. 2023, section 3.2.2).
+    "hsdp": Strategy("data"),
+    # Shoeybi et al. 2019; with the stream sliced too, Korthikanti et al. 2022.
+    "tensor": Strategy("tensor"),
+    "tensor_sequence": Strategy("tensor", slices_stream=True),
+    "fsdp_tensor": Strategy("fsdp"),
+    # Liu et al. 2023, by ring attention; Jacobs et al. 2023, with attention: ulysses.
+    "context": Strategy("context"),
+    # Lepikhin et al. 2020.
+    "expert": Strategy("expert"),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each mesh axis gets, and what lies along it."""
+    """How many devices each mesh axis gets, and what lies along it. Any axes go together."""
 
-    strategy: Literal["dp", "fsdp"] = "dp"
-    """dp: a copy of the state on every device; fsdp: the state sliced over the devices (ZeRO-3)."""
+    strategy: Literal[
+        "dp", "zero1", "zero2", "fsdp", "hsdp", "tensor", "tensor_sequence", "fsdp_tensor", "context", "expert"
+    ] = "dp"
+    """dp: a copy of the state on every device, or what the sizes below make of it; zero1: the optimiser's state sliced over
+    fsdp; zero2: gradients too; fsdp: parameters too (ZeRO-3); hsdp: the same, over `fsdp` devices, and copies along data;
+    tensor: heads, feed-forward features and vocabulary sliced; tensor_sequence: and the activations between them, by position;
+    fsdp_tensor: fsdp over what `tensor` leaves; context: sequences sliced (ring attention); expert: a mixture's experts."""
     data: int | None = None
-    """Devices along the data axis; null: what the other axes leave (dp), or 1 (fsdp)."""
+    """Devices along the data axis; null: what the other axes leave where the strategy is about it, else 1."""
     fsdp: int | None = None
-    """Devices along the fsdp axis; null: what the other axes leave (fsdp), or 1 (dp)."""
+    """Devices over which the state is sliced; null: as for data."""
+    expert: int | None = None
+    """Devices over which experts are sliced; null: as for data."""
+    context: int | None = None
+    """Devices over which a sequence is sliced; null: as for data."""
+    tensor: int | None = None
+    """Devices over which heads and features are sliced; null: as for data."""
 
     def __post_init__(self) -> None:
         for axis in MESH_AXES:
             require(self, axis, getattr(self, axis) is None or getattr(self, axis) >= 1, "allowed: 1 or more, or null")
+        for strategy, axis in (("hsdp", "fsdp"), ("fsdp_tensor", "tensor")):
+            given = self.strategy != strategy or getattr(self, axis) is not None
+            require(self, axis, given, f"{strategy} needs a number of devices")
 
     @property
     def rules(self) -> Rules:
-        """The strategy's table."""
-        return STRATEGIES[self.strategy].rules
+        """Where each logical axis of parameters and activations lies."""
+        return self._rules(STRATEGIES[self.strategy].slices_parameters)
+
+    @property
+    def gradient_rules(self) -> Rules:
+        """The same of gradients, each like its parameter."""
+        return self._rules(STRATEGIES[self.strategy].slices_gradients)
+
+    @property
+    def optimizer_rules(self) -> Rules:
+        """The same of the optimiser's statistics and the moving average, each like its parameter."""
+        return self._rules(True)
+
+    def _rules(self, sliced: bool) -> Rules:
+        """A full table: what is not placed is replicated."""
+        placed: dict[str, str | tuple[str, ...]] = {
+            "batch": ("data", "fsdp", "expert"),
+            "seq": "context",
+            "stream": ("context", "tensor") if STRATEGIES[self.strategy].slices_stream else "context",
+            **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tensor"),
+            "expert": "expert",
+        }
+        if sliced:
+            placed["embed"] = "fsdp"
+        return tuple((axis, placed.get(axis)) for axis in LOGICAL_AXES)
+
+    @property
+    def slices_parameters(self) -> bool:
+        """Whether no device has all of the model."""
+        axis = STRATEGIES[self.strategy].fills
+        given = any((getattr(self, name) or 1) > 1 for name in ("fsdp", "expert", "tensor"))
+        return STRATEGIES[self.strategy].slices_parameters and (given or axis in ("fsdp", "expert", "tensor"))
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Devices along each of `MESH_AXES`.
@@ -79,10 +135,11 @@ class MeshConfig:
             given[fills] = max(num_devices // fixed, 1)
         sizes = tuple(given[axis] or 1 for axis in MESH_AXES)
         if math.prod(sizes) != num_devices:
-            wanted = " × ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+            wanted = " × ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1)
             raise UserError(
                 f"mesh: {wanted} = {math.prod(sizes)} devices, but there are {num_devices}; "
-                f"change mesh.{' or mesh.'.join(MESH_AXES)}, or run with --devices {math.prod(sizes)}"
+                f"change {' or '.join(f'mesh.{axis}' for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1)}, "
+                f"or run with --devices {math.prod(sizes)}"
             )
         return sizes
 
@@ -152,8 +209,8 @@ def check_divisible(abstract: Any, shardings: Any) -> None:
             bad.append(f"{jax.tree_util.keystr(path)} {leaf.shape} over {sharding.spec}")
     if bad:
         raise UserError(
-            f"mesh: {len(bad)} arrays do not divide evenly, the first is {bad[0]}; choose a size that divides "
-            "model.embed_dim, or strategy dp"
+            f"mesh: {len(bad)} arrays do not divide evenly, the first is {bad[0]}; choose sizes that divide the model's "
+            "(fsdp: embed_dim; tensor: heads, key/value heads, mlp_dim, vocab_size; expert: num_experts), or strategy dp"
         )
 
 

@@ -58,7 +58,7 @@ def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) 
             tokenizer = Tokenizer.load(Path(folder))
             target = Path(folder, _TARGET)
             target_tokenizer = Tokenizer.load(target) if target.is_dir() else tokenizer
-        placed = MeshConfig(strategy=config.mesh.strategy) if like is None else like.mesh
+        placed = MeshConfig(strategy="fsdp" if config.mesh.slices_parameters else "dp") if like is None else like.mesh
         mesh = make_mesh(placed)
         with use_mesh(mesh, placed.rules):
             described = abstract_params(lambda rngs: make_model(config.model, rngs), mesh)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from train.mesh import check_divisible, shardings_of
+from train.mesh import Rules, check_divisible, shardings_of
 from transformer.functional import ModelFactory
 from transformer.types import Array, Int, PRNGKeyArray
 
@@ -61,9 +62,19 @@ def describe(make: Callable[[], Any], mesh: Mesh) -> Any:
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
-def abstract_state(make_state: StateMaker, mesh: Mesh) -> TrainState:
-    """The description of a state before it exists."""
-    return describe(lambda: make_state(jax.random.key(0)), mesh)
+def abstract_state(make_state: StateMaker, mesh: Mesh, optimizer_rules: Rules | None = None) -> TrainState:
+    """The description of a state before it exists.
+
+    Args:
+        optimizer_rules: by which the optimiser's statistics and the moving average are laid out; those in force by default.
+    """
+    make = functools.partial(make_state, jax.random.key(0))
+    abstract = describe(make, mesh)
+    if optimizer_rules is None:
+        return abstract
+    with nnx.logical_axis_rules(optimizer_rules):
+        other = describe(make, mesh)
+    return dataclasses.replace(abstract, opt_state=other.opt_state, ema=other.ema)
 
 
 def abstract_params(make_model: ModelFactory, mesh: Mesh) -> nnx.State:

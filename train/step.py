@@ -27,6 +27,7 @@ def make_train_step(
     microbatches: int = 1,
     ema_decay: float | None = None,
     objective: str = "causal",
+    gradients: nnx.State | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
@@ -39,6 +40,7 @@ def make_train_step(
         microbatches: into how many parts the batch is cut, one after the other, to save memory.
         ema_decay: of the parameters' moving average, where the state keeps one.
         objective: a name of `LOSSES`.
+        gradients: shapes and shardings of the gradients; laid out as the compiler sees fit by default.
 
     Returns:
         A function whose metrics are float32 scalars: loss, nll (nats per token), grad_norm (before clipping), tokens,
@@ -49,7 +51,12 @@ def make_train_step(
         sums = LOSSES[objective](nnx.merge(graphdef, params), batch, loss, key=key)
         return sums.loss, sums
 
-    gradient = jax.grad(loss_sum, has_aux=True)
+    def gradient(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+        grads, sums = jax.grad(loss_sum, has_aux=True)(params, batch, key)
+        if gradients is not None:
+            layout = jax.tree.map(lambda leaf: leaf.sharding, gradients)
+            grads = jax.lax.with_sharding_constraint(grads, layout)
+        return grads, sums
 
     def accumulate(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
         def add(total: tuple[nnx.State, LossSums], part: tuple[Batch, Array]) -> tuple[Any, None]:

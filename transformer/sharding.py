@@ -1,7 +1,8 @@
 """Logical axes: a model names what a dimension means, never which devices hold it.
 
-The names are batch, seq, embed, heads, kv_heads, head_dim, mlp, vocab, layers and expert. A program maps them to the
-axes of a mesh with `flax.nnx.logical_axis_rules(table)`; with no table or no mesh they mean nothing and cost nothing.
+The names are batch, seq, stream (positions of the residual stream, between the sublayers), embed, heads, kv_heads, head_dim,
+mlp, vocab, layers and expert. A program maps them to the axes of a mesh with `flax.nnx.logical_axis_rules(table)`; with no
+table or no mesh they mean nothing and cost nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from flax.core.spmd import get_logical_axis_rules
 
 from transformer.types import Array
 
-LOGICAL_AXES = ("batch", "seq", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers", "expert")
+LOGICAL_AXES = ("batch", "seq", "stream", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "layers", "expert")
 
 
 def with_axes(init: Callable[..., Array], *axes: str | None) -> Callable[..., Any]:
@@ -37,13 +38,20 @@ def with_axes(init: Callable[..., Array], *axes: str | None) -> Callable[..., An
 def constrain(x: Array, *axes: str | None) -> Array:
     """Lay out an activation by the logical names of its dimensions, under the rules and the mesh in force.
 
+    An axis of the mesh that two dimensions would take goes to the first of them.
+
     Raises:
         ValueError: a name that is no logical axis, or not one name for each dimension.
     """
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} names {axes} for an array of shape {x.shape}")
     rules = dict(get_logical_axis_rules())
-    spec = jax.sharding.PartitionSpec(*(None if axis is None else rules.get(_known(axis)) for axis in axes))
+    placed = [() if axis is None else _names(rules.get(_known(axis))) for axis in axes]
+    taken: set[str] = set()
+    for index, names in enumerate(placed):
+        placed[index] = tuple(name for name in names if name not in taken)
+        taken |= set(names)
+    spec = jax.sharding.PartitionSpec(*(names or None for names in placed))
     if not rules or jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
@@ -51,8 +59,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """The axes of the mesh in force along which a logical axis lies under the rules in force; none without either."""
-    placed = dict(get_logical_axis_rules()).get(_known(axis))
-    names = placed if isinstance(placed, tuple) else () if placed is None else (placed,)
+    names = _names(dict(get_logical_axis_rules()).get(_known(axis)))
     mesh = jax.sharding.get_abstract_mesh()
     return () if mesh.empty else tuple(name for name in names if name in mesh.axis_names)
 
@@ -61,6 +68,10 @@ def axes_size(names: tuple[str, ...]) -> int:
     """How many devices lie along these axes of the mesh in force, taken together."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[name] for name in names)
+
+
+def _names(placed: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return placed if isinstance(placed, tuple) else () if placed is None else (placed,)
 
 
 def _known(axis: str) -> str:

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from train.mesh import MeshConfig, batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
+from train.mesh import MESH_AXES, MeshConfig, batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
 from train.objective import LossConfig
 from train.optimizer import OptimizerConfig, make_optimizer
-from train.state import abstract_state, init_state, state_maker
+from train.state import abstract_params, abstract_state, init_state, state_maker
 from train.step import make_eval_step, make_train_step
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
@@ -51,10 +52,13 @@ def build(config, num_devices, microbatches=1, optimizer=None, ema_decay=None, m
         return GPT(model, rngs=rngs)
 
     make_state = state_maker(make_model, optimizer, keep_ema=ema_decay is not None)
-    abstract = abstract_state(make_state, mesh)
+    abstract = abstract_state(make_state, mesh, config.optimizer_rules)
+    with nnx.logical_axis_rules(config.gradient_rules):
+        gradients = abstract_params(make_model, mesh)
     step = make_train_step(
-        graphdef_of(make_model), optimizer, LossConfig(), abstract, microbatches=microbatches, ema_decay=ema_decay
-    )
+        graphdef_of(make_model), optimizer, LossConfig(), abstract, microbatches=microbatches, ema_decay=ema_decay,
+        gradients=gradients,
+    )  # fmt: skip
     state = init_state(make_state, abstract, seed=0)
     return Setup(mesh, config, state, step, make_eval_step(graphdef_of(make_model)))
 
@@ -70,6 +74,14 @@ def run(config, num_devices, microbatches=1, steps=3, **options):
         return np.array(seen), jax.device_get(state.params), state
 
 
+def layout_name(config):
+    """The strategy, and the axes that are given."""
+    if not isinstance(config, MeshConfig):
+        return str(config)
+    sizes = [f"{axis} {size}" for axis in MESH_AXES if (size := getattr(config, axis)) is not None]
+    return ", ".join([config.strategy, *sizes])
+
+
 @functools.cache
 def on_one_device():
     return run(MeshConfig(), 1)[:2]
@@ -82,8 +94,16 @@ def on_one_device():
         (MeshConfig(strategy="dp"), 8, 1),
         (MeshConfig(strategy="fsdp"), 8, 1),
         (MeshConfig(strategy="fsdp", data=2), 8, 2),
+        (MeshConfig(strategy="zero1"), 8, 1),
+        (MeshConfig(strategy="zero2"), 8, 2),
+        (MeshConfig(strategy="hsdp", fsdp=4), 8, 1),
+        (MeshConfig(strategy="tensor", data=2), 8, 1),
+        (MeshConfig(strategy="tensor_sequence", data=2), 8, 1),
+        (MeshConfig(strategy="fsdp_tensor", tensor=2), 8, 1),
+        (MeshConfig(strategy="context", data=2), 8, 1),
+        (MeshConfig(data=1, fsdp=2, tensor=2, context=2), 8, 1),
     ],
-    ids=["1 device, 4 microbatches", "dp", "fsdp", "2 × fsdp, 2 microbatches"],
+    ids=layout_name,
 )
 def test_every_layout_computes_what_one_device_does(config, num_devices, microbatches):
     expected, expected_params = on_one_device()
@@ -93,11 +113,33 @@ def test_every_layout_computes_what_one_device_does(config, num_devices, microba
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), params, expected_params)
 
 
-def test_fsdp_shards_parameters_and_moments():
-    _, _, state = run(MeshConfig(strategy="fsdp"), 8, steps=1)
-    for tree in (state.params, state.opt_state[1][0].mu):
+@pytest.mark.parametrize(
+    "config", [MeshConfig(strategy="expert", data=2), MeshConfig(strategy="expert", tensor=2)], ids=layout_name
+)
+def test_experts_on_devices_of_their_own_compute_what_one_device_does(config):
+    model = dataclasses.replace(MODEL, num_experts=4, experts_per_token=2, expert_capacity=1.25, mlp_dim=32)
+    expected = run(MeshConfig(), 1, model=model)[0]
+    got, _, state = run(config, 8, model=model)
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
+    up = state.params["layers"]["blocks"]["feed_forward"]["up_EDF"].get_value()
+    assert up.addressable_shards[0].data.shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "moments"),
+    [
+        (MeshConfig(strategy="zero1"), 1, 8),
+        (MeshConfig(strategy="fsdp"), 8, 8),
+        (MeshConfig(strategy="hsdp", fsdp=4), 4, 4),
+        (MeshConfig(strategy="fsdp_tensor", tensor=2), 8, 8),
+    ],
+    ids=layout_name,
+)
+def test_devices_hold_their_slices_of_parameters_and_moments(config, parameters, moments):
+    _, _, state = run(config, 8, steps=1)
+    for tree, slices in ((state.params, parameters), (state.opt_state[1][0].mu, moments)):
         kernel = tree["layers"]["blocks"]["attention"]["query"]["kernel"].get_value()
-        assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+        assert kernel.addressable_shards[0].data.size * slices == kernel.size
 
 
 def test_the_step_is_compiled_once():

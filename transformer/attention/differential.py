@@ -152,7 +152,7 @@ class DifferentialAttention(nnx.Module):
             weights = None
             if first_weights is not None and second_weights is not None:
                 weights = first_weights - lam.astype(first_weights.dtype) * second_weights
-            return constrain(self.out(out), "batch", "seq", None), cache, weights
+            return constrain(self.out(out), "batch", "stream", None), cache, weights
 
     def value_of_lambda(self) -> Float[Array, ""]:
         """λ as it is now (equation 2), in float32."""

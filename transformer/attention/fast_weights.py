@@ -234,7 +234,7 @@ class FastWeightAttention(nnx.Module):
                 form=self.form, chunk=self.chunk, valid_BT=valid_BT, segments_BT=segments_BT, state_BKMV=state_BKMV,
             )  # fmt: skip
             out_BTNH = out_BTNH if self.norm is None else self.norm(out_BTNH)
-            return constrain(self.out(out_BTNH), "batch", "seq", None), state_BKMV
+            return constrain(self.out(out_BTNH), "batch", "stream", None), state_BKMV
 
     def step(
         self,

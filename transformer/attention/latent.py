@@ -159,7 +159,7 @@ class LatentAttention(nnx.Module):
             if absorb:
                 # The weighted latents expanded, in the place of the values.
                 out_BTNC = jnp.einsum("BTNR,RNC->BTNC", out_BTNC, self.value_up.kernel[...].astype(out_BTNC.dtype))
-            return constrain(self.out(out_BTNC), "batch", "seq", None), cache, weights
+            return constrain(self.out(out_BTNC), "batch", "stream", None), cache, weights
 
     def make_cache(self, num_layers: int, batch_size: int, max_length: int) -> LatentCache:
         """An empty cache for so many layers of this kind: R + P numbers a token."""

@@ -153,7 +153,7 @@ class LinearAttention(nnx.Module):
             q_BTNH, k_BTKH, v_BTKH, causal=self.causal, feature_map=self.feature_map, form=self.form, chunk=self.chunk,
             valid_BS=valid_BT, segments_BT=segments_BT, state_BKMV=state_BKMV,
         )  # fmt: skip
-        return constrain(self.out(out_BTNH), "batch", "seq", None), state_BKMV
+        return constrain(self.out(out_BTNH), "batch", "stream", None), state_BKMV
 
     def step(
         self, x_BD: Float[Array, "B D"], state_BKMV: Float[Array, "B K M V"]

@@ -166,7 +166,7 @@ class MultiHeadAttention(nnx.Module):
                 backend=self.backend,
                 return_weights=return_weights,
             )
-            return constrain(self.out(out_BTNH), "batch", "seq", None), cache, weights
+            return constrain(self.out(out_BTNH), "batch", "stream", None), cache, weights
 
     def remember(self, memory_BSM: Float[Array, "B S M"]) -> KVCache:
         """Cross-attention's keys and values of a memory, for every call that looks at it."""

@@ -132,7 +132,7 @@ class SparseAttention(nnx.Module):
                 for project, x in ((self.query, x_BTD), (self.key, memory), (self.value, memory))
             )
             out_BTNH, weights = sparse_attention(q, k, v, mask, normalizer=self.normalizer)
-            return constrain(self.out(out_BTNH), "batch", "seq", None), weights
+            return constrain(self.out(out_BTNH), "batch", "stream", None), weights
 
 
 def _masked(solve: Callable[[Array], Array], scores: Array, allowed: Array | None) -> Array:

@@ -88,4 +88,4 @@ class FeedForward(nnx.Module):
         with jax.named_scope("feed_forward"):
             up = constrain(self.up(x_BTD), "batch", "seq", "mlp")
             hidden = function(up) if self.gate is None else function(self.gate(x_BTD)) * up
-            return constrain(self.down(hidden), "batch", "seq", None)
+            return constrain(self.down(hidden), "batch", "stream", None)

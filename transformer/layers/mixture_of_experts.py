@@ -143,7 +143,7 @@ class MixtureOfExperts(nnx.Module):
             hidden = constrain(hidden, "expert", "batch", None, "mlp")
             out_EBCD = jnp.einsum("EBCF,EFD->EBCD", hidden, self.down_EFD[...].astype(self.dtype))
             out_BTD = jnp.einsum("BTEC,EBCD->BTD", combine_BTEC, constrain(out_EBCD, "expert", "batch", None, None))
-            return constrain(out_BTD.astype(x_BTD.dtype), "batch", "seq", None), losses
+            return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), losses
 
     def room(self, num_tokens: int) -> int:
         """Tokens of a row of `num_tokens` that an expert takes."""

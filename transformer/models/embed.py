@@ -88,7 +88,7 @@ def embed(
             x_BTD += sinusoidal(positions_BT, x_BTD.shape[-1]).astype(x_BTD.dtype)
         if finish is not None:
             x_BTD = finish(x_BTD)
-        return dropout(constrain(x_BTD, "batch", "seq", None), config.dropout, embed_key), positions_BT, layers_key
+        return dropout(constrain(x_BTD, "batch", "stream", None), config.dropout, embed_key), positions_BT, layers_key
 
 
 def logits_of(table: Embedding, head: Linear | None, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
