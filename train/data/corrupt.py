@@ -167,7 +167,7 @@ def number_runs(maskable_BT: np.ndarray, joined_BT: np.ndarray, lengths_BT: np.n
 
 
 def choose_runs(
-    run_BT: np.ndarray, rate: float, priority_BT: np.ndarray, coin_B: np.ndarray, *, most: int
+    run_BT: np.ndarray, rate: float, priority_BT: np.ndarray, coin_B: np.ndarray, *, most: int | None = None
 ) -> np.ndarray:
     """Which tokens to predict: [B, T] bool, whole runs in a random order until the `rate` of all tokens is reached.
 
@@ -183,8 +183,11 @@ def choose_runs(
     ordered = np.take_along_axis(sizes, order, axis=1)
     total = np.cumsum(ordered, axis=1)
     room = rate * maskable.sum(axis=1, keepdims=True) - (total - ordered)
+    chosen = coin_B[:, None] * ordered < room
+    if most is not None:
+        chosen &= total <= most
     taken = np.zeros_like(order, bool)
-    np.put_along_axis(taken, order, (coin_B[:, None] * ordered < room) & (total <= most), axis=1)
+    np.put_along_axis(taken, order, chosen, axis=1)
     return np.take_along_axis(taken, np.maximum(run_BT, 0), axis=1) & maskable
 
 
