@@ -21,6 +21,8 @@ _SENTENCES = 3
 
 def make_sampler(config: RunConfig, prepared: Prepared, translator: TextTranslator | None) -> Sampler | None:
     """The sampler that suits the model and its objective; None where there is nothing to read."""
+    if not config.sample.max_tokens:
+        return None
     if isinstance(config.model, GPTConfig):
         return _writer(config, config.model, prepared)
     return None if translator is None else _translations(translator, prepared)

@@ -62,7 +62,7 @@ class SampleConfig:
     prompt: str = "\n"
     """What the sample begins with."""
     max_tokens: int = 128
-    """Length of the sample, in tokens."""
+    """Length of the sample, in tokens; 0: no samples."""
     temperature: float = 0.8
     """Sampling temperature; 0: the likeliest token."""
     top_p: float = 0.95
@@ -70,6 +70,6 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         require(self, "every", self.every >= 0, "allowed: 0 or more")
-        require(self, "max_tokens", self.max_tokens >= 1, "allowed: 1 or more")
+        require(self, "max_tokens", self.max_tokens >= 0, "allowed: 0 or more")
         require(self, "temperature", self.temperature >= 0, "allowed: 0 or more")
         require(self, "top_p", 0 < self.top_p <= 1, "allowed: above 0, at most 1")
