@@ -10,11 +10,9 @@ ones, with each of several seeds, and both are scored on the same held-out docum
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import statistics
 import time
@@ -22,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.stage import Interrupted, keep, kept, train_silently
 from train.config import RunConfig, load, to_data
-from train.data.cache import writing
 from train.data.labelled import commonest_share
 from train.data.prepare import prepare
-from train.loop import train
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig
 from transformer.errors import UserError
 
@@ -114,7 +111,7 @@ def _figures(tuning: RunConfig, folder: Path, arm: str, rate: float, seed: int) 
     """The score of one classifier at its last step: trained now, or read if it was before."""
     directory = folder / f"{arm}-{rate:g}-{seed}"
     path = Path(f"{directory}.json")
-    if not path.exists():
+    if kept(path) is None:
         config = dataclasses.replace(
             tuning,
             run_dir=str(directory),
@@ -126,13 +123,10 @@ def _figures(tuning: RunConfig, folder: Path, arm: str, rate: float, seed: int) 
         _train(config)
         last = _last(directory)
         figures = {"accuracy": last["eval/accuracy"], "loss": last["eval/loss"], "seconds": time.monotonic() - start}
-        with writing(path):
-            partial = Path(f"{path}.partial")
-            partial.write_text(json.dumps(figures) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+        keep(path, figures)
         # Dozens of them would fill a disk.
         shutil.rmtree(directory / "checkpoints")
-    figures = json.loads(path.read_text(encoding="utf-8"))
+    figures = kept(path)
     print(
         f"{arm}, learning rate {rate:g}, seed {seed}: accuracy {figures['accuracy']:.2%}, {figures['seconds']:.0f} s",
         flush=True,
@@ -141,19 +135,10 @@ def _figures(tuning: RunConfig, folder: Path, arm: str, rate: float, seed: int) 
 
 
 def _train(config: RunConfig) -> None:
-    """Train to the end, what the run shows being kept in its folder."""
-    with writing(config.directory):
-        config.directory.mkdir(parents=True, exist_ok=True)
     try:
-        with (
-            (config.directory / "output.txt").open("a", encoding="utf-8") as stream,
-            contextlib.redirect_stdout(stream),
-        ):
-            stopped = train(config).interrupted
-    except KeyboardInterrupt:
-        stopped = True
-    if stopped:
-        raise UserError(f"pretraining: stopped in {config.directory}; run the same command again to go on")
+        train_silently(config)
+    except Interrupted:
+        raise UserError(f"pretraining: stopped in {config.directory}; run the same command again to go on") from None
 
 
 def _last(directory: Path) -> dict[str, Any]:

@@ -11,15 +11,16 @@ from typing import Any
 from benchmarks import record
 from benchmarks.history import report
 from benchmarks.history.models import ENTRIES, chosen
-from benchmarks.history.stages import Interrupted, Settings, result_path, run_stage, tokens_of
+from benchmarks.history.stages import Settings, result_path, run_stage, tokens_of
 from benchmarks.history.tasks import tasks_of
+from benchmarks.stage import Interrupted
 from train.data.cache import writing
 from train.display import clock
 from transformer.errors import UserError
 
 PARAMETERS = 1_000_000
 STEPS = 200
-"""So that all ten models on both tasks finish within 20 minutes on 2 cores."""
+"""A small budget, to see all ten models on both tasks; figures worth keeping take more."""
 DIRECTORY = "runs/history"
 
 

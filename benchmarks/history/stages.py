@@ -7,11 +7,9 @@ DIRECTORY/FINGERPRINT/TASK/MODEL.json     its figures; there once the stage is f
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from typing import Any
 from benchmarks.history import measure
 from benchmarks.history.models import DROPOUT, ENTRIES, TOLERANCE, solve
 from benchmarks.history.tasks import SHAPES, Task
+from benchmarks.stage import keep, kept, train_silently
 from train.config import CheckpointConfig, EvaluationConfig, LogConfig, RunConfig, SampleConfig
-from train.data.cache import writing
 from train.data.loader import train_batches
 from train.data.prepare import fingerprint
 from train.data.store import Prepared
-from train.loop import train
 from train.mesh import use_mesh
 from train.optimizer import OptimizerConfig
 from train.run_files import load_run
@@ -42,10 +39,6 @@ READINGS = 100
 """Points of a training curve, at most."""
 _VERSION = 1
 """Changes with whatever changes the figures of the same settings."""
-
-
-class Interrupted(Exception):
-    """A stage was stopped from the keyboard; its run goes on from there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,23 +105,15 @@ def run_stage(settings: Settings, name: str, task: Task, prepared: Prepared, fol
         UserError: as of `train`.
     """
     path = result_path(folder, name, task)
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+    if (figures := kept(path)) is not None:
+        return figures
     directory = path.with_suffix("")
     config = settings.run_config(name, task, prepared, directory)
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
     # What a run shows would bury the progress of the whole.
-    with (directory / "output.txt").open("a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
-        if train(config).interrupted:
-            raise Interrupted
-    text = json.dumps(_figures(name, task, prepared, config, directory), indent=1)
-    with writing(path):
-        partial = path.with_suffix(".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+    train_silently(config)
+    keep(path, _figures(name, task, prepared, config, directory))
     # As they will be read: a run that goes on reports the same as one that never stopped.
-    return json.loads(text)
+    return kept(path)
 
 
 def result_path(folder: Path, name: str, task: Task) -> Path:

@@ -20,8 +20,6 @@ VERSES = Path(__file__).parents[2] / "configs" / "translate_en_fr_small.yaml"
 SYNTHETIC_PAIRS = 20_000
 SYNTHETIC_WORDS = 896
 """Room for every word of both invented languages: there a token is a word."""
-SHAPES = 2
-"""Of batches: each is a program to compile for each model."""
 HELD_OUT = 0.03
 SHAPES = 2
 """That batches come in: with ten models, compiling more would take longer than their padding."""

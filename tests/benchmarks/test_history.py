@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import record
+from benchmarks import record, stage
 from benchmarks.cli import main
 from benchmarks.history import findings, models, stages, tasks
 from benchmarks.history import run as program
@@ -63,7 +63,7 @@ def test_figures_of_a_stage(compared):
 def test_finished_stages_are_not_run_again(compared, monkeypatch, capsys):
     result, results, runs = compared
     monkeypatch.setattr(record, "RESULTS", results)
-    monkeypatch.setattr(stages, "train", lambda config: pytest.fail("a finished stage was trained again"))
+    monkeypatch.setattr(stage, "train", lambda config: pytest.fail("a finished stage was trained again"))
     again = _compare(runs)
     assert again["tasks"] == result["tasks"]
     assert capsys.readouterr().out.count("finished before") == 1 + len(NAMES)
@@ -76,7 +76,7 @@ def test_a_stop_says_how_to_go_on(compared, monkeypatch):
     def stopped(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "train", stopped)
+    monkeypatch.setattr(stage, "train", stopped)
     with pytest.raises(UserError, match=r"stopped in stage 1 of 3 \(synthetic, none\).*same command"):
         _compare(runs, models=("none", *NAMES))
     assert not list(runs.rglob("none.json"))

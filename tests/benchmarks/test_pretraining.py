@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from benchmarks import pretraining, record
+from benchmarks import pretraining, record, stage
 from benchmarks.cli import main
 from benchmarks.report import report
 from tests.train.fine_tuning import classifier_of, config_of, write_texts
@@ -55,16 +55,16 @@ def test_both_arms_with_each_seed(configs, tmp_path, monkeypatch, capsys):
     assert "tuned, held-out accuracy from pretrained weights" in report(tmp_path / "results")
 
     # Only the encoder, which is at its end, is asked again.
-    train = pretraining.train
+    train = stage.train
     monkeypatch.setattr(
-        pretraining, "train", lambda config: train(config) if config.name == "encoder" else pytest.fail("again")
+        stage, "train", lambda config: train(config) if config.name == "encoder" else pytest.fail("again")
     )
     assert pretraining.run(2, str(tmp_path / "runs"), **configs) == result
 
     def stopped(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretraining, "train", stopped)
+    monkeypatch.setattr(stage, "train", stopped)
     with pytest.raises(UserError, match=r"pretraining: stopped in .*; run the same command again to go on"):
         pretraining.run(3, str(tmp_path / "runs"), **configs)
 
