@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 
 from train.config import RunConfig, difference
@@ -14,7 +13,7 @@ from train.data.store import Prepared
 from train.data.tokenizer import ByteTokenizer, Tokenizer
 from train.run_files import load_run
 from transformer.errors import ConfigError, UserError
-from transformer.models.families import ModelConfig, make_model
+from transformer.models.families import ModelConfig, described_parameters
 
 ParameterPath = tuple[Any, ...]
 Parameters = dict[ParameterPath, nnx.Variable]
@@ -116,8 +115,7 @@ def _shape_with(model: Any, field: str, value: Any, path: ParameterPath) -> tupl
         changed = dataclasses.replace(model, **{field: value})
     except ConfigError:
         return None
-    described = jax.eval_shape(lambda: nnx.state(make_model(changed, nnx.Rngs(0)), nnx.Param))
-    return _shapes(_by_path(described)).get(path)
+    return _shapes(_by_path(described_parameters(changed))).get(path)
 
 
 def _shapes(parameters: Parameters) -> dict[ParameterPath, tuple[int, ...]]:

@@ -33,7 +33,7 @@ from train.optimizer import make_optimizer, make_schedule
 from train.run_files import tokenizer_files
 from train.runtime import GracefulStop
 from train.sample import make_sampler
-from train.state import TrainState, abstract_params, abstract_state, init_state, state_maker
+from train.state import TrainState, abstract_state, init_state, lay_out, state_maker
 from train.step import make_eval_step, make_train_step
 from train.translation import TextTranslator, spread
 from transformer.errors import UserError
@@ -97,7 +97,7 @@ class Run:
         self.make_state = state_maker(make, optimizer, keep_ema=ema_decay is not None)
         self.abstract = abstract_state(self.make_state, mesh, config.mesh.optimizer_rules)
         with nnx.logical_axis_rules(config.mesh.gradient_rules):
-            gradients = abstract_params(make, mesh)
+            gradients = lay_out(self.abstract.params, mesh)
         self.train_step = make_train_step(
             graphdef, optimizer, config.loss, self.abstract, microbatches=config.microbatches, ema_decay=ema_decay,
             objective=config.objective.kind, gradients=gradients,

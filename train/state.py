@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +55,11 @@ def describe(make: Callable[[], Any], mesh: Mesh) -> Any:
     Raises:
         UserError: a dim that its mesh axis does not divide.
     """
-    abstract = jax.eval_shape(make)
+    return lay_out(jax.eval_shape(make), mesh)
+
+
+def lay_out(abstract: Any, mesh: Mesh) -> Any:
+    """A description with the shardings of the logical rules in force, whatever it had; raises as `describe`."""
     shardings = shardings_of(abstract, mesh)
     check_divisible(abstract, shardings)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
@@ -68,13 +71,12 @@ def abstract_state(make_state: StateMaker, mesh: Mesh, optimizer_rules: Rules | 
     Args:
         optimizer_rules: by which the optimiser's statistics and the moving average are laid out; those in force by default.
     """
-    make = functools.partial(make_state, jax.random.key(0))
-    abstract = describe(make, mesh)
+    abstract = describe(lambda: make_state(jax.random.key(0)), mesh)
     if optimizer_rules is None:
         return abstract
     with nnx.logical_axis_rules(optimizer_rules):
-        other = describe(make, mesh)
-    return dataclasses.replace(abstract, opt_state=other.opt_state, ema=other.ema)
+        opt_state, ema = lay_out((abstract.opt_state, abstract.ema), mesh)
+    return dataclasses.replace(abstract, opt_state=opt_state, ema=ema)
 
 
 def abstract_params(make_model: ModelFactory, mesh: Mesh) -> nnx.State:

@@ -14,7 +14,7 @@ from flax import nnx
 from train.mesh import MESH_AXES, MeshConfig, batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
 from train.objective import LossConfig
 from train.optimizer import OptimizerConfig, make_optimizer
-from train.state import abstract_params, abstract_state, init_state, state_maker
+from train.state import abstract_state, init_state, lay_out, state_maker
 from train.step import make_eval_step, make_train_step
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
@@ -54,7 +54,7 @@ def build(config, num_devices, microbatches=1, optimizer=None, ema_decay=None, m
     make_state = state_maker(make_model, optimizer, keep_ema=ema_decay is not None)
     abstract = abstract_state(make_state, mesh, config.optimizer_rules)
     with nnx.logical_axis_rules(config.gradient_rules):
-        gradients = abstract_params(make_model, mesh)
+        gradients = lay_out(abstract.params, mesh)
     step = make_train_step(
         graphdef_of(make_model), optimizer, LossConfig(), abstract, microbatches=microbatches, ema_decay=ema_decay,
         gradients=gradients,

@@ -6,7 +6,7 @@ B batch, T position, K predicted position, E table, D embed, V vocab, L layers, 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ class Bert(nnx.Module):
         self.types = make_table(c, c.token_types, dim=E, axis=None, rngs=rngs) if c.token_types else None
         self.embed_norm = make_norm(c, rngs, dim=E) if c.embed_norm else None
         options = linear_options(c.init_std, DTYPES[c.dtype], rngs)
-        self.widen = None if c.embed_dim == E else Linear((E,), (c.embed_dim,), axes=(None, "embed"), **options)
+        self.widen = make_widen(c, options)
         self.layers = LayerStack(c, causal=False, rngs=rngs)
         self.masked_head: MaskedHead | None = None
         self.pooled_head: PooledHead | None = None
@@ -109,11 +109,7 @@ class Bert(nnx.Module):
         if c.head == "replaced":
             self.replaced_head = nnx.data(ReplacedHead(c.embed_dim, activation="gelu_exact", **options))
         if c.head in ("masked", "pretraining"):
-            self.masked_head = nnx.data(
-                MaskedHead(
-                    c.embed_dim, c.vocab_size, table_dim=E, activation="gelu_exact", norm_epsilon=c.norm_epsilon, **options
-                )
-            )  # fmt: skip
+            self.masked_head = nnx.data(make_masked_head(c, options))
         classes = {"pretraining": 2, "classification": c.num_labels, "choice": 1}.get(c.head)
         if classes is not None:
             self.pooled_head = nnx.data(
@@ -224,6 +220,20 @@ class Bert(nnx.Module):
             weights=weights_of(outputs, return_weights),
             router_loss=router_loss(c, outputs),
         )
+
+
+def make_widen(config: BertConfig, options: dict[str, Any]) -> Linear | None:
+    """From the width of the embeddings to that of the layers; None where they are as wide."""
+    E, D = config.dim_of_table, config.embed_dim
+    return None if E == D else Linear((E,), (D,), axes=(None, "embed"), **options)
+
+
+def make_masked_head(config: BertConfig, options: dict[str, Any]) -> MaskedHead:
+    """The head over the tokens that were hidden."""
+    return MaskedHead(
+        config.embed_dim, config.vocab_size, table_dim=config.dim_of_table, activation="gelu_exact",
+        norm_epsilon=config.norm_epsilon, **options,
+    )  # fmt: skip
 
 
 def flops_per_token(config: BertConfig, length: int) -> float:

@@ -12,10 +12,9 @@ import jax
 from flax import nnx
 
 from transformer.errors import require
-from transformer.layers.linear import Linear
 from transformer.models import bert
-from transformer.models.bert import Bert, BertConfig
-from transformer.models.heads import MaskedHead, linear_options
+from transformer.models.bert import Bert, BertConfig, make_masked_head, make_widen
+from transformer.models.heads import linear_options
 from transformer.models.layer_stack import LayerStack
 from transformer.types import DTYPES, Array, Float, Int, PRNGKeyArray
 
@@ -67,16 +66,9 @@ class Electra(Bert):
         super().__init__(config, rngs=rngs)
         c = config.generator
         options = linear_options(c.init_std, DTYPES[c.dtype], rngs)
-        self.generator_widen = (
-            None
-            if c.dim_of_table == c.embed_dim
-            else Linear((c.dim_of_table,), (c.embed_dim,), axes=(None, "embed"), **options)
-        )
+        self.generator_widen = make_widen(c, options)
         self.generator = LayerStack(c, causal=False, rngs=rngs)
-        self.generator_head = MaskedHead(
-            c.embed_dim, c.vocab_size, table_dim=c.dim_of_table, activation="gelu_exact",
-            norm_epsilon=c.norm_epsilon, **options,
-        )  # fmt: skip
+        self.generator_head = make_masked_head(c, options)
 
     def generator_logits(
         self,

@@ -55,7 +55,11 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     return FAMILIES[config.family].flops_per_token(config, length)
 
 
+def described_parameters(config: ModelConfig) -> nnx.State:
+    """Shapes and types of the parameters of a model, which is not made."""
+    return jax.eval_shape(lambda: nnx.state(make_model(config, nnx.Rngs(0)), nnx.Param))
+
+
 def count_parameters(config: ModelConfig) -> int:
     """Number of parameters, from the shapes of the model itself."""
-    abstract = jax.eval_shape(lambda: nnx.state(make_model(config, nnx.Rngs(0)), nnx.Param))
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    return sum(leaf.size for leaf in jax.tree.leaves(described_parameters(config)))
