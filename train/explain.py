@@ -10,17 +10,16 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from train.config import RunConfig, fields
-from train.data.objective_config import MASKED
 from train.mesh import MESH_AXES
 from train.objective import LOSSES, LossConfig
 from train.optimizer import make_optimizer
+from train.program import batch_shapes
 from train.state import state_maker
 from transformer.functional import graphdef_of
 from transformer.models.families import flops_per_token, make_model
@@ -49,8 +48,7 @@ def cost(config: RunConfig) -> Cost:
     make_state = state_maker(make, optimizer, keep_ema=config.optimizer.ema_decay is not None)
     state = jax.eval_shape(make_state, jax.random.key(0))
     length = config.sequence_length
-    rows = config.batch_size // config.microbatches
-    batch = _batch(config, rows, length)
+    batch = batch_shapes(config, config.batch_size // config.microbatches)
     return Cost(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         tokens_per_step=config.batch_size * length,
@@ -60,31 +58,6 @@ def cost(config: RunConfig) -> Cost:
         optimizer_bytes=_bytes(state.opt_state) + _bytes(state.ema),
         activation_bytes=_saved_bytes(graphdef_of(make), state.params, batch, config),
     )
-
-
-def _batch(config: RunConfig, rows: int, length: int) -> dict[str, Any]:
-    """The shapes of what the objective's loss reads, padding included."""
-    objective = config.objective
-
-    def whole(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    batch = {name: whole(rows, length) for name in ("tokens", "targets")}
-    batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-    if objective.kind != "causal" or config.data.packing == "documents":
-        batch |= {name: whole(rows, length) for name in ("segments", "positions")}
-    if objective.kind in MASKED:
-        batch["predicted"] = whole(rows, objective.most_predicted(length))
-    if objective.kind in ("next_sentence", "sentence_order"):
-        batch |= {"token_types": whole(rows, length), "labels": whole(rows)}
-    if objective.kind == "classification":
-        batch |= {"labels": whole(rows), "weights": jax.ShapeDtypeStruct((rows, 1), jnp.float32)}
-    if objective.kind == "prefix":
-        batch["prefix"] = whole(rows)
-    if objective.has_source:
-        width = objective.source_width(length)
-        batch |= {f"source_{name}": whole(rows, width) for name in ("tokens", "segments", "positions")}
-    return batch
 
 
 def explain(config: RunConfig) -> None:

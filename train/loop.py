@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,6 @@ from typing import Literal
 import jax
 import numpy as np
 import optax
-from flax import nnx
 
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
@@ -25,21 +23,20 @@ from train.data.store import Prepared
 from train.display import Display
 from train.evaluate import Scores, evaluate, scores_of
 from train.init_from import begin_from
-from train.mesh import batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
+from train.mesh import check_batch, make_mesh, shard_batch, use_mesh
 from train.meter import Meter, Reading
 from train.metrics import MetricLog
 from train.objective import Batch
-from train.optimizer import make_optimizer, make_schedule
+from train.optimizer import make_schedule
+from train.program import Program
 from train.run_files import tokenizer_files
 from train.runtime import GracefulStop
 from train.sample import make_sampler
-from train.state import TrainState, abstract_state, init_state, lay_out, state_maker
-from train.step import make_eval_step, make_train_step
+from train.state import TrainState
 from train.translation import TextTranslator, spread
 from transformer.errors import UserError
-from transformer.functional import graphdef_of
 from transformer.models.bert import BertConfig
-from transformer.models.families import flops_per_token, make_model
+from transformer.models.families import flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +86,8 @@ class Run:
 
     def __init__(self, config: RunConfig, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
         self.config, self.prepared, self.mesh = config, prepared, mesh
-        make = functools.partial(make_model, config.model)
-        graphdef = graphdef_of(make)
-        optimizer = make_optimizer(config.optimizer, config.steps)
+        self.program = Program(config, mesh)
         self.schedule: optax.Schedule = make_schedule(config.optimizer, config.steps)
-        ema_decay = config.optimizer.ema_decay
-        self.make_state = state_maker(make, optimizer, keep_ema=ema_decay is not None)
-        self.abstract = abstract_state(self.make_state, mesh, config.mesh.optimizer_rules)
-        with nnx.logical_axis_rules(config.mesh.gradient_rules):
-            gradients = lay_out(self.abstract.params, mesh)
-        self.train_step = make_train_step(
-            graphdef, optimizer, config.loss, self.abstract, microbatches=config.microbatches, ema_decay=ema_decay,
-            objective=config.objective.kind, gradients=gradients,
-        )  # fmt: skip
-        self.eval_step = make_eval_step(graphdef, config.objective.kind)
         self.translator = None
         if prepared.pairs and prepared.validation:
             self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
@@ -111,7 +96,6 @@ class Run:
         self.has_held_out = bool(prepared.validation)
         self.classifies = config.objective.kind == "classification"
         self.guess = commonest_share(prepared.validation) if self.classifies else None
-        self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
         # What a step predicts is each token, a hidden one among many, or a whole row.
         tokens, self.unit = 1.0, "tok"
         if self.classifies:
@@ -123,13 +107,13 @@ class Run:
     def start(self, checkpoints: Checkpoints) -> TrainState:
         """A fresh state, with another run's weights if the config says so; or that of the newest checkpoint."""
         if checkpoints.latest is not None:
-            return checkpoints.restore(checkpoints.latest, self.abstract, self.config)
-        state = init_state(self.make_state, self.abstract, self.config.seed)
+            return checkpoints.restore(checkpoints.latest, self.program.abstract, self.config)
+        state = self.program.init()
         if self.config.init_from is None:
             return state
         params, said = begin_from(state.params, self.config, self.prepared)
         print(f"{self.config.name}: {said}")
-        return init_state(self.make_state, self.abstract, self.config.seed, params)
+        return self.program.init(params)
 
     def loop(
         self, state: TrainState, checkpoints: Checkpoints, stop: GracefulStop, profile: tuple[int, int] | None
@@ -153,7 +137,7 @@ class Run:
                 if profile is not None and start < profile[0]:
                     _trace(profile, step, config.directory, display)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = self.train_step(state, batch)
+                    state, metrics = self.program.train_step(state, batch)
                 # The host reads a step's metrics while the devices work on the next one.
                 meter.push(step, metrics, examples)
                 for done in meter.ready(keep=1):
@@ -202,7 +186,7 @@ class Run:
     def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
         """A batch's example ids, which stay on the host, and its arrays on the devices."""
         arrays = {name: rows for name, rows in batch.items() if name != "example"}
-        return batch["example"], shard_batch(arrays, self.batch_sharding)
+        return batch["example"], shard_batch(arrays, self.program.batch_sharding)
 
     def _host_batches(self) -> Batches:
         config = self.config
@@ -234,7 +218,7 @@ class Run:
         )
         params = state.params if state.ema is None else state.ema
         device = (batch for _, batch in prefetch_to_device(iter(host), self._to_device))
-        parts = evaluate(self.eval_step, params, device)
+        parts = evaluate(self.program.eval_step, params, device)
         # Bits per byte mean something where every token is predicted, and from those before it alone.
         every = config.objective.kind in ("causal", "seq2seq")
         bytes_per_token = self.prepared.meta.bytes_per_token("validation") if every else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ def make_train_step(
     ema_decay: float | None = None,
     objective: str = "causal",
     gradients: nnx.State | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
     The gradient is that of the mean over all target tokens of the global batch, whatever `microbatches` is. An update
@@ -103,7 +102,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_eval_step(graphdef: Any, objective: str = "causal") -> Callable[[nnx.State, Batch], LossSums]:
+def make_eval_step(graphdef: Any, objective: str = "causal") -> jax.stages.Wrapped:
     """The jitted `(params, batch) -> LossSums` without dropout, smoothing or z-loss."""
 
     def step(params: nnx.State, batch: Batch) -> LossSums:

@@ -1,0 +1,86 @@
+"""A config's training step on a mesh: what a run executes, what a benchmark measures, what a plan compiles ahead."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from train.config import RunConfig
+from train.data.objective_config import MASKED
+from train.mesh import batch_sharding
+from train.optimizer import make_optimizer
+from train.state import abstract_state, init_state, lay_out, state_maker
+from train.step import make_eval_step, make_train_step
+from transformer.functional import graphdef_of
+from transformer.models.families import make_model
+
+
+class Program:
+    """Made under the config's rules (`use_mesh`), from descriptions alone: no array exists before `init`.
+
+    Args:
+        mesh: of devices that are here, or of a topology to compile for.
+
+    Raises:
+        UserError: a dim that its mesh axis does not divide.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        make = functools.partial(make_model, config.model)
+        graphdef = graphdef_of(make)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        ema_decay = config.optimizer.ema_decay
+        self.make_state = state_maker(make, optimizer, keep_ema=ema_decay is not None)
+        self.abstract = abstract_state(self.make_state, mesh, config.mesh.optimizer_rules)
+        with nnx.logical_axis_rules(config.mesh.gradient_rules):
+            gradients = lay_out(self.abstract.params, mesh)
+        self.train_step = make_train_step(
+            graphdef, optimizer, config.loss, self.abstract, microbatches=config.microbatches, ema_decay=ema_decay,
+            objective=config.objective.kind, gradients=gradients,
+        )  # fmt: skip
+        self.eval_step = make_eval_step(graphdef, config.objective.kind)
+        self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
+
+    def init(self, params: nnx.State | None = None) -> Any:
+        """A fresh state on the devices, by the config's seed; beginning with `params` where they are given."""
+        return init_state(self.make_state, self.abstract, self.config.seed, params)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The training step over a whole batch, traced for the mesh's devices."""
+        batch = {
+            name: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=self.batch_sharding)
+            for name, rows in batch_shapes(self.config).items()
+        }
+        return self.train_step.lower(self.abstract, batch)
+
+
+def batch_shapes(config: RunConfig, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the objective's loss reads of `rows` sequences (`config.batch_size`), padding included."""
+    objective, length = config.objective, config.sequence_length
+    rows = config.batch_size if rows is None else rows
+
+    def whole(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    batch = {name: whole(rows, length) for name in ("tokens", "targets")}
+    batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    if objective.kind != "causal" or config.data.packing == "documents":
+        batch |= {name: whole(rows, length) for name in ("segments", "positions")}
+    if objective.kind in MASKED:
+        batch["predicted"] = whole(rows, objective.most_predicted(length))
+    if objective.kind in ("next_sentence", "sentence_order"):
+        batch |= {"token_types": whole(rows, length), "labels": whole(rows)}
+    if objective.kind == "classification":
+        batch |= {"labels": whole(rows), "weights": jax.ShapeDtypeStruct((rows, 1), jnp.float32)}
+    if objective.kind == "prefix":
+        batch["prefix"] = whole(rows)
+    if objective.has_source:
+        width = objective.source_width(length)
+        batch |= {f"source_{name}": whole(rows, width) for name in ("tokens", "segments", "positions")}
+    return batch
