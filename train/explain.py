@@ -56,7 +56,7 @@ def cost(config: RunConfig) -> Cost:
         parameter_bytes=_bytes(state.params),
         gradient_bytes=_bytes(state.params),
         optimizer_bytes=_bytes(state.opt_state) + _bytes(state.ema),
-        activation_bytes=_saved_bytes(graphdef_of(make), state.params, batch, config),
+        activation_bytes=saved_bytes(graphdef_of(make), state.params, batch, config),
     )
 
 
@@ -106,7 +106,7 @@ def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
     ]
 
 
-def _saved_bytes(graphdef: Any, params: nnx.State, batch: dict[str, Any], config: RunConfig) -> int:
+def saved_bytes(graphdef: Any, params: nnx.State, batch: dict[str, Any], config: RunConfig) -> int:
     """Bytes of the arrays that the loss's forward pass saves, other than the parameters and the batch themselves."""
 
     def residuals(params: nnx.State, batch: dict[str, Any]) -> Any:

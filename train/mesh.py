@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from transformer.errors import UserError, require
 from transformer.sharding import LOGICAL_AXES
 
-MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 """From the slowest links to the fastest: what is sent most often goes between neighbours."""
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -36,11 +36,15 @@ class Strategy:
     """Along fsdp, whatever the parameters are: each device then sums its own slice alone."""
     slices_stream: bool = False
     """Activations between sublayers are sliced along tensor, by position."""
+    attention: str | None = None
+    """The one attention backend that it goes with, which `auto` then is."""
 
 
 STRATEGIES = {
     # Slices of the state along fsdp are whole where nothing lies there.
     "dp": Strategy("data"),
+    # The same by jax.pmap (`train/pmap.py`).
+    "pmap": Strategy("data"),
     # Rajbhandari et al. 2020, stages 1 to 3.
     "zero1": Strategy("fsdp", slices_parameters=False, slices_gradients=False),
     "zero2": Strategy("fsdp", slices_parameters=False),
@@ -51,10 +55,13 @@ STRATEGIES = {
     "tensor": Strategy("tensor"),
     "tensor_sequence": Strategy("tensor", slices_stream=True),
     "fsdp_tensor": Strategy("fsdp"),
-    # Liu et al. 2023, by ring attention; Jacobs et al. 2023, with attention: ulysses.
+    # Sequences are sliced: Liu et al. 2023, where `auto` is the ring; Jacobs et al. 2023, by all-to-alls.
     "context": Strategy("context"),
+    "ulysses": Strategy("context", attention="ulysses"),
     # Lepikhin et al. 2020.
     "expert": Strategy("expert"),
+    # Huang et al. 2019; Narayanan et al. 2019 and 2021.
+    "pipeline": Strategy("pipeline"),
 }
 
 
@@ -63,12 +70,16 @@ class MeshConfig:
     """How many devices each mesh axis gets, and what lies along it. Any axes go together."""
 
     strategy: Literal[
-        "dp", "zero1", "zero2", "fsdp", "hsdp", "tensor", "tensor_sequence", "fsdp_tensor", "context", "expert"
-    ] = "dp"
-    """dp: a copy of the state on every device, or what the sizes below make of it; zero1: the optimiser's state sliced over
-    fsdp; zero2: gradients too; fsdp: parameters too (ZeRO-3); hsdp: the same, over `fsdp` devices, and copies along data;
-    tensor: heads, feed-forward features and vocabulary sliced; tensor_sequence: and the activations between them, by position;
-    fsdp_tensor: fsdp over what `tensor` leaves; context: sequences sliced (ring attention); expert: a mixture's experts."""
+        "dp", "pmap", "zero1", "zero2", "fsdp", "hsdp", "tensor", "tensor_sequence", "fsdp_tensor", "context", "ulysses",
+        "expert", "pipeline",
+    ] = "dp"  # fmt: skip
+    """dp: a copy of the state on every device, or what the sizes below make of it; pmap: a copy on every device, by jax.pmap;
+    zero1: the optimiser's state sliced over fsdp; zero2: gradients too; fsdp: parameters too (ZeRO-3); hsdp: the same, over
+    `fsdp` devices, and copies along data; tensor: heads, feed-forward features and vocabulary sliced; tensor_sequence: and the
+    activations between them, by position; fsdp_tensor: fsdp over what `tensor` leaves; context: sequences sliced (ring
+    attention); ulysses: sequences sliced, heads in attention (all-to-all); expert: a mixture's experts; pipeline: layers."""
+    pipeline: int | None = None
+    """Devices over which the layers are sliced; null: as for data."""
     data: int | None = None
     """Devices along the data axis; null: what the other axes leave where the strategy is about it, else 1."""
     fsdp: int | None = None
@@ -79,10 +90,31 @@ class MeshConfig:
     """Devices over which a sequence is sliced; null: as for data."""
     tensor: int | None = None
     """Devices over which heads and features are sliced; null: as for data."""
+    schedule: Literal["gpipe", "1f1b"] = "gpipe"
+    """Order of a pipeline's work. gpipe: forward for all microbatches, then backward; 1f1b: a backward after each forward, so
+    that a device keeps the inputs of as many microbatches as there are stages, at most twice, and computes a stage again."""
+    stages_per_device: int = 1
+    """Stages of a pipeline that each of its devices has; above 1 (interleaved) it waits less at the ends of a batch."""
+    pipeline_microbatches: int | None = None
+    """Parts a batch goes through the pipeline in, a multiple of its devices; null: as many as stages."""
 
     def __post_init__(self) -> None:
-        for axis in MESH_AXES:
+        for axis in (*MESH_AXES, "pipeline_microbatches"):
             require(self, axis, getattr(self, axis) is None or getattr(self, axis) >= 1, "allowed: 1 or more, or null")
+        require(self, "stages_per_device", self.stages_per_device >= 1, "allowed: 1 or more")
+        require(
+            self, "stages_per_device", self.stages_per_device == 1 or self.schedule == "gpipe",
+            f"allowed: 1 with schedule {self.schedule}",
+        )  # fmt: skip
+        for axis in MESH_AXES if self.strategy == "pmap" else ():
+            require(self, axis, axis == "data" or getattr(self, axis) in (None, 1), "strategy pmap has data alone")
+        if self.strategy == "pipeline" or (self.pipeline or 1) > 1:
+            # Ring attention and all-to-alls are manual over the whole mesh, which a stage is already over a part of.
+            apart = self.strategy in ("context", "ulysses")
+            require(
+                self, "pipeline", not apart, f"strategy {self.strategy} slices sequences, and a pipeline has them whole"
+            )
+            require(self, "context", self.context in (None, 1), "a pipeline has sequences whole; allowed: 1 or null")
         for strategy, axis in (("hsdp", "fsdp"), ("fsdp_tensor", "tensor")):
             given = self.strategy != strategy or getattr(self, axis) is not None
             require(self, axis, given, f"{strategy} needs a number of devices")
@@ -105,7 +137,9 @@ class MeshConfig:
     def _rules(self, sliced: bool) -> Rules:
         """A full table: what is not placed is replicated."""
         placed: dict[str, str | tuple[str, ...]] = {
-            "batch": ("data", "fsdp", "expert"),
+            # Outside the layers, the devices of a pipeline share the batch.
+            "batch": ("pipeline", "data", "fsdp", "expert"),
+            "layers": "pipeline",
             "seq": "context",
             "stream": ("context", "tensor") if STRATEGIES[self.strategy].slices_stream else "context",
             **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), "tensor"),
@@ -118,9 +152,9 @@ class MeshConfig:
     @property
     def slices_parameters(self) -> bool:
         """Whether no device has all of the model."""
-        axis = STRATEGIES[self.strategy].fills
-        given = any((getattr(self, name) or 1) > 1 for name in ("fsdp", "expert", "tensor"))
-        return STRATEGIES[self.strategy].slices_parameters and (given or axis in ("fsdp", "expert", "tensor"))
+        axis, sliced = STRATEGIES[self.strategy].fills, ("pipeline", "fsdp", "expert", "tensor")
+        given = any((getattr(self, name) or 1) > 1 for name in sliced)
+        return STRATEGIES[self.strategy].slices_parameters and (given or axis in sliced)
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Devices along each of `MESH_AXES`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,12 +13,16 @@ from jax.sharding import Mesh
 
 from train.config import RunConfig
 from train.data.objective_config import MASKED
-from train.mesh import batch_sharding
+from train.mesh import STRATEGIES, MeshConfig, batch_sharding
 from train.optimizer import make_optimizer
+from train.pipeline import StagedStep, one_forward_one_backward, schedule_of
+from train.pmap import make_pmap_step
 from train.state import abstract_state, init_state, lay_out, state_maker
-from train.step import make_eval_step, make_train_step
+from train.step import make_eval_step, make_gradient, make_train_step
+from transformer.errors import ConfigError
 from transformer.functional import graphdef_of
-from transformer.models.families import make_model
+from transformer.models.families import ModelConfig, make_model
+from transformer.pipeline import in_stages
 
 
 class Program:
@@ -27,24 +32,39 @@ class Program:
         mesh: of devices that are here, or of a topology to compile for.
 
     Raises:
-        UserError: a dim that its mesh axis does not divide.
+        UserError: a dim that its mesh axis does not divide, or a model that the strategy does not suit.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        make = functools.partial(make_model, config.model)
+        schedule = schedule_of(config, mesh)
+        make = functools.partial(make_model, suited(config.model, config.mesh))
         graphdef = graphdef_of(make)
         optimizer = make_optimizer(config.optimizer, config.steps)
         ema_decay = config.optimizer.ema_decay
         self.make_state = state_maker(make, optimizer, keep_ema=ema_decay is not None)
         self.abstract = abstract_state(self.make_state, mesh, config.mesh.optimizer_rules)
+        staged, V = self.abstract, schedule.stages_per_device
+        if V > 1:
+            staged = abstract_state(lambda key: in_stages(self.make_state(key), V), mesh, config.mesh.optimizer_rules)
         with nnx.logical_axis_rules(config.mesh.gradient_rules):
-            gradients = lay_out(self.abstract.params, mesh)
-        self.train_step = make_train_step(
-            graphdef, optimizer, config.loss, self.abstract, microbatches=config.microbatches, ema_decay=ema_decay,
-            objective=config.objective.kind, gradients=gradients,
-        )  # fmt: skip
-        self.eval_step = make_eval_step(graphdef, config.objective.kind)
+            gradients = lay_out(staged.params, mesh)
+        options: dict[str, Any] = {
+            "microbatches": config.microbatches, "ema_decay": ema_decay, "objective": config.objective.kind,
+        }  # fmt: skip
+        self.train_step: Any
+        if config.mesh.strategy == "pmap":
+            self.train_step = make_pmap_step(graphdef, optimizer, config.loss, mesh, **options)
+        else:
+            pipelined = schedule.microbatches is not None
+            of_loss = one_forward_one_backward if pipelined and config.mesh.schedule == "1f1b" else make_gradient
+            gradient = of_loss(graphdef, config.loss, config.objective.kind, schedule)
+            self.train_step = make_train_step(
+                graphdef, optimizer, config.loss, staged, gradients=gradients, gradient=gradient, **options
+            )
+            if V > 1:
+                self.train_step = StagedStep(self.train_step, staged, V)
+        self.eval_step = make_eval_step(graphdef, config.objective.kind, schedule)
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
 
     def init(self, params: nnx.State | None = None) -> Any:
@@ -58,6 +78,23 @@ class Program:
             for name, rows in batch_shapes(self.config).items()
         }
         return self.train_step.lower(self.abstract, batch)
+
+
+def suited(model: ModelConfig, mesh: MeshConfig) -> ModelConfig:
+    """The model's config as the strategy wants it: with its attention, where it is about one.
+
+    Raises:
+        UserError: a model that the strategy does not suit.
+    """
+    wanted: Any = STRATEGIES[mesh.strategy].attention
+    if wanted is None:
+        return model
+    if model.family == "recurrent":
+        raise ConfigError(type(model), "family", model.family, f"mesh.strategy {mesh.strategy} needs a Transformer")
+    if model.attention not in ("auto", wanted):
+        allowed = f"mesh.strategy {mesh.strategy} goes with auto and {wanted}"
+        raise ConfigError(type(model), "attention", model.attention, allowed)
+    return dataclasses.replace(model, attention=wanted)
 
 
 def batch_shapes(config: RunConfig, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:

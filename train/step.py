@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +13,13 @@ from flax import nnx
 
 from train.objective import LOSSES, Batch, LossConfig, LossSums
 from train.state import TrainState
+from transformer.pipeline import PLAIN, Schedule, scheduled
 from transformer.types import Array
 
 Metrics = dict[str, Array]
+
+Gradient = Callable[[nnx.State, Batch, Array], tuple[nnx.State, LossSums]]
+"""(params, batch, key) -> the gradient of the batch's summed loss, and the sums."""
 
 
 def make_train_step(
@@ -27,6 +32,7 @@ def make_train_step(
     ema_decay: float | None = None,
     objective: str = "causal",
     gradients: nnx.State | None = None,
+    gradient: Gradient | None = None,
 ) -> jax.stages.Wrapped:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
@@ -40,61 +46,19 @@ def make_train_step(
         ema_decay: of the parameters' moving average, where the state keeps one.
         objective: a name of `LOSSES`.
         gradients: shapes and shardings of the gradients; laid out as the compiler sees fit by default.
+        gradient: what computes them, such as a pipeline; by default `jax.grad` of the objective's loss.
 
     Returns:
         A function whose metrics are float32 scalars: loss, nll (nats per token), grad_norm (before clipping), tokens,
         skipped.
     """
-
-    def loss_sum(params: nnx.State, batch: Batch, key: Array) -> tuple[Array, LossSums]:
-        sums = LOSSES[objective](nnx.merge(graphdef, params), batch, loss, key=key)
-        return sums.loss, sums
-
-    def gradient(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
-        grads, sums = jax.grad(loss_sum, has_aux=True)(params, batch, key)
-        if gradients is not None:
-            layout = jax.tree.map(lambda leaf: leaf.sharding, gradients)
-            grads = jax.lax.with_sharding_constraint(grads, layout)
-        return grads, sums
-
-    def accumulate(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
-        def add(total: tuple[nnx.State, LossSums], part: tuple[Batch, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
-
-        parts = jax.tree.map(lambda x: _cut(x, microbatches), batch)
-        keys = jax.random.split(key, microbatches)
-        first = jax.tree.map(lambda x: x[0], (parts, keys))
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *first))
-        return jax.lax.scan(add, zero, (parts, keys))[0]
+    gradient = make_gradient(graphdef, loss, objective) if gradient is None else gradient
+    layout = None if gradients is None else jax.tree.map(lambda leaf: leaf.sharding, gradients)
+    compute = accumulated(gradient, microbatches, layout)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        compute = gradient if microbatches == 1 else accumulate
-        grads, sums = compute(state.params, batch, key)
-        # optax relies on JAX's default promotion, whatever stricter rule the program runs under.
-        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
-            weight = jnp.maximum(sums.weight, 1)
-            grads = jax.tree.map(lambda g: g / weight, grads)
-            grad_norm = optax.tree.norm(grads)
-            finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            ema = state.ema
-            if ema is not None and ema_decay is not None:
-                ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, params)
-            kept = (state.params, state.opt_state, state.ema)
-            params, opt_state, ema = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), kept
-            )
-        metrics = {
-            "loss": sums.loss / weight,
-            "nll": sums.nll / weight,
-            "grad_norm": grad_norm,
-            "tokens": sums.weight,
-            "skipped": 1 - finite.astype(jnp.float32),
-        }
-        changed = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-        return changed, metrics
+        grads, sums = compute(state.params, batch, jax.random.fold_in(state.key, state.step))
+        return update(state, grads, sums, optimizer, ema_decay)
 
     # Without its layout written out, the state would leave the first step laid out in other words than it came in with,
     # and the second step would be compiled anew.
@@ -102,11 +66,81 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_eval_step(graphdef: Any, objective: str = "causal") -> jax.stages.Wrapped:
+def make_gradient(graphdef: Any, loss: LossConfig, objective: str = "causal", schedule: Schedule = PLAIN) -> Gradient:
+    """The gradient of an objective's loss, by `jax.grad`; `schedule` is that of the pipeline, where layers lie along one."""
+
+    def loss_sum(params: nnx.State, batch: Batch, key: Array) -> tuple[Array, LossSums]:
+        with scheduled(schedule):
+            sums = LOSSES[objective](nnx.merge(graphdef, params), batch, loss, key=key)
+        return sums.loss, sums
+
+    return jax.grad(loss_sum, has_aux=True)
+
+
+def accumulated(gradient: Gradient, microbatches: int, layout: nnx.State | None = None) -> Gradient:
+    """`gradient` of a batch in parts, one after the other.
+
+    Args:
+        layout: shardings of the gradients; None leaves them to the compiler.
+    """
+
+    def laid_out(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+        grads, sums = gradient(params, batch, key)
+        return grads if layout is None else jax.lax.with_sharding_constraint(grads, layout), sums
+
+    def accumulate(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+        def add(total: tuple[nnx.State, LossSums], part: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, laid_out(params, *part)), None
+
+        parts = jax.tree.map(lambda x: _cut(x, microbatches), batch)
+        keys = jax.random.split(key, microbatches)
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(laid_out, params, *first))
+        return jax.lax.scan(add, zero, (parts, keys))[0]
+
+    return laid_out if microbatches == 1 else accumulate
+
+
+def update(
+    state: TrainState,
+    grads: nnx.State,
+    sums: LossSums,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | None = None,
+) -> tuple[TrainState, Metrics]:
+    """The state after a step, and its metrics, from the gradient of the global batch's summed loss."""
+    # optax relies on JAX's default promotion, whatever stricter rule the program runs under.
+    with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
+        weight = jnp.maximum(sums.weight, 1)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None and ema_decay is not None:
+            ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, params)
+        kept = (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), kept
+        )
+    metrics = {
+        "loss": sums.loss / weight,
+        "nll": sums.nll / weight,
+        "grad_norm": grad_norm,
+        "tokens": sums.weight,
+        "skipped": 1 - finite.astype(jnp.float32),
+    }
+    changed = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+    return changed, metrics
+
+
+def make_eval_step(graphdef: Any, objective: str = "causal", schedule: Schedule = PLAIN) -> jax.stages.Wrapped:
     """The jitted `(params, batch) -> LossSums` without dropout, smoothing or z-loss."""
 
     def step(params: nnx.State, batch: Batch) -> LossSums:
-        return LOSSES[objective](nnx.merge(graphdef, params), batch, LossConfig())
+        with scheduled(schedule):
+            return LOSSES[objective](nnx.merge(graphdef, params), batch, LossConfig())
 
     return jax.jit(step)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
+from jax.sharding import AxisType
 
 from transformer.types import Array
 
@@ -38,7 +39,8 @@ def with_axes(init: Callable[..., Array], *axes: str | None) -> Callable[..., An
 def constrain(x: Array, *axes: str | None) -> Array:
     """Lay out an activation by the logical names of its dimensions, under the rules and the mesh in force.
 
-    An axis of the mesh that two dimensions would take goes to the first of them.
+    An axis of the mesh that two dimensions would take goes to the first of them; one that a `jax.shard_map` around the call
+    has taken over goes to none.
 
     Raises:
         ValueError: a name that is no logical axis, or not one name for each dimension.
@@ -47,7 +49,7 @@ def constrain(x: Array, *axes: str | None) -> Array:
         raise ValueError(f"constrain: {len(axes)} names {axes} for an array of shape {x.shape}")
     rules = dict(get_logical_axis_rules())
     placed = [() if axis is None else _names(rules.get(_known(axis))) for axis in axes]
-    taken: set[str] = set()
+    taken = _manual()
     for index, names in enumerate(placed):
         placed[index] = tuple(name for name in names if name not in taken)
         taken |= set(names)
@@ -58,16 +60,28 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """The axes of the mesh in force along which a logical axis lies under the rules in force; none without either."""
+    """The axes of the mesh in force along which a logical axis lies under the rules in force; none without either.
+
+    An axis of one device is none: nothing lies apart along it. Nor is one that a `jax.shard_map` around the call has taken
+    over: each device has its own share already.
+    """
     names = _names(dict(get_logical_axis_rules()).get(_known(axis)))
     mesh = jax.sharding.get_abstract_mesh()
-    return () if mesh.empty else tuple(name for name in names if name in mesh.axis_names)
+    free = tuple(name for name in names if name not in _manual())
+    return () if mesh.empty else tuple(name for name in free if mesh.shape.get(name, 1) > 1)
 
 
 def axes_size(names: tuple[str, ...]) -> int:
     """How many devices lie along these axes of the mesh in force, taken together."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[name] for name in names)
+
+
+def _manual() -> set[str]:
+    """The axes of the mesh in force that a `jax.shard_map` has taken over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind == AxisType.Manual}
 
 
 def _names(placed: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Many equal blocks as one: the only scan and the only rematerialisation over layers.
 
 Every parameter of the stack carries a leading L (logical axis `layers`), so that a program's size and its compile time
-do not grow with depth.
+do not grow with depth. Where the mesh has an axis for `layers`, they run as a pipeline (`transformer/pipeline.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from flax import nnx
 
 from transformer.attention.blockwise import ATTENTION_RESIDUALS
 from transformer.errors import nearest
+from transformer.pipeline import check_period, devices_of_layers, in_order, run_pipeline
 from transformer.types import Array, PRNGKeyArray
 
 BlockT = TypeVar("BlockT", bound=nnx.Module)
@@ -46,7 +47,8 @@ def stack(make_block: Callable[[nnx.Rngs], BlockT], num_layers: int, rngs: nnx.R
 
 
 def unstack(tree: Any, num_layers: int) -> list[Any]:
-    """A stack, or a stacked cache, as one pytree a layer."""
+    """A stack, in stages or not, or a stacked cache, as one pytree a layer."""
+    tree = in_order(tree)
 
     def take(leaf: Any, index: int) -> Any:
         if not isinstance(leaf, nnx.Variable):
@@ -74,10 +76,12 @@ def apply_stack(
     num_layers: int,
     key: PRNGKeyArray | None = None,
     per_layer: Any = None,
+    rows: Any = None,
+    pipelined: bool = False,
     scan: bool = True,
     remat: str = "none",
 ) -> tuple[Array, Any]:
-    """Run `call(block, x, key, layer_input) -> (x, layer_output)` through the layers, from the first to the last.
+    """Run `call(block, x, key, layer_input, rows) -> (x, layer_output)` through the layers, from the first to the last.
 
     Args:
         call: the same for every layer; or a list that is gone through again and again, such as one global layer and two
@@ -86,32 +90,80 @@ def apply_stack(
         key: split into one key a layer; None stays None.
         per_layer: a pytree whose leaves have a leading L, of which each layer gets its slice; for a list of blocks a
             list of what each layer gets.
+        rows: what all layers get, which belongs to the rows of x.
+        pipelined: go by a pipeline where the layers lie on devices one after the other (`run_pipeline`, which says what then
+            becomes of rows and outputs); else, and on any other mesh, each device runs all layers.
         scan: one `jax.lax.scan`, of a list over its repetitions; or a Python loop, which compiles slower and lets XLA see
             across layers.
         remat: `none` or a name of `REMAT_POLICIES`.
 
     Returns:
         The last x, and the layers' outputs with a leading L; a list of outputs for a list of blocks, or of L calls.
+
+    Raises:
+        UserError: a pipeline that does not fit.
     """
     if remat != "none" and remat not in REMAT_POLICIES:
         known = ", ".join(REMAT_POLICIES)
         raise ValueError(f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}")
     calls = [call] if callable(call) else list(call)
-    period = len(calls)
-    alike = (callable(call) or period < num_layers) and not isinstance(blocks, nnx.List)
-    scan = scan and alike
+    keys = None if key is None else jax.random.split(key, num_layers)
+    with jax.named_scope("layers"):
+        if pipelined and devices_of_layers() > 1:
+            return _in_pipeline(calls, blocks, x, keys, per_layer, rows, num_layers, scan, remat)
+        alike = (callable(call) or len(calls) < num_layers) and not isinstance(blocks, nnx.List)
+        blocks = blocks if isinstance(blocks, nnx.List) else in_order(blocks)
+        return _through(calls, blocks, x, keys, per_layer, rows, num_layers, scan, remat, alike)
+
+
+def _in_pipeline(
+    calls: list[Callable[..., tuple[Array, Any]]],
+    blocks: nnx.Module,
+    x: Array,
+    keys: Array | None,
+    per_layer: Any,
+    rows: Any,
+    num_layers: int,
+    scan: bool,
+    remat: str,
+) -> tuple[Array, Any]:
+    """The layers as stages, each of which goes through its own."""
+    if jax.tree.leaves(per_layer):
+        raise ValueError("a pipeline's layers get nothing one by one (per_layer), such as a cache")
+
+    def stage(blocks: nnx.Module, x: Array, keys: Array | None, rows: Any) -> tuple[Array, Any]:
+        count = jax.tree.leaves(blocks)[0].shape[0]
+        check_period(num_layers, count, len(calls))
+        return _through(calls, blocks, x, keys, per_layer, rows, count, scan, remat, alike=True)
+
+    return run_pipeline(stage, blocks, x, keys=keys, rows=rows)
+
+
+def _through(
+    calls: list[Callable[..., tuple[Array, Any]]],
+    blocks: nnx.Module | nnx.List,
+    x: Array,
+    keys: Array | None,
+    per_layer: Any,
+    rows: Any,
+    num_layers: int,
+    scan: bool,
+    remat: str,
+    alike: bool,
+) -> tuple[Array, Any]:
+    """The layers one after the other; `alike` where their outputs are, and can be stacked."""
+    period, scan = len(calls), scan and alike
 
     def body_of(call: Callable[..., tuple[Array, Any]]) -> Callable[..., tuple[Array, Any]]:
         def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
             block, key, layer_input = layer
-            return call(block, x, key, layer_input)
+            return call(block, x, key, layer_input, rows)
 
         if remat == "none":
             return body
         # Under a scan the barrier against common subexpressions is not needed, and costs fusions.
         return jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
 
-    keys = None if key is None else jax.random.split(key, num_layers)
     bodies = list(map(body_of, calls))
 
     def one_by_one(x: Array, layers: Sequence[Any]) -> tuple[Array, list[Any]]:
@@ -121,28 +173,27 @@ def apply_stack(
             outputs.append(output)
         return x, outputs
 
-    with jax.named_scope("layers"):
-        if isinstance(blocks, nnx.List):
-            return one_by_one(x, _paired(blocks, keys, per_layer))
-        layers = (blocks, keys, per_layer)
-        if scan and period == 1:
-            return jax.lax.scan(bodies[0], x, layers)
-        if not scan:
-            x, outputs = one_by_one(x, unstack(layers, num_layers))
-            return x, restack(outputs) if alike else outputs
+    if isinstance(blocks, nnx.List):
+        return one_by_one(x, _paired(blocks, keys, per_layer))
+    layers = (blocks, keys, per_layer)
+    if scan and period == 1:
+        return jax.lax.scan(bodies[0], x, layers)
+    if not scan:
+        x, outputs = one_by_one(x, unstack(layers, num_layers))
+        return x, restack(outputs) if alike else outputs
 
-        def group(x: Array, layers: Any) -> tuple[Array, Any]:
-            x, outputs = one_by_one(x, unstack(layers, period))
-            return x, restack(outputs)
+    def group(x: Array, layers: Any) -> tuple[Array, Any]:
+        x, outputs = one_by_one(x, unstack(layers, period))
+        return x, restack(outputs)
 
-        whole, rest = divmod(num_layers, period)
-        first = jax.tree.map(lambda leaf: leaf[: whole * period].reshape(whole, period, *leaf.shape[1:]), layers)
-        x, grouped = jax.lax.scan(group, x, first)
-        outputs = jax.tree.map(lambda leaf: leaf.reshape(whole * period, *leaf.shape[2:]), grouped)
-        if rest:
-            x, last = one_by_one(x, unstack(jax.tree.map(lambda leaf: leaf[-rest:], layers), rest))
-            outputs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), outputs, restack(last))
-        return x, outputs
+    whole, rest = divmod(num_layers, period)
+    first = jax.tree.map(lambda leaf: leaf[: whole * period].reshape(whole, period, *leaf.shape[1:]), layers)
+    x, grouped = jax.lax.scan(group, x, first)
+    outputs = jax.tree.map(lambda leaf: leaf.reshape(whole * period, *leaf.shape[2:]), grouped)
+    if rest:
+        x, last = one_by_one(x, unstack(jax.tree.map(lambda leaf: leaf[-rest:], layers), rest))
+        outputs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), outputs, restack(last))
+    return x, outputs
 
 
 def _paired(blocks: nnx.List, keys: Array | None, per_layer: list[Any] | None) -> list[tuple[Any, Any, Any]]:

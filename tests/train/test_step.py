@@ -9,18 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
+from train.config import RunConfig
 from train.mesh import MESH_AXES, MeshConfig, batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
-from train.objective import LossConfig
 from train.optimizer import OptimizerConfig, make_optimizer
-from train.state import abstract_state, init_state, lay_out, state_maker
-from train.step import make_eval_step, make_train_step
+from train.program import Program, suited
+from train.state import abstract_state, init_state, state_maker
 from transformer.errors import UserError
-from transformer.functional import graphdef_of
 from transformer.models.gpt import GPT, GPTConfig
+from transformer.models.recurrent import RecurrentConfig
 
-MODEL = GPTConfig(vocab_size=32, max_length=16, num_layers=2, embed_dim=32, num_heads=4)
+MODEL = GPTConfig(vocab_size=32, max_length=16, num_layers=4, embed_dim=32, num_heads=4)
 B, T = 16, 16
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 32, (B, T + 1)).astype(np.int32)
@@ -44,23 +43,14 @@ class Setup:
         return shard_batch(batch, batch_sharding(self.mesh, self.config.rules))
 
 
-def build(config, num_devices, microbatches=1, optimizer=None, ema_decay=None, model=MODEL):
+def build(config, num_devices, microbatches=1, optimizer=None, ema_decay=None, model=MODEL, batch_size=B):
     mesh = make_mesh(config, jax.devices()[:num_devices])
-    optimizer = make_optimizer(optimizer or OptimizerConfig(learning_rate=1e-2), 10)
-
-    def make_model(rngs):
-        return GPT(model, rngs=rngs)
-
-    make_state = state_maker(make_model, optimizer, keep_ema=ema_decay is not None)
-    abstract = abstract_state(make_state, mesh, config.optimizer_rules)
-    with nnx.logical_axis_rules(config.gradient_rules):
-        gradients = lay_out(abstract.params, mesh)
-    step = make_train_step(
-        graphdef_of(make_model), optimizer, LossConfig(), abstract, microbatches=microbatches, ema_decay=ema_decay,
-        gradients=gradients,
+    optimizer = dataclasses.replace(optimizer or OptimizerConfig(learning_rate=1e-2), ema_decay=ema_decay)
+    run_config = RunConfig(
+        name="test", steps=10, batch_size=batch_size, microbatches=microbatches, model=model, optimizer=optimizer, mesh=config
     )  # fmt: skip
-    state = init_state(make_state, abstract, seed=0)
-    return Setup(mesh, config, state, step, make_eval_step(graphdef_of(make_model)))
+    program = Program(run_config, mesh)
+    return Setup(mesh, config, program.init(), program.train_step, program.eval_step)
 
 
 def run(config, num_devices, microbatches=1, steps=3, **options):
@@ -92,6 +82,8 @@ def on_one_device():
     [
         (MeshConfig(), 1, 4),
         (MeshConfig(strategy="dp"), 8, 1),
+        (MeshConfig(strategy="pmap"), 8, 1),
+        (MeshConfig(strategy="pmap"), 8, 2),
         (MeshConfig(strategy="fsdp"), 8, 1),
         (MeshConfig(strategy="fsdp", data=2), 8, 2),
         (MeshConfig(strategy="zero1"), 8, 1),
@@ -101,6 +93,7 @@ def on_one_device():
         (MeshConfig(strategy="tensor_sequence", data=2), 8, 1),
         (MeshConfig(strategy="fsdp_tensor", tensor=2), 8, 1),
         (MeshConfig(strategy="context", data=2), 8, 1),
+        (MeshConfig(strategy="ulysses", data=2), 8, 1),
         (MeshConfig(data=1, fsdp=2, tensor=2, context=2), 8, 1),
     ],
     ids=layout_name,
@@ -111,6 +104,27 @@ def test_every_layout_computes_what_one_device_does(config, num_devices, microba
     np.testing.assert_allclose(got, expected, rtol=2e-5)
     # Adam divides by the root of squared gradients: where those are near 0, rounding moves an update by up to its size.
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), params, expected_params)
+
+
+@pytest.mark.parametrize(("strategy", "route"), [("context", "collective-permute"), ("ulysses", "all-to-all")])
+def test_a_sliced_sequence_meets_itself_by_the_strategys_route(strategy, route):
+    config = MeshConfig(strategy=strategy)
+    with use_mesh(make_mesh(config, jax.devices()[:2]), config.rules):
+        setup = build(config, 2)
+        compiled = setup.step.lower(setup.state, setup.batch()).compile().as_text()
+    other = {"collective-permute": "all-to-all", "all-to-all": "collective-permute"}[route]
+    assert f" {route}(" in compiled
+    assert f" {other}(" not in compiled
+
+
+def test_ulysses_is_a_strategy_of_one_attention():
+    for model in (MODEL, dataclasses.replace(MODEL, attention="ulysses")):
+        assert suited(model, MeshConfig(strategy="ulysses")).attention == "ulysses"
+    assert suited(dataclasses.replace(MODEL, attention="xla"), MeshConfig()).attention == "xla"
+    with pytest.raises(UserError, match="attention: got 'ring'; mesh.strategy ulysses goes with auto and ulysses"):
+        suited(dataclasses.replace(MODEL, attention="ring"), MeshConfig(strategy="ulysses"))
+    with pytest.raises(UserError, match="family: got 'recurrent'; mesh.strategy ulysses needs a Transformer"):
+        suited(RecurrentConfig(), MeshConfig(strategy="ulysses"))
 
 
 @pytest.mark.parametrize(

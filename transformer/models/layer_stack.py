@@ -98,31 +98,37 @@ class LayerStack(nnx.Module):
         c = self.config
         if isinstance(return_weights, tuple) and not all(0 <= layer < self.num_layers for layer in return_weights[0]):
             raise ValueError(f"return_weights: got layers {return_weights[0]}; allowed: 0 to {self.num_layers - 1}")
-        # Made once, since all layers share it.
-        score_mod = None if self.relative is None else self.relative.score_mod(0 if cache is None else filled(cache))
-
+        start = 0 if cache is None else filled(cache)
+        masks = [mask] if isinstance(mask, AttentionMask) else list(mask)
         shared = None if isinstance(memory, list) else memory
+        rows = (masks, shared, memory_mask, positions_BT, valid_BT, self.relative)
 
         def call(
-            mask: AttentionMask, weights: bool | tuple[int, ...], block: Block, x: Array, key: Array | None, inputs: Any
+            which: int,
+            weights: bool | tuple[int, ...],
+            block: Block,
+            x: Array,
+            key: Array | None,
+            inputs: Any,
+            rows: Any,
         ) -> Any:
             cache, remembered = inputs
+            masks, shared, memory_mask, positions_BT, valid_BT, relative = rows
             return block(
-                x, mask, memory=shared if remembered is None else remembered, memory_mask=memory_mask,
-                positions_BT=positions_BT, valid_BT=valid_BT, cache=cache, score_mod=score_mod, key=key,
-                return_weights=weights,
+                x, masks[which], memory=shared if remembered is None else remembered, memory_mask=memory_mask,
+                positions_BT=positions_BT, valid_BT=valid_BT, cache=cache,
+                score_mod=None if relative is None else relative.score_mod(start), key=key, return_weights=weights,
             )  # fmt: skip
 
-        masks = [mask] if isinstance(mask, AttentionMask) else list(mask)
         calls: Any
         if isinstance(return_weights, tuple):
             layers, heads = return_weights
             calls = [
-                functools.partial(call, masks[layer % len(masks)], heads if layer in layers else False)
+                functools.partial(call, layer % len(masks), heads if layer in layers else False)
                 for layer in range(self.num_layers)
             ]
         else:
-            calls = [functools.partial(call, each, return_weights) for each in masks]
+            calls = [functools.partial(call, which, return_weights) for which in range(len(masks))]
             calls = calls if len(calls) > 1 else calls[0]
         per_layer: Any = (cache, None)
         if isinstance(self.blocks, nnx.List):
@@ -130,8 +136,8 @@ class LayerStack(nnx.Module):
             pairs = (given if isinstance(given, list) else none for given in (cache, memory))
             per_layer = list(zip(*pairs, strict=True))
         x_BTD, outputs = apply_stack(
-            calls, self.blocks, x_BTD, num_layers=self.num_layers, key=key, per_layer=per_layer, scan=c.scan_layers,
-            remat=c.remat,
+            calls, self.blocks, x_BTD, num_layers=self.num_layers, key=key, per_layer=per_layer, rows=rows,
+            pipelined=cache is None and memory is None and return_weights is False, scan=c.scan_layers, remat=c.remat,
         )  # fmt: skip
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), outputs
 

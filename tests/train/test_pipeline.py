@@ -1,0 +1,228 @@
+"""Layers on devices one after the other: every schedule computes what one device does, and each device has its own layers.
+
+M microbatches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from train.checkpoint import Checkpoints
+from train.config import RunConfig
+from train.data.objective_config import ObjectiveConfig
+from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.optimizer import OptimizerConfig
+from train.program import Program
+from train.sections import CheckpointConfig
+from transformer.errors import UserError
+from transformer.models.bert import BertConfig
+from transformer.models.families import FAMILIES
+from transformer.models.gpt import GPTConfig
+from transformer.pipeline import in_order, in_stages
+
+B, T = 16, 8
+SHAPE = {"vocab_size": 32, "max_length": T, "num_layers": 4, "embed_dim": 16, "num_heads": 2}
+MODEL = GPTConfig(**SHAPE)
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 32, (B, T + 1)).astype(np.int32)
+BATCH = {
+    "tokens": TOKENS[:, :-1],
+    "targets": TOKENS[:, 1:],
+    # Rows of very different weight: a mean of means would show.
+    "weights": (RNG.random((B, T)) < np.linspace(0.1, 1, B)[:, None]).astype(np.float32),
+    "segments": np.ones((B, T), np.int32),
+    "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+}
+MASKED = ObjectiveConfig(kind="masked")
+
+
+def program_of(mesh_config, num_devices, model=MODEL, **fields):
+    mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
+    optimizer = OptimizerConfig(learning_rate=1e-2)
+    fields = {"batch_size": B, "steps": 10, "optimizer": optimizer} | fields
+    with use_mesh(mesh, mesh_config.rules):
+        return Program(RunConfig(name="test", model=model, mesh=mesh_config, **fields), mesh)
+
+
+def run(mesh_config, num_devices, steps=5, **options):
+    """Losses and gradient norms; the first moments of the first step, which are its gradients by a factor; the last state."""
+    program = program_of(mesh_config, num_devices, **options)
+    with use_mesh(program.mesh, mesh_config.rules):
+        state, seen, first = program.init(), [], None
+        batch = shard_batch(BATCH, program.batch_sharding)
+        for _ in range(steps):
+            state, metrics = program.train_step(state, batch)
+            seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+            first = jax.device_get(moments(state)) if first is None else first
+        held_out = float(program.eval_step(state.params, batch).nll)
+    return np.array(seen), in_order(first), state, held_out
+
+
+def moments(state):
+    return state.opt_state[1][0].mu
+
+
+@functools.cache
+def on_one_device(**options):
+    return run(MeshConfig(), 1, **options)
+
+
+def assert_same_run(got, expected):
+    np.testing.assert_allclose(got[0][:, 0], expected[0][:, 0], rtol=1e-5)
+    np.testing.assert_allclose(got[0][:, 1], expected[0][:, 1], rtol=1e-4)
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4 * largest), got[1], expected[1])
+    assert got[3] == pytest.approx(expected[3], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ({"data": 2, "tensor": 2}, {}),
+        ({"pipeline": 4, "fsdp": 2}, {"microbatches": 2}),
+        ({"data": 2, "tensor": 2, "stages_per_device": 2}, {}),
+        ({"pipeline": 2, "fsdp": 4, "stages_per_device": 2, "pipeline_microbatches": 2}, {}),
+        ({"data": 2, "tensor": 2, "schedule": "1f1b", "pipeline_microbatches": 8}, {}),
+        ({"pipeline": 4, "fsdp": 2, "schedule": "1f1b"}, {"microbatches": 2}),
+    ],
+    ids=str,
+)
+def test_every_schedule_computes_what_one_device_does(layout, options):
+    config = MeshConfig(strategy="pipeline", **layout)
+    got = run(config, 8, **options)
+    assert_same_run(got, on_one_device())
+    # Parameters and moments: a device has its layers, and of these its slices.
+    slices = 8 // (config.data or 1)
+    for tree in (got[2].params, moments(got[2])):
+        kernel = tree["layers"]["blocks"]["attention"]["query"]["kernel"].get_value()
+        assert kernel.addressable_shards[0].data.size * slices == kernel.size
+
+
+MODELS = {
+    "remat": dataclasses.replace(MODEL, remat="full"),
+    "a loop over layers": dataclasses.replace(MODEL, scan_layers=False, window=3, sinks=1),
+    "relative positions": dataclasses.replace(MODEL, position="relative", relative_buckets=8, relative_distance=8),
+    # Balance is each microbatch's own; without it, experts are exact.
+    "experts": dataclasses.replace(MODEL, num_experts=4, experts_per_token=2, mlp_dim=16, balance_loss=0.0),
+}
+
+
+@pytest.mark.parametrize("layout", [{}, {"schedule": "1f1b"}], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_goes_through_a_pipeline(name, layout):
+    # With experts the router's loss is a mean over tokens of each microbatch; as many in each leave it what it was.
+    config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
+    options = {"model": MODELS[name], "steps": 2}
+    expected = on_one_device(**options)
+    assert_same_run(run(config, 2, **options), expected)
+
+
+def test_the_balance_of_experts_is_near_that_of_the_whole_batch():
+    model = dataclasses.replace(MODELS["experts"], balance_loss=0.1)
+    options = {"model": model, "steps": 1}
+    expected = on_one_device(**options)[0]
+    for layout in ({}, {"schedule": "1f1b"}):
+        got = run(MeshConfig(strategy="pipeline", pipeline=2, **layout), 2, **options)[0]
+        np.testing.assert_allclose(got[:, 0], expected[:, 0], rtol=1e-2)
+        assert not np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("layout", [{}, {"schedule": "1f1b"}], ids=str)
+def test_an_encoder_whose_layers_take_turns(layout):
+    model = BertConfig(**SHAPE, dropout=0.0, local_window=2, global_every=2)
+    options = {"model": model, "objective": MASKED, "steps": 2}
+    config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
+    assert_same_run(run(config, 2, **options), on_one_device(**options))
+    with pytest.raises(UserError, match="num_layers: got 4, 2 in each stage .* takes turns over 4 layers"):
+        run(config, 2, **options | {"model": dataclasses.replace(model, global_every=4)})
+
+
+@pytest.mark.parametrize("layout", [{"stages_per_device": 2}, {"schedule": "1f1b"}], ids=str)
+def test_dropout_and_a_narrow_type_go_through_a_pipeline(layout):
+    config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
+    model = dataclasses.replace(MODEL, dropout=0.2, dtype="bfloat16")
+    got, expected = run(config, 2, steps=1, model=model)[0], on_one_device()[0][:1]
+    assert not np.allclose(got, expected, rtol=1e-3)
+    np.testing.assert_allclose(got[:, 0], expected[:, 0], rtol=0.1)
+
+
+def test_what_one_forward_one_backward_keeps_does_not_grow_with_the_microbatches():
+    model = dataclasses.replace(MODEL, embed_dim=64, max_length=64)
+
+    def kept(schedule, microbatches):
+        config = MeshConfig(strategy="pipeline", pipeline=2, schedule=schedule, pipeline_microbatches=microbatches)
+        program = program_of(config, 2, model, batch_size=4 * microbatches)
+        with use_mesh(program.mesh, config.rules):
+            return program.lower().compile().memory_analysis().temp_size_in_bytes
+
+    many = kept("1f1b", 16)
+    assert many < 1.1 * kept("1f1b", 4)
+    assert kept("gpipe", 16) > 2 * many
+
+
+def test_a_checkpoint_has_its_layers_in_order(tmp_path):
+    config = MeshConfig(strategy="pipeline", pipeline=2, stages_per_device=2)
+    expected, _, _, _ = on_one_device()
+    program = program_of(config, 2)
+    with use_mesh(program.mesh, config.rules):
+        batch = shard_batch(BATCH, program.batch_sharding)
+        state, _ = program.train_step(program.init(), batch)
+        assert jax.tree.leaves(state.params["layers"]["blocks"])[0].shape[:2] == (2, 2)
+        with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+            checkpoints.save(in_order(state), 1, program.config, {}, None)
+    other = program_of(MeshConfig(strategy="fsdp"), 2)
+    with Checkpoints(tmp_path) as checkpoints, use_mesh(other.mesh, other.config.mesh.rules):
+        state = checkpoints.restore(1, other.abstract, other.config)
+        _, metrics = other.train_step(state, shard_batch(BATCH, other.batch_sharding))
+    assert float(metrics["loss"]) == pytest.approx(expected[1, 0], rel=1e-5)
+
+
+def test_in_stages_and_in_order_are_each_others_way_back():
+    config = MeshConfig(strategy="pipeline", pipeline=2, stages_per_device=2)
+    program = program_of(config, 2)
+    with use_mesh(program.mesh, config.rules):
+        params = program.init().params
+        there = in_stages(params, 2)
+        jax.tree.map(np.testing.assert_array_equal, in_order(there), params)
+        jax.tree.map(np.testing.assert_array_equal, in_stages(there, 2), there)
+
+
+WRONG_MESH = [
+    ({"schedule": "1f1b", "stages_per_device": 2}, "stages_per_device: got 2; allowed: 1 with schedule 1f1b"),
+    ({"stages_per_device": 0}, "stages_per_device: got 0; allowed: 1 or more"),
+    ({"pipeline_microbatches": 0}, "pipeline_microbatches: got 0; allowed: 1 or more, or null"),
+    ({"strategy": "ulysses"}, "pipeline: got 2; strategy ulysses slices sequences"),
+    ({"context": 2}, "context: got 2; a pipeline has sequences whole"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG_MESH, ids=str)
+def test_a_mesh_that_cannot_be(fields, message):
+    with pytest.raises(UserError, match=message):
+        MeshConfig(**{"strategy": "pipeline", "pipeline": 2} | fields)
+
+
+WRONG_RUN = [
+    ({"pipeline": 3}, 3, {}, "num_layers: got 4; mesh.pipeline 3 × mesh.stages_per_device 1 needs a multiple of 3"),
+    ({"pipeline": 2, "stages_per_device": 4}, 2, {}, "num_layers: got 4; .* needs a multiple of 8"),
+    ({"pipeline": 2, "pipeline_microbatches": 3}, 2, {}, "got 3; allowed: a multiple of mesh.pipeline .2., or null"),
+    ({"pipeline": 2, "pipeline_microbatches": 6}, 2, {}, "batch_size: got 16, .* try 12 or 18"),
+    ({"pipeline": 2, "data": 4}, 8, {"microbatches": 4}, "batch_size: got 16, .* try 32"),
+    ({"pipeline": 2}, 2, {"family": "vaswani"}, "family: got 'vaswani'; a pipeline .* gpt, bert and electra"),
+    ({"pipeline": 2}, 2, {"family": "recurrent"}, "family: got 'recurrent'; a pipeline"),
+    ({"pipeline": 2, "schedule": "1f1b"}, 2, {"family": "electra"}, "schedule: got '1f1b'; .* two stacks"),
+]
+
+
+@pytest.mark.parametrize(("layout", "num_devices", "options", "message"), WRONG_RUN, ids=str)
+def test_a_run_that_cannot_be_pipelined(layout, num_devices, options, message):
+    if name := options.get("family"):
+        family = FAMILIES[name]
+        options = {"model": family.config(), "objective": ObjectiveConfig(kind=family.objectives[0])}
+    with pytest.raises(UserError, match=message):
+        program_of(MeshConfig(strategy="pipeline", **layout), num_devices, **options)

@@ -1,0 +1,289 @@
+"""Layers on devices one after the other, through which a batch goes in microbatches.
+
+B batch, M microbatches, R rows of a microbatch, L layers, P devices of the pipeline, V stages of a device, K layers of a stage.
+
+Stage s of P × V is the layers from sK on, and lies on device s mod P. On every tick each device runs one of its stages on one
+microbatch and hands the result to the next device, the last one to the first. With one stage a device that is GPipe's
+schedule (Huang et al. 2019, figure 2c): M + P - 1 ticks, of which each device waits P - 1. With V of them (interleaved, or
+circular; Narayanan et al. 2021, section 2.2) a tick is V times shorter, and there are MV + P - 1. The schedule runs forward;
+its backward is what autodiff makes of it, in reverse.
+
+Which mesh axis holds the stages is read from the logical-axis rules in force ("layers"); over the others a stage's arrays are
+laid out as they are anywhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from transformer.attention.terms import BlockSparse, MaskMod
+from transformer.errors import UserError
+from transformer.sharding import axes_size, mesh_axes
+from transformer.types import Array
+
+TreeT = TypeVar("TreeT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How a batch goes through a pipeline."""
+
+    stages_per_device: int = 1
+    microbatches: int | None = None
+    """A multiple of the pipeline's devices; None: as many as stages."""
+
+
+PLAIN = Schedule()
+_IN_FORCE: ContextVar[Schedule] = ContextVar("schedule", default=PLAIN)
+
+
+@contextlib.contextmanager
+def scheduled(schedule: Schedule) -> Iterator[None]:
+    """Every pipeline that is traced inside runs by `schedule`."""
+    token = _IN_FORCE.set(schedule)
+    try:
+        yield
+    finally:
+        _IN_FORCE.reset(token)
+
+
+def devices_of_layers() -> int:
+    """How many devices the layers lie on, one part after the other; 1 where no mesh axis is theirs."""
+    return axes_size(mesh_axes("layers"))
+
+
+def in_stages(tree: TreeT, stages_per_device: int) -> TreeT:
+    """Stacked parameters [L, ...] as [V, L / V, ...], in which a device that has its share of the second dim has its stages.
+
+    The order of the layers stays: one dim is written as two. `in_order` is the way back. Whatever is no parameter of stacked
+    layers, or is in stages already, stays as it is.
+    """
+
+    def split(leaf: Any) -> Any:
+        axes = _axes(leaf)
+        if axes[:1] != ("layers",) or stages_per_device == 1:
+            return leaf
+        value, V = leaf.get_value(), stages_per_device
+        return leaf.replace(_reshaped(value, (V, value.shape[0] // V, *value.shape[1:])), out_sharding=(None, *axes))
+
+    return jax.tree.map(split, tree, is_leaf=is_variable)
+
+
+def in_order(tree: TreeT) -> TreeT:
+    """Stacked parameters [L, ...], whether they are in stages or not; other arrays stay as they are."""
+
+    def join(leaf: Any) -> Any:
+        axes = _axes(leaf)
+        if axes[:2] != (None, "layers"):
+            return leaf
+        value = leaf.get_value()
+        return leaf.replace(
+            _reshaped(value, (value.shape[0] * value.shape[1], *value.shape[2:])), out_sharding=axes[1:]
+        )
+
+    return jax.tree.map(join, tree, is_leaf=is_variable)
+
+
+def run_pipeline(
+    stage: Callable[[Any, Array, Any, Any], tuple[Array, Any]],
+    blocks: nnx.Module,
+    x: Array,
+    *,
+    keys: Array | None,
+    rows: Any,
+) -> tuple[Array, Any]:
+    """Run `stage(blocks, x, keys, rows) -> (x, outputs)` on all layers, K at a time.
+
+    Args:
+        stage: outputs are means over rows, with a leading K.
+        blocks: [L, ...], or [V, L / V, ...] (`in_stages`), which costs no exchange of parameters where V is above 1.
+        x: [B, ...].
+        keys: [L]; each microbatch gets keys of its own from them.
+        rows: a pytree of what goes with x: arrays with a leading B are cut like it; others, and modules, are everyone's.
+
+    Returns:
+        The last x [B, ...], and the outputs with a leading L: means over microbatches. Of an output that is no mean over rows
+        or tokens, such as a mixture's balance, that is not what the whole batch would give.
+
+    Raises:
+        UserError: layers or rows that do not divide.
+    """
+    axes, P, schedule = mesh_axes("layers"), devices_of_layers(), _IN_FORCE.get()
+    V = schedule.stages_per_device
+    M = P * V if schedule.microbatches is None else schedule.microbatches
+    num_layers = _leading(in_order(blocks))
+    check_stages(num_layers, P, V)
+    check_microbatches(x.shape[0], P, M)
+    flat, structure = jax.tree.flatten(rows, is_leaf=lambda leaf: isinstance(leaf, BlockSparse | MaskMod | nnx.Module))
+    if any(isinstance(leaf, MaskMod) and leaf.looks_at()[0] for leaf in flat):
+        raise UserError(
+            "attention: a pipeline cuts the batch, and a mask_mod that looks at the row would see another one"
+        )
+    is_cut = [isinstance(leaf, jax.Array) and leaf.ndim > 0 and leaf.shape[0] == x.shape[0] for leaf in flat]
+
+    def on_device(blocks: Any, keys: Any, given: Array, flat: list[Any]) -> tuple[Array, Any]:
+        index, given = jax.lax.axis_index(axes), given[0]
+        if V == 1 and keys is not None:
+            keys = keys[None]
+
+        def tick(arriving: Array, time: Array) -> tuple[Array, Any]:
+            # What a device computes before its first microbatch is there, or behind its last one, nobody reads.
+            turn = jnp.clip(time - index, 0, M * V - 1)
+            stage_number = turn // P % V
+            microbatch = turn // (P * V) * P + turn % P
+            mine, own_keys = _stage_of(blocks, stage_number), _at(keys, stage_number)
+            own_rows = [_at(leaf, microbatch) if cut else leaf for leaf, cut in zip(flat, is_cut, strict=True)]
+            if own_keys is not None:
+                own_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(own_keys, microbatch)
+            starts = (index == 0) & (stage_number == 0)
+            x = jnp.where(starts, _at(given, microbatch), arriving)
+            x, outputs = stage(mine, x, own_keys, jax.tree.unflatten(structure, own_rows))
+            return jax.lax.ppermute(x, axes, [(device, (device + 1) % P) for device in range(P)]), (x, outputs)
+
+        ticks = jnp.arange(M * V + P - 1)
+        _, (passed, outputs) = jax.lax.scan(tick, jnp.zeros_like(given[0]), ticks)
+        # When each microbatch leaves the last of its stages, which is on the last device.
+        leaves = np.arange(M) // P * P * V + (V - 1) * P + np.arange(M) % P + P - 1
+
+        def mean(output: Array) -> Array:
+            own = jax.lax.dynamic_slice_in_dim(output, index, M * V)
+            own = own.reshape(M // P, V, P, *own.shape[1:]).mean((0, 2))
+            return own[0] if V == 1 else own
+
+        return passed[leaves][None], jax.tree.map(mean, outputs)
+
+    by_stage = PartitionSpec(axes) if V == 1 else PartitionSpec(None, axes)
+    flat = [microbatched(leaf, M) if cut else leaf for leaf, cut in zip(flat, is_cut, strict=True)]
+    # A copy for each device, of which the first is read: what is added up in its gradient is one thing and zeros.
+    given = microbatched(x, M)
+    given = jnp.broadcast_to(given, (P, *given.shape))
+    blocks = in_stages(in_order(blocks) if V == 1 else blocks, V)
+    if keys is not None and V > 1:
+        keys = keys.reshape(V, num_layers // V)
+    with jax.named_scope("pipeline"):
+        done, outputs = jax.shard_map(
+            on_device,
+            in_specs=(by_stage, by_stage, PartitionSpec(axes), PartitionSpec()),
+            out_specs=(PartitionSpec(axes), by_stage),
+            axis_names=set(axes),
+            check_vma=False,
+        )(blocks, keys, given, flat)
+    is_last = jnp.arange(P) == P - 1
+    x = _joined(jnp.sum(jnp.where(is_last.reshape(P, *(1,) * (done.ndim - 1)), done, 0), axis=0, dtype=x.dtype))
+    return x, outputs if V == 1 else jax.tree.map(lambda y: y.reshape(num_layers, *y.shape[2:]), outputs)
+
+
+def check_stages(num_layers: int, num_devices: int, stages_per_device: int) -> None:
+    """Raise a `UserError` unless every stage has as many layers as every other one."""
+    stages = num_devices * stages_per_device
+    if num_layers % stages:
+        raise UserError(
+            f"model.num_layers: got {num_layers}; mesh.pipeline {num_devices} × mesh.stages_per_device {stages_per_device} "
+            f"needs a multiple of {stages}"
+        )
+
+
+def check_microbatches(num_rows: int, num_devices: int, microbatches: int) -> None:
+    """Raise a `UserError` unless the microbatches are as many on each device, and as large as one another."""
+    if microbatches % num_devices:
+        raise UserError(
+            f"mesh.pipeline_microbatches: got {microbatches}; allowed: a multiple of mesh.pipeline ({num_devices}), or null"
+        )
+    if num_rows % microbatches:
+        raise UserError(
+            f"batch_size: a pipeline gets {num_rows} sequences at once, which mesh.pipeline_microbatches {microbatches} "
+            "does not divide"
+        )
+
+
+def check_period(num_layers: int, layers_of_stage: int, period: int) -> None:
+    """Raise a `UserError` unless layers that differ in turn begin each stage with the first of them."""
+    if layers_of_stage % period:
+        raise UserError(
+            f"model.num_layers: got {num_layers}, {layers_of_stage} in each stage of the pipeline; attention takes turns over "
+            f"{period} layers, of which a stage needs a multiple"
+        )
+
+
+def microbatched(tree: TreeT, microbatches: int) -> TreeT:
+    """Arrays [B, ...] as microbatches [M, R, ...], all of which every device of the pipeline gets.
+
+    A microbatch is of rows of one device of the pipeline, and of every other device that has rows there; along axes other
+    than the pipeline's nothing moves.
+    """
+    axes, P = mesh_axes("layers"), devices_of_layers()
+    batch = tuple(name for name in mesh_axes("batch") if name not in axes)
+
+    def cut(x: Array) -> Array:
+        R = x.shape[0] // microbatches
+        x = x.reshape(P, R, microbatches // P, *x.shape[1:]).swapaxes(1, 2).reshape(microbatches, R, *x.shape[1:])
+        return _laid_out(x, None, batch or None)
+
+    return jax.tree.map(cut, tree)
+
+
+def _joined(x: Array) -> Array:
+    """The way back, for one array, whose rows are on devices of the pipeline again."""
+    (M, R, *rest), P = x.shape, devices_of_layers()
+    x = x.reshape(P, M // P, R, *rest).swapaxes(1, 2).reshape(M * R, *rest)
+    return _laid_out(x, mesh_axes("batch") or None)
+
+
+def _laid_out(x: Array, *first: Any) -> Array:
+    """The first dims along these axes of the mesh, the others as they are."""
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - len(first))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*first, *rest))
+
+
+def _at(tree: Any, index: Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+
+
+def _stage_of(blocks: Any, number: Array) -> Any:
+    """One of a device's stages [K, ...], of blocks [K, ...] or [V, K, ...]."""
+
+    def take(leaf: Any) -> Any:
+        if (axes := _axes(leaf))[:2] != (None, "layers"):
+            return leaf
+        return leaf.replace(_at(leaf.get_value(), number), out_sharding=axes[1:])
+
+    return jax.tree.map(take, blocks, is_leaf=is_variable)
+
+
+def _leading(tree: Any) -> int:
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
+def is_variable(leaf: Any) -> bool:
+    """Where a tree's parameters are whole."""
+    return isinstance(leaf, nnx.Variable)
+
+
+def is_stacked(leaf: Any) -> bool:
+    """Whether it is a parameter of stacked layers."""
+    return "layers" in _axes(leaf)[:2]
+
+
+def is_in_stages(tree: Any) -> bool:
+    """Whether `in_stages` has changed any of its parameters."""
+    return any(_axes(leaf)[:2] == (None, "layers") for leaf in jax.tree.leaves(tree, is_leaf=is_variable))
+
+
+def _axes(leaf: Any) -> tuple[str | None, ...]:
+    """Logical names of a parameter's dims; none of them for any other array."""
+    return tuple(leaf.get_metadata().get("out_sharding") or ()) if is_variable(leaf) else ()
+
+
+def _reshaped(value: Any, shape: tuple[int, ...]) -> Any:
+    """An array, or its description, in another shape."""
+    return jax.ShapeDtypeStruct(shape, value.dtype) if isinstance(value, jax.ShapeDtypeStruct) else value.reshape(shape)
