@@ -8,10 +8,16 @@ from collections.abc import Sequence
 
 from transformer.errors import UserError
 
+OVERRIDABLE = ("plan", "sharding")
+"""Commands with a config, whose fields can be changed: --model.num-layers 8."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and options.command not in OVERRIDABLE:
+        _parser().parse_args(arguments)
+    options.overrides = rest
     try:
         options.call(options)
     except UserError as error:
@@ -65,6 +71,32 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/pretraining)"
     )
+    text = "one model under every sharding strategy on the devices at hand: exact, how fast, how large, what is sent"
+    sub = commands.add_parser("sharding", help=text, description=text)
+    sub.set_defaults(call=_sharding)
+    sub.add_argument("config", metavar="CONFIG", help="a YAML file of configs/")
+    sub.add_argument("--strategies", metavar="A,B,C", help="names, comma-separated (all that suit)")
+    sub.add_argument("--devices", type=_positive, metavar="N", help="virtual devices to make of the CPU")
+    sub.add_argument(
+        "--target", help="compile for devices that are not here, such as h100:8, and tell what would be sent"
+    )
+    sub.add_argument("--install", action="store_true", help="make an environment with the target's compiler, once")
+    sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment that has it")
+    sub.add_argument("--rounds", type=_positive, default=5, help="turns of each strategy (5)")
+    sub.add_argument("--dir", dest="directory", metavar="DIR", help="where the report is written (plans)")
+    text = "which sharding for TPUs or GPUs that one may not have, and will it fit: compiled ahead, ranked, explained"
+    sub = commands.add_parser("plan", help=text, description=text)
+    sub.set_defaults(call=_plan)
+    sub.add_argument("config", metavar="CONFIG", help="a YAML file of configs/")
+    sub.add_argument("--target", required=True, help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h200:2x8, a100:8")
+    sub.add_argument("--candidates", type=_positive, default=24, metavar="N", help="layouts to compile (24)")
+    sub.add_argument("--tokens", type=float, metavar="N", help="of a whole training, such as 1e12: how long it takes")
+    sub.add_argument("--analytic", action="store_true", help="by formula alone, nothing compiled")
+    sub.add_argument("--install", action="store_true", help="make an environment with the target's compiler, once")
+    sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment that has it")
+    sub.add_argument("--workers", type=_positive, metavar="N", help="compilers at a time (one a core, at most 4)")
+    sub.add_argument("--dir", dest="directory", metavar="DIR", help="where report and config are written (plans)")
+    command("validate", _validate, "what `plan` predicts beside what a device at hand measures", rounds=5)
     for name, call, text in (
         ("gpu", _gpu, "all measurements that need an accelerator"),
         ("report", _report, "the results on record as a Markdown table"),
@@ -136,8 +168,7 @@ def _history(options: argparse.Namespace) -> None:
     given = {
         name: getattr(options, name) for name in ("models", "parameters", "steps", "data", "seed", "directory")
     }  # fmt: skip
-    if given["models"] is not None:
-        given["models"] = [name.strip() for name in given["models"].split(",") if name.strip()]
+    given["models"] = _names(given["models"])
     run.run(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -147,6 +178,53 @@ def _pretraining(options: argparse.Namespace) -> None:
 
     set_up_devices()
     pretraining.run(options.seeds, options.directory or pretraining.DIRECTORY)
+
+
+def _sharding(options: argparse.Namespace) -> None:
+    if options.target is not None:
+        import jax
+
+        from benchmarks.sharding import traffic
+
+        # Shapes are traced here, nothing runs.
+        jax.config.update("jax_platforms", "cpu")
+        traffic.run(
+            options.config, options.target, overrides=tuple(options.overrides), strategies=_names(options.strategies),
+            python=options.compiler_python, install=options.install, output=options.directory,
+        )  # fmt: skip
+        return
+    from benchmarks.sharding import measure
+    from train.runtime import set_up_devices
+
+    set_up_devices(options.devices)
+    measure.run(
+        options.config, overrides=tuple(options.overrides), strategies=_names(options.strategies), rounds=options.rounds,
+        output=options.directory,
+    )  # fmt: skip
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _plan(options: argparse.Namespace) -> None:
+    import jax
+
+    from benchmarks.sharding import plan
+
+    # Shapes are traced here, nothing runs.
+    jax.config.update("jax_platforms", "cpu")
+    plan.run(
+        options.config, options.target, overrides=tuple(options.overrides), number=options.candidates,
+        python=options.compiler_python, install=options.install, analytic=options.analytic, tokens=options.tokens,
+        workers=options.workers, output=options.directory,
+    )  # fmt: skip
+
+
+def _validate(options: argparse.Namespace) -> None:
+    from benchmarks.sharding import validate
+
+    validate.run(options.rounds)
 
 
 def _gpu(options: argparse.Namespace) -> None:

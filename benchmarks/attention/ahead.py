@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
+
+from benchmarks import compilers
 
 COMPILED = "compiled, not run"
 """What `compile_ahead` gives where nothing went wrong."""
@@ -28,25 +27,8 @@ COMPILED = "compiled, not run"
 TOPOLOGIES = {"tpu": "v5e:2x4", "gpu": "1x1x8"}
 """8 chips of a TPU v5e, and one host with 8 H100s."""
 
-PACKAGES = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
-"""Of these modules one has to be there."""
-
 KERNELS = {"tpu": "tpu_custom_call", "gpu": "__gpu$xla.gpu.triton"}
 """What a program with a kernel in it calls."""
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 28 patch: 0 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +86,7 @@ def compile_ahead(
     try:
         done = subprocess.run(
             [python, "-c", "from benchmarks.attention import ahead; ahead.answer()"],
-            input=json.dumps(task), capture_output=True, text=True, timeout=timeout, env=_environment(platform),
+            input=json.dumps(task), capture_output=True, text=True, timeout=timeout, env=compilers.process_environment(platform),
         )  # fmt: skip
     except OSError as error:
         return f"{python} cannot be started: {error.strerror}"
@@ -115,14 +97,6 @@ def compile_ahead(
     except (IndexError, ValueError, KeyError, TypeError):
         # It ended before it could answer: a module is missing, or the compiler took the process with it.
         return next(reversed(done.stderr.strip().splitlines()), f"it ended with status {done.returncode} and no answer")
-
-
-def _environment(platform: str) -> dict[str, str]:
-    """Of the process that compiles: this program's own modules, and no accelerator to look for."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    # Without a TPU the process itself runs on the CPU; without a GPU the CUDA plugin's check for one would stop it.
-    own = {"JAX_PLATFORMS": "cpu"} if platform == "tpu" else {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
-    return kept | own | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
 def answer() -> None:
@@ -137,22 +111,16 @@ def answer() -> None:
 
 
 def _compile(platform: str, topology_name: str, tensor: int, call: Call) -> str:
-    if not any(map(importlib.util.find_spec, PACKAGES[platform])):
-        return f"the compiler is not installed: {' or '.join(PACKAGES[platform])}"
+    if (reason := compilers.missing(platform)) is not None:
+        return reason
     # Imported here, so that the asking process needs none of it.
     import jax
     import numpy as np
     from flax import nnx
-    from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-    options: dict[str, Any] = {"topology": topology_name, "target_config": H100} if platform == "gpu" else {}
-    topology = topologies.get_topology_desc(
-        platform="cuda" if platform == "gpu" else "tpu",
-        topology_name="" if platform == "gpu" else topology_name,
-        **options,
-    )
-    mesh = Mesh(np.array(topology.devices).reshape(-1, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    devices = compilers.devices_of(platform, topology_name)
+    mesh = Mesh(np.array(devices).reshape(-1, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     rules = (("batch", "data"), ("seq", None), ("heads", "tensor"), ("kv_heads", "tensor"))
 
     def shape(dims: tuple[int, ...], dtype: str, *axes: str | None) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,200 @@
+"""Compile training steps for a target, in a process that has its compiler.
+
+A process of this module answers one question a line, so that its start-up is paid once:
+
+    python -m benchmarks.sharding.ahead       questions on standard input, answers on standard output
+
+Both ends are this very code, so a question is a pickled config.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import json
+import pickle
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from benchmarks import compilers
+from benchmarks.sharding.targets import Target
+from train.config import RunConfig
+from transformer.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the target's compiler makes of a training step. Bytes are of one device."""
+
+    seconds_to_compile: float
+    memory: float | None
+    """All that the step holds at its peak; None where it was refused without a figure."""
+    state: float
+    """Parameters and optimiser, and the batch: what the step is given."""
+    temporary: float
+    """Gradients, activations, buffers."""
+    fits: bool
+    over: float
+    """Bytes beyond the device's memory; 0 for one that fits."""
+    prediction: dict[str, Any] | None
+    """`roofline.Prediction`, and its seconds and bound."""
+    collectives: tuple[dict[str, Any], ...]
+    """Kind, dtype, devices, count and bytes sent in a step."""
+    error: str | None = None
+    """Why there is nothing else, in a line."""
+
+
+class Compiler:
+    """A process that compiles for one target, one config after another."""
+
+    def __init__(self, target: Target, python: str) -> None:
+        self.target = target
+        self._process = subprocess.Popen(
+            [python, "-c", "from benchmarks.sharding import ahead; ahead.serve()"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=compilers.process_environment(target.chip.platform),
+            # Ctrl-C is for the asking process, which ends this one.
+            start_new_session=True,
+        )  # fmt: skip
+        self._answers: queue.Queue[str | None] = queue.Queue()
+        self._last_words: list[str] = []
+        self._threads = [threading.Thread(target=one, daemon=True) for one in (self._read, self._listen)]
+        for thread in self._threads:
+            thread.start()
+
+    def compile(self, config: RunConfig, timeout: float = 900) -> Compiled:
+        """Compile the config's training step.
+
+        Raises:
+            UserError: the process ended, or gave no answer in time.
+        """
+        assert self._process.stdin is not None
+        question = base64.b64encode(pickle.dumps((config, self.target))).decode()
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            print(question, file=self._process.stdin, flush=True)
+        try:
+            answer = self._answers.get(timeout=timeout)
+        except queue.Empty:
+            self.close()
+            raise UserError(f"{self.target.name}: not compiled in {timeout:g} s") from None
+        if answer is None:
+            said = next((line for line in reversed(self._last_words) if line.strip()), "it said nothing")
+            raise UserError(f"{self.target.name}: the compiler's process ended: {said.strip()[:300]}")
+        return from_data(json.loads(answer))
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        for thread in self._threads:
+            thread.join()
+        # Leaving the context closes the pipes and waits.
+        self._process.__exit__(None, None, None)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            # Libraries print too.
+            if line.startswith("{"):
+                self._answers.put(line)
+        self._answers.put(None)
+
+    def _listen(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._last_words = [*self._last_words[-20:], line]
+
+
+def from_data(data: dict[str, Any]) -> Compiled:
+    """What `dataclasses.asdict` and JSON made of it."""
+    return Compiled(**data | {"collectives": tuple(data["collectives"])})
+
+
+def serve() -> None:
+    """Answer until the input ends."""
+    for line in sys.stdin:
+        config, target = pickle.loads(base64.b64decode(line))
+        print(json.dumps(dataclasses.asdict(answer(config, target))), flush=True)
+
+
+def answer(config: RunConfig, target: Target) -> Compiled:
+    """Compile in this process; what cannot be compiled is told, not raised."""
+    start = time.monotonic()
+    try:
+        if (reason := compilers.missing(target.chip.platform)) is not None:
+            raise UserError(reason)
+        devices = compilers.devices_of(target.chip.platform, target.topology, target.name.partition(":")[0])
+        return compile_step(config, target, devices)
+    except Exception as error:
+        return refused(error, time.monotonic() - start, target)
+
+
+def compile_step(config: RunConfig, target: Target, devices: list[Any]) -> Compiled:
+    """Lower and compile the config's step for these devices, and read what came out."""
+    from benchmarks.sharding.hlo import Module
+    from benchmarks.sharding.roofline import predict
+    from train.mesh import make_mesh, use_mesh
+    from train.program import Program
+
+    mesh = make_mesh(config.mesh, devices)
+    start = time.monotonic()
+    with use_mesh(mesh, config.mesh.rules):
+        compiled = Program(config, mesh).lower().compile()
+    seconds = time.monotonic() - start
+    stats: Any = compiled.memory_analysis()
+    module = Module(compiled.as_text() or "")
+    places = [target.place(device) for device in mesh.devices.flat]
+    prediction = predict(module, target, lambda group: target.link(tuple(places[one] for one in group)))
+    state = stats.argument_size_in_bytes
+    temporary = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    memory = state + temporary + stats.generated_code_size_in_bytes
+    over = max(memory - target.chip.memory, 0)
+    return Compiled(
+        seconds, memory, state, temporary, over == 0, over,
+        dataclasses.asdict(prediction) | {"seconds": prediction.seconds, "bound": prediction.bound},
+        tuple(summary(module)),
+    )  # fmt: skip
+
+
+def summary(module: Any) -> list[dict[str, Any]]:
+    """The program's collectives by kind, number type and group size, those that send most first."""
+    sums: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for one in module.collectives():
+        entry = sums.setdefault(
+            (one.kind, one.dtype, len(one.group)),
+            {
+                "kind": one.kind,
+                "dtype": one.dtype,
+                "devices": len(one.group),
+                "count": 0,
+                "bytes": 0.0,
+                "asynchronous": 0.0,
+            },
+        )
+        entry["count"] += one.count
+        entry["bytes"] += one.total
+        entry["asynchronous"] += one.total if one.asynchronous else 0.0
+    return sorted(sums.values(), key=lambda entry: -entry["bytes"])
+
+
+def refused(error: Exception, seconds: float, target: Target) -> Compiled:
+    """The compiler's own refusal; of a program that is too large, by how much."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", text)
+    memory, over = None, 0.0
+    if used:
+        memory = float(used.group(1)) * 1024 ** " KMGT".index(used.group(2) or " ")
+        over = max(memory - target.chip.memory, 1.0)
+        said = "larger than the device's memory, says the compiler"
+    return Compiled(seconds, memory, 0.0, 0.0, False, over, None, (), said)
+
+
+if __name__ == "__main__":
+    serve()

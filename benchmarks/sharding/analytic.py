@@ -1,0 +1,156 @@
+"""Memory and time of a training step by formulas alone: an answer without a compiler, and what a search is pruned by.
+
+The state's memory is exact: the shapes of the real model and optimiser under the strategy's own table. Activations are those
+that the forward pass saves, traced once for one sequence. Time is arithmetic over the peak, the optimiser's and activations'
+traffic over the memory's bandwidth, and the least that the axes send over their links.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from benchmarks.sharding.least import least
+from benchmarks.sharding.targets import Target
+from train.config import RunConfig
+from train.explain import saved_bytes
+from train.mesh import MESH_AXES, Rules
+from train.optimizer import make_optimizer
+from train.program import batch_shapes
+from train.state import TrainState, state_maker
+from transformer.functional import graphdef_of
+from transformer.models.families import flops_per_token, make_model
+
+OVERLAP = 0.7
+"""Share of the arithmetic behind which gathers and sums of parameters hide."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one device."""
+
+    parameters: float
+    """Bytes, as the following."""
+    gradients: float
+    optimizer: float
+    activations: float
+    gathered: float
+    """Parameters of the layers that are at hand at a time, where they lie sliced."""
+    seconds: float
+    """Of a step."""
+    arithmetic: float
+    """Seconds of it."""
+    traffic: float
+    sending: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes at the peak."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.gathered
+
+
+class Analysis:
+    """A model and an optimiser, traced once, for estimates of many meshes."""
+
+    def __init__(self, config: RunConfig) -> None:
+        make = functools.partial(make_model, config.model)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        make_state = state_maker(make, optimizer, keep_ema=config.optimizer.ema_decay is not None)
+        self.state: TrainState = jax.eval_shape(make_state, jax.random.key(0))
+        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        self._graphdef = graphdef_of(make)
+
+    @functools.cache  # noqa: B019
+    def saved(self, config: RunConfig) -> int:
+        """Bytes that the forward pass of one sequence saves under the config's remat policy."""
+        make = functools.partial(make_model, config.model)
+        return saved_bytes(graphdef_of(make), self.state.params, batch_shapes(config, 1), config)
+
+    def estimate(self, config: RunConfig, target: Target) -> Estimate:
+        """Of the config's step on its own mesh over the target's devices."""
+        sizes = dict(zip(MESH_AXES, config.mesh.sizes(target.num_devices), strict=True))
+        model = config.model
+        parameters = sharded_bytes(self.state.params, config.mesh.rules, sizes)
+        gradients = sharded_bytes(self.state.params, config.mesh.gradient_rules, sizes)
+        optimizer = sharded_bytes((self.state.opt_state, self.state.ema), config.mesh.optimizer_rules, sizes)
+        layers = getattr(model, "num_layers", 1)
+        wide = 2 if model.dtype == "bfloat16" else 4
+
+        rows = (
+            config.batch_size
+            / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+            / config.microbatches
+            / sizes["context"]
+        )
+        full = self._with_remat(config, "full")
+        none = self._with_remat(config, "none")
+        own = self.saved(_one(config))
+        # The stream itself is whole along tensor; all else lies sliced. The trace has the logits twice, of which the compiler
+        # keeps one and a part; and what one layer computes again is not all alive at once.
+        slices = sizes["tensor"]
+        logits = config.sequence_length * model.vocab_size * 4
+        kept = max(full - 2 * logits, 0) + max(own - full, 0) / slices
+        again = 0.0 if model.remat == "none" else 0.6 * (none - full) / layers / slices
+        activations = rows * (kept / sizes.get("pipeline", 1) + again + 1.25 * logits / slices)
+        gathered = 0.0
+        if sizes["fsdp"] > 1 and config.mesh.slices_parameters:
+            gathered = 2 * wide * self.parameters / slices / layers
+
+        devices = target.num_devices
+        tokens = config.batch_size * config.sequence_length
+        forward = flops_per_token(model, config.sequence_length) * tokens / devices
+        passes = {"none": 3.0, "light": 3.0, "dots": 3.1, "full": 4.0}[model.remat]
+        arithmetic = passes * forward / (target.peak_flops * target.matmul_efficiency)
+        # Written once and read in both passes, of which products hide a part; once more for what is computed again.
+        moved = config.microbatches * rows * none / slices * (2.5 if model.remat == "none" else 3)
+        moved += 3 * (parameters + gradients + optimizer)
+        traffic = moved / (target.memory_bandwidth * target.memory_efficiency)
+        hideable = shown = 0.0
+        for one in least(config, sizes, self.parameters):
+            seconds = one.bytes / target.link_of_axis(one.axis, sizes)
+            if one.axis in ("fsdp", "data"):
+                hideable += seconds
+            else:
+                shown += seconds
+        bubble = 0.0
+        if (stages := sizes.get("pipeline", 1)) > 1:
+            microbatches = getattr(config.mesh, "pipeline_microbatches", None) or stages
+            bubble = (stages - 1) / (microbatches * getattr(config.mesh, "stages_per_device", 1))
+        sending = shown + max(hideable - OVERLAP * arithmetic, 0)
+        seconds = (arithmetic + traffic) * (1 + bubble) + sending
+        return Estimate(parameters, gradients, optimizer, activations, gathered, seconds, arithmetic, traffic, sending)
+
+    def _with_remat(self, config: RunConfig, remat: Any) -> int:
+        return self.saved(_one(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))))
+
+
+def sharded_bytes(tree: Any, rules: Rules, sizes: dict[str, int]) -> float:
+    """Bytes of a described tree on one device of a mesh that need not exist."""
+    from train.mesh import shardings_of
+
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    with nnx.logical_axis_rules(rules):
+        shardings = shardings_of(tree, mesh)  # type: ignore[arg-type]
+    total = 0.0
+    for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+        if hasattr(leaf, "dtype") and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            apart = math.prod(mesh.shape[axis] for part in sharding.spec for axis in _names(part))
+            total += math.prod(leaf.shape) * leaf.dtype.itemsize / apart
+    return total
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    return () if part is None else part if isinstance(part, tuple) else (part,)
+
+
+def _one(config: RunConfig) -> RunConfig:
+    """The config as far as it decides what one sequence saves, so that like ones are traced once."""
+    from train.mesh import MeshConfig
+
+    return dataclasses.replace(config, mesh=MeshConfig(), batch_size=1, microbatches=1)

@@ -1,0 +1,331 @@
+"""A compiled program's text (HLO): what is executed, how often, and what it sends.
+
+XLA's own `cost_analysis` counts the body of a loop once, and is absent for GPUs compiled ahead. Here the text is read: loops
+count as often as they run, and a collective that the compiler cut into pieces counts once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+}  # fmt: skip
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations|async_execution_thread)=\{?%?([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> float:
+        """Its size."""
+        return self.elements * BYTES.get(self.dtype, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    """Of what it gives; several for a tuple."""
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    """Everything behind the operands."""
+    text: str
+    """The operands, as they are written."""
+    root: bool
+    """Whether it is what its computation gives."""
+
+    @property
+    def bytes(self) -> float:
+        """Size of what it gives."""
+        return sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def index(self) -> int | None:
+        """Of the element of a tuple that it takes."""
+        found = re.search(r"\bindex=(\d+)", self.attributes)
+        return int(found.group(1)) if found else None
+
+    @property
+    def called(self) -> str | None:
+        """The computation that it calls, of a loop its body."""
+        found = re.search(r"(?:calls|body|to_apply)=%?([\w.\-]+)", self.attributes)
+        return found.group(1) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """What a device takes part in, and how often in a step."""
+
+    kind: str
+    count: int
+    """Times it is executed."""
+    sent: float
+    """Bytes that a device sends each time, by the algorithm that sends least: (n-1) slices of a gather, and so on."""
+    group: tuple[int, ...]
+    """Partitions that take part together, the first group of all."""
+    asynchronous: bool
+    """Whether the compiler lets other work go on meanwhile."""
+    dtype: str
+    stage: str
+    """The part of the model that it belongs to, by its named scope."""
+    where: str
+    """The computation in which it runs."""
+    span: tuple[str, str]
+    """The instructions there with which it begins and ends; those between can hide it."""
+
+    @property
+    def total(self) -> float:
+        """Bytes that a device sends in a step."""
+        return self.count * self.sent
+
+
+class Module:
+    """A compiled program."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        self.uncounted: set[str] = set()
+        current: dict[str, Instruction] | None = None
+        for line in text.splitlines():
+            # Attributes may go over several lines, of which one may begin with a bracket too.
+            if line.rstrip() == "}":
+                current = None
+            elif current is None:
+                if (header := _HEADER.match(line)) and not line.startswith("HloModule"):
+                    current = self.computations.setdefault(header.group(2), {})
+                    if header.group(1):
+                        self.entry = header.group(2)
+            elif (instruction := _parse(line)) is not None:
+                current[instruction.name] = instruction
+
+    def executed(self) -> Iterator[tuple[int, str, Instruction]]:
+        """(times, computation, instruction) of all that runs; a fusion is one instruction, a loop what is in it."""
+        yield from self._executed(self.entry, 1)
+
+    def _executed(self, name: str, times: int) -> Iterator[tuple[int, str, Instruction]]:
+        for instruction in self.computations.get(name, {}).values():
+            match instruction.opcode:
+                case "while":
+                    assert instruction.called is not None
+                    yield from self._executed(instruction.called, times * self.trips(instruction))
+                case "call":
+                    yield from self._executed(instruction.called or "", times)
+                case "conditional":
+                    # A device takes one branch: the dearest is counted, as the others wait for it.
+                    branches = _branches(instruction)
+                    weighed = [list(self._executed(branch, times)) for branch in branches]
+                    yield from max(weighed, key=len, default=[])
+                case _:
+                    yield times, name, instruction
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a loop runs: as the compiler noted, or by what its counter is compared with and what is added to it.
+
+        A loop whose end is computed, such as one over the blocks that a mask leaves, counts once; `uncounted` names it.
+        """
+        if found := _TRIPS.search(loop.attributes):
+            return int(found.group(1))
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+        assert condition is not None and loop.called is not None
+        test = _root(self.computations[condition.group(1)])
+        inside, body = self.computations[condition.group(1)], self.computations[loop.called]
+        limits = [int(inside[name].text) for name in test.operands if inside[name].opcode == "constant"]
+        counters = [inside[name].index for name in test.operands if inside[name].opcode == "get-tuple-element"]
+        if test.opcode != "compare" or len(limits) != 1 or len(counters) != 1 or counters[0] is None:
+            self.uncounted.add(loop.name)
+            return 1
+        # An unrolled loop adds more than 1.
+        added = body[_root(body).operands[counters[0]]]
+        steps = [int(body[name].text) for name in added.operands if body[name].opcode == "constant"]
+        return -(-limits[0] // steps[0]) if added.opcode == "add" and steps else limits[0]
+
+    def operands(self, computation: str, instruction: Instruction) -> list[Instruction]:
+        """The instructions that an instruction reads."""
+        inside = self.computations[computation]
+        return [inside[name] for name in instruction.operands if name in inside]
+
+    def collectives(self) -> list[Collective]:
+        """Everything that is sent, whatever form the compiler gave it."""
+        found = []
+        # A TPU's compiler cuts a collective into pieces and lets them travel beside several other operations.
+        pieces: dict[str, Collective] = {}
+        for times, name, instruction in self.executed():
+            if (kind := _kind(instruction.opcode)) is not None:
+                if not instruction.opcode.endswith("-done"):
+                    span = (instruction.name, self._end(name, instruction))
+                    found.append(self._collective(kind, times, name, instruction, name, span))
+            elif instruction.opcode in ("fusion", "async-start") and instruction.called in self.computations:
+                inner = self.computations[instruction.called]
+                sliced = any(one.opcode == "dynamic-slice" for one in inner.values())
+                for one in inner.values():
+                    if (kind := _kind(one.opcode)) is None or one.opcode.endswith("-done"):
+                        continue
+                    kind = "reduce-scatter" if kind == "all-reduce" and sliced else kind
+                    span = (instruction.name, self._end(name, instruction))
+                    whole = self._collective(kind, times, instruction.called, one, name, span)
+                    channel = re.search(r"channel_id=(\d+)", one.attributes)
+                    key = channel.group(1) if channel else f"{instruction.called} {one.name}"
+                    before = pieces.get(key)
+                    if before is None or whole.count < before.count:
+                        pieces[key] = whole
+                    elif before.where == name:
+                        pieces[key] = dataclasses.replace(before, span=(before.span[0], span[1]), asynchronous=True)
+        return [one for one in (*found, *pieces.values()) if one.sent > 0]
+
+    def _end(self, where: str, instruction: Instruction) -> str:
+        """Where the result of something that was started is waited for; itself where nothing waits."""
+        for one in self.computations[where].values():
+            if "-done" in one.opcode + one.name and instruction.name in one.operands:
+                return one.name
+        return instruction.name
+
+    def _collective(
+        self, kind: str, times: int, inside: str, instruction: Instruction, where: str, span: tuple[str, str]
+    ) -> Collective:
+        given = self.operands(inside, instruction)
+        size = sum(one.bytes for one in given) or instruction.bytes
+        group = _first_group(instruction.attributes)
+        n = max(len(group), 1)
+        share = (n - 1) / n
+        match kind:
+            case "all-gather":
+                sent = (n - 1) * size
+            case "all-reduce":
+                sent = 2 * share * size
+            case "collective-permute" | "collective-broadcast":
+                sent = size if n > 1 else 0.0
+            case _:
+                sent = share * size
+        shapes = [shape for one in given for shape in one.shapes] or list(instruction.shapes)
+        dtype = max(shapes, key=lambda shape: shape.bytes).dtype
+        # Inside a fusion it travels beside the fusion's own work.
+        asynchronous = span[0] != span[1] or inside != where
+        return Collective(kind, times, sent, group, asynchronous, dtype, stage_of(instruction), where, span)
+
+
+def stage_of(instruction: Instruction) -> str:
+    """The model's named scopes that an instruction stands in, such as `layers/attention`, and whether in the backward pass."""
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    path = found.group(1) if found else ""
+    backward = "backward " if "transpose(" in path else "again " if "rematted" in path else ""
+    scopes = []
+    for part in path.split("/"):
+        word = re.sub(r"^(?:transpose\(|jvp\()+|\)+$", "", part)
+        if re.fullmatch(r"[a-z_]+", word) and word not in _PLUMBING and word not in scopes:
+            scopes.append(word)
+    return backward + "/".join(scopes[:2])
+
+
+_PLUMBING = {"jit", "step", "while", "body", "closed_call", "checkpoint", "rematted_computation", "cond", "shard_map"}
+
+
+def _kind(opcode: str) -> str | None:
+    base = opcode.removesuffix("-start").removesuffix("-done")
+    return base if base in COLLECTIVES else None
+
+
+def _parse(line: str) -> Instruction | None:
+    found = _INSTRUCTION.match(line)
+    if found is None:
+        return None
+    start = found.end()
+    end = _closing(line, start) if line[start] == "(" else line.find(" ", start)
+    opcode = _OPCODE.match(line, end)
+    if opcode is None:
+        return None
+    close = _closing(line, opcode.end() - 1)
+    inner = line[opcode.end() : close - 1]
+    # A pair that starts something repeats its operands in its result.
+    shapes = tuple(
+        Shape(dtype, tuple(int(dim) for dim in dims.split(",") if dim))
+        for dtype, dims in _ARRAY.findall(line[start:end])
+    )
+    return Instruction(
+        found.group(1), shapes, opcode.group(1), tuple(_OPERAND.findall(inner)), line[close:], inner.strip(),
+        line.lstrip().startswith("ROOT "),
+    )  # fmt: skip
+
+
+def _closing(line: str, start: int) -> int:
+    """The place behind the bracket that closes the one at `start`."""
+    depth = 0
+    for index in range(start, len(line)):
+        if line[index] == "(":
+            depth += 1
+        elif line[index] == ")":
+            depth -= 1
+            if not depth:
+                return index + 1
+    return len(line)
+
+
+def _root(computation: dict[str, Instruction]) -> Instruction:
+    return next(one for one in computation.values() if one.root)
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    found = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+    if found:
+        return [name.strip().lstrip("%") for name in found.group(1).split(",")]
+    return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.attributes)
+
+
+def _first_group(attributes: str) -> tuple[int, ...]:
+    """The partitions of a collective's first group, in whichever notation it has."""
+    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        pairs = re.findall(r"\{(\d+),(\d+)\}", attributes[found.start() :].partition("}}")[0] + "}")
+        return next(((int(a), int(b)) for a, b in pairs if a != b), (0,))
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return tuple(int(one) for one in found.group(1).split(",") if one)
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        size = int(found.group(2))
+        dims = [int(one) for one in found.group(3).split(",")]
+        order = [int(one) for one in found.group(4).split(",")] if found.group(4) else list(range(len(dims)))
+        return _iota(dims, order)[:size]
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        axes = [one.split("=") for one in found.group(1).replace("'", "").split(",")]
+        used = found.group(2).replace("'", "").split(",")
+        names, dims = [name.strip() for name, _ in axes], [int(size) for _, size in axes]
+        # Sub-axes are written as 'axis':(before)size; they are told apart by their size alone.
+        chosen = [names.index(one.strip()) for one in used if one.strip() in names]
+        order = [index for index in range(len(dims)) if index not in chosen] + chosen
+        return _iota(dims, order)[: math.prod(dims[index] for index in chosen)]
+    return ()
+
+
+def _iota(dims: list[int], order: list[int]) -> tuple[int, ...]:
+    """arange(prod(dims)) as an array of `dims`, its dims put in `order`, flat."""
+    import numpy as np
+
+    return tuple(int(one) for one in np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(-1))

@@ -1,0 +1,97 @@
+"""The least that each way of sharding has to send, on paper: what a compiled program is held against.
+
+Bytes that one device sends in a step. Ψ parameters, s bytes of a number in transit: 4 for gradients and state, which are
+float32, c for parameters and activations in the type that the step computes in; n devices along the axis; B T tokens of a
+device, D embed, L layers; m microbatches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from train.config import RunConfig
+from train.mesh import STRATEGIES
+from transformer.models.families import count_parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Least:
+    """What an axis of the mesh has to send."""
+
+    axis: str
+    formula: str
+    bytes: float
+
+
+def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None = None) -> list[Least]:
+    """The least of each axis that holds more than one device, for the model's layers at these sizes.
+
+    Args:
+        sizes: devices along each axis of the mesh.
+        parameters: of the model, where they are known.
+    """
+    model: Any = config.model
+    strategy = STRATEGIES[config.mesh.strategy]
+    compute = 2 if model.dtype == "bfloat16" else 4
+    whole = count_parameters(model) if parameters is None else parameters
+    apart = {axis: sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor", "context", "expert", "pipeline")}
+    rows = config.batch_size / (apart["data"] * apart["fsdp"] * apart["expert"])
+    tokens = rows * config.sequence_length / apart["context"]
+    width, layers = model.embed_dim, getattr(model, "num_layers", 0)
+    # What tensor and pipeline leave to a device, and what of it an fsdp axis slices further.
+    own = whole / (apart["tensor"] * apart["pipeline"])
+    found = []
+
+    def share(n: int) -> float:
+        return (n - 1) / n
+
+    copies = apart["data"] * apart["context"]
+    if (n := apart["fsdp"]) > 1:
+        if strategy.slices_parameters:
+            # Rajbhandari et al. 2020, section 7.2.2; a gather for each pass of each microbatch.
+            per_step = share(n) * own * (2 * compute * config.microbatches + 4)
+            found.append(Least("fsdp", "(n-1)/n Ψ (2 c m + 4)", per_step))
+        else:
+            found.append(Least("fsdp", "(n-1)/n Ψ (4 + 4)", share(n) * own * 8))
+        own /= n
+    if copies > 1:
+        found.append(Least("data", "2 (n-1)/n 4 Ψ", 2 * share(copies) * 4 * own))
+    if (n := apart["tensor"]) > 1:
+        # Shoeybi et al. 2019, section 3: two all-reduces a layer in each pass, and one at each end. Where the backward pass
+        # computes a layer again it sends again, but for the layer's last sum, which nothing needs; with sequences sliced
+        # too a sum is two halves (Korthikanti et al. 2022, section 4.2), of which three are sent again.
+        again = 0.0 if getattr(model, "remat", "none") != "full" else 1.5 if strategy.slices_stream else 1.0
+        sums = (4 + again) * layers / apart["pipeline"] + 2
+        formula = f"2 (n-1)/n ({4 + again:g} L + 2) B T D c"
+        found.append(Least("tensor", formula, 2 * share(n) * sums * tokens * width * compute))
+    if (n := apart["context"]) > 1:
+        heads = getattr(model, "kv_heads", 1) * getattr(model, "dim_of_head", width) / apart["tensor"]
+        if config.mesh.strategy == "ulysses":
+            # Jacobs et al. 2023, section 3.2: q, k, v and the result, in each pass.
+            queries = model.num_heads * model.dim_of_head / apart["tensor"]
+            found.append(
+                Least(
+                    "context",
+                    "4 (n-1)/n L B T (N + K) H c",
+                    4 * share(n) * layers * tokens * (queries + heads) * compute,
+                )
+            )
+        else:
+            # Liu et al. 2023, section 3: keys and values go around once forward and once backward, gradients with them.
+            found.append(
+                Least(
+                    "context", "(n-1) L B T 2 K H (2 c + 4)", (n - 1) * layers * tokens * 2 * heads * (2 * compute + 4)
+                )
+            )
+    if (n := apart["expert"]) > 1:
+        # Lepikhin et al. 2020, section 3.2: there and back again in each pass.
+        chosen = getattr(model, "experts_per_token", 1)
+        found.append(
+            Least("expert", "4 (n-1)/n L B T k D c", 4 * share(n) * layers * tokens * chosen * width * compute)
+        )
+    if (n := apart["pipeline"]) > 1:
+        # Huang et al. 2019: a microbatch's activations from stage to stage, and their gradients back.
+        found.append(Least("pipeline", "2 (n-1)/n B T D c", 2 * share(n) * tokens * width * compute))
+    return found

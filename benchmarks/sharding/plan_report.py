@@ -1,0 +1,140 @@
+"""A plan for people: a table in the terminal, and a page with the same and a picture of time over memory."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.sharding.page import page, svg, table
+
+GIB = 2**30
+HEADS = ("", "layout", "step", "tokens/s", "MFU", "memory", "matmul", "memory-bound", "sending", "bound by")
+
+
+def show(result: dict[str, Any], console: Console, most: int = 12) -> None:
+    """Print the best layouts, what bounds the first of them, and what was too large."""
+    grid = Table(title=f"{result['config']} on {result['target']}", title_justify="left", box=box.SIMPLE_HEAD)
+    for head in HEADS:
+        grid.add_column(head, justify="left" if head in ("layout", "bound by") else "right")
+    good = [row for row in result["layouts"] if row["fits"]]
+    for number, row in enumerate(good[:most], 1):
+        grid.add_row(*_cells(number, row))
+    console.print(grid)
+    for line in sentences(result):
+        console.print(line, highlight=False)
+
+
+def sentences(result: dict[str, Any]) -> list[str]:
+    """What the figures say."""
+    good = [row for row in result["layouts"] if row["fits"]]
+    large = [row for row in result["layouts"] if not row["fits"] and (row["compiled"] or {}).get("over", 1)]
+    said = []
+    whence = f"{result['compiled']} of {result['considered']} layouts compiled by the target's compiler"
+    whence += f", in {result['seconds']:.0f} s"
+    if not result["compiled"]:
+        whence = f"{result['considered']} layouts by formula alone: nothing was compiled, and no time of it was ever measured"
+    said.append(whence + (", then stopped" if result["stopped"] else "") + ".")
+    if not good:
+        nearest = min(large, key=lambda row: row["memory"] or float("inf"), default=None)
+        said.append("No layout fits." + (f" Nearest: {nearest['layout']}, {memory_of(nearest)}." if nearest else ""))
+        return said
+    best = good[0]
+    said.append(
+        f"Best: {best['layout']}: {best['seconds'] * 1e3:.0f} ms a step, {best['tokens_per_second']:,.0f} tokens/s, "
+        f"MFU {best['mfu']:.1%}, {best['memory'] / GIB:.1f} of {result['device_memory'] / GIB:.1f} GiB a device; "
+        f"bound by {bound_of(best)}."
+    )
+    if "training" in result:
+        training = result["training"]
+        said.append(
+            f"{training['tokens']:.3g} tokens take {training['days']:.1f} days, {training['device_hours']:,.0f} device-hours."
+        )
+    said += [f"Too large: {row['layout']}, {memory_of(row)}." for row in large[:3]]
+    said.append("Predicted, not measured: no run on this kind of device is on record to hold it against.")
+    return said
+
+
+def memory_of(row: dict[str, Any]) -> str:
+    """What a layout that does not fit needs, and for what."""
+    estimate, compiled = row["estimate"], row["compiled"]
+    parts = {name: estimate[name] for name in ("parameters", "gradients", "optimizer", "activations", "gathered")}
+    most = max(parts, key=lambda part: parts[part])
+    over = f", {compiled['over'] / GIB:.1f} GiB too much" if compiled and compiled["over"] else ""
+    return f"{row['memory'] / GIB:.1f} GiB{over}, most of it {most} ({parts[most] / GIB:.1f} GiB by formula)"
+
+
+def bound_of(row: dict[str, Any]) -> str:
+    """What takes most of a layout's time."""
+    if row["compiled"] and row["compiled"]["prediction"]:
+        return row["compiled"]["prediction"]["bound"]
+    parts = {
+        "matmul": row["estimate"]["arithmetic"],
+        "memory": row["estimate"]["traffic"],
+        "links": row["estimate"]["sending"],
+    }
+    return max(parts, key=lambda part: parts[part])
+
+
+def _cells(number: int, row: dict[str, Any]) -> list[str]:
+    prediction = (row["compiled"] or {}).get("prediction")
+    if prediction:
+        times = [prediction["compute"], prediction["memory"], prediction["exposed"]]
+    else:
+        times = [row["estimate"][name] for name in ("arithmetic", "traffic", "sending")]
+    return [
+        str(number), row["layout"], f"{row['seconds'] * 1e3:.0f} ms", f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}",
+        f"{row['memory'] / GIB:.1f} GiB", *(f"{seconds * 1e3:.0f} ms" for seconds in times), bound_of(row),
+    ]  # fmt: skip
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write the page."""
+    good = [row for row in result["layouts"] if row["fits"]]
+    bad = [row for row in result["layouts"] if not row["fits"]]
+    parts = ["".join(f"<p>{html.escape(line)}</p>" for line in sentences(result)), picture(result)]
+    parts.append(
+        "<h2>Layouts that fit</h2>"
+        + table(HEADS, [_cells(number, row) for number, row in enumerate(good, 1)], text=(1, 9))
+    )
+    if bad:
+        rows = [
+            [row["layout"], memory_of(row) if row["memory"] else "", (row["compiled"] or {}).get("error") or ""]
+            for row in bad
+        ]
+        parts.append("<h2>Layouts that do not</h2>" + table(("layout", "memory", "said"), rows, text=(0, 1, 2)))
+    best = good[0]["compiled"] if good else None
+    if best and best["collectives"]:
+        rows = [
+            [one["kind"], one["dtype"], str(one["devices"]), str(one["count"]), f"{one['bytes'] / 1e6:,.1f} MB"]
+            for one in best["collectives"]
+        ]
+        heads = ("collective", "numbers", "devices", "times a step", "sent by a device")
+        parts.append("<h2>What the best one sends</h2>" + table(heads, rows, text=(0, 1)))
+    path.write_text(page(f"{result['config']} on {result['target']}", parts), encoding="utf-8")
+
+
+def picture(result: dict[str, Any]) -> str:
+    """Step time over memory, a dot a layout, and the device's limit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for fits, color, label in ((True, "#1f5fbf", "fits"), (False, "#d1495b", "too large")):
+        rows = [row for row in result["layouts"] if row["memory"] and row["fits"] == fits]
+        memory, seconds = ([row[name] for row in rows] for name in ("memory", "seconds"))
+        axes.scatter(
+            [one / GIB for one in memory], [one * 1e3 for one in seconds], color=color, alpha=0.75, label=label
+        )
+    axes.axvline(
+        result["device_memory"] / GIB, color="#d1495b", linestyle="--", linewidth=1, label="the device's memory"
+    )
+    axes.set(xlabel="GiB a device", ylabel="ms a step", ylim=(0, None), xlim=(0, None))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return svg(figure)

@@ -1,0 +1,194 @@
+"""Accelerators that one may not have: their chips, their memory, and the links between them, by their makers' data sheets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from transformer.errors import UserError, nearest
+
+GB = 1e9
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One device as JAX sees it."""
+
+    platform: Literal["tpu", "gpu", "cpu"]
+    peak_bfloat16: float
+    """FLOP/s, dense."""
+    peak_float32: float
+    """FLOP/s as XLA multiplies float32 matrices there."""
+    memory: float
+    """Bytes that a program can have."""
+    bandwidth: float
+    """Bytes a second between chip and memory."""
+    link: float
+    """Bytes a second that a device sends over its fast links: of a TPU along one dim of the torus, both ways together; of a
+    GPU to the others of its host."""
+    network: float
+    """The same between hosts, a device's share."""
+    clock: float = 0.0
+    """Cycles a second, in which a TPU's compiler gives its estimates."""
+    dims: int = 0
+    """Of the torus."""
+    wrap: int = 0
+    """Length from which a dim of the slice is closed to a ring."""
+
+
+CHIPS = {
+    # Google's data sheets; links by the Scaling Book (Austin et al. 2025), one way 45 or 90 GB/s each. The clock follows
+    # from the peak and the matrix units (4 or 8 of 128 × 128; of v6e 4 of 256 × 256, at half the rate).
+    "v5e": Chip(
+        platform="tpu", peak_bfloat16=197e12, peak_float32=197e12, memory=15.75 * GIB, bandwidth=819 * GB, link=90 * GB,
+        network=6.25 * GB, clock=1.5e9, dims=2, wrap=16,
+    ),
+    "v5p": Chip(
+        platform="tpu", peak_bfloat16=459e12, peak_float32=459e12, memory=95.7 * GIB, bandwidth=2765 * GB, link=180 * GB,
+        network=6.25 * GB, clock=1.75e9, dims=3, wrap=4,
+    ),
+    "v6e": Chip(
+        platform="tpu", peak_bfloat16=918e12, peak_float32=918e12, memory=31.25 * GIB, bandwidth=1640 * GB, link=180 * GB,
+        network=12.5 * GB, clock=1.75e9, dims=2, wrap=16,
+    ),
+    "v4": Chip(
+        platform="tpu", peak_bfloat16=275e12, peak_float32=275e12, memory=30.75 * GIB, bandwidth=1228 * GB, link=90 * GB,
+        network=6.25 * GB, clock=1.05e9, dims=3, wrap=4,
+    ),
+    # NVIDIA's data sheets: SXM boards, NVLink one way, one 400 Gb/s (A100: 200 Gb/s) adapter a GPU. XLA multiplies float32
+    # in TF32. It takes three quarters of the memory unless told otherwise; a plan assumes 92 %.
+    "a100": Chip(
+        platform="gpu", peak_bfloat16=312e12, peak_float32=156e12, memory=0.92 * 80 * GB, bandwidth=2039 * GB,
+        link=300 * GB, network=25 * GB,
+    ),
+    "h100": Chip(
+        platform="gpu", peak_bfloat16=989e12, peak_float32=494e12, memory=0.92 * 84.9 * GB, bandwidth=3352 * GB,
+        link=450 * GB, network=50 * GB,
+    ),
+    "h200": Chip(
+        platform="gpu", peak_bfloat16=989e12, peak_float32=494e12, memory=0.92 * 150 * GB, bandwidth=4800 * GB,
+        link=450 * GB, network=50 * GB,
+    ),
+}  # fmt: skip
+
+GPUS_A_HOST = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to plan for."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+    """Of a TPU slice its torus; of a GPU cluster (hosts, GPUs a host)."""
+    dtype: str = "bfloat16"
+    """In which a step computes."""
+
+    matmul_efficiency: float = 0.75
+    """Share of the peak that large products reach, and..."""
+    memory_efficiency: float = 0.85
+    """...of the bandwidth; what libraries are known to reach, until `plan --validate` has measured it."""
+    latency: float = 3e-6
+    """Seconds that a collective takes for each doubling of its devices, however little is sent."""
+
+    @property
+    def num_devices(self) -> int:
+        """All of them."""
+        return math.prod(self.shape)
+
+    @property
+    def topology(self) -> str:
+        """The name by which the compiler knows it."""
+        if self.chip.platform == "tpu":
+            return self.name
+        return "x".join(map(str, (1, *self.shape)))
+
+    @property
+    def peak_flops(self) -> float:
+        """Of one device."""
+        return self.chip.peak_bfloat16 if self.dtype == "bfloat16" else self.chip.peak_float32
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Of one device, bytes a second."""
+        return self.chip.bandwidth
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second in a TPU compiler's estimates; 0 where there are none."""
+        return self.chip.clock
+
+    def place(self, device: Any) -> tuple[int, ...]:
+        """Where a device of the target stands: in the torus, or (host, GPU)."""
+        if self.chip.platform == "tpu":
+            return tuple(device.coords)[: len(self.shape)]
+        return divmod(device.id, self.shape[-1])
+
+    def link(self, group: tuple[tuple[int, ...], ...]) -> tuple[str, float]:
+        """The kind of link among devices at these coordinates, and the bytes a second that one of them sends over it."""
+        spans = [max(places) - min(places) + 1 for places in zip(*group, strict=True)] if group else []
+        if self.chip.platform != "tpu":
+            between_hosts = bool(spans) and spans[0] > 1
+            return ("network", self.chip.network) if between_hosts else ("NVLink", self.chip.link * 0.8)
+        # Along a dim that is closed to a ring data goes both ways; along an open one the middle link carries all.
+        ways = [
+            self.chip.link if size % self.chip.wrap == 0 and size == span else self.chip.link / 2
+            for span, size in zip(spans, self.shape, strict=False)
+            if span > 1
+        ]
+        return "ICI", 0.9 * (sum(ways) if ways else self.chip.link / 2)
+
+    def link_of_axis(self, axis: str, sizes: Mapping[str, int]) -> float:
+        """Bytes a second over an axis of a mesh whose last axis lies closest together, before any device is placed."""
+        inside = math.prod(size for name, size in list(sizes.items())[list(sizes).index(axis) + 1 :])
+        span = inside * sizes[axis]
+        if self.chip.platform == "tpu":
+            # An axis as long as several dims of the torus has the links of all.
+            dims, length = 0, 1
+            for size in reversed(self.shape):
+                if length >= span:
+                    break
+                dims += length * size > inside
+                length *= size
+            ways = 1.0 if all(size % self.chip.wrap == 0 for size in self.shape) else 0.5
+            return 0.9 * self.chip.link * ways * max(dims, 1)
+        return self.chip.network if span > self.shape[-1] else 0.8 * self.chip.link
+
+
+def parse_target(text: str) -> Target:
+    """A target by its name, such as v5e:4x4, v5p:4x4x4, h100:8 or h100:2x8 (two hosts).
+
+    Raises:
+        UserError: no such chip, or no such slice of it.
+    """
+    name, _, shape = text.partition(":")
+    if name not in CHIPS:
+        raise UserError(
+            f"--target: got {text!r}; allowed: {', '.join(CHIPS)}, as in v5e:4x4 or h100:8.{nearest(name, CHIPS)}"
+        )
+    chip = CHIPS[name]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        example = "x".join(["4"] * chip.dims) if chip.dims else "8 or 2x8"
+        raise UserError(f"--target: got {text!r}; allowed: {name}: and how many, as in {name}:{example}")
+    dims = tuple(int(size) for size in shape.split("x"))
+    if chip.platform == "tpu":
+        if len(dims) != chip.dims:
+            raise UserError(
+                f"--target: got {text!r}; allowed: {chip.dims} numbers, since a slice of {name} is a torus of {chip.dims} dims"
+            )
+        return Target(text, chip, dims)
+    if len(dims) > 2:
+        raise UserError(f"--target: got {text!r}; allowed: GPUs, as in {name}:8, or hosts x GPUs, as in {name}:2x8")
+    if len(dims) == 1:
+        whole, rest = divmod(dims[0], GPUS_A_HOST)
+        if dims[0] > GPUS_A_HOST and rest:
+            raise UserError(
+                f"--target: got {text!r}; allowed: up to {GPUS_A_HOST} GPUs, or a multiple of {GPUS_A_HOST}"
+            )
+        dims = (whole, GPUS_A_HOST) if dims[0] > GPUS_A_HOST else (1, dims[0])
+    return Target(text, chip, dims)

@@ -1,0 +1,138 @@
+"""`manyheads-bench sharding CONFIG --target ...`: what each strategy sends and holds, compiled for devices that are not here,
+beside the least it would have to send on paper and the ideal share of the state."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import compilers, record
+from benchmarks.sharding.ahead import Compiler
+from benchmarks.sharding.analytic import Analysis, sharded_bytes
+from benchmarks.sharding.layouts import layouts
+from benchmarks.sharding.least import least
+from benchmarks.sharding.page import page, table
+from benchmarks.sharding.targets import parse_target
+from train.config import load
+from train.data.cache import writing
+from train.mesh import MESH_AXES, MeshConfig
+from transformer.errors import UserError
+
+HEADS = ("strategy", "mesh", "formula", "least", "compiled", "ratio", "state", "ideal", "temporary", "step", "compile")
+
+
+def run(
+    path: str,
+    target_name: str,
+    *,
+    overrides: tuple[str, ...] = (),
+    strategies: list[str] | None = None,
+    python: str | None = None,
+    install: bool = False,
+    output: str | None = None,
+) -> dict[str, Any]:
+    """Compile the config under every strategy for the target; print a table, write figures and a page.
+
+    Raises:
+        UserError: no such target or strategy, or no compiler for it.
+    """
+    target = parse_target(target_name)
+    config = dataclasses.replace(load(path, overrides), mesh=MeshConfig())
+    target = dataclasses.replace(target, dtype=config.model.dtype)
+    platform = target.chip.platform
+    found = compilers.find(platform, python) or (compilers.install(platform) if install else None)
+    if found is None:
+        raise UserError(
+            f"sharding: no compiler for {platform} here; --install makes an environment with "
+            f"jax[{compilers.EXTRAS[platform]}], --compiler-python PATH names one"
+        )
+    chosen, refused = layouts(config, target.num_devices, [name for name in strategies or () if name != "pmap"] or None)
+    # It runs on devices, and has no way to describe them only.
+    chosen.pop("pmap", None)
+    analysis = Analysis(config)
+    one_device = dict.fromkeys(MESH_AXES, 1)
+    whole = {name: sharded_bytes(tree, config.mesh.rules, one_device) for name, tree in _state(analysis).items()}
+    compiler, rows = Compiler(target, found), {}
+    try:
+        for name, one in track(chosen.items(), description="compiling", transient=True):
+            compiled = compiler.compile(one)
+            sizes = dict(zip(MESH_AXES, one.mesh.sizes(target.num_devices), strict=True))
+            wanted = least(one, sizes, analysis.parameters)
+            held = {
+                part: sharded_bytes(tree, one.mesh.rules if part == "parameters" else one.mesh.optimizer_rules, sizes)
+                for part, tree in _state(analysis).items()
+            }
+            slices = sizes["fsdp"] * sizes["tensor"] * sizes["expert"] * sizes["pipeline"]
+            of_parameters = slices if one.mesh.slices_parameters or sizes["fsdp"] == 1 else slices // sizes["fsdp"]
+            rows[name] = {
+                "mesh": {axis: size for axis, size in sizes.items() if size > 1},
+                "least": [dataclasses.asdict(axis) for axis in wanted],
+                "least_bytes": sum(axis.bytes for axis in wanted),
+                "sent_bytes": sum(kind["bytes"] for kind in compiled.collectives),
+                "state_bytes": sum(held.values()),
+                "ideal_bytes": whole["parameters"] / of_parameters + whole["optimizer"] / slices,
+                "compiled": dataclasses.asdict(compiled),
+            }
+    finally:
+        compiler.close()
+    result = {"config": config.name, "target": target.name, "strategies": rows, "refused": refused}
+    cells = [_cells(name, row) for name, row in rows.items()]
+    grid = Table(title=f"{config.name} on {target.name}", title_justify="left", box=box.SIMPLE_HEAD)
+    for head in HEADS:
+        grid.add_column(head, justify="left" if head in HEADS[:3] else "right")
+    for line in cells:
+        grid.add_row(*line)
+    console = Console(width=None if Console().is_terminal else 220)
+    console.print(grid)
+    for name, why in refused.items():
+        console.print(f"{name}: not for this model: {why}", highlight=False)
+    name = f"{config.name}_traffic_{target.name.replace(':', '_')}"
+    file = Path(output or "plans") / f"{name}.html"
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            page(f"{config.name} on {target.name}: what each strategy sends", [table(HEADS, cells, text=(0, 1, 2))]),
+            encoding="utf-8",
+        )
+    print(f"the report: {file}")
+    record.save(f"traffic_{name}", f"manyheads-bench sharding {path} --target {target.name}", result, show=False)
+    return result
+
+
+def _state(analysis: Analysis) -> dict[str, Any]:
+    return {"parameters": analysis.state.params, "optimizer": (analysis.state.opt_state, analysis.state.ema)}
+
+
+def _cells(name: str, row: dict[str, Any]) -> list[str]:
+    compiled, wanted = row["compiled"], row["least_bytes"]
+    mesh = " × ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+    formula = " + ".join(one["formula"] for one in row["least"])
+    if compiled["prediction"] is None:
+        return [
+            name,
+            mesh,
+            formula,
+            _size(wanted),
+            compiled["error"] or "",
+            "",
+            _size(row["state_bytes"]),
+            _size(row["ideal_bytes"]),
+            "",
+            "",
+            "",
+        ]
+    return [
+        name, mesh, formula, _size(wanted), _size(row["sent_bytes"]), f"{row['sent_bytes'] / wanted:.3f}" if wanted else "–",
+        _size(row["state_bytes"]), f"{row['state_bytes'] / row['ideal_bytes'] - 1:+.2%}", _size(compiled["temporary"]),
+        f"{compiled['prediction']['seconds'] * 1e3:.0f} ms", f"{compiled['seconds_to_compile']:.0f} s",
+    ]  # fmt: skip
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.3f} GB"

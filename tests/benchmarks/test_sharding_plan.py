@@ -1,0 +1,179 @@
+"""A plan: targets are told apart, layouts divide the model, estimates are of the real shapes, the answer is a config."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from benchmarks import compilers
+from benchmarks.cli import main
+from benchmarks.sharding import ahead, plan
+from benchmarks.sharding.analytic import Analysis
+from benchmarks.sharding.candidates import candidates
+from benchmarks.sharding.layouts import NAMES, layouts
+from benchmarks.sharding.least import least
+from benchmarks.sharding.targets import parse_target
+from train.config import RunConfig, load
+from train.mesh import MESH_AXES, MeshConfig, make_mesh, use_mesh
+from train.program import Program
+from transformer.errors import UserError
+from transformer.models.gpt import GPTConfig
+
+MODEL = GPTConfig(vocab_size=64, max_length=32, num_layers=4, embed_dim=32, num_heads=4)
+CONFIG = RunConfig(name="small", batch_size=16, model=MODEL)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "name: small\nbatch_size: 16\nmodel: {vocab_size: 64, max_length: 32, num_layers: 4, embed_dim: 32, num_heads: 4}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h10:8", r"got 'h10:8'; allowed: v5e, .* Did you mean 'h100'"),
+        ("h100", "allowed: h100: and how many"),
+        ("v5e:16", "a slice of v5e is a torus of 2 dims"),
+        ("h100:12", "allowed: up to 8 GPUs, or a multiple of 8"),
+        ("h100:2x2x2", "or hosts x GPUs"),
+    ],
+)
+def test_a_target_that_is_none(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_target(text)
+
+
+def test_targets_know_their_devices_and_links():
+    assert parse_target("h100:16").shape == (2, 8)
+    host, two, slice_ = parse_target("h100:8"), parse_target("h100:2x8"), parse_target("v5e:4x4")
+    assert (host.topology, two.topology, slice_.topology) == ("1x1x8", "1x2x8", "v5e:4x4")
+    assert host.link(((0, 0), (0, 7)))[0] == "NVLink"
+    assert two.link(((0, 0), (1, 0))) == ("network", two.chip.network)
+    # Two dims of a torus have the links of both; a dim that is no ring half of one.
+    row, plane = slice_.link(((0, 0), (0, 3))), slice_.link(((0, 0), (3, 3)))
+    assert plane[1] == 2 * row[1]
+    assert parse_target("v5p:4x4x4").link(((0, 0, 0), (0, 0, 3)))[1] == 0.9 * parse_target("v5p:4x4x4").chip.link
+
+
+def test_layouts_divide_the_model_and_the_batch():
+    found = candidates(CONFIG, parse_target("h100:8"))
+    assert len(found) == len(set(found)) > 30
+    for one in found:
+        sizes = dict(zip(MESH_AXES, one.mesh.sizes(8), strict=True))
+        assert MODEL.num_heads % sizes["tensor"] == 0
+        assert CONFIG.batch_size % (sizes["data"] * sizes["fsdp"] * one.microbatches) == 0
+    assert {one.mesh.strategy for one in found} == {"dp", "fsdp", "zero1", "tensor_sequence"}
+
+
+def test_every_strategy_has_a_layout_or_a_reason():
+    found, refused = layouts(CONFIG, 8)
+    assert found.keys() | refused.keys() == set(NAMES)
+    assert refused.keys() == {"expert"}
+    mixture = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, num_experts=4, mlp_dim=32))
+    assert "expert" in layouts(mixture, 8)[0]
+    with pytest.raises(UserError, match="got 'fdsp'; allowed: .* Did you mean 'fsdp'"):
+        layouts(CONFIG, 8, ["fdsp"])
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(strategy="zero1"), MeshConfig(strategy="fsdp"), MeshConfig(strategy="fsdp", fsdp=2, tensor=4)],
+    ids=lambda mesh: f"{mesh.strategy} {mesh.tensor}",
+)
+def test_the_state_on_a_device_is_that_of_the_real_program(mesh):
+    config = dataclasses.replace(CONFIG, mesh=mesh)
+    estimate = Analysis(config).estimate(config, parse_target("h100:8"))
+    real = make_mesh(mesh)
+    with use_mesh(real, mesh.rules):
+        abstract = Program(config, real).abstract
+
+    def held(tree):
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+    assert estimate.parameters == held(abstract.params)
+    assert estimate.optimizer == held(abstract.opt_state)
+
+
+def test_the_least_is_that_of_the_papers():
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(strategy="fsdp"))
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    assert least(config, sizes) == []
+    (fsdp,) = least(config, sizes | {"fsdp": 8}, parameters=1000)
+    assert fsdp.bytes == 7 / 8 * 1000 * (4 + 4 + 4)
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(strategy="zero1"))
+    assert least(config, sizes | {"fsdp": 8}, parameters=1000)[0].bytes == 7 / 8 * 1000 * 8
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig())
+    assert least(config, sizes | {"data": 4}, parameters=1000)[0].bytes == 2 * 3 / 4 * 4000
+    (tensor,) = least(config, sizes | {"tensor": 4})
+    assert tensor.bytes == 2 * 3 / 4 * (4 * 4 + 2) * 16 * 32 * 32 * 4
+
+
+def test_an_answer_by_formula_is_a_config_that_loads(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compilers, "find", lambda platform, python=None: None)
+    assert (
+        main(["plan", str(config_file), "--target", "v5e:2x4", "--dir", str(tmp_path / "plans"), "--tokens", "1e9"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "no compiler for tpu here, so this answer is by formula alone" in said
+    assert "Best: " in said and "bound by" in said and "device-hours" in said
+    assert "no run on this kind of device is on record" in said
+    best = load(tmp_path / "plans" / "small_v5e_2x4.yaml")
+    assert best.mesh.sizes(8) and best.batch_size == 16
+    page = (tmp_path / "plans" / "small_v5e_2x4.html").read_text()
+    assert "<svg" in page and "Layouts that fit" in page
+
+
+def test_what_does_not_fit_is_told_with_what_it_needs(config_file, tmp_path, capsys, monkeypatch):
+    small = dataclasses.replace(parse_target("h100:8").chip, memory=1e5)
+    monkeypatch.setitem(plan.parse_target.__globals__["CHIPS"], "h100", small)
+    assert main(["plan", str(config_file), "--target", "h100:8", "--analytic", "--dir", str(tmp_path)]) == 0
+    assert "No layout fits. Nearest: " in capsys.readouterr().out
+
+
+def test_no_layout_divides_the_batch(config_file, capsys):
+    assert main(["plan", str(config_file), "--target", "h100:8", "--analytic", "--batch-size", "3"]) == 2
+    assert "no layout over 8 devices divides batch_size 3" in capsys.readouterr().err
+
+
+def test_a_compiler_that_is_none(config_file, capsys):
+    arguments = ["plan", str(config_file), "--target", "h100:8", "--compiler-python"]
+    assert main([*arguments, "/nowhere/python"]) == 2
+    assert "/nowhere/python: cannot be started" in capsys.readouterr().err
+
+
+def test_a_step_is_compiled_and_read():
+    """For the devices that are here, by the same code as for those that are not."""
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(strategy="fsdp"))
+    compiled = ahead.compile_step(config, parse_target("h100:8"), jax.devices())
+    assert compiled.fits and compiled.memory > compiled.state > 0
+    sent = {one["kind"]: one for one in compiled.collectives}
+    assert sent["all-gather"]["bytes"] > 0
+    assert compiled.prediction["seconds"] > 0
+    assert ahead.from_data(dataclasses.asdict(compiled)) == compiled
+
+
+def test_a_process_that_compiles_says_what_is_wrong_with_it():
+    import sys
+
+    compiler = ahead.Compiler(parse_target("v5e:2x4"), sys.executable)
+    try:
+        answer = compiler.compile(CONFIG)
+    finally:
+        compiler.close()
+    assert not answer.fits and "the compiler is not installed: libtpu" in answer.error
+
+
+def test_a_refusal_for_memory_says_by_how_much():
+    target = parse_target("v5e:2x4")
+    error = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.")
+    refused = ahead.refused(error, 1.0, target)
+    assert refused.memory == 20 * 2**30 and refused.over == pytest.approx(4.25 * 2**30)
