@@ -20,6 +20,7 @@ from train.config import RunConfig, difference, to_data
 from train.sections import CheckpointConfig
 from train.state import TrainState
 from transformer.errors import UserError
+from transformer.pipeline import in_order
 
 RESUMABLE = (
     *("name:", "run_dir:", "steps:", "max_skipped:", "data.num_workers:", "data.prefetch:", "model.attention:"),
@@ -98,6 +99,8 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or read-only, now or while the previous checkpoint was written.
         """
+        # Whatever a mesh makes of it, on disk a stack has its layers in their order.
+        state = in_order(state)
         meta = {
             "step": step,
             "config": to_data(config),

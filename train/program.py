@@ -49,6 +49,8 @@ class Program:
             staged = abstract_state(lambda key: in_stages(self.make_state(key), V), mesh, config.mesh.optimizer_rules)
         with nnx.logical_axis_rules(config.mesh.gradient_rules):
             gradients = lay_out(staged.params, mesh)
+        with nnx.logical_axis_rules(config.mesh.optimizer_rules):
+            summed = lay_out(staged.params, mesh)
         options: dict[str, Any] = {
             "microbatches": config.microbatches, "ema_decay": ema_decay, "objective": config.objective.kind,
         }  # fmt: skip
@@ -60,7 +62,14 @@ class Program:
             of_loss = one_forward_one_backward if pipelined and config.mesh.schedule == "1f1b" else make_gradient
             gradient = of_loss(graphdef, config.loss, config.objective.kind, schedule)
             self.train_step = make_train_step(
-                graphdef, optimizer, config.loss, staged, gradients=gradients, gradient=gradient, **options
+                graphdef,
+                optimizer,
+                config.loss,
+                staged,
+                gradients=gradients,
+                summed=summed,
+                gradient=gradient,
+                **options,
             )
             if V > 1:
                 self.train_step = StagedStep(self.train_step, staged, V)

@@ -32,6 +32,7 @@ def make_train_step(
     ema_decay: float | None = None,
     objective: str = "causal",
     gradients: nnx.State | None = None,
+    summed: nnx.State | None = None,
     gradient: Gradient | None = None,
 ) -> jax.stages.Wrapped:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
@@ -45,7 +46,8 @@ def make_train_step(
         microbatches: into how many parts the batch is cut, one after the other, to save memory.
         ema_decay: of the parameters' moving average, where the state keeps one.
         objective: a name of `LOSSES`.
-        gradients: shapes and shardings of the gradients; laid out as the compiler sees fit by default.
+        gradients: shapes and shardings of the gradients of each part; laid out as the compiler sees fit by default.
+        summed: the same of their sum over all parts, as the optimiser takes it.
         gradient: what computes them, such as a pipeline; by default `jax.grad` of the objective's loss.
 
     Returns:
@@ -53,11 +55,14 @@ def make_train_step(
         skipped.
     """
     gradient = make_gradient(graphdef, loss, objective) if gradient is None else gradient
-    layout = None if gradients is None else jax.tree.map(lambda leaf: leaf.sharding, gradients)
-    compute = accumulated(gradient, microbatches, layout)
+    if microbatches == 1:
+        gradients = summed
+    compute = accumulated(gradient, microbatches, _layout(gradients))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, sums = compute(state.params, batch, jax.random.fold_in(state.key, state.step))
+        if summed is not None:
+            grads = jax.lax.with_sharding_constraint(grads, _layout(summed))
         return update(state, grads, sums, optimizer, ema_decay)
 
     # Without its layout written out, the state would leave the first step laid out in other words than it came in with,
@@ -143,6 +148,10 @@ def make_eval_step(graphdef: Any, objective: str = "causal", schedule: Schedule 
             return LOSSES[objective](nnx.merge(graphdef, params), batch, LossConfig())
 
     return jax.jit(step)
+
+
+def _layout(described: nnx.State | None) -> nnx.State | None:
+    return None if described is None else jax.tree.map(lambda leaf: leaf.sharding, described)
 
 
 def _cut(x: Array, parts: int) -> Array:

@@ -66,32 +66,40 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
         sums = (4 + again) * layers / apart["pipeline"] + 2
         formula = f"2 (n-1)/n ({4 + again:g} L + 2) B T D c"
         found.append(Least("tensor", formula, 2 * share(n) * sums * tokens * width * compute))
+    # Passes that send what a layer's forward pass sends: itself, its gradient, and itself again where it is computed again.
+    passes = 3 if getattr(model, "remat", "none") == "full" else 2
     if (n := apart["context"]) > 1:
-        heads = getattr(model, "kv_heads", 1) * getattr(model, "dim_of_head", width) / apart["tensor"]
+        kv = getattr(model, "kv_heads", 1) * getattr(model, "dim_of_head", width) / apart["tensor"]
         if config.mesh.strategy == "ulysses":
-            # Jacobs et al. 2023, section 3.2: q, k, v and the result, in each pass.
+            # Jacobs et al. 2023, section 3.2: q, k, v and the result.
             queries = model.num_heads * model.dim_of_head / apart["tensor"]
-            found.append(
-                Least(
-                    "context",
-                    "4 (n-1)/n L B T (N + K) H c",
-                    4 * share(n) * layers * tokens * (queries + heads) * compute,
-                )
-            )
+            bytes_ = 2 * passes * share(n) * layers * tokens * (queries + kv) * compute
+            found.append(Least("context", f"{2 * passes} (n-1)/n L B T (N + K) H c", bytes_))
         else:
-            # Liu et al. 2023, section 3: keys and values go around once forward and once backward, gradients with them.
-            found.append(
-                Least(
-                    "context", "(n-1) L B T 2 K H (2 c + 4)", (n - 1) * layers * tokens * 2 * heads * (2 * compute + 4)
-                )
-            )
+            # Liu et al. 2023, section 3: keys and values go around in each pass; their gradients travel with them in the
+            # backward pass, one step more, to be at home again.
+            bytes_ = layers * tokens * 2 * kv * ((n - 1) * passes * compute + n * 4)
+            found.append(Least("context", f"L B T 2 K H ({passes} (n-1) c + 4 n)", bytes_))
     if (n := apart["expert"]) > 1:
-        # Lepikhin et al. 2020, section 3.2: there and back again in each pass.
-        chosen = getattr(model, "experts_per_token", 1)
-        found.append(
-            Least("expert", "4 (n-1)/n L B T k D c", 4 * share(n) * layers * tokens * chosen * width * compute)
-        )
+        # Lepikhin et al. 2020, section 3.2: to the experts and back, as much as they have room for.
+        room = (
+            getattr(model, "expert_capacity", None) or model.num_experts / model.experts_per_token
+        ) * model.experts_per_token
+        bytes_ = 2 * passes * share(n) * layers * tokens * room * width * compute
+        found.append(Least("expert", f"{2 * passes} (n-1)/n L B T k C D c", bytes_))
+        if n * copies > 1:
+            # Everything but the experts is on all of its devices.
+            others = whole - _expert_parameters(model)
+            found.append(
+                Least("expert", "2 (n-1)/n 4 Ψ'", 2 * share(n) * 4 * max(others, 0) / apart["tensor"] / apart["fsdp"])
+            )
     if (n := apart["pipeline"]) > 1:
         # Huang et al. 2019: a microbatch's activations from stage to stage, and their gradients back.
         found.append(Least("pipeline", "2 (n-1)/n B T D c", 2 * share(n) * tokens * width * compute))
     return found
+
+
+def _expert_parameters(model: Any) -> float:
+    """Parameters of all experts of all layers."""
+    matrices = 3 if model.activation in ("geglu", "swiglu") else 2
+    return model.num_layers * model.num_experts * matrices * model.embed_dim * model.dim_of_mlp

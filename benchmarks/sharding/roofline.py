@@ -157,13 +157,13 @@ def _library_flops(module: Module, where: str, instruction: Instruction) -> floa
         return 2.0 * result.elements * math.prod(operands[0].shapes[0].dims[dim] for dim in dims)
     if "splash" in instruction.attributes and "tpu_custom_call" in instruction.attributes:
         shapes = [shape for one in operands for shape in one.shapes if len(shape.dims) >= 3 and shape.elements > 1]
-        q = max(shapes, key=lambda shape: shape.elements, default=None)
-        if q is None:
+        if not shapes:
             return 0.0
         # [..., N, T, H] of queries and keys alike; blocks that a mask hides everywhere are left out.
-        pairs = math.prod(q.dims[:-1]) * q.dims[-2] * (0.5 if "static_sparsity" in instruction.attributes else 1.0)
+        queries = max(shapes, key=lambda shape: shape.elements).dims
+        pairs = math.prod(queries[:-1]) * queries[-2] * (0.5 if "static_sparsity" in instruction.attributes else 1.0)
         products = 5 if "dkv" in instruction.attributes else 3 if "_dq" in instruction.attributes else 2
-        return 2.0 * pairs * q.dims[-1] * products
+        return 2.0 * pairs * queries[-1] * products
     if "fmha" in instruction.attributes and len(operands) >= 3:
         q, k = operands[0].shapes[0].dims, operands[1].shapes[0].dims
         # [B, T, N, H]: two products forward, five backward; the kernel skips what a causal mask hides.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from transformer.attention.mask import AttentionMask
 from transformer.attention.request import Request
+from transformer.attention.shares import on_every_device
 from transformer.attention.terms import Causal, Window
 from transformer.attention.tile import Tile
 from transformer.attention.variant import Variant
@@ -33,18 +34,20 @@ def fused(
     allowed = rest.allowed(whole)
     if allowed is not None:
         allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
-    # JAX's own function mixes types, whatever stricter rule the program runs under.
-    with jax.numpy_dtype_promotion("standard"):
-        out = jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            bias=variant.score.bias_BNTS,
-            mask=allowed,
-            scale=variant.score.scale,
-            implementation=implementation,
-            **structured,
-        )
+
+    def call(q: Array, k: Array, v: Array, _: None) -> Array:
+        # JAX's own function mixes types, whatever stricter rule the program runs under.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(
+                q, k, v, bias=variant.score.bias_BNTS, mask=allowed, scale=variant.score.scale,
+                implementation=implementation, **structured,
+            )  # fmt: skip
+
+    if implementation == "cudnn":  # noqa: SIM108
+        # Its own partitioning fails inside a program that is manual over some of the mesh's axes, such as a pipeline.
+        out = on_every_device(call, q_BTNH, k_BSKH, v_BSKH)
+    else:
+        out = call(q_BTNH, k_BSKH, v_BSKH, None)
     if allowed is None:
         return out
     # A query with no key at all gives zeros here, as in the reference, and not the mean of the values.

@@ -24,15 +24,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 
 from transformer.attention.blockwise import ATTENTION_RESIDUALS
 from transformer.attention.mask import AttentionMask
 from transformer.attention.request import Request
+from transformer.attention.shares import on_every_device
 from transformer.attention.terms import Causal, Padding, Prefix, Segments, Term, Window
 from transformer.attention.tile import filled
 from transformer.attention.variant import Variant
-from transformer.sharding import axes_size, mesh_axes
 from transformer.types import Array, Float
 
 TPU_BLOCKS = (512, 256, 128)
@@ -78,7 +77,7 @@ def pallas(
     )  # fmt: skip
     # JAX's own functions mix types, whatever stricter rule the program runs under.
     with jax.named_scope(f"pallas_{platform}"), jax.numpy_dtype_promotion("standard"):
-        out = _on_every_device(kernel, q_BTNH, k_BSKH, v_BSKC, ids)
+        out = on_every_device(kernel, q_BTNH, k_BSKH, v_BSKC, ids)
     return out.astype(v_BSKC.dtype)
 
 
@@ -221,29 +220,6 @@ def _valid(term: Term, S: int) -> Array:
 
 def _rows(ids: Array, B: int) -> Array:
     return jnp.broadcast_to(ids.astype(jnp.int32), (B, ids.shape[1]))
-
-
-def _on_every_device(kernel: Any, q: Array, k: Array, v: Array, ids: Ids | None) -> Array:
-    """The kernel on each device's share of the batch and of the heads, or on everything where there is no mesh to share by."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual}
-    if math.prod(mesh.shape[name] for name in free) == 1:
-        return kernel(q, k, v, ids)
-    batch, heads = (tuple(name for name in mesh_axes(axis) if name in free) for axis in ("batch", "heads"))
-    # What does not divide is computed by every device in whole: a batch of one, say.
-    batch = batch if q.shape[0] % axes_size(batch) == 0 else ()
-    heads = heads if q.shape[2] % axes_size(heads) == 0 else ()
-    # Fewer key/value heads than devices: as many copies as give each device those of its queries.
-    copies = math.lcm(k.shape[2], axes_size(heads)) // k.shape[2]
-    k, v = (x if copies == 1 else jnp.repeat(x, copies, axis=2) for x in (k, v))
-    layout, by_row = PartitionSpec(batch or None, None, heads or None, None), PartitionSpec(batch or None)
-    return jax.shard_map(
-        kernel,
-        in_specs=(layout, layout, layout, None if ids is None else (by_row, by_row)),
-        out_specs=layout,
-        axis_names=free,
-        check_vma=False,
-    )(q, k, v, ids)
 
 
 # What follows runs on one device.

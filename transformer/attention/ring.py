@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
@@ -69,7 +71,11 @@ def ulysses(
     by_position = PartitionSpec(batch or None, seq, heads or None, None)
     # From one layout to the other XLA goes by an all-to-all.
     q, k, v = (jax.lax.with_sharding_constraint(x, by_head) for x in (q_BTNH, k_BSKH, v_BSKC))
-    out = jax.lax.with_sharding_constraint(attend(q, k, v, variant), by_head)
+    # Whatever works in between finds no sequence apart, and heads where the sequence was.
+    inside = dict(get_logical_axis_rules()) | {"seq": None, "heads": heads + seq, "kv_heads": heads + seq}
+    with nnx.logical_axis_rules(tuple(inside.items())):
+        out = attend(q, k, v, variant)
+    out = jax.lax.with_sharding_constraint(out, by_head)
     return jax.lax.with_sharding_constraint(out, by_position)
 
 

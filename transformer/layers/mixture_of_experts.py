@@ -133,6 +133,8 @@ class MixtureOfExperts(nnx.Module):
             taken_BTkEC = taken * jax.nn.one_hot(places_BTk, room, dtype=self.dtype)[..., None, :]
             combine_BTEC = (taken_BTkEC * weights_BTk.astype(self.dtype)[..., None, None]).sum(2)
             given_EBCD = jnp.einsum("BTEC,BTD->EBCD", taken_BTkEC.sum(2), x_BTD.astype(self.dtype))
+            # First where the tokens are, then where the experts are: between the two lies one all-to-all.
+            given_EBCD = constrain(given_EBCD, None, "batch", None, None)
             given_EBCD = constrain(given_EBCD, "expert", "batch", None, None)
             function, _ = ACTIVATIONS[self.activation]
             hidden = jnp.einsum("EBCD,EDF->EBCF", given_EBCD, self.up_EDF[...].astype(self.dtype))
@@ -142,7 +144,8 @@ class MixtureOfExperts(nnx.Module):
                 hidden *= function(jnp.einsum("EBCD,EDF->EBCF", given_EBCD, self.gate_EDF[...].astype(self.dtype)))
             hidden = constrain(hidden, "expert", "batch", None, "mlp")
             out_EBCD = jnp.einsum("EBCF,EFD->EBCD", hidden, self.down_EFD[...].astype(self.dtype))
-            out_BTD = jnp.einsum("BTEC,EBCD->BTD", combine_BTEC, constrain(out_EBCD, "expert", "batch", None, None))
+            out_EBCD = constrain(constrain(out_EBCD, "expert", "batch", None, None), None, "batch", None, None)
+            out_BTD = jnp.einsum("BTEC,EBCD->BTD", combine_BTEC, out_EBCD)
             return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), losses
 
     def room(self, num_tokens: int) -> int:

@@ -1,0 +1,44 @@
+"""A kernel that the compiler cannot partition, on each device's share of the batch and the heads.
+
+B batch, T query position, S key position, N query heads, K key/value heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from transformer.sharding import axes_size, mesh_axes
+from transformer.types import Array
+
+
+def on_every_device(kernel: Any, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, rows: Any = None) -> Array:
+    """`kernel(q, k, v, rows)` on each device's share, or on everything where there is no mesh to share by.
+
+    Args:
+        rows: a pytree of arrays whose first dim is the batch, or None.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual}
+    # Where a program is manual over some axes already, the compiler must not look at the others either.
+    if math.prod(mesh.shape[name] for name in free) == 1 and len(free) in (0, len(mesh.axis_names)):
+        return kernel(q_BTNH, k_BSKH, v_BSKH, rows)
+    batch, heads = (tuple(name for name in mesh_axes(axis) if name in free) for axis in ("batch", "heads"))
+    # What does not divide is computed by every device in whole: a batch of one, say.
+    batch = batch if q_BTNH.shape[0] % axes_size(batch) == 0 else ()
+    heads = heads if q_BTNH.shape[2] % axes_size(heads) == 0 else ()
+    # Fewer key/value heads than devices: as many copies as give each device those of its queries.
+    copies = math.lcm(k_BSKH.shape[2], axes_size(heads)) // k_BSKH.shape[2]
+    k, v = (x if copies == 1 else jnp.repeat(x, copies, axis=2) for x in (k_BSKH, v_BSKH))
+    layout, by_row = PartitionSpec(batch or None, None, heads or None, None), PartitionSpec(batch or None)
+    return jax.shard_map(
+        kernel,
+        in_specs=(layout, layout, layout, jax.tree.map(lambda _: by_row, rows)),
+        out_specs=layout,
+        axis_names=free,
+        check_vma=False,
+    )(q_BTNH, k, v, rows)
