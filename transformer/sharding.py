@@ -62,13 +62,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """The axes of the mesh in force along which a logical axis lies under the rules in force; none without either.
 
-    An axis of one device is none: nothing lies apart along it. Nor is one that a `jax.shard_map` around the call has taken
-    over: each device has its own share already.
+    One that a `jax.shard_map` around the call has taken over is not among them: each device has its own share already.
     """
     names = _names(dict(get_logical_axis_rules()).get(_known(axis)))
     mesh = jax.sharding.get_abstract_mesh()
     free = tuple(name for name in names if name not in _manual())
-    return () if mesh.empty else tuple(name for name in free if mesh.shape.get(name, 1) > 1)
+    return () if mesh.empty else tuple(name for name in free if name in mesh.axis_names)
 
 
 def axes_size(names: tuple[str, ...]) -> int:

@@ -113,6 +113,12 @@ def test_auto_takes_the_ring_where_the_sequence_lies_apart():
     assert "collective_permute" in text
 
 
+def test_auto_takes_no_ring_on_a_sequence_axis_of_one_device():
+    with mesh_of(data=8, sequence=1):
+        text = jax.jit(lambda *x: attend(*x)[0]).lower(*inputs()).as_text()
+        assert "collective_permute" not in text and "manual_computation" not in text
+
+
 @pytest.mark.parametrize("backend", ["ring", "ulysses"])
 def test_no_sequence_axis(backend):
     with pytest.raises(BackendError, match="'seq'"):

@@ -35,8 +35,8 @@ def test_strategies_equal_one_device_and_are_told(config_file, tmp_path, monkeyp
         assert one["memory"]["state"] >= one["parameter_bytes"] + one["optimizer_bytes"]
     dp, fsdp = result["strategies"]["dp"], result["strategies"]["fsdp"]
     assert fsdp["optimizer_bytes"] < dp["optimizer_bytes"] / 7
-    # The sums of a small model's few scalars come on top.
-    assert 1 <= dp["sent_bytes"] / dp["least_bytes"] < 1.05
+    # So small a model's tied table is summed twice, once for each use, before the two are added.
+    assert 1 <= dp["sent_bytes"] / dp["least_bytes"] < 1.1
     said = capsys.readouterr().out
     assert "expert: not here: the model has no mixture of experts" in said
     page = (tmp_path / "plans" / "small_sharding_8.html").read_text()

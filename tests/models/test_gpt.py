@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +42,26 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)), jnp.int32)
 
 @functools.cache
 def make(config):
-    """A model with weights large enough that every part of it matters."""
-    model = GPT(config, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model)
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape, p.dtype), params)
-    return graphdef, params
+    """A model with weights large enough that every part of it matters, made by one compiled program."""
+    graphdef, params = jax.jit(lambda: nnx.split(GPT(config, rngs=nnx.Rngs(0))))()
+    rng = np.random.default_rng(1)
+    return graphdef, jax.tree.map(
+        lambda p: jnp.asarray(p + 0.1 * rng.normal(size=p.shape), p.dtype), jax.device_get(params)
+    )
 
 
-def run(config, tokens=TOKENS, *, like=None, **options):
-    params = make(like or config)[1]
+@functools.cache
+def forward(config, return_weights):
     graphdef = make(config)[0]
-    return nnx.merge(graphdef, params)(tokens, **options)
+    return jax.jit(
+        lambda params, tokens, **options: nnx.merge(graphdef, params)(tokens, return_weights=return_weights, **options)
+    )
+
+
+def run(config, tokens=TOKENS, *, like=None, return_weights=False, **options):
+    """Logits and weights of the model, on the host."""
+    out = forward(config, return_weights)(make(like or config)[1], tokens, **options)
+    return types.SimpleNamespace(logits=np.asarray(out.logits), weights=jax.device_get(out.weights))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,15 +69,16 @@ def test_logits_are_float32_and_finite(shape):
     logits = run(SHAPES[shape]).logits
     assert logits.shape == (B, T, V)
     assert logits.dtype == jnp.float32
-    assert bool(jnp.isfinite(logits).all())
+    assert np.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_future_has_no_influence(shape):
-    changed = TOKENS.at[:, 7:].set(0)
-    before, after = run(SHAPES[shape]).logits, run(SHAPES[shape], changed).logits
+    changed = np.array(TOKENS)
+    changed[:, 7:] = 0
+    before, after = run(SHAPES[shape]).logits, run(SHAPES[shape], jnp.asarray(changed)).logits
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
-    assert float(jnp.abs(before[:, 7:] - after[:, 7:]).max()) > 1e-3
+    assert np.abs(before[:, 7:] - after[:, 7:]).max() > 1e-3
 
 
 def loss_and_gradient(config, like, key=None):
@@ -110,33 +120,38 @@ def test_scan_loop_and_remat_compute_the_same(shape, changes):
 def test_cached_equals_uncached(shape, span):
     config = dataclasses.replace(SHAPES[shape], **SPANS[span])
     model = nnx.merge(*make(config))
-    expected = model(TOKENS).logits
-    cache = model.make_cache(B, 16)
+    tokens = np.asarray(TOKENS)
+    cache = jax.jit(lambda: model.make_cache(B, 16))()
     step = jax.jit(lambda tokens, cache: model(tokens, cache=cache))
-    first = step(TOKENS[:, :5], cache)
+    first = step(tokens[:, :5], cache)
     logits, cache = [first.logits], first.cache
     for t in range(5, T):
-        out = step(TOKENS[:, t : t + 1], cache)
+        out = step(tokens[:, t : t + 1], cache)
         logits.append(out.logits)
         cache = out.cache
-    np.testing.assert_allclose(jnp.concatenate(logits, 1), expected, atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(logits, 1), run(config).logits, atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("span", ["all", "sinks"])
 def test_cached_rows_of_different_lengths_equal_uncached_ones(shape, span):
     config = dataclasses.replace(SHAPES[shape], **SPANS[span])
-    model = nnx.merge(*make(config))
-    expected = model(TOKENS).logits
-    # What a prompt is padded with is written over by the tokens that follow.
-    cache = model(TOKENS[:, :6], cache=model.make_cache(B, 16)).cache.with_length(jnp.array([3, 5]))
-    cache, apart = unstack(cache, config.num_layers), model.unstacked()
-    step = jax.jit(lambda tokens, cache: apart(tokens, cache=cache))
+    graphdef, params = make(config)
+    tokens, expected = np.asarray(TOKENS), run(config).logits
+
+    @jax.jit
+    def prefill(tokens):
+        model = nnx.merge(graphdef, params)
+        # What a prompt is padded with is written over by the tokens that follow.
+        cache = model(tokens, cache=model.make_cache(B, 16)).cache.with_length(jnp.array([3, 5]))
+        return unstack(cache, config.num_layers), nnx.split(model.unstacked())
+
+    cache, apart = prefill(tokens[:, :6])
+    step = jax.jit(lambda tokens, cache: nnx.merge(*apart)(tokens, cache=cache))
     for _ in range(4):
-        places = cache[0].length
-        out = step(TOKENS[jnp.arange(B), places][:, None], cache)
-        for row in range(B):
-            np.testing.assert_allclose(out.logits[row, 0], expected[row, int(places[row])], atol=2e-5)
+        places = np.asarray(cache[0].length)
+        out = step(tokens[np.arange(B), places][:, None], cache)
+        np.testing.assert_allclose(np.asarray(out.logits)[:, 0], expected[np.arange(B), places], atol=2e-5)
         cache = out.cache
 
 
@@ -155,7 +170,7 @@ def test_packed_equals_alone(shape, span):
 @pytest.mark.parametrize("shape", ["modern", "alibi", "relative"])
 def test_eight_devices_compute_what_one_does(shape):
     graphdef, params = make(SHAPES[shape])
-    tokens = jnp.concatenate([TOKENS] * 4)
+    tokens = np.concatenate([TOKENS] * 4)
 
     def loss(params, tokens):
         return jnp.mean(jnp.square(nnx.merge(graphdef, params)(tokens).logits))
@@ -172,16 +187,16 @@ def test_eight_devices_compute_what_one_does(shape):
 
 def test_layers_share_one_table_of_distances_and_learn_it():
     _, gradient = loss_and_gradient(RELATIVE, RELATIVE)
-    table = gradient["layers"]["relative"]["table"][...]
+    table = np.asarray(gradient["layers"]["relative"]["table"][...])
     assert table.shape == (8, 4)
-    assert float(jnp.abs(table).min()) > 0
+    assert np.abs(table).min() > 0
 
 
 def test_sinks_are_seen_past_a_window():
     weights = run(dataclasses.replace(CLASSIC, window=3, sinks=2), return_weights=True).weights
     query, key = np.indices((T, T))
     seen = (key <= query) & ((query - key <= 3) | (key < 2))
-    np.testing.assert_array_equal(np.asarray(weights > 0), np.broadcast_to(seen, weights.shape))
+    np.testing.assert_array_equal(weights > 0, np.broadcast_to(seen, weights.shape))
 
 
 @pytest.mark.parametrize("shape", ["modern", "alibi", "relative"])
@@ -191,7 +206,7 @@ def test_weights_are_distributions_and_leave_the_output_alone(shape):
     weights = looked_at.weights
     assert weights.shape == (3, B, 4, T, T)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
-    assert not np.triu(np.asarray(weights), 1).any()
+    assert not np.triu(weights, 1).any()
 
 
 @pytest.mark.parametrize("position", ["sinusoidal", "none", "learned", "rotary", "alibi", "relative"])
@@ -199,7 +214,7 @@ def test_positions_tell_order_apart(position):
     config = dataclasses.replace(CLASSIC, position=position)
     pair = jnp.array([[3, 5, 7], [5, 3, 7]])
     logits = run(config, pair).logits[:, -1]
-    same = bool(jnp.allclose(logits[0], logits[1], atol=1e-5))
+    same = np.allclose(logits[0], logits[1], atol=1e-5)
     # Without positions the last token sees a set; a second layer could tell more, since causal prefixes differ.
     assert not same
 
@@ -207,7 +222,7 @@ def test_positions_tell_order_apart(position):
 def test_bfloat16_computes_close_to_float32():
     expected = run(MODERN).logits
     got = run(dataclasses.replace(MODERN, dtype="bfloat16"), like=MODERN).logits
-    assert float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)) < 0.03
+    assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 0.03
 
 
 def test_dropout_needs_a_key_and_follows_it():
@@ -216,16 +231,17 @@ def test_dropout_needs_a_key_and_follows_it():
     np.testing.assert_array_equal(plain, run(config).logits)
     first, again, other = (run(config, key=jax.random.key(seed)).logits for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
-    assert float(jnp.abs(first - other).max()) > 1e-3
-    assert float(jnp.abs(first - plain).max()) > 1e-3
+    assert np.abs(first - other).max() > 1e-3
+    assert np.abs(first - plain).max() > 1e-3
 
 
 def test_residual_projections_start_smaller_with_depth():
     config = GPTConfig(vocab_size=V, max_length=16, num_layers=8, embed_dim=64, num_heads=4)
-    blocks = GPT(config, rngs=nnx.Rngs(0)).layers.blocks
-    assert float(blocks.attention.query.kernel[...].std()) == pytest.approx(0.02, rel=0.05)
-    assert float(blocks.attention.out.kernel[...].std()) == pytest.approx(0.02 / 4, rel=0.05)
-    assert float(blocks.feed_forward.down.kernel[...].std()) == pytest.approx(0.02 / 4, rel=0.05)
+    blocks = nnx.merge(*jax.jit(lambda: nnx.split(GPT(config, rngs=nnx.Rngs(0))))()).layers.blocks
+    for part, expected in (
+        (blocks.attention.query, 0.02), (blocks.attention.out, 0.02 / 4), (blocks.feed_forward.down, 0.02 / 4),
+    ):  # fmt: skip
+        assert np.asarray(part.kernel[...]).std() == pytest.approx(expected, rel=0.05)
 
 
 def test_gpt2_has_124_million_parameters():

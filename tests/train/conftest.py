@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.train.run_records import surroundings
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,10 +54,9 @@ def start(config_file):
     started = []
 
     def run(run_dir, *arguments, **options):
-        environment = os.environ | {"XLA_FLAGS": ""}
         command = [sys.executable, "-m", "train.cli", "train", str(config_file), "--run-dir", str(run_dir), *arguments]
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+            command, cwd=ROOT, env=surroundings(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
         )
         started.append(process)
         return process
@@ -74,9 +74,7 @@ def whole(config_file, tmp_path_factory):
     """The folder of a run that nothing interrupted, in a process of its own."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     command = [sys.executable, "-m", "train.cli", "train", str(config_file), "--run-dir", str(folder)]
-    result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     (folder / "output.txt").write_text(result.stdout, encoding="utf-8")
     return folder

@@ -90,10 +90,15 @@ def batch_of(objective: str, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 @functools.cache
+def make(config):
+    """The model in two parts, made by one compiled program."""
+    return jax.jit(lambda: nnx.split(make_model(config, nnx.Rngs(0)), nnx.Param))()
+
+
+@functools.cache
 def loss_and_gradient(name: str, **changes):
     config, objective = MODELS[name]
-    config = dataclasses.replace(config, **changes)
-    graphdef, params = nnx.split(make_model(config, nnx.Rngs(0)), nnx.Param)
+    graphdef, params = make(dataclasses.replace(config, **changes))
 
     @jax.jit
     def run(params, batch):
@@ -175,7 +180,8 @@ def test_eight_devices_are_one(name):
 @pytest.mark.parametrize("name", ["vaswani", "t5", "t5, experts"])
 def test_packed_pairs_are_apart(name):
     config = dataclasses.replace(MODELS[name][0], expert_capacity=None)
-    model = make_model(config, nnx.Rngs(0))
+    graphdef, params = make(config)
+    run = jax.jit(lambda *tokens, **options: nnx.merge(graphdef, params)(*tokens, **options).logits)
     rng = np.random.default_rng(1)
     pairs = [(rng.integers(1, V, s), rng.integers(1, V, t)) for s, t in ((4, 5), (6, 3))]
 
@@ -187,31 +193,39 @@ def test_packed_pairs_are_apart(name):
 
     source, source_segments, source_positions = row([pair[0] for pair in pairs])
     target, segments, positions = row([pair[1] for pair in pairs])
-    packed = model(
+    packed = run(
         source, target, source_segments_BS=source_segments, source_positions_BS=source_positions,
         segments_BT=segments, positions_BT=positions,
-    ).logits[0]  # fmt: skip
-    apart = [model(*(jnp.asarray(side, jnp.int32)[None] for side in pair)).logits[0] for pair in pairs]
-    np.testing.assert_allclose(packed, jnp.concatenate(apart), rtol=2e-5, atol=1e-5)
+    )  # fmt: skip
+    apart = [run(*(jnp.asarray(side, jnp.int32)[None] for side in pair)) for pair in pairs]
+    np.testing.assert_allclose(packed, np.concatenate(apart, axis=1), rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vaswani", "t5"])
 def test_step_by_step_is_all_at_once(name):
-    model = make_model(MODELS[name][0], nnx.Rngs(0))
-    batch = jax.tree.map(jnp.asarray, batch_of("seq2seq"))
-    whole = model(
-        batch["source_tokens"], batch["tokens"], source_segments_BS=batch["source_segments"], return_weights=True
-    )
-    apart = model.unstacked()
-    memory = apart.encode(batch["source_tokens"], source_segments_BS=batch["source_segments"])
-    state = apart.begin(memory, T)
-    step = jax.jit(lambda token, state: apart.step(token, state, memory, return_weights=True))
+    graphdef, params = make(MODELS[name][0])
+    batch = batch_of("seq2seq")
+
+    @jax.jit
+    def at_once(source, target, segments):
+        model = nnx.merge(graphdef, params)
+        whole = model(source, target, source_segments_BS=segments, return_weights=True)
+        apart = model.unstacked()
+        memory = apart.encode(source, source_segments_BS=segments)
+        return whole.logits, whole.weights, memory, apart.begin(memory, T)
+
+    @jax.jit
+    def step(token, state, memory):
+        return nnx.merge(graphdef, params).unstacked().step(token, state, memory, return_weights=True)
+
+    whole, all_weights, memory, state = at_once(batch["source_tokens"], batch["tokens"], batch["source_segments"])
+    whole, all_weights = np.asarray(whole), np.asarray(all_weights)
     for place in range(T):
-        logits, state, weights = step(batch["tokens"][:, place], state)
-        np.testing.assert_allclose(logits, whole.logits[:, place], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(weights, whole.weights[-1].mean(1)[:, place], atol=1e-5)
-    padding = np.asarray(batch["source_segments"]) == 0
-    assert (np.asarray(whole.weights) * padding[None, :, None, None]).max() == 0
+        logits, state, weights = step(batch["tokens"][:, place], state, memory)
+        np.testing.assert_allclose(logits, whole[:, place], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights, all_weights[-1].mean(1)[:, place], atol=1e-5)
+    padding = batch["source_segments"] == 0
+    assert (all_weights * padding[None, :, None, None]).max() == 0
 
 
 def test_shapes_of_the_papers():

@@ -20,9 +20,10 @@ from train.data.prepare import prepare
 from train.data.tokenizer import CLS, SEP, TokenizerConfig
 from train.data.vocabulary import make_tokenizer
 from train.init_from import begin_from
-from train.loop import Run, train
+from train.loop import train
 from train.mesh import MeshConfig, make_mesh, use_mesh
 from train.optimizer import OptimizerConfig
+from train.program import Program
 from train.run_files import load_run
 from transformer.errors import UserError
 from transformer.models.bert import BertConfig
@@ -47,12 +48,11 @@ def beginning(config: RunConfig) -> tuple[dict, dict, str]:
     """Parameters of the model by path: random ones, those that training begins with; and what is said."""
     mesh = make_mesh(config.mesh)
     with use_mesh(mesh, config.mesh.rules):
-        run = Run(config, prepare(config.data, progress=False), mesh)
-        key = jax.random.key(config.seed)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
-        fresh = jax.jit(run.make_state, out_shardings=shardings)(key).params
-        params, said = begin_from(fresh, config, run.prepared)
-        begun = jax.jit(run.make_state, out_shardings=shardings)(key, params)
+        program = Program(config, mesh)
+        fresh = program.init().params
+        params, said = begin_from(fresh, config, prepare(config.data, progress=False))
+        begun = program.init(params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract)
     assert jax.tree.map(lambda leaf: leaf.sharding, begun) == shardings
     values = [
         {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(part)} for part in (fresh, begun.params)

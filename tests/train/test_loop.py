@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.run_records import records
+from tests.train.run_records import records, surroundings
 from train.checkpoint import Checkpoints
 from train.cli import main
 from train.config import load
@@ -201,7 +200,7 @@ def test_a_full_disk_loses_nothing(start, tmp_path):
     limited = f'ulimit -f 40; exec {sys.executable} -m train.cli "$@"'
     result = subprocess.run(
         ["bash", "-c", limited, "bash", "train", str(tmp_path / "run" / "config.yaml"), "--steps", "12"],
-        cwd=Path(__file__).parents[2], env=os.environ | {"XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        cwd=Path(__file__).parents[2], env=surroundings(JAX_ENABLE_COMPILATION_CACHE="false"),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr

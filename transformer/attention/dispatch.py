@@ -20,6 +20,7 @@ from transformer.attention.reference import attention_weights, reference
 from transformer.attention.request import Request
 from transformer.attention.variant import Dropout, Score, Variant
 from transformer.errors import UserError, nearest
+from transformer.sharding import axes_size, mesh_axes
 from transformer.types import Array, Float, PRNGKeyArray, wide
 
 
@@ -59,7 +60,7 @@ def choose_backend(backend: str, request: Request) -> str:
         BackendError: an unknown name, or a named backend that cannot serve the request, and why.
     """
     if backend == "auto":
-        if BACKENDS["ring"].supports(request) is None:
+        if axes_size(mesh_axes("seq")) > 1 and BACKENDS["ring"].supports(request) is None:
             # The sequence lies apart, and anything else would gather it.
             return "ring"
         return _on_one_device(request)
