@@ -29,6 +29,9 @@ def report(folder: Path | None = None) -> str:
 
 
 def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    if {"layouts", "strategies", "kind"} & result.keys():
+        yield from _sharding_rows(result)
+        return
     if "ratio_to" in result:
         yield "training step, tokens/s", *_figure(result["tokens_per_second"]["manyheads"], "{:.0f}")
         for peer, values in result["ratio_to"].items():
@@ -69,6 +72,29 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     elif "ratio" in result:
         for loader, values in result["ratio"].items():
             yield f"{loader}, tokens/s over the step's", *_figure(values, "{:.0f}×")
+
+
+def _sharding_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Of a plan, of strategies measured here or compiled for a target, and of predictions held against measurements."""
+    if "layouts" in result:
+        best = next((row for row in result["layouts"] if row["fits"]), None)
+        what = f"plan of {result['config']} on {result['target']}, {result['compiled']} layouts compiled"
+        yield f"{what}, time", f"{result['seconds']:.0f} s", ""
+        if best is not None:
+            figure = f"{best['seconds'] * 1e3:.0f} ms, MFU {best['mfu']:.0%}"
+            yield f"the best of them, predicted: {best['layout']}", figure, ""
+    elif "target" in result:
+        for name, row in result["strategies"].items():
+            if row["least_bytes"] and row["sent_bytes"]:
+                what = f"{result['config']} on {result['target']}, {name}: bytes sent over the least on paper"
+                yield what, f"{row['sent_bytes'] / row['least_bytes']:.3f}", ""
+    elif "strategies" in result:
+        for name, row in result["strategies"].items():
+            what = f"{result['config']} on {result['devices']} devices, {name}: difference of losses to one device"
+            yield what, f"{row['loss_difference']:.0e}", ""
+    else:
+        for part, error in result["worst"].items():
+            yield f"prediction on {result['kind']}, error of {part} at worst", f"{error:.0%}", ""
 
 
 def _figure(values: dict[str, float], form: str) -> tuple[str, str]:

@@ -187,7 +187,8 @@ def refused(error: Exception, seconds: float, target: Target) -> Compiled:
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-    used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of", text)
+    # Two ways of saying so: "Used 20.00G of 15.75G", "required for HLO temporaries (19.70G) exceeds available HBM".
+    used = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMGT]?)(?: of|\) exceeds)", text)
     memory, over = None, 0.0
     if used:
         memory = float(used.group(1)) * 1024 ** " KMGT".index(used.group(2) or " ")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.sharding.page import page, svg, table
+from benchmarks.sharding.validate import on_record
 
 GIB = 2**30
 HEADS = ("", "layout", "step", "tokens/s", "MFU", "memory", "matmul", "memory-bound", "sending", "bound by")
@@ -55,7 +56,14 @@ def sentences(result: dict[str, Any]) -> list[str]:
             f"{training['tokens']:.3g} tokens take {training['days']:.1f} days, {training['device_hours']:,.0f} device-hours."
         )
     said += [f"Too large: {row['layout']}, {memory_of(row)}." for row in large[:3]]
-    said.append("Predicted, not measured: no run on this kind of device is on record to hold it against.")
+    kind = result["target"].partition(":")[0]
+    error = on_record(kind)
+    said.append(
+        "Predicted, not measured: no run on this kind of device is on record to hold it against."
+        if error is None
+        else f"Predicted, not measured; on {kind} predictions were off by {error['time']:.0%} in time and {error['memory']:.0%} "
+        "in memory at worst."
+    )
     return said
 
 

@@ -172,8 +172,14 @@ def test_a_process_that_compiles_says_what_is_wrong_with_it():
     assert not answer.fits and "the compiler is not installed: libtpu" in answer.error
 
 
-def test_a_refusal_for_memory_says_by_how_much():
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.",
+        "the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.75G)",
+    ],
+)
+def test_a_refusal_for_memory_says_by_how_much(said):
     target = parse_target("v5e:2x4")
-    error = RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.")
-    refused = ahead.refused(error, 1.0, target)
+    refused = ahead.refused(RuntimeError(f"RESOURCE_EXHAUSTED: {said}"), 1.0, target)
     assert refused.memory == 20 * 2**30 and refused.over == pytest.approx(4.25 * 2**30)
