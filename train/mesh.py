@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.errors import UserError, require
@@ -182,7 +183,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh over all devices (or those given); 1×1 on one device."""
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    types = (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # On a torus whose dims are no products of the mesh's axes: a dim is shared by two of them.
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class Compiled:
     over: float
     """Bytes beyond the device's memory; 0 for one that fits."""
     prediction: dict[str, Any] | None
-    """`roofline.Prediction`, and its seconds and bound."""
+    """`roofline.Prediction`, its seconds and bound, and how many loops of unknown length were counted once."""
     collectives: tuple[dict[str, Any], ...]
     """Kind, dtype, devices, count and bytes sent in a step."""
     error: str | None = None
@@ -156,7 +156,8 @@ def compile_step(config: RunConfig, target: Target, devices: list[Any]) -> Compi
     over = max(memory - target.chip.memory, 0)
     return Compiled(
         seconds, memory, state, temporary, over == 0, over,
-        dataclasses.asdict(prediction) | {"seconds": prediction.seconds, "bound": prediction.bound},
+        dataclasses.asdict(prediction)
+        | {"seconds": prediction.seconds, "bound": prediction.bound, "uncounted_loops": len(module.uncounted)},
         tuple(summary(module)),
     )  # fmt: skip
 

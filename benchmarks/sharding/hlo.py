@@ -158,17 +158,22 @@ class Module:
             return int(found.group(1))
         condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
         assert condition is not None and loop.called is not None
-        test = _root(self.computations[condition.group(1)])
         inside, body = self.computations[condition.group(1)], self.computations[loop.called]
-        limits = [int(inside[name].text) for name in test.operands if inside[name].opcode == "constant"]
-        counters = [inside[name].index for name in test.operands if inside[name].opcode == "get-tuple-element"]
+        test = _root(inside)
+        compared = [_source(inside, name) for name in test.operands]
+        limits = [int(one.text) for one in compared if one is not None and one.opcode == "constant"]
+        counters = [one.index for one in compared if one is not None and one.opcode == "get-tuple-element"]
         if test.opcode != "compare" or len(limits) != 1 or len(counters) != 1 or counters[0] is None:
             self.uncounted.add(loop.name)
             return 1
         # An unrolled loop adds more than 1.
-        added = body[_root(body).operands[counters[0]]]
-        steps = [int(body[name].text) for name in added.operands if body[name].opcode == "constant"]
-        return -(-limits[0] // steps[0]) if added.opcode == "add" and steps else limits[0]
+        added = _source(body, _root(body).operands[counters[0]])
+        if added is None or added.opcode != "add":
+            return limits[0]
+        steps = [
+            one for name in added.operands if (one := _source(body, name)) is not None and one.opcode == "constant"
+        ]
+        return -(-limits[0] // int(steps[0].text)) if steps else limits[0]
 
     def operands(self, computation: str, instruction: Instruction) -> list[Instruction]:
         """The instructions that an instruction reads."""
@@ -288,6 +293,14 @@ def _closing(line: str, start: int) -> int:
             if not depth:
                 return index + 1
     return len(line)
+
+
+def _source(computation: dict[str, Instruction], name: str) -> Instruction | None:
+    """What an operand is, behind the copies that a compiler puts between."""
+    found = computation.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast", "copy-start", "copy-done") and found.operands:
+        found = computation.get(found.operands[0])
+    return found
 
 
 def _root(computation: dict[str, Instruction]) -> Instruction:

@@ -33,7 +33,7 @@ from transformer.errors import UserError
 from transformer.models.families import flops_per_token
 
 CANDIDATES = 24
-PREDICTOR = 1
+PREDICTOR = 2
 """Changes with what is read out of a compiled program, so that no answer of an older reading is taken from the cache."""
 
 
@@ -145,7 +145,7 @@ def estimated(config: RunConfig, target: Target) -> list[Entry]:
 
 def promising(entries: list[Entry], target: Target, number: int) -> list[Entry]:
     """The `number` layouts to compile, best first: those that may fit, no more than two settings of one mesh before others."""
-    likely = [entry for entry in entries if entry.estimate.memory <= 1.25 * target.chip.memory] or entries
+    likely = [entry for entry in entries if entry.estimate.memory <= 1.4 * target.chip.memory] or entries
     likely = sorted(likely, key=lambda entry: entry.seconds * (1 if entry.fits(target) else 1.2))
     first: list[Entry] = []
     later: list[Entry] = []

@@ -50,6 +50,11 @@ def sentences(result: dict[str, Any]) -> list[str]:
         f"MFU {best['mfu']:.1%}, {best['memory'] / GIB:.1f} of {result['device_memory'] / GIB:.1f} GiB a device; "
         f"bound by {bound_of(best)}."
     )
+    if best["compiled"] and best["compiled"]["prediction"].get("uncounted_loops"):
+        count = best["compiled"]["prediction"]["uncounted_loops"]
+        said.append(
+            f"Its text has {count} loops of unknown length, which were counted once: it takes longer than that."
+        )
     if "training" in result:
         training = result["training"]
         said.append(

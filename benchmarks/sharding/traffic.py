@@ -92,7 +92,7 @@ def run(
     console.print(grid)
     for name, why in refused.items():
         console.print(f"{name}: not for this model: {why}", highlight=False)
-    name = f"{config.name}_traffic_{target.name.replace(':', '_')}"
+    name = f"traffic_{config.name}_{target.name.replace(':', '_')}"
     file = Path(output or "plans") / f"{name}.html"
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def run(
             encoding="utf-8",
         )
     print(f"the report: {file}")
-    record.save(f"traffic_{name}", f"manyheads-bench sharding {path} --target {target.name}", result, show=False)
+    record.save(name, f"manyheads-bench sharding {path} --target {target.name}", result, show=False)
     return result
 
 
