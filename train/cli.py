@@ -9,12 +9,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformer.errors import UserError
 
 if TYPE_CHECKING:
     from train.config import RunConfig
+    from train.processes import Peers
 
 T = TypeVar("T")
 
@@ -68,6 +69,19 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("train", _train, "train from a config, or go on where the run stopped")
     devices(sub)
+    sub.add_argument(
+        "--distributed", action="store_true", help="one of several processes, found by Slurm, MPI, a pod, ..."
+    )
+    sub.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes: where process 0 is")
+    sub.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    sub.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    sub.add_argument(
+        "--heartbeat-seconds",
+        type=int,
+        default=60,
+        metavar="S",
+        help="a process silent for so long is taken for dead (60)",
+    )
     sub.add_argument("--profile", metavar="A:B", help="trace steps A to B for TensorBoard or Perfetto")
 
     command("prepare", _prepare, "tokenise a config's data into the cache, without training")
@@ -129,7 +143,18 @@ def _load(options: argparse.Namespace) -> RunConfig:
 def _set_up(options: argparse.Namespace) -> None:
     from train.runtime import set_up_devices
 
-    set_up_devices(options.devices, options.platform)
+    set_up_devices(options.devices, options.platform, _peers(options))
+
+
+def _peers(options: argparse.Namespace) -> Peers | None:
+    """The other processes of the run, where the command has flags for them and they were used."""
+    names = ("coordinator", "num_processes", "process_id")
+    given: dict[str, Any] = {name: getattr(options, name, None) for name in names}
+    if not getattr(options, "distributed", False) and set(given.values()) == {None}:
+        return None
+    from train.processes import Peers
+
+    return Peers(**given, heartbeat_seconds=options.heartbeat_seconds)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from train.meter import Meter, Reading
 from train.metrics import MetricLog
 from train.objective import Batch
 from train.optimizer import make_schedule
+from train.processes import agree_on, any_process, first_alone, is_first, one_log
 from train.program import Program
 from train.run_files import tokenizer_files
 from train.runtime import GracefulStop
@@ -59,13 +60,20 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finis
     Raises:
         UserError: whatever the user can mend, before a step where it can be known then.
     """
+    with one_log():
+        return _train(config, profile)
+
+
+def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
+    agree_on(config)
     with writing(config.directory):
         config.directory.mkdir(parents=True, exist_ok=True)
     if profile is not None and profile[0] > config.steps:
         raise UserError(f"--profile: step {profile[0]} is beyond the last one, {config.steps}")
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
-    prepared = prepare(config.data)
+    with first_alone("prepare"):
+        prepared = prepare(config.data)
     check_data(config, prepared)
     with _alone_in(config.directory), use_mesh(mesh, config.mesh.rules), GracefulStop() as stop:
         run = Run(config, prepared, mesh)
@@ -76,8 +84,9 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finis
             if done == config.steps:
                 print(f"{config.directory}: finished before, at step {done}. Raise steps to train on, or write with it")
                 return Finished(config.directory, done, None, False)
-            with writing(config.directory):
-                (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
+            if is_first():
+                with writing(config.directory):
+                    (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
             return run.loop(state, checkpoints, stop, profile)
 
 
@@ -88,10 +97,12 @@ class Run:
         self.config, self.prepared, self.mesh = config, prepared, mesh
         self.program = Program(config, mesh)
         self.schedule: optax.Schedule = make_schedule(config.optimizer, config.steps)
-        self.translator = None
-        if prepared.pairs and prepared.validation:
-            self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
-        self.sampler = make_sampler(config, prepared, self.translator)
+        self.translator = self.sampler = None
+        # Writing is for one process, which may not have all of the parameters.
+        if jax.process_count() == 1:
+            if prepared.pairs and prepared.validation:
+                self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
+            self.sampler = make_sampler(config, prepared, self.translator)
         self.tokenizer_files = tokenizer_files(prepared, config.directory / "tokenizer")
         self.has_held_out = bool(prepared.validation)
         self.classifies = config.objective.kind == "classification"
@@ -158,7 +169,8 @@ class Run:
                     self.sample(state, display)
                 if saves:
                     checkpoints.save(state, step, config, self.tokenizer_files, nll)
-                if stop.requested:
+                if any_process(stop.requested, step):
+                    stop.requested = True
                     break
             self._drain(meter, display, log, checkpoints)
             if profile is not None and start < profile[0] <= step <= profile[1]:

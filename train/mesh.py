@@ -184,12 +184,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
     types = (AxisType.Auto,) * len(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        return Mesh(_over_slices(sizes, slices, devices), MESH_AXES, axis_types=types)
     try:
         return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
     except NotImplementedError:
         # On a torus whose dims are no products of the mesh's axes: a dim is shared by two of them.
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(placed, MESH_AXES, axis_types=types)
+
+
+def _over_slices(sizes: tuple[int, ...], slices: int, devices: list[jax.Device]) -> np.ndarray:
+    """Devices of several slices, which a slower network joins: one axis goes over it, and that is the first that can."""
+    for axis in range(MESH_AXES.index("expert")):
+        if sizes[axis] % slices == 0:
+            between = [slices if index == axis else 1 for index in range(len(sizes))]
+            within = [size // outer for size, outer in zip(sizes, between, strict=True)]
+            return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    raise UserError(
+        f"mesh: there are {slices} slices, and none of pipeline, data and fsdp can go over the network between them; "
+        f"make one of them a multiple of {slices}"
+    )
 
 
 @contextlib.contextmanager
@@ -230,6 +246,11 @@ def check_batch(mesh: Mesh, rules: Rules, batch_size: int, microbatches: int) ->
     axes = dict(rules)["batch"] or ()
     axes = (axes,) if isinstance(axes, str) else axes
     shards = math.prod(mesh.shape[axis] for axis in axes)
+    if shards % (processes := jax.process_count()):
+        raise UserError(
+            f"mesh: a batch lies over {shards} parts, and {processes} processes read it, each whole rows of its own; make "
+            f"mesh.data × mesh.fsdp a multiple of {processes}"
+        )
     if batch_size % (shards * microbatches):
         step = shards * microbatches
         lower, upper = batch_size // step * step, -(-batch_size // step) * step

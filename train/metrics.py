@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from train.config import RunConfig, to_data
+from train.processes import is_first
 from train.sections import LogConfig
 from transformer.errors import UserError
 
@@ -81,7 +82,10 @@ class MetricLog:
 
     def __init__(self, config: RunConfig, directory: Path, start_step: int) -> None:
         log: LogConfig = config.log
-        self._writers: list[Writer] = [JsonlWriter(directory / "metrics.jsonl", start_step)]
+        self._writers: list[Writer] = []
+        if not is_first():
+            return
+        self._writers.append(JsonlWriter(directory / "metrics.jsonl", start_step))
         if log.tensorboard:
             self._writers.append(TensorBoardWriter(directory / "tensorboard", start_step))
         if log.wandb_project:

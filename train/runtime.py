@@ -11,18 +11,20 @@ from typing import Any
 import jax
 
 from train.data.cache import cache_dir
+from train.processes import Peers, join
 from transformer.errors import UserError
 
 
-def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = None) -> None:
+def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = None, peers: Peers | None = None) -> None:
     """Choose the devices. Call it before anything runs on one.
 
     Args:
         num_cpu_devices: virtual devices to make of the CPU, to try a sharding without the hardware.
         platform: cpu, gpu, tpu; JAX's own choice by default.
+        peers: the other processes of the run, if it has any.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: there is no such device here, or the processes do not come together.
     """
     if num_cpu_devices is not None:
         if num_cpu_devices < 1:
@@ -37,6 +39,8 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
     # What orbax says of its own workings is no news for a user.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if peers is not None:
+        join(peers)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:

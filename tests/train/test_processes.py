@@ -1,0 +1,144 @@
+"""Several processes over loopback: the losses of one, checkpoints that both can read, and no hang when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.train.run_records import surroundings
+
+CONFIG = """
+name: several
+steps: 4
+batch_size: 16
+model: {vocab_size: 256, max_length: 16, num_layers: 2, embed_dim: 32, num_heads: 4}
+data: {sources: [{kind: files, path: TEXT}], tokenizer: {kind: bytes}, validation_fraction: 0.2}
+optimizer: {learning_rate: 0.01}
+evaluation: {every: 2}
+checkpoint: {every: 2}
+log: {every: 1, tensorboard: false}
+mesh: {strategy: fsdp}
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    for index in range(8):
+        (folder / f"text{index}.txt").write_text(f"A text, number {index}, of some length. " * 20)
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.replace("TEXT", str(folder / "*.txt")))
+    return path
+
+
+def start(config, run, *options, processes=1, devices=8, wait=True):
+    """What each process returned and printed; the processes themselves if they are not to be waited for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(processes), "--heartbeat-seconds", "10"]
+    started = []
+    for index in range(processes):
+        own = [*several, "--process-id", str(index)] if processes > 1 else []
+        mine = [option[index] if isinstance(option, tuple) else option for option in options]
+        command = [sys.executable, "-m", "train.cli", "train", str(config), "--run-dir", str(run)]
+        command += ["--devices", str(devices), *own, *mine]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, **pipes, text=True, env=surroundings()))
+    if not wait:
+        return started
+    said = [process.communicate(timeout=240) for process in started]
+    # The transport on CPUs has lines of its own.
+    own_words = ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in said]
+    return [
+        (process.returncode, out, said[i][1]) for i, (process, out) in enumerate(zip(started, own_words, strict=True))
+    ]
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {(line["step"], name): value for line in lines for name, value in line.items() if name.endswith("/loss")}
+
+
+@pytest.fixture(scope="module")
+def one(config, tmp_path_factory):
+    run = tmp_path_factory.mktemp("one") / "run"
+    ((code, _, errors),) = start(config, run)
+    assert code == 0, errors
+    return losses(run)
+
+
+def test_two_processes_compute_what_one_does_and_share_one_log(config, one, tmp_path):
+    run = tmp_path / "run"
+    first, second = start(config, run, processes=2, devices=4)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "step 4/4" in first[1] and second[1] == ""
+    two = losses(run)
+    assert two.keys() == one.keys()
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_checkpoints_go_from_two_processes_to_one_and_back(config, one, tmp_path):
+    run = tmp_path / "run"
+    for steps, processes in (("2", 2), ("3", 1), ("4", 2)):
+        ended = start(
+            config,
+            run,
+            "--steps",
+            steps,
+            "--optimizer.schedule",
+            "constant",
+            processes=processes,
+            devices=8 // processes,
+        )
+        assert all(code == 0 for code, _, _ in ended), ended
+    straight = tmp_path / "straight"
+    ((code, _, errors),) = start(config, straight, "--optimizer.schedule", "constant")
+    assert code == 0, errors
+    assert losses(run)[4, "train/loss"] == pytest.approx(losses(straight)[4, "train/loss"], rel=1e-5)
+
+
+def test_processes_with_different_configs(config, tmp_path):
+    ended = start(config, tmp_path / "run", "--seed", ("0", "1"), processes=2, devices=4)
+    assert [code for code, _, _ in ended] == [2, 2]
+    assert "processes 1 have another config than process 0; of process 1: seed: 0 → 1" in ended[0][2]
+
+
+def test_a_process_that_dies_stops_the_others(config, tmp_path):
+    run = tmp_path / "run"
+    first, second = start(config, run, "--steps", "100000", processes=2, devices=4, wait=False)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints").exists() or not any(
+        path.name.isdigit() for path in (run / "checkpoints").iterdir()
+    ):
+        assert time.monotonic() < deadline and first.poll() is None, first.communicate()[1]
+        time.sleep(0.2)
+    os.kill(second.pid, signal.SIGKILL)
+    second.communicate()
+    # It may not hang, whatever collective it is in.
+    _, errors = first.communicate(timeout=90)
+    assert first.returncode != 0
+    assert errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-processes", "2"], "several processes need --coordinator and --process-id too"),
+        (
+            ["--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "2"],
+            "--process-id: got 2; allowed: 0 to 1",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together(config, tmp_path, options, message):
+    ((code, _, errors),) = start(config, tmp_path / "run", *options)
+    assert code == 2
+    assert message in errors
