@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
@@ -315,30 +317,32 @@ def _branches(instruction: Instruction) -> list[str]:
 
 
 def _first_group(attributes: str) -> tuple[int, ...]:
-    """The partitions of a collective's first group, in whichever notation it has."""
+    """The partitions of a collective's first group, in whichever notation it has.
+
+    Raises:
+        ValueError: a notation that is not known. To take it for no group would be to say that nothing is sent.
+    """
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         pairs = re.findall(r"\{(\d+),(\d+)\}", attributes[found.start() :].partition("}}")[0] + "}")
         return next(((int(a), int(b)) for a, b in pairs if a != b), (0,))
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return tuple(int(one) for one in found.group(1).split(",") if one)
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        size = int(found.group(2))
-        dims = [int(one) for one in found.group(3).split(",")]
-        order = [int(one) for one in found.group(4).split(",")] if found.group(4) else list(range(len(dims)))
-        return _iota(dims, order)[:size]
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return tuple(_ids(found.group(3)).tolist())[: int(found.group(2))]
+    mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))? \{([^}]*)\}"
+    if found := re.search(mesh, attributes):
         axes = [one.split("=") for one in found.group(1).replace("'", "").split(",")]
-        used = found.group(2).replace("'", "").split(",")
-        names, dims = [name.strip() for name, _ in axes], [int(size) for _, size in axes]
-        # Sub-axes are written as 'axis':(before)size; they are told apart by their size alone.
-        chosen = [names.index(one.strip()) for one in used if one.strip() in names]
-        order = [index for index in range(len(dims)) if index not in chosen] + chosen
-        return _iota(dims, order)[: math.prod(dims[index] for index in chosen)]
-    return ()
+        names, sizes = [name.strip() for name, _ in axes], [int(size) for _, size in axes]
+        used = [names.index(one.strip()) for one in found.group(3).replace("'", "").split(",") if one.strip()]
+        order = [index for index in range(len(sizes)) if index not in used] + used
+        ids = _ids(found.group(2) or str(sizes).replace(" ", "")).reshape(sizes).transpose(order).reshape(-1)
+        return tuple(ids.tolist())[: math.prod(sizes[index] for index in used)]
+    raise ValueError(f"a collective whose groups are written in an unknown way: {attributes[:200]}")
 
 
-def _iota(dims: list[int], order: list[int]) -> tuple[int, ...]:
-    """arange(prod(dims)) as an array of `dims`, its dims put in `order`, flat."""
-    import numpy as np
-
-    return tuple(int(one) for one in np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(-1))
+def _ids(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`: the numbers from 0 on as an array of these dims, its dims put in this order, flat."""
+    dims, _, order = text.partition("T")
+    sizes = [int(one) for one in dims.strip("[]").split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return (ids.transpose([int(one) for one in order.strip("()").split(",")]) if order else ids).reshape(-1)

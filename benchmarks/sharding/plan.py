@@ -33,7 +33,7 @@ from transformer.errors import UserError
 from transformer.models.families import flops_per_token
 
 CANDIDATES = 24
-PREDICTOR = 2
+PREDICTOR = 3
 """Changes with what is read out of a compiled program, so that no answer of an older reading is taken from the cache."""
 
 

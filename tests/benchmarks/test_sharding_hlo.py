@@ -80,6 +80,8 @@ def test_groups_of_a_mesh_are_told_apart():
         ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", (0, 4)),
         ("replica_groups=mesh['axis_0'=16,'axis_1'=1] {'axis_0','axis_1'}", tuple(range(16))),
     ],
 )
@@ -92,6 +94,17 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
 """
     (sum_,) = Module(text).collectives()
     assert sum_.group == group
+
+
+def test_a_notation_that_is_unknown_is_no_silence():
+    text = """HloModule m
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %sum = f32[4]{0} all-reduce(%p), channel_id=1, replica_groups=torus(2), to_apply=%add
+}
+"""
+    with pytest.raises(ValueError, match="written in an unknown way: .*torus"):
+        Module(text).collectives()
 
 
 def test_an_unrolled_loop_counts_by_what_it_adds():
