@@ -84,14 +84,18 @@ def _sharding_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             figure = f"{best['seconds'] * 1e3:.0f} ms, MFU {best['mfu']:.0%}"
             yield f"the best of them, predicted: {best['layout']}", figure, ""
     elif "target" in result:
-        for name, row in result["strategies"].items():
-            if row["least_bytes"] and row["sent_bytes"]:
-                what = f"{result['config']} on {result['target']}, {name}: bytes sent over the least on paper"
-                yield what, f"{row['sent_bytes'] / row['least_bytes']:.3f}", ""
+        ratios = {
+            name: row["sent_bytes"] / row["least_bytes"]
+            for name, row in result["strategies"].items()
+            if row["least_bytes"] and row["sent_bytes"]
+        }
+        what = f"{result['config']} on {result['target']}, bytes sent over the least on paper"
+        yield what, ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()), ""
     elif "strategies" in result:
-        for name, row in result["strategies"].items():
-            what = f"{result['config']} on {result['devices']} devices, {name}: difference of losses to one device"
-            yield what, f"{row['loss_difference']:.0e}", ""
+        rows = result["strategies"].values()
+        for part, of in (("loss", "losses"), ("gradient", "the first gradient")):
+            what = f"{result['config']} on {result['devices']} devices, {len(rows)} strategies: {of} beside one's, at worst"
+            yield what, f"{max(row[f'{part}_difference'] for row in rows):.0e}", ""
     else:
         for part, error in result["worst"].items():
             yield f"prediction on {result['kind']}, error of {part} at worst", f"{error:.0%}", ""

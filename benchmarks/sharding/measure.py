@@ -97,7 +97,12 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         measure_report.write(result, page)
     print(f"the report: {page}")
-    record.save(f"sharding_{config.name}_{len(devices)}", f"manyheads-bench sharding {path}", result, show=False)
+    command = f"manyheads-bench sharding {path}"
+    if devices[0].platform == "cpu":
+        command += f" --devices {len(devices)}"
+    if strategies:
+        command += f" --strategies {','.join(strategies)}"
+    record.save(f"sharding_{config.name}_{len(devices)}", command, result, show=False)
     return result
 
 

@@ -101,7 +101,8 @@ def run(
             encoding="utf-8",
         )
     print(f"the report: {file}")
-    record.save(name, f"manyheads-bench sharding {path} --target {target.name}", result, show=False)
+    command = f"manyheads-bench sharding {path} --target {target.name}"
+    record.save(name, command + (f" --strategies {','.join(strategies)}" if strategies else ""), result, show=False)
     return result
 
 
