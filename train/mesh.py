@@ -171,8 +171,9 @@ class MeshConfig:
         sizes = tuple(given[axis] or 1 for axis in MESH_AXES)
         if math.prod(sizes) != num_devices:
             wanted = " × ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1)
+            factors = ", ".join(str(size) for size in range(1, num_devices + 1) if num_devices % size == 0)
             raise UserError(
-                f"mesh: {wanted} = {math.prod(sizes)} devices, but there are {num_devices}; "
+                f"mesh: {wanted} = {math.prod(sizes)} devices, but there are {num_devices} (factors {factors}); "
                 f"change {' or '.join(f'mesh.{axis}' for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1)}, "
                 f"or run with --devices {math.prod(sizes)}"
             )
