@@ -170,14 +170,13 @@ class Run:
                 if saves:
                     checkpoints.save(state, step, config, self.tokenizer_files, nll)
                 if any_process(stop.requested, step):
-                    stop.requested = True
                     break
             self._drain(meter, display, log, checkpoints)
             if profile is not None and start < profile[0] <= step <= profile[1]:
                 jax.profiler.stop_trace()
                 display.say(f"profile from step {profile[0]}: {config.directory / 'profile'}")
             scores = None
-            interrupted = stop.requested and step < config.steps
+            interrupted = step < config.steps
             try:
                 if self.has_held_out and not interrupted:
                     scores, nll = self._evaluate(state, step, display, log, None)
