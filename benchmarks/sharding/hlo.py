@@ -28,7 +28,6 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations|async_execution_thread)=\{?%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)')
 
 

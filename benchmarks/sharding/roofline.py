@@ -91,20 +91,21 @@ def predict(module: Module, target: Target, link_of: Callable[[tuple[int, ...]],
         links[link] += seconds
         behind = 0.0
         if one.asynchronous:
-            behind = _hide(seconds, list(module.computations[one.where]), one.span, spent[one.where])
+            behind = hide(seconds, list(module.computations[one.where]), one.span, spent[one.where])
         overlapped, exposed = overlapped + behind, exposed + seconds - behind
     return Prediction(compute, memory, exposed, overlapped, dict(links), flops, traffic)
 
 
-def _hide(seconds: float, order: list[str], span: tuple[str, str], spent: dict[str, float]) -> float:
+def hide(seconds: float, order: list[str], span: tuple[str, str], spent: dict[str, float]) -> float:
     """Seconds that hide behind the instructions of a span; none of those can hide anything else then."""
-    hidden = 0.0
+    left = seconds
     for name in order[order.index(span[0]) : order.index(span[1]) + 1]:
-        taken = min(seconds - hidden, spent.get(name, 0.0))
-        hidden += taken
-        if taken:
+        if name in spent:
+            # Taken from both, so that neither is ever below 0, whatever is rounded.
+            taken = min(left, spent[name])
+            left -= taken
             spent[name] -= taken
-    return hidden
+    return seconds - left
 
 
 def flops_of(module: Module, where: str, instruction: Instruction) -> float:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.sharding.hlo import Module, stage_of
-from benchmarks.sharding.roofline import flops_of, predict
+from benchmarks.sharding.roofline import flops_of, hide, predict
 from benchmarks.sharding.targets import parse_target
 
 
@@ -205,6 +205,13 @@ ENTRY %main (p: f32[1000,1000]) -> f32[1000,1000] {
     assert slow.exposed + slow.overlapped == pytest.approx(slow.links["wire"])
     assert slow.bound == "wire"
     assert fast.flops == 2 * 1000**3
+
+
+def test_rounding_hides_no_more_than_is_sent():
+    # 0.074 + (0.23 - 0.074) is more than 0.23.
+    spent = {"first": 0.074, "second": 0.9}
+    assert hide(0.23, ["start", "first", "second", "copy", "done"], ("start", "done"), spent) == 0.23
+    assert spent["first"] == 0 and spent["second"] == pytest.approx(0.744)
 
 
 def test_a_stage_is_named_by_the_model():
