@@ -24,6 +24,7 @@ from transformer.layers.embedding import Embedding, embed_lookup
 from transformer.models.layer_stack import LayerStack, router_loss
 from transformer.pipeline import (
     Schedule,
+    check_microbatches,
     check_period,
     check_stages,
     in_stages,
@@ -55,11 +56,8 @@ def schedule_of(config: RunConfig, mesh: Mesh) -> Schedule:
             "it cuts a model into embedding, layers and head, and electra has two stacks of layers; allowed: gpipe"
         )
         raise ConfigError(MeshConfig, "schedule", "1f1b", allowed)
-    if M % P:
-        raise ConfigError(
-            MeshConfig, "pipeline_microbatches", M, f"allowed: a multiple of mesh.pipeline ({P}), or null"
-        )
     check_stages(config.model.num_layers, P, V)
+    check_microbatches(P, M)
     # Beside its own microbatches, each device of the pipeline has its share of the batch.
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches * M // P)
     return Schedule(V, M)

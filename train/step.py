@@ -46,7 +46,7 @@ def make_train_step(
         microbatches: into how many parts the batch is cut, one after the other, to save memory.
         ema_decay: of the parameters' moving average, where the state keeps one.
         objective: a name of `LOSSES`.
-        gradients: shapes and shardings of the gradients of each part; laid out as the compiler sees fit by default.
+        gradients: shapes and shardings of the gradients of each of several parts; by default the compiler lays them out.
         summed: the same of their sum over all parts, as the optimiser takes it.
         gradient: what computes them, such as a pipeline; by default `jax.grad` of the objective's loss.
 
@@ -55,8 +55,6 @@ def make_train_step(
         skipped.
     """
     gradient = make_gradient(graphdef, loss, objective) if gradient is None else gradient
-    if microbatches == 1:
-        gradients = summed
     compute = accumulated(gradient, microbatches, _layout(gradients))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -86,8 +84,10 @@ def accumulated(gradient: Gradient, microbatches: int, layout: nnx.State | None 
     """`gradient` of a batch in parts, one after the other.
 
     Args:
-        layout: shardings of the gradients; None leaves them to the compiler.
+        layout: shardings of the gradients of each of several parts; None leaves them to the compiler.
     """
+    if microbatches == 1:
+        return gradient
 
     def laid_out(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
         grads, sums = gradient(params, batch, key)
@@ -103,7 +103,7 @@ def accumulated(gradient: Gradient, microbatches: int, layout: nnx.State | None 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(laid_out, params, *first))
         return jax.lax.scan(add, zero, (parts, keys))[0]
 
-    return laid_out if microbatches == 1 else accumulate
+    return accumulate
 
 
 def update(

@@ -123,7 +123,11 @@ def run_pipeline(
     M = P * V if schedule.microbatches is None else schedule.microbatches
     num_layers = _leading(in_order(blocks))
     check_stages(num_layers, P, V)
-    check_microbatches(x.shape[0], P, M)
+    check_microbatches(P, M)
+    if x.shape[0] % M:
+        raise UserError(
+            f"batch_size: a pipeline gets {x.shape[0]} sequences at once, which mesh.pipeline_microbatches {M} does not divide"
+        )
     flat, structure = jax.tree.flatten(rows, is_leaf=lambda leaf: isinstance(leaf, BlockSparse | MaskMod | nnx.Module))
     if any(isinstance(leaf, MaskMod) and leaf.looks_at()[0] for leaf in flat):
         raise UserError(
@@ -193,16 +197,11 @@ def check_stages(num_layers: int, num_devices: int, stages_per_device: int) -> N
         )
 
 
-def check_microbatches(num_rows: int, num_devices: int, microbatches: int) -> None:
-    """Raise a `UserError` unless the microbatches are as many on each device, and as large as one another."""
+def check_microbatches(num_devices: int, microbatches: int) -> None:
+    """Raise a `UserError` unless the microbatches are as many on each device."""
     if microbatches % num_devices:
         raise UserError(
             f"mesh.pipeline_microbatches: got {microbatches}; allowed: a multiple of mesh.pipeline ({num_devices}), or null"
-        )
-    if num_rows % microbatches:
-        raise UserError(
-            f"batch_size: a pipeline gets {num_rows} sequences at once, which mesh.pipeline_microbatches {microbatches} "
-            "does not divide"
         )
 
 

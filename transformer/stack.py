@@ -6,6 +6,7 @@ do not grow with depth. Where the mesh has an axis for `layers`, they run as a p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -108,35 +109,21 @@ def apply_stack(
         raise ValueError(f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}")
     calls = [call] if callable(call) else list(call)
     keys = None if key is None else jax.random.split(key, num_layers)
-    with jax.named_scope("layers"):
-        if pipelined and devices_of_layers() > 1:
-            return _in_pipeline(calls, blocks, x, keys, per_layer, rows, num_layers, scan, remat)
-        alike = (callable(call) or len(calls) < num_layers) and not isinstance(blocks, nnx.List)
-        blocks = blocks if isinstance(blocks, nnx.List) else in_order(blocks)
-        return _through(calls, blocks, x, keys, per_layer, rows, num_layers, scan, remat, alike)
-
-
-def _in_pipeline(
-    calls: list[Callable[..., tuple[Array, Any]]],
-    blocks: nnx.Module,
-    x: Array,
-    keys: Array | None,
-    per_layer: Any,
-    rows: Any,
-    num_layers: int,
-    scan: bool,
-    remat: str,
-) -> tuple[Array, Any]:
-    """The layers as stages, each of which goes through its own."""
-    if jax.tree.leaves(per_layer):
-        raise ValueError("a pipeline's layers get nothing one by one (per_layer), such as a cache")
+    through = functools.partial(_through, calls, scan=scan, remat=remat)
 
     def stage(blocks: nnx.Module, x: Array, keys: Array | None, rows: Any) -> tuple[Array, Any]:
         count = jax.tree.leaves(blocks)[0].shape[0]
         check_period(num_layers, count, len(calls))
-        return _through(calls, blocks, x, keys, per_layer, rows, count, scan, remat, alike=True)
+        return through(blocks, x, keys, per_layer, rows, alike=True)
 
-    return run_pipeline(stage, blocks, x, keys=keys, rows=rows)
+    with jax.named_scope("layers"):
+        if pipelined and devices_of_layers() > 1:
+            if jax.tree.leaves(per_layer):
+                raise ValueError("a pipeline's layers get nothing one by one (per_layer), such as a cache")
+            return run_pipeline(stage, blocks, x, keys=keys, rows=rows)
+        alike = (callable(call) or len(calls) < num_layers) and not isinstance(blocks, nnx.List)
+        blocks = blocks if isinstance(blocks, nnx.List) else in_order(blocks)
+        return through(blocks, x, keys, per_layer, rows, alike=alike)
 
 
 def _through(
@@ -146,7 +133,7 @@ def _through(
     keys: Array | None,
     per_layer: Any,
     rows: Any,
-    num_layers: int,
+    *,
     scan: bool,
     remat: str,
     alike: bool,
@@ -175,7 +162,7 @@ def _through(
 
     if isinstance(blocks, nnx.List):
         return one_by_one(x, _paired(blocks, keys, per_layer))
-    layers = (blocks, keys, per_layer)
+    layers, num_layers = (blocks, keys, per_layer), jax.tree.leaves(blocks)[0].shape[0]
     if scan and period == 1:
         return jax.lax.scan(bodies[0], x, layers)
     if not scan:
