@@ -14,9 +14,10 @@ OVERRIDABLE = ("plan", "sharding")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    options, rest = _parser().parse_known_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in OVERRIDABLE:
-        _parser().parse_args(arguments)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     try:
         options.call(options)

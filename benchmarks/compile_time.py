@@ -10,13 +10,15 @@ from typing import Any
 import jax
 
 from benchmarks.record import in_turn, ratio, save, summary
-from benchmarks.workload import Workload, compiled_step, training_batch, workload
-from train.mesh import MeshConfig, make_mesh, use_mesh
+from benchmarks.workload import workload
+from train.config import RunConfig
+from train.mesh import make_mesh, use_mesh
+from train.program import Program
 
 DEPTHS = (6, 48)
 
 
-def run(rounds: int, work: Workload | None = None) -> dict[str, Any]:
+def run(rounds: int, work: RunConfig | None = None) -> dict[str, Any]:
     """Seconds to trace, lower and compile the step, from nothing, at each depth in turn."""
     base = workload() if work is None else work
     works = {
@@ -31,17 +33,15 @@ def run(rounds: int, work: Workload | None = None) -> dict[str, Any]:
     return result
 
 
-def _compile_seconds(work: Workload) -> float:
-    config = MeshConfig()
-    mesh = make_mesh(config, jax.devices()[:1])
-    with use_mesh(mesh, config.rules):
-        step, state = compiled_step(work, mesh)
-        batch = training_batch(work)
+def _compile_seconds(work: RunConfig) -> float:
+    mesh = make_mesh(work.mesh, jax.devices()[:1])
+    with use_mesh(mesh, work.mesh.rules):
+        program = Program(work, mesh)
         jax.clear_caches()
         jax.config.update("jax_enable_compilation_cache", False)
         try:
             start = time.perf_counter()
-            step.lower(state, batch).compile()  # type: ignore[attr-defined]
+            program.lower().compile()
             return time.perf_counter() - start
         finally:
             jax.config.update("jax_enable_compilation_cache", True)

@@ -89,15 +89,28 @@ def process_environment(platform: str) -> dict[str, str]:
     return kept | own | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 
 
-def find(platform: str, python: str | None = None) -> str | None:
+def absent(platform: str) -> str:
+    """That there is no compiler, and how to come by one."""
+    return (
+        f"no compiler for {platform} here; --install makes an environment with jax[{EXTRAS[platform]}], "
+        "--compiler-python PATH names one"
+    )
+
+
+def find(platform: str, python: str | None = None, *, make: bool = False) -> str | None:
     """The interpreter of an environment with the platform's compiler: the one given, or the one made before; None without.
+
+    Args:
+        make: where there is none, `install` one.
 
     Raises:
         UserError: the one that is given does not run, or has no compiler.
     """
     if python is None:
         made = _folder(platform) / "bin" / "python"
-        return str(made) if (made.parent.parent / ".complete").exists() else None
+        if (made.parent.parent / ".complete").exists():
+            return str(made)
+        return install(platform) if make else None
     names = ", ".join(repr(name) for name in PACKAGES[platform])
     test = f"import importlib.util, sys, jax; sys.exit(not any(map(importlib.util.find_spec, ({names},))))"
     try:
@@ -117,8 +130,6 @@ def install(platform: str) -> str:
     """
     folder = _folder(platform)
     python = folder / "bin" / "python"
-    if (folder / ".complete").exists():
-        return str(python)
     wanted = [f"jax[{EXTRAS[platform]}]=={importlib.metadata.version('jax')}"]
     wanted += [f"{name}=={importlib.metadata.version(name)}" for name in ("flax", "optax", "jaxtyping", "numpy")]
     print(f"installing {wanted[0]} into {folder}; this happens once", flush=True)

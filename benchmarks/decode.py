@@ -11,22 +11,23 @@ from flax import nnx
 
 from benchmarks.record import in_turn, ratio, save, seconds_per_call, summary
 from benchmarks.step import torch_gpt2
-from benchmarks.workload import Workload, workload
+from benchmarks.workload import gpt_of, workload
+from train.config import RunConfig
 from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
-from transformer.models.gpt import GPT
+from transformer.models.gpt import GPT, GPTConfig
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 128
 
 
-def run(rounds: int, work: Workload | None = None) -> dict[str, Any]:
+def run(rounds: int, work: RunConfig | None = None) -> dict[str, Any]:
     """New tokens per second at batch 1 and 8, in turn, and the ratios. Both write `NEW_TOKENS` tokens to the end."""
-    work = workload() if work is None else work
+    model = gpt_of(workload() if work is None else work)
     result: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
     for batch_size in (1, 8):
-        prompts = np.random.default_rng(0).integers(1, work.model.vocab_size, (batch_size, PROMPT_TOKENS))
-        candidates = {"manyheads": _ours(work, prompts), "transformers": _theirs(work, prompts)}
+        prompts = np.random.default_rng(0).integers(1, model.vocab_size, (batch_size, PROMPT_TOKENS))
+        candidates = {"manyheads": _ours(model, prompts), "transformers": _theirs(model, prompts)}
         for write in candidates.values():
             write()
         timed = {name: _timer(write) for name, write in candidates.items()}
@@ -44,18 +45,18 @@ def _timer(write: Callable[[], object]) -> Callable[[], float]:
     return lambda: seconds_per_call(write, 1)
 
 
-def _ours(work: Workload, prompts: np.ndarray) -> Callable[[], object]:
-    generator = Generator(work.model)
-    params = jax.jit(lambda: nnx.state(GPT(work.model, rngs=nnx.Rngs(0)), nnx.Param))()
+def _ours(config: GPTConfig, prompts: np.ndarray) -> Callable[[], object]:
+    generator = Generator(config)
+    params = jax.jit(lambda: nnx.state(GPT(config, rngs=nnx.Rngs(0)), nnx.Param))()
     rows = [row.tolist() for row in prompts]
     return lambda: list(generator.generate(params, rows, max_tokens=NEW_TOKENS, sampling=Sampling(temperature=0.0)))
 
 
-def _theirs(work: Workload, prompts: np.ndarray) -> Callable[[], object]:
+def _theirs(config: GPTConfig, prompts: np.ndarray) -> Callable[[], object]:
     import torch
 
-    model = torch_gpt2(work).eval()
-    if work.model.dtype == "bfloat16":
+    model = torch_gpt2(config).eval()
+    if config.dtype == "bfloat16":
         model = model.to(torch.bfloat16)
     inputs = torch.tensor(prompts, device=model.device)
     options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}

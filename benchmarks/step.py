@@ -9,12 +9,13 @@ import jax
 import numpy as np
 
 from benchmarks.record import in_turn, ratio, save, seconds_per_call, summary
-from benchmarks.workload import Workload, our_step, token_batch, workload
+from benchmarks.workload import gpt_of, our_step, random_batch, tokens_of, workload
+from train.config import RunConfig
 from train.hardware import utilization
-from transformer.models.gpt import flops_per_token
+from transformer.models.gpt import GPTConfig, flops_per_token
 
 
-def run(rounds: int, steps: int, *, compiled_peer: bool = True, work: Workload | None = None) -> dict[str, Any]:
+def run(rounds: int, steps: int, *, compiled_peer: bool = True, work: RunConfig | None = None) -> dict[str, Any]:
     """Tokens per second of each, in turn, and the ratios.
 
     Args:
@@ -24,6 +25,7 @@ def run(rounds: int, steps: int, *, compiled_peer: bool = True, work: Workload |
         work: model and batch; the device's usual ones by default.
     """
     work = workload() if work is None else work
+    model = gpt_of(work)
     candidates: dict[str, Callable[[], object]] = {"manyheads": our_step(work)}
     candidates["torch eager"] = _torch_step(work, compiled=False)
     if compiled_peer:
@@ -31,20 +33,19 @@ def run(rounds: int, steps: int, *, compiled_peer: bool = True, work: Workload |
     for step in candidates.values():
         seconds_per_call(step, 2)
     timed = {name: _timer(step, steps) for name, step in candidates.items()}
-    speeds = {name: [work.tokens / s for s in taken] for name, taken in in_turn(timed, rounds).items()}
-    flops = 3 * flops_per_token(work.model, work.model.max_length)
+    speeds = {name: [tokens_of(work) / s for s in taken] for name, taken in in_turn(timed, rounds).items()}
+    flops = 3 * flops_per_token(model, model.max_length)
     result: dict[str, Any] = {
-        "workload": f"GPT-2, {work.model.num_layers} layers, {work.model.embed_dim} wide, {work.model.num_heads} heads, "
-        f"context {work.model.max_length}, batch {work.batch_size}, vocabulary {work.model.vocab_size}, "
-        f"{work.model.dtype}, AdamW, clipping",
+        "workload": f"GPT-2, {model.num_layers} layers, {model.embed_dim} wide, {model.num_heads} heads, "
+        f"context {model.max_length}, batch {work.batch_size}, vocabulary {model.vocab_size}, {model.dtype}, AdamW, clipping",
         "tokens_per_second": {name: summary(speed) for name, speed in speeds.items()},
         "flops_per_token": flops,
         "tflops_per_second": {name: summary(speed)["median"] * flops / 1e12 for name, speed in speeds.items()},
         "ratio_to": {name: ratio(speeds["manyheads"], speed) for name, speed in speeds.items() if name != "manyheads"},
-        "matmul_peak_tflops_per_second": matmul_peak(work.model.dtype) / 1e12,
+        "matmul_peak_tflops_per_second": matmul_peak(model.dtype) / 1e12,
     }
     median = result["tokens_per_second"]["manyheads"]["median"]
-    result["mfu"] = utilization(median * flops, jax.devices()[:1], work.model.dtype)
+    result["mfu"] = utilization(median * flops, jax.devices()[:1], model.dtype)
     save("step", f"manyheads-bench step --rounds {rounds} --steps {steps}", result)
     return result
 
@@ -62,15 +63,15 @@ def _timer(step: Callable[[], object], steps: int) -> Callable[[], float]:
     return lambda: seconds_per_call(step, steps)
 
 
-def _torch_step(work: Workload, *, compiled: bool) -> Callable[[], object]:
+def _torch_step(work: RunConfig, *, compiled: bool) -> Callable[[], object]:
     """The peer, set up as its users do: scaled-dot-product attention, fused AdamW, autocast to bfloat16 on a GPU."""
     import torch
 
-    model = torch_gpt2(work).train()
+    model = torch_gpt2(gpt_of(work)).train()
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.tensor(token_batch(work).astype(np.int64), device=device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    batch = random_batch(work)
+    inputs, targets = (torch.tensor(batch[name].astype(np.int64), device=device) for name in ("tokens", "targets"))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=work.model.dtype == "bfloat16")
 
     def loss_of(inputs: Any, targets: Any) -> Any:
@@ -99,12 +100,11 @@ def _synchronised(loss: Any) -> float:
     return float(loss)
 
 
-def torch_gpt2(work: Workload) -> Any:
-    """Hugging Face's GPT-2 of the workload's shape, random weights, no dropout, on the device that JAX uses."""
+def torch_gpt2(c: GPTConfig) -> Any:
+    """Hugging Face's GPT-2 of the model's shape, random weights, no dropout, on the device that JAX uses."""
     import torch
     import transformers
 
-    c = work.model
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_layer=c.num_layers, n_embd=c.embed_dim, n_head=c.num_heads, vocab_size=c.vocab_size, n_positions=c.max_length,

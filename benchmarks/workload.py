@@ -2,83 +2,73 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from train.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
-from train.objective import LossConfig
-from train.optimizer import OptimizerConfig, make_optimizer
-from train.state import TrainState, abstract_state, init_state, state_maker
-from train.step import make_train_step
-from transformer.functional import graphdef_of
-from transformer.models.gpt import GPT, GPTConfig
+from train.config import RunConfig
+from train.mesh import make_mesh, shard_batch, use_mesh
+from train.optimizer import OptimizerConfig
+from train.program import Program, batch_shapes
+from transformer.models.gpt import GPTConfig
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-4, schedule="constant", b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """A GPT-2 and a batch size."""
-
-    model: GPTConfig
-    batch_size: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in a step."""
-        return self.batch_size * self.model.max_length
-
-
-def workload() -> Workload:
+def workload() -> RunConfig:
     """A small GPT-2 in float32 on a CPU; GPT-2 124M in bfloat16 at context 1024 on an accelerator."""
     if jax.default_backend() == "cpu":
         small = GPTConfig(vocab_size=256, max_length=256, num_layers=6, embed_dim=384, num_heads=6, remat="light")
-        return Workload(small, batch_size=12)
+        return of_model(small, batch_size=12)
     # The vocabulary is padded to a multiple of 128, here and in the peer.
-    return Workload(GPTConfig(vocab_size=50304, dtype="bfloat16"), batch_size=32)
+    return of_model(GPTConfig(vocab_size=50304, dtype="bfloat16"), batch_size=32)
 
 
-def token_batch(work: Workload) -> np.ndarray:
-    """Random tokens, [batch, length + 1] int32."""
-    shape = (work.batch_size, work.model.max_length + 1)
-    return np.random.default_rng(0).integers(0, work.model.vocab_size, shape).astype(np.int32)
+def of_model(model: GPTConfig, batch_size: int) -> RunConfig:
+    """A run of the optimiser that all benchmarks have."""
+    return RunConfig(name="benchmark", batch_size=batch_size, model=model, optimizer=OPTIMIZER)
 
 
-def training_batch(work: Workload) -> dict[str, np.ndarray]:
-    """`token_batch` as the step takes it: every token but the first is a target."""
-    tokens = token_batch(work)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    return {"tokens": inputs, "targets": targets, "weights": np.ones(inputs.shape, np.float32)}
+def gpt_of(work: RunConfig) -> GPTConfig:
+    """The model of a workload, which is a GPT-2."""
+    assert isinstance(work.model, GPTConfig)
+    return work.model
 
 
-def our_step(work: Workload) -> Callable[[], object]:
+def tokens_of(work: RunConfig) -> int:
+    """Tokens in a step."""
+    return work.batch_size * work.sequence_length
+
+
+def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
+    """A batch of the objective's shapes with tokens out of a hat, every row of one document."""
+    rng = np.random.default_rng(0)
+    batch = {}
+    for name, shape in batch_shapes(config).items():
+        if name.endswith(("tokens", "targets")):
+            batch[name] = rng.integers(0, min(config.model.vocab_size, 1000), shape.shape).astype(np.int32)
+        elif name.endswith("positions") or name == "predicted":
+            batch[name] = np.broadcast_to(np.arange(shape.shape[1], dtype=np.int32), shape.shape).copy()
+        elif name == "weights":
+            batch[name] = np.ones(shape.shape, np.float32)
+        else:
+            batch[name] = np.ones(shape.shape, np.int32) * (name not in ("token_types", "labels", "prefix"))
+    return batch
+
+
+def our_step(work: RunConfig) -> Callable[[], object]:
     """A function that takes one training step and returns its metrics (not yet computed, as JAX arrays are)."""
-    mesh_config = MeshConfig()
-    mesh = make_mesh(mesh_config, jax.devices()[:1])
-    with use_mesh(mesh, mesh_config.rules):
-        step, state = compiled_step(work, mesh)
-        batch = shard_batch(training_batch(work), batch_sharding(mesh, mesh_config.rules))
-    held = {"state": state}
+    mesh = make_mesh(work.mesh, jax.devices()[:1])
+    with use_mesh(mesh, work.mesh.rules):
+        program = Program(work, mesh)
+        held = program.init()
+        batch = shard_batch(random_batch(work), program.batch_sharding)
 
     def take() -> object:
-        with use_mesh(mesh, mesh_config.rules):
-            held["state"], metrics = step(held["state"], batch)
+        nonlocal held
+        with use_mesh(mesh, work.mesh.rules):
+            held, metrics = program.train_step(held, batch)
         return metrics
 
     return take
-
-
-def compiled_step(work: Workload, mesh: jax.sharding.Mesh) -> tuple[Callable, TrainState]:
-    """The project's own training step and a fresh state for it."""
-
-    def make_model(rngs: object) -> GPT:
-        return GPT(work.model, rngs=rngs)  # type: ignore[arg-type]
-
-    optimizer = make_optimizer(OPTIMIZER, num_steps=1000)
-    make_state = state_maker(make_model, optimizer)
-    abstract = abstract_state(make_state, mesh)
-    step = make_train_step(graphdef_of(make_model), optimizer, LossConfig(), abstract)
-    return step, init_state(make_state, abstract, seed=0)

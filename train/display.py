@@ -10,6 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 
+def console() -> Console:
+    """For tables: as wide as the terminal; in a file or a pipe there is no width to fit."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
 class Display:
     """The line of a run. Use it as a context manager.
 

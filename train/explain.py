@@ -6,21 +6,18 @@ import collections
 import dataclasses
 import functools
 import math
-import sys
 from typing import Any
 
 import jax
 from flax import nnx
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from train.config import RunConfig, fields
+from train.display import console
 from train.mesh import MESH_AXES
 from train.objective import LOSSES, LossConfig
-from train.optimizer import make_optimizer
-from train.program import batch_shapes
-from train.state import state_maker
+from train.program import batch_shapes, described_state
 from transformer.functional import graphdef_of
 from transformer.models.families import flops_per_token, make_model
 
@@ -42,11 +39,8 @@ class Cost:
 
 def cost(config: RunConfig) -> Cost:
     """Count from the shapes of the real model, optimiser and loss; no array is made."""
-
-    make = functools.partial(make_model, config.model)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    make_state = state_maker(make, optimizer, keep_ema=config.optimizer.ema_decay is not None)
-    state = jax.eval_shape(make_state, jax.random.key(0))
+    state = described_state(config)
+    graphdef = graphdef_of(functools.partial(make_model, config.model))
     length = config.sequence_length
     batch = batch_shapes(config, config.batch_size // config.microbatches)
     return Cost(
@@ -56,14 +50,13 @@ def cost(config: RunConfig) -> Cost:
         parameter_bytes=_bytes(state.params),
         gradient_bytes=_bytes(state.params),
         optimizer_bytes=_bytes(state.opt_state) + _bytes(state.ema),
-        activation_bytes=saved_bytes(graphdef_of(make), state.params, batch, config),
+        activation_bytes=saved_bytes(graphdef, state.params, batch, config),
     )
 
 
 def explain(config: RunConfig) -> None:
     """Print it."""
-    # In a file or a pipe there is no width to fit.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+    out = console()
     table = Table(title=f"{config.name}: every field", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("field", "value", "default"):
         table.add_column(column, overflow="fold", no_wrap=column == "field")
@@ -72,7 +65,7 @@ def explain(config: RunConfig) -> None:
         default = "required" if field.default is dataclasses.MISSING else _plain(field.default)
         value = _plain(field.value)
         table.add_row(field.path, value if value == default else f"[bold]{value}[/bold]", default, field.meaning)
-    console.print(table)
+    out.print(table)
     total = cost(config)
     costs = Table(title="what it costs", title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
     costs.add_column("what")
@@ -80,7 +73,7 @@ def explain(config: RunConfig) -> None:
     costs.add_column("meaning")
     for row in _cost_rows(config, total):
         costs.add_row(*row)
-    console.print(costs)
+    out.print(costs)
 
 
 def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from train.mesh import STRATEGIES, MeshConfig, batch_sharding
 from train.optimizer import make_optimizer
 from train.pipeline import StagedStep, one_forward_one_backward, schedule_of
 from train.pmap import make_pmap_step
-from train.state import abstract_state, init_state, lay_out, state_maker
+from train.state import TrainState, abstract_state, init_state, lay_out, state_maker
 from train.step import make_eval_step, make_gradient, make_train_step
 from transformer.errors import ConfigError
 from transformer.functional import graphdef_of
@@ -40,8 +40,7 @@ class Program:
         schedule = schedule_of(config, mesh)
         make = functools.partial(make_model, suited(config.model, config.mesh))
         graphdef = graphdef_of(make)
-        optimizer = make_optimizer(config.optimizer, config.steps)
-        ema_decay = config.optimizer.ema_decay
+        optimizer, ema_decay = make_optimizer(config.optimizer, config.steps), config.optimizer.ema_decay
         self.make_state = state_maker(make, optimizer, keep_ema=ema_decay is not None)
         self.abstract = abstract_state(self.make_state, mesh, config.mesh.optimizer_rules)
         staged, V = self.abstract, schedule.stages_per_device
@@ -104,6 +103,14 @@ def suited(model: ModelConfig, mesh: MeshConfig) -> ModelConfig:
         allowed = f"mesh.strategy {mesh.strategy} goes with auto and {wanted}"
         raise ConfigError(type(model), "attention", model.attention, allowed)
     return dataclasses.replace(model, attention=wanted)
+
+
+def described_state(config: RunConfig) -> TrainState:
+    """Shapes of a config's whole state, wherever it will lie."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    make = functools.partial(make_model, config.model)
+    make_state = state_maker(make, optimizer, keep_ema=config.optimizer.ema_decay is not None)
+    return jax.eval_shape(make_state, jax.random.key(0))
 
 
 def batch_shapes(config: RunConfig, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:

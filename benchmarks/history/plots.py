@@ -5,13 +5,13 @@ U target words, R source words.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.history.findings import Figures, title
+from benchmarks.page import svg
 from transformer.interpret.plot import COLORS, drawable
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def loss_curves(stages: Sequence[Figures]) -> str:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("nats a token")
     _legend(figure)
-    return _svg(figure, "curves-" + stages[0]["task"])
+    return svg(figure, "curves-" + stages[0]["task"])
 
 
 def by_length(stages: Sequence[Figures]) -> str:
@@ -73,7 +73,7 @@ def by_length(stages: Sequence[Figures]) -> str:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     _legend(figure)
-    return _svg(figure, "length-" + stages[0]["task"])
+    return svg(figure, "length-" + stages[0]["task"])
 
 
 def alignment_sheet(stages: Sequence[Figures]) -> str:
@@ -109,7 +109,7 @@ def alignment_sheet(stages: Sequence[Figures]) -> str:
         axes.set_yticks(range(U), labels if number % columns == 0 else [""] * U, family=families, **text)
     if image is not None:
         figure.colorbar(image, ax=figure.axes, shrink=0.5, label="weight")
-    return _svg(figure, "alignment-" + stages[0]["task"])
+    return svg(figure, "alignment-" + stages[0]["task"])
 
 
 def _legend(figure: Figure) -> None:
@@ -120,14 +120,3 @@ def _legend(figure: Figure) -> None:
 def _smoothed(values: np.ndarray) -> np.ndarray:
     """The mean of five neighbours: a batch's loss jumps with its length."""
     return np.array([values[max(i - 2, 0) : i + 3].mean() for i in range(len(values))])
-
-
-def _svg(figure: Figure, salt: str) -> str:
-    """The figure alone, to stand in a page; its names are its own, so that several can."""
-    import matplotlib
-
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    written = text.getvalue()
-    return written[written.index("<svg") :]

@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks.history.findings import Figures, findings, title
 from benchmarks.history.models import ENTRIES
 from benchmarks.history.plots import alignment_sheet, by_length, loss_curves
+from benchmarks.page import page
+from benchmarks.page import table as as_html
 
 HEADING = "Attention through history"
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Figures]], str]]] = {
@@ -18,17 +20,6 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Figures]], str]]] = {
     "length": ("Quality of held-out translations by the source's length", by_length),
     "alignment": ("Where each word of one held-out sentence looks", alignment_sheet),
 }
-_STYLE = """
-body { font: 15px/1.55 system-ui, sans-serif; color: #1f2430; background: #fff; max-width: 1180px; margin: 2rem auto;
-  padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { margin-top: 2.6rem; border-top: 1px solid #dde1ea; padding-top: 1.4rem; }
-h3 { margin: 1.8rem 0 .5rem; font-size: 1rem; } li { margin: .25rem 0; max-width: 60rem; } p { max-width: 60rem; }
-.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e6e9f0; white-space: nowrap; }
-th { color: #5a6273; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-td.text { white-space: normal; text-align: left; } th.text { text-align: left; } td.best { font-weight: 700; }
-svg { max-width: 100%; height: auto; } .muted { color: #5a6273; }
-"""
 
 Table = list[list[str]]
 """Rows of cells, the heads first; `**` around a cell marks the best of its column."""
@@ -36,38 +27,32 @@ Table = list[list[str]]
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Write `path` as a page, the same as Markdown beside it, and Markdown's pictures."""
-    page, markdown = [f"<h1>{HEADING}</h1>"], [f"# {HEADING}", ""]
+    parts, markdown = [], [f"# {HEADING}", ""]
     for paragraph in introduction(result):
-        page.append("<p>" + re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(paragraph)) + "</p>")
+        parts.append("<p>" + re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(paragraph)) + "</p>")
         markdown += [paragraph, ""]
     for name, task in result["tasks"].items():
         stages = task["stages"]
-        page.append(f"<h2>{html.escape(task['title'])}</h2><p class=muted>{html.escape(_amounts(task))}</p>")
+        parts.append(f"<h2>{html.escape(task['title'])}</h2><p class=muted>{html.escape(_amounts(task))}</p>")
         markdown += [f"## {task['title']}", "", _amounts(task), ""]
         if len(stages) > 1:
             found = findings(stages)
-            page.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in found) + "</ul>")
+            parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in found) + "</ul>")
             markdown += [*(f"- {line}" for line in found), ""]
-        for caption, table in tables(stages):
-            page.append(f"<h3>{html.escape(caption)}</h3>{_table_html(table)}")
-            markdown += [f"**{caption}**", "", *_table_markdown(table), ""]
+        for caption, cells in tables(stages):
+            parts.append(f"<h3>{html.escape(caption)}</h3>{as_html(cells[0], cells[1:], text=(0,))}")
+            markdown += [f"**{caption}**", "", *_markdown(cells), ""]
         for kind, (caption, draw) in PICTURES.items():
             picture = draw(stages)
             file = path.with_name(f"{path.stem}_{name}_{kind}.svg")
             file.write_text(picture, encoding="utf-8")
             caption += _caption(stages) if kind == "alignment" else ""
-            page.append(f"<h3>{html.escape(caption)}</h3>{picture}")
+            parts.append(f"<h3>{html.escape(caption)}</h3>{picture}")
             markdown += [f"**{caption}**", "", f"![{caption}]({file.name})", ""]
-        table = example_table(stages)
-        page.append(f"<h3>That sentence, translated greedily</h3>{_table_html(table, 'text')}")
-        markdown += ["**That sentence, translated greedily**", "", *_table_markdown(table), ""]
-    head = (
-        f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{HEADING}</title>"
-        f"<style>{_STYLE}</style>"
-    )
-    path.write_text(
-        f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(page)}</body></html>\n", encoding="utf-8"
-    )
+        cells = example_table(stages)
+        parts.append(f"<h3>That sentence, translated greedily</h3>{as_html(cells[0], cells[1:], long=(0, 1))}")
+        markdown += ["**That sentence, translated greedily**", "", *_markdown(cells), ""]
+    path.write_text(page(HEADING, parts), encoding="utf-8")
     path.with_suffix(".md").write_text("\n".join(markdown), encoding="utf-8")
 
 
@@ -162,18 +147,7 @@ def _table(heads: list[str], columns: list[list[str]]) -> Table:
     return [heads, *(list(row) for row in zip(*columns, strict=True))]
 
 
-def _table_markdown(table: Table) -> list[str]:
+def _markdown(table: Table) -> list[str]:
     rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return [lines[0], f"|---|{'---:|' * (len(table[0]) - 1)}", *lines[1:]]
-
-
-def _table_html(table: Table, kind: str = "") -> str:
-    def cell(text: str) -> str:
-        best = text.startswith("**") and text.endswith("**") and len(text) > 4
-        classes = " ".join(name for name in (kind, "best" if best else "") if name)
-        return f"<td class='{classes}'>{html.escape(text.strip('*') if best else text)}</td>"
-
-    heads = "".join(f"<th class='{kind}'>{html.escape(head)}</th>" for head in table[0])
-    rows = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in table[1:])
-    return f"<div class=table><table><tr>{heads}</tr>{rows}</table></div>"

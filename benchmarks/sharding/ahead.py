@@ -22,9 +22,16 @@ import threading
 import time
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from benchmarks import compilers
+from benchmarks.sharding.hlo import Module
+from benchmarks.sharding.roofline import predict
 from benchmarks.sharding.targets import Target
 from train.config import RunConfig
+from train.mesh import make_mesh, use_mesh
+from train.program import Program
 from transformer.errors import UserError
 
 
@@ -129,23 +136,28 @@ def answer(config: RunConfig, target: Target) -> Compiled:
         if (reason := compilers.missing(target.chip.platform)) is not None:
             raise UserError(reason)
         devices = compilers.devices_of(target.chip.platform, target.topology, target.name.partition(":")[0])
-        return compile_step(config, target, devices)
+        program = program_of(config, devices)
+        return examined(*compile_step(program), program.mesh, target)
     except Exception as error:
         return refused(error, time.monotonic() - start, target)
 
 
-def compile_step(config: RunConfig, target: Target, devices: list[Any]) -> Compiled:
-    """Lower and compile the config's step for these devices, and read what came out."""
-    from benchmarks.sharding.hlo import Module
-    from benchmarks.sharding.roofline import predict
-    from train.mesh import make_mesh, use_mesh
-    from train.program import Program
-
+def program_of(config: RunConfig, devices: list[Any]) -> Program:
+    """The config's step on these devices."""
     mesh = make_mesh(config.mesh, devices)
-    start = time.monotonic()
     with use_mesh(mesh, config.mesh.rules):
-        compiled = Program(config, mesh).lower().compile()
-    seconds = time.monotonic() - start
+        return Program(config, mesh)
+
+
+def compile_step(program: Program) -> tuple[jax.stages.Compiled, float]:
+    """The compiled step, and the seconds that tracing and compiling it took."""
+    start = time.monotonic()
+    with use_mesh(program.mesh, program.config.mesh.rules):
+        return program.lower().compile(), time.monotonic() - start
+
+
+def examined(compiled: jax.stages.Compiled, seconds: float, mesh: Mesh, target: Target) -> Compiled:
+    """What a compiled step says of itself."""
     stats: Any = compiled.memory_analysis()
     module = Module(compiled.as_text() or "")
     places = [target.place(device) for device in mesh.devices.flat]

@@ -20,10 +20,8 @@ from benchmarks.sharding.least import least
 from benchmarks.sharding.targets import Target
 from train.config import RunConfig
 from train.explain import saved_bytes
-from train.mesh import MESH_AXES, Rules
-from train.optimizer import make_optimizer
-from train.program import batch_shapes
-from train.state import TrainState, state_maker
+from train.mesh import MESH_AXES, MeshConfig, Rules, shardings_of
+from train.program import batch_shapes, described_state
 from transformer.functional import graphdef_of
 from transformer.models.families import flops_per_token, make_model
 
@@ -59,12 +57,8 @@ class Analysis:
     """A model and an optimiser, traced once, for estimates of many meshes."""
 
     def __init__(self, config: RunConfig) -> None:
-        make = functools.partial(make_model, config.model)
-        optimizer = make_optimizer(config.optimizer, config.steps)
-        make_state = state_maker(make, optimizer, keep_ema=config.optimizer.ema_decay is not None)
-        self.state: TrainState = jax.eval_shape(make_state, jax.random.key(0))
+        self.state = described_state(config)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
-        self._graphdef = graphdef_of(make)
 
     @functools.cache  # noqa: B019
     def saved(self, config: RunConfig) -> int:
@@ -132,8 +126,6 @@ class Analysis:
 
 def sharded_bytes(tree: Any, rules: Rules, sizes: dict[str, int]) -> float:
     """Bytes of a described tree on one device of a mesh that need not exist."""
-    from train.mesh import shardings_of
-
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     with nnx.logical_axis_rules(rules):
         shardings = shardings_of(tree, mesh)  # type: ignore[arg-type]
@@ -151,6 +143,4 @@ def _names(part: Any) -> tuple[str, ...]:
 
 def _one(config: RunConfig) -> RunConfig:
     """The config as far as it decides what one sequence saves, so that like ones are traced once."""
-    from train.mesh import MeshConfig
-
     return dataclasses.replace(config, mesh=MeshConfig(), batch_size=1, microbatches=1)

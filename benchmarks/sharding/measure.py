@@ -10,28 +10,30 @@ import contextlib
 import dataclasses
 import math
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
+from jax.experimental.compilation_cache import compilation_cache
 from rich.progress import Progress
 
 from benchmarks import record
 from benchmarks.sharding import measure_report
-from benchmarks.sharding.ahead import summary
+from benchmarks.sharding.ahead import compile_step, program_of, summary
+from benchmarks.sharding.analytic import sharded_bytes
 from benchmarks.sharding.hlo import Module
 from benchmarks.sharding.layouts import layouts
 from benchmarks.sharding.least import least
+from benchmarks.workload import random_batch
 from train.config import RunConfig, load
 from train.data.cache import writing
+from train.display import console
 from train.hardware import utilization
 from train.mesh import MESH_AXES, MeshConfig, check_batch, make_mesh, shard_batch, use_mesh
 from train.optimizer import OptimizerConfig
-from train.program import Program, batch_shapes
+from train.program import Program
 from transformer.errors import UserError
 from transformer.models.families import flops_per_token
 
@@ -66,7 +68,7 @@ def run(
     batch = random_batch(config)
     with _own_cache(), Progress(transient=True) as progress:
         task = progress.add_task("one device", total=len(chosen) + 1)
-        reference = _followed(config, batch, devices[:1])
+        reference = followed(program_of(config, devices[:1]), batch)
         measured: dict[str, Measured] = {}
         for name, one in chosen.items():
             progress.update(task, description=name, advance=1)
@@ -90,7 +92,7 @@ def run(
         "strategies": {name: one.figures(times[name]) for name, one in measured.items()},
         "refused": refused,
     }
-    measure_report.show(result, Console(width=None if Console().is_terminal else 200))
+    measure_report.show(result, console())
     folder = Path(output or "plans")
     page = folder / f"{config.name}_sharding_{len(devices)}.html"
     with writing(page):
@@ -122,27 +124,24 @@ class Measured:
         self, config: RunConfig, batch: dict[str, np.ndarray], devices: list[Any], reference: Followed
     ) -> None:
         self.config, self.devices = config, devices
-        self.mesh = make_mesh(config.mesh, devices)
-        check_batch(self.mesh, config.mesh.rules, config.batch_size, config.microbatches)
-        with use_mesh(self.mesh, config.mesh.rules):
-            self.program = Program(config, self.mesh)
-            lowered = self.program.lower()
-            start = time.monotonic()
-            compiled = lowered.compile()
-            self.compile_seconds = time.monotonic() - start
+        mesh = make_mesh(config.mesh, devices)
+        check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
+        self.program = program_of(config, devices)
+        compiled, self.compile_seconds = compile_step(self.program)
+        with use_mesh(mesh, config.mesh.rules):
             self.batch = shard_batch(batch, self.program.batch_sharding)
         self.stats: Any = compiled.memory_analysis()
         self.module = Module(compiled.as_text() or "")
-        followed = _followed(config, batch, devices)
-        self.loss_difference = float(np.max(np.abs(followed.losses / reference.losses - 1)))
+        own = followed(self.program, batch)
+        self.loss_difference = float(np.max(np.abs(own.losses / reference.losses - 1)))
         distance = math.sqrt(
-            sum(float(np.sum((a - b) ** 2)) for a, b in zip(followed.gradient, reference.gradient, strict=True))
+            sum(float(np.sum((a - b) ** 2)) for a, b in zip(own.gradient, reference.gradient, strict=True))
         )
         self.gradient_difference = distance / math.sqrt(sum(float(np.sum(b**2)) for b in reference.gradient))
 
     def seconds_a_step(self) -> float:
         """The mean of three steps, from a fresh state, behind one that is not counted."""
-        with use_mesh(self.mesh, self.config.mesh.rules):
+        with use_mesh(self.program.mesh, self.config.mesh.rules):
             held = [self.program.train_step(self.program.init(), self.batch)]
             jax.block_until_ready(held)
 
@@ -170,8 +169,8 @@ class Measured:
             "tokens_per_second": per_step / seconds["median"],
             "mfu": utilization(flops / seconds["median"], self.devices, getattr(config.model, "dtype", "float32")),
             "compile_seconds": self.compile_seconds,
-            "parameter_bytes": _on_a_device(abstract.params),
-            "optimizer_bytes": _on_a_device((abstract.opt_state, abstract.ema)),
+            "parameter_bytes": sharded_bytes(abstract.params, config.mesh.rules, sizes),
+            "optimizer_bytes": sharded_bytes((abstract.opt_state, abstract.ema), config.mesh.optimizer_rules, sizes),
             "memory": {
                 "state": stats.argument_size_in_bytes,
                 "temporary": stats.temp_size_in_bytes,
@@ -184,27 +183,10 @@ class Measured:
         }
 
 
-def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
-    """A batch of the objective's shapes with tokens out of a hat, every row of one document."""
-    rng = np.random.default_rng(0)
-    batch = {}
-    for name, shape in batch_shapes(config).items():
-        if name.endswith(("tokens", "targets")):
-            batch[name] = rng.integers(0, min(config.model.vocab_size, 1000), shape.shape).astype(np.int32)
-        elif name.endswith("positions") or name == "predicted":
-            batch[name] = np.broadcast_to(np.arange(shape.shape[1], dtype=np.int32), shape.shape).copy()
-        elif name == "weights":
-            batch[name] = np.ones(shape.shape, np.float32)
-        else:
-            batch[name] = np.ones(shape.shape, np.int32) * (name not in ("token_types", "labels", "prefix"))
-    return batch
-
-
-def _followed(config: RunConfig, batch: dict[str, np.ndarray], devices: list[Any]) -> Followed:
+def followed(program: Program, batch: dict[str, np.ndarray]) -> Followed:
     """Losses of some steps, and the first gradient."""
-    mesh = make_mesh(config.mesh, devices)
+    config, mesh = program.config, program.mesh
     with use_mesh(mesh, config.mesh.rules):
-        program = Program(config, mesh)
         rows, state, losses = shard_batch(batch, program.batch_sharding), program.init(), []
         for _ in range(STEPS):
             state, metrics = program.train_step(state, rows)
@@ -219,12 +201,6 @@ def _followed(config: RunConfig, batch: dict[str, np.ndarray], devices: list[Any
     return Followed(np.array(losses), gradient, sum(leaf.size for leaf in held))
 
 
-def _on_a_device(tree: Any) -> int:
-    """Bytes of a described tree that one device holds."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
 @contextlib.contextmanager
 def _own_cache() -> Iterator[None]:
     """A compilation cache that begins empty: compile times are real, and no program is compiled twice."""
@@ -232,9 +208,14 @@ def _own_cache() -> Iterator[None]:
         settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
         before = {name: getattr(jax.config, name) for name in settings}
         try:
-            for name, value in settings.items():
-                jax.config.update(name, value)
+            _set_cache(settings)
             yield
         finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
+            _set_cache(before)
+
+
+def _set_cache(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    # JAX keeps to the folder that it first wrote to.
+    compilation_cache.reset_cache()

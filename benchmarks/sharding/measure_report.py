@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sharding.page import page, svg, table
+from benchmarks.page import page, svg, table
 
 HEADS = (
     "strategy", "mesh", "loss ±", "gradient ±", "ms a step", "from, to", "tokens/s", "MFU", "compile", "state",
@@ -58,7 +58,9 @@ def write(result: dict[str, Any], path: Path) -> None:
     ]
     parts.append("<h2>The least, on paper</h2>" + table(("strategy", "axis", "formula", "bytes"), rows, text=(0, 1, 2)))
     if result["refused"]:
-        parts.append("<h2>Not here</h2>" + table(("strategy", "why"), list(result["refused"].items()), text=(0, 1)))
+        parts.append(
+            "<h2>Not here</h2>" + table(("strategy", "why"), list(result["refused"].items()), text=(0,), long=(1,))
+        )
     path.write_text(page(f"{result['config']} under every strategy", parts), encoding="utf-8")
 
 

@@ -13,12 +13,10 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import compilers, record
@@ -29,6 +27,7 @@ from benchmarks.sharding.candidates import candidates, describe
 from benchmarks.sharding.targets import Target, parse_target
 from train.config import RunConfig, dump, load, to_data
 from train.data.cache import cache_dir, writing
+from train.display import console
 from transformer.errors import UserError
 from transformer.models.families import flops_per_token
 
@@ -98,16 +97,9 @@ def run(
     )
     compiler = None
     if not analytic:
-        platform = target.chip.platform
-        compiler = compilers.find(platform, python)
-        if compiler is None and install:
-            compiler = compilers.install(platform)
+        compiler = compilers.find(target.chip.platform, python, make=install)
         if compiler is None:
-            print(
-                f"no compiler for {platform} here, so this answer is by formula alone; --install makes an environment with "
-                f"jax[{compilers.EXTRAS[platform]}], --compiler-python PATH names one",
-                flush=True,
-            )
+            print(f"this answer is by formula alone: {compilers.absent(target.chip.platform)}", flush=True)
     stopped = False
     if compiler is not None:
         stopped = compile_all(chosen, target, compiler, workers or min(os.cpu_count() or 1, 4))
@@ -119,8 +111,7 @@ def run(
         best = ranked(chosen, target)[0]
         (folder / f"{name}.yaml").write_text(dump(best.config), encoding="utf-8")
         plan_report.write(result, folder / f"{name}.html")
-    # In a file or a pipe there is no width to fit.
-    plan_report.show(result, Console(highlight=False, width=None if sys.stdout.isatty() else 200))
+    plan_report.show(result, console())
     print(f"the best as a config: {folder / name}.yaml; the report: {folder / name}.html")
     if result["compiled"]:
         record.save(f"plan_{name}", f"manyheads-bench plan {path} --target {target.name}", result, show=False)

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sharding.page import page, svg, table
+from benchmarks.page import page, svg, table
 from benchmarks.sharding.validate import on_record
 
 GIB = 2**30
@@ -119,7 +119,7 @@ def write(result: dict[str, Any], path: Path) -> None:
             [row["layout"], memory_of(row) if row["memory"] else "", (row["compiled"] or {}).get("error") or ""]
             for row in bad
         ]
-        parts.append("<h2>Layouts that do not</h2>" + table(("layout", "memory", "said"), rows, text=(0, 1, 2)))
+        parts.append("<h2>Layouts that do not</h2>" + table(("layout", "memory", "said"), rows, text=(0,), long=(1, 2)))
     best = good[0]["compiled"] if good else None
     if best and best["collectives"]:
         rows = [

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from train.hardware import PEAK_TFLOPS
 from transformer.errors import UserError, nearest
 
 GB = 1e9
@@ -18,6 +19,8 @@ GIB = 2**30
 class Chip:
     """One device as JAX sees it."""
 
+    kind: str
+    """What JAX calls such devices, or the beginning of it."""
     platform: Literal["tpu", "gpu", "cpu"]
     peak_bfloat16: float
     """FLOP/s, dense."""
@@ -40,42 +43,48 @@ class Chip:
     """Length from which a dim of the slice is closed to a ring."""
 
 
+def _chip(kind: str, **data: Any) -> Chip:
+    """Peaks are those by which utilisation is told too."""
+    bfloat16, float32 = (PEAK_TFLOPS[kind][dtype] * 1e12 for dtype in ("bfloat16", "float32"))
+    platform: Literal["tpu", "gpu"] = "tpu" if kind.startswith("TPU") else "gpu"
+    return Chip(kind=kind, platform=platform, peak_bfloat16=bfloat16, peak_float32=float32, **data)
+
+
 CHIPS = {
     # Google's data sheets; links by the Scaling Book (Austin et al. 2025), one way 45 or 90 GB/s each. The clock follows
     # from the peak and the matrix units (4 or 8 of 128 × 128; of v6e 4 of 256 × 256, at half the rate).
-    "v5e": Chip(
-        platform="tpu", peak_bfloat16=197e12, peak_float32=197e12, memory=15.75 * GIB, bandwidth=819 * GB, link=90 * GB,
-        network=6.25 * GB, clock=1.5e9, dims=2, wrap=16,
+    "v5e": _chip(
+        "TPU v5 lite", memory=15.75 * GIB, bandwidth=819 * GB, link=90 * GB, network=6.25 * GB, clock=1.5e9, dims=2, wrap=16,
     ),
-    "v5p": Chip(
-        platform="tpu", peak_bfloat16=459e12, peak_float32=459e12, memory=95.7 * GIB, bandwidth=2765 * GB, link=180 * GB,
-        network=6.25 * GB, clock=1.75e9, dims=3, wrap=4,
+    "v5p": _chip(
+        "TPU v5", memory=95.7 * GIB, bandwidth=2765 * GB, link=180 * GB, network=6.25 * GB, clock=1.75e9, dims=3, wrap=4,
     ),
-    "v6e": Chip(
-        platform="tpu", peak_bfloat16=918e12, peak_float32=918e12, memory=31.25 * GIB, bandwidth=1640 * GB, link=180 * GB,
-        network=12.5 * GB, clock=1.75e9, dims=2, wrap=16,
+    "v6e": _chip(
+        "TPU v6 lite", memory=31.25 * GIB, bandwidth=1640 * GB, link=180 * GB, network=12.5 * GB, clock=1.75e9, dims=2, wrap=16,
     ),
-    "v4": Chip(
-        platform="tpu", peak_bfloat16=275e12, peak_float32=275e12, memory=30.75 * GIB, bandwidth=1228 * GB, link=90 * GB,
-        network=6.25 * GB, clock=1.05e9, dims=3, wrap=4,
+    "v4": _chip(
+        "TPU v4", memory=30.75 * GIB, bandwidth=1228 * GB, link=90 * GB, network=6.25 * GB, clock=1.05e9, dims=3, wrap=4,
     ),
-    # NVIDIA's data sheets: SXM boards, NVLink one way, one 400 Gb/s (A100: 200 Gb/s) adapter a GPU. XLA multiplies float32
-    # in TF32. It takes three quarters of the memory unless told otherwise; a plan assumes 92 %.
-    "a100": Chip(
-        platform="gpu", peak_bfloat16=312e12, peak_float32=156e12, memory=0.92 * 80 * GB, bandwidth=2039 * GB,
-        link=300 * GB, network=25 * GB,
-    ),
-    "h100": Chip(
-        platform="gpu", peak_bfloat16=989e12, peak_float32=494e12, memory=0.92 * 84.9 * GB, bandwidth=3352 * GB,
-        link=450 * GB, network=50 * GB,
-    ),
-    "h200": Chip(
-        platform="gpu", peak_bfloat16=989e12, peak_float32=494e12, memory=0.92 * 150 * GB, bandwidth=4800 * GB,
-        link=450 * GB, network=50 * GB,
-    ),
+    # NVIDIA's data sheets: SXM boards, NVLink one way, one 400 Gb/s (A100: 200 Gb/s) adapter a GPU. XLA takes
+    # three quarters of the memory unless told otherwise; a plan assumes 92 %.
+    "a100": _chip("NVIDIA A100", memory=0.92 * 80 * GB, bandwidth=2039 * GB, link=300 * GB, network=25 * GB),
+    "h100": _chip("NVIDIA H100", memory=0.92 * 84.9 * GB, bandwidth=3352 * GB, link=450 * GB, network=50 * GB),
+    "h200": _chip("NVIDIA H200", memory=0.92 * 150 * GB, bandwidth=4800 * GB, link=450 * GB, network=50 * GB),
 }  # fmt: skip
 
 GPUS_A_HOST = 8
+
+
+def chip_name(device: Any) -> str:
+    """The name of a device's kind, among `CHIPS`.
+
+    Raises:
+        UserError: it is of another kind.
+    """
+    known = {name: chip.kind for name, chip in CHIPS.items() if device.device_kind.startswith(chip.kind)}
+    if not known:
+        raise UserError(f"{device.device_kind!r} is no kind of device that a plan knows: {', '.join(CHIPS)}")
+    return max(known, key=lambda name: len(known[name]))
 
 
 @dataclasses.dataclass(frozen=True)

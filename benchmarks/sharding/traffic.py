@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from benchmarks import compilers, record
+from benchmarks.page import page, table
 from benchmarks.sharding.ahead import Compiler
 from benchmarks.sharding.analytic import Analysis, sharded_bytes
 from benchmarks.sharding.layouts import layouts
 from benchmarks.sharding.least import least
-from benchmarks.sharding.page import page, table
 from benchmarks.sharding.targets import parse_target
 from train.config import load
 from train.data.cache import writing
+from train.display import console
 from train.mesh import MESH_AXES, MeshConfig
 from transformer.errors import UserError
 
@@ -45,13 +45,8 @@ def run(
     target = parse_target(target_name)
     config = dataclasses.replace(load(path, overrides), mesh=MeshConfig())
     target = dataclasses.replace(target, dtype=config.model.dtype)
-    platform = target.chip.platform
-    found = compilers.find(platform, python) or (compilers.install(platform) if install else None)
-    if found is None:
-        raise UserError(
-            f"sharding: no compiler for {platform} here; --install makes an environment with "
-            f"jax[{compilers.EXTRAS[platform]}], --compiler-python PATH names one"
-        )
+    if (found := compilers.find(target.chip.platform, python, make=install)) is None:
+        raise UserError(f"sharding: {compilers.absent(target.chip.platform)}")
     chosen, refused = layouts(config, target.num_devices, [name for name in strategies or () if name != "pmap"] or None)
     # It runs on devices, and has no way to describe them only.
     chosen.pop("pmap", None)
@@ -88,10 +83,10 @@ def run(
         grid.add_column(head, justify="left" if head in HEADS[:3] else "right")
     for line in cells:
         grid.add_row(*line)
-    console = Console(width=None if Console().is_terminal else 220)
-    console.print(grid)
+    out = console()
+    out.print(grid)
     for name, why in refused.items():
-        console.print(f"{name}: not for this model: {why}", highlight=False)
+        out.print(f"{name}: not for this model: {why}")
     name = f"traffic_{config.name}_{target.name.replace(':', '_')}"
     file = Path(output or "plans") / f"{name}.html"
     with writing(file):

@@ -21,17 +21,12 @@ import jax.numpy as jnp
 
 from benchmarks import record
 from benchmarks.record import RESULTS
-from benchmarks.sharding.targets import CHIPS, Chip, Target
-from benchmarks.workload import OPTIMIZER
+from benchmarks.sharding.targets import CHIPS, Chip, Target, chip_name
+from benchmarks.workload import of_model, random_batch
 from train.config import RunConfig
+from train.mesh import shard_batch, use_mesh
 from transformer.errors import UserError
 from transformer.models.gpt import GPTConfig
-
-KINDS = {
-    "NVIDIA A100": "a100", "NVIDIA H100": "h100", "NVIDIA H200": "h200", "TPU v4": "v4", "TPU v5 lite": "v5e",
-    "TPU v5p": "v5p", "TPU v6 lite": "v6e",
-}  # fmt: skip
-"""Beginnings of device kinds, and what they are called as a target."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Case:
             vocab_size=self.vocab_size, max_length=self.length, num_layers=self.num_layers, embed_dim=self.embed_dim,
             num_heads=self.embed_dim // 64, dtype=self.dtype, remat=self.remat,  # type: ignore[arg-type]
         )  # fmt: skip
-        return RunConfig(name="validate", batch_size=self.batch_size, model=model, optimizer=OPTIMIZER)
+        return of_model(model, self.batch_size)
 
 
 def cases() -> list[Case]:
@@ -79,7 +74,9 @@ def run(rounds: int = 5) -> dict[str, Any]:
         UserError: the device is of no known kind, or a case failed.
     """
     device = jax.devices()[0]
-    chip = chip_of(device)
+    # A CPU has no data sheet.
+    kind = "cpu" if device.platform == "cpu" else chip_name(device)
+    chip = measured_cpu() if kind == "cpu" else CHIPS[kind]
     found = []
     for case in cases():
         task = {"case": dataclasses.asdict(case), "chip": dataclasses.asdict(chip), "rounds": rounds}
@@ -101,7 +98,7 @@ def run(rounds: int = 5) -> dict[str, Any]:
             flush=True,
         )
     worst = {part: max(abs(one[f"{part}_error"]) for one in found) for part in ("time", "memory")}
-    result = {"kind": kind_of(device), "chip": dataclasses.asdict(chip), "cases": found, "worst": worst}
+    result = {"kind": kind, "chip": dataclasses.asdict(chip), "cases": found, "worst": worst}
     print(f"at worst: time {worst['time']:.0%}, memory {worst['memory']:.1%}")
     record.save("validation", "manyheads-bench validate", result, show=False)
     return result
@@ -114,26 +111,6 @@ def on_record(kind: str) -> dict[str, Any] | None:
         if result["kind"] == kind:
             return result["worst"]
     return None
-
-
-def kind_of(device: Any) -> str:
-    """The name of a device's kind as a target.
-
-    Raises:
-        UserError: it is not among `CHIPS`.
-    """
-    if device.platform == "cpu":
-        return "cpu"
-    known = [kind for kind in KINDS if device.device_kind.startswith(kind)]
-    if not known:
-        raise UserError(f"validate: {device.device_kind!r} is no kind that a plan knows: {', '.join(CHIPS)}")
-    return KINDS[max(known, key=len)]
-
-
-def chip_of(device: Any) -> Chip:
-    """What a device can do: by its data sheet, or measured on a CPU."""
-    kind = kind_of(device)
-    return CHIPS[kind] if kind != "cpu" else measured_cpu()
 
 
 def measured_cpu() -> Chip:
@@ -149,17 +126,14 @@ def measured_cpu() -> Chip:
     bandwidth = 2 * vector.nbytes / fastest(add, vector)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Chip(
-        platform="cpu", peak_bfloat16=peak, peak_float32=peak, memory=memory, bandwidth=bandwidth, link=bandwidth / 4,
+        kind="cpu", platform="cpu", peak_bfloat16=peak, peak_float32=peak, memory=memory, bandwidth=bandwidth, link=bandwidth / 4,
         network=bandwidth / 4,
     )  # fmt: skip
 
 
 def answer() -> None:
     """Predict and measure the case in the input, in this process, and print both as JSON."""
-    from benchmarks.sharding.ahead import compile_step
-    from benchmarks.sharding.measure import random_batch
-    from train.mesh import make_mesh, shard_batch, use_mesh
-    from train.program import Program
+    from benchmarks.sharding.ahead import compile_step, examined, program_of
 
     task = json.load(sys.stdin)
     case, chip = Case(**task["case"]), Chip(**task["chip"])
@@ -168,13 +142,12 @@ def answer() -> None:
         # What was measured is what is reached.
         target = dataclasses.replace(target, matmul_efficiency=1.0, memory_efficiency=1.0)
     config, devices = case.config(), jax.devices()[:1]
-    compiled = compile_step(config, target, devices)
+    program = program_of(config, devices)
+    step, seconds_to_compile = compile_step(program)
+    compiled = examined(step, seconds_to_compile, program.mesh, target)
     assert compiled.prediction is not None and compiled.memory is not None
-    mesh = make_mesh(config.mesh, devices)
-    with use_mesh(mesh, config.mesh.rules):
-        program = Program(config, mesh)
+    with use_mesh(program.mesh, config.mesh.rules):
         batch = shard_batch(random_batch(config), program.batch_sharding)
-        step = program.lower().compile()
         before = _held()
         held = [step(program.init(), batch)]
         jax.block_until_ready(held)

@@ -54,9 +54,8 @@ def test_a_strategy_that_is_none(config_file, capsys):
     assert "got 'ringg'; allowed: pmap, dp" in capsys.readouterr().err
 
 
-def test_a_target_without_its_compiler(config_file, capsys, monkeypatch):
-    from benchmarks import compilers
+def test_a_target_without_its_compiler(config_file, tmp_path, capsys, monkeypatch):
 
-    monkeypatch.setattr(compilers, "find", lambda platform, python=None: None)
+    monkeypatch.setenv("MANYHEADS_CACHE", str(tmp_path / "cache"))
     assert main(["sharding", str(config_file), "--target", "h100:8"]) == 2
     assert "no compiler for gpu here; --install makes an environment" in capsys.readouterr().err

@@ -1,0 +1,66 @@
+"""A report as one page that needs nothing else: its style, tables and pictures."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """
+body { font: 15px/1.55 system-ui, sans-serif; color: #1f2430; background: #fff; max-width: 1180px; margin: 2rem auto;
+  padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { margin-top: 2.4rem; border-top: 1px solid #dde1ea; padding-top: 1.3rem; }
+h3 { margin: 1.8rem 0 .5rem; font-size: 1rem; } li { margin: .25rem 0; } li, p { max-width: 60rem; } p { margin: .5rem 0; }
+.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e6e9f0; white-space: nowrap; }
+th { color: #5a6273; font-weight: 600; } .text { text-align: left; } .best { font-weight: 700; }
+td.long { text-align: left; white-space: normal; }
+svg { max-width: 100%; height: auto; } .muted { color: #5a6273; }
+"""
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """The whole document around parts that are HTML already."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], text: Collection[int] = (), long: Collection[int] = ()
+) -> str:
+    """A table. Columns of `text` are set to the left, those of `long` are wrapped too; `**` around a cell makes it bold."""
+
+    def cell(index: int, content: str, tag: str) -> str:
+        best = len(content) > 4 and content.startswith("**") and content.endswith("**")
+        names = [("text", index in text), ("long", index in long), ("best", best)]
+        kinds = " ".join(name for name, holds in names if holds)
+        attribute = f' class="{kinds}"' if kinds else ""
+        return f"<{tag}{attribute}>{html.escape(content[2:-2] if best else content)}</{tag}>"
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(cell(index, content, tag) for index, content in enumerate(cells))}</tr>"
+
+    return f'<div class="table"><table>{line(heads, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
+
+
+def svg(figure: Figure, salt: str = "manyheads") -> str:
+    """A picture as part of a page; the same figure always gives the same text.
+
+    Args:
+        salt: of the names in it, which differs among the pictures of a page.
+    """
+    import matplotlib
+
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
