@@ -185,15 +185,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else list(devices)
     sizes = config.sizes(len(devices))
     types = (AxisType.Auto,) * len(sizes)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices > 1:
-        return Mesh(_over_slices(sizes, slices, devices), MESH_AXES, axis_types=types)
-    try:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
-    except NotImplementedError:
-        # On a torus whose dims are no products of the mesh's axes: a dim is shared by two of them.
+    if (slices := len({getattr(device, "slice_index", 0) for device in devices})) > 1:
+        placed = _over_slices(sizes, slices, devices)
+    else:
+        # On a torus whose dims are no products of the mesh's axes, two of them share a dim.
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(placed, MESH_AXES, axis_types=types)
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def _over_slices(sizes: tuple[int, ...], slices: int, devices: list[jax.Device]) -> np.ndarray:
