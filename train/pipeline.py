@@ -90,8 +90,9 @@ def one_forward_one_backward(graphdef: Any, loss: LossConfig, objective: str, sc
     """The gradient of an objective's loss by the schedule 1F1B (Narayanan et al. 2019, section 3.2; 2021, section 2.2.1).
 
     On every tick each device runs its stage forward on one microbatch and backward on an earlier one, which is on its way
-    back. At most 2P - 1 microbatches are under way, however many there are, and of each of them a device keeps its stage's
-    input alone: the backward pass computes the stage again. Time is M + P - 1 times a forward and a backward, as GPipe's.
+    back; on the first P - 1 ticks forward alone, on the last P - 1 backward alone. At most 2P - 1 microbatches are under way,
+    however many there are, and of each of them a device keeps its stage's input alone: the backward pass computes the stage
+    again. Time is M + P - 1 times a forward and a backward, as GPipe's.
 
     The loss is computed behind the last stage, and the embedding before the first. All devices compute both, and those at
     other stages throw them away: a tick is as long as its slowest stage, so that this costs no time.
@@ -154,18 +155,21 @@ def one_forward_one_backward(graphdef: Any, loss: LossConfig, objective: str, sc
                 )
                 return dataclasses.replace(state, grads=grads, sums=sums), back
 
-            def tick(state: _Ticking, time: Array) -> tuple[_Ticking, None]:
-                # These conditions are the same on all devices, or the collectives inside would wait for each other.
-                def idle(state: _Ticking, time: Array) -> tuple[_Ticking, Array]:
-                    return state, jnp.zeros_like(state.ahead)
+            def ticks(state: _Ticking, first: int, last: int, *, ahead: bool, back: bool) -> _Ticking:
+                """Those before `last`, on which all devices go ahead, or back, or both."""
 
-                with jax.named_scope("forward"):
-                    state, ahead = jax.lax.cond(time < M + P - 1, forward, idle, state, time)
-                with jax.named_scope("backward"):
-                    state, back = jax.lax.cond(time >= P - 1, backward, idle, state, time)
-                ahead = jax.lax.ppermute(ahead, axes, [(device, device + 1) for device in range(P - 1)])
-                back = jax.lax.ppermute(back, axes, [(device + 1, device) for device in range(P - 1)])
-                return dataclasses.replace(state, ahead=ahead, back=back), None
+                def tick(state: _Ticking, time: Array) -> tuple[_Ticking, None]:
+                    # Both work on what was sent before this tick; nothing is sent that no stage will read.
+                    sent: dict[str, Any] = {}
+                    if ahead:
+                        state, x = forward(state, time)
+                        sent["ahead"] = jax.lax.ppermute(x, axes, [(device, device + 1) for device in range(P - 1)])
+                    if back:
+                        state, x = backward(state, time)
+                        sent["back"] = jax.lax.ppermute(x, axes, [(device + 1, device) for device in range(P - 1)])
+                    return dataclasses.replace(state, **sent), None
+
+                return jax.lax.scan(tick, state, jnp.arange(first, last))[0]
 
             R, T = batches["tokens"].shape[1:]
             c = nnx.merge(graphdef, params).config
@@ -173,7 +177,9 @@ def one_forward_one_backward(graphdef: Any, loss: LossConfig, objective: str, sc
             _, sums = jax.eval_shape(stage, params, given, jnp.zeros((), jnp.int32))
             grads, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, sums))
             start = _Ticking(given, given, jnp.zeros((slots, *given.shape), given.dtype), grads, sums)
-            end, _ = jax.lax.scan(tick, start, jnp.arange(M + 2 * (P - 1)))
+            full = ticks(start, 0, P - 1, ahead=True, back=False)
+            steady = ticks(full, P - 1, M + P - 1, ahead=True, back=True)
+            end = ticks(steady, M + P - 1, M + 2 * (P - 1), ahead=False, back=True)
             # What all stages have, such as the embedding, some of them used.
             grads = jax.tree.map(
                 lambda leaf: leaf if is_stacked(leaf) else jax.lax.psum(leaf, axes), end.grads, is_leaf=is_variable

@@ -94,8 +94,9 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
                 Least("expert", "2 (n-1)/n 4 Ψ'", 2 * share(n) * 4 * max(others, 0) / apart["tensor"] / apart["fsdp"])
             )
     if (n := apart["pipeline"]) > 1:
-        # Huang et al. 2019: a microbatch's activations from stage to stage, and their gradients back.
-        found.append(Least("pipeline", "2 (n-1)/n B T D c", 2 * share(n) * tokens * width * compute))
+        # Huang et al. 2019: activations to the next stage, and their gradients back; of two stages each does one of both.
+        ways = 2 if n > 2 else 1
+        found.append(Least("pipeline", f"{ways} B T D c", ways * tokens * width * compute))
     return found
 
 
