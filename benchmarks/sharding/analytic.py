@@ -91,7 +91,19 @@ class Analysis:
         logits = config.sequence_length * model.vocab_size * 4
         kept = max(full - 2 * logits, 0) + max(own - full, 0) / slices
         again = 0.0 if model.remat == "none" else 0.6 * (none - full) / layers / slices
-        activations = rows * (kept / sizes.get("pipeline", 1) + again + 1.25 * logits / slices)
+        activations = rows * (kept + again + 1.25 * logits / slices)
+        bubble, passes = 0.0, {"none": 3.0, "light": 3.0, "dots": 3.1, "full": 4.0}[model.remat]
+        if (stages := sizes["pipeline"]) > 1:
+            parts = config.mesh.pipeline_microbatches or stages * config.mesh.stages_per_device
+            bubble = (stages - 1) / (parts * config.mesh.stages_per_device)
+            if config.mesh.schedule == "1f1b":
+                # Inputs of the microbatches under way, and one stage that is computed again.
+                own_input = config.sequence_length * model.embed_dim * wide
+                at_work = kept / stages + again + 1.25 * logits / slices
+                activations, passes = rows / parts * (own_input * (2 * stages - 1) + at_work), passes + 1
+            else:
+                # Every tick keeps its own, and the devices share the head.
+                activations = rows / stages * (kept * (1 + bubble) + 1.25 * logits / slices) + rows / parts * again
         gathered = 0.0
         if sizes["fsdp"] > 1 and config.mesh.slices_parameters:
             gathered = 2 * wide * self.parameters / slices / layers
@@ -99,10 +111,9 @@ class Analysis:
         devices = target.num_devices
         tokens = config.batch_size * config.sequence_length
         forward = flops_per_token(model, config.sequence_length) * tokens / devices
-        passes = {"none": 3.0, "light": 3.0, "dots": 3.1, "full": 4.0}[model.remat]
         arithmetic = passes * forward / (target.peak_flops * target.matmul_efficiency)
         # Written once and read in both passes, of which products hide a part; once more for what is computed again.
-        moved = config.microbatches * rows * none / slices * (2.5 if model.remat == "none" else 3)
+        moved = config.microbatches * rows * none / slices / stages * (2.5 if model.remat == "none" else 3)
         moved += 3 * (parameters + gradients + optimizer)
         traffic = moved / (target.memory_bandwidth * target.memory_efficiency)
         hideable = shown = 0.0
@@ -112,10 +123,6 @@ class Analysis:
                 hideable += seconds
             else:
                 shown += seconds
-        bubble = 0.0
-        if (stages := sizes.get("pipeline", 1)) > 1:
-            microbatches = getattr(config.mesh, "pipeline_microbatches", None) or stages
-            bubble = (stages - 1) / (microbatches * getattr(config.mesh, "stages_per_device", 1))
         sending = shown + max(hideable - OVERLAP * arithmetic, 0)
         seconds = (arithmetic + traffic) * (1 + bubble) + sending
         return Estimate(parameters, gradients, optimizer, activations, gathered, seconds, arithmetic, traffic, sending)

@@ -14,6 +14,8 @@ from transformer.errors import ConfigError
 
 REMATS = ("none", "light", "full")
 MICROBATCHES = (1, 2, 4, 8)
+DEEPEST = 16
+"""Devices of a pipeline; it waits longer the more they are."""
 LONG = 16_384
 """Tokens in a sequence from which it is worth lying apart."""
 
@@ -23,24 +25,31 @@ def candidates(config: RunConfig, target: Target) -> list[RunConfig]:
     divide its sizes."""
     found = []
     for sizes in _meshes(config, target):
-        for strategy in _strategies(sizes):
+        rows = config.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+        for strategy, pipeline in itertools.product(_strategies(sizes), _pipelines(sizes["pipeline"])):
             try:
-                mesh = dataclasses.replace(config.mesh, strategy=strategy, **sizes)  # type: ignore[arg-type]
+                mesh = dataclasses.replace(config.mesh, strategy=strategy, **sizes, **pipeline)  # type: ignore[arg-type]
             except ConfigError:
                 continue
-            shards = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-            for remat, microbatches in itertools.product(REMATS, MICROBATCHES):
-                if config.batch_size % (shards * microbatches):
+            # A pipeline has microbatches of its own.
+            parts = [pipeline["pipeline_microbatches"]] if pipeline else MICROBATCHES
+            for remat, microbatches in itertools.product(REMATS, parts):
+                if rows % microbatches:
                     continue
                 model = dataclasses.replace(config.model, remat=remat)  # type: ignore[arg-type]
-                found.append(dataclasses.replace(config, mesh=mesh, model=model, microbatches=microbatches))
+                one = dataclasses.replace(config, mesh=mesh, model=model)
+                found.append(one if pipeline else dataclasses.replace(one, microbatches=microbatches))
     return found
 
 
 def describe(config: RunConfig) -> str:
     """The layout in a line: the axes with more than one device, the strategy, and what else was chosen."""
-    axes = " × ".join(f"{axis} {size}" for axis in MESH_AXES if (size := getattr(config.mesh, axis) or 1) > 1)
-    return f"{config.mesh.strategy}: {axes or 'one device'}; remat {config.model.remat}, microbatches {config.microbatches}"
+    mesh = config.mesh
+    axes = " × ".join(f"{axis} {size}" for axis in MESH_AXES if (size := getattr(mesh, axis) or 1) > 1)
+    parts = f"microbatches {config.microbatches}"
+    if (mesh.pipeline or 1) > 1:
+        parts = f"{mesh.schedule} of {mesh.pipeline_microbatches} microbatches"
+    return f"{mesh.strategy}: {axes or 'one device'}; remat {config.model.remat}, {parts}"
 
 
 def _meshes(config: RunConfig, target: Target) -> Iterator[dict[str, int]]:
@@ -66,18 +75,33 @@ def _meshes(config: RunConfig, target: Target) -> Iterator[dict[str, int]]:
                 if experts and experts % expert:
                     continue
                 replicas = rest // context // expert
-                for fsdp in _divisors(replicas):
-                    if model.embed_dim % fsdp:
+                stages = _divisors(replicas) if context == expert == 1 and model.family in ("gpt", "bert") else [1]
+                for pipeline in stages:
+                    if pipeline > DEEPEST or getattr(model, "num_layers", 1) % pipeline:
                         continue
-                    sizes = dict.fromkeys(MESH_AXES, 1)
-                    yield sizes | {
-                        "data": replicas // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context, "expert": expert,
-                    }  # fmt: skip
+                    for fsdp in _divisors(replicas // pipeline):
+                        if model.embed_dim % fsdp:
+                            continue
+                        yield {
+                            "pipeline": pipeline, "data": replicas // pipeline // fsdp, "fsdp": fsdp, "expert": expert,
+                            "context": context, "tensor": tensor,
+                        }  # fmt: skip
 
 
 def _strategies(sizes: dict[str, int]) -> list[str]:
     found = ["dp"] if sizes["fsdp"] == 1 else ["fsdp", "zero1"]
     return [*found, "tensor_sequence"] if sizes["tensor"] > 1 else found
+
+
+def _pipelines(devices: int) -> list[dict[str, Any]]:
+    """Schedules, and into how many microbatches for each device."""
+    if devices == 1:
+        return [{}]
+    schedules: tuple[Any, ...] = ("gpipe", "1f1b")
+    return [
+        {"schedule": schedule, "pipeline_microbatches": devices * each}
+        for schedule, each in itertools.product(schedules, (4, 16))
+    ]
 
 
 def _divisors(number: int) -> list[int]:

@@ -135,15 +135,20 @@ def estimated(config: RunConfig, target: Target) -> list[Entry]:
 
 
 def promising(entries: list[Entry], target: Target, number: int) -> list[Entry]:
-    """The `number` layouts to compile, best first: those that may fit, no more than two settings of one mesh before others."""
+    """The `number` layouts to compile, best first: those that may fit, no more than two settings of one mesh before others,
+    and no more than a sixth of them pipelines, whose many schedules would else fill the list."""
     likely = [entry for entry in entries if entry.estimate.memory <= 1.4 * target.chip.memory] or entries
     likely = sorted(likely, key=lambda entry: entry.seconds * (1 if entry.fits(target) else 1.2))
     first: list[Entry] = []
     later: list[Entry] = []
     seen: dict[Any, int] = {}
     for entry in likely:
-        seen[entry.config.mesh] = seen.get(entry.config.mesh, 0) + 1
-        (first if seen[entry.config.mesh] <= 2 else later).append(entry)
+        mesh, most = entry.config.mesh, 2
+        key: Any = mesh
+        if (mesh.pipeline or 1) > 1:
+            key, most = "pipeline", max(number // 6, 1)
+        seen[key] = seen.get(key, 0) + 1
+        (first if seen[key] <= most else later).append(entry)
     return [*first, *later][:number]
 
 
