@@ -77,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(call=_sharding)
     sub.add_argument("config", metavar="CONFIG", help="a YAML file of configs/")
     sub.add_argument("--strategies", metavar="A,B,C", help="names, comma-separated (all that suit)")
+    text = "measure each strategy with each of a field's values, such as model.remat=none,full; may be repeated"
+    sub.add_argument("--vary", action="append", default=[], metavar="FIELD=A,B", help=text)
     sub.add_argument("--devices", type=_positive, metavar="N", help="virtual devices to make of the CPU")
     sub.add_argument(
         "--target", help="compile for devices that are not here, such as h100:8, and tell what would be sent"
@@ -191,7 +193,7 @@ def _sharding(options: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
         traffic.run(
             options.config, options.target, overrides=tuple(options.overrides), strategies=_names(options.strategies),
-            python=options.compiler_python, install=options.install, output=options.directory,
+            vary=options.vary, python=options.compiler_python, install=options.install, output=options.directory,
         )  # fmt: skip
         return
     from benchmarks.sharding import measure
@@ -199,8 +201,8 @@ def _sharding(options: argparse.Namespace) -> None:
 
     set_up_devices(options.devices)
     measure.run(
-        options.config, overrides=tuple(options.overrides), strategies=_names(options.strategies), rounds=options.rounds,
-        output=options.directory,
+        options.config, overrides=tuple(options.overrides), strategies=_names(options.strategies), vary=options.vary,
+        rounds=options.rounds, output=options.directory,
     )  # fmt: skip
 
 

@@ -91,6 +91,8 @@ class MeshConfig:
     """Devices over which a sequence is sliced; null: as for data."""
     tensor: int | None = None
     """Devices over which heads and features are sliced; null: as for data."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's statistics in the host's memory between steps; each step brings them and takes them back."""
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
     """Order of a pipeline's work. gpipe: forward for all microbatches, then backward; 1f1b: a backward after each forward, so
     that a device keeps the inputs of as many microbatches as there are stages, at most twice, and computes a stage again."""
@@ -107,6 +109,8 @@ class MeshConfig:
             self, "stages_per_device", self.stages_per_device == 1 or self.schedule == "gpipe",
             f"allowed: 1 with schedule {self.schedule}",
         )  # fmt: skip
+        offloads = self.offload_optimizer
+        require(self, "offload_optimizer", not offloads or self.strategy != "pmap", "pmap keeps all on its devices")
         for axis in MESH_AXES if self.strategy == "pmap" else ():
             require(self, axis, axis == "data" or getattr(self, axis) in (None, 1), "strategy pmap has data alone")
         if self.strategy == "pipeline" or (self.pipeline or 1) > 1:

@@ -36,6 +36,8 @@ class OptimizerConfig:
     """Decay of the first moment (adamw, lion); momentum of sgd and muon."""
     b2: float = 0.95
     """Decay of the second moment (adamw, lion, and adamw's part in muon)."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the first moment (adamw, lion), or of the momentum (sgd, muon); bfloat16 takes half the memory."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
     adam_learning_rate: float | None = None
@@ -46,6 +48,10 @@ class OptimizerConfig:
     """Keep a moving average of the parameters with this decay, and evaluate and generate with it; null: none."""
 
     def __post_init__(self) -> None:
+        require(
+            self, "moment_dtype", self.moment_dtype == "float32" or self.name != "adafactor",
+            "adafactor keeps no such moment; allowed: float32",
+        )  # fmt: skip
         for field in ("learning_rate", "epsilon"):
             require(self, field, 0 < getattr(self, field) < float("inf"), "allowed: above 0")
         for field in ("adam_learning_rate", "clip_norm"):
@@ -96,10 +102,14 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     match config.name:
         case "adamw":
             update = optax.adamw(
-                schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, weight_decay=config.weight_decay, mask=decays
-            )
+                schedule, b1=config.b1, b2=config.b2, eps=config.epsilon, mu_dtype=config.moment_dtype,
+                weight_decay=config.weight_decay, mask=decays,
+            )  # fmt: skip
         case "lion":
-            update = optax.lion(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decays)
+            update = optax.lion(
+                schedule, b1=config.b1, b2=config.b2, mu_dtype=config.moment_dtype, weight_decay=config.weight_decay,
+                mask=decays,
+            )  # fmt: skip
         case "adafactor":
             update = optax.chain(
                 optax.scale_by_factored_rms(),
@@ -121,11 +131,14 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
                 adam_learning_rate=make_schedule(config, num_steps, config.adam_learning_rate),
                 muon_weight_dimension_numbers=_muon_dimensions,
                 consistent_rms=0.2,
+                mu_dtype=config.moment_dtype,
             )
         case "sgd":
             update = optax.chain(
                 optax.add_decayed_weights(config.weight_decay, mask=decays),
-                optax.sgd(schedule, momentum=config.b1 or None, nesterov=config.b1 > 0),
+                optax.sgd(
+                    schedule, momentum=config.b1 or None, nesterov=config.b1 > 0, accumulator_dtype=config.moment_dtype
+                ),
             )
     if config.clip_norm is None:
         return update

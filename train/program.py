@@ -42,10 +42,14 @@ class Program:
         graphdef = graphdef_of(make)
         optimizer, ema_decay = make_optimizer(config.optimizer, config.steps), config.optimizer.ema_decay
         self.make_state = state_maker(make, optimizer, keep_ema=ema_decay is not None)
-        self.abstract = abstract_state(self.make_state, mesh, config.mesh.optimizer_rules)
+        described = functools.partial(
+            abstract_state, mesh=mesh, optimizer_rules=config.mesh.optimizer_rules,
+            offload_optimizer=config.mesh.offload_optimizer,
+        )  # fmt: skip
+        self.abstract = described(self.make_state)
         staged, V = self.abstract, schedule.stages_per_device
         if V > 1:
-            staged = abstract_state(lambda key: in_stages(self.make_state(key), V), mesh, config.mesh.optimizer_rules)
+            staged = described(lambda key: in_stages(self.make_state(key), V))
         with nnx.logical_axis_rules(config.mesh.gradient_rules):
             gradients = lay_out(staged.params, mesh)
         with nnx.logical_axis_rules(config.mesh.optimizer_rules):

@@ -30,6 +30,9 @@ class TrainState:
     """Exponential moving average of the parameters, when the optimiser keeps one."""
 
 
+HOST = "pinned_host"
+"""JAX's name for a host's memory that its devices can reach."""
+
 StateMaker = Callable[..., TrainState]
 """(key, params=None) -> TrainState"""
 
@@ -65,18 +68,28 @@ def lay_out(abstract: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
-def abstract_state(make_state: StateMaker, mesh: Mesh, optimizer_rules: Rules | None = None) -> TrainState:
+def abstract_state(
+    make_state: StateMaker, mesh: Mesh, optimizer_rules: Rules | None = None, *, offload_optimizer: bool = False
+) -> TrainState:
     """The description of a state before it exists.
 
     Args:
         optimizer_rules: by which the optimiser's statistics and the moving average are laid out; those in force by default.
+        offload_optimizer: the statistics are in the host's memory.
     """
     abstract = describe(lambda: make_state(jax.random.key(0)), mesh)
-    if optimizer_rules is None:
-        return abstract
-    with nnx.logical_axis_rules(optimizer_rules):
-        opt_state, ema = lay_out((abstract.opt_state, abstract.ema), mesh)
-    return dataclasses.replace(abstract, opt_state=opt_state, ema=ema)
+    if optimizer_rules is not None:
+        with nnx.logical_axis_rules(optimizer_rules):
+            opt_state, ema = lay_out((abstract.opt_state, abstract.ema), mesh)
+        abstract = dataclasses.replace(abstract, opt_state=opt_state, ema=ema)
+    if offload_optimizer:
+        abstract = dataclasses.replace(abstract, opt_state=jax.tree.map(_on_host, abstract.opt_state))
+    return abstract
+
+
+def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The same in the host's memory; a counter stays, which is no size at all."""
+    return leaf.update(sharding=leaf.sharding.with_memory_kind(HOST)) if leaf.ndim else leaf
 
 
 def abstract_params(make_model: ModelFactory, mesh: Mesh) -> nnx.State:

@@ -57,15 +57,19 @@ def make_train_step(
     gradient = make_gradient(graphdef, loss, objective) if gradient is None else gradient
     compute = accumulated(gradient, microbatches, _layout(gradients))
 
+    # Without its layout written out, the state would leave the first step laid out in other words than it came in with,
+    # and the second step would be compiled anew.
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    at_hand = jax.tree.map(lambda one: one.with_memory_kind("device"), shardings.opt_state)
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if at_hand != shardings.opt_state:
+            state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, at_hand))
         grads, sums = compute(state.params, batch, jax.random.fold_in(state.key, state.step))
         if summed is not None:
             grads = jax.lax.with_sharding_constraint(grads, _layout(summed))
         return update(state, grads, sums, optimizer, ema_decay)
 
-    # Without its layout written out, the state would leave the first step laid out in other words than it came in with,
-    # and the second step would be compiled anew.
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 

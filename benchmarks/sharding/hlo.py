@@ -64,6 +64,8 @@ class Instruction:
     """The operands, as they are written."""
     root: bool
     """Whether it is what its computation gives."""
+    from_host: bool
+    """Whether it brings something from the host's memory, or takes it there."""
 
     @property
     def bytes(self) -> float:
@@ -189,7 +191,7 @@ class Module:
         for times, name, instruction in self.executed():
             if (kind := _kind(instruction.opcode)) is not None:
                 if not instruction.opcode.endswith("-done"):
-                    span = (instruction.name, self._end(name, instruction))
+                    span = (instruction.name, self.end_of(name, instruction))
                     found.append(self._collective(kind, times, name, instruction, name, span))
             elif instruction.opcode in ("fusion", "async-start") and instruction.called in self.computations:
                 inner = self.computations[instruction.called]
@@ -198,7 +200,7 @@ class Module:
                     if (kind := _kind(one.opcode)) is None or one.opcode.endswith("-done"):
                         continue
                     kind = "reduce-scatter" if kind == "all-reduce" and sliced else kind
-                    span = (instruction.name, self._end(name, instruction))
+                    span = (instruction.name, self.end_of(name, instruction))
                     whole = self._collective(kind, times, instruction.called, one, name, span)
                     channel = re.search(r"channel_id=(\d+)", one.attributes)
                     key = channel.group(1) if channel else f"{instruction.called} {one.name}"
@@ -209,7 +211,7 @@ class Module:
                         pieces[key] = dataclasses.replace(before, span=(before.span[0], span[1]), asynchronous=True)
         return [one for one in (*found, *pieces.values()) if one.sent > 0]
 
-    def _end(self, where: str, instruction: Instruction) -> str:
+    def end_of(self, where: str, instruction: Instruction) -> str:
         """Where the result of something that was started is waited for; itself where nothing waits."""
         for one in self.computations[where].values():
             if "-done" in one.opcode + one.name and instruction.name in one.operands:
@@ -279,7 +281,7 @@ def _parse(line: str) -> Instruction | None:
     )
     return Instruction(
         found.group(1), shapes, opcode.group(1), tuple(_OPERAND.findall(inner)), line[close:], inner.strip(),
-        line.lstrip().startswith("ROOT "),
+        line.lstrip().startswith("ROOT "), opcode.group(1) == "copy-start" and "S(5)" in line[start:end],
     )  # fmt: skip
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.config import RunConfig
+from train.config import RunConfig, load
 from train.mesh import STRATEGIES, MeshConfig
 from transformer.errors import UserError, nearest
 
@@ -17,10 +19,35 @@ NAMES = (
 """The strategies of `train/mesh.py`, and the schedules of a pipeline."""
 
 
+def variants(path: str, overrides: Sequence[str] = (), vary: Sequence[str] = ()) -> dict[str, RunConfig]:
+    """The config with every combination of values, by what was varied; one without a name where nothing was.
+
+    Args:
+        vary: fields and their values, such as `model.remat=none,full`.
+
+    Raises:
+        UserError: one that is written in another way, or that the config does not take.
+    """
+    axes = []
+    for text in vary:
+        field, _, values = text.partition("=")
+        if not (field and values):
+            raise UserError(f"--vary: got {text!r}; allowed: a field and its values, as in model.remat=none,full")
+        axes.append([(field, value.strip()) for value in values.split(",")])
+    found = {}
+    for chosen in itertools.product(*axes):
+        name = ", ".join(f"{field.rpartition('.')[2]} {value}" for field, value in chosen)
+        given = [part for field, value in chosen for part in (f"--{field.replace('_', '-')}", value)]
+        found[name] = load(path, (*overrides, *given))
+    return found
+
+
 def layouts(
-    config: RunConfig, num_devices: int, names: list[str] | None = None
+    configs: Mapping[str, RunConfig], num_devices: int, names: Sequence[str] | None = None
 ) -> tuple[dict[str, RunConfig], dict[str, str]]:
-    """The config under each strategy over `num_devices`, and why those are missing that cannot be.
+    """The configs (`variants`) under each strategy over `num_devices`, and why those are missing that cannot be.
+
+    Of a config's own mesh, what goes with every strategy is kept: whether the optimiser's state is on the host.
 
     Raises:
         UserError: a name that is no strategy.
@@ -30,18 +57,19 @@ def layouts(
             raise UserError(f"--strategies: got {name!r}; allowed: {', '.join(NAMES)}.{nearest(name, NAMES)}")
     found: dict[str, RunConfig] = {}
     refused: dict[str, str] = {}
-    for name in names or NAMES:
+    for name, (variant, config) in itertools.product(names or NAMES, configs.items()):
+        title = f"{name}, {variant}" if variant else name
         try:
-            found[name] = dataclasses.replace(config, mesh=_mesh(name, config, num_devices))
+            found[title] = dataclasses.replace(config, mesh=_mesh(name, config, num_devices))
         except UserError as error:
-            refused[name] = str(error)
+            refused[title] = str(error)
     return found, refused
 
 
 def _mesh(name: str, config: RunConfig, n: int) -> MeshConfig:
     model: Any = config.model
     strategy = name.partition("_")[0] if name.startswith("pipeline") else name
-    sizes: dict[str, Any] = {"strategy": strategy}
+    sizes: dict[str, Any] = {"strategy": strategy, "offload_optimizer": config.mesh.offload_optimizer}
     heads = math.gcd(getattr(model, "kv_heads", 1), n)
     match strategy:
         case "hsdp":
@@ -69,7 +97,10 @@ def _mesh(name: str, config: RunConfig, n: int) -> MeshConfig:
             size = math.gcd(layers // stages if layers % stages == 0 else 1, n)
             if size == 1:
                 raise UserError(f"{layers} layers and {n} devices have no divisor in common")
-            sizes |= {"pipeline": size, "data": n // size}
+            # Many microbatches, so that devices wait little: at the ends of a batch they do for as long as P - 1 take.
+            rows, most = config.batch_size // config.microbatches // (n // size), 32 * size
+            parts = [one for one in range(size, min(rows, most) + 1, size) if rows % one == 0]
+            sizes |= {"pipeline": size, "data": n // size, "pipeline_microbatches": max(parts, default=None)}
             if name == "pipeline_interleaved":
                 sizes |= {"stages_per_device": 2}
             elif name == "pipeline_1f1b":

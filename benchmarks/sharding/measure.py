@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from benchmarks.sharding import measure_report
 from benchmarks.sharding.ahead import compile_step, program_of, summary
 from benchmarks.sharding.analytic import sharded_bytes
 from benchmarks.sharding.hlo import Module
-from benchmarks.sharding.layouts import layouts
+from benchmarks.sharding.layouts import layouts, variants
 from benchmarks.sharding.least import least
 from benchmarks.workload import random_batch
 from train.config import RunConfig, load
@@ -48,6 +48,7 @@ def run(
     *,
     overrides: tuple[str, ...] = (),
     strategies: list[str] | None = None,
+    vary: Sequence[str] = (),
     rounds: int = 5,
     output: str | None = None,
 ) -> dict[str, Any]:
@@ -56,15 +57,17 @@ def run(
     Args:
         path: of a config; its mesh is not read.
         strategies: names of `layouts.NAMES`; all by default.
+        vary: fields of the config and the values that each strategy is measured with (`layouts.variants`).
         rounds: turns of each strategy, of three steps each.
         output: folder of the report; `plans` by default.
 
     Raises:
         UserError: no such strategy, or none that goes.
     """
+    # What all are held against is the config as it stands, on one device.
     config = dataclasses.replace(load(path, overrides), mesh=MeshConfig())
     devices = jax.devices()
-    chosen, refused = layouts(config, len(devices), strategies)
+    chosen, refused = layouts(variants(path, overrides, vary), len(devices), strategies)
     batch = random_batch(config)
     with _own_cache(), Progress(transient=True) as progress:
         task = progress.add_task("one device", total=len(chosen) + 1)
@@ -104,6 +107,7 @@ def run(
         command += f" --devices {len(devices)}"
     if strategies:
         command += f" --strategies {','.join(strategies)}"
+    command += "".join(f" --vary {one}" for one in vary)
     record.save(f"sharding_{config.name}_{len(devices)}", command, result, show=False)
     return result
 

@@ -35,6 +35,8 @@ class Chip:
     GPU to the others of its host."""
     network: float
     """The same between hosts, a device's share."""
+    host: float = 0.0
+    """Bytes a second to or from the memory of its host, where the compiler says what goes there."""
     clock: float = 0.0
     """Cycles a second, in which a TPU's compiler gives its estimates."""
     dims: int = 0
@@ -51,19 +53,23 @@ def _chip(kind: str, **data: Any) -> Chip:
 
 
 CHIPS = {
-    # Google's data sheets; links by the Scaling Book (Austin et al. 2025), one way 45 or 90 GB/s each. The clock follows
-    # from the peak and the matrix units (4 or 8 of 128 × 128; of v6e 4 of 256 × 256, at half the rate).
+    # Google's data sheets; links by the Scaling Book (Austin et al. 2025), one way 45 or 90 GB/s each, and PCIe. The
+    # clock follows from the peak and the matrix units (4 or 8 of 128 × 128; of v6e 4 of 256 × 256, at half the rate).
     "v5e": _chip(
-        "TPU v5 lite", memory=15.75 * GIB, bandwidth=819 * GB, link=90 * GB, network=6.25 * GB, clock=1.5e9, dims=2, wrap=16,
+        "TPU v5 lite", memory=15.75 * GIB, bandwidth=819 * GB, link=90 * GB, network=6.25 * GB,
+        host=16 * GB, clock=1.5e9, dims=2, wrap=16,
     ),
     "v5p": _chip(
-        "TPU v5", memory=95.7 * GIB, bandwidth=2765 * GB, link=180 * GB, network=6.25 * GB, clock=1.75e9, dims=3, wrap=4,
+        "TPU v5", memory=95.7 * GIB, bandwidth=2765 * GB, link=180 * GB, network=6.25 * GB,
+        host=16 * GB, clock=1.75e9, dims=3, wrap=4,
     ),
     "v6e": _chip(
-        "TPU v6 lite", memory=31.25 * GIB, bandwidth=1640 * GB, link=180 * GB, network=12.5 * GB, clock=1.75e9, dims=2, wrap=16,
+        "TPU v6 lite", memory=31.25 * GIB, bandwidth=1640 * GB, link=180 * GB, network=12.5 * GB,
+        host=32 * GB, clock=1.75e9, dims=2, wrap=16,
     ),
     "v4": _chip(
-        "TPU v4", memory=30.75 * GIB, bandwidth=1228 * GB, link=90 * GB, network=6.25 * GB, clock=1.05e9, dims=3, wrap=4,
+        "TPU v4", memory=30.75 * GIB, bandwidth=1228 * GB, link=90 * GB, network=6.25 * GB,
+        host=16 * GB, clock=1.05e9, dims=3, wrap=4,
     ),
     # NVIDIA's data sheets: SXM boards, NVLink one way, one 400 Gb/s (A100: 200 Gb/s) adapter a GPU. XLA takes
     # three quarters of the memory unless told otherwise; a plan assumes 92 %.

@@ -4,9 +4,11 @@ beside the least it would have to send on paper and the ideal share of the state
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich import box
 from rich.progress import track
 from rich.table import Table
@@ -14,14 +16,15 @@ from rich.table import Table
 from benchmarks import compilers, record
 from benchmarks.page import page, table
 from benchmarks.sharding.ahead import Compiler
-from benchmarks.sharding.analytic import Analysis, sharded_bytes
-from benchmarks.sharding.layouts import layouts
+from benchmarks.sharding.analytic import sharded_bytes
+from benchmarks.sharding.layouts import NAMES, layouts, variants
 from benchmarks.sharding.least import least
 from benchmarks.sharding.targets import parse_target
 from train.config import load
 from train.data.cache import writing
 from train.display import console
-from train.mesh import MESH_AXES, MeshConfig
+from train.mesh import MESH_AXES, MeshConfig, Rules
+from train.program import described_state
 from transformer.errors import UserError
 
 HEADS = ("strategy", "mesh", "formula", "least", "compiled", "ratio", "state", "ideal", "temporary", "step", "compile")
@@ -33,6 +36,7 @@ def run(
     *,
     overrides: tuple[str, ...] = (),
     strategies: list[str] | None = None,
+    vary: Sequence[str] = (),
     python: str | None = None,
     install: bool = False,
     output: str | None = None,
@@ -45,24 +49,29 @@ def run(
     target = parse_target(target_name)
     config = dataclasses.replace(load(path, overrides), mesh=MeshConfig())
     target = dataclasses.replace(target, dtype=config.model.dtype)
+    configs = variants(path, overrides, vary)
+    if target.chip.platform == "gpu" and any(one.mesh.offload_optimizer for one in configs.values()):
+        raise UserError(
+            "mesh.offload_optimizer: got true; the compiler for GPUs leaves everything on the device when it compiles ahead; "
+            "measure it on one, without --target"
+        )
     if (found := compilers.find(target.chip.platform, python, make=install)) is None:
         raise UserError(f"sharding: {compilers.absent(target.chip.platform)}")
-    chosen, refused = layouts(config, target.num_devices, [name for name in strategies or () if name != "pmap"] or None)
-    # It runs on devices, and has no way to describe them only.
-    chosen.pop("pmap", None)
-    analysis = Analysis(config)
+    # pmap runs on devices, and has no way to describe them only.
+    chosen, refused = layouts(configs, target.num_devices, [name for name in strategies or NAMES if name != "pmap"])
     one_device = dict.fromkeys(MESH_AXES, 1)
-    whole = {name: sharded_bytes(tree, config.mesh.rules, one_device) for name, tree in _state(analysis).items()}
     compiler, rows = Compiler(target, found), {}
     try:
         for name, one in track(chosen.items(), description="compiling", transient=True):
             compiled = compiler.compile(one)
             sizes = dict(zip(MESH_AXES, one.mesh.sizes(target.num_devices), strict=True))
-            wanted = least(one, sizes, analysis.parameters)
-            held = {
-                part: sharded_bytes(tree, one.mesh.rules if part == "parameters" else one.mesh.optimizer_rules, sizes)
-                for part, tree in _state(analysis).items()
-            }
+            state = described_state(one)
+            wanted = least(one, sizes, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
+            parts: dict[str, tuple[Any, Rules]] = {"parameters": (state.params, one.mesh.rules)}
+            if not one.mesh.offload_optimizer:
+                parts["optimizer"] = ((state.opt_state, state.ema), one.mesh.optimizer_rules)
+            held = sum(sharded_bytes(tree, rules, sizes) for tree, rules in parts.values())
+            whole = {part: sharded_bytes(tree, rules, one_device) for part, (tree, rules) in parts.items()}
             slices = sizes["fsdp"] * sizes["tensor"] * sizes["expert"] * sizes["pipeline"]
             of_parameters = slices if one.mesh.slices_parameters or sizes["fsdp"] == 1 else slices // sizes["fsdp"]
             rows[name] = {
@@ -70,8 +79,8 @@ def run(
                 "least": [dataclasses.asdict(axis) for axis in wanted],
                 "least_bytes": sum(axis.bytes for axis in wanted),
                 "sent_bytes": sum(kind["bytes"] for kind in compiled.collectives),
-                "state_bytes": sum(held.values()),
-                "ideal_bytes": whole["parameters"] / of_parameters + whole["optimizer"] / slices,
+                "state_bytes": held,
+                "ideal_bytes": whole["parameters"] / of_parameters + whole.get("optimizer", 0.0) / slices,
                 "compiled": dataclasses.asdict(compiled),
             }
     finally:
@@ -97,12 +106,9 @@ def run(
         )
     print(f"the report: {file}")
     command = f"manyheads-bench sharding {path} --target {target.name}"
-    record.save(name, command + (f" --strategies {','.join(strategies)}" if strategies else ""), result, show=False)
+    command += f" --strategies {','.join(strategies)}" if strategies else ""
+    record.save(name, command + "".join(f" --vary {one}" for one in vary), result, show=False)
     return result
-
-
-def _state(analysis: Analysis) -> dict[str, Any]:
-    return {"parameters": analysis.state.params, "optimizer": (analysis.state.opt_state, analysis.state.ema)}
 
 
 def _cells(name: str, row: dict[str, Any]) -> list[str]:

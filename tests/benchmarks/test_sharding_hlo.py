@@ -214,6 +214,25 @@ def test_rounding_hides_no_more_than_is_sent():
     assert spent["first"] == 0 and spent["second"] == pytest.approx(0.744)
 
 
+def test_what_comes_from_the_host_takes_its_time():
+    text = """HloModule m
+ENTRY %main (p: f32[1000,1000], w: f32[1000,1000]) -> f32[1000,1000] {
+  %p = f32[1000,1000]{1,0:T(8,128)S(5)} parameter(0)
+  %w = f32[1000,1000]{1,0} parameter(1)
+  %start = (f32[1000,1000]{1,0:T(8,128)}, f32[1000,1000]{1,0:T(8,128)S(5)}, u32[]{:S(2)}) copy-start(%p)
+  %work = f32[1000,1000]{1,0} dot(%w, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %done = f32[1000,1000]{1,0:T(8,128)} copy-done(%start)
+  %near = (f32[1000,1000]{1,0:S(1)}, f32[1000,1000]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %here = f32[1000,1000]{1,0:S(1)} copy-done(%near)
+  ROOT %end = f32[1000,1000]{1,0} add(%work, %done)
+}
+"""
+    target = parse_target("v5e:2x4")
+    found = predict(Module(text), target, lambda group: ("ICI", 1.0))
+    assert found.links == {"PCIe": 4e6 / 16e9}
+    assert found.overlapped > 0 and found.exposed + found.overlapped == pytest.approx(4e6 / 16e9)
+
+
 def test_a_stage_is_named_by_the_model():
     def loss(x):
         with jax.named_scope("feed_forward"):

@@ -44,6 +44,37 @@ def test_strategies_equal_one_device_and_are_told(config_file, tmp_path, monkeyp
     assert json.loads((tmp_path / "results" / "sharding_small_8_cpu.json").read_text())["result"] == result
 
 
+def test_each_strategy_with_each_value(config_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    vary = ["optimizer.moment_dtype=float32,bfloat16", "mesh.offload_optimizer=True"]
+    arguments = ["sharding", str(config_file), "--strategies", "fsdp", "--rounds", "1", "--dir", str(tmp_path)]
+    assert main([*arguments, *(part for one in vary for part in ("--vary", one))]) == 0
+    written = json.loads((tmp_path / "results" / "sharding_small_8_cpu.json").read_text())
+    wide, narrow = written["result"]["strategies"].values()
+    assert written["result"]["strategies"].keys() == {
+        "fsdp, moment_dtype float32, offload_optimizer True", "fsdp, moment_dtype bfloat16, offload_optimizer True",
+    }  # fmt: skip
+    assert written["command"].endswith(
+        "--vary optimizer.moment_dtype=float32,bfloat16 --vary mesh.offload_optimizer=True"
+    )
+    # The first moment is half of what the optimiser keeps, but for a counter.
+    assert narrow["optimizer_bytes"] / wide["optimizer_bytes"] == pytest.approx(0.75, rel=1e-3)
+    assert wide["loss_difference"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ("model.remat", "--vary: got 'model.remat'; allowed: a field and its values, as in model.remat=none,full"),
+        ("model.rematt=full", "rematt"),
+        ("model.remat=none,ful", "ful"),
+    ],
+)
+def test_values_that_a_config_does_not_take(config_file, capsys, vary, message):
+    assert main(["sharding", str(config_file), "--vary", vary]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_nothing_to_measure(config_file):
     with pytest.raises(UserError, match="no strategy goes: expert: the model has no mixture"):
         measure.run(str(config_file), strategies=["expert"])
@@ -52,6 +83,11 @@ def test_nothing_to_measure(config_file):
 def test_a_strategy_that_is_none(config_file, capsys):
     assert main(["sharding", str(config_file), "--strategies", "dp,ringg"]) == 2
     assert "got 'ringg'; allowed: pmap, dp" in capsys.readouterr().err
+
+
+def test_a_target_that_leaves_all_on_the_device(config_file, capsys):
+    assert main(["sharding", str(config_file), "--target", "h100:8", "--vary", "mesh.offload_optimizer=True"]) == 2
+    assert "mesh.offload_optimizer: got true; the compiler for GPUs leaves" in capsys.readouterr().err
 
 
 def test_a_target_without_its_compiler(config_file, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.cli import main
 from benchmarks.sharding import ahead, plan
 from benchmarks.sharding.analytic import Analysis
-from benchmarks.sharding.candidates import candidates
+from benchmarks.sharding.candidates import candidates, describe
 from benchmarks.sharding.layouts import NAMES, layouts
 from benchmarks.sharding.least import least
 from benchmarks.sharding.targets import parse_target
@@ -67,18 +67,41 @@ def test_layouts_divide_the_model_and_the_batch():
     for one in found:
         sizes = dict(zip(MESH_AXES, one.mesh.sizes(8), strict=True))
         assert MODEL.num_heads % sizes["tensor"] == 0
-        assert CONFIG.batch_size % (sizes["data"] * sizes["fsdp"] * one.microbatches) == 0
+        parts = one.microbatches if sizes["pipeline"] == 1 else one.mesh.pipeline_microbatches
+        assert CONFIG.batch_size % (sizes["data"] * sizes["fsdp"] * parts) == 0
     assert {one.mesh.strategy for one in found} == {"dp", "fsdp", "zero1", "tensor_sequence"}
+    pipelines = [one for one in found if one.mesh.pipeline > 1]
+    assert {(one.mesh.pipeline, one.mesh.schedule) for one in pipelines} >= {(2, "gpipe"), (2, "1f1b"), (4, "1f1b")}
+    assert "1f1b of 8 microbatches" in " ".join(map(describe, pipelines))
+
+
+def test_pipelines_do_not_fill_the_list():
+    target = parse_target("h100:8")
+    entries = plan.estimated(CONFIG, target)
+    chosen = plan.promising(entries, target, 24)
+    assert len(chosen) == 24
+    assert 1 <= sum(entry.config.mesh.pipeline > 1 for entry in chosen) <= 4
+
+
+def test_a_schedule_that_goes_back_early_keeps_less():
+    analysis, target = Analysis(CONFIG), parse_target("h100:8")
+    gpipe, early = (
+        analysis.estimate(dataclasses.replace(CONFIG, mesh=MeshConfig(
+            strategy="pipeline", pipeline=2, data=4, schedule=schedule, pipeline_microbatches=4)), target)
+        for schedule in ("gpipe", "1f1b")
+    )  # fmt: skip
+    assert early.activations < gpipe.activations and early.arithmetic > gpipe.arithmetic
+    assert early.parameters == gpipe.parameters
 
 
 def test_every_strategy_has_a_layout_or_a_reason():
-    found, refused = layouts(CONFIG, 8)
+    found, refused = layouts({"": CONFIG}, 8)
     assert found.keys() | refused.keys() == set(NAMES)
     assert refused.keys() == {"expert"}
     mixture = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, num_experts=4, mlp_dim=32))
-    assert "expert" in layouts(mixture, 8)[0]
+    assert "expert" in layouts({"": mixture}, 8)[0]
     with pytest.raises(UserError, match="got 'fdsp'; allowed: .* Did you mean 'fsdp'"):
-        layouts(CONFIG, 8, ["fdsp"])
+        layouts({"": CONFIG}, 8, ["fdsp"])
 
 
 @pytest.mark.parametrize(

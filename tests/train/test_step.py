@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from train.config import RunConfig
@@ -154,6 +155,35 @@ def test_devices_hold_their_slices_of_parameters_and_moments(config, parameters,
     for tree, slices in ((state.params, parameters), (state.opt_state[1][0].mu, moments)):
         kernel = tree["layers"]["blocks"]["attention"]["query"]["kernel"].get_value()
         assert kernel.addressable_shards[0].data.size * slices == kernel.size
+
+
+def test_statistics_on_the_host_compute_the_same(tmp_path):
+    config = MeshConfig(strategy="fsdp", offload_optimizer=True)
+    seen, params, state = run(config, 8)
+    expected = run(MeshConfig(strategy="fsdp"), 8)
+    np.testing.assert_array_equal(seen, expected[0])
+    jax.tree.map(np.testing.assert_array_equal, params, expected[1])
+    moments = jax.tree.leaves(state.opt_state[1][0].mu)
+    assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "moments", state.opt_state[1][0].mu)
+        checkpointer.wait_until_finished()
+        described = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.opt_state[1][0].mu
+        )
+        restored = checkpointer.restore(tmp_path / "moments", described)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(restored)} == {"pinned_host"}
+    jax.tree.map(np.testing.assert_array_equal, restored, state.opt_state[1][0].mu)
+
+
+def test_a_narrow_moment_takes_half_and_learns():
+    narrow = OptimizerConfig(learning_rate=1e-2, moment_dtype="bfloat16")
+    seen, _, state = run(MeshConfig(), 1, optimizer=narrow)
+    adam = state.opt_state[1][0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(seen[:, 0], on_one_device()[0][:, 0], rtol=2e-3)
 
 
 def test_the_step_is_compiled_once():
