@@ -28,7 +28,7 @@ from train.meter import Meter, Reading
 from train.metrics import MetricLog
 from train.objective import Batch
 from train.optimizer import make_schedule
-from train.processes import agree_on, any_process, first_alone, is_first, one_log
+from train.processes import agree_on, any_process, first_alone, is_first, one_log, together
 from train.program import Program
 from train.run_files import tokenizer_files
 from train.runtime import GracefulStop
@@ -60,7 +60,7 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finis
     Raises:
         UserError: whatever the user can mend, before a step where it can be known then.
     """
-    with one_log():
+    with one_log(), together(config.directory):
         return _train(config, profile)
 
 

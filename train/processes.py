@@ -10,7 +10,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -76,6 +79,40 @@ def one_log() -> Iterator[None]:
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
+
+
+@contextlib.contextmanager
+def together(folder: Path) -> Iterator[None]:
+    """Where the other processes are lost inside, this one ends with a line that says so and how to go on.
+
+    Either a collective fails, or JAX aborts a process whose peers are silent, wherever it is: no code of its own can say more
+    then. A small process beside it does, when it is left without a farewell.
+
+    Args:
+        folder: of the run, where its checkpoints are.
+
+    Raises:
+        UserError: a collective failed.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    message = (
+        f"process {jax.process_index()} of {jax.process_count()} stops, since another one died or cannot be reached (JAX names "
+        f"it, as a task); the same commands go on from the last checkpoint in {folder}"
+    )
+    last_words = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+    command = [sys.executable, "-S", "-c", last_words, f"manyheads: {message}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as beside:
+        assert beside.stdin is not None
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            raise UserError(f"{message}. {str(error).splitlines()[0][:200]}") from None
+        finally:
+            beside.stdin.write("farewell")
 
 
 @contextlib.contextmanager

@@ -62,6 +62,11 @@ def start(config, run, *options, processes=1, devices=8, wait=True):
     ]
 
 
+def steps_in(run):
+    """Of the newest checkpoint."""
+    return max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
 def losses(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {(line["step"], name): value for line in lines for name, value in line.items() if name.endswith("/loss")}
@@ -125,7 +130,11 @@ def test_a_process_that_dies_stops_the_others(config, tmp_path):
     # It may not hang, whatever collective it is in.
     _, errors = first.communicate(timeout=90)
     assert first.returncode != 0
-    assert errors
+    assert errors.count("manyheads: process 0 of 2 stops, since another one died or cannot be reached") == 1
+    assert "ask 1" in errors and "Traceback" not in errors
+    # What is left goes on, here alone.
+    ((code, said, errors),) = start(config, run, "--steps", str(steps_in(run) + 2))
+    assert code == 0 and "resuming after step" in said, errors
 
 
 @pytest.mark.parametrize(
