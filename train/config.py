@@ -36,6 +36,7 @@ HEADS = {
     "sentence_order": "pretraining",
     "replaced_tokens": "replaced",
     "classification": "classification",
+    "contrastive": "embedding",
 }
 """The head of an encoder that each objective trains."""
 
@@ -95,6 +96,10 @@ class RunConfig:
             allowed = f"a model of family {self.model.family!r} goes with {', '.join(suited)}"
             raise ConfigError(ObjectiveConfig, "kind", kind, allowed)
         if isinstance(self.model, BertConfig):
+            require(
+                self, "mesh", kind != "contrastive" or (self.mesh.schedule != "1f1b" and self.mesh.strategy != "pmap"),
+                "a contrastive batch is seen as a whole; allowed: any strategy but pmap, and schedule gpipe",
+            )  # fmt: skip
             head = HEADS[kind]
             if self.model.head != head:
                 raise ConfigError(BertConfig, "head", self.model.head, f"objective {kind} needs {head!r}")

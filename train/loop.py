@@ -18,6 +18,7 @@ from train.data.cache import writing
 from train.data.check import check_labels, check_objective
 from train.data.labelled import commonest_share
 from train.data.loader import Batches, evaluation_batches, prefetch_to_device, train_batches
+from train.data.objective_config import ROWS
 from train.data.prepare import check_vocabulary, prepare
 from train.data.store import Prepared
 from train.display import Display
@@ -100,17 +101,16 @@ class Run:
         self.translator = self.sampler = None
         # Writing is for one process, which may not have all of the parameters.
         if jax.process_count() == 1:
-            if prepared.pairs and prepared.validation:
+            if config.objective.kind == "seq2seq" and prepared.validation:
                 self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
             self.sampler = make_sampler(config, prepared, self.translator)
         self.tokenizer_files = tokenizer_files(prepared, config.directory / "tokenizer")
         self.has_held_out = bool(prepared.validation)
-        self.classifies = config.objective.kind == "classification"
-        self.guess = commonest_share(prepared.validation) if self.classifies else None
-        # What a step predicts is each token, a hidden one among many, or a whole row.
+        self.guess = commonest_share(prepared.validation) if config.objective.kind == "classification" else None
+        # What a step predicts is each token, a hidden one among many, or a whole row, of which a pair has two.
         tokens, self.unit = 1.0, "tok"
-        if self.classifies:
-            tokens, self.unit = config.sequence_length, "row"
+        if config.objective.kind in ROWS:
+            tokens, self.unit = config.sequence_length * (2 if config.objective.kind == "contrastive" else 1), "row"
         elif config.objective.hides:
             tokens, self.unit = 1 / config.objective.mask_rate, "hidden tok"
         self.flops_per_target = 3 * tokens * flops_per_token(config.model, config.sequence_length)
@@ -297,7 +297,7 @@ class Run:
             log.write(step, "eval", dataclasses.asdict(quality))
             display.say(f"{quality.pairs} held-out translations: BLEU {quality.bleu:.2f}, chrF {quality.chrf:.2f}")
         uses = {"gpt": "to write with it: manyheads generate {} --prompt TEXT"}
-        if self.prepared.pairs:
+        if self.config.objective.kind == "seq2seq":
             uses |= dict.fromkeys(
                 ("vaswani", "t5", "recurrent"), "to translate with it: manyheads translate {} --text TEXT"
             )

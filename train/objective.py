@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.errors import require
+from transformer.models.heads import contrastive_logits
 from transformer.types import Array, Float, Int, PRNGKeyArray
 
 Batch = dict[str, jax.Array]
@@ -27,8 +28,11 @@ class LossConfig:
     """Weight of log(Z)², which keeps the logits' normaliser near 1 (1e-4 is usual)."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread evenly over the vocabulary, or over the classes."""
+    temperature: float = 0.05
+    """By which the contrastive objective divides cosines."""
 
     def __post_init__(self) -> None:
+        require(self, "temperature", self.temperature > 0, "allowed: above 0")
         require(self, "z_loss", self.z_loss >= 0, "allowed: 0 or more")
         require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "allowed: 0 or more, below 1")
 
@@ -182,6 +186,30 @@ def classification(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKey
         return dataclasses.replace(sums, correct=jnp.sum(jnp.where(is_right, weights, 0)))
 
 
+def contrastive(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    """Tell the other side of each pair among the batch's (van den Oord et al. 2018; Gao et al. 2021, section 2.1).
+
+    Of several microbatches each row finds its own among its microbatch's.
+
+    Args:
+        batch: tokens, positions and segments [B, T] int32 of one side; the same of the other, named other_...; weights [B, 1]
+            float32, 0 for a row of padding.
+    """
+    keys = (None, None) if key is None else jax.random.split(key)
+    sides = [
+        model(batch[f"{side}tokens"], positions_BT=batch[f"{side}positions"], segments_BT=batch[f"{side}segments"], key=own)
+        for side, own in zip(("", "other_"), keys, strict=True)
+    ]  # fmt: skip
+    with jax.named_scope("loss"):
+        valid_B = batch["weights"][:, 0] > 0
+        logits_BB = contrastive_logits(sides[0].logits, sides[1].logits, valid_B, temperature=config.temperature)
+        own_B = jnp.arange(logits_BB.shape[0])
+        sums = cross_entropy(logits_BB[:, None], own_B[:, None], batch["weights"], config)
+        is_right = (logits_BB.argmax(-1) == own_B)[:, None]
+        sums = dataclasses.replace(sums, correct=jnp.sum(jnp.where(is_right, batch["weights"], 0)))
+        return _with_router_loss(_with_router_loss(sums, sides[0]), sides[1])
+
+
 LOSSES: dict[str, Loss] = {
     "causal": causal,
     "prefix": causal,
@@ -193,6 +221,7 @@ LOSSES: dict[str, Loss] = {
     "ul2": to_text,
     "seq2seq": to_text,
     "classification": classification,
+    "contrastive": contrastive,
 }
 """The loss of each objective of `train.data.objective_config`."""
 

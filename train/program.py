@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import RunConfig
-from train.data.objective_config import MASKED
+from train.data.objective_config import MASKED, ROWS
 from train.mesh import STRATEGIES, MeshConfig, batch_sharding
 from train.optimizer import make_optimizer
 from train.pipeline import StagedStep, one_forward_one_backward, schedule_of
@@ -133,8 +133,12 @@ def batch_shapes(config: RunConfig, rows: int | None = None) -> dict[str, jax.Sh
         batch["predicted"] = whole(rows, objective.most_predicted(length))
     if objective.kind in ("next_sentence", "sentence_order"):
         batch |= {"token_types": whole(rows, length), "labels": whole(rows)}
+    if objective.kind in ROWS:
+        batch["weights"] = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
     if objective.kind == "classification":
-        batch |= {"labels": whole(rows), "weights": jax.ShapeDtypeStruct((rows, 1), jnp.float32)}
+        batch["labels"] = whole(rows)
+    if objective.kind == "contrastive":
+        batch |= {f"other_{name}": whole(rows, length) for name in ("tokens", "segments", "positions")}
     if objective.kind == "prefix":
         batch["prefix"] = whole(rows)
     if objective.has_source:

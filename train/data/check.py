@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from train.data.corrupt import lengths_filling
-from train.data.objective_config import MASKED, ObjectiveConfig, sentinels
+from train.data.objective_config import MASKED, PAIRED, ObjectiveConfig, sentinels
 from train.data.spans import most_sentinels, ul2_lengths
 from train.data.store import Prepared
 from train.data.words import WordPieces
@@ -11,17 +11,21 @@ from transformer.errors import UserError
 
 _LEAST_LENGTH = {
     "masked": 3, "next_sentence": 5, "sentence_order": 5, "prefix": 2, "span_corruption": 3, "ul2": 8,
-    "classification": 3,
+    "classification": 3, "contrastive": 3,
 }  # fmt: skip
 
 
 def check_objective(prepared: Prepared, objective: ObjectiveConfig, length: int) -> None:
     """Raise a `UserError` unless the data suits the objective, with sequences of `length` tokens to predict."""
     kind = objective.kind
-    if kind == "seq2seq" and not prepared.pairs:
-        raise UserError("objective.kind: 'seq2seq' needs pairs, the sources give single texts; set their target_field")
-    if kind != "seq2seq" and prepared.pairs:
-        raise UserError(f"objective.kind: {kind!r} is for single texts, the sources give pairs; set it to seq2seq")
+    if kind in PAIRED and not prepared.pairs:
+        raise UserError(f"objective.kind: {kind!r} needs pairs, the sources give single texts; set their target_field")
+    if kind not in PAIRED and prepared.pairs:
+        raise UserError(
+            f"objective.kind: {kind!r} is for single texts, the sources give pairs; set it to {' or '.join(PAIRED)}"
+        )
+    if kind == "contrastive" and prepared.own_target_tokenizer is not None:
+        raise UserError("data.target_tokenizer: one encoder reads both sides of a contrastive pair; set it to null")
     if kind == "classification" and not prepared.meta.labels:
         raise UserError(
             "objective.kind: 'classification' needs documents with a class, the sources give none; set their label_field"

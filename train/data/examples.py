@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from train.data.contrast import TextPairs
 from train.data.labelled import LabelledDocuments
 from train.data.masked import MaskedChunks, MaskedDocuments, SentencePairs
-from train.data.objective_config import ObjectiveConfig
+from train.data.objective_config import ROWS, ObjectiveConfig
 from train.data.pack import Examples, Packing, examples
 from train.data.pairs import PackedPairs
 from train.data.spans import Prefix, SpanCorruption, Ul2
@@ -33,7 +34,7 @@ class ExamplesMaker:
             return examples(array, self.packing, self.length, training=training)
         if kind in _RUNNING_TEXT and self.packing != "chunk":
             raise UserError(f"data.packing: got {self.packing!r}; {kind} is for running text: set it to 'chunk'")
-        if kind == "classification" and self.packing != "documents":
+        if kind in ROWS and self.packing != "documents":
             raise UserError(
                 f"data.packing: got {self.packing!r}; {kind} takes one document a row: set it to 'documents'"
             )
@@ -49,6 +50,8 @@ class ExamplesMaker:
         kind, common = self.objective.kind, (array, self.tokenizer, self.length, self.objective)
         if kind == "seq2seq":
             return PackedPairs(array, self.length, self.objective, shown=shown)
+        if kind == "contrastive":
+            return TextPairs(*common, shown=shown)
         if kind == "classification":
             return LabelledDocuments(*common, shown=shown)
         if kind == "prefix":

@@ -11,13 +11,17 @@ from transformer.errors import require
 
 Kind = Literal[
     "causal", "masked", "span_corruption", "prefix", "ul2", "next_sentence", "sentence_order",
-    "replaced_tokens", "seq2seq", "classification",
+    "replaced_tokens", "seq2seq", "classification", "contrastive",
 ]  # fmt: skip
 
 ENCODER_DECODER: tuple[Kind, ...] = ("span_corruption", "ul2", "seq2seq")
 """The kinds whose batches have a source beside the tokens that are predicted."""
 MASKED: tuple[Kind, ...] = ("masked", "next_sentence", "sentence_order", "replaced_tokens")
 """The kinds that hide tokens."""
+PAIRED: tuple[Kind, ...] = ("seq2seq", "contrastive")
+"""The kinds that are for pairs of texts."""
+ROWS: tuple[Kind, ...] = ("classification", "contrastive")
+"""The kinds that predict one thing of each row."""
 MODES = ("[R]", "[S]", "[X]")
 """UL2's names of its three kinds of denoising."""
 _LONG_WORD = 8  # tokens: a run of words may pass the mask rate by so many for each
@@ -32,7 +36,8 @@ class ObjectiveConfig:
     whether one stretch of text follows the other (BERT); `sentence_order`: masked, and whether two stretches are in order
     (ALBERT); `replaced_tokens`: masked, and which tokens a small model put in their places (ELECTRA); `prefix`: the rest
     after a part that is seen at once (prefix LM); `span_corruption`: spans that were cut out (T5); `ul2`: a mixture of
-    denoisers (UL2); `seq2seq`: the other side of pairs; `classification`: the class of a document."""
+    denoisers (UL2); `seq2seq`: the other side of pairs; `classification`: the class of a document; `contrastive`: which text of
+    the batch is the other side of a pair, by the likeness of their embeddings (SimCSE)."""
     mask_rate: float = 0.15
     """Kinds that mask: the part of the tokens that is predicted."""
     mask_share: float = 0.8
@@ -57,8 +62,8 @@ class ObjectiveConfig:
     target_length: int | None = None
     """seq2seq: the longest target, in tokens with its end of text; null: as long as a row."""
     too_long: Literal["drop", "truncate"] = "drop"
-    """seq2seq, classification: what happens to a pair with a side, or a document, that is longer than a row: it is left
-    out, or its end is. Both are counted and said."""
+    """seq2seq, contrastive, classification: what happens to a pair with a side, or a document, that is longer than a row: it
+    is left out, or its end is. Both are counted and said."""
     max_shapes: int = 6
     """seq2seq with packing `pad`: the most shapes that batches come in. More waste less; each is a program to compile."""
 
@@ -101,7 +106,7 @@ class ObjectiveConfig:
         """The special tokens that this objective takes, sentinels aside."""
         if self.kind in MASKED:
             return (MASK, CLS, SEP)
-        if self.kind == "classification":
+        if self.kind in ROWS:
             return (CLS, SEP)
         return MODES if self.kind == "ul2" and self.mode_tokens else ()
 

@@ -48,8 +48,8 @@ class DataConfig:
     """How the other side of pairs becomes token ids; null: by the same vocabulary, trained on both sides."""
     packing: Literal["chunk", "documents", "pad"] = "chunk"
     """`chunk`: all documents joined, cut into sequences; `documents`: whole documents, or pairs, fitted into sequences,
-    none of which attends to another (with classification one document a row); `pad`: one pair a row, in batches of pairs
-    of similar length."""
+    none of which attends to another (with classification and contrastive one document, or pair, a row); `pad`: one pair a
+    row, in batches of pairs of similar length."""
     num_workers: int = 0
     """Threads that tokenise, and threads that fetch batches; 0: one per core."""
     prefetch: int = 4

@@ -213,7 +213,7 @@ class Bert(nnx.Module):
         elif self.token_head is not None:
             logits = self.token_head(hidden_BTD, key=head_key)
         else:
-            logits = embedding_of(hidden_BTD, valid_BT) if pooled is None else pooled
+            logits = embedding_of(hidden_BTD, valid_BT, pooling=c.pooling) if pooled is None else pooled
         return ModelOutput(
             logits=logits,
             pooled_logits=pooled if c.head == "pretraining" else None,

@@ -34,7 +34,10 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "gpt": Family(GPTConfig, GPT, gpt.flops_per_token, ("causal", "prefix")),
     "bert": Family(
-        BertConfig, Bert, bert.flops_per_token, ("masked", "next_sentence", "sentence_order", "classification")
+        BertConfig,
+        Bert,
+        bert.flops_per_token,
+        ("masked", "next_sentence", "sentence_order", "classification", "contrastive"),
     ),
     "electra": Family(ElectraConfig, Electra, electra.flops_per_token, ("replaced_tokens",)),
     "vaswani": Family(

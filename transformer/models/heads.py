@@ -150,15 +150,24 @@ def best_span(
     return best_B // T, best_B % T, scores_BTT.reshape(-1, T * T).max(-1)
 
 
-def contrastive_loss(
-    a_BD: Float[Array, "B D"], b_BD: Float[Array, "B D"], *, temperature: float = 0.05
-) -> Float[Array, " B"]:
-    """Each a's cross-entropy of finding its own b among the batch's, of vectors of length 1.
+def contrastive_logits(
+    a_BD: Float[Array, "B D"],
+    b_BD: Float[Array, "B D"],
+    valid_B: Bool[Array, " B"] | None = None,
+    *,
+    temperature: float = 0.05,
+) -> Float[Array, "B B"]:
+    """Scores of each a for every b of the batch, of vectors of length 1, among which its own stands on the diagonal.
 
     In-batch negatives (van den Oord et al. 2018, equation 4; Gao et al. 2021). Over devices the batch is the global one.
+
+    Args:
+        valid_B: rows that are none are nobody's negatives; all are by default.
+        temperature: by which cosines are divided.
     """
     logits_BB = jnp.einsum("AD,BD->AB", widen(a_BD), widen(b_BD)) / temperature
-    return jax.nn.logsumexp(logits_BB, axis=-1) - jnp.diagonal(logits_BB)
+    # A finite number: a row that is none itself has no likelihood, whose gradient would not be finite.
+    return logits_BB if valid_B is None else jnp.where(valid_B, logits_BB, -1e9)
 
 
 def linear_options(init_std: float, dtype: DTypeLike, rngs: nnx.Rngs) -> dict[str, Any]:
