@@ -16,7 +16,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from train.config import RunConfig, difference, to_data
+from train.config import RunConfig, difference, parse, to_data
 from train.sections import CheckpointConfig
 from train.state import TrainState
 from transformer.errors import UserError
@@ -135,8 +135,9 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint belongs to another config; the fields that differ are named.
         """
-        stored, current = self.meta(step)["config"], to_data(config)
-        changed = [line for line in difference(stored, current) if not line.startswith(RESUMABLE)]
+        # A field that an older version did not have has its default, which is what that version did.
+        stored = to_data(parse(self.meta(step)["config"], f"{self.directory.parent}: the config of step {step}"))
+        changed = [line for line in difference(stored, to_data(config)) if not line.startswith(RESUMABLE)]
         if changed:
             raise UserError(
                 f"{self.directory.parent}: its checkpoint at step {step} was made with another config: "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +131,19 @@ def test_a_checkpoint_of_another_config(config_file, whole, capsys):
     assert "--run-dir" in message
     assert (whole / "metrics.jsonl").read_text() == before
     assert load(whole / "config.yaml").seed == 0
+
+
+def test_a_checkpoint_of_a_version_that_knew_fewer_fields(config_file, whole, tmp_path, capsys):
+    run = tmp_path / "old"
+    shutil.copytree(whole, run)
+    with Checkpoints(run) as checkpoints:
+        step = checkpoints.latest
+    path = run / "checkpoints" / str(step) / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta["config"]["optimizer"]["moment_dtype"], meta["config"]["mesh"]["offload_optimizer"]
+    path.write_text(json.dumps(meta))
+    assert cli(config_file, run, "--steps", str(step + 1)) == 0
+    assert f"resuming after step {step}" in capsys.readouterr().out
 
 
 def test_updates_that_are_never_finite_stop_the_run(config_file, tmp_path, capsys):
