@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +12,8 @@ from transformer.errors import UserError
 
 OVERRIDABLE = ("plan", "sharding")
 """Commands with a config, whose fields can be changed: --model.num-layers 8."""
+RESUMABLE = ("plan", "history", "pretraining")
+"""Commands that keep what there is when they are interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,12 +23,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command not in OVERRIDABLE:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
+    previous = signal.getsignal(signal.SIGINT)
+    if options.command not in RESUMABLE:
+        # Whatever a library is doing, it has nothing to keep.
+        signal.signal(signal.SIGINT, _leave)
     try:
         options.call(options)
     except UserError as error:
         print(f"manyheads-bench: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGINT, previous)
     return 0
+
+
+def _leave(number: int, frame: object) -> None:
+    os.write(2, b"manyheads-bench: interrupted\n")
+    os._exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", metavar="CONFIG", help="a YAML file of configs/")
     sub.add_argument("--target", required=True, help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h200:2x8, a100:8")
     sub.add_argument("--candidates", type=_positive, default=24, metavar="N", help="layouts to compile (24)")
-    sub.add_argument("--tokens", type=float, metavar="N", help="of a whole training, such as 1e12: how long it takes")
+    sub.add_argument("--tokens", type=_amount, metavar="N", help="of a whole training, such as 1e12: how long it takes")
     sub.add_argument("--analytic", action="store_true", help="by formula alone, nothing compiled")
     sub.add_argument("--install", action="store_true", help="make an environment with the target's compiler, once")
     sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment that has it")
@@ -243,9 +258,18 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}; allowed: 1 or more")
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: 1 or more")
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a number above 0, such as 3e11")
     return number
 
 

@@ -53,8 +53,8 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
     return summary([a / b for a, b in zip(over, under, strict=True)])
 
 
-def save(name: str, command: str, result: dict[str, Any], *, show: bool = True) -> Path:
-    """Write a result with date, device and versions, and show it unless it is long."""
+def save(name: str, command: str, result: dict[str, Any], *, show: bool = True, folder: str | None = None) -> Path:
+    """Write a result with date, device and versions, and show it unless it is long; into `folder`, `RESULTS` by default."""
     device = jax.devices()[0]
     record = {
         "command": command,
@@ -68,8 +68,9 @@ def save(name: str, command: str, result: dict[str, Any], *, show: bool = True) 
         "versions": {"python": platform.python_version()} | _versions(),
         "result": result,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}_{device.platform}.json"
+    place = RESULTS if folder is None else Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / f"{name}_{device.platform}.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if show:
         print(json.dumps(result, indent=2))

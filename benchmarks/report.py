@@ -79,7 +79,8 @@ def _sharding_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if "layouts" in result:
         best = next((row for row in result["layouts"] if row["fits"]), None)
         what = f"plan of {result['config']} on {result['target']}, {result['compiled']} layouts compiled"
-        yield f"{what}, time", f"{result['seconds']:.0f} s", ""
+        if not result.get("kept_from_before"):
+            yield f"{what}, time", f"{result['seconds']:.0f} s", ""
         if best is not None:
             figure = f"{best['seconds'] * 1e3:.0f} ms, MFU {best['mfu']:.0%}"
             yield f"the best of them, predicted: {best['layout']}", figure, ""

@@ -95,6 +95,8 @@ class RunConfig:
         if kind not in suited:
             allowed = f"a model of family {self.model.family!r} goes with {', '.join(suited)}"
             raise ConfigError(ObjectiveConfig, "kind", kind, allowed)
+        holds = getattr(self.model, "num_experts", 0) > 0 or self.mesh.expert in (None, 1)
+        require(self.mesh, "expert", holds, "the model has no experts (model.num_experts); allowed: 1 or null")
         if isinstance(self.model, BertConfig):
             require(
                 self, "mesh", kind != "contrastive" or (self.mesh.schedule != "1f1b" and self.mesh.strategy != "pmap"),

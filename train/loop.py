@@ -69,6 +69,15 @@ def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
     agree_on(config)
     with writing(config.directory):
         config.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        return _train_in_folder(config, profile)
+    finally:
+        # Refused before it began, a run leaves no folder that looks like one.
+        with contextlib.suppress(OSError):
+            config.directory.rmdir()
+
+
+def _train_in_folder(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
     if profile is not None and profile[0] > config.steps:
         raise UserError(f"--profile: step {profile[0]} is beyond the last one, {config.steps}")
     mesh = make_mesh(config.mesh)
@@ -342,6 +351,10 @@ def _alone_in(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not (directory / "config.yaml").exists():
+            with contextlib.suppress(OSError):
+                (directory / "checkpoints").rmdir()
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 

@@ -270,7 +270,9 @@ def check_divisible(abstract: Any, shardings: Any) -> None:
         try:
             sharding.shard_shape(leaf.shape)
         except ValueError:
-            bad.append(f"{jax.tree_util.keystr(path)} {leaf.shape} over {sharding.spec}")
+            names = [str(getattr(part, "key", "")) for part in path]
+            axes = ", ".join(str(part) for part in sharding.spec)
+            bad.append(f"{'.'.join(name for name in names if name)} {leaf.shape} over ({axes})")
     if bad:
         raise UserError(
             f"mesh: {len(bad)} arrays do not divide evenly, the first is {bad[0]}; choose sizes that divide the model's "

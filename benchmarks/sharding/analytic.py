@@ -119,6 +119,7 @@ class Analysis:
         hideable = shown = 0.0
         for one in least(config, sizes, self.parameters):
             seconds = one.bytes / target.link_of_axis(one.axis, sizes)
+            seconds += one.count * target.latency * math.log2(max(sizes[one.axis], 2))
             if one.axis in ("fsdp", "data"):
                 hideable += seconds
             else:

@@ -42,6 +42,15 @@ def variants(path: str, overrides: Sequence[str] = (), vary: Sequence[str] = ())
     return found
 
 
+def subset(strategies: Sequence[str] | None, vary: Sequence[str]) -> str:
+    """What the name of a comparison ends with: nothing for all strategies of a config as it stands."""
+    parts = list(strategies or ())
+    if len(parts) > 3:
+        parts = [f"{len(parts)}-strategies"]
+    parts += [text.partition("=")[0].rpartition(".")[2] for text in vary]
+    return "_" + "-".join(parts) if parts else ""
+
+
 def layouts(
     configs: Mapping[str, RunConfig], num_devices: int, names: Sequence[str] | None = None
 ) -> tuple[dict[str, RunConfig], dict[str, str]]:

@@ -15,6 +15,14 @@ from train.config import RunConfig
 from train.mesh import STRATEGIES
 from transformer.models.families import count_parameters
 
+SYMBOLS = (
+    "Bytes that one device sends in a step. Ψ: parameters; c: bytes of a number that is computed with (4 where gradients and "
+    "state travel in float32); n: devices along the axis; B T: tokens of a device; D: width; L: layers; N, K, H: query heads, "
+    "key heads and their width; m: microbatches; k C: experts of a token and their room. A compiler that keeps what was "
+    "gathered for the second pass sends less than ZeRO's papers count."
+)
+"""What the formulas are written in, for people."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Least:
@@ -23,6 +31,8 @@ class Least:
     axis: str
     formula: str
     bytes: float
+    count: float = 1
+    """Collectives, each of which waits for its devices; those of one tensor, however many a compiler makes of them."""
 
 
 def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None = None) -> list[Least]:
@@ -52,9 +62,10 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
         if strategy.slices_parameters:
             # Rajbhandari et al. 2020, section 7.2.2; a gather for each pass of each microbatch.
             per_step = share(n) * own * (2 * compute * config.microbatches + 4)
-            found.append(Least("fsdp", "(n-1)/n Ψ (2 c m + 4)", per_step))
+            passes_over = 2 * config.microbatches + 1
+            found.append(Least("fsdp", "(n-1)/n Ψ (2 c m + 4)", per_step, passes_over * max(layers, 1)))
         else:
-            found.append(Least("fsdp", "(n-1)/n Ψ (4 + 4)", share(n) * own * 8))
+            found.append(Least("fsdp", "(n-1)/n Ψ (4 + 4)", share(n) * own * 8, 2))
         own /= n
     if copies > 1:
         found.append(Least("data", "2 (n-1)/n 4 Ψ", 2 * share(copies) * 4 * own))
@@ -65,7 +76,8 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
         again = 0.0 if getattr(model, "remat", "none") != "full" else 1.5 if strategy.slices_stream else 1.0
         sums = (4 + again) * layers / apart["pipeline"] + 2
         formula = f"2 (n-1)/n ({4 + again:g} L + 2) B T D c"
-        found.append(Least("tensor", formula, 2 * share(n) * sums * tokens * width * compute))
+        each = 2 * share(n) * tokens * width * compute
+        found.append(Least("tensor", formula, sums * each, sums * config.microbatches))
     # Passes that send what a layer's forward pass sends: itself, its gradient, and itself again where it is computed again.
     passes = 3 if getattr(model, "remat", "none") == "full" else 2
     if (n := apart["context"]) > 1:
@@ -74,19 +86,22 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
             # Jacobs et al. 2023, section 3.2: q, k, v and the result.
             queries = model.num_heads * model.dim_of_head / apart["tensor"]
             bytes_ = 2 * passes * share(n) * layers * tokens * (queries + kv) * compute
-            found.append(Least("context", f"{2 * passes} (n-1)/n L B T (N + K) H c", bytes_))
+            formula = f"{2 * passes} (n-1)/n L B T (N + K) H c"
+            found.append(Least("context", formula, bytes_, 4 * passes * layers * config.microbatches))
         else:
             # Liu et al. 2023, section 3: keys and values go around in each pass; their gradients travel with them in the
             # backward pass, one step more, to be at home again.
             bytes_ = layers * tokens * 2 * kv * ((n - 1) * passes * compute + n * 4)
-            found.append(Least("context", f"L B T 2 K H ({passes} (n-1) c + 4 n)", bytes_))
+            formula = f"L B T 2 K H ({passes} (n-1) c + 4 n)"
+            found.append(Least("context", formula, bytes_, passes * layers * n * config.microbatches))
     if (n := apart["expert"]) > 1:
         # Lepikhin et al. 2020, section 3.2: to the experts and back, as much as they have room for.
         room = (
             getattr(model, "expert_capacity", None) or model.num_experts / model.experts_per_token
         ) * model.experts_per_token
         bytes_ = 2 * passes * share(n) * layers * tokens * room * width * compute
-        found.append(Least("expert", f"{2 * passes} (n-1)/n L B T k C D c", bytes_))
+        formula = f"{2 * passes} (n-1)/n L B T k C D c"
+        found.append(Least("expert", formula, bytes_, 2 * passes * layers * config.microbatches))
         if n * copies > 1:
             # Everything but the experts is on all of its devices.
             others = whole - _expert_parameters(model)
@@ -96,7 +111,8 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
     if (n := apart["pipeline"]) > 1:
         # Huang et al. 2019: activations to the next stage, and their gradients back; of two stages each does one of both.
         ways = 2 if n > 2 else 1
-        found.append(Least("pipeline", f"{ways} B T D c", ways * tokens * width * compute))
+        ticks = (config.mesh.pipeline_microbatches or n) + n - 1
+        found.append(Least("pipeline", f"{ways} B T D c", ways * tokens * width * compute, 2 * ticks))
     return found
 
 

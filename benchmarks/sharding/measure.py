@@ -24,8 +24,9 @@ from benchmarks.sharding import measure_report
 from benchmarks.sharding.ahead import compile_step, program_of, summary
 from benchmarks.sharding.analytic import sharded_bytes
 from benchmarks.sharding.hlo import Module
-from benchmarks.sharding.layouts import layouts, variants
+from benchmarks.sharding.layouts import layouts, subset, variants
 from benchmarks.sharding.least import least
+from benchmarks.units import duration
 from benchmarks.workload import random_batch
 from train.config import RunConfig, load
 from train.data.cache import writing
@@ -64,6 +65,9 @@ def run(
     Raises:
         UserError: no such strategy, or none that goes.
     """
+    folder = Path(output or "plans")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     # What all are held against is the config as it stands, on one device.
     config = dataclasses.replace(load(path, overrides), mesh=MeshConfig())
     devices = jax.devices()
@@ -79,6 +83,10 @@ def run(
                 measured[name] = Measured(one, batch, devices, reference)
             except UserError as error:
                 refused[name] = str(error)
+            else:
+                progress.console.print(
+                    f"{name}: compiled in {duration(measured[name].compile_seconds)}", highlight=False
+                )
         if not measured:
             raise UserError(
                 "sharding: no strategy goes: " + "; ".join(f"{name}: {why}" for name, why in refused.items())
@@ -96,10 +104,9 @@ def run(
         "refused": refused,
     }
     measure_report.show(result, console())
-    folder = Path(output or "plans")
-    page = folder / f"{config.name}_sharding_{len(devices)}.html"
+    name = f"sharding_{config.name}_{len(devices)}{subset(strategies, vary)}"
+    page = folder / f"{name}.html"
     with writing(page):
-        folder.mkdir(parents=True, exist_ok=True)
         measure_report.write(result, page)
     print(f"the report: {page}")
     command = f"manyheads-bench sharding {path}"
@@ -108,7 +115,7 @@ def run(
     if strategies:
         command += f" --strategies {','.join(strategies)}"
     command += "".join(f" --vary {one}" for one in vary)
-    record.save(f"sharding_{config.name}_{len(devices)}", command, result, show=False)
+    record.save(name, command, result, show=False, folder=output)
     return result
 
 

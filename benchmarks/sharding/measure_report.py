@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.page import page, svg, table
+from benchmarks.sharding.least import SYMBOLS
+from benchmarks.units import traffic
 
 HEADS = (
     "strategy", "mesh", "loss ±", "gradient ±", "ms a step", "from, to", "tokens/s", "MFU", "compile", "state",
@@ -43,16 +45,17 @@ def write(result: dict[str, Any], path: Path) -> None:
         picture(result),
         "<h2>All strategies</h2>",
         table(HEADS, _rows(result), text=(0, 1)),
+        f"<p>{html.escape(SYMBOLS)}</p>",
     ]
     heads = ("strategy", "collective", "numbers", "devices", "times a step", "sent by a device")
     rows = [
-        [name, one["kind"], one["dtype"], str(one["devices"]), str(one["count"]), _megabytes(one["bytes"])]
+        [name, one["kind"], one["dtype"], str(one["devices"]), str(one["count"]), traffic(one["bytes"])]
         for name, figures in result["strategies"].items()
         for one in figures["collectives"]
     ]
     parts.append("<h2>What is sent</h2>" + table(heads, rows, text=(0, 1, 2)))
     rows = [
-        [name, one["axis"], one["formula"], _megabytes(one["bytes"])]
+        [name, one["axis"], one["formula"], traffic(one["bytes"])]
         for name, figures in result["strategies"].items()
         for one in figures["least"]
     ]
@@ -109,12 +112,8 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
                 f"{one['loss_difference']:.0e}", f"{one['gradient_difference']:.0e}", f"{seconds['median'] * 1e3:.1f}",
                 f"{seconds['min'] * 1e3:.1f}, {seconds['max'] * 1e3:.1f}", f"{one['tokens_per_second']:,.0f}",
                 "–" if one["mfu"] is None else f"{one['mfu']:.1%}", f"{one['compile_seconds']:.1f} s",
-                _megabytes(one["memory"]["state"]), _megabytes(one["memory"]["temporary"]), _megabytes(sent),
-                _megabytes(least), f"{sent / least:.2f}" if least else "–",
+                traffic(one["memory"]["state"]), traffic(one["memory"]["temporary"]), traffic(sent),
+                traffic(least), f"{sent / least:.2f}" if least else "–",
             ]
         )  # fmt: skip
     return rows
-
-
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:,.1f} MB"

@@ -13,6 +13,7 @@ import json
 import os
 import queue
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from benchmarks.sharding.ahead import Compiled, Compiler, from_data
 from benchmarks.sharding.analytic import Analysis, Estimate
 from benchmarks.sharding.candidates import candidates, describe
 from benchmarks.sharding.targets import Target, parse_target
+from benchmarks.units import duration
 from train.config import RunConfig, dump, load, to_data
 from train.data.cache import cache_dir, writing
 from train.display import console
+from train.mesh import MESH_AXES
 from transformer.errors import UserError
+from transformer.interpret.capture import readable
 from transformer.models.families import flops_per_token
 
 CANDIDATES = 24
@@ -86,13 +90,16 @@ def run(
     """
     target, config = parse_target(target_name), load(path, overrides)
     target = dataclasses.replace(target, dtype=config.model.dtype)
+    folder = Path(output or "plans")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     entries = estimated(config, target)
     chosen = promising(entries, target, number)
     print(
         f"{config.name} on {target.name}: {len(entries)} layouts by formula in {time.monotonic() - start:.1f} s, "
         f"{sum(entry.fits(target) for entry in entries)} of them fit; the best is {describe(chosen[0].config)}: "
-        f"{chosen[0].seconds * 1e3:.0f} ms, {chosen[0].estimate.memory / 2**30:.1f} GiB a device",
+        f"{duration(chosen[0].seconds)}, {readable(int(chosen[0].estimate.memory))} a device",
         flush=True,
     )
     compiler = None
@@ -100,21 +107,23 @@ def run(
         compiler = compilers.find(target.chip.platform, python, make=install)
         if compiler is None:
             print(f"this answer is by formula alone: {compilers.absent(target.chip.platform)}", flush=True)
-    stopped = False
+    stopped, kept = False, 0
     if compiler is not None:
-        stopped = compile_all(chosen, target, compiler, workers or min(os.cpu_count() or 1, 4))
+        stopped, kept = compile_all(chosen, target, compiler, workers or min(os.cpu_count() or 1, 4))
     result = summarised(config, target, chosen, tokens, len(entries), time.monotonic() - start, stopped)
-    folder = Path(output or "plans")
+    result["kept_from_before"] = kept
     name = f"{config.name}_{target.name.replace(':', '_')}"
+    best = ranked(chosen, target)[0]
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        best = ranked(chosen, target)[0]
-        (folder / f"{name}.yaml").write_text(dump(best.config), encoding="utf-8")
+        if best.fits(target):
+            (folder / f"{name}.yaml").write_text(dump(best.config), encoding="utf-8")
         plan_report.write(result, folder / f"{name}.html")
     plan_report.show(result, console())
-    print(f"the best as a config: {folder / name}.yaml; the report: {folder / name}.html")
+    written = f"the best as a config: {folder / name}.yaml; " if best.fits(target) else ""
+    print(f"{written}the report: {folder / name}.html")
     if result["compiled"]:
-        record.save(f"plan_{name}", f"manyheads-bench plan {path} --target {target.name}", result, show=False)
+        command = f"manyheads-bench plan {path} --target {target.name}"
+        record.save(f"plan_{name}", command, result, show=False, folder=output)
     return result
 
 
@@ -149,11 +158,21 @@ def promising(entries: list[Entry], target: Target, number: int) -> list[Entry]:
             key, most = "pipeline", max(number // 6, 1)
         seen[key] = seen.get(key, 0) + 1
         (first if seen[key] <= most else later).append(entry)
-    return [*first, *later][:number]
+    chosen = [*first, *later][:number]
+    # What every other layout is held against, however the formulas like it.
+    plain = next((entry for entry in likely if _is_plain(entry.config)), None)
+    if plain is not None and plain not in chosen:
+        chosen[-1] = plain
+    return chosen
 
 
-def compile_all(entries: list[Entry], target: Target, python: str, workers: int) -> bool:
-    """Compile the entries in their order, what is known from before apart; whether it was stopped from the keyboard."""
+def _is_plain(config: RunConfig) -> bool:
+    """Whether every device has all of the model, and its share of the batch."""
+    return all((getattr(config.mesh, axis) or 1) == 1 for axis in MESH_AXES if axis != "data")
+
+
+def compile_all(entries: list[Entry], target: Target, python: str, workers: int) -> tuple[bool, int]:
+    """Compile the entries in their order; whether it was stopped from the keyboard, and how many were known from before."""
     versions = _versions(python, target)
     open_ones: queue.Queue[Entry] = queue.Queue()
     for entry in entries:
@@ -164,6 +183,7 @@ def compile_all(entries: list[Entry], target: Target, python: str, workers: int)
             open_ones.put(entry)
     known = len(entries) - open_ones.qsize()
     running: list[Compiler] = []
+    stopping = threading.Event()
 
     def work(progress: Progress, task: Any) -> None:
         compiler = Compiler(target, python)
@@ -176,6 +196,8 @@ def compile_all(entries: list[Entry], target: Target, python: str, workers: int)
             try:
                 entry.compiled = compiler.compile(entry.config)
             except UserError as error:
+                if stopping.is_set():
+                    return None
                 # Some programs take the compiler with them; the others need not go without it.
                 progress.console.print(f"{describe(entry.config)}: {error}", highlight=False)
                 running.remove(compiler)
@@ -204,10 +226,11 @@ def compile_all(entries: list[Entry], target: Target, python: str, workers: int)
             done = [pool.submit(work, progress, task) for _ in range(min(workers, open_ones.qsize()))]
             for future in concurrent.futures.as_completed(done):
                 future.result()
-        return False
+        return False, known
     except KeyboardInterrupt:
-        return True
+        return True, known
     finally:
+        stopping.set()
         with open_ones.mutex:
             open_ones.queue.clear()
         for compiler in running:
@@ -270,7 +293,7 @@ def summarised(
 
 def _best_line(entries: list[Entry], target: Target) -> str:
     best = ranked(entries, target)[0]
-    return f"{describe(best.config)}, {best.seconds * 1e3:.0f} ms"
+    return f"{describe(best.config)}, {duration(best.seconds)}"
 
 
 def _versions(python: str, target: Target) -> str:

@@ -12,20 +12,32 @@ from rich.table import Table
 
 from benchmarks.page import page, svg, table
 from benchmarks.sharding.validate import on_record
+from benchmarks.units import duration, traffic
+from transformer.interpret.capture import readable
 
 GIB = 2**30
+WIDE = 130
+"""Columns of a terminal from which a table has all of its own."""
+NARROW = ("", "layout", "step", "MFU", "memory", "bound by")
 HEADS = ("", "layout", "step", "tokens/s", "MFU", "memory", "matmul", "memory-bound", "sending", "bound by")
 
 
 def show(result: dict[str, Any], console: Console, most: int = 12) -> None:
     """Print the best layouts, what bounds the first of them, and what was too large."""
     grid = Table(title=f"{result['config']} on {result['target']}", title_justify="left", box=box.SIMPLE_HEAD)
-    for head in HEADS:
-        grid.add_column(head, justify="left" if head in ("layout", "bound by") else "right")
+    # Where not all has room, what one decides by is left.
+    shown = [index for index, head in enumerate(HEADS) if console.width >= WIDE or head in NARROW]
+    for index in shown:
+        head = HEADS[index]
+        grid.add_column(head, justify="left" if head in ("layout", "bound by") else "right", overflow="fold")
     good = [row for row in result["layouts"] if row["fits"]]
     for number, row in enumerate(good[:most], 1):
-        grid.add_row(*_cells(number, row))
-    console.print(grid)
+        cells = _cells(number, row)
+        grid.add_row(*(cells[index] for index in shown))
+    if good:
+        console.print(grid)
+    if len(good) > most:
+        console.print(f"{len(good) - most} more that fit are in the report.")
     for line in sentences(result):
         console.print(line, highlight=False)
 
@@ -36,18 +48,20 @@ def sentences(result: dict[str, Any]) -> list[str]:
     large = [row for row in result["layouts"] if not row["fits"] and (row["compiled"] or {}).get("over", 1)]
     said = []
     whence = f"{result['compiled']} of {result['considered']} layouts compiled by the target's compiler"
+    if kept := result.get("kept_from_before"):
+        whence += f", {kept} of them kept from before"
     whence += f", in {result['seconds']:.0f} s"
     if not result["compiled"]:
         whence = f"{result['considered']} layouts by formula alone: nothing was compiled, and no time of it was ever measured"
-    said.append(whence + (", then stopped" if result["stopped"] else "") + ".")
+    said.append(whence + ("; it was stopped then" if result["stopped"] else "") + ".")
     if not good:
         nearest = min(large, key=lambda row: row["memory"] or float("inf"), default=None)
         said.append("No layout fits." + (f" Nearest: {nearest['layout']}, {memory_of(nearest)}." if nearest else ""))
         return said
     best = good[0]
     said.append(
-        f"Best: {best['layout']}: {best['seconds'] * 1e3:.0f} ms a step, {best['tokens_per_second']:,.0f} tokens/s, "
-        f"MFU {best['mfu']:.1%}, {best['memory'] / GIB:.1f} of {result['device_memory'] / GIB:.1f} GiB a device; "
+        f"Best: {best['layout']}: {duration(best['seconds'])} a step, {best['tokens_per_second']:,.0f} tokens/s, "
+        f"MFU {best['mfu']:.1%}, {readable(int(best['memory']))} of {readable(int(result['device_memory']))} a device; "
         f"bound by {bound_of(best)}."
     )
     if best["compiled"] and best["compiled"]["prediction"].get("uncounted_loops"):
@@ -77,8 +91,8 @@ def memory_of(row: dict[str, Any]) -> str:
     estimate, compiled = row["estimate"], row["compiled"]
     parts = {name: estimate[name] for name in ("parameters", "gradients", "optimizer", "activations", "gathered")}
     most = max(parts, key=lambda part: parts[part])
-    over = f", {compiled['over'] / GIB:.1f} GiB too much" if compiled and compiled["over"] else ""
-    return f"{row['memory'] / GIB:.1f} GiB{over}, most of it {most} ({parts[most] / GIB:.1f} GiB by formula)"
+    over = f", {readable(int(compiled['over']))} too much" if compiled and compiled["over"] else ""
+    return f"{readable(int(row['memory']))}{over}, most of it {most} ({readable(int(parts[most]))} by formula)"
 
 
 def bound_of(row: dict[str, Any]) -> str:
@@ -100,8 +114,8 @@ def _cells(number: int, row: dict[str, Any]) -> list[str]:
     else:
         times = [row["estimate"][name] for name in ("arithmetic", "traffic", "sending")]
     return [
-        str(number), row["layout"], f"{row['seconds'] * 1e3:.0f} ms", f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}",
-        f"{row['memory'] / GIB:.1f} GiB", *(f"{seconds * 1e3:.0f} ms" for seconds in times), bound_of(row),
+        str(number), row["layout"], duration(row["seconds"]), f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}",
+        readable(int(row["memory"])), *map(duration, times), bound_of(row),
     ]  # fmt: skip
 
 
@@ -110,10 +124,9 @@ def write(result: dict[str, Any], path: Path) -> None:
     good = [row for row in result["layouts"] if row["fits"]]
     bad = [row for row in result["layouts"] if not row["fits"]]
     parts = ["".join(f"<p>{html.escape(line)}</p>" for line in sentences(result)), picture(result)]
-    parts.append(
-        "<h2>Layouts that fit</h2>"
-        + table(HEADS, [_cells(number, row) for number, row in enumerate(good, 1)], text=(1, 9))
-    )
+    if good:
+        cells = [_cells(number, row) for number, row in enumerate(good, 1)]
+        parts.append("<h2>Layouts that fit</h2>" + table(HEADS, cells, text=(1, 9)))
     if bad:
         rows = [
             [row["layout"], memory_of(row) if row["memory"] else "", (row["compiled"] or {}).get("error") or ""]
@@ -123,7 +136,7 @@ def write(result: dict[str, Any], path: Path) -> None:
     best = good[0]["compiled"] if good else None
     if best and best["collectives"]:
         rows = [
-            [one["kind"], one["dtype"], str(one["devices"]), str(one["count"]), f"{one['bytes'] / 1e6:,.1f} MB"]
+            [one["kind"], one["dtype"], str(one["devices"]), str(one["count"]), traffic(one["bytes"])]
             for one in best["collectives"]
         ]
         heads = ("collective", "numbers", "devices", "times a step", "sent by a device")
@@ -139,13 +152,14 @@ def picture(result: dict[str, Any]) -> str:
     axes = figure.subplots()
     for fits, color, label in ((True, "#1f5fbf", "fits"), (False, "#d1495b", "too large")):
         rows = [row for row in result["layouts"] if row["memory"] and row["fits"] == fits]
-        memory, seconds = ([row[name] for row in rows] for name in ("memory", "seconds"))
-        axes.scatter(
-            [one / GIB for one in memory], [one * 1e3 for one in seconds], color=color, alpha=0.75, label=label
-        )
-    axes.axvline(
-        result["device_memory"] / GIB, color="#d1495b", linestyle="--", linewidth=1, label="the device's memory"
-    )
+        if rows:
+            memory, seconds = ([row[name] for row in rows] for name in ("memory", "seconds"))
+            axes.scatter(
+                [one / GIB for one in memory], [one * 1e3 for one in seconds], color=color, alpha=0.75, label=label
+            )
+    if max(row["memory"] or 0 for row in result["layouts"]) > 0.2 * result["device_memory"]:
+        limit = result["device_memory"] / GIB
+        axes.axvline(limit, color="#d1495b", linestyle="--", linewidth=1, label="the device's memory")
     axes.set(xlabel="GiB a device", ylabel="ms a step", ylim=(0, None), xlim=(0, None))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

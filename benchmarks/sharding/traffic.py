@@ -4,6 +4,7 @@ beside the least it would have to send on paper and the ideal share of the state
 from __future__ import annotations
 
 import dataclasses
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from benchmarks import compilers, record
 from benchmarks.page import page, table
 from benchmarks.sharding.ahead import Compiler
 from benchmarks.sharding.analytic import sharded_bytes
-from benchmarks.sharding.layouts import NAMES, layouts, variants
-from benchmarks.sharding.least import least
+from benchmarks.sharding.layouts import NAMES, layouts, subset, variants
+from benchmarks.sharding.least import SYMBOLS, least
 from benchmarks.sharding.targets import parse_target
+from benchmarks.units import duration
+from benchmarks.units import traffic as sent
 from train.config import load
 from train.data.cache import writing
 from train.display import console
@@ -55,6 +58,9 @@ def run(
             "mesh.offload_optimizer: got true; the compiler for GPUs leaves everything on the device when it compiles ahead; "
             "measure it on one, without --target"
         )
+    folder = Path(output or "plans")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if (found := compilers.find(target.chip.platform, python, make=install)) is None:
         raise UserError(f"sharding: {compilers.absent(target.chip.platform)}")
     # pmap runs on devices, and has no way to describe them only.
@@ -96,18 +102,16 @@ def run(
     out.print(grid)
     for name, why in refused.items():
         out.print(f"{name}: not for this model: {why}")
-    name = f"traffic_{config.name}_{target.name.replace(':', '_')}"
-    file = Path(output or "plans") / f"{name}.html"
+    name = f"traffic_{config.name}_{target.name.replace(':', '_')}{subset(strategies, vary)}"
+    file = folder / f"{name}.html"
+    title = f"{config.name} on {target.name}: what each strategy sends"
+    text = page(title, [f"<p>{html.escape(SYMBOLS)}</p>", table(HEADS, cells, text=(0, 1, 2))])
     with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            page(f"{config.name} on {target.name}: what each strategy sends", [table(HEADS, cells, text=(0, 1, 2))]),
-            encoding="utf-8",
-        )
+        file.write_text(text, encoding="utf-8")
     print(f"the report: {file}")
     command = f"manyheads-bench sharding {path} --target {target.name}"
     command += f" --strategies {','.join(strategies)}" if strategies else ""
-    record.save(name, command + "".join(f" --vary {one}" for one in vary), result, show=False)
+    record.save(name, command + "".join(f" --vary {one}" for one in vary), result, show=False, folder=output)
     return result
 
 
@@ -120,21 +124,17 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
             name,
             mesh,
             formula,
-            _size(wanted),
+            sent(wanted),
             compiled["error"] or "",
             "",
-            _size(row["state_bytes"]),
-            _size(row["ideal_bytes"]),
+            sent(row["state_bytes"]),
+            sent(row["ideal_bytes"]),
             "",
             "",
             "",
         ]
     return [
-        name, mesh, formula, _size(wanted), _size(row["sent_bytes"]), f"{row['sent_bytes'] / wanted:.3f}" if wanted else "–",
-        _size(row["state_bytes"]), f"{row['state_bytes'] / row['ideal_bytes'] - 1:+.2%}", _size(compiled["temporary"]),
-        f"{compiled['prediction']['seconds'] * 1e3:.0f} ms", f"{compiled['seconds_to_compile']:.0f} s",
+        name, mesh, formula, sent(wanted), sent(row["sent_bytes"]), f"{row['sent_bytes'] / wanted:.3f}" if wanted else "–",
+        sent(row["state_bytes"]), f"{row['state_bytes'] / row['ideal_bytes'] - 1:+.2%}", sent(compiled["temporary"]),
+        duration(compiled["prediction"]["seconds"]), duration(compiled["seconds_to_compile"]),
     ]  # fmt: skip
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.3f} GB"

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from benchmarks import record
 from benchmarks.cli import main
 from benchmarks.sharding import measure
 from transformer.errors import UserError
@@ -21,8 +20,7 @@ def config_file(tmp_path):
     return path
 
 
-def test_strategies_equal_one_device_and_are_told(config_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+def test_strategies_equal_one_device_and_are_told(config_file, tmp_path, capsys):
     result = measure.run(
         str(config_file), strategies=["dp", "fsdp", "pipeline", "expert"], rounds=2, output=str(tmp_path / "plans")
     )
@@ -39,17 +37,18 @@ def test_strategies_equal_one_device_and_are_told(config_file, tmp_path, monkeyp
     assert 1 <= dp["sent_bytes"] / dp["least_bytes"] < 1.1
     said = capsys.readouterr().out
     assert "expert: not here: the model has no mixture of experts" in said
-    page = (tmp_path / "plans" / "small_sharding_8.html").read_text()
+    page = (tmp_path / "plans" / "sharding_small_8_4-strategies.html").read_text()
     assert page.count("<svg") == 1 and "The least, on paper" in page
-    assert json.loads((tmp_path / "results" / "sharding_small_8_cpu.json").read_text())["result"] == result
+    assert json.loads((tmp_path / "plans" / "sharding_small_8_4-strategies_cpu.json").read_text())["result"] == result
 
 
-def test_each_strategy_with_each_value(config_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+def test_each_strategy_with_each_value(config_file, tmp_path, capsys):
     vary = ["optimizer.moment_dtype=float32,bfloat16", "mesh.offload_optimizer=True"]
     arguments = ["sharding", str(config_file), "--strategies", "fsdp", "--rounds", "1", "--dir", str(tmp_path)]
     assert main([*arguments, *(part for one in vary for part in ("--vary", one))]) == 0
-    written = json.loads((tmp_path / "results" / "sharding_small_8_cpu.json").read_text())
+    (file,) = tmp_path.glob("*.json")
+    assert file.name == "sharding_small_8_fsdp-moment_dtype-offload_optimizer_cpu.json"
+    written = json.loads(file.read_text())
     wide, narrow = written["result"]["strategies"].values()
     assert written["result"]["strategies"].keys() == {
         "fsdp, moment_dtype float32, offload_optimizer True", "fsdp, moment_dtype bfloat16, offload_optimizer True",

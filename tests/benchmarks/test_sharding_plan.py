@@ -15,6 +15,7 @@ from benchmarks.sharding.candidates import candidates, describe
 from benchmarks.sharding.layouts import NAMES, layouts
 from benchmarks.sharding.least import least
 from benchmarks.sharding.targets import parse_target
+from benchmarks.units import duration, traffic
 from train.config import RunConfig, load
 from train.mesh import MESH_AXES, MeshConfig, make_mesh, use_mesh
 from train.program import Program
@@ -158,7 +159,53 @@ def test_what_does_not_fit_is_told_with_what_it_needs(config_file, tmp_path, cap
     small = dataclasses.replace(parse_target("h100:8").chip, memory=1e5)
     monkeypatch.setitem(plan.parse_target.__globals__["CHIPS"], "h100", small)
     assert main(["plan", str(config_file), "--target", "h100:8", "--analytic", "--dir", str(tmp_path)]) == 0
-    assert "No layout fits. Nearest: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "No layout fits. Nearest: " in said and "as a config" not in said
+    assert [path.suffix for path in tmp_path.glob("small_h100_8.*")] == [".html"]
+    assert "Layouts that fit" not in (tmp_path / "small_h100_8.html").read_text()
+
+
+@pytest.mark.parametrize("tokens", ["-1", "nan", "inf", "many"])
+def test_tokens_that_are_no_amount(config_file, capsys, tokens):
+    with pytest.raises(SystemExit) as refused:
+        main(["plan", str(config_file), "--target", "h100:8", f"--tokens={tokens}"])
+    assert refused.value.code == 2
+    assert f"got '{tokens}'; allowed: a number above 0" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(config_file, capsys):
+    assert main(["plan", str(config_file), "--target", "h100:8", "--analytic", "--dir", "/dev/null/plans"]) == 2
+    told = capsys.readouterr()
+    assert "/dev/null/plans" in told.err and "layouts by formula" not in told.out
+
+
+def test_plain_copies_are_always_among_the_compiled():
+    target = parse_target("v5p:2x2x2")
+    entries = plan.estimated(CONFIG, target)
+    assert "dp: data 8" in " ".join(describe(one.config) for one in plan.promising(entries, target, 3))
+
+
+def test_every_collective_takes_its_time():
+    target = parse_target("h100:8")
+    analysis = Analysis(CONFIG)
+    slow = analysis.estimate(dataclasses.replace(CONFIG, mesh=MeshConfig(tensor=4)), target)
+    once = analysis.estimate(CONFIG, target)
+    assert slow.sending > (4 * MODEL.num_layers) * target.latency > once.sending
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(38.7e-6, "38.7 µs"), (0.58412, "584 ms"), (0.00216, "2.2 ms"), (12.34, "12.3 s"), (820, "820 s")],
+)
+def test_times_have_something_to_read(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(17.18e9, "17.180 GB"), (44_800, "44.8 kB"), (3.2e6, "3.2 MB"), (12, "12 B")]
+)
+def test_amounts_have_something_to_read(count, text):
+    assert traffic(count) == text
 
 
 def test_no_layout_divides_the_batch(config_file, capsys):

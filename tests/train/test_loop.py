@@ -202,6 +202,16 @@ def test_a_named_backend_that_cannot_run_is_one_line(config_file, tmp_path, caps
     assert "cannot do this: it" in one_line(capsys)
 
 
+def test_a_refused_run_leaves_no_folder(config_file, tmp_path, capsys):
+    for options in (
+        ("--mesh.tensor", "3"),
+        ("--data.packing", "pad"),
+        ("--model.num-heads", "4", "--mesh.tensor", "8"),
+    ):
+        assert cli(config_file, tmp_path / "new", *options) == 2
+        assert not (tmp_path / "new").exists(), one_line(capsys)
+
+
 def test_a_run_folder_that_cannot_be_made(config_file, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli(config_file, tmp_path / "file" / "run") == 2
