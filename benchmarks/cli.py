@@ -105,16 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     text = "which sharding for TPUs or GPUs that one may not have, and will it fit: compiled ahead, ranked, explained"
     sub = commands.add_parser("plan", help=text, description=text)
     sub.set_defaults(call=_plan)
-    sub.add_argument("config", metavar="CONFIG", help="a YAML file of configs/")
-    sub.add_argument("--target", required=True, help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h200:2x8, a100:8")
+    sub.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file of configs/")
+    sub.add_argument("--target", help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h200:2x8, a100:8")
     sub.add_argument("--candidates", type=_positive, default=24, metavar="N", help="layouts to compile (24)")
+    text = "nothing is planned: what is predicted beside what a device at hand measures, on record for later plans"
+    sub.add_argument("--validate", action="store_true", help=text)
     sub.add_argument("--tokens", type=_amount, metavar="N", help="of a whole training, such as 1e12: how long it takes")
     sub.add_argument("--analytic", action="store_true", help="by formula alone, nothing compiled")
     sub.add_argument("--install", action="store_true", help="make an environment with the target's compiler, once")
     sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment that has it")
     sub.add_argument("--workers", type=_positive, metavar="N", help="compilers at a time (one a core, at most 4)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where report and config are written (plans)")
-    command("validate", _validate, "what `plan` predicts beside what a device at hand measures", rounds=5)
     for name, call, text in (
         ("gpu", _gpu, "all measurements that need an accelerator"),
         ("report", _report, "the results on record as a Markdown table"),
@@ -226,6 +227,15 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    if options.validate:
+        from benchmarks.sharding import validate
+
+        if options.config or options.target or options.overrides:
+            raise UserError("plan: --validate has cases of its own, and takes no config, target or field")
+        validate.run()
+        return
+    if not (options.config and options.target):
+        raise UserError("plan: a config and a --target are needed, such as configs/scale/gpt_1_3b.yaml --target h100:8")
     import jax
 
     from benchmarks.sharding import plan
@@ -237,12 +247,6 @@ def _plan(options: argparse.Namespace) -> None:
         python=options.compiler_python, install=options.install, analytic=options.analytic, tokens=options.tokens,
         workers=options.workers, output=options.directory,
     )  # fmt: skip
-
-
-def _validate(options: argparse.Namespace) -> None:
-    from benchmarks.sharding import validate
-
-    validate.run(options.rounds)
 
 
 def _gpu(options: argparse.Namespace) -> None:

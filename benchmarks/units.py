@@ -4,12 +4,10 @@ from __future__ import annotations
 
 
 def duration(seconds: float) -> str:
-    """Such as 584 ms, 38.7 µs or 12.3 s."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        value = seconds * factor
-        if value >= (10 if unit == "s" else 1) or unit == "µs":
-            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
-    raise AssertionError
+    """Three figures, such as 584 ms, 38.7 µs or 1.61 s."""
+    unit, factor = next(((u, f) for u, f in (("s", 1.0), ("ms", 1e3)) if seconds * f >= 1), ("µs", 1e6))
+    value = seconds * factor
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
 def traffic(count: float) -> str:

@@ -42,6 +42,15 @@ def variants(path: str, overrides: Sequence[str] = (), vary: Sequence[str] = ())
     return found
 
 
+def command_of(
+    path: str, strategies: Sequence[str] | None, vary: Sequence[str], overrides: Sequence[str], more: str = ""
+) -> str:
+    """What makes a comparison again."""
+    names = f"--strategies {','.join(strategies)}" if strategies else ""
+    parts = [f"manyheads-bench sharding {path}", more, *overrides, names, *(f"--vary {text}" for text in vary)]
+    return " ".join(part for part in parts if part)
+
+
 def subset(strategies: Sequence[str] | None, vary: Sequence[str]) -> str:
     """What the name of a comparison ends with: nothing for all strategies of a config as it stands."""
     parts = list(strategies or ())

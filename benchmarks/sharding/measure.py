@@ -24,7 +24,7 @@ from benchmarks.sharding import measure_report
 from benchmarks.sharding.ahead import compile_step, program_of, summary
 from benchmarks.sharding.analytic import sharded_bytes
 from benchmarks.sharding.hlo import Module
-from benchmarks.sharding.layouts import layouts, subset, variants
+from benchmarks.sharding.layouts import command_of, layouts, subset, variants
 from benchmarks.sharding.least import least
 from benchmarks.units import duration
 from benchmarks.workload import random_batch
@@ -109,12 +109,8 @@ def run(
     with writing(page):
         measure_report.write(result, page)
     print(f"the report: {page}")
-    command = f"manyheads-bench sharding {path}"
-    if devices[0].platform == "cpu":
-        command += f" --devices {len(devices)}"
-    if strategies:
-        command += f" --strategies {','.join(strategies)}"
-    command += "".join(f" --vary {one}" for one in vary)
+    virtual = f"--devices {len(devices)}" if devices[0].platform == "cpu" else ""
+    command = command_of(path, strategies, vary, overrides, virtual)
     record.save(name, command, result, show=False, folder=output)
     return result
 

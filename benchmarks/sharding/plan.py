@@ -122,7 +122,7 @@ def run(
     written = f"the best as a config: {folder / name}.yaml; " if best.fits(target) else ""
     print(f"{written}the report: {folder / name}.html")
     if result["compiled"]:
-        command = f"manyheads-bench plan {path} --target {target.name}"
+        command = " ".join([f"manyheads-bench plan {path} --target {target.name}", *overrides])
         record.save(f"plan_{name}", command, result, show=False, folder=output)
     return result
 

@@ -18,7 +18,7 @@ from benchmarks import compilers, record
 from benchmarks.page import page, table
 from benchmarks.sharding.ahead import Compiler
 from benchmarks.sharding.analytic import sharded_bytes
-from benchmarks.sharding.layouts import NAMES, layouts, subset, variants
+from benchmarks.sharding.layouts import NAMES, command_of, layouts, subset, variants
 from benchmarks.sharding.least import SYMBOLS, least
 from benchmarks.sharding.targets import parse_target
 from benchmarks.units import duration
@@ -109,9 +109,8 @@ def run(
     with writing(file):
         file.write_text(text, encoding="utf-8")
     print(f"the report: {file}")
-    command = f"manyheads-bench sharding {path} --target {target.name}"
-    command += f" --strategies {','.join(strategies)}" if strategies else ""
-    record.save(name, command + "".join(f" --vary {one}" for one in vary), result, show=False, folder=output)
+    command = command_of(path, strategies, vary, overrides, f"--target {target.name}")
+    record.save(name, command, result, show=False, folder=output)
     return result
 
 

@@ -1,4 +1,4 @@
-"""`manyheads-bench validate`: predicted against measured memory and time, on a device at hand.
+"""`manyheads-bench plan --validate`: predicted against measured memory and time, on a device at hand.
 
 Each case runs in a process of its own, so that its peak of memory is its own. A CPU has no data sheet: its peak and its
 bandwidth are measured first, by a large product and a large sum.
@@ -100,7 +100,7 @@ def run(rounds: int = 5) -> dict[str, Any]:
     worst = {part: max(abs(one[f"{part}_error"]) for one in found) for part in ("time", "memory")}
     result = {"kind": kind, "chip": dataclasses.asdict(chip), "cases": found, "worst": worst}
     print(f"at worst: time {worst['time']:.0%}, memory {worst['memory']:.1%}")
-    record.save("validation", "manyheads-bench validate", result, show=False)
+    record.save("validation", "manyheads-bench plan --validate", result, show=False)
     return result
 
 

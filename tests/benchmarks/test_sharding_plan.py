@@ -195,7 +195,14 @@ def test_every_collective_takes_its_time():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(38.7e-6, "38.7 µs"), (0.58412, "584 ms"), (0.00216, "2.2 ms"), (12.34, "12.3 s"), (820, "820 s")],
+    [
+        (38.7e-6, "38.7 µs"),
+        (0.58412, "584 ms"),
+        (0.00216, "2.16 ms"),
+        (1.612, "1.61 s"),
+        (12.34, "12.3 s"),
+        (820, "820 s"),
+    ],
 )
 def test_times_have_something_to_read(seconds, text):
     assert duration(seconds) == text
@@ -211,6 +218,15 @@ def test_amounts_have_something_to_read(count, text):
 def test_no_layout_divides_the_batch(config_file, capsys):
     assert main(["plan", str(config_file), "--target", "h100:8", "--analytic", "--batch-size", "3"]) == 2
     assert "no layout over 8 devices divides batch_size 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["CONFIG"], "a config and a --target are needed"), (["CONFIG", "--validate"], "--validate has cases of its own")],
+)
+def test_what_a_plan_takes(config_file, capsys, arguments, message):
+    assert main(["plan", *(str(config_file) if one == "CONFIG" else one for one in arguments)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_compiler_that_is_none(config_file, capsys):
