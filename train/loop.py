@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -173,7 +174,7 @@ class Run:
                     self._drain(meter, display, log, checkpoints)
                     meter.pause()
                 if evaluates:
-                    _, nll = self._evaluate(state, step, display, log, config.evaluation.batches)
+                    _, nll = self._evaluate(state, step, display, log, config.evaluation.batches, stop)
                 if samples:
                     self.sample(state, display)
                 if saves:
@@ -188,7 +189,8 @@ class Run:
             interrupted = step < config.steps
             try:
                 if self.has_held_out and not interrupted:
-                    scores, nll = self._evaluate(state, step, display, log, None)
+                    scores, nll = self._evaluate(state, step, display, log, None, stop)
+                    interrupted = scores is None
             finally:
                 # Whatever happens to the last evaluation, the steps are not lost.
                 if checkpoints.latest != step:
@@ -222,9 +224,10 @@ class Run:
         )
 
     def _evaluate(
-        self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None
-    ) -> tuple[Scores, float]:
-        """Scores on the first `batches` batches (None: all), and the loss by which checkpoints are compared."""
+        self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None, stop: GracefulStop
+    ) -> tuple[Scores | None, float | None]:
+        """Scores on the first `batches` batches (None: all), and the loss by which checkpoints are compared; neither where it
+        was left for a signal."""
         config = self.config
         host = evaluation_batches(
             self.prepared,
@@ -238,7 +241,13 @@ class Run:
         )
         params = state.params if state.ema is None else state.ema
         device = (batch for _, batch in prefetch_to_device(iter(host), self._to_device))
-        parts = evaluate(self.program.eval_step, params, device)
+        # Several processes would leave it at different batches, and wait for each other.
+        alone = jax.process_count() == 1
+        kept_on = itertools.takewhile(lambda _: not (alone and stop.requested), device)
+        parts = evaluate(self.program.eval_step, params, kept_on)
+        if len(parts) < len(host):
+            display.say(f"step {step}: the evaluation was left after {len(parts)} of {len(host)} batches")
+            return None, None
         # Bits per byte mean something where every token is predicted, and from those before it alone.
         every = config.objective.kind in ("causal", "seq2seq")
         bytes_per_token = self.prepared.meta.bytes_per_token("validation") if every else None
@@ -290,9 +299,8 @@ class Run:
     ) -> None:
         directory = self.config.directory
         if interrupted:
-            display.say(
-                f"stopped after step {step}; the state is saved in {directory}. Run the same command again to go on"
-            )
+            how = "Run the same command again to go on" if step < self.config.steps else "All steps are done"
+            display.say(f"stopped after step {step}; the state is saved in {directory}. {how}")
             return
         self.sample(state, display)
         if scores is not None and scores.bits_per_byte is not None and self.config.objective.kind == "causal":

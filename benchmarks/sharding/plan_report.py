@@ -71,9 +71,13 @@ def sentences(result: dict[str, Any]) -> list[str]:
         )
     if "training" in result:
         training = result["training"]
-        said.append(
-            f"{training['tokens']:.3g} tokens take {training['days']:.1f} days, {training['device_hours']:,.0f} device-hours."
+        days, hours = training["days"], training["device_hours"]
+        took = (
+            f"{days:.1f} days, {hours:,.0f} device-hours"
+            if days >= 1
+            else f"{24 * days:.2g} hours, {hours:.2g} device-hours"
         )
+        said.append(f"{training['tokens']:.3g} tokens take {took}.")
     said += [f"Too large: {row['layout']}, {memory_of(row)}." for row in large[:3]]
     kind = result["target"].partition(":")[0]
     error = on_record(kind)

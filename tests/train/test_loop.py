@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.train.run_records import records, surroundings
+from train import loop
 from train.checkpoint import Checkpoints
 from train.cli import main
 from train.config import load
@@ -86,6 +87,26 @@ def test_a_signal_saves_and_says_how_to_go_on(start, whole, tmp_path, number):
     stopped = int(re.search(r"stopped after step (\d+); .* Run the same command again", output).group(1))
     with Checkpoints(tmp_path / "run") as checkpoints:
         assert checkpoints.latest == stopped
+
+
+def test_a_signal_in_the_last_evaluation_does_not_wait_for_its_end(config_file, tmp_path, capsys, monkeypatch):
+    class Late(loop.GracefulStop):
+        """Asked for once the steps are done: each of them but the last asks whether it is."""
+
+        asked = 0
+        requested = property(lambda self: self.count() > 3, lambda self, value: None)
+
+        def count(self):
+            self.asked += 1
+            return self.asked
+
+    monkeypatch.setattr(loop, "GracefulStop", Late)
+    assert cli(config_file, tmp_path / "run", "--steps", "3", "--evaluation.every", "0", "--checkpoint.every", "0") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"step 3: the evaluation was left after 1 of \d+ batches", said)
+    assert "stopped after step 3; the state is saved" in said and "All steps are done" in said
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest == 3
 
 
 def test_restores_on_another_number_of_devices(start, whole, tmp_path):
