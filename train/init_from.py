@@ -24,6 +24,17 @@ _OFTEN_ANOTHER = tuple(
 """Settings in which fine-tuning usually differs from pretraining."""
 
 
+def check_begin(config: RunConfig) -> None:
+    """Raise a `UserError` where a run that is yet to begin has nothing to begin with: before its data, which may be told by
+    the vocabulary of the run that is missing."""
+    if config.init_from is None or (config.directory / "checkpoints").exists():
+        return
+    if not Path(config.init_from).is_dir():
+        raise UserError(
+            f"init_from: {config.init_from}: there is no such run; train it first, or set init_from to null"
+        )
+
+
 def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple[nnx.State, str]:
     """`fresh` parameters with those of the run `config.init_from` where it has any of the same path; and a line that says so.
 

@@ -24,7 +24,7 @@ from train.data.prepare import check_vocabulary, prepare
 from train.data.store import Prepared
 from train.display import Display
 from train.evaluate import Scores, evaluate, scores_of
-from train.init_from import begin_from
+from train.init_from import begin_from, check_begin
 from train.mesh import check_batch, make_mesh, shard_batch, use_mesh
 from train.meter import Meter, Reading
 from train.metrics import MetricLog
@@ -83,6 +83,7 @@ def _train_in_folder(config: RunConfig, profile: tuple[int, int] | None) -> Fini
         raise UserError(f"--profile: step {profile[0]} is beyond the last one, {config.steps}")
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
+    check_begin(config)
     with first_alone("prepare"):
         prepared = prepare(config.data)
     check_data(config, prepared)

@@ -135,6 +135,14 @@ class _StopAt:
         return self._left <= 0
 
 
+def test_a_run_to_begin_with_that_is_missing_is_told_before_its_vocabulary(texts, tmp_path):
+    config = classifier_of(texts, tmp_path / "tuned", init_from=str(tmp_path / "none"))
+    gone = dataclasses.replace(config.data.tokenizer, kind="file", path=str(tmp_path / "none" / "tokenizer.json"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=gone))
+    with pytest.raises(UserError, match="init_from: .*/none: there is no such run; train it first"):
+        train(config)
+
+
 def refusal(config: RunConfig) -> str:
     """What is said against it. Shapes alone are enough for that."""
     fresh = jax.eval_shape(lambda: nnx.state(make_model(config.model, nnx.Rngs(0)), nnx.Param))
