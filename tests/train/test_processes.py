@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -131,7 +132,9 @@ def test_a_process_that_dies_stops_the_others(config, tmp_path):
     _, errors = first.communicate(timeout=90)
     assert first.returncode != 0
     assert errors.count("manyheads: process 0 of 2 stops, since another one died or cannot be reached") == 1
-    assert "ask 1" in errors and "Traceback" not in errors
+    assert "Traceback" not in errors
+    # JAX's own words, of whichever of its parts noticed first.
+    assert re.search(r"[Tt]ask:? ?1\b|heartbeats\):\s+1\b", errors), errors
     # What is left goes on, here alone.
     ((code, said, errors),) = start(config, run, "--steps", str(steps_in(run) + 2))
     assert code == 0 and "resuming after step" in said, errors
