@@ -89,7 +89,7 @@ def picture(result: dict[str, Any]) -> str:
         right.barh(names, sizes, left=start, color=color, height=0.65, label=part)
         start = [a + b for a, b in zip(start, sizes, strict=True)]
     right.set(xlabel="MB a device")
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
