@@ -56,11 +56,7 @@ def start(config, run, *options, processes=1, devices=8, wait=True):
     if not wait:
         return started
     said = [process.communicate(timeout=240) for process in started]
-    # The transport on CPUs has lines of its own.
-    own_words = ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in said]
-    return [
-        (process.returncode, out, said[i][1]) for i, (process, out) in enumerate(zip(started, own_words, strict=True))
-    ]
+    return [(process.returncode, *words) for process, words in zip(started, said, strict=True)]
 
 
 def steps_in(run):
@@ -85,7 +81,9 @@ def test_two_processes_compute_what_one_does_and_share_one_log(config, one, tmp_
     run = tmp_path / "run"
     first, second = start(config, run, processes=2, devices=4)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    assert "step 4/4" in first[1] and second[1] == ""
+    # The transport on CPUs prints lines of its own, its threads' mingled, on any process.
+    assert "step 4/4" in first[1]
+    assert not re.search("several|step|loss|manyheads", second[1])
     two = losses(run)
     assert two.keys() == one.keys()
     assert two == pytest.approx(one, rel=1e-5)
