@@ -162,10 +162,12 @@ def one_forward_one_backward(graphdef: Any, loss: LossConfig, objective: str, sc
                     # Both work on what was sent before this tick; nothing is sent that no stage will read.
                     sent: dict[str, Any] = {}
                     if ahead:
-                        state, x = forward(state, time)
+                        with jax.named_scope("forward"):
+                            state, x = forward(state, time)
                         sent["ahead"] = jax.lax.ppermute(x, axes, [(device, device + 1) for device in range(P - 1)])
                     if back:
-                        state, x = backward(state, time)
+                        with jax.named_scope("backward"):
+                            state, x = backward(state, time)
                         sent["back"] = jax.lax.ppermute(x, axes, [(device + 1, device) for device in range(P - 1)])
                     return dataclasses.replace(state, **sent), None
 
