@@ -16,9 +16,9 @@ import dataclasses
 import numpy as np
 
 from train.data.draws import Draws
-from train.data.masked import framed
+from train.data.masked import framed_apart
 from train.data.objective_config import ObjectiveConfig
-from train.data.pack import Examples, Placed
+from train.data.pack import Examples
 from train.data.pairs import PairSizes
 from train.data.store import TokenArray
 from train.data.tokenizer import CLS, SEP, Tokenizer
@@ -54,10 +54,8 @@ class TextPairs(Examples):
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
         batch = {"weights": np.ones((len(indices), 1), np.float32)}
-        one_a_row = np.ones(len(indices), np.int64)
         for prefix, (tokens, starts, sizes) in self._sides.items():
-            placed = Placed.of(indices, one_a_row, sizes, self.length)
-            rows = framed(tokens, starts, placed, self._cls, self._sep)
+            rows = framed_apart(tokens, starts, sizes, indices, self.length, self._cls, self._sep)
             batch |= {prefix + name: array for name, array in rows.items()}
         return batch
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from train.data.draws import Draws
-from train.data.masked import framed
+from train.data.masked import framed_apart
 from train.data.objective_config import ObjectiveConfig
-from train.data.pack import Examples, Placed
+from train.data.pack import Examples
 from train.data.progress import say_once
 from train.data.store import TokenArray
 from train.data.tokenizer import CLS, SEP, Tokenizer
@@ -62,10 +62,8 @@ class LabelledDocuments(Examples):
         return len(self._sizes)
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
-        one_a_row = np.ones(len(indices), np.int64)
-        placed = Placed.of(indices, one_a_row, self._sizes, self.length)
         return {
-            **framed(self._tokens, self._starts, placed, self._cls, self._sep),
+            **framed_apart(self._tokens, self._starts, self._sizes, indices, self.length, self._cls, self._sep),
             "labels": self._labels[indices],
             "weights": np.ones((len(indices), 1), np.float32),
         }
