@@ -180,10 +180,7 @@ def classification(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKey
     """
     output = model(batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"], key=key)
     with jax.named_scope("loss"):
-        labels, weights = batch["labels"][:, None], batch["weights"]
-        sums = _with_router_loss(cross_entropy(output.logits[:, None], labels, weights, config), output)
-        is_right = output.logits.argmax(-1, keepdims=True) == labels
-        return dataclasses.replace(sums, correct=jnp.sum(jnp.where(is_right, weights, 0)))
+        return _with_router_loss(_of_rows(output.logits, batch["labels"], batch["weights"], config), output)
 
 
 def contrastive(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
@@ -203,10 +200,7 @@ def contrastive(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArr
     with jax.named_scope("loss"):
         valid_B = batch["weights"][:, 0] > 0
         logits_BB = contrastive_logits(sides[0].logits, sides[1].logits, valid_B, temperature=config.temperature)
-        own_B = jnp.arange(logits_BB.shape[0])
-        sums = cross_entropy(logits_BB[:, None], own_B[:, None], batch["weights"], config)
-        is_right = (logits_BB.argmax(-1) == own_B)[:, None]
-        sums = dataclasses.replace(sums, correct=jnp.sum(jnp.where(is_right, batch["weights"], 0)))
+        sums = _of_rows(logits_BB, jnp.arange(logits_BB.shape[0]), batch["weights"], config)
         return _with_router_loss(_with_router_loss(sums, sides[0]), sides[1])
 
 
@@ -229,6 +223,15 @@ LOSSES: dict[str, Loss] = {
 def _sums(output: Any, batch: Batch, config: LossConfig) -> LossSums:
     with jax.named_scope("loss"):
         return _with_router_loss(cross_entropy(output.logits, batch["targets"], batch["weights"], config), output)
+
+
+def _of_rows(
+    logits_BC: Float[Array, "B C"], labels_B: Int[Array, B], weights_B1: Float[Array, "B 1"], config: LossConfig
+) -> LossSums:
+    """Cross-entropy over the classes of whole rows, and how many are right."""
+    sums = cross_entropy(logits_BC[:, None], labels_B[:, None], weights_B1, config)
+    is_right_B = logits_BC.argmax(-1) == labels_B
+    return dataclasses.replace(sums, correct=jnp.sum(jnp.where(is_right_B[:, None], weights_B1, 0)))
 
 
 def _at(batch: Batch, places_BK: Array) -> Batch:
