@@ -63,22 +63,12 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finis
         UserError: whatever the user can mend, before a step where it can be known then.
     """
     with one_log(), together(config.directory):
-        return _train(config, profile)
+        agree_on(config)
+        with _alone_in(config.directory):
+            return _train(config, profile)
 
 
 def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
-    agree_on(config)
-    with writing(config.directory):
-        config.directory.mkdir(parents=True, exist_ok=True)
-    try:
-        return _train_in_folder(config, profile)
-    finally:
-        # Refused before it began, a run leaves no folder that looks like one.
-        with contextlib.suppress(OSError):
-            config.directory.rmdir()
-
-
-def _train_in_folder(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
     if profile is not None and profile[0] > config.steps:
         raise UserError(f"--profile: step {profile[0]} is beyond the last one, {config.steps}")
     mesh = make_mesh(config.mesh)
@@ -87,7 +77,7 @@ def _train_in_folder(config: RunConfig, profile: tuple[int, int] | None) -> Fini
     with first_alone("prepare"):
         prepared = prepare(config.data)
     check_data(config, prepared)
-    with _alone_in(config.directory), use_mesh(mesh, config.mesh.rules), GracefulStop() as stop:
+    with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop:
         run = Run(config, prepared, mesh)
         with Checkpoints(config.directory, config.checkpoint) as checkpoints:
             if (done := checkpoints.latest) is not None and done > config.steps:
@@ -349,9 +339,11 @@ def check_data(config: RunConfig, prepared: Prepared) -> None:
 
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Keep a second process from training in the same folder."""
+    """Make the folder, and keep a second process from training in it; a run that is refused leaves none behind."""
     import filelock
 
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(directory / f".lock-{jax.process_index()}")
     try:
         lock.acquire(timeout=0)
@@ -360,11 +352,15 @@ def _alone_in(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not (directory / "config.yaml").exists():
-            with contextlib.suppress(OSError):
-                (directory / "checkpoints").rmdir()
+        refused = not (directory / "config.yaml").exists()
+        if refused:
             Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+        if refused:
+            # Neither goes that holds something.
+            for folder in (directory / "checkpoints", directory):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def _trace(profile: tuple[int, int], step: int, directory: Path, display: Display) -> None:
