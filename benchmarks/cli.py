@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
+import contextlib
 import sys
 from collections.abc import Sequence
 
+from train.interrupt import leaving_at_once
 from transformer.errors import UserError
 
 OVERRIDABLE = ("plan", "sharding")
@@ -23,23 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command not in OVERRIDABLE:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
-    previous = signal.getsignal(signal.SIGINT)
-    if options.command not in RESUMABLE:
-        # Whatever a library is doing, it has nothing to keep.
-        signal.signal(signal.SIGINT, _leave)
+    interruptible = contextlib.nullcontext() if options.command in RESUMABLE else leaving_at_once("manyheads-bench")
     try:
-        options.call(options)
+        with interruptible:
+            options.call(options)
     except UserError as error:
         print(f"manyheads-bench: {error}", file=sys.stderr)
         return 2
-    finally:
-        signal.signal(signal.SIGINT, previous)
     return 0
-
-
-def _leave(number: int, frame: object) -> None:
-    os.write(2, b"manyheads-bench: interrupted\n")
-    os._exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:

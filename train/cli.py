@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from train.interrupt import leaving_at_once
 from transformer.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,25 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not options.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
-    # While libraries load and start, Python's own KeyboardInterrupt may be lost in one of their callbacks.
-    previous = signal.signal(signal.SIGINT, _leave)
     try:
-        options.call(options)
+        with leaving_at_once("manyheads"):
+            options.call(options)
     except UserError as error:
         print(f"manyheads: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader (head, less) has left: nothing more to say, and nothing wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        signal.signal(signal.SIGINT, previous)
     return 0
-
-
-def _leave(number: int, frame: object) -> None:
-    """Nothing that is half-made is ever taken for whole, so a process may end anywhere."""
-    os.write(2, b"manyheads: interrupted\n")
-    os._exit(128 + number)
 
 
 def _parser() -> argparse.ArgumentParser:
