@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -17,10 +18,10 @@ from train.mesh import STRATEGIES, MeshConfig, batch_sharding
 from train.optimizer import make_optimizer
 from train.pipeline import StagedStep, one_forward_one_backward, schedule_of
 from train.pmap import make_pmap_step
-from train.state import TrainState, abstract_state, init_state, lay_out, state_maker
+from train.state import StateMaker, TrainState, abstract_state, init_state, lay_out, state_maker
 from train.step import make_eval_step, make_gradient, make_train_step
 from transformer.errors import ConfigError
-from transformer.functional import graphdef_of
+from transformer.functional import ModelFactory, graphdef_of
 from transformer.models.families import ModelConfig, make_model
 from transformer.pipeline import in_stages
 
@@ -40,8 +41,7 @@ class Program:
         schedule = schedule_of(config, mesh)
         make = functools.partial(make_model, suited(config.model, config.mesh))
         graphdef = graphdef_of(make)
-        optimizer, ema_decay = make_optimizer(config.optimizer, config.steps), config.optimizer.ema_decay
-        self.make_state = state_maker(make, optimizer, keep_ema=ema_decay is not None)
+        optimizer, self.make_state = _state_of(config, make)
         described = functools.partial(
             abstract_state, mesh=mesh, optimizer_rules=config.mesh.optimizer_rules,
             offload_optimizer=config.mesh.offload_optimizer,
@@ -55,7 +55,7 @@ class Program:
         with nnx.logical_axis_rules(config.mesh.optimizer_rules):
             summed = lay_out(staged.params, mesh)
         options: dict[str, Any] = {
-            "microbatches": config.microbatches, "ema_decay": ema_decay, "objective": config.objective.kind,
+            "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "objective": config.objective.kind,
         }  # fmt: skip
         self.train_step: Any
         if config.mesh.strategy == "pmap":
@@ -111,10 +111,14 @@ def suited(model: ModelConfig, mesh: MeshConfig) -> ModelConfig:
 
 def described_state(config: RunConfig) -> TrainState:
     """Shapes of a config's whole state, wherever it will lie."""
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    make = functools.partial(make_model, config.model)
-    make_state = state_maker(make, optimizer, keep_ema=config.optimizer.ema_decay is not None)
+    _, make_state = _state_of(config, functools.partial(make_model, config.model))
     return jax.eval_shape(make_state, jax.random.key(0))
+
+
+def _state_of(config: RunConfig, make: ModelFactory) -> tuple[optax.GradientTransformation, StateMaker]:
+    """The config's optimiser, and what makes the state of a model and it from a key."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    return optimizer, state_maker(make, optimizer, keep_ema=config.optimizer.ema_decay is not None)
 
 
 def batch_shapes(config: RunConfig, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
