@@ -19,6 +19,7 @@ from train.mesh import MESH_AXES
 from train.objective import LOSSES, LossConfig
 from train.program import batch_shapes, described_state
 from transformer.functional import graphdef_of
+from transformer.interpret.capture import readable
 from transformer.models.families import flops_per_token, make_model
 
 
@@ -91,11 +92,11 @@ def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
             "forward and backward; matrix products only, the causal half of attention counted once",
         ),
         ("FLOPs in all", f"{total.flops_per_token * tokens:.3e}", "over all steps"),
-        ("memory, parameters", _size(total.parameter_bytes), "whole run" + spread),
-        ("memory, gradients", _size(total.gradient_bytes), "as the parameters"),
-        ("memory, optimiser", _size(total.optimizer_bytes), f"{config.optimizer.name}'s moments, moving average"),
-        ("memory, activations", _size(total.activation_bytes), "kept for the backward pass of one microbatch"),
-        ("memory, together", _size(memory), "without the compiler's own temporaries"),
+        ("memory, parameters", readable(total.parameter_bytes), "whole run" + spread),
+        ("memory, gradients", readable(total.gradient_bytes), "as the parameters"),
+        ("memory, optimiser", readable(total.optimizer_bytes), f"{config.optimizer.name}'s moments, moving average"),
+        ("memory, activations", readable(total.activation_bytes), "kept for the backward pass of one microbatch"),
+        ("memory, together", readable(memory), "without the compiler's own temporaries"),
     ]
 
 
@@ -125,14 +126,6 @@ def saved_bytes(graphdef: Any, params: nnx.State, batch: dict[str, Any], config:
 
 def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def _plain(value: Any) -> str:

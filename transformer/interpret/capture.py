@@ -153,7 +153,7 @@ def check_memory(num_layers: int, num_heads: int, num_queries: int, num_keys: in
 
 def readable(count: int) -> str:
     """A number of bytes for people."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if count >= 1 << power:
             return f"{count / (1 << power):.1f} {unit}"
     return f"{count} B"
