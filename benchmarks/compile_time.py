@@ -10,10 +10,9 @@ from typing import Any
 import jax
 
 from benchmarks.record import in_turn, ratio, save, summary
-from benchmarks.workload import workload
+from benchmarks.workload import program_of, workload
 from train.config import RunConfig
-from train.mesh import make_mesh, use_mesh
-from train.program import Program
+from train.mesh import use_mesh
 
 DEPTHS = (6, 48)
 
@@ -34,9 +33,8 @@ def run(rounds: int, work: RunConfig | None = None) -> dict[str, Any]:
 
 
 def _compile_seconds(work: RunConfig) -> float:
-    mesh = make_mesh(work.mesh, jax.devices()[:1])
-    with use_mesh(mesh, work.mesh.rules):
-        program = Program(work, mesh)
+    program = program_of(work, jax.devices()[:1])
+    with use_mesh(program.mesh, work.mesh.rules):
         jax.clear_caches()
         jax.config.update("jax_enable_compilation_cache", False)
         try:

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from train.data.cache import writing
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "grain")
 
@@ -76,6 +78,18 @@ def save(name: str, command: str, result: dict[str, Any], *, show: bool = True, 
         print(json.dumps(result, indent=2))
     print(f"written to {path}")
     return path
+
+
+def report_folder(output: str | None) -> Path:
+    """Where a report goes, `plans` by default; made at once, so that nothing is measured for a place that cannot be written.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    folder = Path(output or "plans")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _versions() -> dict[str, str]:

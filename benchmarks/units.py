@@ -10,7 +10,7 @@ def duration(seconds: float) -> str:
     return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
-def traffic(count: float) -> str:
+def amount(count: float) -> str:
     """Bytes that are sent, in powers of 1000, as links are sold."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= 0.1 * factor:

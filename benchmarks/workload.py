@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from train.config import RunConfig
-from train.mesh import make_mesh, shard_batch, use_mesh
+from train.mesh import check_batch, make_mesh, shard_batch, use_mesh
 from train.optimizer import OptimizerConfig
 from train.program import Program, batch_shapes
 from transformer.models.gpt import GPTConfig
@@ -57,17 +58,28 @@ def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
     return batch
 
 
+def program_of(config: RunConfig, devices: Sequence[Any]) -> Program:
+    """The config's step on these devices.
+
+    Raises:
+        UserError: a batch or a model that they do not divide.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
+    with use_mesh(mesh, config.mesh.rules):
+        return Program(config, mesh)
+
+
 def our_step(work: RunConfig) -> Callable[[], object]:
     """A function that takes one training step and returns its metrics (not yet computed, as JAX arrays are)."""
-    mesh = make_mesh(work.mesh, jax.devices()[:1])
-    with use_mesh(mesh, work.mesh.rules):
-        program = Program(work, mesh)
+    program = program_of(work, jax.devices()[:1])
+    with use_mesh(program.mesh, work.mesh.rules):
         held = program.init()
         batch = shard_batch(random_batch(work), program.batch_sharding)
 
     def take() -> object:
         nonlocal held
-        with use_mesh(mesh, work.mesh.rules):
+        with use_mesh(program.mesh, work.mesh.rules):
             held, metrics = program.train_step(held, batch)
         return metrics
 

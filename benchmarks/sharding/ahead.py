@@ -29,8 +29,9 @@ from benchmarks import compilers
 from benchmarks.sharding.hlo import Module
 from benchmarks.sharding.roofline import predict
 from benchmarks.sharding.targets import Target
+from benchmarks.workload import program_of
 from train.config import RunConfig
-from train.mesh import make_mesh, use_mesh
+from train.mesh import use_mesh
 from train.program import Program
 from transformer.errors import UserError
 
@@ -140,13 +141,6 @@ def answer(config: RunConfig, target: Target) -> Compiled:
         return examined(*compile_step(program), program.mesh, target)
     except Exception as error:
         return refused(error, time.monotonic() - start, target)
-
-
-def program_of(config: RunConfig, devices: list[Any]) -> Program:
-    """The config's step on these devices."""
-    mesh = make_mesh(config.mesh, devices)
-    with use_mesh(mesh, config.mesh.rules):
-        return Program(config, mesh)
 
 
 def compile_step(program: Program) -> tuple[jax.stages.Compiled, float]:

@@ -64,7 +64,7 @@ class Instruction:
     """The operands, as they are written."""
     root: bool
     """Whether it is what its computation gives."""
-    from_host: bool
+    on_host: bool
     """Whether it brings something from the host's memory, or takes it there."""
 
     @property

@@ -11,7 +11,6 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,18 +20,18 @@ from rich.progress import Progress
 
 from benchmarks import record
 from benchmarks.sharding import measure_report
-from benchmarks.sharding.ahead import compile_step, program_of, summary
+from benchmarks.sharding.ahead import compile_step, summary
 from benchmarks.sharding.analytic import sharded_bytes
 from benchmarks.sharding.hlo import Module
 from benchmarks.sharding.layouts import command_of, layouts, subset, variants
 from benchmarks.sharding.least import least
 from benchmarks.units import duration
-from benchmarks.workload import random_batch
+from benchmarks.workload import program_of, random_batch
 from train.config import RunConfig, load
 from train.data.cache import writing
 from train.display import console
 from train.hardware import utilization
-from train.mesh import MESH_AXES, MeshConfig, check_batch, make_mesh, shard_batch, use_mesh
+from train.mesh import MESH_AXES, MeshConfig, shard_batch, use_mesh
 from train.optimizer import OptimizerConfig
 from train.program import Program
 from transformer.errors import UserError
@@ -65,9 +64,7 @@ def run(
     Raises:
         UserError: no such strategy, or none that goes.
     """
-    folder = Path(output or "plans")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = record.report_folder(output)
     # What all are held against is the config as it stands, on one device.
     config = dataclasses.replace(load(path, overrides), mesh=MeshConfig())
     devices = jax.devices()
@@ -131,11 +128,9 @@ class Measured:
         self, config: RunConfig, batch: dict[str, np.ndarray], devices: list[Any], reference: Followed
     ) -> None:
         self.config, self.devices = config, devices
-        mesh = make_mesh(config.mesh, devices)
-        check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
         self.program = program_of(config, devices)
         compiled, self.compile_seconds = compile_step(self.program)
-        with use_mesh(mesh, config.mesh.rules):
+        with use_mesh(self.program.mesh, config.mesh.rules):
             self.batch = shard_batch(batch, self.program.batch_sharding)
         self.stats: Any = compiled.memory_analysis()
         self.module = Module(compiled.as_text() or "")

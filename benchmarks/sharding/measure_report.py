@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.page import page, svg, table
 from benchmarks.sharding.least import SYMBOLS
-from benchmarks.units import traffic
+from benchmarks.units import amount
 
 HEADS = (
     "strategy", "mesh", "loss ±", "gradient ±", "ms a step", "from, to", "tokens/s", "MFU", "compile", "state",
@@ -49,13 +49,13 @@ def write(result: dict[str, Any], path: Path) -> None:
     ]
     heads = ("strategy", "collective", "numbers", "devices", "times a step", "sent by a device")
     rows = [
-        [name, one["kind"], one["dtype"], str(one["devices"]), str(one["count"]), traffic(one["bytes"])]
+        [name, one["kind"], one["dtype"], str(one["devices"]), str(one["count"]), amount(one["bytes"])]
         for name, figures in result["strategies"].items()
         for one in figures["collectives"]
     ]
     parts.append("<h2>What is sent</h2>" + table(heads, rows, text=(0, 1, 2)))
     rows = [
-        [name, one["axis"], one["formula"], traffic(one["bytes"])]
+        [name, one["axis"], one["formula"], amount(one["bytes"])]
         for name, figures in result["strategies"].items()
         for one in figures["least"]
     ]
@@ -112,8 +112,8 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
                 f"{one['loss_difference']:.0e}", f"{one['gradient_difference']:.0e}", f"{seconds['median'] * 1e3:.1f}",
                 f"{seconds['min'] * 1e3:.1f}, {seconds['max'] * 1e3:.1f}", f"{one['tokens_per_second']:,.0f}",
                 "–" if one["mfu"] is None else f"{one['mfu']:.1%}", f"{one['compile_seconds']:.1f} s",
-                traffic(one["memory"]["state"]), traffic(one["memory"]["temporary"]), traffic(sent),
-                traffic(least), f"{sent / least:.2f}" if least else "–",
+                amount(one["memory"]["state"]), amount(one["memory"]["temporary"]), amount(sent),
+                amount(least), f"{sent / least:.2f}" if least else "–",
             ]
         )  # fmt: skip
     return rows

@@ -90,9 +90,7 @@ def run(
     """
     target, config = parse_target(target_name), load(path, overrides)
     target = dataclasses.replace(target, dtype=config.model.dtype)
-    folder = Path(output or "plans")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = record.report_folder(output)
     start = time.monotonic()
     entries = estimated(config, target)
     chosen = promising(entries, target, number)
@@ -110,8 +108,7 @@ def run(
     stopped, kept = False, 0
     if compiler is not None:
         stopped, kept = compile_all(chosen, target, compiler, workers or min(os.cpu_count() or 1, 4))
-    result = summarised(config, target, chosen, tokens, len(entries), time.monotonic() - start, stopped)
-    result["kept_from_before"] = kept
+    result = summarised(config, target, chosen, tokens, len(entries), time.monotonic() - start, stopped, kept)
     name = f"{config.name}_{target.name.replace(':', '_')}"
     best = ranked(chosen, target)[0]
     with writing(folder):
@@ -245,7 +242,7 @@ def ranked(entries: list[Entry], target: Target) -> list[Entry]:
 
 def summarised(
     config: RunConfig, target: Target, entries: list[Entry], tokens: float | None, considered: int, seconds: float,
-    stopped: bool,
+    stopped: bool, kept: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The ranking as plain data."""
     per_step = config.batch_size * config.sequence_length
@@ -283,6 +280,7 @@ def summarised(
         "compiled": sum(entry.compiled is not None for entry in entries),
         "seconds": seconds,
         "stopped": stopped,
+        "kept_from_before": kept,
         "layouts": rows,
     }
     if tokens is not None and rows:

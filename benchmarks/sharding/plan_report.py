@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.page import page, svg, table
 from benchmarks.sharding.validate import on_record
-from benchmarks.units import duration, traffic
+from benchmarks.units import amount, duration
 from transformer.interpret.capture import readable
 
 GIB = 2**30
@@ -140,7 +140,7 @@ def write(result: dict[str, Any], path: Path) -> None:
     best = good[0]["compiled"] if good else None
     if best and best["collectives"]:
         rows = [
-            [one["kind"], one["dtype"], str(one["devices"]), str(one["count"]), traffic(one["bytes"])]
+            [one["kind"], one["dtype"], str(one["devices"]), str(one["count"]), amount(one["bytes"])]
             for one in best["collectives"]
         ]
         heads = ("collective", "numbers", "devices", "times a step", "sent by a device")

@@ -68,7 +68,10 @@ def predict(module: Module, target: Target, link_of: Callable[[tuple[int, ...]],
     compute = memory = flops = traffic = 0.0
     # Seconds of each instruction, in the order of its computation: what is being sent meanwhile hides behind them.
     spent: dict[str, dict[str, float]] = collections.defaultdict(dict)
+    copies = []
     for times, where, instruction in module.executed():
+        if instruction.on_host and target.chip.host:
+            copies.append((times, where, instruction))
         if instruction.opcode in _FREE or instruction.opcode.startswith(_SENDING) or "-done" in instruction.opcode:
             continue
         work, moved = flops_of(module, where, instruction), bytes_of(module, where, instruction)
@@ -85,13 +88,12 @@ def predict(module: Module, target: Target, link_of: Callable[[tuple[int, ...]],
         spent[where][instruction.name] = times * seconds
     exposed = overlapped = 0.0
     links: dict[str, float] = collections.defaultdict(float)
-    for times, where, instruction in module.executed():
-        if instruction.from_host and target.chip.host:
-            seconds = times * instruction.shapes[0].bytes / target.chip.host
-            span = (instruction.name, module.end_of(where, instruction))
-            behind = hide(seconds, list(module.computations[where]), span, spent[where])
-            links["PCIe"] += seconds
-            overlapped, exposed = overlapped + behind, exposed + seconds - behind
+    for times, where, instruction in copies:
+        seconds = times * instruction.shapes[0].bytes / target.chip.host
+        span = (instruction.name, module.end_of(where, instruction))
+        behind = hide(seconds, list(module.computations[where]), span, spent[where])
+        links["PCIe"] += seconds
+        overlapped, exposed = overlapped + behind, exposed + seconds - behind
     for one in module.collectives():
         link, bandwidth = link_of(one.group)
         seconds = one.total / bandwidth + one.count * target.latency * math.log2(max(len(one.group), 2))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +20,7 @@ from benchmarks.sharding.analytic import sharded_bytes
 from benchmarks.sharding.layouts import NAMES, command_of, layouts, subset, variants
 from benchmarks.sharding.least import SYMBOLS, least
 from benchmarks.sharding.targets import parse_target
-from benchmarks.units import duration
-from benchmarks.units import traffic as sent
+from benchmarks.units import amount, duration
 from train.config import load
 from train.data.cache import writing
 from train.display import console
@@ -58,9 +56,7 @@ def run(
             "mesh.offload_optimizer: got true; the compiler for GPUs leaves everything on the device when it compiles ahead; "
             "measure it on one, without --target"
         )
-    folder = Path(output or "plans")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = record.report_folder(output)
     if (found := compilers.find(target.chip.platform, python, make=install)) is None:
         raise UserError(f"sharding: {compilers.absent(target.chip.platform)}")
     # pmap runs on devices, and has no way to describe them only.
@@ -123,17 +119,17 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
             name,
             mesh,
             formula,
-            sent(wanted),
+            amount(wanted),
             compiled["error"] or "",
             "",
-            sent(row["state_bytes"]),
-            sent(row["ideal_bytes"]),
+            amount(row["state_bytes"]),
+            amount(row["ideal_bytes"]),
             "",
             "",
             "",
         ]
     return [
-        name, mesh, formula, sent(wanted), sent(row["sent_bytes"]), f"{row['sent_bytes'] / wanted:.3f}" if wanted else "–",
-        sent(row["state_bytes"]), f"{row['state_bytes'] / row['ideal_bytes'] - 1:+.2%}", sent(compiled["temporary"]),
+        name, mesh, formula, amount(wanted), amount(row["sent_bytes"]), f"{row['sent_bytes'] / wanted:.3f}" if wanted else "–",
+        amount(row["state_bytes"]), f"{row['state_bytes'] / row['ideal_bytes'] - 1:+.2%}", amount(compiled["temporary"]),
         duration(compiled["prediction"]["seconds"]), duration(compiled["seconds_to_compile"]),
     ]  # fmt: skip

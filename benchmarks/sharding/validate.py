@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from benchmarks import record
 from benchmarks.record import RESULTS
 from benchmarks.sharding.targets import CHIPS, Chip, Target, chip_name
-from benchmarks.workload import of_model, random_batch
+from benchmarks.workload import of_model, program_of, random_batch
 from train.config import RunConfig
 from train.mesh import shard_batch, use_mesh
 from transformer.errors import UserError
@@ -133,7 +133,7 @@ def measured_cpu() -> Chip:
 
 def answer() -> None:
     """Predict and measure the case in the input, in this process, and print both as JSON."""
-    from benchmarks.sharding.ahead import compile_step, examined, program_of
+    from benchmarks.sharding.ahead import compile_step, examined
 
     task = json.load(sys.stdin)
     case, chip = Case(**task["case"]), Chip(**task["chip"])

@@ -15,7 +15,8 @@ from benchmarks.sharding.candidates import candidates, describe
 from benchmarks.sharding.layouts import NAMES, layouts
 from benchmarks.sharding.least import least
 from benchmarks.sharding.targets import parse_target
-from benchmarks.units import duration, traffic
+from benchmarks.units import amount, duration
+from benchmarks.workload import program_of
 from train.config import RunConfig, load
 from train.mesh import MESH_AXES, MeshConfig, make_mesh, use_mesh
 from train.program import Program
@@ -212,7 +213,7 @@ def test_times_have_something_to_read(seconds, text):
     ("count", "text"), [(17.18e9, "17.180 GB"), (44_800, "44.8 kB"), (3.2e6, "3.2 MB"), (12, "12 B")]
 )
 def test_amounts_have_something_to_read(count, text):
-    assert traffic(count) == text
+    assert amount(count) == text
 
 
 def test_no_layout_divides_the_batch(config_file, capsys):
@@ -238,7 +239,7 @@ def test_a_compiler_that_is_none(config_file, capsys):
 def test_a_step_is_compiled_and_read():
     """For the devices that are here, by the same code as for those that are not."""
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(strategy="fsdp"))
-    program = ahead.program_of(config, jax.devices())
+    program = program_of(config, jax.devices())
     compiled = ahead.examined(*ahead.compile_step(program), program.mesh, parse_target("h100:8"))
     assert compiled.fits and compiled.memory > compiled.state > 0
     sent = {one["kind"]: one for one in compiled.collectives}
