@@ -19,8 +19,9 @@ from train.objective import LOSSES, Batch, LossConfig, LossSums
 from train.state import TrainState
 from train.step import Gradient, Metrics
 from transformer.attention.mask import AttentionMask
-from transformer.errors import ConfigError
+from transformer.errors import ConfigError, require
 from transformer.layers.embedding import Embedding, embed_lookup
+from transformer.models.bert import BertConfig
 from transformer.models.layer_stack import LayerStack, router_loss
 from transformer.pipeline import (
     Schedule,
@@ -56,6 +57,8 @@ def schedule_of(config: RunConfig, mesh: Mesh) -> Schedule:
             "it cuts a model into embedding, layers and head, and electra has two stacks of layers; allowed: gpipe"
         )
         raise ConfigError(MeshConfig, "schedule", "1f1b", allowed)
+    if isinstance(config.model, BertConfig):
+        require(config.model, "first_norm", config.model.first_norm, "a pipeline's blocks are all alike; allowed: true")
     check_stages(config.model.num_layers, P, V)
     check_microbatches(P, M)
     # Beside its own microbatches, each device of the pipeline has its share of the batch.

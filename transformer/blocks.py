@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from transformer.attention.mask import AttentionMask
@@ -39,10 +40,12 @@ class Block(nnx.Module):
     """Self-attention, then attention to a memory where `cross` is given, then feed-forward.
 
     Pre-norm (Xiong et al. 2020): x + f(norm(x)) for each. Post-norm (Vaswani et al. 2017, section 3.1): norm(x + f(x)).
+    Parallel (Wang & Komatsuzaki 2021): x + f(norm(x)) + g(norm(x)), f attention and g feed-forward.
 
     Args:
         norms: one for each sublayer, in their order.
         norm_first: pre-norm.
+        parallel: attention and feed-forward side by side, each behind its norm; without `cross`.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Block(nnx.Module):
         *,
         cross: MultiHeadAttention | None = None,
         norm_first: bool = True,
+        parallel: bool = False,
         dropout_rate: float = 0.0,
     ) -> None:
         self.attention = attention
@@ -61,7 +65,7 @@ class Block(nnx.Module):
         self.attention_norm = norms[0]
         self.cross_norm = None if cross is None else norms[1]
         self.feed_forward_norm = norms[-1]
-        self.norm_first = norm_first
+        self.norm_first, self.parallel = norm_first, parallel
         self.dropout_rate = dropout_rate
 
     def __call__(
@@ -75,6 +79,8 @@ class Block(nnx.Module):
         valid_BT: Bool[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         score_mod: ScoreMod | None = None,
+        rotary_period: float | None = None,
+        normed: Bool[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool | tuple[int, ...] = False,
     ) -> tuple[Float[Array, "B T D"], BlockOutput]:
@@ -85,6 +91,8 @@ class Block(nnx.Module):
             memory_mask: which of its positions each query may see.
             valid_BT: tokens that are no padding; padding takes no expert's room.
             score_mod: of self-attention, as in `attend`.
+            rotary_period: of self-attention, in the place of its own.
+            normed: x is normalised already, and attention's norm is left out where it comes first.
             key: turns dropout on.
             return_weights: as in `attend`.
         """
@@ -93,8 +101,8 @@ class Block(nnx.Module):
 
         def attended(x: Array) -> Array:
             out, output["cache"], output["weights"] = self.attention(
-                x, mask, positions_BT=positions_BT, cache=cache, score_mod=score_mod, key=keys[0],
-                return_weights=return_weights if self.cross is None else False,
+                x, mask, positions_BT=positions_BT, cache=cache, score_mod=score_mod, rotary_period=rotary_period,
+                key=keys[0], return_weights=return_weights if self.cross is None else False,
             )  # fmt: skip
             return out
 
@@ -111,13 +119,24 @@ class Block(nnx.Module):
             out, output["router"] = self.feed_forward(x, valid_BT)
             return out
 
-        x_BTD = self._around(x_BTD, attended, self.attention_norm, keys[1])
+        def attention_norm(x: Array) -> Array:
+            return self.attention_norm(x) if normed is None else jnp.where(normed, x, self.attention_norm(x))
+
+        if self.parallel:
+            sides = (attended(attention_norm(x_BTD)), fed(self.feed_forward_norm(x_BTD)))
+            dropped = (
+                dropout(side, self.dropout_rate, key) for side, key in zip(sides, (keys[1], keys[4]), strict=True)
+            )
+            return sum(dropped, x_BTD), BlockOutput(**output)  # type: ignore[arg-type]
+        x_BTD = self._around(x_BTD, attended, attention_norm, keys[1])
         if self.cross_norm is not None:
             x_BTD = self._around(x_BTD, remembered, self.cross_norm, keys[3])
         x_BTD = self._around(x_BTD, fed, self.feed_forward_norm, keys[4])
         return x_BTD, BlockOutput(**output)  # type: ignore[arg-type]
 
-    def _around(self, x: Array, sublayer: Callable[[Array], Array], norm: Norm, key: PRNGKeyArray | None) -> Array:
+    def _around(
+        self, x: Array, sublayer: Callable[[Array], Array], norm: Callable[[Array], Array], key: PRNGKeyArray | None
+    ) -> Array:
         if self.norm_first:
             return x + dropout(sublayer(norm(x)), self.dropout_rate, key)
         return norm(x + dropout(sublayer(x), self.dropout_rate, key))

@@ -29,9 +29,11 @@ class MultiHeadAttention(nnx.Module):
     Args:
         memory_dim: width of another sequence that keys and values come from (cross-attention); None: they come from the
             queries' own.
+        use_bias: of the projections in; `out_bias` of the one out, by default alike.
         rotary_period: longest period of rotary positions over 2π; None for no rotation.
+        rotary_dim: how many first features of a head are rotated; None for all.
         rotary_scaling: how they are stretched to a longer context.
-        qk_norm: RMS-normalise each head's queries and keys (Henry et al. 2020; Dehghani et al. 2023).
+        qk_norm: RMS-normalise each head's queries and keys (Henry et al. 2020; Dehghani et al. 2023), with `norm_epsilon`.
         scale: of the logits; None for 1 / sqrt(head_dim).
         learned_temperature: multiply each head's logits by a number of its own, which is 1 at first (Henry et al. 2020, g).
         logit_soft_cap: bound of the attention logits, or None.
@@ -52,9 +54,12 @@ class MultiHeadAttention(nnx.Module):
         head_dim: int | None = None,
         memory_dim: int | None = None,
         use_bias: bool = True,
+        out_bias: bool | None = None,
         rotary_period: float | None = None,
+        rotary_dim: int | None = None,
         rotary_scaling: RotaryScaling = NO_SCALING,
         qk_norm: bool = False,
+        norm_epsilon: float = 1e-6,
         scale: float | None = None,
         learned_temperature: bool = False,
         logit_soft_cap: float | None = None,
@@ -73,7 +78,7 @@ class MultiHeadAttention(nnx.Module):
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.is_cross = memory_dim is not None
-        self.rotary_period, self.rotary_scaling = rotary_period, rotary_scaling
+        self.rotary_period, self.rotary_dim, self.rotary_scaling = rotary_period, rotary_dim, rotary_scaling
         self.logit_scale, self.logit_soft_cap = scale, logit_soft_cap
         self.dropout_rate = dropout_rate
         self.backend = backend
@@ -91,11 +96,17 @@ class MultiHeadAttention(nnx.Module):
         self.value: Linear | None = nnx.data(project(from_dim, num_kv_heads, "kv_heads"))
         self.joint: Linear | None = nnx.data(None)
         self.out = Linear(
-            (num_heads, head_dim), (embed_dim,), axes=("heads", "head_dim", "embed"), use_bias=use_bias,
+            (num_heads, head_dim), (embed_dim,), axes=("heads", "head_dim", "embed"),
+            use_bias=use_bias if out_bias is None else out_bias,
             kernel_init=out_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
         )  # fmt: skip
-        self.query_norm = RMSNorm(head_dim, axis="head_dim", param_dtype=param_dtype, rngs=rngs) if qk_norm else None
-        self.key_norm = RMSNorm(head_dim, axis="head_dim", param_dtype=param_dtype, rngs=rngs) if qk_norm else None
+
+        def norm() -> RMSNorm | None:
+            if not qk_norm:
+                return None
+            return RMSNorm(head_dim, epsilon=norm_epsilon, axis="head_dim", param_dtype=param_dtype, rngs=rngs)
+
+        self.query_norm, self.key_norm = norm(), norm()
         ones = with_axes(nnx.initializers.ones, "heads")
         self.scale = nnx.Param(ones(rngs.params(), (num_heads,), param_dtype)) if learned_temperature else None
 
@@ -108,6 +119,7 @@ class MultiHeadAttention(nnx.Module):
         positions_BT: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
         score_mod: ScoreMod | None = None,
+        rotary_period: float | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool | tuple[int, ...] = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Float[Array, "B n T S"] | None]:
@@ -119,6 +131,7 @@ class MultiHeadAttention(nnx.Module):
             memory: what cross-attention looks at, or its keys and values from `remember`, computed once for many calls.
             positions_BT: where each token stands, for rotary positions; 0 to T-1 (after the cache) by default.
             cache: one layer's cache. It must have room for T more positions.
+            rotary_period: in the place of the module's own, which must have one.
             score_mod: as in `attend`; query t is number t of this call, whatever a cache holds before it.
             key: turns dropout on.
             return_weights: for all heads, or for those that a tuple names, as in `attend`.
@@ -145,8 +158,9 @@ class MultiHeadAttention(nnx.Module):
                     if positions_BT is None:
                         B, T, _ = x_BTD.shape
                         positions_BT = token_positions(B, T, 0 if cache is None else cache.length)
+                    period = self.rotary_period if rotary_period is None else rotary_period
                     q_BTNH, k_BSKH = (
-                        rotary(x, positions_BT, max_period=self.rotary_period, scaling=self.rotary_scaling)
+                        rotary(x, positions_BT, max_period=period, scaling=self.rotary_scaling, dim=self.rotary_dim)
                         for x in (q_BTNH, k_BSKH)
                     )
                 if cache is not None:

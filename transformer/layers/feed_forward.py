@@ -42,6 +42,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "gelu_exact": (functools.partial(jax.nn.gelu, approximate=False), False),
     "silu": (jax.nn.silu, False),
     "geglu": (gelu_tanh, True),
+    "geglu_exact": (functools.partial(jax.nn.gelu, approximate=False), True),
     "swiglu": (jax.nn.silu, True),
 }
 """Name → the function and whether a second projection is gated by it (Shazeer 2020, equations 5 and 6)."""

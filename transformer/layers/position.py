@@ -81,10 +81,14 @@ def token_positions(
     return jnp.broadcast_to(first + jnp.arange(num_tokens), (batch_size, num_tokens))
 
 
-def sinusoidal(positions_BT: Int[Array, "B T"], dim: int, *, max_period: float = 10_000.0) -> Float[Array, "B T D"]:
-    """Sines in the even features and cosines in the odd ones (Vaswani et al. 2017, section 3.5), [B, T, dim], float32."""
+def sinusoidal(
+    positions_BT: Int[Array, "B T"], dim: int, *, max_period: float = 10_000.0, in_halves: bool = False
+) -> Float[Array, "B T D"]:
+    """Sines in the even features and cosines in the odd ones (Vaswani et al. 2017, section 3.5), [B, T, dim], float32; or, in
+    halves, all sines before all cosines."""
     angles = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(dim, max_period)
-    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*positions_BT.shape, dim)
+    waves = jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate(waves, axis=-1) if in_halves else jnp.stack(waves, axis=-1).reshape(*angles.shape[:-1], dim)
 
 
 def rotary(
@@ -93,12 +97,19 @@ def rotary(
     *,
     max_period: float = 10_000.0,
     scaling: RotaryScaling = NO_SCALING,
+    dim: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Rotate each pair (i, i + H/2) of features by an angle that grows with the position.
 
     Su et al. 2021, equation 34, with the pairs of GPT-NeoX: a head's first half with its second. The products of
     rotated queries and keys depend on the distance of their positions alone. Angles in float32.
+
+    Args:
+        dim: rotate so many first features alone, as if a head had no others; None: all.
     """
+    if dim is not None and dim < x_BTNH.shape[-1]:
+        turned = rotary(x_BTNH[..., :dim], positions_BT, max_period=max_period, scaling=scaling)
+        return jnp.concatenate([turned, x_BTNH[..., dim:]], axis=-1)
     frequencies = rotary_frequencies(x_BTNH.shape[-1], max_period, scaling)
     angles = (positions_BT[..., None].astype(jnp.float32) * frequencies)[:, :, None, :]  # [B, T, 1, H/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)

@@ -21,6 +21,7 @@ from transformer.models.embed import embed, make_positions, make_table
 from transformer.models.heads import (
     MaskedHead,
     PooledHead,
+    PoolerActivation,
     Pooling,
     ReplacedHead,
     TokenHead,
@@ -42,7 +43,8 @@ class BertConfig(StackConfig):
     max_length: int = 512
     """Longest context, in tokens."""
     activation: Activation = "gelu_exact"
-    """Feed-forward activation; geglu and swiglu are gated. gelu is the tanh approximation."""
+    """Feed-forward activation, and that of the heads over tokens; geglu, geglu_exact and swiglu are gated. gelu and geglu have
+    the tanh approximation."""
     norm_first: bool = False
     """Normalise before each sublayer, and once at the end (pre-norm); false: after each sum, as in the paper."""
     norm_epsilon: float = 1e-12
@@ -59,6 +61,11 @@ class BertConfig(StackConfig):
     """Layers that are not global see this many tokens before and behind each token; null: all layers see everything."""
     global_every: int = 3
     """With a local window, every so-manyth layer is global, from the first on."""
+    local_rotary_period: float | None = None
+    """`rotary_period` of the layers that are not global; null: the same."""
+    first_norm: bool = True
+    """With norm_first, whether the first block normalises what its attention reads; false: it is normalised already, with
+    embed_norm (ModernBERT)."""
     head: Literal["masked", "pretraining", "replaced", "classification", "tokens", "answer", "choice", "embedding"] = (
         "masked"
     )
@@ -68,7 +75,16 @@ class BertConfig(StackConfig):
     num_labels: int = 2
     """Classes of the heads classification and tokens."""
     pooling: Pooling = "cls"
-    """What stands for a row in the heads pretraining, classification and choice: its first token, or the mean of its tokens."""
+    """What stands for a row in the heads pretraining, classification, choice and embedding: its first token, or the mean of its
+    tokens."""
+    pooler: bool = False
+    """Head embedding: keep a layer on the pooled vector beside it, from which classifiers are fine-tuned (BERT's pooler)."""
+    pooler_activation: PoolerActivation = "tanh"
+    """Behind that layer, and that of the heads pretraining, classification and choice."""
+    pooler_norm: bool = False
+    """Normalise behind that activation (ModernBERT)."""
+    head_bias: bool = True
+    """Biases in the transforms of the heads, and in their norms."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +92,14 @@ class BertConfig(StackConfig):
         require(self, "num_labels", self.num_labels >= 1, "allowed: 1 or more")
         require(self, "table_dim", self.table_dim is None or self.table_dim >= 1, "allowed: 1 or more, or null")
         require(self, "global_every", self.global_every >= 1, "allowed: 1 or more")
+        require(
+            self,
+            "first_norm",
+            self.first_norm or (self.norm_first and self.embed_norm),
+            "it needs norm_first and embed_norm",
+        )
+        period = self.local_rotary_period
+        require(self, "local_rotary_period", period is None or period > 0, "allowed: above 0, or null")
         window = self.local_window
         require(self, "local_window", window is None or window >= 1, "allowed: 1 or more, or null")
 
@@ -101,20 +125,23 @@ class Bert(nnx.Module):
         self.embed_norm = make_norm(c, rngs, dim=E) if c.embed_norm else None
         options = linear_options(c.init_std, DTYPES[c.dtype], rngs)
         self.widen = make_widen(c, options)
-        self.layers = LayerStack(c, causal=False, rngs=rngs)
+        self.layers = LayerStack(c, causal=False, first_norm=c.first_norm, rngs=rngs)
         self.masked_head: MaskedHead | None = None
         self.pooled_head: PooledHead | None = None
         self.token_head: TokenHead | None = None
         self.replaced_head: ReplacedHead | None = None
         if c.head == "replaced":
-            self.replaced_head = nnx.data(ReplacedHead(c.embed_dim, activation="gelu_exact", **options))
+            self.replaced_head = nnx.data(ReplacedHead(c.embed_dim, activation=c.activation, **options))
         if c.head in ("masked", "pretraining"):
             self.masked_head = nnx.data(make_masked_head(c, options))
         classes = {"pretraining": 2, "classification": c.num_labels, "choice": 1}.get(c.head)
-        if classes is not None:
-            self.pooled_head = nnx.data(
-                PooledHead(c.embed_dim, classes, pooling=c.pooling, dropout_rate=c.dropout, **options)
-            )
+        if classes is not None or (c.head == "embedding" and c.pooler):
+            pooled = PooledHead(
+                c.embed_dim, classes, pooling="cls" if c.head == "embedding" else c.pooling, dropout_rate=c.dropout,
+                activation=c.pooler_activation, norm_epsilon=c.norm_epsilon if c.pooler_norm else None,
+                use_bias=c.head_bias, **options,
+            )  # fmt: skip
+            self.pooled_head = nnx.data(pooled)
         classes = {"tokens": c.num_labels, "answer": 2}.get(c.head)
         if classes is not None:
             self.token_head = nnx.data(TokenHead(c.embed_dim, classes, dropout_rate=c.dropout, **options))
@@ -136,7 +163,8 @@ class Bert(nnx.Module):
         x_BTD = x_BTE if self.widen is None else self.widen(x_BTE)
         valid_BT = None if segments_BT is None else segments_BT != 0
         return self.layers(
-            x_BTD, self.masks(segments_BT), positions_BT=positions_BT, valid_BT=valid_BT, key=key,
+            x_BTD, self.masks(segments_BT), positions_BT=positions_BT, valid_BT=valid_BT,
+            rotary_periods=(None, *[self.config.local_rotary_period] * (self.config.global_every - 1)), key=key,
             return_weights=return_weights,
         )  # fmt: skip
 
@@ -193,7 +221,7 @@ class Bert(nnx.Module):
         Returns:
             Float32 logits: [B, K, V] (masked, pretraining; K is T without `predicted_BK`), [B, C] (classification, choice),
             [B, T, C] (tokens, answer), [B, T] (replaced), or the vectors of length 1 [B, D] (embedding). `pooled_logits`
-            [B, 2] are the next sentence's (pretraining).
+            [B, 2] are the next sentence's (pretraining), or the pooler's vectors [B, D] (embedding with pooler).
 
         Raises:
             ValueError: more tokens than learned positions, or a layer or head that does not exist.
@@ -212,11 +240,14 @@ class Bert(nnx.Module):
             logits = self.replaced_head(hidden_BTD)
         elif self.token_head is not None:
             logits = self.token_head(hidden_BTD, key=head_key)
+        elif c.head == "embedding":
+            logits = embedding_of(hidden_BTD, valid_BT, pooling=c.pooling)
         else:
-            logits = embedding_of(hidden_BTD, valid_BT, pooling=c.pooling) if pooled is None else pooled
+            assert pooled is not None
+            logits = pooled
         return ModelOutput(
             logits=logits,
-            pooled_logits=pooled if c.head == "pretraining" else None,
+            pooled_logits=pooled if c.head in ("pretraining", "embedding") else None,
             weights=weights_of(outputs, return_weights),
             router_loss=router_loss(c, outputs),
         )
@@ -231,8 +262,8 @@ def make_widen(config: BertConfig, options: dict[str, Any]) -> Linear | None:
 def make_masked_head(config: BertConfig, options: dict[str, Any]) -> MaskedHead:
     """The head over the tokens that were hidden."""
     return MaskedHead(
-        config.embed_dim, config.vocab_size, table_dim=config.dim_of_table, activation="gelu_exact",
-        norm_epsilon=config.norm_epsilon, **options,
+        config.embed_dim, config.vocab_size, table_dim=config.dim_of_table, activation=config.activation,
+        norm_epsilon=config.norm_epsilon, use_bias=config.head_bias, **options,
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from transformer.errors import require
 from transformer.layers.feed_forward import ACTIVATIONS
 from transformer.layers.position import RotaryScaling
 
-Activation = Literal["relu", "gelu", "gelu_exact", "silu", "geglu", "swiglu"]
-Position = Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"]
+Activation = Literal["relu", "gelu", "gelu_exact", "silu", "geglu", "geglu_exact", "swiglu"]
+Position = Literal["learned", "sinusoidal", "sinusoidal_halves", "rotary", "alibi", "relative", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class StackConfig:
     mlp_dim: int | None = None
     """Width of the feed-forward layer; null: 4 embed_dim, or 8/3 embed_dim (rounded up to a multiple of 64) when gated."""
     activation: Activation = "gelu"
-    """Feed-forward activation; geglu and swiglu are gated. gelu is the tanh approximation, as in GPT-2."""
+    """Feed-forward activation; geglu, geglu_exact and swiglu are gated. gelu and geglu have the tanh approximation, as GPT-2."""
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     """Kind of normalisation."""
     norm_first: bool = True
@@ -42,10 +42,13 @@ class StackConfig:
     norm_epsilon: float = 1e-5
     """Added to the variance in a norm."""
     position: Position = "learned"
-    """How the model knows where a token stands: added to its embedding, rotary, or a bias of attention by distance that is
-    fixed (alibi) or learned and shared by the layers (relative, T5's)."""
+    """How the model knows where a token stands: added to its embedding (sinusoidal_halves: the sines before the cosines, as
+    in Marian), rotary, or a bias of attention by distance that is fixed (alibi) or learned and shared by the layers
+    (relative, T5's)."""
     rotary_period: float = 10_000.0
     """Longest period of rotary positions, over 2π (often called theta)."""
+    rotary_fraction: float = 1.0
+    """Part of a head's features, from the first on, that rotary positions rotate (GPT-NeoX: 0.25)."""
     rotary_scaling: RotaryScaling = RotaryScaling()
     """How rotary positions are stretched to a longer context than the model was trained at."""
     relative_buckets: int = 32
@@ -53,7 +56,18 @@ class StackConfig:
     relative_distance: int = 128
     """From this distance on, in tokens, relative positions are all alike."""
     use_bias: bool = True
-    """Biases in linear maps and layer norms."""
+    """Biases in linear maps and layer norms, where the four fields below say nothing else."""
+    attention_bias: bool | None = None
+    """Biases in attention's linear maps; null: as use_bias."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values; null: as attention_bias."""
+    mlp_bias: bool | None = None
+    """Biases in the feed-forward layer; null: as use_bias."""
+    norm_bias: bool | None = None
+    """Biases in layer norms; null: as use_bias."""
+    parallel_residual: bool = False
+    """Attention and feed-forward read the same residual stream, each through its norm, and are added to it together
+    (GPT-J, GPT-NeoX); false: one after the other."""
     qk_norm: bool = False
     """RMS-normalise queries and keys in each head."""
     attention_soft_cap: float | None = None
@@ -98,6 +112,8 @@ class StackConfig:
             self, "experts_per_token", self.experts_per_token <= max(self.num_experts, 1),
             f"there are num_experts = {self.num_experts}",
         )  # fmt: skip
+        require(self, "rotary_fraction", 0 < self.rotary_fraction <= 1, "allowed: above 0, at most 1")
+        require(self, "parallel_residual", self.norm_first or not self.parallel_residual, "it needs norm_first")
         require(self, "dropout", 0 <= self.dropout < 1, "allowed: 0 or more, below 1")
         require(
             self, "num_heads", self.head_dim is not None or self.embed_dim % self.num_heads == 0,
@@ -110,7 +126,8 @@ class StackConfig:
 
     def _check_positions(self) -> None:
         if self.position == "rotary":
-            require(self, "head_dim", self.dim_of_head % 2 == 0, f"rotary needs an even one (it is {self.dim_of_head})")
+            rotated = self.dim_of_rotary
+            require(self, "head_dim", rotated % 2 == 0 and rotated > 0, f"rotary needs an even one (it is {rotated})")
         require(
             self, "rotary_scaling", self.rotary_scaling.kind == "none" or self.position == "rotary",
             f"it needs position: rotary (it is {self.position})",
@@ -122,7 +139,7 @@ class StackConfig:
             )  # fmt: skip
             least = self.relative_buckets // 2
             require(self, "relative_distance", self.relative_distance > least, f"allowed: above {least}")
-        if self.position == "sinusoidal":
+        if self.position in ("sinusoidal", "sinusoidal_halves"):
             require(self, "embed_dim", self.embed_dim % 2 == 0, "sinusoidal positions need an even one")
 
     @property
@@ -134,6 +151,22 @@ class StackConfig:
     def dim_of_head(self) -> int:
         """`head_dim` with its default filled in."""
         return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def dim_of_rotary(self) -> int:
+        """Features of a head that rotary positions rotate."""
+        return int(self.dim_of_head * self.rotary_fraction)
+
+    def has_bias(self, part: Literal["qkv", "attention", "mlp", "norm"]) -> bool:
+        """Whether that part has biases, `use_bias` filled in; `attention` is the way out of it, `qkv` the ways in."""
+        of_attention = self.use_bias if self.attention_bias is None else self.attention_bias
+        chosen, otherwise = {
+            "qkv": (self.qkv_bias, of_attention),
+            "attention": (self.attention_bias, self.use_bias),
+            "mlp": (self.mlp_bias, self.use_bias),
+            "norm": (self.norm_bias, self.use_bias),
+        }[part]
+        return otherwise if chosen is None else chosen
 
     @property
     def dim_of_mlp(self) -> int:

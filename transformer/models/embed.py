@@ -84,8 +84,9 @@ def embed(
             x_BTD = x_BTD * scale
         if positions is not None:
             x_BTD += positions(positions_BT)
-        elif config.position == "sinusoidal":
-            x_BTD += sinusoidal(positions_BT, x_BTD.shape[-1]).astype(x_BTD.dtype)
+        elif config.position in ("sinusoidal", "sinusoidal_halves"):
+            in_halves = config.position == "sinusoidal_halves"
+            x_BTD += sinusoidal(positions_BT, x_BTD.shape[-1], in_halves=in_halves).astype(x_BTD.dtype)
         if finish is not None:
             x_BTD = finish(x_BTD)
         return dropout(constrain(x_BTD, "batch", "stream", None), config.dropout, embed_key), positions_BT, layers_key

@@ -19,6 +19,7 @@ from transformer.errors import require
 from transformer.models.config import Activation, Position, StackConfig, attention_flops, feed_forward_flops
 from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table
 from transformer.models.layer_stack import LayerStack, router_loss, weights_of
+from transformer.sharding import with_axes
 from transformer.stack import unstack
 from transformer.types import Array, Float, Int, ModelOutput, PRNGKeyArray
 
@@ -41,6 +42,8 @@ class EncoderDecoderConfig(StackConfig):
     """Divide attention's logits by sqrt(head_dim); T5 leaves that to the queries' initialisation."""
     init: Literal["normal", "xavier"] = "normal"
     """Initial kernels: normal, of init_std; or uniform by fan-in and fan-out (Glorot & Bengio 2010)."""
+    output_bias: bool = False
+    """A bias over the vocabulary, added to the output projection (Marian)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,6 +161,8 @@ class EncoderDecoder(nnx.Module):
         self.encoder = LayerStack(c, causal=False, **options)
         self.decoder = LayerStack(c, causal=True, cross=True, num_layers=c.decoder_layers, **options)
         self.head = None if c.tie_embeddings else make_output(c, rngs)
+        bias = with_axes(nnx.initializers.zeros, "vocab")
+        self.output_bias = nnx.Param(bias(rngs.params(), (c.vocab_size,), jnp.float32)) if c.output_bias else None
 
     def encode(
         self,
@@ -256,7 +261,8 @@ class EncoderDecoder(nnx.Module):
         with jax.named_scope("logits"):
             if self.config.scale_logits:
                 hidden_BTD = hidden_BTD * self.config.embed_dim**-0.5
-            return logits_of(self.embed, self.head, hidden_BTD)
+            logits = logits_of(self.embed, self.head, hidden_BTD)
+            return logits if self.output_bias is None else logits + self.output_bias[...]
 
     def unstacked(self) -> EncoderDecoder:
         """The same model with its decoder's blocks apart, for decoding (`LayerStack.take_apart`)."""

@@ -5,6 +5,7 @@ B batch, T position, D embed, V vocab, C classes, Q choices of a question.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -19,6 +20,12 @@ from transformer.sharding import constrain, with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, widen
 
 Pooling = Literal["cls", "mean"]
+PoolerActivation = Literal["tanh", "relu", "gelu_exact"]
+POOLERS: dict[str, Callable[[Array], Array]] = {
+    "tanh": jnp.tanh,
+    "relu": ACTIVATIONS["relu"][0],
+    "gelu_exact": ACTIVATIONS["gelu_exact"][0],
+}
 
 
 def pool(
@@ -49,14 +56,24 @@ class MaskedHead(nnx.Module):
 
     Args:
         table_dim: width of the token embedding.
+        activation: a name of `ACTIVATIONS`, of which the function is taken.
+        use_bias: in the transform; that over the vocabulary is always there.
     """
 
     def __init__(
-        self, embed_dim: int, vocab_size: int, *, table_dim: int, activation: str, norm_epsilon: float, **options: Any
+        self,
+        embed_dim: int,
+        vocab_size: int,
+        *,
+        table_dim: int,
+        activation: str,
+        norm_epsilon: float,
+        use_bias: bool = True,
+        **options: Any,
     ) -> None:
         self.function = ACTIVATIONS[activation][0]
-        self.dense = Linear((embed_dim,), (table_dim,), axes=("embed", None), **options)
-        self.norm = LayerNorm(table_dim, epsilon=norm_epsilon, rngs=options["rngs"])
+        self.dense = Linear((embed_dim,), (table_dim,), axes=("embed", None), use_bias=use_bias, **options)
+        self.norm = LayerNorm(table_dim, epsilon=norm_epsilon, use_bias=use_bias, rngs=options["rngs"])
         bias = with_axes(nnx.initializers.zeros, "vocab")
         self.bias = nnx.Param(bias(options["rngs"].params(), (vocab_size,), jnp.float32))
 
@@ -94,16 +111,37 @@ class ReplacedHead(nnx.Module):
 class PooledHead(nnx.Module):
     """Scores of a whole row: classes, a number (one class), or a choice among rows.
 
-    The pooled vector through a tanh layer (Devlin et al. 2018's pooler), dropout, and a linear map.
+    The pooled vector through a layer of its own (Devlin et al. 2018's pooler), dropout, and a linear map.
+
+    Args:
+        num_classes: None leaves the map out: what is given is the pooler's own output then.
+        activation: behind the pooler, a name of `POOLERS`.
+        norm_epsilon: of a norm behind that (ModernBERT's); None: there is none.
+        use_bias: in pooler and norm.
     """
 
     def __init__(
-        self, embed_dim: int, num_classes: int, *, pooling: Pooling = "cls", dropout_rate: float = 0.0, **options: Any
+        self,
+        embed_dim: int,
+        num_classes: int | None,
+        *,
+        pooling: Pooling = "cls",
+        dropout_rate: float = 0.0,
+        activation: PoolerActivation = "tanh",
+        norm_epsilon: float | None = None,
+        use_bias: bool = True,
+        **options: Any,
     ) -> None:
         self.pooling: Pooling = pooling
         self.dropout_rate = dropout_rate
-        self.pooler = Linear((embed_dim,), (embed_dim,), axes=("embed", None), **options)
-        self.out = Linear((embed_dim,), (num_classes,), axes=("embed", None), **options)
+        self.function = POOLERS[activation]
+        self.pooler = Linear((embed_dim,), (embed_dim,), axes=("embed", None), use_bias=use_bias, **options)
+        self.norm: LayerNorm | None = None
+        self.out: Linear | None = None
+        if norm_epsilon is not None:
+            self.norm = nnx.data(LayerNorm(embed_dim, epsilon=norm_epsilon, use_bias=use_bias, rngs=options["rngs"]))
+        if num_classes is not None:
+            self.out = nnx.data(Linear((embed_dim,), (num_classes,), axes=("embed", None), **options))
 
     def __call__(
         self,
@@ -112,10 +150,12 @@ class PooledHead(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B C"]:
-        """Float32 logits; `key` turns dropout on."""
+        """Float32 logits, or the pooled vectors [B, D]; `key` turns dropout on."""
         with jax.named_scope("pooled_head"):
-            pooled_BD = jnp.tanh(self.pooler(pool(hidden_BTD, valid_BT, pooling=self.pooling)))
-            return self.out(dropout(pooled_BD, self.dropout_rate, key)).astype(jnp.float32)
+            pooled_BD = self.function(self.pooler(pool(hidden_BTD, valid_BT, pooling=self.pooling)))
+            pooled_BD = pooled_BD if self.norm is None else self.norm(pooled_BD)
+            pooled_BD = dropout(pooled_BD, self.dropout_rate, key)
+            return (pooled_BD if self.out is None else self.out(pooled_BD)).astype(jnp.float32)
 
 
 class TokenHead(nnx.Module):

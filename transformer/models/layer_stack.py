@@ -36,6 +36,7 @@ class LayerStack(nnx.Module):
         causal: whether a bias by distance looks back alone.
         cross: give each block attention to a memory as wide as the residual stream.
         attention_scale: of attention's logits; None for 1 / sqrt(head_dim).
+        first_norm: false leaves attention's norm out of the first block, which gets what is normalised already.
         final_norm: a norm behind the last block; by default where the norm comes first, and nothing else would.
     """
 
@@ -48,12 +49,14 @@ class LayerStack(nnx.Module):
         cross: bool = False,
         attention_scale: float | None = None,
         kernel_init: Any = None,
+        first_norm: bool = True,
         final_norm: bool | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         c = config
         self.config = c
         self.num_layers = c.num_layers if num_layers is None else num_layers
+        self.first_norm = first_norm
         init = nnx.initializers.normal(c.init_std) if kernel_init is None else kernel_init
         self.relative: Alibi | RelativePosition | None = None
         if c.position == "alibi":
@@ -80,6 +83,7 @@ class LayerStack(nnx.Module):
         memory_mask: AttentionMask | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
         valid_BT: Bool[Array, "B T"] | None = None,
+        rotary_periods: Sequence[float | None] = (None,),
         cache: KVCache | list[KVCache] | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool | Chosen = False,
@@ -88,6 +92,7 @@ class LayerStack(nnx.Module):
 
         Args:
             mask: of self-attention; a list is gone through again and again, layer by layer.
+            rotary_periods: beside each mask of a list, in the place of the config's period.
             memory: what the blocks look at, or each layer's keys and values of it (`remember`), for single blocks.
             cache: with a leading L, or a list for single blocks.
             return_weights: of all layers and heads, or of those chosen; for a choice the layers are run one by one.
@@ -100,6 +105,7 @@ class LayerStack(nnx.Module):
             raise ValueError(f"return_weights: got layers {return_weights[0]}; allowed: 0 to {self.num_layers - 1}")
         start = 0 if cache is None else filled(cache)
         masks = [mask] if isinstance(mask, AttentionMask) else list(mask)
+        periods = [rotary_periods[which % len(rotary_periods)] for which in range(len(masks))]
         shared = None if isinstance(memory, list) else memory
         rows = (masks, shared, memory_mask, positions_BT, valid_BT, self.relative)
 
@@ -112,12 +118,13 @@ class LayerStack(nnx.Module):
             inputs: Any,
             rows: Any,
         ) -> Any:
-            cache, remembered = inputs
+            cache, remembered, normed = inputs
             masks, shared, memory_mask, positions_BT, valid_BT, relative = rows
             return block(
                 x, masks[which], memory=shared if remembered is None else remembered, memory_mask=memory_mask,
                 positions_BT=positions_BT, valid_BT=valid_BT, cache=cache,
-                score_mod=None if relative is None else relative.score_mod(start), key=key, return_weights=weights,
+                score_mod=None if relative is None else relative.score_mod(start), rotary_period=periods[which],
+                normed=normed, key=key, return_weights=weights,
             )  # fmt: skip
 
         calls: Any
@@ -130,11 +137,12 @@ class LayerStack(nnx.Module):
         else:
             calls = [functools.partial(call, which, return_weights) for which in range(len(masks))]
             calls = calls if len(calls) > 1 else calls[0]
-        per_layer: Any = (cache, None)
+        normed = None if self.first_norm else jnp.arange(self.num_layers) == 0
+        per_layer: Any = (cache, None, normed)
         if isinstance(self.blocks, nnx.List):
             none = [None] * self.num_layers
-            pairs = (given if isinstance(given, list) else none for given in (cache, memory))
-            per_layer = list(zip(*pairs, strict=True))
+            given = (part if isinstance(part, list) else none for part in (cache, memory))
+            per_layer = list(zip(*given, none if normed is None else list(normed), strict=True))
         x_BTD, outputs = apply_stack(
             calls, self.blocks, x_BTD, num_layers=self.num_layers, key=key, per_layer=per_layer, rows=rows,
             pipelined=cache is None and memory is None and return_weights is False, scan=c.scan_layers, remat=c.remat,
@@ -167,7 +175,7 @@ def make_norm(config: StackConfig, rngs: nnx.Rngs, *, dim: int | None = None) ->
     """The config's kind of norm, over the residual stream or another `dim`."""
     width = config.embed_dim if dim is None else dim
     if config.norm == "layer_norm":
-        return LayerNorm(width, use_bias=config.use_bias, epsilon=config.norm_epsilon, rngs=rngs)
+        return LayerNorm(width, use_bias=config.has_bias("norm"), epsilon=config.norm_epsilon, rngs=rngs)
     return RMSNorm(width, epsilon=config.norm_epsilon, rngs=rngs)
 
 
@@ -207,8 +215,10 @@ def _make_block(
         rotates = c.position == "rotary" and memory_dim is None
         return MultiHeadAttention(
             c.embed_dim, c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, memory_dim=memory_dim,
-            use_bias=c.use_bias, rotary_period=c.rotary_period if rotates else None, rotary_scaling=c.rotary_scaling,
-            qk_norm=c.qk_norm, scale=attention_scale, logit_soft_cap=c.attention_soft_cap, dropout_rate=c.dropout,
+            use_bias=c.has_bias("qkv"), out_bias=c.has_bias("attention"),
+            rotary_period=c.rotary_period if rotates else None, rotary_dim=c.dim_of_rotary,
+            rotary_scaling=c.rotary_scaling, qk_norm=c.qk_norm, norm_epsilon=c.norm_epsilon, scale=attention_scale,
+            logit_soft_cap=c.attention_soft_cap, dropout_rate=c.dropout,
             backend=c.attention, **types,
         )  # fmt: skip
 
@@ -219,8 +229,11 @@ def _make_block(
             capacity=c.expert_capacity, activation=c.activation, **types,
         )  # fmt: skip
     else:
-        feed_forward = FeedForward(c.embed_dim, c.dim_of_mlp, activation=c.activation, use_bias=c.use_bias, **types)
+        feed_forward = FeedForward(
+            c.embed_dim, c.dim_of_mlp, activation=c.activation, use_bias=c.has_bias("mlp"), **types
+        )
     return Block(
         attention(None), feed_forward, tuple(make_norm(c, rngs) for _ in range(3 if cross else 2)),
-        cross=attention(c.embed_dim) if cross else None, norm_first=c.norm_first, dropout_rate=c.dropout,
+        cross=attention(c.embed_dim) if cross else None, norm_first=c.norm_first,
+        parallel=c.parallel_residual, dropout_rate=c.dropout,
     )  # fmt: skip
