@@ -1,0 +1,141 @@
+"""What an architecture of Hugging Face's is to us: its config, its tensors and its classes, each in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformer.errors import UserError
+from transformer.hf.fields import Theirs
+from transformer.hf.mapping import Rule, Tables
+from transformer.models.families import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One model_type.
+
+    Args:
+        classes: name of a class of transformers → the head that it has here; "" for families without a choice.
+        prefix: of the body's tensors in classes with a head; classes in `bare` have none.
+        heads: what names that are no part of the body begin with.
+        output: the output projection, where tensors say better than config.json whether it is tied (`fields.UNTIED`);
+            `tied_to` is the embedding.
+        renamed: tensors that are also written under another name.
+        read: their fields, and our head → our config.
+        write: our config → their fields.
+        tables: our config → where each tensor lies, names with the prefix.
+    """
+
+    model_type: str
+    classes: Mapping[str, str]
+    bare: tuple[str, ...] = ()
+    prefix: str = ""
+    heads: tuple[str, ...] = ()
+    output: str = ""
+    tied_to: str = ""
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    read: Callable[[Theirs, Any], ModelConfig]
+    write: Callable[[Any], dict[str, Any]]
+    tables: Callable[[Any], Tables]
+
+    def config(self, data: Mapping[str, Any], name: str, source: str) -> tuple[ModelConfig, list[str]]:
+        """Our config for a config.json and one of `classes`, and what to say about it.
+
+        Raises:
+            UserError: fields that are not supported, all at once.
+        """
+        theirs = Theirs(data)
+        try:
+            config = self.read(theirs, self.classes[name])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                theirs.wrong(str(error))
+            else:
+                theirs.wrong(f"{type(error).__name__}: {error}")
+            theirs.done(source)
+            raise AssertionError from error
+        theirs.done(source)
+        return config, theirs.notes
+
+    def named(self, config: ModelConfig, name: str) -> Tables:
+        """The tables with the names that a class has."""
+        tables = self.tables(config)
+        if name not in self.bare:
+            return tables
+        cut = self.prefix + "."
+        return Tables(
+            tuple(dataclasses.replace(rule, theirs=rule.theirs.removeprefix(cut)) for rule in tables.rules),
+            {copy.removeprefix(cut): original.removeprefix(cut) for copy, original in tables.copies.items()},
+            tuple(pattern.removeprefix(cut) for pattern in tables.left_out),
+        )
+
+    def class_of(self, config: ModelConfig) -> str | None:
+        """The class for a config's head; None if there is none."""
+        head = getattr(config, "head", "")
+        return next((name for name, ours in self.classes.items() if ours == head), None)
+
+    def differences(self, config: ModelConfig) -> list[str]:
+        """Why a model cannot be written as this architecture: what would not be read back as it is. Empty where it can."""
+        if (name := self.class_of(config)) is None:
+            return [f"head {getattr(config, 'head', None)!r}"]
+        try:
+            back, _ = self.config({"model_type": self.model_type} | self.write(config), name, self.model_type)
+        except UserError as error:
+            return [str(error)]
+        except (AttributeError, TypeError, ValueError):
+            return [f"family {config.family!r}"]
+        ours, theirs = _computes(config), _computes(back)
+        return [f"{field} {ours.get(field)!r}" for field in ours | theirs if ours.get(field) != theirs.get(field)]
+
+
+def rules_of(*parts: Any) -> tuple[Rule, ...]:
+    """Rules and iterators of rules as one tuple."""
+    found: list[Rule] = []
+    for part in parts:
+        found += [part] if isinstance(part, Rule) else list(part)
+    return tuple(found)
+
+
+_TRAINING = {
+    "dropout", "init", "init_std", "dtype", "attention", "scan_layers", "remat", "balance_loss", "router_z_loss",
+    "expert_capacity", "experts_per_token", "use_bias", "attention_bias", "qkv_bias", "mlp_bias", "norm_bias",
+}  # fmt: skip
+"""Fields that change nothing of what a trained model computes, and those that stand for others."""
+
+
+def _computes(config: Any) -> dict[str, Any]:
+    """What decides a model's outputs, defaults filled in, and nothing that has no effect."""
+    data = {name: value for name, value in dataclasses.asdict(config).items() if name not in _TRAINING}
+    filled = {
+        "num_kv_heads": "kv_heads",
+        "head_dim": "dim_of_head",
+        "mlp_dim": "dim_of_mlp",
+        "table_dim": "dim_of_table",
+    }
+    data |= {name: getattr(config, full) for name, full in filled.items() if name in data}
+    data |= {f"bias of {part}": config.has_bias(part) for part in ("qkv", "attention", "mlp")}
+    if config.norm == "layer_norm":
+        data["bias of norms"] = config.has_bias("norm")
+    if "num_decoder_layers" in data:
+        data["num_decoder_layers"] = config.decoder_layers
+    idle = {
+        "rotary": config.position != "rotary",
+        "relative": config.position != "relative",
+        "local": data.get("local_window") is None,
+        "global": data.get("local_window") is None,
+        "sinks": data.get("window") is None,
+        "pool": data.get("head") not in ("pretraining", "classification", "choice", "embedding"),
+        "num_labels": data.get("head") not in ("classification", "tokens"),
+        "head_bias": data.get("head") in ("tokens", "answer")
+        or (data.get("head") == "embedding" and not data["pooler"]),
+    }
+    data = {
+        name: value
+        for name, value in data.items()
+        if not any(name.startswith(part) and off for part, off in idle.items())
+    }
+    if data.get("head") == "embedding" and not data["pooler"]:
+        data = {name: value for name, value in data.items() if not name.startswith("pooler_")}
+    return data

@@ -1,0 +1,147 @@
+"""A checkpoint's config.json, read with everything that is wrong collected, and the pieces that families share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from transformer.errors import UserError
+from transformer.layers.position import RotaryScaling
+
+ACTIVATIONS = {
+    "gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu": "relu",
+    "silu": "silu", "swish": "silu",
+}  # fmt: skip
+"""Their name of an activation → ours."""
+GATED = {"gelu": "geglu_exact", "gelu_new": "geglu", "gelu_pytorch_tanh": "geglu", "silu": "swiglu", "swish": "swiglu"}
+"""The same of gated ones."""
+
+
+UNTIED = "untied by its tensors"
+"""A field that no config.json has: whether the output projection is another tensor than the embedding."""
+
+
+class Theirs:
+    """Fields of a config.json.
+
+    Attributes:
+        notes: what is read otherwise than it is written there, for people.
+    """
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self._data = data
+        self._wrong: list[str] = []
+        self.notes: list[str] = []
+
+    def __contains__(self, name: str) -> bool:
+        return self._data.get(name) is not None
+
+    def written(self, name: str) -> bool:
+        """Whether the field is there, if only as null."""
+        return name in self._data
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field's value; `default`, theirs, where it is not written or null."""
+        value = self._data.get(name)
+        return default if value is None else value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A number of things, 1 or more."""
+        value = self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self._wrong.append(f"{name}: got {value!r}; allowed: a number from 1 up")
+            return 1
+        return value
+
+    def one_of(self, name: str, allowed: Mapping[str, Any], default: str) -> Any:
+        """What stands for a name in a table."""
+        value = self.get(name, default)
+        if value not in allowed:
+            self._wrong.append(f"{name}: got {value!r}; supported: {', '.join(allowed)}")
+            return next(iter(allowed.values()))
+        return allowed[value]
+
+    def must(self, name: str, allowed: Collection[Any], default: Any) -> None:
+        """A field of which other values change what the model computes in a way that is not supported."""
+        value = self.get(name, default)
+        if value not in allowed:
+            self._wrong.append(f"{name}: got {value!r}; supported: {', '.join(map(str, allowed))}")
+
+    def wrong(self, text: str) -> None:
+        """Something else that is not supported."""
+        self._wrong.append(text)
+
+    def dropout(self, name: str, *others: str, default: float) -> float:
+        """The rate `name`, with a note where other rates are not the same."""
+        rate = float(self.get(name, default))
+        for other in others:
+            if other in self and (value := float(self.get(other))) != rate:
+                self.notes.append(f"{other} is {value:g} there, and dropout {rate:g} here, as {name}")
+        return rate
+
+    def rotary(self, *, period: float, section: str | None = None) -> dict[str, Any]:
+        """`rotary_period`, `rotary_scaling` and `rotary_fraction`, however the config writes them.
+
+        Args:
+            period: theirs where none is written.
+            section: of a config with several.
+        """
+        new = self.get("rope_parameters") or {}
+        new = new.get(section, {}) if section is not None else new
+        old = self.get("rope_scaling") or {}
+        both = {**old, **new}
+        return {
+            "rotary_period": float(both.get("rope_theta") or self.get("rope_theta", period)),
+            "rotary_scaling": self._scaling(both),
+            "rotary_fraction": float(both.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)),
+        }
+
+    def _scaling(self, rope: Mapping[str, Any]) -> RotaryScaling:
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        length = rope.get("original_max_position_embeddings")
+        if kind == "linear":
+            return RotaryScaling(kind="linear", factor=float(rope["factor"]))
+        if kind == "llama3":
+            return RotaryScaling(
+                kind="llama3", factor=float(rope["factor"]), original_length=length,
+                slow_turns=float(rope["low_freq_factor"]), fast_turns=float(rope["high_freq_factor"]),
+            )  # fmt: skip
+        if kind == "yarn" and not any(rope.get(name) for name in ("mscale", "mscale_all_dim")):
+            attention = rope.get("attention_factor")
+            return RotaryScaling(
+                kind="yarn", factor=float(rope["factor"]),
+                original_length=length or self.get("max_position_embeddings"),
+                slow_turns=float(rope.get("beta_slow") or 1), fast_turns=float(rope.get("beta_fast") or 32),
+                attention_factor=None if attention is None else float(attention),
+            )  # fmt: skip
+        if kind != "default":
+            self._wrong.append(f"rope_type: got {kind!r}; supported: default, linear, llama3, yarn without mscale")
+        return RotaryScaling()
+
+    def done(self, source: str) -> None:
+        """Raise a `UserError` with everything that was wrong."""
+        if self._wrong:
+            raise UserError(f"{source}: " + "; ".join(self._wrong))
+
+
+def rotary_fields(period: float, scaling: RotaryScaling, fraction: float = 1.0) -> dict[str, Any]:
+    """What `Theirs.rotary` reads, as transformers writes it since its version 5."""
+    rope: dict[str, Any] = {"rope_theta": period, "rope_type": "default"}
+    if fraction != 1.0:
+        rope["partial_rotary_factor"] = fraction
+    if scaling.kind != "none":
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind in ("llama3", "yarn"):
+        rope["original_max_position_embeddings"] = scaling.original_length
+    if scaling.kind == "llama3":
+        rope |= {"low_freq_factor": scaling.slow_turns, "high_freq_factor": scaling.most_turns}
+    if scaling.kind == "yarn":
+        rope |= {"beta_slow": scaling.slow_turns, "beta_fast": scaling.most_turns}
+        if scaling.attention_factor is not None:
+            rope["attention_factor"] = scaling.attention_factor
+    return rope
+
+
+def name_of(table: Mapping[str, str], ours: str) -> str | None:
+    """The first of their names for one of ours; None if they have none."""
+    return next((theirs for theirs, name in table.items() if name == ours), None)

@@ -1,0 +1,288 @@
+"""Tables from the parameters of a checkpoint to ours, used in both directions.
+
+A `Rule` says where a tensor lies on either side, its `Layout` how it is turned. One rule stands for all layers: theirs are
+numbered, ours have a leading L. L layers, D embed, N heads, H head_dim, I in, O out.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import fnmatch
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from transformer.errors import UserError
+
+Shape = tuple[int, ...]
+Path = tuple[Any, ...]
+"""Of one of our parameters, as `nnx.to_flat_state` has it."""
+
+
+class Layout(abc.ABC):
+    """How one of their tensors holds one or several of ours, of single layers."""
+
+    @abc.abstractmethod
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        """Of their tensor."""
+
+    @abc.abstractmethod
+    def take(self, theirs: np.ndarray, ours: Sequence[Shape], which: int) -> np.ndarray:
+        """Our parameter number `which`; a view where it can be."""
+
+    @abc.abstractmethod
+    def give(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Their tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix(Layout):
+    """A linear map; of several, side by side.
+
+    Args:
+        num_in: how many of our kernel's dims are inputs.
+        transposed: theirs is [O, I], as torch has it; else [I, O].
+    """
+
+    num_in: int = 1
+    transposed: bool = True
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        rows = math.prod(ours[0][: self.num_in])
+        columns = sum(math.prod(shape[self.num_in :]) for shape in ours)
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def take(self, theirs: np.ndarray, ours: Sequence[Shape], which: int) -> np.ndarray:
+        first, last = _span([math.prod(shape[self.num_in :]) for shape in ours], which)
+        matrix = theirs.T if self.transposed else theirs
+        return matrix[:, first:last].reshape(ours[which])
+
+    def give(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        rows = math.prod(ours[0].shape[: self.num_in])
+        matrix = np.concatenate([one.reshape(rows, -1) for one in ours], axis=1)
+        return matrix.T if self.transposed else matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Vector(Layout):
+    """Numbers in a row, such as a bias, whatever dims ours has; of several, one after the other."""
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        return (sum(math.prod(shape) for shape in ours),)
+
+    def take(self, theirs: np.ndarray, ours: Sequence[Shape], which: int) -> np.ndarray:
+        first, last = _span([math.prod(shape) for shape in ours], which)
+        return theirs[first:last].reshape(ours[which])
+
+    def give(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([one.reshape(-1) for one in ours])
+
+
+@dataclasses.dataclass(frozen=True)
+class ByHead(Layout):
+    """Queries, keys and values of a head side by side, head after head (GPT-NeoX): [N 3 H, D], or a bias [N 3 H]."""
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        *rows, N, H = ours[0]
+        return (N * len(ours) * H, *rows)
+
+    def take(self, theirs: np.ndarray, ours: Sequence[Shape], which: int) -> np.ndarray:
+        *rows, N, H = ours[which]
+        return np.moveaxis(theirs.reshape(N, len(ours), H, *rows)[:, which], (0, 1), (-2, -1))
+
+    def give(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        parts = np.stack([np.moveaxis(one, (-2, -1), (0, 1)) for one in ours], axis=1)
+        return parts.reshape(-1, *parts.shape[3:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Layout):
+    """The same on both sides; theirs may begin with rows that are never looked up (RoBERTa's positions)."""
+
+    skipped: int = 0
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        return (ours[0][0] + self.skipped, *ours[0][1:])
+
+    def take(self, theirs: np.ndarray, ours: Sequence[Shape], which: int) -> np.ndarray:
+        return theirs[self.skipped :]
+
+    def give(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        return np.pad(ours[0], [(self.skipped, 0), *[(0, 0)] * (ours[0].ndim - 1)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(Layout):
+    """A vector that is written as a matrix of one row."""
+
+    def shape(self, ours: Sequence[Shape]) -> Shape:
+        return (1, *ours[0])
+
+    def take(self, theirs: np.ndarray, ours: Sequence[Shape], which: int) -> np.ndarray:
+        return theirs[0]
+
+    def give(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        return ours[0][None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Where a tensor lies.
+
+    Args:
+        theirs: its name; `{}` stands for the number of a layer.
+        ours: dotted paths of the parameters that it holds.
+        first: the first layer that has such a tensor; in those before, ours is `filler`, and has no effect.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    layout: Layout
+    first: int = 0
+    filler: float = 0.0
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one a layer."""
+        return "{}" in self.theirs
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of the parameters that it holds."""
+        return [tuple(path.split(".")) for path in self.ours]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """All tensors of an architecture.
+
+    Args:
+        copies: their name → the name of the tensor that it repeats, as ties are written; such a one may be there or not.
+        left_out: patterns of what belongs to other heads, or can be computed.
+    """
+
+    rules: tuple[Rule, ...]
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+def linear(theirs: str, ours: str, *, use_bias: bool = True, num_in: int = 1, **options: Any) -> Iterator[Rule]:
+    """A linear map's weight, and its bias where it has one."""
+    yield Rule(f"{theirs}.weight", (f"{ours}.kernel",), Matrix(num_in, **options))
+    if use_bias:
+        yield Rule(f"{theirs}.bias", (f"{ours}.bias",), Vector())
+
+
+def norm(theirs: str, ours: str, *, use_bias: bool = True, first: int = 0) -> Iterator[Rule]:
+    """A norm's gain, and its bias where it has one."""
+    yield Rule(f"{theirs}.weight", (f"{ours}.scale",), Vector(), first, 1.0)
+    if use_bias:
+        yield Rule(f"{theirs}.bias", (f"{ours}.bias",), Vector(), first)
+
+
+def table(theirs: str, ours: str, *, skipped: int = 0) -> Rule:
+    """An embedding."""
+    return Rule(f"{theirs}.weight", (f"{ours}.table",), Table(skipped))
+
+
+def fused(theirs: str, ours: Sequence[str], *, use_bias: bool, transposed: bool = True) -> Iterator[Rule]:
+    """Several linear maps of one input, side by side."""
+    yield Rule(f"{theirs}.weight", tuple(f"{one}.kernel" for one in ours), Matrix(1, transposed))
+    if use_bias:
+        yield Rule(f"{theirs}.bias", tuple(f"{one}.bias" for one in ours), Vector())
+
+
+def check(tables: Tables, theirs: Mapping[str, np.ndarray], ours: Mapping[Path, Any], source: str) -> list[str]:
+    """Raise a `UserError` with everything that does not agree: missing, unknown and misshapen tensors, parameters that no
+    rule fills, ties that are none. Returns the names that are left out.
+
+    Args:
+        ours: our parameters' descriptions, with a shape.
+    """
+    needed = dict(wanted(tables, ours))
+    wrong: list[str] = []
+    for name, shape in needed.items():
+        if name not in theirs:
+            wrong.append(f"missing: {name} {list(shape)}")
+        elif theirs[name].shape != shape:
+            wrong.append(f"misshapen: {name} is {list(theirs[name].shape)}, by config.json {list(shape)}")
+    for copy, original in tables.copies.items():
+        if copy in theirs and original in theirs and not np.array_equal(theirs[copy], theirs[original]):
+            wrong.append(f"contradicts: {copy} is another tensor than {original}, and config.json ties them")
+    rest = [name for name in theirs if name not in needed and name not in tables.copies]
+    left = [name for name in rest if any(fnmatch.fnmatchcase(name, pattern) for pattern in tables.left_out)]
+    wrong += [f"unknown: {name} {list(theirs[name].shape)}" for name in rest if name not in left]
+    covered = {path for rule in tables.rules for path in rule.paths}
+    assert not (bare := ours.keys() - covered), f"no rule for {bare}"
+    if wrong:
+        shown = "\n  ".join(wrong[:_SHOWN]) + (f"\n  and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")
+        raise UserError(f"{source}: {len(wrong)} tensors do not agree with its config.json:\n  {shown}")
+    return left
+
+
+_SHOWN = 40
+"""Tensors named in a message."""
+
+
+def to_ours(tables: Tables, theirs: Mapping[str, np.ndarray], described: Mapping[Path, Any]) -> dict[Path, jax.Array]:
+    """Our parameters, each shard read from the files by the device that holds it; nothing is held whole but a parameter.
+
+    Args:
+        described: shape, dtype and sharding of each.
+    """
+    found: dict[Path, jax.Array] = {}
+    for rule in tables.rules:
+        for which, path in enumerate(rule.paths):
+            about = described[path]
+            read = functools.partial(_read, rule, which, theirs, described)
+            found[path] = jax.make_array_from_callback(about.shape, about.sharding, read)
+    return found
+
+
+def _read(
+    rule: Rule, which: int, theirs: Mapping[str, np.ndarray], described: Mapping[Path, Any], index: Any
+) -> np.ndarray:
+    """A slice of our parameter number `which` of a rule."""
+    shapes = [described[path].shape[int(rule.stacked) :] for path in rule.paths]
+    about = described[rule.paths[which]]
+
+    def single(name: str, inner: tuple[slice, ...]) -> np.ndarray:
+        return rule.layout.take(theirs[name], shapes, which)[inner].astype(about.dtype)
+
+    if not rule.stacked:
+        return single(rule.theirs, index)
+    filler = np.full(about.shape[1:], rule.filler, about.dtype)[index[1:]]
+    layers = range(*index[0].indices(about.shape[0]))
+    return np.stack([filler if n < rule.first else single(rule.theirs.format(n), index[1:]) for n in layers])
+
+
+def described_theirs(tables: Tables, ours: Mapping[Path, Any], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `to_theirs` will give, in its order."""
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in wanted(tables, ours)}
+
+
+def to_theirs(tables: Tables, ours: Mapping[Path, Any], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors from our parameters, one after the other."""
+    for rule in tables.rules:
+        held = [np.asarray(jax.device_get(ours[path])) for path in rule.paths]
+        for number in range(rule.first, held[0].shape[0]) if rule.stacked else [0]:
+            parts = [one[number] for one in held] if rule.stacked else held
+            yield rule.theirs.format(number), rule.layout.give(parts).astype(dtype)
+
+
+def wanted(tables: Tables, ours: Mapping[Path, Any]) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of each of their tensors."""
+    for rule in tables.rules:
+        shapes = [tuple(ours[path].shape) for path in rule.paths]
+        inner = [shape[int(rule.stacked) :] for shape in shapes]
+        for number in range(rule.first, shapes[0][0]) if rule.stacked else [0]:
+            yield rule.theirs.format(number), rule.layout.shape(inner)
+
+
+def _span(sizes: Sequence[int], which: int) -> tuple[int, int]:
+    return sum(sizes[:which]), sum(sizes[: which + 1])
