@@ -105,9 +105,7 @@ class Checkpoints:
             "step": step,
             "config": to_data(config),
             "tokenizer": tokenizer,
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")
-            },
+            "versions": _versions(),
         }
         with _disk_errors(self):
             self._manager.save(
@@ -119,6 +117,19 @@ class Checkpoints:
                 ),
                 metrics=None if nll is None else {"nll": nll},
             )
+
+    def save_params(self, params: nnx.State, config: RunConfig, tokenizer: dict[str, str], source: str) -> None:
+        """Write parameters that were trained elsewhere, as step 0, and wait until they are whole.
+
+        Args:
+            source: where they come from.
+        """
+        meta = {"step": 0, "config": to_data(config), "tokenizer": tokenizer, "versions": _versions(), "source": source}
+        with _disk_errors(self):
+            self._manager.save(
+                0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+            )
+        self.wait()
 
     def wait(self) -> None:
         """Block until the newest checkpoint is whole."""
@@ -135,8 +146,14 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint belongs to another config; the fields that differ are named.
         """
+        meta = self.meta(step)
+        if "source" in meta:
+            raise UserError(
+                f"{self.directory.parent}: this folder has the weights of {meta['source']}, and no run to go on with; name it "
+                "in init_from, and train in a folder of its own"
+            )
         # A field that an older version did not have has its default, which is what that version did.
-        stored = to_data(parse(self.meta(step)["config"], f"{self.directory.parent}: the config of step {step}"))
+        stored = to_data(parse(meta["config"], f"{self.directory.parent}: the config of step {step}"))
         changed = [line for line in difference(stored, to_data(config)) if not line.startswith(RESUMABLE)]
         if changed:
             raise UserError(
@@ -150,6 +167,10 @@ class Checkpoints:
         """The parameters to use (their moving average, where the run keeps one), laid out as `abstract` says."""
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
         return self._manager.restore(step, args=args)["params"]
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
 
 
 @dataclasses.dataclass

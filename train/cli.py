@@ -1,4 +1,4 @@
-"""`manyheads`: train, prepare, explain, generate, attend, translate. A mistake of the user's is one line and exit status 2."""
+"""`manyheads`: train, and what goes before and comes after. A mistake of the user's is one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -74,6 +74,16 @@ def _parser() -> argparse.ArgumentParser:
         help="a process silent for so long is taken for dead (60)",
     )
     sub.add_argument("--profile", metavar="A:B", help="trace steps A to B for TensorBoard or Perfetto")
+
+    sub = command("import", _import, "a Hugging Face checkpoint as a run to use or to begin from", config=False)
+    devices(sub)
+    sub.add_argument("source", metavar="SOURCE", help="a folder, wheel:NAME==VERSION[:FOLDER], or a name on the hub")
+    sub.add_argument("--run-dir", type=Path, metavar="DIR", help="folder to make (runs/NAME)")
+    sub.add_argument("--head", metavar="HEAD", help="of an encoder: read it with this head (what the checkpoint has)")
+    sub.add_argument("--sha256", metavar="HEX", help="of a wheel")
+    sub.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, help="run both frameworks (where transformers is installed)"
+    )
 
     command("prepare", _prepare, "tokenise a config's data into the cache, without training")
 
@@ -155,6 +165,13 @@ def _train(options: argparse.Namespace) -> None:
     from train.loop import train
 
     train(config, profile=profile)
+
+
+def _import(options: argparse.Namespace) -> None:
+    _set_up(options)
+    from train.hf.bring import bring
+
+    bring(options.source, options.run_dir, head=options.head, sha256=options.sha256, verify=options.verify)
 
 
 def _prepare(options: argparse.Namespace) -> None:

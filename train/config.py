@@ -92,7 +92,7 @@ class RunConfig:
         require(self, "seed", 0 <= self.seed < 2**32, "allowed: 0 to 2**32 - 1")
         suited = FAMILIES[self.model.family].objectives
         kind = self.objective.kind
-        if kind not in suited:
+        if kind not in suited and kind != "none":
             allowed = f"a model of family {self.model.family!r} goes with {', '.join(suited)}"
             raise ConfigError(ObjectiveConfig, "kind", kind, allowed)
         holds = getattr(self.model, "num_experts", 0) > 0 or self.mesh.expert in (None, 1)
@@ -102,7 +102,7 @@ class RunConfig:
                 self, "mesh", kind != "contrastive" or (self.mesh.schedule != "1f1b" and self.mesh.strategy != "pmap"),
                 "a contrastive batch is seen as a whole; allowed: any strategy but pmap, and schedule gpipe",
             )  # fmt: skip
-            head = HEADS[kind]
+            head = HEADS.get(kind, self.model.head)
             if self.model.head != head:
                 raise ConfigError(BertConfig, "head", self.model.head, f"objective {kind} needs {head!r}")
         longest = self.model.max_length
@@ -135,7 +135,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: no such file, or no YAML.
         ConfigError: an unknown key, a wrong type, a value out of range, or values that contradict each other.
     """
-    return override(parse(_read_yaml(Path(path)), str(path)), overrides)
+    config = override(parse(_read_yaml(Path(path)), str(path)), overrides)
+    if config.objective.kind == "none":
+        raise UserError(
+            f"{path}: objective.kind: got 'none'; this is the config of imported weights: name their folder in init_from of "
+            "a config with an objective"
+        )
+    return config
 
 
 def parse(data: Any, source: str) -> RunConfig:

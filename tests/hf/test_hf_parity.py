@@ -150,7 +150,8 @@ def test_encoder_decoders(case, tmp_path):
     read = checkpoint.read(peers.saved(theirs, tmp_path / "theirs"))
     model = model_of(read)
     source, valid = given(fields["vocab_size"])
-    target = peers.tokens(ROWS, 7, fields["vocab_size"])
+    target = peers.tokens(ROWS, 7, fields["vocab_size"]).copy()
+    target[:, 0] = read.config.start_token
     logits = model(
         jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32), source_segments_BS=jnp.asarray(valid)
     ).logits

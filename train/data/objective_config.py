@@ -11,7 +11,7 @@ from transformer.errors import require
 
 Kind = Literal[
     "causal", "masked", "span_corruption", "prefix", "ul2", "next_sentence", "sentence_order",
-    "replaced_tokens", "seq2seq", "classification", "contrastive",
+    "replaced_tokens", "seq2seq", "classification", "contrastive", "none",
 ]  # fmt: skip
 
 ENCODER_DECODER: tuple[Kind, ...] = ("span_corruption", "ul2", "seq2seq")
@@ -37,7 +37,8 @@ class ObjectiveConfig:
     (ALBERT); `replaced_tokens`: masked, and which tokens a small model put in their places (ELECTRA); `prefix`: the rest
     after a part that is seen at once (prefix LM); `span_corruption`: spans that were cut out (T5); `ul2`: a mixture of
     denoisers (UL2); `seq2seq`: the other side of pairs; `classification`: the class of a document; `contrastive`: which text of
-    the batch is the other side of a pair, by the likeness of their embeddings (SimCSE)."""
+    the batch is the other side of a pair, by the likeness of their embeddings (SimCSE); `none`: nothing, of weights that were
+    imported, to use or to begin from."""
     mask_rate: float = 0.15
     """Kinds that mask: the part of the tokens that is predicted."""
     mask_share: float = 0.8

@@ -32,6 +32,8 @@ CLS = "[CLS]"
 SEP = "[SEP]"
 UNKNOWN = "[UNK]"
 
+_OTHER_NAMES = {CLS: "<s>", SEP: "</s>", MASK: "<mask>"}
+"""What RoBERTa's vocabulary, and others after it, call them."""
 _TRAINED_KINDS = ("bpe", "wordpiece", "unigram", "words")
 _BYTES = 256
 # Brackets on both sides: so spelled, no token that a vocabulary learns from text can be equal to one of them.
@@ -197,10 +199,13 @@ class SubwordTokenizer(Tokenizer):
         self.model = model
         self.end_of_text = end
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
-        self._end_token = end_of_text
+        self.end_token = end_of_text
         added = model.get_added_tokens_decoder().items()
         self.special_ids = {token.content: id for id, token in added if token.special} | {end_of_text: end}
         self._special = set(self.special_ids.values())
+        for name, other in _OTHER_NAMES.items():
+            if name not in self.special_ids and other in self.special_ids:
+                self.special_ids[name] = self.special_ids[other]
         self._is_byte_level = isinstance(model.decoder, decoders.ByteLevel)
 
     @classmethod
@@ -232,10 +237,10 @@ class SubwordTokenizer(Tokenizer):
         # The library reads a float back with an error in its last digits, so a loaded model's scores are not the
         # saved one's.
         content = json.loads(self.model.to_str(), parse_float=lambda digits: f"{float(digits):.6g}")
-        return json.dumps([self._end_token, content], sort_keys=True).encode()
+        return json.dumps([self.end_token, content], sort_keys=True).encode()
 
     def save(self, directory: Path) -> None:
-        _write_about(directory, {"kind": "subword", "end_of_text": self._end_token})
+        _write_about(directory, {"kind": "subword", "end_of_text": self.end_token})
         (directory / _MODEL_FILE).write_text(self.model.to_str(pretty=True), "utf-8")
 
 
@@ -285,6 +290,14 @@ def byte_of_letter() -> dict[str, int]:
 def sentinel(number: int) -> str:
     """T5's name of the token that stands for span `number`, counted from 0."""
     return f"<extra_id_{number}>"
+
+
+def end_beside(path: Path) -> str:
+    """The end of text of a tokenizer.json that `Tokenizer.save` wrote, "" for any other."""
+    try:
+        return str(json.loads((path.parent / _ABOUT_FILE).read_text("utf-8")).get("end_of_text", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def _write_about(directory: Path, about: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from train.data.tokenizer import (
     Tokenizer,
     TokenizerConfig,
     byte_of_letter,
+    end_beside,
 )
 from train.data.wheel import wheel_files
 from transformer.errors import UserError
@@ -149,8 +150,14 @@ def _with_special(tokenizer: SubwordTokenizer, added: Sequence[str], end_of_text
     return SubwordTokenizer(tokenizer.model, end_of_text)
 
 
+def usual_end(model: tokenizers.Tokenizer) -> str | None:
+    """Whichever of the usual names for an end of text a vocabulary holds."""
+    return next((end for end in _USUAL_ENDS if model.token_to_id(end) is not None), None)
+
+
 def _existing(path: Path, end_of_text: str, added: Sequence[str]) -> Tokenizer:
-    ends = [end_of_text] if end_of_text else _USUAL_ENDS
+    # In a run's folder it stands beside the file which end it has.
+    ends = [end_of_text or end_beside(path)] if end_of_text or end_beside(path) else _USUAL_ENDS
     reasons = []
     for end in ends:
         try:

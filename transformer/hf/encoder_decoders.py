@@ -34,7 +34,7 @@ def _read_t5(theirs: Theirs, head: Any) -> T5Config:
         relative_buckets=theirs.size("relative_attention_num_buckets", 32),
         relative_distance=theirs.size("relative_attention_max_distance", 128),
         dropout=theirs.dropout("dropout_rate", default=0.1), tie_embeddings=tied,
-        scale_logits=scaled,
+        scale_logits=scaled, start_token=int(theirs.get("decoder_start_token_id", theirs.get("pad_token_id", 0))),
     )  # fmt: skip
 
 
@@ -46,8 +46,7 @@ def _t5_fields(c: T5Config) -> dict[str, Any]:
         "layer_norm_epsilon": c.norm_epsilon, "relative_attention_num_buckets": c.relative_buckets,
         "relative_attention_max_distance": c.relative_distance, "dropout_rate": c.dropout,
         "tie_word_embeddings": c.tie_embeddings, "scale_decoder_outputs": c.scale_logits,
-        "is_encoder_decoder": True, "decoder_start_token_id": 0,
-        "pad_token_id": 0, "eos_token_id": 1,
+        "is_encoder_decoder": True, "decoder_start_token_id": c.start_token, "pad_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
 
 
@@ -116,7 +115,7 @@ def _read_marian(theirs: Theirs, head: Any) -> VaswaniConfig:
         activation=theirs.one_of("activation_function", ACTIVATIONS, "gelu"), position="sinusoidal_halves",
         norm_epsilon=1e-5, dropout=theirs.dropout("dropout", "attention_dropout", "activation_dropout", default=0.1),
         scale_embeddings=bool(theirs.get("scale_embedding", False)), init_std=float(theirs.get("init_std", 0.02)),
-        init="normal", output_bias=True,
+        init="normal", output_bias=True, start_token=int(theirs.get("decoder_start_token_id", vocab - 1)),
     )  # fmt: skip
 
 
@@ -128,7 +127,7 @@ def _marian_fields(c: VaswaniConfig) -> dict[str, Any]:
         "encoder_ffn_dim": c.dim_of_mlp, "decoder_ffn_dim": c.dim_of_mlp,
         "activation_function": name_of(ACTIVATIONS, c.activation), "dropout": c.dropout, "attention_dropout": c.dropout,
         "scale_embedding": c.scale_embeddings, "init_std": c.init_std, "share_encoder_decoder_embeddings": True,
-        "is_encoder_decoder": True,
+        "is_encoder_decoder": True, "decoder_start_token_id": c.start_token, "pad_token_id": c.start_token,
     }  # fmt: skip
 
 

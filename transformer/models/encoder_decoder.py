@@ -16,6 +16,7 @@ from flax import nnx
 from transformer.attention.mask import AttentionMask
 from transformer.decode.cache import KVCache
 from transformer.errors import require
+from transformer.layers.position import token_positions
 from transformer.models.config import Activation, Position, StackConfig, attention_flops, feed_forward_flops
 from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table
 from transformer.models.layer_stack import LayerStack, router_loss, weights_of
@@ -44,12 +45,16 @@ class EncoderDecoderConfig(StackConfig):
     """Initial kernels: normal, of init_std; or uniform by fan-in and fan-out (Glorot & Bengio 2010)."""
     output_bias: bool = False
     """A bias over the vocabulary, added to the output projection (Marian)."""
+    start_token: int | None = None
+    """Token id that a target begins with; null: the end of text. (T5 and Marian begin with padding.)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("num_decoder_layers", "source_vocab_size"):
             given = getattr(self, field)
             require(self, field, given is None or given >= 1, "allowed: 1 or more, or null")
+        start = self.start_token
+        require(self, "start_token", start is None or 0 <= start < self.vocab_size, "allowed: a token id, or null")
 
     @property
     def decoder_layers(self) -> int:
@@ -289,6 +294,10 @@ class EncoderDecoder(nnx.Module):
     ) -> tuple[Array, Array, PRNGKeyArray | None]:
         """Tokens with their positions, where those stand, and the key for the layers."""
         c = self.config
+        if c.start_token is not None and not is_source:
+            B, T = tokens.shape
+            places = token_positions(B, T, start) if positions is None else positions
+            tokens = jnp.where(places == 0, c.start_token, tokens)
         table = self.source_embed if is_source and self.source_embed is not None else self.embed
         learned = self.source_positions if is_source else self.positions
         scale = math.sqrt(c.embed_dim) if c.scale_embeddings else None

