@@ -85,6 +85,17 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", action=argparse.BooleanOptionalAction, help="run both frameworks (where transformers is installed)"
     )
 
+    sub = command("export", _export, "a run as a folder that transformers loads", config=False)
+    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument("--format", choices=["hf"], default="hf", help="Hugging Face's (the only one)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="folder to make (RUN/huggingface)")
+    sub.add_argument("--model-type", metavar="NAME", help="architecture to write (that of the import, or what fits)")
+    sub.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (float32)")
+    sub.add_argument("--step", default="best", metavar="STEP", help="checkpoint: best, latest, or a step (best)")
+    sub.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, help="run both frameworks (where transformers is installed)"
+    )
+
     command("prepare", _prepare, "tokenise a config's data into the cache, without training")
 
     command("explain", _explain, "print every field of a config with its meaning, and what the run will cost")
@@ -144,7 +155,7 @@ def _load(options: argparse.Namespace) -> RunConfig:
 def _set_up(options: argparse.Namespace) -> None:
     from train.runtime import set_up_devices
 
-    set_up_devices(options.devices, options.platform, _peers(options))
+    set_up_devices(getattr(options, "devices", None), getattr(options, "platform", None), _peers(options))
 
 
 def _peers(options: argparse.Namespace) -> Peers | None:
@@ -172,6 +183,16 @@ def _import(options: argparse.Namespace) -> None:
     from train.hf.bring import bring
 
     bring(options.source, options.run_dir, head=options.head, sha256=options.sha256, verify=options.verify)
+
+
+def _export(options: argparse.Namespace) -> None:
+    _set_up(options)
+    from train.hf.export import export
+
+    export(
+        Path(options.run), options.out, step=options.step, model_type=options.model_type, dtype=options.dtype,
+        verify=options.verify,
+    )  # fmt: skip
 
 
 def _prepare(options: argparse.Namespace) -> None:

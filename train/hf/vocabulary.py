@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.data.tokenizer import CLS, MASK, SEP, UNKNOWN, SubwordTokenizer, Tokenizer
+from train.data.tokenizer import (
+    CLS,
+    END_OF_TEXT,
+    MASK,
+    SEP,
+    UNKNOWN,
+    ByteTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+    byte_of_letter,
+)  # fmt: skip
 from train.data.vocabulary import usual_end
 from transformer.errors import UserError
 
@@ -86,6 +96,19 @@ def written(tokenizer: SubwordTokenizer, max_length: int) -> dict[str, str]:
         "tokenizer.json": tokenizer.model.to_str(pretty=True),
         "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False) + "\n",
     }
+
+
+def as_subwords(tokenizer: ByteTokenizer) -> SubwordTokenizer:
+    """The same ids by a vocabulary of single bytes."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Model
+
+    letters = {letter: byte for letter, byte in byte_of_letter().items() if byte != tokenizer.end_of_text}
+    model = Model(models.BPE(vocab=letters | tokenizer.special_ids, merges=[]))
+    model.add_special_tokens([AddedToken(name, special=True) for name in tokenizer.special_ids])
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = decoders.ByteLevel()
+    return SubwordTokenizer(model, END_OF_TEXT)
 
 
 def special_ids(tokenizer: SubwordTokenizer) -> dict[str, int]:

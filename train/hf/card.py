@@ -1,0 +1,84 @@
+"""The model card of an exported run: what it is, what it was trained on, how well it does, how to use it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from train.config import dump
+from train.run_files import LoadedRun
+from transformer.models.families import count_parameters
+
+_TAGS = {
+    "masked": "fill-mask", "pretraining": "fill-mask", "classification": "text-classification",
+    "tokens": "token-classification", "answer": "question-answering", "choice": "multiple-choice",
+    "embedding": "feature-extraction",
+}  # fmt: skip
+_USES = {
+    "gpt": "ids = tokenizer('The', return_tensors='pt').input_ids\nprint(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))",
+    "bert": "print(model(**tokenizer('A text.', return_tensors='pt')))",
+}
+
+
+def text(loaded: LoadedRun, run: Path, name: str, model_type: str) -> str:
+    """The card, in Markdown with the hub's front matter."""
+    config = loaded.config
+    tag = _TAGS.get(
+        getattr(config.model, "head", ""), "text-generation" if config.model.family == "gpt" else "translation"
+    )
+    sources = "\n".join(f"- {source.title}" for source in config.data.sources)
+    use = _USES.get(
+        config.model.family, "ids = tokenizer('A text.', return_tensors='pt').input_ids\nprint(model.generate(ids))"
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: {tag}
+tags: [manyheads, {model_type}]
+---
+
+# {config.name}
+
+A `{name}` of {count_parameters(config.model):,} parameters, trained with manyheads (step {loaded.step:,}, objective
+{config.objective.kind}).
+
+```python
+import transformers
+
+tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+model = transformers.{name}.from_pretrained(FOLDER)
+{use}
+```
+
+## Data
+
+{sources or "- none is known"}
+
+## Held-out scores
+
+{_scores(run, loaded.step)}
+
+## Config
+
+The whole config is also in `config.yaml`.
+
+```yaml
+{dump(config).rstrip()}
+```
+"""
+
+
+def _scores(run: Path, step: int) -> str:
+    """What the run recorded of held-out data at a step, or last before it, as a table."""
+    try:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    except (OSError, ValueError):
+        return "None were recorded."
+    found: dict[str, Any] = {}
+    for line in lines:
+        if line.get("step", 0) <= step:
+            found |= {name: value for name, value in line.items() if name.startswith("eval/") and value is not None}
+    if not found:
+        return "None were recorded."
+    rows = "\n".join(f"| {name.removeprefix('eval/')} | {value:g} |" for name, value in found.items())
+    return f"| metric | value |\n|---|---:|\n{rows}"
