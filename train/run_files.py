@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from train.data.tokenizer import Tokenizer
 from train.mesh import MeshConfig, make_mesh, use_mesh
 from train.state import abstract_params
 from transformer.errors import UserError
+from transformer.layers.adapter import merged
+from transformer.models.adapted import make_adapted
 from transformer.models.families import make_model
 
 _TARGET = "target/"
@@ -38,6 +41,8 @@ class LoadedRun:
 
 def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) -> LoadedRun:
     """A run's config, tokenizers and parameters, laid out over the devices that are here now.
+
+    Adapters are merged: what comes is the plain model that gives what the adapted one does, and a config without them.
 
     Args:
         step: `latest`, `best` (the latest where none was scored), or a step's number.
@@ -61,8 +66,13 @@ def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) 
         placed = MeshConfig(strategy="fsdp" if config.mesh.slices_parameters else "dp") if like is None else like.mesh
         mesh = make_mesh(placed)
         with use_mesh(mesh, placed.rules):
-            described = abstract_params(lambda rngs: make_model(config.model, rngs), mesh)
+            described = abstract_params(functools.partial(make_adapted, config.model, config.adapter), mesh)
             params = checkpoints.restore_params(number, described)
+            if config.adapter is not None:
+                plain = abstract_params(functools.partial(make_model, config.model), mesh)
+                layout = jax.tree.map(lambda leaf: leaf.sharding, plain)
+                params = jax.jit(merged, static_argnums=1, out_shardings=layout)(params, config.adapter.scale)
+                config = dataclasses.replace(config, adapter=None)
     return LoadedRun(config, tokenizer, target_tokenizer, params, mesh, number)
 
 

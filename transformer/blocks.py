@@ -14,6 +14,7 @@ from flax import nnx
 from transformer.attention.mask import AttentionMask
 from transformer.attention.multi_head import MultiHeadAttention
 from transformer.decode.cache import KVCache
+from transformer.layers.adapter import dropping
 from transformer.layers.feed_forward import FeedForward
 from transformer.layers.linear import dropout
 from transformer.layers.mixture_of_experts import MixtureOfExperts, RouterLosses
@@ -111,10 +112,11 @@ class Block(nnx.Module):
             out, output["router"] = self.feed_forward(x, valid_BT)
             return out
 
-        x_BTD = self._around(x_BTD, attended, self.attention_norm, keys[1])
-        if self.cross_norm is not None:
-            x_BTD = self._around(x_BTD, remembered, self.cross_norm, keys[3])
-        x_BTD = self._around(x_BTD, fed, self.feed_forward_norm, keys[4])
+        with dropping(key, first=len(keys)):
+            x_BTD = self._around(x_BTD, attended, self.attention_norm, keys[1])
+            if self.cross_norm is not None:
+                x_BTD = self._around(x_BTD, remembered, self.cross_norm, keys[3])
+            x_BTD = self._around(x_BTD, fed, self.feed_forward_norm, keys[4])
         return x_BTD, BlockOutput(**output)  # type: ignore[arg-type]
 
     def _around(self, x: Array, sublayer: Callable[[Array], Array], norm: Norm, key: PRNGKeyArray | None) -> Array:
