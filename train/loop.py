@@ -33,7 +33,7 @@ from train.objective import Batch
 from train.optimizer import make_schedule
 from train.processes import agree_on, any_process, first_alone, is_first, one_log, together
 from train.program import Program
-from train.run_files import tokenizer_files
+from train.run_files import tokenizer_files, write_origin
 from train.runtime import GracefulStop
 from train.sample import make_sampler
 from train.state import TrainState
@@ -91,6 +91,7 @@ def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
             if is_first():
                 with writing(config.directory):
                     (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
+                    write_origin(config.directory, prepared)
             return run.loop(state, checkpoints, stop, profile)
 
 

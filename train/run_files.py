@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
+import json
+import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -24,6 +28,13 @@ from transformer.models.families import make_model
 
 _TARGET = "target/"
 """What the names of the files of the target's own tokenizer begin with."""
+_ORIGIN = "origin.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "datasets", "tokenizers")
+
+NO_SCORES = ("eval/selection_loss", "eval/tokens", "eval/pairs")
+"""What an evaluation records beside its scores."""
+Curves = dict[str, dict[int, float]]
+"""Metric → step → value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +95,35 @@ def tokenizer_files(prepared: Prepared, directory: Path) -> dict[str, str]:
             prepared.own_target_tokenizer.save(directory / _TARGET)
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def write_origin(directory: Path, prepared: Prepared) -> None:
+    """Note in a run's folder what it was made of beside its config: the data's fingerprint, and versions of packages."""
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    origin = {"data": prepared.meta.fingerprint, "versions": versions}
+    (directory / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def read_origin(directory: Path) -> dict[str, Any] | None:
+    """What `write_origin` wrote; None where nothing did."""
+    path = directory / _ORIGIN
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_metrics(directory: Path) -> Curves:
+    """All that a run has recorded in its metrics.jsonl; nothing for a run that has recorded nothing."""
+    path, curves = directory / "metrics.jsonl", Curves()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            # A kill has cut the last line short.
+            continue
+        for name, value in record.items():
+            if name != "step":
+                curves.setdefault(name, {})[record["step"]] = value
+    return curves
 
 
 def _choose(checkpoints: Checkpoints, run: Path, step: str) -> int:
