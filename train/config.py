@@ -181,6 +181,9 @@ def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
     output = io.StringIO()
     try:
+        if config.adapter is None and any(word.startswith("--adapter.") for word in arguments):
+            # A section that is not there has no fields yet.
+            config = dataclasses.replace(config, adapter=AdapterConfig())
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             # The words of YAML; switches take a value like every other field.
             words = [{"null": "None", "true": "True", "false": "False"}.get(word, word) for word in arguments]

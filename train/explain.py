@@ -53,7 +53,7 @@ def cost(config: RunConfig) -> Cost:
         parameters=size(state.params),
         trained=size(trained.of(state.params)),
         tokens_per_step=config.batch_size * length,
-        flops_per_token=3 * flops_per_token(config.model, length),
+        flops_per_token=trained.passes(state.params) * flops_per_token(config.model, length),
         parameter_bytes=_bytes(state.params),
         gradient_bytes=_bytes(trained.of(state.params)),
         optimizer_bytes=_bytes(state.opt_state) + _bytes(state.ema),

@@ -118,7 +118,8 @@ class Run:
             tokens, self.unit = config.sequence_length * (2 if config.objective.kind == "contrastive" else 1), "row"
         elif config.objective.hides:
             tokens, self.unit = 1 / config.objective.mask_rate, "hidden tok"
-        self.flops_per_target = 3 * tokens * flops_per_token(config.model, config.sequence_length)
+        passes = self.program.trained.passes(self.program.abstract.params)
+        self.flops_per_target = passes * tokens * flops_per_token(config.model, config.sequence_length)
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
         """A fresh state, with another run's weights if the config says so; or that of the newest checkpoint."""

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from optax import contrib
 
+from train.trained import BELOW
 from transformer.errors import require
 from transformer.pipeline import is_in_stages, is_stacked, is_variable
 
@@ -166,10 +167,6 @@ def make_optimizer(
     return parts[0] if len(parts) == 1 else optax.chain(*parts)
 
 
-_BELOW = frozenset(("embed", "positions", "types", "embed_norm", "widen"))
-"""First names of the parameters that stand under a model's blocks."""
-
-
 def layer_factors(params: nnx.State, decay: float, num_layers: int) -> nnx.State:
     """What multiplies the learning rate of each parameter: decay^(L - l) of block l, from 0, as an array over the layers'
     dims; decay^(L + 1) of what stands under the blocks; 1 of what stands on them."""
@@ -182,7 +179,7 @@ def layer_factors(params: nnx.State, decay: float, num_layers: int) -> nnx.State
             ones = (1,) * (len(shape) - lead)
             factors = decay ** np.arange(num_layers, 0, -1, dtype=np.float32)
             return variable.replace(factors.reshape(*shape[:lead], *ones))
-        below = path and path[0].key in _BELOW
+        below = path and path[0].key in BELOW
         return variable.replace(np.float32(decay ** (num_layers + 1) if below else 1))
 
     return jax.tree_util.tree_map_with_path(factor, params, is_leaf=is_variable)

@@ -13,8 +13,13 @@ from flax import nnx
 
 from transformer.errors import UserError
 from transformer.layers.adapter import AdapterConfig, is_adapter
+from transformer.pipeline import is_stacked
 
 ParameterPath = tuple[Any, ...]
+
+
+BELOW = frozenset(("embed", "source_embed", "positions", "source_positions", "types", "embed_norm", "widen"))
+"""First names of the parameters that stand under a model's blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,15 @@ class Trained:
         if not self.frozen:
             return f"{total:,} parameters"
         return f"{trained:,} of {total:,} parameters ({trained / total:.1%}) trained"
+
+    def passes(self, params: nnx.State) -> float:
+        """The products of a training step, in forward passes: the forward pass itself; the gradients of activations, unless
+        heads alone are trained; and those of parameters, by the part of them that is."""
+        trained = self.of(params)
+        share = size(trained) / size(params)
+        is_stack = any(is_stacked(leaf) for _, leaf in nnx.to_flat_state(params))
+        deep = any(is_stacked(leaf) or path[0] in BELOW for path, leaf in nnx.to_flat_state(trained))
+        return 2 + share if deep or not is_stack else 1 + 2 * share
 
 
 ALL = Trained()

@@ -248,6 +248,8 @@ def test_a_language_model_writes_with_its_adapters(whole, config_file, tmp_path,
     config = dataclasses.replace(
         load(config_file), init_from=str(whole), run_dir=str(tmp_path / "tuned"), adapter=DORA, steps=2
     )
+    lora = load(config_file, ["--adapter.rank", "3", "--adapter.targets", "query", "value"]).adapter
+    assert lora == AdapterConfig(rank=3, targets=("query", "value"))
     (tmp_path / "tuned.yaml").write_text(dump(config), encoding="utf-8")
     assert load(tmp_path / "tuned.yaml") == config
     assert main(["train", str(tmp_path / "tuned.yaml"), "--adapter.rank", "2"]) == 0

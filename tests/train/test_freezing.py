@@ -174,6 +174,22 @@ def test_explain_counts_what_is_trained(config_file, capsys):
     assert re.search(r"trained +[\d,]+ \(\d\d\.\d%\) +of them; the others are frozen", output)
 
 
+def test_the_work_of_a_step_is_of_what_is_trained():
+    params = described_parameters(MODEL)
+
+    def passes(*freeze):
+        trained = chosen(params, freeze, None)
+        return trained.passes(params), sum(leaf.size for leaf in jax.tree.leaves(trained.of(params))) / total
+
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert passes() == (3, 1)
+    found, share = passes(*FREEZE)
+    assert found == 2 + share and 0 < share < 1
+    # The final norm alone: nothing goes back through the blocks.
+    found, share = passes("embed.*", "positions.*", "layers.blocks.*")
+    assert found == 1 + 2 * share and share < 0.01
+
+
 def test_layer_decay_is_electras():
     model = BertConfig(vocab_size=32, max_length=8, num_layers=3, embed_dim=8, num_heads=2, head="classification")
     factors = {

@@ -104,16 +104,18 @@ class Adapter(nnx.Module):
         I, O = kernel_IO.shape  # noqa: E741
         a_Ir, b_rO = self.lora_a[...].reshape(I, -1), self.lora_b[...].reshape(-1, O)
         with jax.named_scope(_NAME):
+            cast_IO = kernel_IO.astype(x.dtype)
             added = self.scale * dense(dense(given, a_Ir.astype(x.dtype), None), b_rO.astype(x.dtype), None)
-            y = dense(x, kernel_IO.astype(x.dtype), bias_O)
             if self.magnitude is None:
-                return y + added
+                return dense(x, cast_IO, bias_O) + added
             norm_O = jax.lax.stop_gradient(_norms(kernel_IO + self.scale * (a_Ir @ b_rO)))
             gain_O = (self.magnitude[...].reshape(-1) / norm_O).astype(x.dtype)
-            gain = jnp.expand_dims(gain_O, range(x.ndim - 1))
+            own = dense(given, cast_IO, None)
+            y = _spread(gain_O, x.ndim) * (own + added)
+            if given is x:
+                return y if bias_O is None else y + _spread(bias_O, x.ndim)
             # What the length changes is of what the adapter reads, as in PEFT.
-            own = dense(given, kernel_IO.astype(x.dtype), None)
-            return y + (gain - 1) * own + gain * added
+            return y + dense(x, cast_IO, bias_O) - own
 
     def merged(self, kernel: Float[Array, ...]) -> Float[Array, ...]:
         """The kernel of a plain map that gives what this one does with its adapter."""
@@ -217,3 +219,8 @@ def _out(kernel: Array, lora_a: Array) -> tuple[int, ...]:
 def _norms(matrices: Array) -> Array:
     """Of each column: [..., I, O] → [..., O]."""
     return jnp.sqrt(jnp.square(matrices).sum(-2))
+
+
+def _spread(features_O: Array, ndim: int) -> Array:
+    """[O] → [1, ..., O]."""
+    return jnp.expand_dims(features_O, range(ndim - 1))
