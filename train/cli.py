@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a process silent for so long is taken for dead (60)",
     )
     sub.add_argument("--profile", metavar="A:B", help="trace steps A to B for TensorBoard or Perfetto")
+    sub.add_argument(
+        "--seeds", type=int, metavar="N", help="train with N seeds from the config's on, and summarise their scores"
+    )
 
     sub = command("import", _import, "a Hugging Face checkpoint as a run to use or to begin from", config=False)
     devices(sub)
@@ -99,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     command("prepare", _prepare, "tokenise a config's data into the cache, without training")
 
     command("explain", _explain, "print every field of a config with its meaning, and what the run will cost")
+
+    sub = command("diff", _diff, "compare two runs: config, data, versions, scores and curves", config=False)
+    sub.add_argument("run_a", type=Path, metavar="RUN_A", help="folder of a run")
+    sub.add_argument("run_b", type=Path, metavar="RUN_B", help="folder of another")
+    sub.add_argument("--out", type=Path, metavar="PICTURE", help="draw the curves of both, such as curves.png")
 
     sub = command("generate", _generate, "write with a trained model", config=False)
     devices(sub)
@@ -172,7 +180,14 @@ def _peers(options: argparse.Namespace) -> Peers | None:
 def _train(options: argparse.Namespace) -> None:
     profile = _profile_range(options.profile)
     config = _load(options)
+    if options.seeds is not None and profile is not None:
+        raise UserError("--profile: it is of one run; leave --seeds away")
     _set_up(options)
+    if options.seeds is not None:
+        from train.seeds import train_seeds
+
+        train_seeds(config, options.seeds)
+        return
     from train.loop import train
 
     train(config, profile=profile)
@@ -223,6 +238,12 @@ def _explain(options: argparse.Namespace) -> None:
     from train.explain import explain
 
     explain(config)
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from train.diff import diff
+
+    diff(options.run_a, options.run_b, options.out)
 
 
 def _generate(options: argparse.Namespace) -> None:

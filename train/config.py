@@ -23,6 +23,7 @@ from train.objective import LossConfig
 from train.optimizer import OptimizerConfig
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from transformer.errors import ConfigError, UserError, nearest, require
+from transformer.layers.adapter import AdapterConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import FAMILIES, ModelConfig
 from transformer.models.gpt import GPTConfig
@@ -66,6 +67,8 @@ class RunConfig:
     """Stop after this many updates in a row were skipped for a loss or gradient that is not finite."""
     model: ModelConfig = GPTConfig()
     """The network; its `family` decides which fields there are."""
+    adapter: AdapterConfig | None = None
+    """Low-rank adapters, which are trained in the place of the network's own parameters; null: none."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """What is predicted from what."""
     data: DataConfig = DataConfig()
@@ -95,6 +98,11 @@ class RunConfig:
         if kind not in suited and kind != "none":
             allowed = f"a model of family {self.model.family!r} goes with {', '.join(suited)}"
             raise ConfigError(ObjectiveConfig, "kind", kind, allowed)
+        decay = self.optimizer.layer_decay
+        require(
+            self.optimizer, "layer_decay", decay is None or self.model.family in ("gpt", "bert"),
+            f"a model of family {self.model.family!r} is no single stack of blocks; allowed with gpt and bert, else null",
+        )  # fmt: skip
         holds = getattr(self.model, "num_experts", 0) > 0 or self.mesh.expert in (None, 1)
         require(self.mesh, "expert", holds, "the model has no experts (model.num_experts); allowed: 1 or null")
         if isinstance(self.model, BertConfig):
@@ -179,6 +187,9 @@ def override(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
 
     output = io.StringIO()
     try:
+        if config.adapter is None and any(word.startswith("--adapter.") for word in arguments):
+            # A section that is not there has no fields yet.
+            config = dataclasses.replace(config, adapter=AdapterConfig())
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             # The words of YAML; switches take a value like every other field.
             words = [{"null": "None", "true": "True", "false": "False"}.get(word, word) for word in arguments]

@@ -17,10 +17,12 @@ from train.config import RunConfig, fields
 from train.display import console
 from train.mesh import MESH_AXES
 from train.objective import LOSSES, LossConfig
-from train.program import batch_shapes, described_state
+from train.program import batch_shapes, described_state, trained_of
+from train.trained import ALL, Trained, size
 from transformer.functional import graphdef_of
 from transformer.interpret.capture import readable
-from transformer.models.families import flops_per_token, make_model
+from transformer.models.adapted import make_adapted
+from transformer.models.families import flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Cost:
     """What a run takes. Bytes are of the whole run, before any sharding."""
 
     parameters: int
+    trained: int
+    """How many of them are not frozen."""
     tokens_per_step: int
     flops_per_token: float
     """Of a training step: forward and backward."""
@@ -41,17 +45,19 @@ class Cost:
 def cost(config: RunConfig) -> Cost:
     """Count from the shapes of the real model, optimiser and loss; no array is made."""
     state = described_state(config)
-    graphdef = graphdef_of(functools.partial(make_model, config.model))
+    make = functools.partial(make_adapted, config.model, config.adapter)
+    trained = trained_of(config, make)
     length = config.sequence_length
     batch = batch_shapes(config, config.batch_size // config.microbatches)
     return Cost(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        parameters=size(state.params),
+        trained=size(trained.of(state.params)),
         tokens_per_step=config.batch_size * length,
-        flops_per_token=3 * flops_per_token(config.model, length),
+        flops_per_token=trained.passes(state.params) * flops_per_token(config.model, length),
         parameter_bytes=_bytes(state.params),
-        gradient_bytes=_bytes(state.params),
+        gradient_bytes=_bytes(trained.of(state.params)),
         optimizer_bytes=_bytes(state.opt_state) + _bytes(state.ema),
-        activation_bytes=saved_bytes(graphdef, state.params, batch, config),
+        activation_bytes=saved_bytes(graphdef_of(make), state.params, batch, config, trained),
     )
 
 
@@ -82,8 +88,13 @@ def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
     sharded = [axis for axis in MESH_AXES if getattr(config.mesh, axis) not in (None, 1)]
     spread = f" (over the devices of {', '.join(sharded)}, divide)" if sharded else ""
     memory = total.parameter_bytes + total.gradient_bytes + total.optimizer_bytes + total.activation_bytes
+    frozen = total.trained < total.parameters
+    share = [
+        ("trained", f"{total.trained:,} ({total.trained / total.parameters:.1%})", "of them; the others are frozen")
+    ]
     return [
         ("parameters", f"{total.parameters:,}", "float32"),
+        *(share if frozen else []),
         ("tokens per step", f"{total.tokens_per_step:,}", "batch_size × length"),
         ("tokens in all", f"{tokens:,}", "over all steps"),
         (
@@ -93,23 +104,29 @@ def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
         ),
         ("FLOPs in all", f"{total.flops_per_token * tokens:.3e}", "over all steps"),
         ("memory, parameters", readable(total.parameter_bytes), "whole run" + spread),
-        ("memory, gradients", readable(total.gradient_bytes), "as the parameters"),
+        ("memory, gradients", readable(total.gradient_bytes), "as the parameters that are trained"),
         ("memory, optimiser", readable(total.optimizer_bytes), f"{config.optimizer.name}'s moments, moving average"),
         ("memory, activations", readable(total.activation_bytes), "kept for the backward pass of one microbatch"),
         ("memory, together", readable(memory), "without the compiler's own temporaries"),
     ]
 
 
-def saved_bytes(graphdef: Any, params: nnx.State, batch: dict[str, Any], config: RunConfig) -> int:
+def saved_bytes(
+    graphdef: Any, params: nnx.State, batch: dict[str, Any], config: RunConfig, trained: Trained = ALL
+) -> int:
     """Bytes of the arrays that the loss's forward pass saves, other than the parameters and the batch themselves."""
 
     def residuals(params: nnx.State, batch: dict[str, Any]) -> Any:
-        key = jax.random.key(0) if config.model.dropout else None
+        drops = config.model.dropout or (config.adapter is not None and config.adapter.dropout)
+        key = jax.random.key(0) if drops else None
 
-        def loss(params: nnx.State) -> Any:
-            return LOSSES[config.objective.kind](nnx.merge(graphdef, params), batch, LossConfig(), key=key).loss
+        part, frozen = trained.split(params)
 
-        return jax.vjp(loss, params)[1]
+        def loss(part: nnx.State) -> Any:
+            model = nnx.merge(graphdef, part, frozen)
+            return LOSSES[config.objective.kind](model, batch, LossConfig(), key=key).loss
+
+        return jax.vjp(loss, part)[1]
 
     saved = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
     # What has the shape and type of a parameter is that parameter, which is in memory anyway.

@@ -12,10 +12,11 @@ from train.config import RunConfig, difference
 from train.data.store import Prepared
 from train.data.tokenizer import ByteTokenizer, Tokenizer
 from train.run_files import load_run
+from train.trained import ParameterPath, dotted
 from transformer.errors import ConfigError, UserError
+from transformer.layers.adapter import fitted, is_adapter
 from transformer.models.families import ModelConfig, described_parameters
 
-ParameterPath = tuple[Any, ...]
 Parameters = dict[ParameterPath, nnx.Variable]
 
 _OFTEN_ANOTHER = tuple(
@@ -62,18 +63,20 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
             f"of family {config.model.family!r}; name a run of a like model"
         )
     said = f"weights from {run}, step {loaded.step}: {_size(taken):,} of {_size(ours):,} parameters"
+    called = {path: "adapters" if is_adapter(path) else str(path[0]) for path in ours | theirs}
     for what, paths in (
         ("beginning afresh", ours.keys() - taken.keys()),
         ("left behind", theirs.keys() - taken.keys()),
     ):
         if paths:
-            said += f"; {what}: {', '.join(sorted({str(path[0]) for path in paths}))}"
+            said += f"; {what}: {', '.join(sorted({called[path] for path in paths}))}"
     changed = difference(
         {"model": dataclasses.asdict(loaded.config.model)}, {"model": dataclasses.asdict(config.model)}
     )
     if changed := [line for line in changed if not line.startswith(_OFTEN_ANOTHER)]:
         said += f"; with {', '.join(changed)}"
-    return nnx.from_flat_state(ours | taken), said
+    params = nnx.from_flat_state(ours | taken)
+    return params if config.adapter is None else fitted(params), said
 
 
 def _by_path(params: nnx.State) -> Parameters:
@@ -115,7 +118,7 @@ def _check_shapes(
         if here[name] != there[name] and _shape_with(model, name, getattr(other, name), path) == their[path]
     ]
     raise UserError(
-        f"init_from: {len(bad)} parameters have another shape in {run}, the first is {'.'.join(map(str, path))}: "
+        f"init_from: {len(bad)} parameters have another shape in {run}, the first is {dotted(path)}: "
         f"{list(their[path])} there, {list(mine[path])} here; set {' or '.join(sorted(decides)) or 'model as it is there'}"
     )
 

@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import numpy as np
 import optax
+from flax import nnx
 
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
@@ -32,12 +33,13 @@ from train.objective import Batch
 from train.optimizer import make_schedule
 from train.processes import agree_on, any_process, first_alone, is_first, one_log, together
 from train.program import Program
-from train.run_files import tokenizer_files
+from train.run_files import tokenizer_files, write_origin
 from train.runtime import GracefulStop
 from train.sample import make_sampler
 from train.state import TrainState
 from train.translation import TextTranslator, spread
 from transformer.errors import UserError
+from transformer.layers.adapter import merged
 from transformer.models.bert import BertConfig
 from transformer.models.families import flops_per_token
 
@@ -89,6 +91,7 @@ def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
             if is_first():
                 with writing(config.directory):
                     (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
+                    write_origin(config.directory, prepared)
             return run.loop(state, checkpoints, stop, profile)
 
 
@@ -106,6 +109,7 @@ class Run:
                 self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
             self.sampler = make_sampler(config, prepared, self.translator)
         self.tokenizer_files = tokenizer_files(prepared, config.directory / "tokenizer")
+        self._merge = jax.jit(merged, static_argnums=1)
         self.has_held_out = bool(prepared.validation)
         self.guess = commonest_share(prepared.validation) if config.objective.kind == "classification" else None
         # What a step predicts is each token, a hidden one among many, or a whole row, of which a pair has two.
@@ -114,7 +118,8 @@ class Run:
             tokens, self.unit = config.sequence_length * (2 if config.objective.kind == "contrastive" else 1), "row"
         elif config.objective.hides:
             tokens, self.unit = 1 / config.objective.mask_rate, "hidden tok"
-        self.flops_per_target = 3 * tokens * flops_per_token(config.model, config.sequence_length)
+        passes = self.program.trained.passes(self.program.abstract.params)
+        self.flops_per_target = passes * tokens * flops_per_token(config.model, config.sequence_length)
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
         """A fresh state, with another run's weights if the config says so; or that of the newest checkpoint."""
@@ -193,8 +198,13 @@ class Run:
     def sample(self, state: TrainState, display: Display) -> None:
         """Show what the model makes of the config's prompt, or of held-out sentences, as it is now."""
         if self.sampler is not None:
-            text = self.sampler(state.params if state.ema is None else state.ema)
+            text = self.sampler(self._to_use(state))
             display.say(f"── sample ──\n{text}\n────────────")
+
+    def _to_use(self, state: TrainState) -> nnx.State:
+        """The parameters to write with, of the plain model: with adapters merged."""
+        params, adapter = state.params if state.ema is None else state.ema, self.config.adapter
+        return params if adapter is None else self._merge(params, adapter.scale)
 
     def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
         """A batch's example ids, which stay on the host, and its arrays on the devices."""
@@ -277,11 +287,11 @@ class Run:
 
     def _headline(self, state: TrainState, start: int) -> str:
         devices = self.mesh.devices.size
-        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         kind = self.mesh.devices.flat[0].device_kind
         begins = f"resuming after step {start}" if start else "starting"
+        counted = self.program.trained.counted(state.params)
         return (
-            f"{self.config.name}: {begins}; {count:,} parameters on {devices} × {kind} ({self.config.mesh.strategy}); "
+            f"{self.config.name}: {begins}; {counted} on {devices} × {kind} ({self.config.mesh.strategy}); "
             f"{self.config.batch_size * self.config.sequence_length:,} tokens a step"
         )
 
@@ -300,8 +310,7 @@ class Run:
             known = "".join(f", {label} {bits:.4f}" for label, bits in others if bits is not None)
             display.say(f"held-out text, bits per byte: this model {scores.bits_per_byte:.4f}{known}")
         if self.translator is not None and (count := self.config.evaluation.translations):
-            params = state.params if state.ema is None else state.ema
-            quality = self.translator.quality(params, spread(self.prepared.validation_pairs(), count))
+            quality = self.translator.quality(self._to_use(state), spread(self.prepared.validation_pairs(), count))
             log.write(step, "eval", dataclasses.asdict(quality))
             display.say(f"{quality.pairs} held-out translations: BLEU {quality.bleu:.2f}, chrF {quality.chrf:.2f}")
         uses = {"gpt": "to write with it: manyheads generate {} --prompt TEXT"}

@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from optax import contrib
 
+from train.trained import BELOW
 from transformer.errors import require
+from transformer.pipeline import is_in_stages, is_stacked, is_variable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,11 @@ class OptimizerConfig:
     """Highest learning rate of adamw's part in muon; null: learning_rate."""
     clip_norm: float | None = 1.0
     """Gradients with a larger global norm are scaled down to it; null: never."""
+    layer_decay: float | None = None
+    """Each block learns by this times the rate of the block above it, the embeddings by this times that of the first block;
+    heads and the final norm by the whole rate (Howard & Ruder 2018; Clark et al. 2020). null: all by the same."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are: patterns of their paths, such as embed.* or layers.blocks.attention.*"""
     ema_decay: float | None = None
     """Keep a moving average of the parameters with this decay, and evaluate and generate with it; null: none."""
 
@@ -56,6 +64,8 @@ class OptimizerConfig:
             require(self, field, 0 < getattr(self, field) < float("inf"), "allowed: above 0")
         for field in ("adam_learning_rate", "clip_norm"):
             require(self, field, getattr(self, field) is None or getattr(self, field) > 0, "allowed: above 0, or null")
+        decay = self.layer_decay
+        require(self, "layer_decay", decay is None or 0 < decay <= 1, "allowed: above 0, at most 1, or null")
         for field in ("warmup_steps", "weight_decay"):
             require(self, field, getattr(self, field) >= 0, "allowed: 0 or more")
         for field in ("final_fraction", "decay_fraction"):
@@ -95,8 +105,14 @@ def make_schedule(config: OptimizerConfig, num_steps: int, peak: float | None = 
     return optax.join_schedules([lambda step: peak * (step + 1) / warmup, after], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimiser with its schedule over `num_steps` steps, global-norm clipping in front."""
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, num_layers: int | None = None
+) -> optax.GradientTransformation:
+    """The optimiser with its schedule over `num_steps` steps, global-norm clipping in front.
+
+    Args:
+        num_layers: of the model, for `layer_decay`.
+    """
     schedule = make_schedule(config, num_steps)
     decays: Any = decay_mask
     match config.name:
@@ -140,17 +156,48 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
                     schedule, momentum=config.b1 or None, nesterov=config.b1 > 0, accumulator_dtype=config.moment_dtype
                 ),
             )
-    if config.clip_norm is None:
-        return update
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    parts = [update]
+    if config.clip_norm is not None:
+        parts = [optax.clip_by_global_norm(config.clip_norm), update]
+    if config.layer_decay is not None:
+        assert num_layers is not None
+        # Every rule here ends with the rate, weight decay behind it included, and keeps nothing that depends on it: what
+        # multiplies an update multiplies the rate.
+        parts.append(_scaled_by_layer(config.layer_decay, num_layers))
+    return parts[0] if len(parts) == 1 else optax.chain(*parts)
+
+
+def layer_factors(params: nnx.State, decay: float, num_layers: int) -> nnx.State:
+    """What multiplies the learning rate of each parameter: decay^(L - l) of block l, from 0, as an array over the layers'
+    dims; decay^(L + 1) of what stands under the blocks; 1 of what stands on them."""
+
+    def factor(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        if is_stacked(variable):
+            # In stages the layers are two dims, and in their order.
+            lead = 2 if is_in_stages(variable) else 1
+            shape = variable.get_value().shape
+            ones = (1,) * (len(shape) - lead)
+            factors = decay ** np.arange(num_layers, 0, -1, dtype=np.float32)
+            return variable.replace(factors.reshape(*shape[:lead], *ones))
+        below = path and path[0].key in BELOW
+        return variable.replace(np.float32(decay ** (num_layers + 1) if below else 1))
+
+    return jax.tree_util.tree_map_with_path(factor, params, is_leaf=is_variable)
+
+
+def _scaled_by_layer(decay: float, num_layers: int) -> optax.GradientTransformation:
+    def scale(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda update, by: update * by, updates, layer_factors(updates, decay, num_layers))
+
+    return optax.stateless(scale)
 
 
 def decay_mask(params: nnx.State) -> nnx.State:
-    """True for matrices and embeddings, False for gains and biases, whose names are `scale` and `bias`."""
+    """True for matrices and embeddings, False for gains and biases, whose names are `scale`, `magnitude` and `bias`."""
 
     def decays(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
-        return variable.replace(not names & {"scale", "bias"})
+        return variable.replace(not names & {"scale", "bias", "magnitude"})
 
     return jax.tree_util.tree_map_with_path(decays, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

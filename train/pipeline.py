@@ -18,6 +18,7 @@ from train.mesh import MeshConfig, check_batch
 from train.objective import LOSSES, Batch, LossConfig, LossSums
 from train.state import TrainState
 from train.step import Gradient, Metrics
+from train.trained import ALL, Trained
 from transformer.attention.mask import AttentionMask
 from transformer.errors import ConfigError, require
 from transformer.layers.embedding import Embedding, embed_lookup
@@ -89,7 +90,9 @@ class StagedStep:
         return self.step.lower(self.abstract, batch)
 
 
-def one_forward_one_backward(graphdef: Any, loss: LossConfig, objective: str, schedule: Schedule) -> Gradient:
+def one_forward_one_backward(
+    graphdef: Any, loss: LossConfig, objective: str, schedule: Schedule, trained: Trained = ALL
+) -> Gradient:
     """The gradient of an objective's loss by the schedule 1F1B (Narayanan et al. 2019, section 3.2; 2021, section 2.2.1).
 
     On every tick each device runs its stage forward on one microbatch and backward on an earlier one, which is on its way
@@ -112,33 +115,37 @@ def one_forward_one_backward(graphdef: Any, loss: LossConfig, objective: str, sc
         P = axes_size(axes)
         M = P if schedule.microbatches is None else schedule.microbatches
         slots = 2 * P - 1
-        layout = jax.tree.map(
-            lambda leaf: PartitionSpec(axes) if is_stacked(leaf) else PartitionSpec(), params, is_leaf=is_variable
+        part, frozen = trained.split(params)
+        part_layout, frozen_layout = (
+            jax.tree.map(
+                lambda leaf: PartitionSpec(axes) if is_stacked(leaf) else PartitionSpec(), tree, is_leaf=is_variable
+            )
+            for tree in (part, frozen)
         )
 
-        def on_device(params: nnx.State, batches: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+        def on_device(part: nnx.State, frozen: nnx.State, batches: Batch, key: Array) -> tuple[nnx.State, LossSums]:
             index = jax.lax.axis_index(axes)
             is_first, is_last = index == 0, index == P - 1
             # A router's loss is a mean over the microbatches, as it is by the other schedule.
             share = jnp.sum(batches["weights"]) / M
 
-            def stage(params: nnx.State, given: Array, microbatch: Array) -> tuple[tuple[Array, Array], LossSums]:
+            def stage(part: nnx.State, given: Array, microbatch: Array) -> tuple[tuple[Array, Array], LossSums]:
                 """What goes on to the next stage, and this stage's part of the loss."""
-                model = nnx.merge(graphdef, params)
-                part = _Part(model.layers, given, is_first)
-                object.__setattr__(model, "layers", part)
+                model = nnx.merge(graphdef, part, frozen)
+                layers = _Part(model.layers, given, is_first)
+                object.__setattr__(model, "layers", layers)
                 object.__setattr__(model, "embed", _WholeTable(model.embed))
                 own_key = jax.random.fold_in(jax.random.fold_in(key, microbatch), index)
                 sums = LOSSES[objective](model, _at(batches, microbatch), loss, key=own_key)
                 sums = jax.tree.map(lambda x: jnp.where(is_last, x, 0), sums)
-                routed = router_loss(part.layers.config, part.outputs)
+                routed = router_loss(layers.layers.config, layers.outputs)
                 if routed is not None:
                     sums = dataclasses.replace(sums, loss=sums.loss + routed * share)
-                return (part.x, sums.loss), sums
+                return (layers.x, sums.loss), sums
 
             def forward(state: _Ticking, time: Array) -> tuple[_Ticking, Array]:
                 microbatch = jnp.clip(time - index, 0, M - 1)
-                (x, _), _ = stage(params, state.ahead, microbatch)
+                (x, _), _ = stage(part, state.ahead, microbatch)
                 # A slot is free again when the microbatch that had it is back.
                 inputs = jax.lax.dynamic_update_index_in_dim(state.inputs, state.ahead, (time - index) % slots, 0)
                 return dataclasses.replace(state, inputs=inputs), x
@@ -148,7 +155,7 @@ def one_forward_one_backward(graphdef: Any, loss: LossConfig, objective: str, sc
                 microbatch = jnp.clip(turn, 0, M - 1)
                 given = _at(state.inputs, turn % slots)
                 outs, pull, sums = jax.vjp(
-                    lambda params, given: stage(params, given, microbatch), params, given, has_aux=True
+                    lambda part, given: stage(part, given, microbatch), part, given, has_aux=True
                 )
                 arrived = jnp.where(is_last, 0, state.back)
                 grads, back = pull((arrived, jnp.ones_like(outs[1])))
@@ -177,10 +184,10 @@ def one_forward_one_backward(graphdef: Any, loss: LossConfig, objective: str, sc
                 return jax.lax.scan(tick, state, jnp.arange(first, last))[0]
 
             R, T = batches["tokens"].shape[1:]
-            c = nnx.merge(graphdef, params).config
+            c = nnx.merge(graphdef, part, frozen).config
             given = jnp.zeros((R, T, c.embed_dim), DTYPES[c.dtype])
-            _, sums = jax.eval_shape(stage, params, given, jnp.zeros((), jnp.int32))
-            grads, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (params, sums))
+            _, sums = jax.eval_shape(stage, part, given, jnp.zeros((), jnp.int32))
+            grads, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (part, sums))
             start = _Ticking(given, given, jnp.zeros((slots, *given.shape), given.dtype), grads, sums)
             full = ticks(start, 0, P - 1, ahead=True, back=False)
             steady = ticks(full, P - 1, M + P - 1, ahead=True, back=True)
@@ -194,11 +201,11 @@ def one_forward_one_backward(graphdef: Any, loss: LossConfig, objective: str, sc
         with jax.named_scope("pipeline"):
             return jax.shard_map(
                 on_device,
-                in_specs=(layout, PartitionSpec(), PartitionSpec()),
-                out_specs=(layout, PartitionSpec()),
+                in_specs=(part_layout, frozen_layout, PartitionSpec(), PartitionSpec()),
+                out_specs=(part_layout, PartitionSpec()),
                 axis_names=set(axes),
                 check_vma=False,
-            )(params, microbatched(batch, M), key)
+            )(part, frozen, microbatched(batch, M), key)
 
     return gradient
 

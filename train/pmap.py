@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train.objective import Batch, LossConfig
 from train.state import TrainState
 from train.step import Metrics, accumulated, make_gradient, update
+from train.trained import ALL, Trained
 from transformer.errors import UserError
 
 AXIS = "devices"
@@ -59,6 +60,7 @@ def make_pmap_step(
     microbatches: int = 1,
     ema_decay: float | None = None,
     objective: str = "causal",
+    trained: Trained = ALL,
 ) -> PmapStep:
     """The step over the devices of `mesh`, whose one axis longer than 1 is that of the batch.
 
@@ -76,7 +78,7 @@ def make_pmap_step(
             f"mesh.strategy: got 'pmap', which is for one process, and there are {jax.process_count()}; dp does the same"
         )
     devices = tuple(mesh.devices.flat)
-    gradient = accumulated(make_gradient(graphdef, loss, objective), microbatches)
+    gradient = accumulated(make_gradient(graphdef, loss, objective, trained=trained), microbatches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -84,7 +86,7 @@ def make_pmap_step(
         with nnx.logical_axis_rules(()):
             own = gradient(state.params, batch, jax.random.fold_in(key, jax.lax.axis_index(AXIS)))
         grads, sums = jax.lax.psum(own, AXIS)
-        return update(state, grads, sums, optimizer, ema_decay)
+        return update(state, grads, sums, optimizer, ema_decay, trained)
 
     def split(batch: Batch) -> Batch:
         return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)

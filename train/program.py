@@ -20,9 +20,11 @@ from train.pipeline import StagedStep, one_forward_one_backward, schedule_of
 from train.pmap import make_pmap_step
 from train.state import StateMaker, TrainState, abstract_state, init_state, lay_out, state_maker
 from train.step import make_eval_step, make_gradient, make_train_step
+from train.trained import ALL, Trained, chosen
 from transformer.errors import ConfigError
 from transformer.functional import ModelFactory, graphdef_of
-from transformer.models.families import ModelConfig, make_model
+from transformer.models.adapted import make_adapted
+from transformer.models.families import ModelConfig
 from transformer.pipeline import in_stages
 
 
@@ -39,9 +41,10 @@ class Program:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         schedule = schedule_of(config, mesh)
-        make = functools.partial(make_model, suited(config.model, config.mesh))
+        make = functools.partial(make_adapted, suited(config.model, config.mesh), config.adapter)
         graphdef = graphdef_of(make)
-        optimizer, self.make_state = _state_of(config, make)
+        self.trained = trained = trained_of(config, make)
+        optimizer, self.make_state = _state_of(config, make, trained)
         described = functools.partial(
             abstract_state, mesh=mesh, optimizer_rules=config.mesh.optimizer_rules,
             offload_optimizer=config.mesh.offload_optimizer,
@@ -51,11 +54,12 @@ class Program:
         if V > 1:
             staged = described(lambda key: in_stages(self.make_state(key), V))
         with nnx.logical_axis_rules(config.mesh.gradient_rules):
-            gradients = lay_out(staged.params, mesh)
+            gradients = lay_out(trained.of(staged.params), mesh)
         with nnx.logical_axis_rules(config.mesh.optimizer_rules):
-            summed = lay_out(staged.params, mesh)
+            summed = lay_out(trained.of(staged.params), mesh)
         options: dict[str, Any] = {
             "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "objective": config.objective.kind,
+            "trained": trained,
         }  # fmt: skip
         self.train_step: Any
         if config.mesh.strategy == "pmap":
@@ -63,7 +67,7 @@ class Program:
         else:
             pipelined = schedule.microbatches is not None
             of_loss = one_forward_one_backward if pipelined and config.mesh.schedule == "1f1b" else make_gradient
-            gradient = of_loss(graphdef, config.loss, config.objective.kind, schedule)
+            gradient = of_loss(graphdef, config.loss, config.objective.kind, schedule, trained)
             self.train_step = make_train_step(
                 graphdef,
                 optimizer,
@@ -111,14 +115,30 @@ def suited(model: ModelConfig, mesh: MeshConfig) -> ModelConfig:
 
 def described_state(config: RunConfig) -> TrainState:
     """Shapes of a config's whole state, wherever it will lie."""
-    _, make_state = _state_of(config, functools.partial(make_model, config.model))
+    make = functools.partial(make_adapted, config.model, config.adapter)
+    _, make_state = _state_of(config, make, trained_of(config, make))
     return jax.eval_shape(make_state, jax.random.key(0))
 
 
-def _state_of(config: RunConfig, make: ModelFactory) -> tuple[optax.GradientTransformation, StateMaker]:
+def trained_of(config: RunConfig, make: ModelFactory) -> Trained:
+    """Which parameters of its model a config trains.
+
+    Raises:
+        UserError: a pattern that matches no parameter, or nothing that is left to train.
+    """
+    if not config.optimizer.freeze and config.adapter is None:
+        return ALL
+    params = jax.eval_shape(lambda: nnx.state(make(nnx.Rngs(0)), nnx.Param))
+    return chosen(params, config.optimizer.freeze, config.adapter)
+
+
+def _state_of(
+    config: RunConfig, make: ModelFactory, trained: Trained
+) -> tuple[optax.GradientTransformation, StateMaker]:
     """The config's optimiser, and what makes the state of a model and it from a key."""
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    return optimizer, state_maker(make, optimizer, keep_ema=config.optimizer.ema_decay is not None)
+    optimizer = make_optimizer(config.optimizer, config.steps, getattr(config.model, "num_layers", None))
+    keep_ema = config.optimizer.ema_decay is not None
+    return optimizer, state_maker(make, optimizer, keep_ema=keep_ema, trained=trained)
 
 
 def batch_shapes(config: RunConfig, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
+import json
+import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -17,10 +22,19 @@ from train.data.tokenizer import Tokenizer
 from train.mesh import MeshConfig, make_mesh, use_mesh
 from train.state import abstract_params
 from transformer.errors import UserError
+from transformer.layers.adapter import merged
+from transformer.models.adapted import make_adapted
 from transformer.models.families import make_model
 
 _TARGET = "target/"
 """What the names of the files of the target's own tokenizer begin with."""
+_ORIGIN = "origin.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "datasets", "tokenizers")
+
+NO_SCORES = ("eval/selection_loss", "eval/tokens", "eval/pairs")
+"""What an evaluation records beside its scores."""
+Curves = dict[str, dict[int, float]]
+"""Metric → step → value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +52,8 @@ class LoadedRun:
 
 def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) -> LoadedRun:
     """A run's config, tokenizers and parameters, laid out over the devices that are here now.
+
+    Adapters are merged: what comes is the plain model that gives what the adapted one does, and a config without them.
 
     Args:
         step: `latest`, `best` (the latest where none was scored), or a step's number.
@@ -61,8 +77,13 @@ def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) 
         placed = MeshConfig(strategy="fsdp" if config.mesh.slices_parameters else "dp") if like is None else like.mesh
         mesh = make_mesh(placed)
         with use_mesh(mesh, placed.rules):
-            described = abstract_params(lambda rngs: make_model(config.model, rngs), mesh)
+            described = abstract_params(functools.partial(make_adapted, config.model, config.adapter), mesh)
             params = checkpoints.restore_params(number, described)
+            if config.adapter is not None:
+                plain = abstract_params(functools.partial(make_model, config.model), mesh)
+                layout = jax.tree.map(lambda leaf: leaf.sharding, plain)
+                params = jax.jit(merged, static_argnums=1, out_shardings=layout)(params, config.adapter.scale)
+                config = dataclasses.replace(config, adapter=None)
     return LoadedRun(config, tokenizer, target_tokenizer, params, mesh, number)
 
 
@@ -74,6 +95,35 @@ def tokenizer_files(prepared: Prepared, directory: Path) -> dict[str, str]:
             prepared.own_target_tokenizer.save(directory / _TARGET)
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def write_origin(directory: Path, prepared: Prepared) -> None:
+    """Note in a run's folder what it was made of beside its config: the data's fingerprint, and versions of packages."""
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    origin = {"data": prepared.meta.fingerprint, "versions": versions}
+    (directory / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def read_origin(directory: Path) -> dict[str, Any] | None:
+    """What `write_origin` wrote; None where nothing did."""
+    path = directory / _ORIGIN
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_metrics(directory: Path) -> Curves:
+    """All that a run has recorded in its metrics.jsonl; nothing for a run that has recorded nothing."""
+    path, curves = directory / "metrics.jsonl", Curves()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            # A kill has cut the last line short.
+            continue
+        for name, value in record.items():
+            if name != "step":
+                curves.setdefault(name, {})[record["step"]] = value
+    return curves
 
 
 def _choose(checkpoints: Checkpoints, run: Path, step: str) -> int:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.mesh import Rules, check_divisible, shardings_of
+from train.trained import ALL, Trained
 from transformer.functional import ModelFactory
 from transformer.types import Array, Int, PRNGKeyArray
 
@@ -38,16 +39,23 @@ StateMaker = Callable[..., TrainState]
 
 
 def state_maker(
-    make_model: ModelFactory, optimizer: optax.GradientTransformation, *, keep_ema: bool = False
+    make_model: ModelFactory,
+    optimizer: optax.GradientTransformation,
+    *,
+    keep_ema: bool = False,
+    trained: Trained = ALL,
 ) -> StateMaker:
-    """A pure function from a key, and from parameters where there are any, to a state that begins."""
+    """A pure function from a key, and from parameters where there are any, to a state that begins.
+
+    The optimiser has statistics of the trained parameters alone.
+    """
 
     def make(key: PRNGKeyArray, params: nnx.State | None = None) -> TrainState:
         init_key, train_key = jax.random.split(key)
         if params is None:
             params = nnx.state(make_model(nnx.Rngs(params=init_key)), nnx.Param)
         ema = jax.tree.map(jnp.copy, params) if keep_ema else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), train_key, ema)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained.of(params)), train_key, ema)
 
     return make
 

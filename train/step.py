@@ -13,13 +13,14 @@ from flax import nnx
 
 from train.objective import LOSSES, Batch, LossConfig, LossSums
 from train.state import TrainState
+from train.trained import ALL, Trained
 from transformer.pipeline import PLAIN, Schedule, scheduled
 from transformer.types import Array
 
 Metrics = dict[str, Array]
 
 Gradient = Callable[[nnx.State, Batch, Array], tuple[nnx.State, LossSums]]
-"""(params, batch, key) -> the gradient of the batch's summed loss, and the sums."""
+"""(params, batch, key) -> the gradient of the batch's summed loss with regard to the trained parameters, and the sums."""
 
 
 def make_train_step(
@@ -34,6 +35,7 @@ def make_train_step(
     gradients: nnx.State | None = None,
     summed: nnx.State | None = None,
     gradient: Gradient | None = None,
+    trained: Trained = ALL,
 ) -> jax.stages.Wrapped:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
@@ -49,12 +51,13 @@ def make_train_step(
         gradients: shapes and shardings of the gradients of each of several parts; by default the compiler lays them out.
         summed: the same of their sum over all parts, as the optimiser takes it.
         gradient: what computes them, such as a pipeline; by default `jax.grad` of the objective's loss.
+        trained: which parameters have gradients and are updated.
 
     Returns:
         A function whose metrics are float32 scalars: loss, nll (nats per token), grad_norm (before clipping), tokens,
         skipped.
     """
-    gradient = make_gradient(graphdef, loss, objective) if gradient is None else gradient
+    gradient = make_gradient(graphdef, loss, objective, trained=trained) if gradient is None else gradient
     compute = accumulated(gradient, microbatches, _layout(gradients))
 
     # Without its layout written out, the state would leave the first step laid out in other words than it came in with,
@@ -68,20 +71,25 @@ def make_train_step(
         grads, sums = compute(state.params, batch, jax.random.fold_in(state.key, state.step))
         if summed is not None:
             grads = jax.lax.with_sharding_constraint(grads, _layout(summed))
-        return update(state, grads, sums, optimizer, ema_decay)
+        return update(state, grads, sums, optimizer, ema_decay, trained)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_gradient(graphdef: Any, loss: LossConfig, objective: str = "causal", schedule: Schedule = PLAIN) -> Gradient:
+def make_gradient(
+    graphdef: Any, loss: LossConfig, objective: str = "causal", schedule: Schedule = PLAIN, trained: Trained = ALL
+) -> Gradient:
     """The gradient of an objective's loss, by `jax.grad`; `schedule` is that of the pipeline, where layers lie along one."""
 
-    def loss_sum(params: nnx.State, batch: Batch, key: Array) -> tuple[Array, LossSums]:
+    def loss_sum(part: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[Array, LossSums]:
         with scheduled(schedule):
-            sums = LOSSES[objective](nnx.merge(graphdef, params), batch, loss, key=key)
+            sums = LOSSES[objective](nnx.merge(graphdef, part, frozen), batch, loss, key=key)
         return sums.loss, sums
 
-    return jax.grad(loss_sum, has_aux=True)
+    def gradient(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+        return jax.grad(loss_sum, has_aux=True)(*trained.split(params), batch, key)
+
+    return gradient
 
 
 def accumulated(gradient: Gradient, microbatches: int, layout: nnx.State | None = None) -> Gradient:
@@ -116,23 +124,26 @@ def update(
     sums: LossSums,
     optimizer: optax.GradientTransformation,
     ema_decay: float | None = None,
+    trained: Trained = ALL,
 ) -> tuple[TrainState, Metrics]:
     """The state after a step, and its metrics, from the gradient of the global batch's summed loss."""
+    before, ema = trained.of(state.params), None if state.ema is None else trained.of(state.ema)
     # optax relies on JAX's default promotion, whatever stricter rule the program runs under.
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
         weight = jnp.maximum(sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
+        updates, opt_state = optimizer.update(grads, state.opt_state, before)
+        params = optax.apply_updates(before, updates)
+        kept = (before, state.opt_state, ema)
         if ema is not None and ema_decay is not None:
             ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, params)
-        kept = (state.params, state.opt_state, state.ema)
         params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), kept
         )
+        params = trained.put(params, state.params)
+        ema = None if ema is None or state.ema is None else trained.put(ema, state.ema)
     metrics = {
         "loss": sums.loss / weight,
         "nll": sums.nll / weight,

@@ -15,6 +15,7 @@ from flax import nnx
 from transformer.attention.mask import AttentionMask
 from transformer.attention.multi_head import MultiHeadAttention
 from transformer.decode.cache import KVCache
+from transformer.layers.adapter import dropping
 from transformer.layers.feed_forward import FeedForward
 from transformer.layers.linear import dropout
 from transformer.layers.mixture_of_experts import MixtureOfExperts, RouterLosses
@@ -122,16 +123,17 @@ class Block(nnx.Module):
         def attention_norm(x: Array) -> Array:
             return self.attention_norm(x) if normed is None else jnp.where(normed, x, self.attention_norm(x))
 
-        if self.parallel:
-            sides = (attended(attention_norm(x_BTD)), fed(self.feed_forward_norm(x_BTD)))
-            dropped = (
-                dropout(side, self.dropout_rate, key) for side, key in zip(sides, (keys[1], keys[4]), strict=True)
-            )
-            return sum(dropped, x_BTD), BlockOutput(**output)  # type: ignore[arg-type]
-        x_BTD = self._around(x_BTD, attended, attention_norm, keys[1])
-        if self.cross_norm is not None:
-            x_BTD = self._around(x_BTD, remembered, self.cross_norm, keys[3])
-        x_BTD = self._around(x_BTD, fed, self.feed_forward_norm, keys[4])
+        with dropping(key, first=len(keys)):
+            if self.parallel:
+                sides = (attended(attention_norm(x_BTD)), fed(self.feed_forward_norm(x_BTD)))
+                dropped = (
+                    dropout(side, self.dropout_rate, key) for side, key in zip(sides, (keys[1], keys[4]), strict=True)
+                )
+                return sum(dropped, x_BTD), BlockOutput(**output)  # type: ignore[arg-type]
+            x_BTD = self._around(x_BTD, attended, attention_norm, keys[1])
+            if self.cross_norm is not None:
+                x_BTD = self._around(x_BTD, remembered, self.cross_norm, keys[3])
+            x_BTD = self._around(x_BTD, fed, self.feed_forward_norm, keys[4])
         return x_BTD, BlockOutput(**output)  # type: ignore[arg-type]
 
     def _around(

@@ -21,9 +21,10 @@ from benchmarks.sharding.targets import Target
 from train.config import RunConfig
 from train.explain import saved_bytes
 from train.mesh import MESH_AXES, MeshConfig, Rules, shardings_of
-from train.program import batch_shapes, described_state
+from train.program import batch_shapes, described_state, trained_of
 from transformer.functional import graphdef_of
-from transformer.models.families import flops_per_token, make_model
+from transformer.models.adapted import make_adapted
+from transformer.models.families import flops_per_token
 
 OVERLAP = 0.7
 """Share of the arithmetic behind which gathers and sums of parameters hide."""
@@ -59,19 +60,20 @@ class Analysis:
     def __init__(self, config: RunConfig) -> None:
         self.state = described_state(config)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        self.trained = trained_of(config, functools.partial(make_adapted, config.model, config.adapter))
 
     @functools.cache  # noqa: B019
     def saved(self, config: RunConfig) -> int:
         """Bytes that the forward pass of one sequence saves under the config's remat policy."""
-        make = functools.partial(make_model, config.model)
-        return saved_bytes(graphdef_of(make), self.state.params, batch_shapes(config, 1), config)
+        make = functools.partial(make_adapted, config.model, config.adapter)
+        return saved_bytes(graphdef_of(make), self.state.params, batch_shapes(config, 1), config, self.trained)
 
     def estimate(self, config: RunConfig, target: Target) -> Estimate:
         """Of the config's step on its own mesh over the target's devices."""
         sizes = dict(zip(MESH_AXES, config.mesh.sizes(target.num_devices), strict=True))
         model = config.model
         parameters = sharded_bytes(self.state.params, config.mesh.rules, sizes)
-        gradients = sharded_bytes(self.state.params, config.mesh.gradient_rules, sizes)
+        gradients = sharded_bytes(self.trained.of(self.state.params), config.mesh.gradient_rules, sizes)
         optimizer = sharded_bytes((self.state.opt_state, self.state.ema), config.mesh.optimizer_rules, sizes)
         layers = getattr(model, "num_layers", 1)
         wide = 2 if model.dtype == "bfloat16" else 4

@@ -16,7 +16,7 @@ _TAGS = {
     "embedding": "feature-extraction",
 }  # fmt: skip
 _USES = {
-    "gpt": "ids = tokenizer('The', return_tensors='pt').input_ids\nprint(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))",
+    "gpt": "ids = tokenizer('The', return_tensors='pt').input_ids\nprint(tokenizer.decode(model.generate(ids)[0]))",
     "bert": "print(model(**tokenizer('A text.', return_tensors='pt')))",
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from flax import nnx
 
 from transformer.sharding import with_axes
 from transformer.types import Array, DTypeLike, Float, PRNGKeyArray, wide
+
+if TYPE_CHECKING:
+    from transformer.layers.adapter import Adapter
 
 
 @jax.custom_vjp
@@ -86,6 +90,8 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(with_axes(init, *axes)(rngs.params(), shape, param_dtype))
         zeros = with_axes(nnx.initializers.zeros, *axes[self.num_in :])
         self.bias = nnx.Param(zeros(rngs.params(), out_shape, param_dtype)) if use_bias else None
+        # Fine-tuning may give it one (`models/adapted.py`).
+        self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
         """[..., *in_shape] → [..., *out_shape] in `dtype`."""
@@ -93,12 +99,25 @@ class Linear(nnx.Module):
         # As a matrix: one well-tuned product on every device, whatever the dims mean.
         rows = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.num_in], -1)
         bias = None if self.bias is None else self.bias[...].astype(self.dtype).reshape(-1)
-        y = dense(rows, kernel.reshape(rows.shape[-1], -1), bias)
+        if self.adapter is None:
+            y = dense(rows, kernel.reshape(rows.shape[-1], -1), bias)
+        else:
+            y = self.adapter(rows, self.kernel[...].reshape(rows.shape[-1], -1), bias)
         return y.reshape(*y.shape[:-1], *kernel.shape[self.num_in :])
+
+    def plain(self) -> Linear:
+        """The same map without an adapter: with one kernel that gives what both do."""
+        if self.adapter is None:
+            return self
+        linear = jax.tree.map(lambda leaf: leaf, self)
+        linear.kernel.set_value(self.adapter.merged(self.kernel[...]))
+        linear.adapter = None
+        return linear
 
 
 def join(maps: Sequence[Linear]) -> Linear:
     """One map that gives what `maps` give, side by side along the first output dim: one product in place of several."""
+    maps = [linear.plain() for linear in maps]
     first = maps[0]
     joined = nnx.merge(*nnx.split(first))
     joined.kernel.set_value(jnp.concatenate([m.kernel[...] for m in maps], axis=first.num_in))

@@ -1,0 +1,267 @@
+"""Fine-tuning by adapters: what learns, on any mesh; runs that begin with others' weights; and what becomes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.train.fine_tuning import SMALL, classifier_of, config_of, write_texts
+from train import loop
+from train.checkpoint import Checkpoints
+from train.cli import main
+from train.config import RunConfig, dump, load
+from train.data.objective_config import ObjectiveConfig
+from train.data.prepare import prepare
+from train.init_from import begin_from
+from train.loop import train
+from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.optimizer import OptimizerConfig
+from train.program import Program
+from train.run_files import load_run
+from train.sections import CheckpointConfig, EvaluationConfig
+from train.trained import dotted
+from transformer.errors import UserError
+from transformer.functional import graphdef_of
+from transformer.layers.adapter import AdapterConfig, merged
+from transformer.models.bert import BertConfig
+from transformer.models.families import make_model
+from transformer.models.gpt import GPTConfig
+from transformer.pipeline import in_order
+
+B, T = 16, 8
+MODEL = GPTConfig(vocab_size=32, max_length=T, num_layers=4, embed_dim=16, num_heads=2)
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 32, (B, T + 1)).astype(np.int32)
+BATCH = {
+    "tokens": TOKENS[:, :-1],
+    "targets": TOKENS[:, 1:],
+    "weights": (RNG.random((B, T)) < np.linspace(0.1, 1, B)[:, None]).astype(np.float32),
+}
+LORA, DORA = AdapterConfig(rank=4), AdapterConfig(rank=4, kind="dora")
+
+
+def by_path(params):
+    return {dotted(path): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(params)}
+
+
+def run(mesh_config, num_devices, adapter=LORA, microbatches=1, steps=3, **model):
+    """Losses and gradient norms; the parameters before and after; the program and its last state."""
+    mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
+    config = RunConfig(
+        name="test", steps=10, batch_size=B, microbatches=microbatches, model=dataclasses.replace(MODEL, **model),
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=1.0), adapter=adapter, mesh=mesh_config,
+    )  # fmt: skip
+    with use_mesh(mesh, mesh_config.rules):
+        program = Program(config, mesh)
+        state, seen = program.init(), []
+        before = by_path(state.params)
+        batch = shard_batch(BATCH, program.batch_sharding)
+        for _ in range(steps):
+            state, metrics = program.train_step(state, batch)
+            seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        return np.array(seen), before, by_path(in_order(state.params)), program, state
+
+
+@functools.cache
+def on_one_device(adapter=LORA):
+    return run(MeshConfig(), 1, adapter)
+
+
+@pytest.mark.parametrize("adapter", [LORA, DORA], ids=["lora", "dora"])
+def test_adapters_learn_and_nothing_else(adapter):
+    seen, before, after, program, state = on_one_device(adapter)
+    for name, value in after.items():
+        assert np.array_equal(value, before[name]) == (".adapter." not in name), name
+    assert seen[-1, 0] < seen[0, 0]
+    assert by_path(state.opt_state[1][0].mu).keys() == {name for name in after if ".adapter." in name}
+    counted = program.trained.counted(state.params)
+    trained, total = (sum(after[name].size for name in after if part in name) for part in (".adapter.", ""))
+    assert counted == f"{trained:,} of {total:,} parameters ({trained / total:.1%}) trained"
+
+
+@pytest.mark.parametrize("adapter", [LORA, DORA], ids=["lora", "dora"])
+def test_merged_it_scores_the_same(adapter):
+    _, _, _, program, state = on_one_device(adapter)
+    plain = merged(state.params, adapter.scale)
+    graphdef = graphdef_of(functools.partial(make_model, MODEL))
+    described = jax.eval_shape(lambda: nnx.state(make_model(MODEL, nnx.Rngs(0)), nnx.Param))
+    assert jax.tree.structure(plain) == jax.tree.structure(described)
+    with use_mesh(program.mesh, MeshConfig().rules):
+        adapted = program.eval_step(state.params, BATCH)
+    logits = nnx.merge(graphdef, plain)(jnp.asarray(BATCH["tokens"])).logits
+    picked = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), BATCH["targets"][..., None], -1)[..., 0]
+    assert float(adapted.nll) == pytest.approx(-(picked * BATCH["weights"]).sum(), rel=1e-4)
+
+
+LAYOUTS = [
+    (MeshConfig(strategy="fsdp"), 8, 2, LORA),
+    (MeshConfig(strategy="tensor", tensor=2, data=2), 4, 1, DORA),
+    (MeshConfig(strategy="pipeline", pipeline=2, stages_per_device=2), 2, 1, LORA),
+    (MeshConfig(strategy="pipeline", pipeline=2, schedule="1f1b"), 2, 1, LORA),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "num_devices", "microbatches", "adapter"), LAYOUTS, ids=lambda value: str(value)[:40]
+)
+def test_every_layout_computes_what_one_device_does(config, num_devices, microbatches, adapter):
+    expected = on_one_device(adapter)
+    got = run(config, num_devices, adapter, microbatches)
+    np.testing.assert_allclose(got[0], expected[0], rtol=2e-4)
+    for name, value in got[2].items():
+        np.testing.assert_allclose(value, expected[2][name], atol=2e-3)
+
+
+def test_a_loop_over_layers_trains_the_same():
+    np.testing.assert_allclose(run(MeshConfig(), 1, scan_layers=False)[0], on_one_device()[0], rtol=1e-4)
+
+
+def test_dropout_is_of_training_alone():
+    adapter = dataclasses.replace(LORA, dropout=0.5)
+    seen, _, _, program, state = run(MeshConfig(), 1, adapter)
+    # B is zero at first: what its input drops shows from the second step on.
+    np.testing.assert_allclose(seen[0, 0], on_one_device()[0][0, 0], rtol=1e-6)
+    assert not np.allclose(seen[2], on_one_device()[0][2], rtol=1e-4)
+    _, _, _, still, _ = on_one_device()
+    with use_mesh(program.mesh, MeshConfig().rules):
+        assert float(program.eval_step(state.params, BATCH).nll) == float(still.eval_step(state.params, BATCH).nll)
+
+
+def test_what_is_trained_beside_adapters():
+    def trained(**options):
+        config = RunConfig(
+            name="test", model=BertConfig(**SMALL, head="classification"), adapter=AdapterConfig(**options),
+            objective=ObjectiveConfig(kind="classification"),
+        )  # fmt: skip
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        with use_mesh(mesh, config.mesh.rules):
+            program = Program(config, mesh)
+        part = program.trained.of(program.abstract.params)
+        return {str(path[0]) for path, _ in nnx.to_flat_state(part)}
+
+    assert trained() == {"layers", "pooled_head"}
+    assert trained(train_also=()) == {"layers"}
+    assert trained(train_also=("embed_norm.*", "pooled_head.out.*")) == {"layers", "embed_norm", "pooled_head"}
+    with pytest.raises(UserError, match="adapter.train_also: 'heads' matches no parameter; the nearest are"):
+        trained(train_also=("heads",))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def encoder(texts, tmp_path_factory):
+    """The folder of a masked language model."""
+    folder = tmp_path_factory.mktemp("runs") / "encoder"
+    train(config_of(texts, folder))
+    return folder
+
+
+def adapted_classifier(texts, folder, encoder, adapter=LORA, **changes):
+    fields = {
+        "steps": 30, "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+        "evaluation": EvaluationConfig(every=0), "checkpoint": CheckpointConfig(every=10),
+    }  # fmt: skip
+    return classifier_of(texts, folder, init_from=str(encoder), adapter=adapter, **fields | changes)
+
+
+def stored(run, step="latest"):
+    return by_path(load_run(run, step).params)
+
+
+@pytest.mark.parametrize("adapter", [LORA, DORA], ids=["lora", "dora"])
+def test_it_begins_as_the_plain_model_does(texts, encoder, tmp_path, adapter):
+    config = adapted_classifier(texts, tmp_path / "tuned", encoder, adapter)
+    prepared, found = prepare(config.data, progress=False), []
+    mesh = make_mesh(config.mesh)
+    for one in (config, dataclasses.replace(config, adapter=None)):
+        with use_mesh(mesh, config.mesh.rules):
+            program = Program(one, mesh)
+            params, said = begin_from(program.init().params, one, prepared)
+            state = program.init(params)
+            found.append((by_path(merged(state.params, adapter.scale)), said))
+    (params, said), (plain, said_plain) = found
+    assert params.keys() == plain.keys()
+    for name, value in params.items():
+        np.testing.assert_allclose(value, plain[name], rtol=1e-6, atol=1e-7)
+    assert "; beginning afresh: adapters, pooled_head; left behind: masked_head" in said
+    assert said.split(" of ")[0] == said_plain.split(" of ")[0]
+
+
+def test_a_run_learns_goes_on_bitwise_and_is_a_plain_model_afterwards(texts, encoder, tmp_path, capsys, monkeypatch):
+    config = adapted_classifier(texts, tmp_path / "tuned", encoder, dataclasses.replace(LORA, dropout=0.1))
+    whole = train(config)
+    said = capsys.readouterr().out
+    assert re.search(r"starting; [\d,]+ of [\d,]+ parameters \(\d+\.\d%\) trained on 8 × cpu", said)
+    assert whole.scores.accuracy > 0.8
+    half = dataclasses.replace(config, run_dir=str(tmp_path / "half"))
+
+    class Soon(loop.GracefulStop):
+        asked = 0
+        requested = property(lambda self: self.count() > 6, lambda self, value: None)
+
+        def count(self):
+            self.asked += 1
+            return self.asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "GracefulStop", Soon)
+        assert train(half).interrupted
+    assert train(half).step == 30
+    loaded = load_run(tmp_path / "tuned")
+    assert loaded.config.adapter is None
+    one, other = by_path(loaded.params), stored(tmp_path / "half")
+    assert not any(".adapter." in name for name in one)
+    for name, value in one.items():
+        np.testing.assert_array_equal(other[name], value)
+    theirs = stored(encoder, "best")
+    assert np.array_equal(one["embed.table"], theirs["embed.table"])
+    assert not np.array_equal(
+        one["layers.blocks.attention.query.kernel"], theirs["layers.blocks.attention.query.kernel"]
+    )
+    with Checkpoints(tmp_path / "tuned") as checkpoints:
+        assert checkpoints.meta(30)["config"]["adapter"]["rank"] == 4
+
+    # What begins with it begins with the plain model, whether it has adapters of its own or not.
+    capsys.readouterr()
+    for number, adapter in enumerate((None, DORA)):
+        still = OptimizerConfig(learning_rate=1e-9)
+        folder = tmp_path / f"next{number}"
+        begun = train(adapted_classifier(texts, folder, tmp_path / "tuned", adapter, steps=1, optimizer=still))
+        assert begun.scores.loss == pytest.approx(whole.scores.loss, rel=1e-4)
+        afresh = "" if adapter is None else "; beginning afresh: adapters\n"
+        assert re.search(
+            rf"weights from .*tuned, step \d+: [\d,]+ of [\d,]+ parameters{afresh}", capsys.readouterr().out
+        )
+
+
+def test_a_language_model_writes_with_its_adapters(whole, config_file, tmp_path, capsys):
+    config = dataclasses.replace(
+        load(config_file), init_from=str(whole), run_dir=str(tmp_path / "tuned"), adapter=DORA, steps=2
+    )
+    lora = load(config_file, ["--adapter.rank", "3", "--adapter.targets", "query", "value"]).adapter
+    assert lora == AdapterConfig(rank=3, targets=("query", "value"))
+    (tmp_path / "tuned.yaml").write_text(dump(config), encoding="utf-8")
+    assert load(tmp_path / "tuned.yaml") == config
+    assert main(["train", str(tmp_path / "tuned.yaml"), "--adapter.rank", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "── sample ──" in said and "beginning afresh: adapters" in said
+    assert main(["generate", str(tmp_path / "tuned"), "--prompt", "value_", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("value_")
+    assert main(["explain", str(tmp_path / "tuned.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"adapter.rank +4 +8 +Width", said) and "of them; the others are frozen" in said
+    assert (
+        main(["train", str(tmp_path / "tuned.yaml"), "--adapter.targets", "querry", "--run-dir", str(tmp_path / "no")])
+        == 2
+    )
+    assert "adapter.targets: 'querry' is no map" in capsys.readouterr().err

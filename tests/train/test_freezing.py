@@ -1,0 +1,240 @@
+"""Parameters that stay as they are: what is trained around them, on any mesh, and that nothing is computed or kept for them."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from train.cli import main
+from train.config import RunConfig
+from train.data.objective_config import ObjectiveConfig
+from train.explain import cost
+from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.objective import LossConfig
+from train.optimizer import OptimizerConfig, layer_factors, make_optimizer
+from train.program import Program
+from train.step import make_gradient
+from train.trained import chosen, dotted
+from transformer.errors import UserError
+from transformer.functional import graphdef_of
+from transformer.models.bert import BertConfig
+from transformer.models.encoder_decoder import VaswaniConfig
+from transformer.models.families import described_parameters, make_model
+from transformer.models.gpt import GPTConfig
+from transformer.pipeline import in_order
+
+B, T = 16, 8
+MODEL = GPTConfig(vocab_size=32, max_length=T, num_layers=4, embed_dim=16, num_heads=2)
+FREEZE = ("embed.*", "layers.blocks.attention*", "positions.table")
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, 32, (B, T + 1)).astype(np.int32)
+BATCH = {
+    "tokens": TOKENS[:, :-1],
+    "targets": TOKENS[:, 1:],
+    "weights": (RNG.random((B, T)) < np.linspace(0.1, 1, B)[:, None]).astype(np.float32),
+}
+
+
+def program_of(mesh_config, num_devices, *, freeze=FREEZE, model=MODEL, adapter=None, microbatches=1, **options):
+    mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
+    optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=1.0, freeze=freeze, **options)
+    config = RunConfig(
+        name="test", steps=10, batch_size=B, microbatches=microbatches, model=model, optimizer=optimizer,
+        adapter=adapter, mesh=mesh_config,
+    )  # fmt: skip
+    with use_mesh(mesh, mesh_config.rules):
+        return Program(config, mesh)
+
+
+def run(program, steps=3):
+    """Losses and gradient norms; the parameters before and after; the last state."""
+    with use_mesh(program.mesh, program.config.mesh.rules):
+        state, seen = program.init(), []
+        before = by_path(state.params)
+        batch = shard_batch(BATCH, program.batch_sharding)
+        for _ in range(steps):
+            state, metrics = program.train_step(state, batch)
+            seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        return np.array(seen), before, by_path(in_order(state.params)), state
+
+
+def by_path(params):
+    return {dotted(path): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(params)}
+
+
+def is_frozen(name):
+    return name.startswith(("embed.", "positions.", "layers.blocks.attention"))
+
+
+@functools.cache
+def on_one_device(**options):
+    return run(program_of(MeshConfig(), 1, **options))
+
+
+def test_the_frozen_stay_and_the_others_learn():
+    seen, before, after, state = on_one_device(ema_decay=0.5)
+    for name, value in after.items():
+        assert np.array_equal(value, before[name]) == is_frozen(name), name
+        average = by_path(state.ema)[name]
+        assert np.array_equal(average, before[name]) == is_frozen(name), name
+    assert seen[-1, 0] < seen[0, 0]
+    moments = by_path(state.opt_state[1][0].mu)
+    assert moments.keys() == {name for name in after if not is_frozen(name)}
+
+
+def test_the_gradient_is_of_the_trained_parameters_alone_and_so_is_its_norm():
+    program = program_of(MeshConfig(), 1, clip_norm=None)
+    graphdef = graphdef_of(functools.partial(make_model, MODEL))
+    gradient = make_gradient(graphdef, LossConfig(), trained=program.trained)
+    grads, _ = jax.eval_shape(gradient, program.abstract.params, BATCH, jax.random.key(0))
+    everything = [dotted(path) for path, _ in nnx.to_flat_state(program.abstract.params)]
+    assert [dotted(path) for path, _ in nnx.to_flat_state(grads)] == [n for n in everything if not is_frozen(n)]
+
+    seen, _, _, part = run(program, steps=1)
+    whole = by_path(run(program_of(MeshConfig(), 1, freeze=(), clip_norm=None), steps=1)[3].opt_state[0].mu)
+    # The first moments of the first step are its gradients by a factor of 1 - b1.
+    for name, value in by_path(part.opt_state[0].mu).items():
+        np.testing.assert_allclose(value, whole[name], rtol=1e-4, atol=1e-6)
+    norm = np.sqrt(sum(np.square(value).sum() for name, value in whole.items() if not is_frozen(name)))
+    assert norm / 0.1 == pytest.approx(seen[0, 1], rel=1e-4)
+
+
+def test_nothing_is_multiplied_for_frozen_matrices():
+    def flops(**options):
+        program = program_of(MeshConfig(), 1, model=GPTConfig(**vars(MODEL) | {"scan_layers": False}), **options)
+        with use_mesh(program.mesh, program.config.mesh.rules):
+            return program.lower().compile().cost_analysis()["flops"]
+
+    none, blocks = flops(freeze=()), flops(freeze=("layers.blocks.*",))
+    # Of each matrix of the blocks two products are left of three.
+    matrices = 4 * (4 * 16 * 16 + 2 * 16 * 64)
+    assert none - blocks > 0.95 * 2 * matrices * B * T
+
+
+LAYOUTS = [
+    (MeshConfig(), 1, 4),
+    (MeshConfig(strategy="dp"), 8, 1),
+    (MeshConfig(strategy="pmap"), 8, 2),
+    (MeshConfig(strategy="fsdp"), 8, 1),
+    (MeshConfig(strategy="zero2"), 8, 2),
+    (MeshConfig(strategy="tensor", tensor=2, data=4), 8, 1),
+    (MeshConfig(strategy="pipeline", pipeline=2, fsdp=2, stages_per_device=2), 4, 1),
+    (MeshConfig(strategy="pipeline", pipeline=2, fsdp=2, schedule="1f1b"), 4, 2),
+]
+
+
+@pytest.mark.parametrize(("config", "num_devices", "microbatches"), LAYOUTS, ids=lambda value: str(value)[:60])
+def test_every_layout_computes_what_one_device_does(config, num_devices, microbatches):
+    expected = on_one_device(layer_decay=0.5)
+    got = run(program_of(config, num_devices, microbatches=microbatches, layer_decay=0.5))
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-4)
+    for name, value in got[2].items():
+        np.testing.assert_allclose(value, expected[2][name], atol=2e-3)
+        assert np.array_equal(value, expected[1][name]) == is_frozen(name), name
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor", "muon", "sgd"])
+def test_every_optimiser_leaves_the_frozen_alone(name):
+    _, before, after, _ = run(program_of(MeshConfig(), 1, name=name), steps=1)
+    assert {path for path in after if np.array_equal(after[path], before[path])} == set(filter(is_frozen, after))
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (
+            ("layer.blocks.*",),
+            r"optimizer.freeze: 'layer.blocks.\*' matches no parameter; the nearest are layers.blocks",
+        ),
+        (("embed",), "'embed' matches no parameter; the nearest are embed.table, "),
+        (("embed.*", "*"), r"got \['embed.\*', '\*'\], which leaves no parameter to train"),
+    ],
+)
+def test_a_pattern_that_cannot_be(freeze, message):
+    with pytest.raises(UserError, match=message) as raised:
+        chosen(described_parameters(MODEL), freeze, None)
+    assert "\n" not in str(raised.value)
+
+
+def test_explain_counts_what_is_trained(config_file, capsys):
+    config = program_of(MeshConfig(), 1).config
+    found, all_ = cost(config), cost(program_of(MeshConfig(), 1, freeze=()).config)
+    trained = sum(value.size for name, value in on_one_device()[1].items() if not is_frozen(name))
+    assert found.trained == trained and found.parameters == all_.parameters == all_.trained
+    assert found.gradient_bytes == 4 * trained
+    assert all_.optimizer_bytes - found.optimizer_bytes == 8 * (all_.parameters - trained)
+    assert main(["explain", str(config_file), "--optimizer.freeze", "embed.*", "positions.*"]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"trained +[\d,]+ \(\d\d\.\d%\) +of them; the others are frozen", output)
+
+
+def test_the_work_of_a_step_is_of_what_is_trained():
+    params = described_parameters(MODEL)
+
+    def passes(*freeze):
+        trained = chosen(params, freeze, None)
+        return trained.passes(params), sum(leaf.size for leaf in jax.tree.leaves(trained.of(params))) / total
+
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert passes() == (3, 1)
+    found, share = passes(*FREEZE)
+    assert found == 2 + share and 0 < share < 1
+    # The final norm alone: nothing goes back through the blocks.
+    found, share = passes("embed.*", "positions.*", "layers.blocks.*")
+    assert found == 1 + 2 * share and share < 0.01
+
+
+def test_layer_decay_is_electras():
+    model = BertConfig(vocab_size=32, max_length=8, num_layers=3, embed_dim=8, num_heads=2, head="classification")
+    factors = {
+        dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(layer_factors(described_parameters(model), 0.5, 3))
+    }  # fmt: skip
+    for name in ("embed.table", "positions.table", "types.table", "embed_norm.scale"):
+        assert factors[name] == 0.5**4
+    for name, value in factors.items():
+        if name.startswith("layers.blocks"):
+            np.testing.assert_array_equal(value.ravel(), [0.125, 0.25, 0.5])
+        elif not name.startswith(("embed", "positions", "types")):
+            assert value == 1, name
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
+def test_a_factor_is_of_the_rate_and_so_of_the_decay_too(name):
+    """Steps of blocks that learn by a half of the rate are those of a run whose whole rate is half."""
+    model = GPTConfig(**vars(MODEL) | {"num_layers": 1})
+    params = jax.tree.map(
+        lambda leaf: jax.random.normal(jax.random.key(leaf.size), leaf.shape), described_parameters(model)
+    )
+
+    def updates(**options):
+        config = OptimizerConfig(name=name, weight_decay=0.5, clip_norm=None, schedule="linear", **options)
+        optimizer = make_optimizer(config, 5, 1)
+        state, moved = optimizer.init(params), params
+        with jax.numpy_dtype_promotion("standard"):
+            for step in range(2):
+                grads = jax.tree.map(lambda p: jnp.cos(p + step), params)  # noqa: B023
+                moved, state = optimizer.update(grads, state, params)
+        return by_path(moved)
+
+    halved, half, whole = (
+        updates(learning_rate=0.1, layer_decay=0.5),
+        updates(learning_rate=0.05),
+        updates(learning_rate=0.1),
+    )
+    for path, value in halved.items():
+        factor = 0.5 if path.startswith("layers.blocks") else 0.25 if path.startswith(("embed", "positions")) else 1
+        np.testing.assert_allclose(value, factor * whole[path], rtol=1e-5, atol=1e-7)
+        if factor == 0.5:
+            np.testing.assert_allclose(value, half[path], rtol=1e-5, atol=1e-7)
+
+
+def test_layer_decay_is_for_one_stack():
+    objective, optimizer = ObjectiveConfig(kind="seq2seq"), OptimizerConfig(layer_decay=0.9)
+    with pytest.raises(UserError, match="layer_decay: got 0.9; a model of family 'vaswani' is no single stack"):
+        RunConfig(name="test", model=VaswaniConfig(), objective=objective, optimizer=optimizer)

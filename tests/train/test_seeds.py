@@ -1,0 +1,75 @@
+"""Several seeds of one config: each is a run of its own, none is run twice, and their scores are summed up."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+
+import pytest
+
+from tests.train.run_records import records
+from train import loop, seeds
+from train.cli import main
+
+
+def command(config_file, folder, *arguments):
+    small = (
+        "--steps",
+        "3",
+        "--evaluation.every",
+        "0",
+        "--checkpoint.every",
+        "0",
+        "--sample.max-tokens",
+        "0",
+        "--seed",
+        "5",
+    )
+    return main(["train", str(config_file), "--run-dir", str(folder), *small, *arguments])
+
+
+def test_each_seed_is_a_run_and_the_table_is_of_all(config_file, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    assert command(config_file, folder, "--seeds", "2") == 0
+    capsys.readouterr()
+    times = {seed: (folder / f"seed-{seed}" / "metrics.jsonl").stat().st_mtime_ns for seed in (5, 6)}
+    # One more: the first two are not run again.
+    assert command(config_file, folder, "--seeds", "3") == 0
+    said = capsys.readouterr().out
+    assert said.count("finished before, at step 3") == 2 and "small-seed-7: starting" in said
+    assert times == {seed: (folder / f"seed-{seed}" / "metrics.jsonl").stat().st_mtime_ns for seed in (5, 6)}
+    result = json.loads((folder / "seeds.json").read_text())
+    assert list(result["seeds"]) == ["5", "6", "7"] and result["config"]["seed"] == 5
+    losses = [records(folder / f"seed-{seed}", "eval/loss")[3] for seed in (5, 6, 7)]
+    assert len(set(losses)) == 3
+    assert [result["seeds"][seed]["loss"] for seed in ("5", "6", "7")] == losses
+    assert set(result["mean"]) == {"loss", "perplexity", "bits_per_byte"}
+    assert result["mean"]["loss"] == pytest.approx(statistics.mean(losses))
+    assert result["median"]["loss"] == pytest.approx(statistics.median(losses))
+    assert result["deviation"]["loss"] == pytest.approx(statistics.stdev(losses))
+    for label, value in (("5", losses[0]), ("median", statistics.median(losses)), ("mean", statistics.mean(losses))):
+        assert re.search(rf"^ +{label} +{value:.4f} ", said, re.MULTILINE), label
+
+
+def test_a_signal_stops_all_of_them(config_file, tmp_path, capsys, monkeypatch):
+    class Now(loop.GracefulStop):
+        requested = property(lambda self: True, lambda self, value: None)
+
+    monkeypatch.setattr(loop, "GracefulStop", Now)
+    assert command(config_file, tmp_path / "run", "--seeds", "2") == 0
+    assert "Run the same command again to go on" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "seed-6").exists() and not (tmp_path / "run" / seeds.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seeds", "0"), "--seeds: got 0; allowed: 1 or more"),
+        (("--seeds", "2", "--profile", "1:2"), "--profile: it is of one run; leave --seeds away"),
+        (("--seeds", "2", "--data.validation-fraction", "0"), "it has no held-out scores of its last step, 3"),
+    ],
+)
+def test_what_cannot_be(config_file, tmp_path, capsys, arguments, message):
+    assert command(config_file, tmp_path / "run", *arguments) == 2
+    assert message in capsys.readouterr().err

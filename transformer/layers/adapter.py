@@ -1,0 +1,226 @@
+"""Low-rank adapters: what fine-tuning adds to linear maps that stay as they are (LoRA, DoRA).
+
+I inputs of a map, O outputs of it, r rank of the adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer.errors import require
+from transformer.layers.linear import dense, dropout
+from transformer.sharding import with_axes
+from transformer.types import Array, DTypeLike, Float, PRNGKeyArray
+
+_KEYS: ContextVar[Iterator[PRNGKeyArray] | None] = ContextVar("keys_of_adapters", default=None)
+_NAME = "adapter"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Low-rank adapters of the blocks' linear maps, which are trained in the place of the maps themselves."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    """lora: a product of two thin matrices is added to each kernel (Hu et al. 2021); dora: and each output feature has a
+    learned length (Liu et al. 2024)."""
+    rank: int = 8
+    """Width of the thin matrices."""
+    alpha: float = 16.0
+    """The product is multiplied by alpha / rank."""
+    rank_stabilized: bool = False
+    """Multiply by alpha / sqrt(rank) in its place, which suits high ranks (Kalajdzievski 2023)."""
+    dropout: float = 0.0
+    """Drop rate of what the adapters read."""
+    targets: tuple[str, ...] | None = None
+    """Names of the maps that are adapted, such as query, key, value, out, up, gate and down; null: all in the blocks, but not
+    a mixture's router."""
+    train_also: tuple[str, ...] | None = None
+    """Parameters that are trained beside the adapters: patterns of their paths, such as pooled_head.*; null: those of a head
+    over classes."""
+
+    def __post_init__(self) -> None:
+        require(self, "rank", self.rank >= 1, "allowed: 1 or more")
+        require(self, "alpha", 0 < self.alpha < math.inf, "allowed: above 0")
+        require(self, "dropout", 0 <= self.dropout < 1, "allowed: 0 or more, below 1")
+        require(self, "targets", self.targets is None or len(self.targets) > 0, "allowed: at least one name, or null")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+class Adapter(nnx.Module):
+    """Makes a linear map's kernel W + scale · A · B; with a length m of each output feature, m (W + scale · A · B) / ‖W + scale
+    · A · B‖, the norm over the inputs.
+
+    Hu et al. 2021, equation 3; Liu et al. 2024, equation 5, whose norm is a constant for the gradient (section 4.3). W gets no
+    gradient unless it is asked for. At first B is zero and m the norm of W: the map is what it was.
+
+    Args:
+        kernel: W, of one layer or of stacked ones.
+        num_in: how many of its dims are inputs.
+    """
+
+    def __init__(self, kernel: nnx.Param, num_in: int, config: AdapterConfig, *, rngs: nnx.Rngs) -> None:
+        axes, shape = kernel.get_metadata()["out_sharding"], kernel.shape
+        lead = int(axes[0] == "layers")
+        split = lead + num_in
+        self.scale, self.dropout_rate = config.scale, config.dropout
+        bound = math.prod(shape[lead:split]) ** -0.5
+
+        def uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+            # He et al. 2015 with a slope of sqrt(5), as in PEFT.
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        def make(init: Any, shape: tuple[int, ...], *names: str | None) -> nnx.Param:
+            return nnx.Param(with_axes(init, *names)(rngs.params(), shape, kernel.dtype))
+
+        r = config.rank
+        zeros = nnx.initializers.zeros
+        self.lora_a = make(uniform, (*shape[:split], r), *axes[:split], None)
+        self.lora_b = make(zeros, (*shape[:lead], r, *shape[split:]), *axes[:lead], None, *axes[split:])
+        length = (shape[:lead] + shape[split:], *axes[:lead], *axes[split:])
+        self.magnitude = make(zeros, *length) if config.kind == "dora" else None
+        if self.magnitude is not None:
+            self.magnitude.set_value(lengths(kernel[...], self.lora_a[...], self.lora_b[...]))
+
+    def __call__(
+        self, x: Float[Array, "*dims I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, " O"] | None
+    ) -> Float[Array, "*dims O"]:
+        """What the map gives with the adapter, of one layer. Computed in x's type, from a kernel in the parameters' own."""
+        keys = _KEYS.get()
+        given = x if keys is None else dropout(x, self.dropout_rate, next(keys))
+        I, O = kernel_IO.shape  # noqa: E741
+        a_Ir, b_rO = self.lora_a[...].reshape(I, -1), self.lora_b[...].reshape(-1, O)
+        with jax.named_scope(_NAME):
+            cast_IO = kernel_IO.astype(x.dtype)
+            added = self.scale * dense(dense(given, a_Ir.astype(x.dtype), None), b_rO.astype(x.dtype), None)
+            if self.magnitude is None:
+                return dense(x, cast_IO, bias_O) + added
+            norm_O = jax.lax.stop_gradient(_norms(kernel_IO + self.scale * (a_Ir @ b_rO)))
+            gain_O = (self.magnitude[...].reshape(-1) / norm_O).astype(x.dtype)
+            own = dense(given, cast_IO, None)
+            y = _spread(gain_O, x.ndim) * (own + added)
+            if given is x:
+                return y if bias_O is None else y + _spread(bias_O, x.ndim)
+            # What the length changes is of what the adapter reads, as in PEFT.
+            return y + dense(x, cast_IO, bias_O) - own
+
+    def merged(self, kernel: Float[Array, ...]) -> Float[Array, ...]:
+        """The kernel of a plain map that gives what this one does with its adapter."""
+        matrices = {"lora_a": self.lora_a, "lora_b": self.lora_b, "magnitude": self.magnitude}
+        return merged_kernel(kernel, {name: m[...] for name, m in matrices.items() if m is not None}, self.scale)
+
+
+@contextlib.contextmanager
+def dropping(key: PRNGKeyArray | None, first: int) -> Iterator[None]:
+    """Adapters that are called inside drop some of what they read, each by a key of its own: by `jax.random.fold_in` of `key`
+    with numbers from `first` on. None: nothing is dropped."""
+    keys = None if key is None else (jax.random.fold_in(key, number) for number in itertools.count(first))
+    token = _KEYS.set(keys)
+    try:
+        yield
+    finally:
+        _KEYS.reset(token)
+
+
+def merged_kernel(kernel: Array, adapter: dict[str, Array], scale: float) -> Array:
+    """The kernel of a plain map that gives what an adapted one does, of one layer or of stacked ones.
+
+    Args:
+        kernel: [*layers, *in, *out].
+        adapter: its `lora_a` [*layers, *in, r], `lora_b` [*layers, r, *out], and `magnitude` [*layers, *out] where it has one.
+    """
+    total = _total(kernel, adapter["lora_a"], adapter["lora_b"], scale)
+    if "magnitude" in adapter:
+        total *= jnp.expand_dims(adapter["magnitude"].reshape(*total.shape[:-2], -1) / _norms(total), -2)
+    return total.reshape(kernel.shape)
+
+
+def lengths(kernel: Array, lora_a: Array, lora_b: Array) -> Array:
+    """The norm of each output feature of a kernel alone [*layers, *out]; the adapter's matrices tell its dims."""
+    return _norms(_total(kernel, lora_a, lora_b, 0.0)).reshape(*_lead(kernel, lora_a, lora_b), *_out(kernel, lora_a))
+
+
+def merged(params: nnx.State, scale: float) -> nnx.State:
+    """The parameters of the plain model that gives what an adapted one does.
+
+    Args:
+        scale: the adapters' (`AdapterConfig.scale`).
+    """
+    flat, adapters = _apart(params)
+    for place, adapter in adapters.items():
+        kernel = flat[*place, "kernel"]
+        values = {name: leaf.get_value() for name, leaf in adapter.items()}
+        flat[*place, "kernel"] = kernel.replace(merged_kernel(kernel.get_value(), values, scale))
+    return nnx.from_flat_state(flat)
+
+
+def fitted(params: nnx.State) -> nnx.State:
+    """`params` where lengths (DoRA) are those of the kernels, which have come from elsewhere since the adapters were made."""
+    flat, adapters = _apart(params)
+    fresh = {}
+    for place, adapter in adapters.items():
+        for name, leaf in adapter.items():
+            if name == "magnitude":
+                sources = (flat[*place, "kernel"], adapter["lora_a"], adapter["lora_b"])
+                leaf = leaf.replace(lengths(*(source.get_value() for source in sources)))
+            fresh[*place, _NAME, name] = leaf
+    return nnx.from_flat_state(flat | fresh)
+
+
+def is_adapter(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter is an adapter's, by its path."""
+    return path[-2:-1] == (_NAME,)
+
+
+def _apart(
+    params: nnx.State,
+) -> tuple[dict[tuple[Any, ...], nnx.Variable], dict[tuple[Any, ...], dict[str, nnx.Variable]]]:
+    """Parameters of the plain model by path, and those of each adapter by the path of its map."""
+    flat: dict[tuple[Any, ...], nnx.Variable] = {}
+    adapters: dict[tuple[Any, ...], dict[str, nnx.Variable]] = {}
+    for path, leaf in nnx.to_flat_state(params):
+        if is_adapter(path):
+            adapters.setdefault(path[:-2], {})[str(path[-1])] = leaf
+        else:
+            flat[path] = leaf
+    return flat, adapters
+
+
+def _total(kernel: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:
+    """W + scale · A · B as matrices [*layers, I, O]."""
+    lead = _lead(kernel, lora_a, lora_b)
+    r = lora_a.shape[-1]
+    a, b = lora_a.reshape(*lead, -1, r), lora_b.reshape(*lead, r, -1)
+    return kernel.reshape(*lead, a.shape[-2], b.shape[-1]) + scale * (a @ b)
+
+
+def _lead(kernel: Array, lora_a: Array, lora_b: Array) -> tuple[int, ...]:
+    """Dims of a kernel that are neither inputs nor outputs: the layers'."""
+    return kernel.shape[: lora_a.ndim + lora_b.ndim - 2 - kernel.ndim]
+
+
+def _out(kernel: Array, lora_a: Array) -> tuple[int, ...]:
+    return kernel.shape[lora_a.ndim - 1 :]
+
+
+def _norms(matrices: Array) -> Array:
+    """Of each column: [..., I, O] → [..., O]."""
+    return jnp.sqrt(jnp.square(matrices).sum(-2))
+
+
+def _spread(features_O: Array, ndim: int) -> Array:
+    """[O] → [1, ..., O]."""
+    return jnp.expand_dims(features_O, range(ndim - 1))

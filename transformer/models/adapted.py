@@ -1,0 +1,47 @@
+"""A model whose blocks have adapters."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+from transformer.errors import UserError, nearest
+from transformer.layers.adapter import Adapter, AdapterConfig
+from transformer.layers.linear import Linear
+from transformer.models.families import Model, ModelConfig, make_model
+
+_ROUTER = "router"
+
+
+def make_adapted(config: ModelConfig, adapter: AdapterConfig | None, rngs: nnx.Rngs) -> Model:
+    """The model that a config describes, with fresh parameters, and adapters in its blocks where they are wanted.
+
+    Raises:
+        UserError: no map of the adapter's targets, or a model without blocks.
+    """
+    model = make_model(config, rngs)
+    if adapter is not None:
+        adapt(model, adapter, rngs)
+    return model
+
+
+def adapt(model: nnx.Module, config: AdapterConfig, rngs: nnx.Rngs) -> None:
+    """Give the linear maps of a model's blocks their adapters; the parameters that are there already stay. Raises as
+    `make_adapted`."""
+    maps = [
+        (path[-1], module)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear) and "blocks" in path
+    ]
+    names = {str(name) for name, _ in maps}
+    if not names:
+        raise UserError(f"adapter: {type(model).__name__} has no blocks whose maps could be adapted; set it to null")
+    for target in config.targets or ():
+        if target not in names:
+            raise UserError(
+                f"adapter.targets: {target!r} is no map of the blocks; there are {', '.join(sorted(names))}."
+                f"{nearest(target, names)}"
+            )
+    targets = names - {_ROUTER} if config.targets is None else set(config.targets)
+    for name, linear in maps:
+        if name in targets:
+            linear.adapter = Adapter(linear.kernel, linear.num_in, config, rngs=rngs)
