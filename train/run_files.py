@@ -34,6 +34,8 @@ class LoadedRun:
     params: nnx.State
     mesh: jax.sharding.Mesh
     step: int
+    labels: tuple[str, ...] = ()
+    """The names of the classes, or tags, that it tells, by their numbers."""
 
 
 def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) -> LoadedRun:
@@ -63,7 +65,7 @@ def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) 
         with use_mesh(mesh, placed.rules):
             described = abstract_params(lambda rngs: make_model(config.model, rngs), mesh)
             params = checkpoints.restore_params(number, described)
-    return LoadedRun(config, tokenizer, target_tokenizer, params, mesh, number)
+    return LoadedRun(config, tokenizer, target_tokenizer, params, mesh, number, tuple(meta.get("labels", ())))
 
 
 def tokenizer_files(prepared: Prepared, directory: Path) -> dict[str, str]:
