@@ -53,7 +53,7 @@ class TokenClassification(Task):
         words = [(one, other) for row in zip(gold, told, strict=True) for one, other in zip(*row, strict=True)]
         accuracy = sum(one == other for one, other in words) / max(1, len(words))
         if self.marks_entities:
-            from seqeval.metrics import precision_recall_fscore_support
+            from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
             scored = precision_recall_fscore_support(gold, _without_none(told), average="micro", zero_division=0)
         else:
