@@ -45,7 +45,8 @@ class LabelledDocuments(TaskRows):
         room = length - 1 - len(sides)
         taken = [np.minimum(sizes[0], room)] if len(sides) == 1 else longest_first(sizes[0], sizes[1], room)
         self._sides = [Stretches.of(side, self.documents, size) for side, size in zip(sides, taken, strict=True)]
-        labels = np.full(array.documents, NONE, np.int32) if array.labels is None else np.asarray(array.labels)
+        kind = np.float32 if objective.kind == "regression" else np.int32
+        labels = np.full(array.documents, NONE, kind) if array.labels is None else np.asarray(array.labels)
         self._labels = labels[self.documents]
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
