@@ -62,7 +62,10 @@ def test_it_trains_a_step(path, folder, tmp_path):
         # Its own sources may be a download of gigabytes: their reading is tested elsewhere.
         data=DataConfig(
             sources=(_source(config, folder),),
-            tokenizer=TokenizerConfig(special_tokens=config.data.tokenizer.special_tokens, sentinels=20),
+            # A vocabulary that exists has its special tokens already.
+            tokenizer=TokenizerConfig(
+                special_tokens=config.data.tokenizer.special_tokens or config.objective.special_tokens, sentinels=20
+            ),
             packing=config.data.packing,
         ),
         objective=dataclasses.replace(config.objective, source_length=None),
@@ -76,12 +79,32 @@ def test_it_trains_a_step(path, folder, tmp_path):
 
 
 def _source(config, folder) -> SourceConfig:
-    """A small source of the same kind of documents: pairs, those with classes, or single texts."""
+    """A small source of the same kind of documents: with the same labels, pairs, or single texts."""
     if config.data.labelled:
-        (label,) = {source.label_field for source in config.data.sources}
-        rows = [f"{number},{number % config.model.num_labels}\n" for number in range(40)]
-        (folder / "rows.csv").write_text(f"text,{label}\n{''.join(rows)}")
-        return SourceConfig(kind="files", path=str(folder / "rows.csv"), label_field=label)
+        return _labelled_source(config, folder)
     if config.data.pairs:
         return SourceConfig(kind="synthetic", limit=100)
     return SourceConfig(kind="files", path=str(folder / "texts.jsonl"))
+
+
+def _labelled_source(config, folder) -> SourceConfig:
+    (label,) = {source.label_field for source in config.data.sources}
+    first, kind = config.data.sources[0], config.data.label_kind
+    choices, rows = first.choice_fields, []
+    classes = len(choices) or getattr(config.model, "num_labels", 0)
+    for number in range(120):
+        row = {"first": f"text {number}", label: number % classes}
+        if kind == "number":
+            row[label] = number / 60
+        elif kind == "tags":
+            row |= {"first": [f"w{place}" for place in range(classes)], label: [str(place) for place in range(classes)]}
+        elif kind == "answers":
+            row[label] = {"text": ["of"], "answer_start": [5]}
+        row |= {"second": "some of it"} | dict.fromkeys(choices, "goes on")
+        rows.append(json.dumps(row) + "\n")
+    path = folder / f"{config.name}.jsonl"
+    path.write_text("".join(rows))
+    return SourceConfig(
+        kind="files", path=str(path), text_field="first", target_field="second" if first.target_field else "",
+        choice_fields=choices, label_field=label, label_kind=kind,
+    )  # fmt: skip

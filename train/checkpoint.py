@@ -8,7 +8,9 @@ any moment leaves the previous one whole.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,7 @@ from flax import nnx
 
 from train.config import RunConfig, difference, parse, to_data
 from train.sections import CheckpointConfig
+from train.selection import Selection, goodness
 from train.state import TrainState
 from transformer.errors import UserError
 from transformer.pipeline import in_order
@@ -31,6 +34,9 @@ RESUMABLE = (
 None but `steps` has a part in what is computed; that one may be raised to train on, and its schedule with it.
 """
 
+_STORED = {"loss": "nll"}
+"""Names that metrics have on disk where those are others."""
+
 
 class Checkpoints:
     """The checkpoints of one run, newest last. Use it as a context manager: leaving it waits for what is being written.
@@ -43,14 +49,16 @@ class Checkpoints:
     def __init__(self, directory: Path, config: CheckpointConfig | None = None) -> None:
         policies = ocp.checkpoint_managers
         keep = None if config is None else config.keep
+        self._config = config
         options = ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics["nll"],
-            best_mode="min",
+            best_fn=self._goodness,
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(keep),
                     policies.BestN(
-                        get_metric_fn=lambda metrics: -metrics["nll"], n=1, keep_checkpoints_without_metrics=False
+                        get_metric_fn=self._goodness,
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
                     ),
                 ]
             ),
@@ -84,17 +92,42 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """Step of the checkpoint with the lowest evaluation loss, among those written right after an evaluation."""
-        return self._manager.best_step()
+        """Step of the best checkpoint by `checkpoint.best`, among those written right after an evaluation."""
+        step = self._manager.best_step()
+        # What was written while another metric decided may lack this one.
+        known = None if step is None else self._manager.metrics(step)
+        return step if known is not None and _STORED.get(self._best_by, self._best_by) in known else None
+
+    def _goodness(self, metrics: Mapping[str, float]) -> float:
+        first_names = {stored: name for name, stored in _STORED.items()}
+        return goodness(self._best_by, {first_names.get(name, name): value for name, value in metrics.items()})
+
+    @functools.cached_property
+    def _best_by(self) -> str:
+        """The metric by which checkpoints are compared: the config's, or of a run that is only read its own."""
+        if self._config is not None:
+            return self._config.best
+        return self.meta(self.steps[-1])["config"]["checkpoint"].get("best", "loss")
 
     def save(
-        self, state: TrainState, step: int, config: RunConfig, tokenizer: dict[str, str], nll: float | None
+        self,
+        state: TrainState,
+        step: int,
+        config: RunConfig,
+        tokenizer: dict[str, str],
+        values: Mapping[str, float] | None,
+        *,
+        labels: Sequence[str] = (),
+        selection: Selection | None = None,
     ) -> None:
         """Write in the background; returns once the arrays are copied off the devices.
 
         Args:
             tokenizer: its files by name, so that a checkpoint is enough to generate.
-            nll: held-out loss at this very step, on the batches that all checkpoints are compared on, when it was taken.
+            values: held-out loss and metrics at this very step, on the batches that all checkpoints are compared on, when they
+                were taken.
+            labels: the names of the classes, or tags, that the model tells.
+            selection: the best evaluation up to now.
 
         Raises:
             UserError: the disk is full or read-only, now or while the previous checkpoint was written.
@@ -105,6 +138,8 @@ class Checkpoints:
             "step": step,
             "config": to_data(config),
             "tokenizer": tokenizer,
+            "labels": list(labels),
+            "selection": None if selection is None else dataclasses.asdict(selection),
             "versions": _versions(),
         }
         with _disk_errors(self):
@@ -115,7 +150,7 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     meta=ocp.args.JsonSave(meta),
                 ),
-                metrics=None if nll is None else {"nll": nll},
+                metrics=None if values is None else {_STORED.get(name, name): value for name, value in values.items()},
             )
 
     def save_params(self, params: nnx.State, config: RunConfig, tokenizer: dict[str, str], source: str) -> None:

@@ -151,6 +151,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--coverage-penalty", type=float, default=0.0, help="above 0 favours what covers the source (0)")
     sub.add_argument("--attention", type=Path, metavar="PAGE", help="write a page, and a picture, of the first text's")
     sub.add_argument("--step", default="latest", metavar="STEP", help="checkpoint: latest, best, or a step (latest)")
+
+    sub = command("predict", _predict, "tell the labels of documents with a model fine-tuned on a task", config=False)
+    devices(sub)
+    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument(
+        "--file", required=True, metavar="FILE",
+        help="a text a line (.txt), or .jsonl, .csv, .parquet, .conll with the fields of the run's source; - for standard "
+        "input, a text a line, or JSON lines where a document has several fields",
+    )  # fmt: skip
+    sub.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines here (standard output)")
+    sub.add_argument("--step", default="latest", metavar="STEP", help="checkpoint: latest, best, or a step (latest)")
     return parser
 
 
@@ -285,6 +296,13 @@ def _translate(options: argparse.Namespace) -> None:
 
     search = _from_flags(BeamSearch, options)
     translate(Path(options.run), texts, search, attention=options.attention, step=options.step)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    _set_up(options)
+    from train.predict import predict
+
+    predict(Path(options.run), options.file, options.out, options.step)
 
 
 def _from_flags(kind: type[T], options: argparse.Namespace) -> T:

@@ -22,6 +22,7 @@ from train.mesh import MeshConfig
 from train.objective import LossConfig
 from train.optimizer import OptimizerConfig
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from train.selection import METRICS
 from transformer.errors import ConfigError, UserError, nearest, require
 from transformer.layers.adapter import AdapterConfig
 from transformer.models.bert import BertConfig
@@ -37,6 +38,10 @@ HEADS = {
     "sentence_order": "pretraining",
     "replaced_tokens": "replaced",
     "classification": "classification",
+    "regression": "classification",
+    "token_classification": "tokens",
+    "answer": "answer",
+    "choice": "choice",
     "contrastive": "embedding",
 }
 """The head of an encoder that each objective trains."""
@@ -110,9 +115,20 @@ class RunConfig:
                 self, "mesh", kind != "contrastive" or (self.mesh.schedule != "1f1b" and self.mesh.strategy != "pmap"),
                 "a contrastive batch is seen as a whole; allowed: any strategy but pmap, and schedule gpipe",
             )  # fmt: skip
+            require(
+                self, "mesh", kind != "choice" or self.mesh.schedule != "1f1b",
+                "a choice is made among rows that are computed together; allowed: schedule gpipe",
+            )  # fmt: skip
+            require(self.model, "num_labels", kind != "regression" or self.model.num_labels == 1, "a number needs 1")
             head = HEADS.get(kind, self.model.head)
             if self.model.head != head:
                 raise ConfigError(BertConfig, "head", self.model.head, f"objective {kind} needs {head!r}")
+        known = ("loss", *METRICS.get(kind, ()))
+        require(self.checkpoint, "best", self.checkpoint.best in known, f"objective {kind} has {', '.join(known)}")
+        weighted = kind in ("classification", "token_classification") or self.loss.class_weights is None
+        require(self.loss, "class_weights", weighted, f"objective {kind} has no classes to weigh; allowed: null")
+        smooths = kind not in ("regression", "answer") or not self.loss.label_smoothing
+        require(self.loss, "label_smoothing", smooths, f"not for objective {kind}; allowed: 0")
         longest = self.model.max_length
         require(
             self, "length", self.length is None or 1 <= self.length <= longest,

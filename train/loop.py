@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,30 +17,30 @@ from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
 from train.data.cache import writing
 from train.data.check import check_labels, check_objective
-from train.data.labelled import commonest_share
-from train.data.loader import Batches, evaluation_batches, prefetch_to_device, train_batches
-from train.data.objective_config import ROWS
+from train.data.loader import Batches, prefetch_to_device, train_batches
+from train.data.objective_config import LABELLED
 from train.data.prepare import check_vocabulary, prepare
 from train.data.store import Prepared
 from train.display import Display
-from train.evaluate import Scores, evaluate, scores_of
+from train.evaluate import Evaluation, HeldOut, Scores
 from train.init_from import begin_from, check_begin
+from train.loss import Batch
 from train.mesh import check_batch, make_mesh, shard_batch, use_mesh
 from train.meter import Meter, Reading
 from train.metrics import MetricLog
-from train.objective import Batch
 from train.optimizer import make_schedule
 from train.processes import agree_on, any_process, first_alone, is_first, one_log, together
 from train.program import Program
 from train.run_files import tokenizer_files, write_origin
 from train.runtime import GracefulStop
 from train.sample import make_sampler
+from train.selection import Selection, check_selection
 from train.state import TrainState
-from train.translation import TextTranslator, spread
+from train.targets import class_weights, per_target
+from train.translation import TextTranslator
 from transformer.errors import UserError
-from transformer.layers.adapter import merged
+from transformer.layers.adapter import plainly
 from transformer.models.bert import BertConfig
-from transformer.models.families import flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +84,9 @@ def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
             if (done := checkpoints.latest) is not None and done > config.steps:
                 raise UserError(f"{config.directory}: this run is at step {done} already, and steps is {config.steps}")
             state = run.start(checkpoints)
-            if done == config.steps:
-                print(f"{config.directory}: finished before, at step {done}. Raise steps to train on, or write with it")
+            if done == config.steps or (done is not None and run.selection.is_over(config.evaluation.patience)):
+                more = "steps" if done == config.steps else "evaluation.patience"
+                print(f"{config.directory}: finished before, at step {done}. Raise {more} to train on, or use it")
                 return Finished(config.directory, done, None, False)
             if is_first():
                 with writing(config.directory):
@@ -100,7 +100,7 @@ class Run:
 
     def __init__(self, config: RunConfig, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
         self.config, self.prepared, self.mesh = config, prepared, mesh
-        self.program = Program(config, mesh)
+        self.program = Program(dataclasses.replace(config, loss=class_weights(config.loss, prepared)), mesh)
         self.schedule: optax.Schedule = make_schedule(config.optimizer, config.steps)
         self.translator = self.sampler = None
         # Writing is for one process, which may not have all of the parameters.
@@ -109,21 +109,16 @@ class Run:
                 self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
             self.sampler = make_sampler(config, prepared, self.translator)
         self.tokenizer_files = tokenizer_files(prepared, config.directory / "tokenizer")
-        self._merge = jax.jit(merged, static_argnums=1)
-        self.has_held_out = bool(prepared.validation)
-        self.guess = commonest_share(prepared.validation) if config.objective.kind == "classification" else None
-        # What a step predicts is each token, a hidden one among many, or a whole row, of which a pair has two.
-        tokens, self.unit = 1.0, "tok"
-        if config.objective.kind in ROWS:
-            tokens, self.unit = config.sequence_length * (2 if config.objective.kind == "contrastive" else 1), "row"
-        elif config.objective.hides:
-            tokens, self.unit = 1 / config.objective.mask_rate, "hidden tok"
-        passes = self.program.trained.passes(self.program.abstract.params)
-        self.flops_per_target = passes * tokens * flops_per_token(config.model, config.sequence_length)
+        self.plain = plainly(config.adapter)
+        self.held_out = HeldOut(config, prepared, self.program, self.translator) if prepared.validation else None
+        self.selection = Selection(config.checkpoint.best)
+        self.flops_per_target, self.unit = per_target(config, prepared, self.program)
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
         """A fresh state, with another run's weights if the config says so; or that of the newest checkpoint."""
         if checkpoints.latest is not None:
+            told = checkpoints.meta(checkpoints.latest).get("selection")
+            self.selection = Selection.from_data(self.config.checkpoint.best, told)
             return checkpoints.restore(checkpoints.latest, self.program.abstract, self.config)
         state = self.program.init()
         if self.config.init_from is None:
@@ -140,7 +135,7 @@ class Run:
         host = self._host_batches()
         batches = prefetch_to_device(host.iterate(start), self._to_device)
         meter = Meter(self.schedule, self.flops_per_target, list(self.mesh.devices.flat), config.model.dtype)
-        nll, step = None, start
+        values, step = None, start
         with (
             MetricLog(config, config.directory, start) as log,
             contextlib.closing(batches),
@@ -159,10 +154,10 @@ class Run:
                 meter.push(step, metrics, examples)
                 for done in meter.ready(keep=1):
                     self._record(done, display, log, checkpoints)
-                nll = None
+                values = None
                 if step == config.steps:
                     break
-                evaluates = self.has_held_out and _due(step, config.evaluation.every)
+                evaluates = self.held_out is not None and _due(step, config.evaluation.every)
                 samples = _due(step, config.sample.every)
                 saves = _due(step, config.checkpoint.every)
                 if evaluates or samples or saves:
@@ -170,41 +165,43 @@ class Run:
                     self._drain(meter, display, log, checkpoints)
                     meter.pause()
                 if evaluates:
-                    _, nll = self._evaluate(state, step, display, log, config.evaluation.batches, stop)
+                    found = self._evaluate(state, step, display, log, config.evaluation.batches, stop)
+                    values = None if found is None else found.selection
                 if samples:
                     self.sample(state, display)
+                if self.selection.is_over(config.evaluation.patience):
+                    break
                 if saves:
-                    checkpoints.save(state, step, config, self.tokenizer_files, nll)
+                    self._save(checkpoints, state, step, values)
                 if any_process(stop.requested, step):
                     break
             self._drain(meter, display, log, checkpoints)
             if profile is not None and start < profile[0] <= step <= profile[1]:
                 jax.profiler.stop_trace()
                 display.say(f"profile from step {profile[0]}: {config.directory / 'profile'}")
-            scores = None
-            interrupted = step < config.steps
+            found = None
+            interrupted = step < config.steps and not self.selection.is_over(config.evaluation.patience)
             try:
-                if self.has_held_out and not interrupted:
-                    scores, nll = self._evaluate(state, step, display, log, None, stop)
-                    interrupted = scores is None
+                if self.held_out is not None and not interrupted:
+                    found = self._evaluate(state, step, display, log, None, stop)
+                    interrupted, values = found is None, values if found is None else found.selection
             finally:
                 # Whatever happens to the last evaluation, the steps are not lost.
                 if checkpoints.latest != step:
-                    checkpoints.save(state, step, config, self.tokenizer_files, nll)
+                    self._save(checkpoints, state, step, values)
                     checkpoints.wait()
-            self._farewell(state, step, scores, interrupted, display, log)
-        return Finished(config.directory, step, scores, interrupted)
+            self._farewell(state, step, found, interrupted, display, log)
+        return Finished(config.directory, step, None if found is None else found.scores, interrupted)
+
+    def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, values: Mapping[str, float] | None) -> None:
+        labels, selection = self.prepared.meta.labels, self.selection
+        checkpoints.save(state, step, self.config, self.tokenizer_files, values, labels=labels, selection=selection)
 
     def sample(self, state: TrainState, display: Display) -> None:
         """Show what the model makes of the config's prompt, or of held-out sentences, as it is now."""
         if self.sampler is not None:
-            text = self.sampler(self._to_use(state))
+            text = self.sampler(self.plain(_used(state)))
             display.say(f"── sample ──\n{text}\n────────────")
-
-    def _to_use(self, state: TrainState) -> nnx.State:
-        """The parameters to write with, of the plain model: with adapters merged."""
-        params, adapter = state.params if state.ema is None else state.ema, self.config.adapter
-        return params if adapter is None else self._merge(params, adapter.scale)
 
     def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
         """A batch's example ids, which stay on the host, and its arrays on the devices."""
@@ -226,39 +223,22 @@ class Run:
 
     def _evaluate(
         self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None, stop: GracefulStop
-    ) -> tuple[Scores | None, float | None]:
-        """Scores on the first `batches` batches (None: all), and the loss by which checkpoints are compared; neither where it
-        was left for a signal."""
-        config = self.config
-        host = evaluation_batches(
-            self.prepared,
-            config.data,
-            batch_size=config.batch_size,
-            length=config.sequence_length,
-            objective=config.objective,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            max_batches=batches,
-        )
-        params = state.params if state.ema is None else state.ema
-        device = (batch for _, batch in prefetch_to_device(iter(host), self._to_device))
+    ) -> Evaluation | None:
+        """Scores on the first `batches` batches (None: all); None where it was left for a signal."""
+        assert self.held_out is not None
         # Several processes would leave it at different batches, and wait for each other.
         alone = jax.process_count() == 1
-        kept_on = itertools.takewhile(lambda _: not (alone and stop.requested), device)
-        parts = evaluate(self.program.eval_step, params, kept_on)
-        if len(parts) < len(host):
-            display.say(f"step {step}: the evaluation was left after {len(parts)} of {len(host)} batches")
-            return None, None
-        # Bits per byte mean something where every token is predicted, and from those before it alone.
-        every = config.objective.kind in ("causal", "seq2seq")
-        bytes_per_token = self.prepared.meta.bytes_per_token("validation") if every else None
-        scores = scores_of(parts, bytes_per_token)
-        # Checkpoints are compared on the same batches, however many an evaluation takes.
-        selection = scores_of(parts[: config.evaluation.batches], bytes_per_token).loss
-        log.write(step, "eval", dataclasses.asdict(scores) | {"selection_loss": selection})
-        guess = "" if self.guess is None else f" (the commonest class: {self.guess:.2%})"
-        display.say(f"step {step}  held-out {scores}{guess}")
-        return scores, selection
+        found = self.held_out.evaluate(_used(state), batches, lambda: alone and stop.requested)
+        if isinstance(found, tuple):
+            display.say(f"step {step}: the evaluation was left after {found[0]} of {found[1]} batches")
+            return None
+        own = {f"selection_{name}": found.selection[name] for name in dict.fromkeys(("loss", self.selection.name))}
+        log.write(step, "eval", found.scores.values() | own)
+        display.say(f"step {step}  {self.held_out.say(found.scores)}")
+        # That of the last step is one more if it was not due anyway.
+        if self.selection.counted < step:
+            self.selection = self.selection.after(step, found.selection[self.selection.name])
+        return found
 
     def _drain(self, meter: Meter, display: Display, log: MetricLog, checkpoints: Checkpoints) -> None:
         for done in meter.ready(keep=0):
@@ -296,29 +276,47 @@ class Run:
         )
 
     def _farewell(
-        self, state: TrainState, step: int, scores: Scores | None, interrupted: bool, display: Display, log: MetricLog
+        self,
+        state: TrainState,
+        step: int,
+        found: Evaluation | None,
+        interrupted: bool,
+        display: Display,
+        log: MetricLog,
     ) -> None:
-        directory = self.config.directory
+        config, directory = self.config, self.config.directory
         if interrupted:
-            how = "Run the same command again to go on" if step < self.config.steps else "All steps are done"
+            how = "Run the same command again to go on" if step < config.steps else "All steps are done"
             display.say(f"stopped after step {step}; the state is saved in {directory}. {how}")
             return
+        if step < config.steps:
+            display.say(f"stopped early: {self.selection}")
         self.sample(state, display)
-        if scores is not None and scores.bits_per_byte is not None and self.config.objective.kind == "causal":
+        if found is not None and found.scores.bits_per_byte is not None and config.objective.kind == "causal":
             compressors: tuple[tuple[Literal["gzip", "xz"], str], ...] = (("gzip", "gzip -9"), ("xz", "xz -9"))
             others = [(label, self.prepared.meta.bits_per_byte(name)) for name, label in compressors]
             known = "".join(f", {label} {bits:.4f}" for label, bits in others if bits is not None)
-            display.say(f"held-out text, bits per byte: this model {scores.bits_per_byte:.4f}{known}")
-        if self.translator is not None and (count := self.config.evaluation.translations):
-            quality = self.translator.quality(self._to_use(state), spread(self.prepared.validation_pairs(), count))
-            log.write(step, "eval", dataclasses.asdict(quality))
-            display.say(f"{quality.pairs} held-out translations: BLEU {quality.bleu:.2f}, chrF {quality.chrf:.2f}")
+            display.say(f"held-out text, bits per byte: this model {found.scores.bits_per_byte:.4f}{known}")
+        if found is not None and self.held_out is not None:
+            if quality := found.quality or self.held_out.quality(_used(state)):
+                log.write(step, "eval", dataclasses.asdict(quality))
+                display.say(f"{quality.pairs} held-out translations: BLEU {quality.bleu:.2f}, chrF {quality.chrf:.2f}")
+            if self.held_out.task is not None and is_first():
+                for line in self.held_out.task.finish(found.predictions, directory):
+                    display.say(line)
         uses = {"gpt": "to write with it: manyheads generate {} --prompt TEXT"}
-        if self.config.objective.kind == "seq2seq":
+        if config.objective.kind == "seq2seq":
             uses |= dict.fromkeys(
                 ("vaswani", "t5", "recurrent"), "to translate with it: manyheads translate {} --text TEXT"
             )
-        display.say(f"finished; {uses.get(self.config.model.family, 'it is in {}').format(directory)}")
+        elif config.objective.kind in LABELLED:
+            uses["bert"] = "to use it: manyheads predict {} --file FILE"
+        display.say(f"finished; {uses.get(config.model.family, 'it is in {}').format(directory)}")
+
+
+def _used(state: TrainState) -> nnx.State:
+    """The parameters to use: their moving average, where the run keeps one."""
+    return state.params if state.ema is None else state.ema
 
 
 def _padding(batches: Batches) -> str | None:
@@ -342,8 +340,9 @@ def check_data(config: RunConfig, prepared: Prepared) -> None:
             prepared, source_vocab_size, target_vocab_size=config.model.vocab_size, objective=config.objective
         )
     check_objective(prepared, config.objective, config.sequence_length)
-    if isinstance(config.model, BertConfig) and config.objective.kind == "classification":
+    if isinstance(config.model, BertConfig) and config.objective.kind in ("classification", "token_classification"):
         check_labels(prepared, config.model.num_labels)
+    check_selection(config, prepared)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
-"""What a step minimises.
+"""What a step minimises, by objective.
 
-B batch, T position, V vocab. Losses are sums with the weight they were taken over, never means: the mean over the whole
-global batch is taken once, however it was cut into microbatches and devices.
+B batch, T position, V vocab.
 """
 
 from __future__ import annotations
@@ -13,69 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from transformer.errors import require
+from train.loss import Batch, LossConfig, LossSums, cross_entropy, of_rows, with_router_loss
+from train.tasks.losses import TASK_LOSSES, sums_of
 from transformer.models.heads import contrastive_logits
-from transformer.types import Array, Float, Int, PRNGKeyArray
-
-Batch = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Additions to the cross-entropy."""
-
-    z_loss: float = 0.0
-    """Weight of log(Z)², which keeps the logits' normaliser near 1 (1e-4 is usual)."""
-    label_smoothing: float = 0.0
-    """Share of the target's probability that is spread evenly over the vocabulary, or over the classes."""
-    temperature: float = 0.05
-    """By which the contrastive objective divides cosines."""
-
-    def __post_init__(self) -> None:
-        require(self, "temperature", self.temperature > 0, "allowed: above 0")
-        require(self, "z_loss", self.z_loss >= 0, "allowed: 0 or more")
-        require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "allowed: 0 or more, below 1")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LossSums:
-    """Sums over what is predicted, tokens or rows, in float32."""
-
-    loss: Float[Array, ""]
-    """What is minimised, z-loss and smoothing included."""
-    nll: Float[Array, ""]
-    """Negative log-likelihood of the targets, in nats."""
-    weight: Float[Array, ""]
-    """Number of target tokens, or of rows."""
-    correct: Float[Array, ""] | None = None
-    """Of classes: number of rows whose likeliest class is theirs."""
-
-    def __add__(self, other: LossSums) -> LossSums:
-        return jax.tree.map(jnp.add, self, other)
-
-
-def cross_entropy(
-    logits_BTV: Float[Array, "B T V"],
-    targets_BT: Int[Array, "B T"],
-    weights_BT: Float[Array, "B T"],
-    config: LossConfig,
-) -> LossSums:
-    """Cross-entropy with label smoothing (Szegedy et al. 2016) and z-loss (Chowdhery et al. 2022, section 5)."""
-    logits = logits_BTV.astype(jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum in place of a gather: its gradient is elementwise, where a gather's is a scatter, and it stays local
-    # when the vocabulary is sharded.
-    is_target = jnp.arange(logits.shape[-1]) == targets_BT[..., None]
-    nll = log_z - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    loss = nll
-    if config.label_smoothing:
-        uniform = log_z - jnp.mean(logits, axis=-1)
-        loss = (1 - config.label_smoothing) * nll + config.label_smoothing * uniform
-    if config.z_loss:
-        loss += config.z_loss * jnp.square(log_z)
-    return LossSums(jnp.sum(loss * weights_BT), jnp.sum(nll * weights_BT), jnp.sum(weights_BT))
-
+from transformer.types import Array, PRNGKeyArray
 
 Loss = Callable[..., LossSums]
 """(model, batch, config, key=None) -> LossSums; a key turns dropout on."""
@@ -154,7 +94,7 @@ def replaced_tokens(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKe
         signed = jnp.where(is_replaced_BT, output.logits, -output.logits)
         nll, weight = -jnp.sum(jax.nn.log_sigmoid(signed) * valid_BT), jnp.sum(valid_BT)
         loss = model.config.replaced_weight * nll + generator * weight
-        return _with_router_loss(LossSums(loss, nll, weight), output)
+        return with_router_loss(LossSums(loss, nll, weight), output)
 
 
 def to_text(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
@@ -170,17 +110,6 @@ def to_text(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray |
         key=key,
     )  # fmt: skip
     return _sums(output, batch, config)
-
-
-def classification(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
-    """Tell the class of a row (Devlin et al. 2018, section 4.1).
-
-    Args:
-        batch: tokens, positions and segments [B, T] int32, labels [B] int32 (-1: a row of padding), weights [B, 1] float32.
-    """
-    output = model(batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"], key=key)
-    with jax.named_scope("loss"):
-        return _with_router_loss(_of_rows(output.logits, batch["labels"], batch["weights"], config), output)
 
 
 def contrastive(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
@@ -200,8 +129,8 @@ def contrastive(model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArr
     with jax.named_scope("loss"):
         valid_B = batch["weights"][:, 0] > 0
         logits_BB = contrastive_logits(sides[0].logits, sides[1].logits, valid_B, temperature=config.temperature)
-        sums = _of_rows(logits_BB, jnp.arange(logits_BB.shape[0]), batch["weights"], config)
-        return _with_router_loss(_with_router_loss(sums, sides[0]), sides[1])
+        sums = of_rows(logits_BB, jnp.arange(logits_BB.shape[0]), batch["weights"], config)
+        return with_router_loss(with_router_loss(sums, sides[0]), sides[1])
 
 
 LOSSES: dict[str, Loss] = {
@@ -214,32 +143,17 @@ LOSSES: dict[str, Loss] = {
     "span_corruption": to_text,
     "ul2": to_text,
     "seq2seq": to_text,
-    "classification": classification,
     "contrastive": contrastive,
+    **{kind: sums_of(task) for kind, task in TASK_LOSSES.items()},
 }
 """The loss of each objective of `train.data.objective_config`."""
 
 
 def _sums(output: Any, batch: Batch, config: LossConfig) -> LossSums:
     with jax.named_scope("loss"):
-        return _with_router_loss(cross_entropy(output.logits, batch["targets"], batch["weights"], config), output)
-
-
-def _of_rows(
-    logits_BC: Float[Array, "B C"], labels_B: Int[Array, B], weights_B1: Float[Array, "B 1"], config: LossConfig
-) -> LossSums:
-    """Cross-entropy over the classes of whole rows, and how many are right."""
-    sums = cross_entropy(logits_BC[:, None], labels_B[:, None], weights_B1, config)
-    is_right_B = logits_BC.argmax(-1) == labels_B
-    return dataclasses.replace(sums, correct=jnp.sum(jnp.where(is_right_B[:, None], weights_B1, 0)))
+        return with_router_loss(cross_entropy(output.logits, batch["targets"], batch["weights"], config), output)
 
 
 def _at(batch: Batch, places_BK: Array) -> Batch:
     """Targets and weights [B, K] at some places of each row."""
     return {name: jnp.take_along_axis(batch[name], places_BK, axis=1) for name in ("targets", "weights")}
-
-
-def _with_router_loss(sums: LossSums, output: Any) -> LossSums:
-    if output.router_loss is None:
-        return sums
-    return dataclasses.replace(sums, loss=sums.loss + output.router_loss * sums.weight)

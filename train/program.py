@@ -13,13 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import RunConfig
-from train.data.objective_config import MASKED, ROWS
+from train.data.objective_config import LABELLED, MASKED, ROWS
 from train.mesh import STRATEGIES, MeshConfig, batch_sharding
 from train.optimizer import make_optimizer
 from train.pipeline import StagedStep, one_forward_one_backward, schedule_of
 from train.pmap import make_pmap_step
 from train.state import StateMaker, TrainState, abstract_state, init_state, lay_out, state_maker
 from train.step import make_eval_step, make_gradient, make_train_step
+from train.tasks.step import make_task_step
 from train.trained import ALL, Trained, chosen
 from transformer.errors import ConfigError
 from transformer.functional import ModelFactory, graphdef_of
@@ -80,7 +81,10 @@ class Program:
             )
             if V > 1:
                 self.train_step = StagedStep(self.train_step, staged, V)
-        self.eval_step = make_eval_step(graphdef, config.objective.kind, schedule)
+        if config.objective.kind in LABELLED:
+            self.eval_step = make_task_step(graphdef, config.objective, schedule)
+        else:
+            self.eval_step = make_eval_step(graphdef, config.objective.kind, schedule)
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
 
     def init(self, params: nnx.State | None = None) -> Any:
@@ -159,8 +163,16 @@ def batch_shapes(config: RunConfig, rows: int | None = None) -> dict[str, jax.Sh
         batch |= {"token_types": whole(rows, length), "labels": whole(rows)}
     if objective.kind in ROWS:
         batch["weights"] = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
-    if objective.kind == "classification":
-        batch["labels"] = whole(rows)
+    if objective.kind in LABELLED and objective.kind != "token_classification":
+        del batch["targets"]
+        labels = (rows, 2) if objective.kind == "answer" else (rows,)
+        kind = jnp.float32 if objective.kind == "regression" else jnp.int32
+        batch["labels"] = jax.ShapeDtypeStruct(labels, kind)
+        if config.data.pairs:
+            batch["token_types"] = whole(rows, length)
+    if objective.kind == "choice":
+        names = ("tokens", "segments", "positions", "token_types")
+        batch |= {name: whole(rows, objective.num_choices, length) for name in names}
     if objective.kind == "contrastive":
         batch |= {f"other_{name}": whole(rows, length) for name in ("tokens", "segments", "positions")}
     if objective.kind == "prefix":

@@ -48,6 +48,8 @@ class LoadedRun:
     params: nnx.State
     mesh: jax.sharding.Mesh
     step: int
+    labels: tuple[str, ...] = ()
+    """The names of the classes, or tags, that it tells, by their numbers."""
 
 
 def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) -> LoadedRun:
@@ -84,7 +86,7 @@ def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) 
                 layout = jax.tree.map(lambda leaf: leaf.sharding, plain)
                 params = jax.jit(merged, static_argnums=1, out_shardings=layout)(params, config.adapter.scale)
                 config = dataclasses.replace(config, adapter=None)
-    return LoadedRun(config, tokenizer, target_tokenizer, params, mesh, number)
+    return LoadedRun(config, tokenizer, target_tokenizer, params, mesh, number, tuple(meta.get("labels", ())))
 
 
 def tokenizer_files(prepared: Prepared, directory: Path) -> dict[str, str]:

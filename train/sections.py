@@ -17,11 +17,15 @@ class EvaluationConfig:
     """Batches of an evaluation on the way; null: all of the held-out text. The last evaluation always takes all of it."""
     translations: int = 500
     """seq2seq: held-out pairs, spread over all of them, that are translated for BLEU and chrF at the end; 0: none."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row that were no better than the best, by checkpoint.best; null: after all steps."""
 
     def __post_init__(self) -> None:
         require(self, "every", self.every >= 0, "allowed: 0 or more")
         require(self, "batches", self.batches is None or self.batches >= 1, "allowed: 1 or more, or null")
         require(self, "translations", self.translations >= 0, "allowed: 0 or more")
+        holds = self.patience is None or (self.patience >= 1 and self.every > 0)
+        require(self, "patience", holds, "allowed: 1 or more, with evaluation.every above 0; or null")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,11 @@ class CheckpointConfig:
     every: int = 500
     """Steps between checkpoints; 0: only at the end and on interruption."""
     keep: int = 2
-    """How many of the newest are kept; the best by evaluation loss is kept beside them."""
+    """How many of the newest are kept; the best is kept beside them."""
+    best: str = "loss"
+    """By which value on the held-out text the best is chosen: the loss, or a metric of the objective. Higher is better, but of
+    loss and mse. classification: accuracy, f1, matthews; regression: pearson, spearman, mse; token_classification: accuracy,
+    precision, recall, f1; answer: exact_match, f1; choice, contrastive: accuracy; seq2seq: bleu, chrf."""
 
     def __post_init__(self) -> None:
         require(self, "every", self.every >= 0, "allowed: 0 or more")

@@ -148,7 +148,7 @@ def update(
         "loss": sums.loss / weight,
         "nll": sums.nll / weight,
         "grad_norm": grad_norm,
-        "tokens": sums.weight,
+        "tokens": sums.weight if sums.count is None else sums.count,
         "skipped": 1 - finite.astype(jnp.float32),
     }
     changed = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)

@@ -19,7 +19,7 @@ from train.data.labelled import LabelledDocuments, commonest_share
 from train.data.loader import Batches, evaluation_batches, train_batches
 from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig, fingerprint, prepare
-from train.data.readers import Rejects
+from train.data.records import Rejects
 from train.data.source import SourceConfig, documents
 from train.data.store import Prepared
 from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
@@ -293,7 +293,11 @@ def test_other_objectives_do_not_mind_classes(reviews: Path) -> None:
     [
         ({"path": "a.txt", "label_field": "class"}, "label_field"),
         ({"path": "a.csv", "label_field": "text"}, "label_field"),
-        ({"path": "a.csv", "label_field": "class", "target_field": "other"}, "label_field"),
+        ({"path": "a.csv", "label_kind": "number"}, "label_kind"),
+        ({"path": "a.csv", "label_field": "class", "label_kind": "number", "labels": ("good",)}, "labels"),
+        ({"path": "a.csv", "label_field": "class", "label_kind": "answers"}, "target_field"),
+        ({"path": "a.csv", "label_field": "class", "label_kind": "tags", "target_field": "other"}, "target_field"),
+        ({"path": "a.csv", "label_field": "class", "label_kind": "number", "choice_fields": ("a",)}, "choice_fields"),
         ({"path": "a.csv", "labels": ("good",)}, "labels"),
     ],
 )

@@ -17,7 +17,7 @@ from train.data.loader import Batches, EvaluationBatches, evaluation_batches, tr
 from train.data.objective_config import ObjectiveConfig
 from train.data.pairs import choose_widths, fit_pairs
 from train.data.prepare import DataConfig, check_vocabulary, fingerprint, prepare
-from train.data.readers import Document, Rejects
+from train.data.records import Document, Rejects
 from train.data.source import SourceConfig, documents
 from train.data.store import Prepared
 from train.data.tokenizer import TokenizerConfig

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.data.readers import Document, Rejects
+from train.data.records import Document, Rejects
 from train.data.source import SourceConfig, documents, identity, text_size, validation_position
 from transformer.errors import ConfigError, UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from train.data.readers import Document
+from train.data.records import Document
 from train.data.source import SourceConfig, documents
 from transformer.errors import UserError
 

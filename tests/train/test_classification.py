@@ -17,7 +17,7 @@ from train.config import RunConfig
 from train.data.objective_config import ObjectiveConfig
 from train.evaluate import evaluate, scores_of
 from train.mesh import MeshConfig, make_mesh, use_mesh
-from train.objective import LossConfig, classification
+from train.objective import LOSSES, LossConfig
 from train.state import abstract_state, init_state, state_maker
 from train.step import make_eval_step, make_train_step
 from transformer.errors import ConfigError
@@ -52,7 +52,8 @@ def test_loss_and_count_by_definition(smoothing, padding):
     batch = batch_of(padding=padding)
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(B, C)), jnp.float32)
     output = types.SimpleNamespace(logits=logits, router_loss=None)
-    sums = classification(lambda *_, **__: output, batch, LossConfig(label_smoothing=smoothing))
+    config = LossConfig(label_smoothing=smoothing)
+    sums = LOSSES["classification"](lambda *_, **__: output, batch, config)
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     expected = {"loss": 0.0, "nll": 0.0, "weight": 0.0, "correct": 0.0}
     for row in range(B - padding):

@@ -219,7 +219,7 @@ def test_pretraining_and_fine_tuning_from_the_command_line(texts, tmp_path, caps
     assert main(["train", "tuned.yaml", "--init-from", "encoder"]) == 0
     said = capsys.readouterr().out
     assert "tuned: weights from encoder, step" in said and "row/s" in said
-    assert "held-out loss" in said and "accuracy 100.00% (the commonest class:" in said
+    assert "held-out loss" in said and "accuracy 100.00%  f1 1.0000  matthews 1.0000 (the commonest class:" in said
     records = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
     last = next(record for record in reversed(records) if "eval/loss" in record)
     assert last["eval/accuracy"] == 1 and "eval/perplexity" not in last and "eval/bits_per_byte" not in last

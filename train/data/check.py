@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from train.data.corrupt import lengths_filling
-from train.data.objective_config import MASKED, PAIRED, ObjectiveConfig, sentinels
+from train.data.objective_config import LABELLED, MASKED, PAIRED, ObjectiveConfig, sentinels
 from train.data.spans import most_sentinels, ul2_lengths
 from train.data.store import Prepared
 from train.data.words import WordPieces
@@ -11,8 +11,11 @@ from transformer.errors import UserError
 
 _LEAST_LENGTH = {
     "masked": 3, "next_sentence": 5, "sentence_order": 5, "prefix": 2, "span_corruption": 3, "ul2": 8,
-    "classification": 3, "contrastive": 3,
+    "classification": 3, "regression": 3, "token_classification": 3, "answer": 5, "choice": 5, "contrastive": 3,
 }  # fmt: skip
+
+_MAY_BE_PAIRS = ("classification", "regression", "answer", "choice")
+_LABELS = {"class": "a class", "number": "a number", "tags": "a tag for each word", "answers": "answers"}
 
 
 def check_objective(prepared: Prepared, objective: ObjectiveConfig, length: int) -> None:
@@ -20,16 +23,16 @@ def check_objective(prepared: Prepared, objective: ObjectiveConfig, length: int)
     kind = objective.kind
     if kind in PAIRED and not prepared.pairs:
         raise UserError(f"objective.kind: {kind!r} needs pairs, the sources give single texts; set their target_field")
-    if kind not in PAIRED and prepared.pairs:
+    if kind not in (*PAIRED, *_MAY_BE_PAIRS) and prepared.pairs:
         raise UserError(
             f"objective.kind: {kind!r} is for single texts, the sources give pairs; set it to {' or '.join(PAIRED)}"
         )
-    if kind == "contrastive" and prepared.own_target_tokenizer is not None:
-        raise UserError("data.target_tokenizer: one encoder reads both sides of a contrastive pair; set it to null")
-    if kind == "classification" and not prepared.meta.labels:
-        raise UserError(
-            "objective.kind: 'classification' needs documents with a class, the sources give none; set their label_field"
-        )
+    if kind != "choice" and any(array.others > 1 for array in prepared.train):
+        raise UserError(f"objective.kind: {kind!r} is not for texts with choices; set it to 'choice'")
+    if kind != "seq2seq" and prepared.own_target_tokenizer is not None:
+        raise UserError(f"data.target_tokenizer: one encoder reads both sides of a {kind} pair; set it to null")
+    if kind in LABELLED:
+        _check_label_kind(prepared, objective)
     _check_lengths(objective, length)
     _check_special_tokens(prepared, objective, length)
     _check_held_out(prepared, objective, length)
@@ -42,14 +45,40 @@ def check_objective(prepared: Prepared, objective: ObjectiveConfig, length: int)
         )
 
 
-def check_labels(prepared: Prepared, num_labels: int) -> None:
-    """Raise a `UserError` unless a model of `num_labels` classes has those of the data."""
+def _check_label_kind(prepared: Prepared, objective: ObjectiveConfig) -> None:
+    kind, given = objective.kind, prepared.meta.label_kind
+    wanted = LABELLED[kind]
+    if given is None:
+        raise UserError(
+            f"objective.kind: {kind!r} needs documents with {_LABELS[wanted]}, the sources give none; set their label_field"
+        )
+    if given != wanted:
+        fitting = " or ".join(repr(other) for other, label in LABELLED.items() if label == given)
+        raise UserError(
+            f"objective.kind: {kind!r} needs documents with {_LABELS[wanted]} (label_kind {wanted!r}), the sources give "
+            f"{_LABELS[given]}; set their label_kind, or the objective to {fitting}"
+        )
+    if kind == "choice":
+        if not prepared.pairs:
+            raise UserError("objective.kind: 'choice' needs texts with choices; set choice_fields of the sources")
+        if other := [
+            array for array in (*prepared.train, *prepared.validation) if array.others != objective.num_choices
+        ]:
+            raise UserError(
+                f"objective.num_choices: got {objective.num_choices}; the documents of {other[0].name} have "
+                f"{other[0].others} choices"
+            )
+        check_labels(prepared, objective.num_choices, "objective.num_choices")
+
+
+def check_labels(prepared: Prepared, num_labels: int, field: str = "model.num_labels") -> None:
+    """Raise a `UserError` unless a model of `num_labels` classes has those of the data; `field` is where it says so."""
     labels = prepared.meta.labels
     names = ", ".join(labels)
     if len(labels) == 1:
         raise UserError(f"data: all documents are of one class, {names}: there is nothing to tell apart")
     if len(labels) != num_labels:
-        raise UserError(f"model.num_labels: got {num_labels}; the data has {len(labels)} classes: {names}")
+        raise UserError(f"{field}: got {num_labels}; the data has {len(labels)} classes: {names}")
 
 
 def _check_lengths(objective: ObjectiveConfig, length: int) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from train.data.choices import Choices
 from train.data.contrast import TextPairs
 from train.data.labelled import LabelledDocuments
 from train.data.masked import MaskedChunks, MaskedDocuments, SentencePairs
-from train.data.objective_config import ROWS, ObjectiveConfig
+from train.data.objective_config import LABELLED, ROWS, ObjectiveConfig
 from train.data.pack import Examples, Packing, examples
 from train.data.pairs import PackedPairs
+from train.data.rows import TaskRows
 from train.data.spans import Prefix, SpanCorruption, Ul2
 from train.data.store import TokenArray
+from train.data.tagged import TaggedWords
 from train.data.tokenizer import Tokenizer
+from train.data.windows import AnswerWindows
 from transformer.errors import UserError
 
 _RUNNING_TEXT = ("prefix", "span_corruption", "ul2")
@@ -34,7 +39,7 @@ class ExamplesMaker:
             return examples(array, self.packing, self.length, training=training)
         if kind in _RUNNING_TEXT and self.packing != "chunk":
             raise UserError(f"data.packing: got {self.packing!r}; {kind} is for running text: set it to 'chunk'")
-        if kind in ROWS and self.packing != "documents":
+        if kind in (*ROWS, *LABELLED) and self.packing != "documents":
             raise UserError(
                 f"data.packing: got {self.packing!r}; {kind} takes one document a row: set it to 'documents'"
             )
@@ -52,8 +57,8 @@ class ExamplesMaker:
             return PackedPairs(array, self.length, self.objective, shown=shown)
         if kind == "contrastive":
             return TextPairs(*common, shown=shown)
-        if kind == "classification":
-            return LabelledDocuments(*common, shown=shown)
+        if kind in LABELLED:
+            return task_rows(*common, shown=shown)
         if kind == "prefix":
             return Prefix(array, self.length, keep_rest=not training)
         if kind == "span_corruption":
@@ -65,3 +70,19 @@ class ExamplesMaker:
         if self.packing == "documents":
             return MaskedDocuments(*common)
         return MaskedChunks(*common, keep_rest=not training)
+
+
+_TASK_ROWS: dict[str, Callable[..., TaskRows]] = {
+    "classification": LabelledDocuments,
+    "regression": LabelledDocuments,
+    "token_classification": TaggedWords,
+    "answer": AnswerWindows,
+    "choice": Choices,
+}
+
+
+def task_rows(
+    array: TokenArray, tokenizer: Tokenizer, length: int, objective: ObjectiveConfig, *, shown: bool = False
+) -> TaskRows:
+    """The examples of a task of labelled documents; `array` may lack the labels."""
+    return _TASK_ROWS[objective.kind](array, tokenizer, length, objective, shown=shown)

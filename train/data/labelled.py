@@ -1,11 +1,9 @@
-"""Examples of documents with a class: one a row, for an encoder with a head over whole rows.
+"""Examples of documents with a class or a number: one document, or one pair, a row.
 
-Axes: B examples asked for at once, T positions. Every example holds
+Axes: B examples asked for at once. Every example holds the arrays of `train.data.rows` and
 
-    tokens            [B, T] int32    `[CLS]`, the text, `[SEP]` (Devlin et al. 2018, section 4.1)
-    segments          [B, T] int32    1 where it stands, 0 at padding
-    positions         [B, T] int32    0, 1, ...; 0 at padding
-    labels            [B] int32       the class, by its number in `Meta.labels`
+    labels            [B] int32       the class, by its number in `Meta.labels`; or
+                          float32     the number
     weights           [B, 1] float32  1: a row is one thing to predict
 """
 
@@ -16,17 +14,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from train.data.draws import Draws
-from train.data.masked import framed_apart
+from train.data.label_arrays import NONE
 from train.data.objective_config import ObjectiveConfig
-from train.data.pack import Examples
-from train.data.progress import say_once
+from train.data.rows import Stretches, TaskRows, fitting, longest_first, one_each, text_sizes
 from train.data.store import TokenArray
-from train.data.tokenizer import CLS, SEP, Tokenizer
-from transformer.errors import UserError
+from train.data.tokenizer import Tokenizer
 
 
-class LabelledDocuments(Examples):
-    """The documents of an array, in its order; those that are too long for a row are left out, or their ends are."""
+class LabelledDocuments(TaskRows):
+    """The documents of an array, in its order; those that are too long for a row are left out, or their ends are.
+
+    Of a pair the longer side is cut first, as Hugging Face's `longest_first`.
+    """
 
     def __init__(
         self,
@@ -38,39 +37,26 @@ class LabelledDocuments(Examples):
         shown: bool = False,
     ) -> None:
         """`shown` says how many are too long. Raises `UserError` if no document is short enough."""
-        super().__init__(array, length)
-        assert array.labels is not None
-        self._cls, self._sep = tokenizer.special_ids[CLS], tokenizer.special_ids[SEP]
-        sizes = np.diff(array.offsets) + 1  # without the end of text, with both special tokens
-        fits = sizes <= length
-        too_long, drops = int(np.sum(~fits)), objective.too_long == "drop"
-        if drops and too_long == len(fits):
-            raise UserError(
-                f"{array.name}: none of {too_long} documents fits a row of {length} tokens; make length larger, or set "
-                "objective.too_long: truncate"
-            )
-        if too_long and shown:
-            say_once(
-                f"{array.name}: {too_long} of {len(fits)} documents are longer than {length} tokens with [CLS] and "
-                f"[SEP]: {'left out' if drops else 'cut'}"
-            )
-        kept = np.flatnonzero(fits) if drops else np.arange(len(fits))
-        self._starts, self._labels = np.asarray(array.offsets)[kept], np.asarray(array.labels)[kept]
-        self._sizes = np.minimum(sizes, length)[kept]
-
-    def __len__(self) -> int:
-        return len(self._sizes)
+        super().__init__(array, tokenizer, length)
+        sides = [array] if array.target is None else [array, array.target]
+        sizes = [text_sizes(side) for side in sides]
+        self.documents = fitting(array, np.sum(sizes, axis=0) + 1 + len(sides), length, objective, shown=shown)
+        sizes = [side[self.documents] for side in sizes]
+        room = length - 1 - len(sides)
+        taken = [np.minimum(sizes[0], room)] if len(sides) == 1 else longest_first(sizes[0], sizes[1], room)
+        self._sides = [Stretches.of(side, self.documents, size) for side, size in zip(sides, taken, strict=True)]
+        kind = np.float32 if objective.kind == "regression" else np.int32
+        labels = np.full(array.documents, NONE, kind) if array.labels is None else np.asarray(array.labels)
+        self._labels = labels[self.documents]
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
-        return {
-            **framed_apart(self._tokens, self._starts, self._sizes, indices, self.length, self._cls, self._sep),
-            "labels": self._labels[indices],
-            "weights": np.ones((len(indices), 1), np.float32),
-        }
+        labels = {"labels": self._labels[indices], "weights": one_each(len(indices))}
+        return self.rows(self._sides, indices) | labels
 
     @property
     def efficiency(self) -> float:
-        return int(self._sizes.sum()) / max(1, len(self) * self.length)
+        used = sum(int(side.sizes.sum()) + len(self) for side in self._sides) + len(self)
+        return used / max(1, len(self) * self.length)
 
 
 def commonest_share(arrays: Sequence[TokenArray]) -> float | None:

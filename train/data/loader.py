@@ -194,7 +194,7 @@ class OrderedBatches(EvaluationBatches):
         batch = _gather(self._sources, self._first_id, np.where(inside, ids, 0), draws)
         batch["weights"] *= inside[:, None]
         if "labels" in batch:
-            batch["labels"] = np.where(inside, batch["labels"], -1).astype(np.int32)
+            batch["labels"][~inside] = -1
         batch["example"] = np.where(inside, ids, -1)
         return batch
 

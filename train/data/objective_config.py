@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from train.data.records import LabelKind
 from train.data.tokenizer import CLS, MASK, SEP, Tokenizer, sentinel
 from transformer.errors import require
 
 Kind = Literal[
     "causal", "masked", "span_corruption", "prefix", "ul2", "next_sentence", "sentence_order",
-    "replaced_tokens", "seq2seq", "classification", "contrastive", "none",
+    "replaced_tokens", "seq2seq", "classification", "regression", "token_classification", "answer", "choice", "contrastive",
+    "none",
 ]  # fmt: skip
 
 ENCODER_DECODER: tuple[Kind, ...] = ("span_corruption", "ul2", "seq2seq")
@@ -20,7 +22,12 @@ MASKED: tuple[Kind, ...] = ("masked", "next_sentence", "sentence_order", "replac
 """The kinds that hide tokens."""
 PAIRED: tuple[Kind, ...] = ("seq2seq", "contrastive")
 """The kinds that are for pairs of texts."""
-ROWS: tuple[Kind, ...] = ("classification", "contrastive")
+LABELLED: dict[Kind, LabelKind] = {
+    "classification": "class", "regression": "number", "token_classification": "tags", "answer": "answers",
+    "choice": "class",
+}  # fmt: skip
+"""The kinds that are for documents with labels, and what these are: the tasks that an encoder is fine-tuned on."""
+ROWS: tuple[Kind, ...] = ("classification", "regression", "answer", "choice", "contrastive")
 """The kinds that predict one thing of each row."""
 MODES = ("[R]", "[S]", "[X]")
 """UL2's names of its three kinds of denoising."""
@@ -36,9 +43,11 @@ class ObjectiveConfig:
     whether one stretch of text follows the other (BERT); `sentence_order`: masked, and whether two stretches are in order
     (ALBERT); `replaced_tokens`: masked, and which tokens a small model put in their places (ELECTRA); `prefix`: the rest
     after a part that is seen at once (prefix LM); `span_corruption`: spans that were cut out (T5); `ul2`: a mixture of
-    denoisers (UL2); `seq2seq`: the other side of pairs; `classification`: the class of a document; `contrastive`: which text of
-    the batch is the other side of a pair, by the likeness of their embeddings (SimCSE); `none`: nothing, of weights that were
-    imported, to use or to begin from."""
+    denoisers (UL2); `seq2seq`: the other side of pairs; `classification`: the class of a document, or of a pair;
+    `regression`: its number; `token_classification`: the tag of each word; `answer`: where in a context a question's answer
+    stands; `choice`: which of several texts goes on behind another; `contrastive`: which text of the batch is the other side of
+    a pair, by the likeness of their embeddings (SimCSE); `none`: nothing, of weights that were imported, to use or to begin
+    from."""
     mask_rate: float = 0.15
     """Kinds that mask: the part of the tokens that is predicted."""
     mask_share: float = 0.8
@@ -63,8 +72,21 @@ class ObjectiveConfig:
     target_length: int | None = None
     """seq2seq: the longest target, in tokens with its end of text; null: as long as a row."""
     too_long: Literal["drop", "truncate"] = "drop"
-    """seq2seq, contrastive, classification: what happens to a pair with a side, or a document, that is longer than a row: it
-    is left out, or its end is. Both are counted and said."""
+    """seq2seq, contrastive, and the tasks of labelled documents but answer: what happens to a pair with a side, or a document,
+    that is longer than a row: it is left out, or its end is. Both are counted and said."""
+    stride: int = 128
+    """answer: from one window over a long context to the next, in tokens."""
+    question_length: int = 64
+    """answer: the longest question, in tokens, and at most half of a row; a longer one is cut."""
+    answer_length: int = 30
+    """answer: the longest answer that is given, in tokens."""
+    no_answer: bool = False
+    """answer: some questions have none (SQuAD 2.0): it is given where `[CLS]` scores more than the best answer, by
+    no_answer_margin."""
+    no_answer_margin: float = 0.0
+    """answer: by how much; what is best on the held-out questions is told at the end of a run."""
+    num_choices: int = 4
+    """choice: how many there are."""
     max_shapes: int = 6
     """seq2seq with packing `pad`: the most shapes that batches come in. More waste less; each is a program to compile."""
 
@@ -76,7 +98,9 @@ class ObjectiveConfig:
         require(self, "ngram", self.ngram >= 1, "1 or more")
         require(self, "noise_density", 0 < self.noise_density <= 0.5, "above 0, at most 0.5")
         require(self, "mean_span", self.mean_span >= 1, "1 or more")
-        require(self, "max_shapes", self.max_shapes >= 1, "1 or more")
+        for field in ("max_shapes", "stride", "question_length", "answer_length"):
+            require(self, field, getattr(self, field) >= 1, "1 or more")
+        require(self, "num_choices", self.num_choices >= 2, "2 or more")
         weights = self.denoiser_weights
         require(self, "denoiser_weights", min(weights) >= 0 and sum(weights) > 0, "three numbers, 0 or more, not all 0")
         for field in ("source_length", "target_length"):
@@ -98,6 +122,10 @@ class ObjectiveConfig:
         single = self.ngram == 1 and not self.whole_word
         return min(length, math.ceil(self.mask_rate * length) + (0 if single else _LONG_WORD * self.ngram))
 
+    def most_question(self, length: int) -> int:
+        """`question_length` as far as a row of `length` has room for it and as much of a context."""
+        return min(self.question_length, (length - 3) // 2)
+
     def source_width(self, length: int) -> int:
         """`source_length` with its default filled in."""
         return length if self.source_length is None else self.source_length
@@ -107,7 +135,7 @@ class ObjectiveConfig:
         """The special tokens that this objective takes, sentinels aside."""
         if self.kind in MASKED:
             return (MASK, CLS, SEP)
-        if self.kind in ROWS:
+        if self.kind in (*ROWS, *LABELLED):
             return (CLS, SEP)
         return MODES if self.kind == "ul2" and self.mode_tokens else ()
 

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from train.data.baseline import Baseline
 from train.data.cache import cache_dir, sync, writing
-from train.data.classes import Classes
+from train.data.label_arrays import Labels
 from train.data.objective_config import ObjectiveConfig, largest_inserted
 from train.data.progress import report, say
-from train.data.readers import Rejects
+from train.data.records import Document, LabelKind, Rejects
 from train.data.source import SourceConfig, documents, identity, text_size, validation_position
 from train.data.store import FORMAT_VERSION, Counts, DocumentWriter, Meta, Prepared, Split, write_meta, write_tokenizers
 from train.data.tokenise import tokenised
@@ -48,8 +48,8 @@ class DataConfig:
     """How the other side of pairs becomes token ids; null: by the same vocabulary, trained on both sides."""
     packing: Literal["chunk", "documents", "pad"] = "chunk"
     """`chunk`: all documents joined, cut into sequences; `documents`: whole documents, or pairs, fitted into sequences,
-    none of which attends to another (with classification and contrastive one document, or pair, a row); `pad`: one pair a
-    row, in batches of pairs of similar length."""
+    none of which attends to another (with contrastive and the tasks of labelled documents one document, or pair, a row);
+    `pad`: one pair a row, in batches of pairs of similar length."""
     num_workers: int = 0
     """Threads that tokenise, and threads that fetch batches; 0: one per core."""
     prefetch: int = 4
@@ -68,6 +68,10 @@ class DataConfig:
                     f"which has {'no label_field' if self.labelled else 'a label_field'}: all sources do, or none does"
                 )
                 raise ConfigError(DataConfig, part, other[0], wanted)
+            first = self.sources[0].label_kind
+            other = [source.title for source in getattr(self, part) if source.label_kind != first]
+            if other:
+                raise ConfigError(DataConfig, part, other[0], f"whose label_kind is not {first!r} as that of the first")
         require(self, "target_tokenizer", self.pairs or self.target_tokenizer is None, "only for sources of pairs")
         if self.pairs:
             wanted = "'documents' or 'pad' for pairs: cut anywhere, the two sides would not correspond"
@@ -87,8 +91,13 @@ class DataConfig:
 
     @property
     def labelled(self) -> bool:
-        """Whether the documents have classes."""
+        """Whether the documents have labels."""
         return bool(self.sources) and bool(self.sources[0].label_field)
+
+    @property
+    def label_kind(self) -> LabelKind | None:
+        """What the documents' labels are; None where they have none."""
+        return self.sources[0].label_kind if self.labelled else None
 
     @property
     def workers(self) -> int:
@@ -211,7 +220,8 @@ def _training_texts(config: DataConfig, tokenizer: TokenizerConfig, side: int | 
 def _write_tokens(directory: Path, config: DataConfig, tokenizers: list[Tokenizer], name: str, *, shown: bool) -> Meta:
     """Tokenise every source into `directory`, and count."""
     own, other = tokenizers[0], tokenizers[-1]
-    run = _Run(directory, (own, other) if config.pairs else (own,), Baseline(), Classes(), config.workers, shown)
+    labels = None if config.label_kind is None else Labels(config.label_kind)
+    run = _Run(directory, (own, other) if config.pairs else (own,), Baseline(), labels, config.workers, shown)
     counts = [run.write(number, source, _held_out(config)) for number, source in enumerate(config.sources)]
     counts += [run.write(number, source, 1.0) for number, source in enumerate(config.validation)]
     train = tuple(split["train"] for split in counts if "train" in split)
@@ -230,7 +240,8 @@ def _write_tokens(directory: Path, config: DataConfig, tokenizers: list[Tokenize
         gzip_bytes=gzip_bytes,
         xz_bytes=xz_bytes,
         target_vocab_size=other.vocab_size if config.pairs else None,
-        labels=run.classes.write(directory),
+        labels=() if labels is None else labels.write(directory, shown=shown),
+        label_kind=config.label_kind,
     )
 
 
@@ -242,7 +253,8 @@ class _Run:
     tokenizers: tuple[Tokenizer, ...]
     """One for each side of a document."""
     baseline: Baseline
-    classes: Classes
+    labels: Labels | None
+    """None where documents have none."""
     workers: int
     shown: bool
 
@@ -256,12 +268,19 @@ class _Run:
             if held_out > 0:
                 writers["validation"] = stack.enter_context(self._writer("validation", number, source))
             advance = stack.enter_context(report(f"tokenising {source.title}", text_size(source), shown=self.shown))
-            for document, ids in tokenised(self.tokenizers, documents(source, rejects), self.workers):
+            example: Document | None = None
+            for document, ids, marks in tokenised(self.tokenizers, documents(source, rejects), self.workers):
+                example = example or document
+                if len(document.choices) != len(example.choices):
+                    raise UserError(
+                        f"{document.id}: {len(document.choices)} choices, where {example.id} has {len(example.choices)}; all "
+                        "have to have as many"
+                    )
                 is_held_out = validation_position(document.split_by) < held_out
                 split: Split = "validation" if is_held_out else "train"
-                writers[split].add(ids, document.sides)
-                if document.label is not None:
-                    self.classes.add(split, number, document.label)
+                writers[split].add(document, ids)
+                if self.labels is not None:
+                    self.labels.add(split, number, document, len(ids[0]), marks)
                 if is_held_out:
                     self.baseline.add(document.sides[-1].encode())
                 advance(sum(len(text.encode()) for text in document.sides))
@@ -273,7 +292,8 @@ class _Run:
         return counts
 
     def _writer(self, split: Split, number: int, source: SourceConfig) -> DocumentWriter:
-        return DocumentWriter(self.directory, split, number, source.title, self.tokenizers)
+        labelled = self.labels is not None
+        return DocumentWriter(self.directory, split, number, source.title, self.tokenizers, labelled=labelled)
 
 
 def _held_out(config: DataConfig) -> float:

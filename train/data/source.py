@@ -14,13 +14,14 @@ import os
 import platform
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from train.data import synthetic
-from train.data.readers import Document, Fields, Format, Reader, Rejects, format_of, is_compressed
+from train.data.readers import Format, Reader, format_of, is_compressed
+from train.data.records import Document, Fields, LabelKind, Records, Rejects
 from train.data.wheel import wheel_files
 from transformer.errors import UserError, require
 
@@ -36,7 +37,7 @@ _ONLY_FOR = {
     "include_tests": "stdlib",
 }
 _NO_PATH = ("stdlib", "synthetic")
-_RECORDS = ("jsonl", "csv", "parquet", "sqlite")
+_RECORDS = ("jsonl", "csv", "parquet", "sqlite", "conll")
 _GENERATED = ("config-", "_sysconfigdata")  # made when this Python was built: they hold the paths of one machine
 
 
@@ -50,18 +51,27 @@ class SourceConfig:
     languages, whose word alignment is known."""
     path: str = ""
     """files: a path or a glob such as `texts/**/*.jsonl.gz`; hub: the data set's name; wheel: a file or glob inside."""
-    format: Literal["auto", "text", "jsonl", "csv", "parquet", "sqlite"] = "auto"
-    """How files and wheel members are written; `auto` goes by the suffix, and takes any other suffix for text."""
+    format: Literal["auto", "text", "jsonl", "csv", "parquet", "sqlite", "conll"] = "auto"
+    """How files and wheel members are written; `auto` goes by the suffix, and takes any other suffix for text. `conll`: a word
+    and its tag a line, in the first and the last column, which are the fields `words` and `tags`."""
     text_field: str = "text"
     """The field or column that holds the text, in everything but plain text; `translation.en` reaches inside one."""
     target_field: str = ""
-    """The field that holds the other side, such as the translation: the source then gives pairs; empty: single texts."""
+    """The field that holds the other side, such as the translation, the second sentence, or the context of a question: the
+    source then gives pairs; empty: single texts. With choice_fields: what each choice begins with."""
+    choice_fields: tuple[str, ...] = ()
+    """The fields that hold the choices of which one goes on behind the text, or one field with a list of them, for the
+    objective `choice`; empty: there are none."""
     group_field: str = ""
     """The field by which documents are held out together, such as a chapter; empty: each by itself."""
     label_field: str = ""
-    """The field that holds a document's class, for the objective `classification`; empty: documents have none."""
+    """The field that holds a document's label; empty: documents have none."""
+    label_kind: LabelKind = "class"
+    """What label_field holds. `class`: a class, or the number of the right choice; `number`: a number (objective
+    `regression`); `tags`: a list with a tag for each word of the list in text_field (`token_classification`); `answers`: the
+    text and answer_start of answers in target_field to the question in text_field (`answer`)."""
     labels: tuple[str, ...] = ()
-    """With a label_field: read documents of these classes alone; empty: of all."""
+    """With a label_field of classes: read documents of these classes alone; empty: of all."""
     separator: str = ""
     """Text that ends a document inside a plain text file; empty: each file is one document."""
     query: str = ""
@@ -101,14 +111,19 @@ class SourceConfig:
         require(self, "query", bool(self.query) == (form == "sqlite"), wanted)
         require(self, "text_field", bool(self.text_field), "a field's name")
         has_fields = self.kind == "hub" or form in _RECORDS
-        for field in ("target_field", "group_field", "label_field"):
+        for field in ("target_field", "choice_fields", "group_field", "label_field"):
             holds = has_fields or not getattr(self, field)
             require(self, field, holds, f"only for records: kind 'hub', or files of {', '.join(_RECORDS)}")
         for field in ("target_field", "label_field"):
             require(self, field, getattr(self, field) != self.text_field, "another field than text_field")
-        alone = not (self.label_field and self.target_field)
-        require(self, "label_field", alone, "not together with target_field: only single texts have a class")
-        require(self, "labels", bool(self.label_field) or not self.labels, "only with a label_field")
+        kind = self.label_kind
+        require(self, "label_kind", bool(self.label_field) or kind == "class", "only with a label_field")
+        require(self, "labels", bool(self.label_field and kind == "class") or not self.labels, "only for classes")
+        paired = {"tags": False, "answers": True}.get(kind)
+        wanted = f"label_kind {kind!r} " + ("needs one, the context" if paired else "is for single texts")
+        require(self, "target_field", paired is None or bool(self.target_field) == paired, wanted)
+        holds = not self.choice_fields or kind == "class"
+        require(self, "choice_fields", holds, f"not with label_kind {kind!r}: the label is the number of a choice")
         require(self, "split", bool(self.split), "the name of a split, such as 'train'")
         if self.kind == "wheel":
             require(self, "package", bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+]+", self.package)), "NAME==VERSION")
@@ -130,12 +145,16 @@ class SourceConfig:
     @property
     def gives_pairs(self) -> bool:
         """Whether each document has another side, such as a translation."""
-        return bool(self.target_field) or self.kind == "synthetic"
+        return bool(self.target_field or self.choice_fields) or self.kind == "synthetic"
 
     @property
     def fields(self) -> Fields:
         """The fields of a record that make up a document."""
-        return Fields(self.text_field, self.target_field, self.group_field, self.label_field)
+        return Fields(self.text_field, self.target_field, self.group_field, self.label_field, self.choice_fields)
+
+    def records(self, rejects: Rejects) -> Records:
+        """What makes documents of records."""
+        return Records(fields=self.fields, rejects=rejects, labels=self.labels, label_kind=self.label_kind)
 
     @property
     def title(self) -> str:
@@ -203,11 +222,9 @@ def validation_position(split_by: str) -> float:
 def _file_documents(config: SourceConfig, rejects: Rejects) -> Iterator[Document]:
     reader = Reader(
         format="python" if config.kind == "stdlib" else config.format,
-        fields=config.fields,
+        records=config.records(rejects),
         separator=config.separator,
         query=config.query,
-        rejects=rejects,
-        labels=config.labels,
     )
     for name, path in source_files(config):
         yield from reader.read(path, name)
@@ -243,6 +260,23 @@ def _local_files(pattern: str) -> list[tuple[str, Path]]:
     return files
 
 
+def _class_names(features: Mapping[str, Any], field: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Puts the names of classes in the place of their numbers, in a row whose data set has names for them."""
+    feature = features.get(field)
+    feature = getattr(feature, "feature", feature)  # of a list of classes
+    names = getattr(feature, "names", None)
+    if names is None:
+        return lambda row: row
+
+    def name(number: Any) -> Any:
+        if isinstance(number, list):
+            return [name(one) for one in number]
+        # A test set's rows are often of class -1.
+        return names[number] if isinstance(number, int) and 0 <= number < len(names) else None
+
+    return lambda row: row | {field: name(row[field])}
+
+
 def _hub_documents(config: SourceConfig, rejects: Rejects) -> Iterator[Document]:
     import datasets
 
@@ -255,14 +289,13 @@ def _hub_documents(config: SourceConfig, rejects: Rejects) -> Iterator[Document]
             streaming=config.streaming,
         )
         fields = list(rows.column_names or ())
-        reader = Reader(
-            format="auto", fields=config.fields, separator="", query="", rejects=rejects, labels=config.labels
-        )
+        records = config.records(rejects)
         if fields:
-            rows = rows.select_columns(reader.columns(fields, config.path))
+            rows = rows.select_columns(records.columns(fields, config.path))
+        named = _class_names(rows.features or {}, config.label_field)
         for number, row in enumerate(rows):
             name = f"{config.path}:{number}"
-            if document := reader.document(row, name, name):
+            if document := records.document(named(row), name, name):
                 yield document
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,11 +12,14 @@ Of pairs, such as a text and its translation, there is besides
       target_tokenizer/             where the other side has a vocabulary of its own
       train/0.target.tokens         the other side, document by document
       train/0.target.offsets.npy
-      validation/0.pairs.jsonl      the held-out pairs as text: [source, target] a line
 
-and of documents with classes
+where a text has several others, its choices, they follow each other as documents of the other side; of documents with labels
 
-      train/0.labels.npy            the class of each, int32 [documents], by its number in meta.json
+      train/0.labels.npy            as `train.data.label_arrays` describes them, classes by their number in meta.json
+
+and of both
+
+      validation/0.documents.jsonl  the held-out documents as they were read, one a line
 
 An array begins with one end of text, and each document is followed by one. So every token of every document has a
 token before it to be predicted from, and `offsets[d] - 1` is where the inputs of document d begin.
@@ -35,12 +38,13 @@ from typing import Any, Literal
 import numpy as np
 
 from train.data.cache import sync
+from train.data.records import Document, LabelKind
 from train.data.tokenizer import Tokenizer
 from transformer.errors import UserError
 
 Split = Literal["train", "validation"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _META_FILE = "meta.json"
 _SIDES = ("", ".target")
 _TOKENIZER_FOLDERS = ("tokenizer", "target_tokenizer")
@@ -90,7 +94,9 @@ class Meta:
     target_vocab_size: int | None = None
     """Of pairs: the vocabulary size of the other side, whether its own or the same; None where there are no pairs."""
     labels: tuple[str, ...] = ()
-    """The classes of the training documents, sorted; empty where documents have none."""
+    """The classes of the training documents, or the tags of their words, sorted; empty where there are none."""
+    label_kind: LabelKind | None = None
+    """What the documents' labels are; None where they have none."""
 
     def counts(self, split: Split) -> tuple[Counts, ...]:
         """The counts of a split, one per source."""
@@ -143,12 +149,17 @@ class TokenArray:
     target: TokenArray | None = None
     """Of pairs, the other side, document by document; None for single texts."""
     labels: np.ndarray | None = None
-    """[documents], int32: the class of each, by its number in `Meta.labels`; None where documents have none."""
+    """The label of each document, or token, as `train.data.label_arrays` describes them; None where there are none."""
 
     @property
     def documents(self) -> int:
         """How many documents there are."""
         return len(self.offsets) - 1
+
+    @property
+    def others(self) -> int:
+        """How many texts of the other side belong to each document: 0, 1 in pairs, or the number of its choices."""
+        return 0 if self.target is None or not self.documents else self.target.documents // self.documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,21 +203,26 @@ class Prepared:
         """The tokenizer of what is predicted: of pairs, the other side's."""
         return self.own_target_tokenizer or self.tokenizer
 
+    def held_out(self, array: TokenArray) -> list[Document]:
+        """The documents of an array of `validation` as they were read; kept of pairs, and of documents with labels.
+
+        Raises `UserError` if the file is missing or damaged.
+        """
+        path = Path(f"{array.index_path}.documents.jsonl")
+        try:
+            with path.open(encoding="utf-8") as stream:
+                return [Document.from_json(line) for line in stream]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"damaged ({error}); delete its folder and prepare the data again"
+            raise UserError(f"{path}: {reason}") from error
+
     def validation_pairs(self) -> list[tuple[str, str]]:
         """The held-out pairs as they were written, in the order of the `validation` arrays; none for single texts.
 
         Raises `UserError` if a file is missing or damaged.
         """
-        pairs: list[tuple[str, str]] = []
-        for tokens in self.validation if self.pairs else ():
-            path = Path(f"{tokens.index_path}.pairs.jsonl")
-            try:
-                with path.open(encoding="utf-8") as stream:
-                    pairs.extend((source, target) for source, target in map(json.loads, stream))
-            except (OSError, ValueError) as error:
-                reason = f"damaged ({error}); delete its folder and prepare the data again"
-                raise UserError(f"{path}: {reason}") from error
-        return pairs
+        arrays = self.validation if self.pairs else ()
+        return [(document.text, document.sides[1]) for array in arrays for document in self.held_out(array)]
 
 
 class _TokenWriter:
@@ -243,28 +259,37 @@ class _TokenWriter:
 
 
 class DocumentWriter:
-    """Writes the token arrays of one source and split: of each side of its documents, and the texts of held-out pairs.
+    """Writes the token arrays of one source and split: of each side of its documents, and the held-out ones themselves.
 
     A context manager, which closes its files.
     """
 
-    def __init__(self, directory: Path, split: Split, source: int, name: str, tokenizers: Sequence[Tokenizer]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        split: Split,
+        source: int,
+        name: str,
+        tokenizers: Sequence[Tokenizer],
+        *,
+        labelled: bool = False,
+    ) -> None:
         """Creates the files under `directory`, one tokenizer for each side. Raises `OSError`, as do the methods."""
         path = _array_path(directory, split, source)
         path.parent.mkdir(exist_ok=True)
         self._sides = [
             _TokenWriter(path, side, name, tokenizer) for side, tokenizer in zip(_SIDES, tokenizers, strict=False)
         ]
-        self._texts_path = Path(f"{path}.pairs.jsonl")
-        keeps_texts = split == "validation" and len(tokenizers) == 2
+        self._texts_path = Path(f"{path}.documents.jsonl")
+        keeps_texts = split == "validation" and (labelled or len(tokenizers) == 2)
         self._texts = self._texts_path.open("w", encoding="utf-8") if keeps_texts else None
 
-    def add(self, ids: Sequence[np.ndarray], texts: Sequence[str]) -> None:
-        """Append one document: of each side its ids [n], without end of text, and its text."""
-        for side, side_ids, text in zip(self._sides, ids, texts, strict=True):
-            side.add(side_ids, len(text.encode()))
+    def add(self, document: Document, ids: Sequence[np.ndarray]) -> None:
+        """Append one document, and of each of its texts the ids [n], without end of text."""
+        for place, (side_ids, text) in enumerate(zip(ids, document.sides, strict=True)):
+            self._sides[min(place, 1)].add(side_ids, len(text.encode()))
         if self._texts:
-            self._texts.write(json.dumps(list(texts), ensure_ascii=False) + "\n")
+            self._texts.write(document.to_json() + "\n")
 
     def finish(self) -> Counts:
         """Write what is left and wait for the disk."""
@@ -316,9 +341,13 @@ def _open(directory: Path, split: Split, source: int, meta: Meta, dtypes: tuple[
     path = _array_path(directory, split, source)
     counts = meta.counts(split)[source]
     target = None if counts.target is None else _open_side(path, _SIDES[1], counts.target, dtypes[1])
-    labels = np.load(labels_path(directory, split, source), mmap_mode="r") if meta.labels else None
-    if labels is not None and len(labels) != counts.documents:
-        raise ValueError(f"{path.name}: {len(labels)} labels where meta.json counts {counts.documents} documents")
+    labels = None
+    if meta.label_kind is not None and counts.documents:
+        labels = np.load(labels_path(directory, split, source), mmap_mode="r")
+        of_tokens = meta.label_kind == "tags"
+        wanted, what = (counts.tokens + 1, "tokens") if of_tokens else (counts.documents, "documents")
+        if len(labels) != wanted:
+            raise ValueError(f"{path.name}: {len(labels)} labels where meta.json counts {wanted} {what}")
     return dataclasses.replace(_open_side(path, _SIDES[0], counts, dtypes[0]), target=target, labels=labels)
 
 

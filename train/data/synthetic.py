@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from train.data.readers import Document
+from train.data.records import Document
 from transformer.errors import UserError
 
 VERSION = 2

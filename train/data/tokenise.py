@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, cast
 
 import numpy as np
 
-from train.data.readers import Document
+from train.data.align import encode_with_places, encode_words, tokens_of_answer
+from train.data.label_arrays import NONE
+from train.data.records import Answers, Document
 from train.data.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 1 << 19
@@ -19,34 +23,62 @@ _BATCHES_PER_WORKER = 2
 _LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
 
 
-def tokenised(
-    tokenizers: Sequence[Tokenizer], documents: Iterable[Document], workers: int
-) -> Iterator[tuple[Document, tuple[np.ndarray, ...]]]:
-    """Each document with the token ids [n] of each of its sides, in the order given, whatever the number of `workers`.
+class Tokenised(NamedTuple):
+    """A document as tokens."""
 
-    There is one tokenizer for each side. They release the GIL, so threads are enough, and nothing is copied between
-    processes. No more than a few batches of text are in memory at once.
+    document: Document
+    sides: tuple[np.ndarray, ...]
+    """The ids [n] of each of its sides."""
+    marks: np.ndarray | None
+    """Of words with tags, the place of each word's first token [words]; of a question, the first and the last token [2] of
+    its first answer; -1 where there is none."""
+
+
+def tokenised(tokenizers: Sequence[Tokenizer], documents: Iterable[Document], workers: int) -> Iterator[Tokenised]:
+    """Each document with its tokens, in the order given, whatever the number of `workers`.
+
+    There is a tokenizer for the first side, and one for the others. They release the GIL, so threads are enough, and nothing
+    is copied between processes. No more than a few batches of text are in memory at once.
     """
 
-    def encode(batch: list[Document]) -> list[tuple[np.ndarray, ...]]:
-        sides = zip(*(document.sides for document in batch), strict=True)
-        encoded = [tokenizer.encode_batch(texts) for tokenizer, texts in zip(tokenizers, sides, strict=True)]
-        return list(zip(*encoded, strict=True))
+    def encode(batch: list[Document]) -> list[Tokenised]:
+        return encode_documents(tokenizers, batch)
 
-    waiting: deque[tuple[list[Document], Future[list[tuple[np.ndarray, ...]]]]] = deque()
+    waiting: deque[Future[list[Tokenised]]] = deque()
     with _library_threads_off(), ThreadPoolExecutor(workers, "tokenise") as pool:
         for batch in _batches(documents):
-            waiting.append((batch, pool.submit(encode, batch)))
+            waiting.append(pool.submit(encode, batch))
             if len(waiting) > workers * _BATCHES_PER_WORKER:
-                yield from _finished(*waiting.popleft())
+                yield from waiting.popleft().result()
         while waiting:
-            yield from _finished(*waiting.popleft())
+            yield from waiting.popleft().result()
 
 
-def _finished(
-    documents: list[Document], ids: Future[list[tuple[np.ndarray, ...]]]
-) -> Iterator[tuple[Document, tuple[np.ndarray, ...]]]:
-    return zip(documents, ids.result(), strict=True)
+def encode_documents(tokenizers: Sequence[Tokenizer], documents: list[Document]) -> list[Tokenised]:
+    """The tokens of documents that are all of one kind."""
+    if documents[0].words is not None:
+        words = encode_words(tokenizers[0], [document.words or () for document in documents])
+        return [Tokenised(document, (ids,), firsts) for document, (ids, firsts) in zip(documents, words, strict=True)]
+    first = tokenizers[0].encode_batch([document.text for document in documents])
+    texts = [text for document in documents for text in document.sides[1:]]
+    marks: list[np.ndarray | None] = [None] * len(documents)
+    if isinstance(documents[0].label, Answers):
+        placed = encode_with_places(tokenizers[-1], texts)
+        marks = [_answer(document, places) for document, (_, places) in zip(documents, placed, strict=True)]
+        others = iter([ids for ids, _ in placed])
+    else:
+        others = iter(tokenizers[-1].encode_batch(texts))
+    return [
+        Tokenised(document, (ids, *itertools.islice(others, len(document.sides) - 1)), mark)
+        for document, ids, mark in zip(documents, first, marks, strict=True)
+    ]
+
+
+def _answer(document: Document, places: np.ndarray) -> np.ndarray:
+    texts, starts = cast("Answers", document.label)
+    if not texts:
+        return np.array([NONE, NONE], np.int32)
+    return tokens_of_answer(places, starts[0], starts[0] + len(texts[0]))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -165,6 +166,13 @@ def merged(params: nnx.State, scale: float) -> nnx.State:
         values = {name: leaf.get_value() for name, leaf in adapter.items()}
         flat[*place, "kernel"] = kernel.replace(merged_kernel(kernel.get_value(), values, scale))
     return nnx.from_flat_state(flat)
+
+
+def plainly(config: AdapterConfig | None) -> Callable[[nnx.State], nnx.State]:
+    """From a model's parameters to those of the plain model, compiled; without adapters they are what they are."""
+    if config is None:
+        return lambda params: params
+    return jax.jit(functools.partial(merged, scale=config.scale))
 
 
 def fitted(params: nnx.State) -> nnx.State:

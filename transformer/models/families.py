@@ -37,7 +37,10 @@ FAMILIES: dict[str, Family] = {
         BertConfig,
         Bert,
         bert.flops_per_token,
-        ("masked", "next_sentence", "sentence_order", "classification", "contrastive"),
+        (
+            *("masked", "next_sentence", "sentence_order", "classification", "regression", "token_classification"),
+            *("answer", "choice", "contrastive"),
+        ),
     ),
     "electra": Family(ElectraConfig, Electra, electra.flops_per_token, ("replaced_tokens",)),
     "vaswani": Family(

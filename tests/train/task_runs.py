@@ -1,0 +1,100 @@
+"""Small tasks of labelled documents that a tiny encoder learns, and the configs of their runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from train.config import RunConfig
+from train.data.objective_config import ObjectiveConfig
+from train.data.prepare import DataConfig
+from train.data.source import SourceConfig
+from train.data.tokenizer import CLS, SEP, TokenizerConfig
+from train.optimizer import OptimizerConfig
+from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from transformer.models.bert import BertConfig
+
+KINDS = ("classification", "regression", "token_classification", "answer", "choice")
+
+SOURCES = {
+    "classification": {"text_field": "a", "target_field": "b", "label_field": "label"},
+    "regression": {"label_field": "score", "label_kind": "number"},
+    "token_classification": {"text_field": "words", "label_field": "tags", "label_kind": "tags"},
+    "answer": {
+        "text_field": "question", "target_field": "context", "label_field": "answers", "label_kind": "answers"
+    },
+    "choice": {"text_field": "a", "choice_fields": ("x", "y", "z"), "label_field": "right"},
+}  # fmt: skip
+OBJECTIVES = {
+    "classification": {"too_long": "truncate"},
+    "token_classification": {"too_long": "truncate"},
+    "answer": {"stride": 12, "answer_length": 8},
+    "choice": {"num_choices": 3},
+}
+HEADS = {
+    "classification": {"head": "classification", "num_labels": 3, "pooling": "mean"},
+    "regression": {"head": "classification", "num_labels": 1, "pooling": "mean"},
+    "token_classification": {"head": "tokens", "num_labels": 4},
+    "answer": {"head": "answer"},
+    "choice": {"head": "choice", "pooling": "mean"},
+}
+
+
+def rows_of(kind: str, count: int = 240) -> list[dict]:
+    """Documents whose labels follow from what is in them."""
+    rng = np.random.default_rng(0)
+
+    def letters(low: int = 1, high: int = 7) -> str:
+        return "".join(rng.choice(list("abcd"), rng.integers(low, high)))
+
+    rows: list[dict] = []
+    for number in range(count):
+        if kind == "classification":
+            label = ("left", "middle", "right")[number % 3]
+            rows.append({"a": letters(), "b": letters() + label[0] + letters(), "label": label})
+        elif kind == "regression":
+            size = int(rng.integers(1, 20))
+            rows.append({"text": "".join(rng.choice(["a", "x"], size)), "score": 0.0})
+            rows[-1]["score"] = rows[-1]["text"].count("x") / size
+        elif kind == "token_classification":
+            names = [[("Ann", "B-PER")], [("New", "B-LOC"), ("York", "I-LOC")], [("walks", "O")], [("in", "O")]]
+            chosen = [pair for place in rng.integers(0, 4, rng.integers(2, 6)) for pair in names[place]]
+            rows.append({"words": [word for word, _ in chosen], "tags": [tag for _, tag in chosen]})
+        elif kind == "answer":
+            before, answer, after = letters(2, 24), str(rng.integers(100, 999)), letters(2, 24)
+            found = {"text": [answer], "answer_start": [len(before) + 1]}
+            rows.append({"question": "which?", "context": f"{before} {answer} {after}", "answers": found})
+        else:
+            right = number % 3
+            texts = {name: letters() + ("z" if place == right else "") for place, name in enumerate("xyz")}
+            rows.append({"a": letters(), "right": right, **texts})
+    return rows
+
+
+def write_rows(kind: str, folder: Path) -> Path:
+    path = folder / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(kind)), "utf-8")
+    return path
+
+
+def run_of(kind: str, path: Path, folder: Path, **changes) -> RunConfig:
+    """Some steps of a tiny encoder on the rows that `write_rows` wrote."""
+    base = RunConfig(
+        name=kind, run_dir=str(folder), steps=160, batch_size=16, length=40,
+        model=BertConfig(
+            vocab_size=264, max_length=48, num_layers=1, embed_dim=32, num_heads=2, norm_first=True, dropout=0.0,
+            **HEADS[kind],
+        ),
+        objective=ObjectiveConfig(kind=kind, **OBJECTIVES.get(kind, {})),
+        data=DataConfig(
+            sources=(SourceConfig(kind="files", path=str(path), **SOURCES[kind]),), packing="documents",
+            validation_fraction=0.25, tokenizer=TokenizerConfig(special_tokens=(CLS, SEP)),
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=20),
+        evaluation=EvaluationConfig(every=80, batches=2), checkpoint=CheckpointConfig(every=80),
+        log=LogConfig(every=10, tensorboard=False), sample=SampleConfig(every=0),
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)

@@ -1,0 +1,180 @@
+"""The tasks of an encoder: each trained, scored, written down and used."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from tests.train.run_records import records
+from tests.train.task_runs import KINDS, rows_of, run_of, write_rows
+from train.checkpoint import Checkpoints
+from train.cli import main
+from train.config import RunConfig
+from train.data.prepare import prepare
+from train.loop import train
+from train.loss import LossConfig
+from train.mesh import make_mesh, use_mesh
+from train.program import Program
+from train.sections import CheckpointConfig
+from transformer.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished run of each task, when it is first asked for: its config, and how it ended."""
+    folder = tmp_path_factory.mktemp("tasks")
+
+    @functools.cache
+    def run(kind: str):
+        config = run_of(kind, write_rows(kind, folder), folder / kind)
+        return config, train(config)
+
+    return run
+
+
+def predictions_of(config: RunConfig) -> list[dict]:
+    return [json.loads(line) for line in (config.directory / "predictions.jsonl").read_text("utf-8").splitlines()]
+
+
+LEARNED = {
+    "classification": ("accuracy", 0.9), "regression": ("pearson", 0.8), "token_classification": ("f1", 0.8),
+    "answer": ("exact_match", 0.6), "choice": ("accuracy", 0.8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_is_learned_scored_and_written_down(runs, kind):
+    config, finished = runs(kind)
+    name, least = LEARNED[kind]
+    assert finished.scores.metrics[name] > least and finished.scores.perplexity is None
+    assert records(config.directory, f"eval/{name}")[config.steps] == finished.scores.metrics[name]
+    held_out = prepare(config.data, progress=False)
+    (array,) = held_out.validation
+    documents = {one.id: one for one in held_out.held_out(array)}
+    found = predictions_of(config)
+    assert [one["id"] for one in found] == list(documents)
+    for one in found:
+        document = documents[one["id"]]
+        if kind == "token_classification":
+            assert one["words"] == list(document.words) and one["gold"] == list(document.label)
+            assert len(one["label"]) == len(one["scores"]) == len(one["words"])
+        elif kind == "answer":
+            assert one["gold"] == list(document.label.texts)
+            assert document.target.startswith(one["label"], one["start"])
+        elif kind == "regression":
+            assert one["gold"] == document.label
+        else:
+            assert one["gold"] == document.label and sum(one["scores"].values()) == pytest.approx(1, abs=1e-5)
+            assert one["label"] == max(one["scores"], key=one["scores"].__getitem__)
+
+
+def test_the_classes_are_scored_as_by_the_library_and_drawn(runs):
+    config, finished = runs("classification")
+    gold, told = ([one[name] for one in predictions_of(config)] for name in ("gold", "label"))
+    assert finished.scores.metrics == {
+        "accuracy": accuracy_score(gold, told), "f1": f1_score(gold, told, average="macro"),
+        "matthews": matthews_corrcoef(gold, told),
+    }  # fmt: skip
+    assert finished.scores.accuracy == pytest.approx(accuracy_score(gold, told))
+    for name in ("confusion.png", "classes.png"):
+        assert (config.directory / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_documents_are_told_as_the_held_out_ones_were(runs, kind, tmp_path, capsys):
+    config, _ = runs(kind)
+    path, out = config.data.sources[0].path, tmp_path / "told.jsonl"
+    assert main(["predict", str(config.directory), "--file", path, "--out", str(out)]) == 0
+    told = {one["id"]: one for one in map(json.loads, out.read_text("utf-8").splitlines())}
+    assert len(told) == len(rows_of(kind)) and f"{len(told)} predictions: {out}" in capsys.readouterr().out
+    for one in predictions_of(config):
+        other = told[one["id"]]
+        assert other.keys() == one.keys() - {"gold"}
+        if kind == "regression":
+            assert other["label"] == pytest.approx(one["label"], abs=1e-4)
+        else:
+            assert other["label"] == one["label"]
+
+
+def test_texts_are_told_from_files_and_standard_input(runs, tmp_path, capsys, monkeypatch):
+    config, _ = runs("token_classification")
+    (tmp_path / "texts.txt").write_text("Ann walks in New York\n\n" + "Ann " * 30 + "\n", "utf-8")
+    assert main(["predict", str(config.directory), "--file", str(tmp_path / "texts.txt")]) == 0
+    said = capsys.readouterr()
+    first, second = map(json.loads, said.out.splitlines())
+    assert first["label"] == ["B-PER", "O", "O", "B-LOC", "I-LOC"] and first["id"] == "texts.txt#0"
+    # What lies beyond the row has no tag.
+    seen = [tag is not None for tag in second["label"]]
+    assert len(seen) == 30 and seen == sorted(seen, reverse=True) and not all(seen)
+    assert "1 of 2 documents are longer than 40 tokens with [CLS] and [SEP]: cut" in said.err
+    config, _ = runs("classification")
+    lines = json.dumps({"a": "ab", "b": "cmd"}) + "\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert main(["predict", str(config.directory), "--file", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] == "middle"
+    assert main(["predict", str(config.directory), "--file", str(tmp_path / "texts.txt")]) == 2
+    assert "has the fields a, b; give a .jsonl or .csv file that has them" in capsys.readouterr().err
+
+
+def test_a_run_that_tells_nothing_of_documents_is_refused(whole, tmp_path, capsys):
+    assert main(["predict", str(whole), "--file", "none.txt"]) == 2
+    said = capsys.readouterr().err
+    assert "objective causal tells nothing of documents" in said and f"Use manyheads generate {whole}" in said
+
+
+def test_a_run_stops_early_keeps_its_best_and_does_not_go_on(tmp_path, capsys):
+    path = write_rows("classification", tmp_path)
+    config = run_of("classification", path, tmp_path / "run", steps=40)
+    # It cannot become better: nothing is learned.
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-12, warmup_steps=0),
+        evaluation=dataclasses.replace(config.evaluation, every=4, patience=2),
+        checkpoint=dataclasses.replace(config.checkpoint, every=4, keep=1, best="f1"),
+    )
+    finished = train(config)
+    assert finished.step == 12 and not finished.interrupted and finished.scores is not None
+    said = capsys.readouterr().out
+    assert "stopped early: the best f1, " in said and "is that of step 4, and 2 evaluations were no better" in said
+    again = train(config)
+    assert again.step == 12 and again.scores is None
+    assert "finished before, at step 12. Raise evaluation.patience to train on" in capsys.readouterr().out
+    more = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, patience=4))
+    assert train(more).step == 20
+
+
+@pytest.mark.parametrize(("name", "values"), [("f1", (0.9, 0.5, 0.6)), ("mse", (0.1, 0.5, 0.4))])
+def test_the_best_is_kept_by_its_metric(name, values, tmp_path):
+    kind = "classification" if name == "f1" else "regression"
+    config = run_of(kind, tmp_path / "none.jsonl", tmp_path / "run", checkpoint=CheckpointConfig(keep=1, best=name))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with use_mesh(mesh, config.mesh.rules), Checkpoints(config.directory, config.checkpoint) as checkpoints:
+        state = Program(config, mesh).init()
+        for step, value in enumerate(values, start=1):
+            scores = {"loss": float(-step), name: value}
+            checkpoints.save(state, step, config, {}, scores, labels=("a", "b"))
+            checkpoints.wait()
+        assert checkpoints.steps == [1, 3] and checkpoints.best == 1
+    with Checkpoints(config.directory) as checkpoints:
+        assert checkpoints.best == 1 and checkpoints.meta(1)["labels"] == ["a", "b"]
+
+
+def test_balanced_weights_are_counted(tmp_path):
+    config = run_of("token_classification", write_rows("token_classification", tmp_path), tmp_path / "run", steps=2)
+    config = dataclasses.replace(config, loss=LossConfig(class_weights="balanced"))
+    assert train(config).step == 2
+    from train.targets import class_weights
+
+    prepared = prepare(config.data, progress=False)
+    weights = class_weights(config.loss, prepared).class_weights
+    counts = np.bincount(prepared.train[0].labels[prepared.train[0].labels >= 0])
+    np.testing.assert_allclose(weights, counts.sum() / (len(counts) * counts))
+    with pytest.raises(UserError, match="got 2 numbers; there are 4 classes: B-LOC, B-PER, I-LOC, O"):
+        class_weights(LossConfig(class_weights=(1.0, 1.0)), prepared)

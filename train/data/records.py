@@ -1,0 +1,273 @@
+"""From a record, a row of a table or a JSON object, to a document: its texts, what it belongs to, and its label."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from transformer.errors import UserError, nearest
+
+LabelKind = Literal["class", "number", "tags", "answers"]
+
+
+class Answers(NamedTuple):
+    """The answers that people gave to a question, as they stand in its context; empty where there is none."""
+
+    texts: tuple[str, ...]
+    starts: tuple[int, ...]
+    """Of each, its first character's place in the context."""
+
+
+Label = str | float | tuple[str, ...] | Answers
+"""A class, a number, a tag for each word, or answers."""
+
+
+class Document(NamedTuple):
+    """One text of a corpus, or several that belong together. Its id is stable from run to run."""
+
+    id: str
+    text: str
+    target: str | None = None
+    """The other side of a pair."""
+    group: str = ""
+    """What this document belongs to, such as a chapter; empty: nothing but itself."""
+    label: Label | None = None
+    """What is to be told of the document."""
+    words: tuple[str, ...] | None = None
+    """The text's words, where each has a tag."""
+    choices: tuple[str, ...] = ()
+    """The texts that may go on behind the text, of which one does."""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The text, and in a pair the other side's, or all choices."""
+        return (self.text, *self.choices) if self.target is None else (self.text, self.target)
+
+    @property
+    def split_by(self) -> str:
+        """What the validation split goes by: documents of one group are held out together."""
+        return self.group or self.id
+
+    def to_json(self) -> str:
+        """One line, which `from_json` reads back to an equal document."""
+        given = {name: value for name, value in self._asdict().items() if value != self._field_defaults.get(name, ...)}
+        return json.dumps(given, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Document:
+        """What `to_json` wrote. Raises `ValueError`, `TypeError` or `KeyError` for anything else."""
+        given = json.loads(line)
+        label = given.get("label")
+        if isinstance(label, list):
+            # Two lists are answers, a list of texts is tags.
+            nested = bool(label) and isinstance(label[0], list)
+            given["label"] = Answers(*map(tuple, label)) if nested else tuple(label)
+        for name in given.keys() & {"words", "choices"}:
+            given[name] = tuple(given[name])
+        return cls(**given)
+
+
+class Fields(NamedTuple):
+    """The fields of a record that make up a document; a dotted path such as `translation.fr` reaches inside."""
+
+    text: str
+    target: str = ""
+    group: str = ""
+    label: str = ""
+    choices: tuple[str, ...] = ()
+
+    def by_setting(self) -> list[tuple[str, str]]:
+        """The fields that are wanted, each with the setting which names it."""
+        named = [
+            ("text_field", self.text),
+            ("target_field", self.target),
+            ("group_field", self.group),
+            ("label_field", self.label),
+            *(("choice_fields", field) for field in self.choices),
+        ]
+        return [(setting, field) for setting, field in named if field]
+
+    def columns(self, known: list[str]) -> list[str]:
+        """The columns among `known` to read, each once. Raises `KeyError` with a reason for one that is missing."""
+        found = []
+        for setting, field in self.by_setting():
+            root = field if field in known else field.partition(".")[0]
+            if root not in known:
+                raise KeyError(missing_field(setting, field, known))
+            found.append(root)
+        return list(dict.fromkeys(found))
+
+
+@dataclass
+class Rejects:
+    """What happens to a document that cannot be read: the first one stops everything, or all are counted."""
+
+    on_error: Literal["stop", "skip"] = "stop"
+    count: int = 0
+    first: str = ""
+
+    def add(self, place: str, reason: str) -> None:
+        """Count the document at `place` (`FILE:LINE`), or raise a `UserError` that says what is wrong with it."""
+        if self.on_error == "stop":
+            raise UserError(f"{place}: {reason}; mend it, or leave such documents out with on_error: skip")
+        self.skip(place, reason)
+
+    def skip(self, place: str, reason: str) -> None:
+        """Count the document at `place` without stopping."""
+        self.count += 1
+        self.first = self.first or f"{place}: {reason}"
+
+
+class _Faulty(Exception):
+    """The reason why a record makes no document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """How to turn records into documents."""
+
+    fields: Fields
+    rejects: Rejects
+    labels: tuple[str, ...] = ()
+    """Documents of other classes are passed over; empty: none are."""
+    label_kind: LabelKind = "class"
+    """What `fields.label` holds. Of `tags`, the text is a list of words."""
+
+    def columns(self, known: list[str], place: str) -> list[str]:
+        """The columns of a table to read. Raises `UserError` for one that the table lacks."""
+        try:
+            return self.fields.columns(known)
+        except KeyError as error:
+            raise UserError(f"{place}: {error.args[0]}") from None
+
+    def document(self, row: Mapping[str, Any], id: str, place: str) -> Document | None:
+        """The document that a record holds; None for one to pass over, and after telling `rejects` about a fault."""
+        try:
+            return self._document(row, id)
+        except _Faulty as fault:
+            self.rejects.add(place, str(fault))
+            return None
+
+    def _document(self, row: Mapping[str, Any], id: str) -> Document | None:
+        values: dict[str, list[Any]] = {}
+        for setting, field in self.fields.by_setting():
+            try:
+                values.setdefault(setting, []).append(value_at(row, field))
+            except KeyError:
+                raise _Faulty(missing_field(setting, field, list(row))) from None
+        label: Label | None = None
+        if self.fields.label and self.label_kind == "class":
+            # Before the text: what is wrong with a document that is passed over is no matter.
+            label = self._class(values["label_field"][0])
+            if self.labels and label not in self.labels:
+                return None
+        words = self._words(values["text_field"][0]) if self.label_kind == "tags" else None
+        text = _valid(values["text_field"][0], self.fields.text) if words is None else " ".join(words)
+        target = _valid(values["target_field"][0], self.fields.target) if self.fields.target else None
+        if target is not None and not self.fields.choices:
+            for field, side in ((self.fields.text, text), (self.fields.target, target)):
+                if not side.strip():
+                    raise _Faulty(f"field {field!r} is empty, and so is one side of the pair")
+        group = values.get("group_field", [""])[0]
+        if group is None:
+            raise _Faulty(f"field {self.fields.group!r} holds nothing")
+        choices: tuple[str, ...] = ()
+        if self.fields.choices:
+            choices, target = self._choices(values["choice_fields"], target), None
+        if self.fields.label and self.label_kind != "class":
+            label = self._label(values["label_field"][0], words, target)
+        group = str(group).encode("utf-8", "replace").decode()
+        return Document(id, text, target, group, label, words, choices) if text else None
+
+    def _class(self, value: Any) -> str:
+        field = self.fields.label
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise _Faulty(f"field {field!r} is empty, and the document has no class")
+        # Data sets often number their classes.
+        return str(value) if isinstance(value, int) else _valid(value, field)
+
+    def _label(self, value: Any, words: Sequence[str] | None, target: str | None) -> Label:
+        if self.label_kind == "number":
+            return self._number(value)
+        if self.label_kind == "answers":
+            return self._answers(value, target or "")
+        assert words is not None
+        return self._tags(value, words)
+
+    def _number(self, value: Any) -> float:
+        try:
+            number = float(value) if isinstance(value, str | int | float) else math.nan
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise _Faulty(f"field {self.fields.label!r} holds {value!r}, not a number")
+        return number
+
+    def _words(self, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list | tuple):
+            raise _Faulty(f"field {self.fields.text!r} holds {type(value).__name__}, not a list of words")
+        return tuple(_valid(word, self.fields.text) for word in value)
+
+    def _tags(self, value: Any, words: Sequence[str]) -> tuple[str, ...]:
+        field = self.fields.label
+        if not isinstance(value, list | tuple) or len(value) != len(words):
+            given = f"{len(value)} tags" if isinstance(value, list | tuple) else type(value).__name__
+            raise _Faulty(f"field {field!r} holds {given}, not a tag for each of {len(words)} words")
+        return tuple(str(tag) if isinstance(tag, int) else _valid(tag, field) for tag in value)
+
+    def _answers(self, value: Any, context: str) -> Answers:
+        """SQuAD's answers: a list of each field, or a list of answers."""
+        field = self.fields.label
+        if isinstance(value, list):
+            value = {name: [_item(answer, name, field) for answer in value] for name in ("text", "answer_start")}
+        texts, starts = (_item(value, name, field) for name in ("text", "answer_start"))
+        if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
+            raise _Faulty(f"field {field!r} holds no list of texts and one of as many answer_start")
+        for text, start in zip(texts, starts, strict=True):
+            _valid(text, field)
+            if not (text and isinstance(start, int) and context.startswith(text, start)):
+                raise _Faulty(f"field {field!r}: {text!r} does not stand at character {start!r} of the context")
+        return Answers(tuple(texts), tuple(starts))
+
+    def _choices(self, values: list[Any], beginning: str | None) -> tuple[str, ...]:
+        if len(values) == 1 and isinstance(values[0], list | tuple):
+            values = list(values[0])
+        texts = [_valid(value, ", ".join(self.fields.choices)) for value in values]
+        return tuple(texts if beginning is None else [f"{beginning} {text}" for text in texts])
+
+
+def value_at(row: Mapping[str, Any], field: str) -> Any:
+    """The value of a field of a record, which a dotted path finds inside others. Raises `KeyError` if it is missing."""
+    if field in row:
+        return row[field]
+    root, _, rest = field.partition(".")
+    inner = row.get(root)
+    if not rest or not isinstance(inner, Mapping):
+        raise KeyError(field)
+    return value_at(inner, rest)
+
+
+def missing_field(setting: str, field: str, fields: list[str]) -> str:
+    """The reason why a record lacks a field that `setting` names: what was looked for, and what there is."""
+    known = ", ".join(map(str, fields)) or "none"
+    return f"no field {field!r} (there is {known}); set {setting}.{nearest(field, fields)}"
+
+
+def _item(value: Any, name: str, field: str) -> Any:
+    if not isinstance(value, Mapping) or name not in value:
+        raise _Faulty(f"field {field!r} holds {type(value).__name__}, not answers with text and answer_start")
+    return value[name]
+
+
+def _valid(value: Any, field: str) -> str:
+    """`value` if it is text that UTF-8 can hold. Raises `_Faulty`."""
+    if not isinstance(value, str):
+        raise _Faulty(f"field {field!r} holds {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # an undecodable byte that `surrogateescape` kept, or a lone "\ud800" in JSON
+        raise _Faulty(f"field {field!r} is not valid UTF-8") from None
+    return value

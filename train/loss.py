@@ -1,0 +1,121 @@
+"""The parts that losses are made of.
+
+B batch, T position, V vocab, C classes. Losses are sums with the weight they were taken over, never means: the mean over the
+whole global batch is taken once, however it was cut into microbatches and devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from transformer.errors import UserError, require
+from transformer.types import Array, Float, Int
+
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Additions to the cross-entropy."""
+
+    z_loss: float = 0.0
+    """Weight of log(Z)², which keeps the logits' normaliser near 1 (1e-4 is usual)."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread evenly over the vocabulary, or over the classes."""
+    temperature: float = 0.05
+    """By which the contrastive objective divides cosines."""
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
+    """classification, token_classification: the weight of each class, in the order of their names, in the training loss, which
+    is then a weighted mean; `balanced`: in inverse proportion to how often each comes; null: all alike."""
+
+    def __post_init__(self) -> None:
+        require(self, "temperature", self.temperature > 0, "allowed: above 0")
+        require(self, "z_loss", self.z_loss >= 0, "allowed: 0 or more")
+        require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "allowed: 0 or more, below 1")
+        if isinstance(self.class_weights, tuple):
+            holds = min(self.class_weights, default=-1) >= 0 and sum(self.class_weights) > 0
+            require(self, "class_weights", holds, "allowed: numbers, 0 or more, not all 0; balanced; or null")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossSums:
+    """Sums over what is predicted, tokens or rows, in float32."""
+
+    loss: Float[Array, ""]
+    """What is minimised, z-loss and smoothing included."""
+    nll: Float[Array, ""]
+    """Negative log-likelihood of the targets, in nats."""
+    weight: Float[Array, ""]
+    """Number of target tokens, or of rows."""
+    correct: Float[Array, ""] | None = None
+    """Of classes: number of rows, or tokens, whose likeliest class is theirs."""
+    count: Float[Array, ""] | None = None
+    """Number of rows, or tokens, where `weight` counts some for more than others."""
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return jax.tree.map(jnp.add, self, other)
+
+
+def cross_entropy(
+    logits_BTV: Float[Array, "B T V"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    config: LossConfig,
+) -> LossSums:
+    """Cross-entropy with label smoothing (Szegedy et al. 2016) and z-loss (Chowdhery et al. 2022, section 5)."""
+    logits = logits_BTV.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    # A masked sum in place of a gather: its gradient is elementwise, where a gather's is a scatter, and it stays local
+    # when the vocabulary is sharded.
+    is_target = jnp.arange(logits.shape[-1]) == targets_BT[..., None]
+    nll = log_z - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    loss = nll
+    if config.label_smoothing:
+        uniform = log_z - jnp.mean(logits, axis=-1)
+        loss = (1 - config.label_smoothing) * nll + config.label_smoothing * uniform
+    if config.z_loss:
+        loss += config.z_loss * jnp.square(log_z)
+    return LossSums(jnp.sum(loss * weights_BT), jnp.sum(nll * weights_BT), jnp.sum(weights_BT))
+
+
+def of_classes(
+    logits_BTC: Float[Array, "B T C"],
+    labels_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    config: LossConfig,
+) -> LossSums:
+    """Cross-entropy over classes, by their weights as in torch's `CrossEntropyLoss(weight=...)`, and how many are right."""
+    is_right_BT = logits_BTC.argmax(-1) == labels_BT
+    correct = jnp.sum(jnp.where(is_right_BT, weights_BT, 0))
+    if config.class_weights is None:
+        return dataclasses.replace(cross_entropy(logits_BTC, labels_BT, weights_BT, config), correct=correct)
+    if config.class_weights == "balanced":
+        raise UserError("loss.class_weights: how often classes come is known to `manyheads train` alone; give numbers")
+    if len(config.class_weights) != logits_BTC.shape[-1]:
+        raise UserError(
+            f"loss.class_weights: got {len(config.class_weights)} numbers; there are {logits_BTC.shape[-1]} classes"
+        )
+    # A mean stays what it is when all its weights grow alike, and a sum of 1 or more is divided by as it is.
+    least = min(weight for weight in config.class_weights if weight > 0)
+    of_class_C = jnp.array([weight / least for weight in config.class_weights], jnp.float32)
+    sums = cross_entropy(logits_BTC, labels_BT, weights_BT * of_class_C[jnp.maximum(labels_BT, 0)], config)
+    return dataclasses.replace(sums, correct=correct, count=jnp.sum(weights_BT))
+
+
+def of_rows(
+    logits_BC: Float[Array, "B C"], labels_B: Int[Array, " B"], weights_B1: Float[Array, "B 1"], config: LossConfig
+) -> LossSums:
+    """`of_classes` of whole rows."""
+    return of_classes(logits_BC[:, None], labels_B[:, None], weights_B1, config)
+
+
+def with_router_loss(sums: LossSums, output: Any) -> LossSums:
+    """The sums with a mixture's own loss, where the model's output has one."""
+    if output.router_loss is None:
+        return sums
+    return dataclasses.replace(sums, loss=sums.loss + output.router_loss * sums.weight)

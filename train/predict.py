@@ -1,0 +1,134 @@
+"""`manyheads predict`: what an encoder that was fine-tuned on a task tells of new documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.data.examples import task_rows
+from train.data.objective_config import LABELLED
+from train.data.readers import Format, Reader, format_of
+from train.data.records import Document, Rejects
+from train.data.source import SourceConfig
+from train.data.store import TokenArray
+from train.data.tokenise import encode_documents
+from train.data.tokenizer import Tokenizer
+from train.mesh import use_mesh
+from train.run_files import LoadedRun, load_run
+from train.tasks.evaluation import TaskEvaluation, make_task, write_predictions
+from train.tasks.step import make_task_step
+from train.tasks.task import Prediction
+from transformer.errors import UserError
+from transformer.functional import graphdef_of
+from transformer.models.families import make_model
+
+_USES = {"seq2seq": "manyheads translate", "causal": "manyheads generate", "prefix": "manyheads generate"}
+"""What there is for a run of another objective."""
+
+
+def predict(run: Path, file: str, out: Path | None = None, step: str = "latest") -> None:
+    """Write what the model tells of each document of a file, as JSON, one a line: its id, label and scores.
+
+    Args:
+        file: a text a line (.txt), or records with the fields of the run's source (.jsonl, .csv, .parquet, .conll); `-`: standard
+            input, a text a line, or JSON where a document has several fields.
+        out: where to write; None: standard output.
+
+    Raises:
+        UserError: no such run or checkpoint, one of another objective, or a file that cannot be read or written.
+    """
+    loaded = load_run(run, step)
+    kind = loaded.config.objective.kind
+    if kind not in LABELLED:
+        use = f"{_USES[kind]} {run}" if kind in _USES else "a run that was fine-tuned on a task"
+        raise UserError(
+            f"{run}: objective {kind} tells nothing of documents; predict is for {', '.join(LABELLED)}. Use {use}"
+        )
+    documents = read_documents(loaded.config.data.sources[0], file)
+    found = predictions(loaded, documents, file)
+    if out is not None:
+        write_predictions(found, out)
+        print(f"{len(found)} predictions: {out}")
+        return
+    for one in found:
+        print(json.dumps(one, ensure_ascii=False))
+
+
+def read_documents(source: SourceConfig, file: str) -> list[Document]:
+    """The documents of a file, without labels. Raises `UserError` for what cannot be read, and where there is none."""
+    # Words are the words of a text as well as a list of them.
+    is_text = format_of(Path(file)) == "text" if file != "-" else not source.fields.target and not source.fields.choices
+    records = dataclasses.replace(source, on_error="stop").records(Rejects())
+    records = dataclasses.replace(records, fields=records.fields._replace(label="", group=""), labels=())
+    if is_text and len(records.fields.by_setting()) > 1:
+        names = ", ".join(field for _, field in records.fields.by_setting())
+        raise UserError(
+            f"{file}: a document of this run has the fields {names}; give a .jsonl or .csv file that has them"
+        )
+    form: Format = "text" if is_text else "jsonl" if file == "-" else format_of(Path(file))
+    reader = Reader(format=form, records=records, separator="\n" if is_text else "")
+    with tempfile.TemporaryDirectory() as folder:
+        path, name = Path(file), Path(file).name
+        if file == "-":
+            path, name = Path(folder, "stdin"), "stdin"
+            path.write_bytes(sys.stdin.buffer.read())
+        documents = [document for document in reader.read(path, name) if document.text.strip()]
+    if not documents:
+        raise UserError(f"{file}: there is no document in it")
+    if is_text and source.label_kind == "tags":
+        return [document._replace(words=tuple(document.text.split())) for document in documents]
+    return documents
+
+
+def predictions(loaded: LoadedRun, documents: Sequence[Document], name: str) -> list[Prediction]:
+    """What the model tells of each document, in their order; what is too long is cut, and said."""
+    config = loaded.config
+    objective = dataclasses.replace(config.objective, too_long="truncate")
+    array = array_of(documents, loaded.tokenizer, name)
+    if objective.kind == "choice" and array.others != objective.num_choices:
+        raise UserError(
+            f"{name}: its documents have {array.others} choices; the model was trained on {objective.num_choices}"
+        )
+    examples = task_rows(array, loaded.tokenizer, config.sequence_length, objective, shown=True)
+    graphdef = graphdef_of(functools.partial(make_model, config.model))
+    parts = []
+    with use_mesh(loaded.mesh, loaded.config.mesh.rules):
+        step = make_task_step(graphdef, objective)
+        for batch in _batches(len(examples), config.batch_size):
+            rows = examples.gather(np.maximum(batch, 0)) | {"example": batch.astype(np.int32)}
+            parts.append(jax.device_get(step(loaded.params, jax.tree.map(jnp.asarray, rows))[1]))
+    task = make_task(objective, loaded.tokenizer, loaded.labels)
+    return TaskEvaluation(task, [(examples, documents)]).predictions(parts)
+
+
+def array_of(documents: Sequence[Document], tokenizer: Tokenizer, name: str) -> TokenArray:
+    """The documents as tokens, in memory. Raises `UserError` where they have unlike numbers of choices."""
+    if other := [document for document in documents if len(document.choices) != len(documents[0].choices)]:
+        raise UserError(
+            f"{other[0].id}: {len(other[0].choices)} choices, where others have {len(documents[0].choices)}"
+        )
+    found = encode_documents((tokenizer, tokenizer), list(documents))
+    sides = [[one.sides[0] for one in found], [ids for one in found for ids in one.sides[1:]]]
+    end = np.array([tokenizer.end_of_text], tokenizer.dtype)
+    arrays = []
+    for ids in sides:
+        offsets = np.cumsum([1, *(len(one) + 1 for one in ids)])
+        tokens = np.concatenate([end, *(part for one in ids for part in (one, end))])
+        arrays.append(TokenArray(name, tokens, offsets))
+    return dataclasses.replace(arrays[0], target=arrays[1]) if sides[1] else arrays[0]
+
+
+def _batches(count: int, size: int) -> Iterator[np.ndarray]:
+    """The numbers below `count` in batches of one size, -1 behind the last."""
+    for first in range(0, count, size):
+        numbers = np.arange(first, first + size)
+        yield np.where(numbers < count, numbers, -1)

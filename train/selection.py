@@ -1,0 +1,82 @@
+"""By which value checkpoints are compared, and when a run has not become better for too long."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from train.data.store import Prepared
+from transformer.errors import UserError
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+LOWER_IS_BETTER = ("loss", "mse")
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman", "mse"),
+    "token_classification": ("accuracy", "precision", "recall", "f1"),
+    "answer": ("exact_match", "f1"),
+    "choice": ("accuracy",),
+    "contrastive": ("accuracy",),
+    "seq2seq": ("bleu", "chrf"),
+}
+"""The metrics of each objective beside the loss, by which checkpoints may be compared."""
+
+
+def goodness(name: str, values: Mapping[str, float]) -> float:
+    """A number that is higher for what is better by the metric `name`; what lacks it is worse than all."""
+    if name not in values:
+        return float("-inf")
+    return -values[name] if name in LOWER_IS_BETTER else values[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The best evaluation of a run, and how many came after it. A checkpoint holds it, so that a resumed run knows it."""
+
+    name: str
+    """Of the metric."""
+    value: float | None = None
+    """Of the best evaluation; None before the first."""
+    step: int = 0
+    """Of the best evaluation."""
+    since: int = 0
+    """Evaluations after it, none of which was better."""
+    counted: int = 0
+    """Step of the last evaluation that was counted."""
+
+    @classmethod
+    def from_data(cls, name: str, data: Mapping[str, Any] | None) -> Selection:
+        """What a checkpoint holds; a fresh one where it holds that of another metric, or none."""
+        return cls(**data) if data is not None and data["name"] == name else cls(name)
+
+    def after(self, step: int, value: float) -> Selection:
+        """The same after one more evaluation, at `step`."""
+        if self.value is None or goodness(self.name, {self.name: value}) > goodness(self.name, {self.name: self.value}):
+            return Selection(self.name, value, step, counted=step)
+        return dataclasses.replace(self, since=self.since + 1, counted=step)
+
+    def is_over(self, patience: int | None) -> bool:
+        """Whether `patience` evaluations in a row were no better."""
+        return patience is not None and self.since >= patience
+
+    def __str__(self) -> str:
+        return f"the best {self.name}, {self.value:.4f}, is that of step {self.step}, and {self.since} evaluations were no better"
+
+
+def check_selection(config: RunConfig, prepared: Prepared) -> None:
+    """Raise a `UserError` where checkpoints are to be compared by what is not known."""
+    asks = config.checkpoint.best != "loss" or config.evaluation.patience is not None
+    if asks and not prepared.validation:
+        field = "evaluation.patience" if config.checkpoint.best == "loss" else "checkpoint.best"
+        raise UserError(f"{field}: there is no held-out text; set data.validation_fraction above 0, or {field} back")
+    if config.checkpoint.best in METRICS["seq2seq"]:
+        if jax.process_count() > 1:
+            raise UserError("checkpoint.best: translations are made by one process; set it to loss")
+        if not config.evaluation.translations:
+            raise UserError(f"checkpoint.best: {config.checkpoint.best} needs evaluation.translations above 0")
