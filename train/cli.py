@@ -99,6 +99,20 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", action=argparse.BooleanOptionalAction, help="run both frameworks (where transformers is installed)"
     )
 
+    sub = command("embed", _embed, "a vector for each text of a file, by an encoder", config=False)
+    devices(sub)
+    sub.add_argument("run", metavar="RUN", help="folder of a run")
+    sub.add_argument(
+        "--file", required=True, metavar="FILE", help="texts: .txt, .jsonl, .csv, .parquet (- for standard input)"
+    )
+    sub.add_argument("--field", default="text", metavar="NAME", help="of records: the field with the text (text)")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write: .npy or .parquet")
+    sub.add_argument("--pooling", choices=["mean", "cls"], help="what stands for a text (the model's own)")
+    sub.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, default=True, help="scale vectors to length 1 (yes)"
+    )
+    sub.add_argument("--step", default="best", metavar="STEP", help="checkpoint: best, latest, or a step (best)")
+
     command("prepare", _prepare, "tokenise a config's data into the cache, without training")
 
     command("explain", _explain, "print every field of a config with its meaning, and what the run will cost")
@@ -218,6 +232,16 @@ def _export(options: argparse.Namespace) -> None:
     export(
         Path(options.run), options.out, step=options.step, model_type=options.model_type, dtype=options.dtype,
         verify=options.verify,
+    )  # fmt: skip
+
+
+def _embed(options: argparse.Namespace) -> None:
+    _set_up(options)
+    from train.embed import embed
+
+    embed(
+        Path(options.run), options.file, options.out, field=options.field, pooling=options.pooling,
+        normalize=options.normalize, step=options.step,
     )  # fmt: skip
 
 
