@@ -46,7 +46,7 @@ def cost(config: RunConfig) -> Cost:
     batch = batch_shapes(config, config.batch_size // config.microbatches)
     return Cost(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        tokens_per_step=config.batch_size * length,
+        tokens_per_step=config.batch_size * config.objective.rows_per_example * length,
         flops_per_token=3 * flops_per_token(config.model, length),
         parameter_bytes=_bytes(state.params),
         gradient_bytes=_bytes(state.params),
@@ -84,7 +84,7 @@ def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
     memory = total.parameter_bytes + total.gradient_bytes + total.optimizer_bytes + total.activation_bytes
     return [
         ("parameters", f"{total.parameters:,}", "float32"),
-        ("tokens per step", f"{total.tokens_per_step:,}", "batch_size × length"),
+        ("tokens per step", f"{total.tokens_per_step:,}", "batch_size × length, of all rows of an example"),
         ("tokens in all", f"{tokens:,}", "over all steps"),
         (
             "FLOPs per token",

@@ -269,7 +269,7 @@ class Run:
         begins = f"resuming after step {start}" if start else "starting"
         return (
             f"{self.config.name}: {begins}; {count:,} parameters on {devices} × {kind} ({self.config.mesh.strategy}); "
-            f"{self.config.batch_size * self.config.sequence_length:,} tokens a step"
+            f"{self.config.batch_size * self.config.objective.rows_per_example * self.config.sequence_length:,} tokens a step"
         )
 
     def _farewell(
