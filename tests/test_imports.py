@@ -18,6 +18,8 @@ DATA_PACKAGES = (
     "tyro",
     "tensorboardX",
     "matplotlib",
+    "seqeval",
+    "sklearn",
     "jaxtyping",
     "torch",
 )

@@ -52,7 +52,7 @@ def cost(config: RunConfig) -> Cost:
     return Cost(
         parameters=size(state.params),
         trained=size(trained.of(state.params)),
-        tokens_per_step=config.batch_size * length,
+        tokens_per_step=config.batch_size * config.objective.rows_per_example * length,
         flops_per_token=trained.passes(state.params) * flops_per_token(config.model, length),
         parameter_bytes=_bytes(state.params),
         gradient_bytes=_bytes(trained.of(state.params)),
@@ -95,7 +95,7 @@ def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
     return [
         ("parameters", f"{total.parameters:,}", "float32"),
         *(share if frozen else []),
-        ("tokens per step", f"{total.tokens_per_step:,}", "batch_size × length"),
+        ("tokens per step", f"{total.tokens_per_step:,}", "batch_size × length, of all rows of an example"),
         ("tokens in all", f"{tokens:,}", "over all steps"),
         (
             "FLOPs per token",

@@ -270,9 +270,11 @@ class Run:
         kind = self.mesh.devices.flat[0].device_kind
         begins = f"resuming after step {start}" if start else "starting"
         counted = self.program.trained.counted(state.params)
+        config = self.config
+        tokens = config.batch_size * config.objective.rows_per_example * config.sequence_length
         return (
             f"{self.config.name}: {begins}; {counted} on {devices} × {kind} ({self.config.mesh.strategy}); "
-            f"{self.config.batch_size * self.config.sequence_length:,} tokens a step"
+            f"{tokens:,} tokens a step"
         )
 
     def _farewell(

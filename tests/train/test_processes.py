@@ -14,6 +14,8 @@ import time
 import pytest
 
 from tests.train.run_records import surroundings
+from tests.train.task_runs import run_of, write_rows
+from train.config import dump
 
 CONFIG = """
 name: several
@@ -152,3 +154,19 @@ def test_flags_that_do_not_go_together(config, tmp_path, options, message):
     ((code, _, errors),) = start(config, tmp_path / "run", *options)
     assert code == 2
     assert message in errors
+
+
+def test_a_task_is_scored_over_all_processes(tmp_path):
+    kind = "token_classification"
+    one = run_of(kind, write_rows(kind, tmp_path), tmp_path / "one", steps=3)
+    (tmp_path / "task.yaml").write_text(dump(one))
+    for run, several in (("one", {}), ("two", {"processes": 2, "devices": 4})):
+        for code, _, errors in start(tmp_path / "task.yaml", tmp_path / run, **several):
+            assert code == 0, errors
+    found = [
+        [json.loads(line) for line in (tmp_path / run / "predictions.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    ]
+    for first, second in zip(*found, strict=True):
+        assert first["id"] == second["id"] and first["gold"] == second["gold"]
+        assert second["scores"] == pytest.approx(first["scores"], abs=1e-3)

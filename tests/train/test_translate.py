@@ -45,7 +45,9 @@ def config_of(directory: Path, name: str) -> RunConfig:
         name="pairs", run_dir=str(directory), steps=3, batch_size=8, length=40, model=MODELS[name], data=data,
         objective=ObjectiveConfig(kind="seq2seq"),
     )  # fmt: skip
-    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, translations=5))
+    evaluation = dataclasses.replace(config.evaluation, translations=5, every=2 if name == "transformer" else 0)
+    checkpoint = dataclasses.replace(config.checkpoint, best="chrf" if name == "transformer" else "loss")
+    return dataclasses.replace(config, evaluation=evaluation, checkpoint=checkpoint)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -59,6 +61,14 @@ def test_a_run_ends_with_the_quality_of_its_translations(trained):
     assert records(trained[1], "eval/pairs") == {3: 5}
     (quality,) = records(trained[1], "eval/chrf").values()
     assert 0 <= quality <= 100
+
+
+def test_checkpoints_may_be_compared_by_the_quality_of_translations(trained):
+    name, directory = trained
+    compared = records(directory, "eval/selection_chrf")
+    assert list(compared) == ([2, 3] if name == "transformer" else [])
+    if compared:
+        assert compared[3] == records(directory, "eval/chrf")[3]
 
 
 def test_translations_and_the_page(trained, tmp_path, capsys):

@@ -117,6 +117,11 @@ class ObjectiveConfig:
         """Whether tokens are hidden, and those alone predicted."""
         return self.kind in MASKED and self.kind != "replaced_tokens"
 
+    @property
+    def rows_per_example(self) -> int:
+        """How many rows the model reads for each example of a batch."""
+        return {"contrastive": 2, "choice": self.num_choices}.get(self.kind, 1)
+
     def most_predicted(self, length: int) -> int:
         """Of kinds that mask: the most tokens of a row of `length` that are predicted."""
         single = self.ngram == 1 and not self.whole_word
