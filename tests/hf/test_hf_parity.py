@@ -9,20 +9,14 @@ import pytest
 from flax import nnx
 
 from tests.hf import peers
+from tests.hf.ours import on_one_device
 from transformer.hf import checkpoint
-from transformer.models.families import described_parameters, make_model
+from transformer.models.families import make_model
 
 pytestmark = pytest.mark.torch
 
 ROWS, LENGTH, PADDED = 3, 13, 9
 """Of the last row only so many tokens are none that pad it."""
-
-
-def on_one_device(config):
-    """A description of the parameters, all on the first device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    described = described_parameters(config)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), described)
 
 
 def model_of(read):

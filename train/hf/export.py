@@ -29,7 +29,7 @@ DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16,
 
 def export(
     run: Path, directory: Path | None = None, *, step: str = "best", model_type: str | None = None,
-    dtype: str = "float32", limit: float = checkpoint.FILE_LIMIT, verify: bool | None = None,
+    dtype: str = "float32", limit: int = checkpoint.FILE_LIMIT, verify: bool | None = None,
 ) -> Path:  # fmt: skip
     """Write config.json, safetensors, tokenizer, generation config and a model card.
 

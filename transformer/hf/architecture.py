@@ -17,6 +17,7 @@ class Architecture:
     """One model_type.
 
     Args:
+        family: type of our configs.
         classes: name of a class of transformers → the head that it has here; "" for families without a choice.
         prefix: of the body's tensors in classes with a head; classes in `bare` have none.
         heads: what names that are no part of the body begin with.
@@ -29,6 +30,7 @@ class Architecture:
     """
 
     model_type: str
+    family: type
     classes: Mapping[str, str]
     bare: tuple[str, ...] = ()
     prefix: str = ""
@@ -49,13 +51,15 @@ class Architecture:
         theirs = Theirs(data)
         try:
             config = self.read(theirs, self.classes[name])
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                theirs.wrong(str(error))
-            else:
-                theirs.wrong(f"{type(error).__name__}: {error}")
+        except UserError as error:
+            # What follows from a field that is wrong is no news.
             theirs.done(source)
-            raise AssertionError from error
+            raise UserError(f"{source}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            theirs.done(source)
+            raise UserError(
+                f"{source}: a field is missing or of another type: {type(error).__name__}: {error}"
+            ) from None
         theirs.done(source)
         return config, theirs.notes
 
@@ -78,16 +82,18 @@ class Architecture:
 
     def differences(self, config: ModelConfig) -> list[str]:
         """Why a model cannot be written as this architecture: what would not be read back as it is. Empty where it can."""
-        if (name := self.class_of(config)) is None:
-            return [f"head {getattr(config, 'head', None)!r}"]
+        if not isinstance(config, self.family) or (name := self.class_of(config)) is None:
+            return [OTHER_KIND]
         try:
             back, _ = self.config({"model_type": self.model_type} | self.write(config), name, self.model_type)
         except UserError as error:
-            return [str(error)]
-        except (AttributeError, TypeError, ValueError):
-            return [f"family {config.family!r}"]
+            return str(error).removeprefix(f"{self.model_type}: ").split("; ")
         ours, theirs = _computes(config), _computes(back)
         return [f"{field} {ours.get(field)!r}" for field in ours | theirs if ours.get(field) != theirs.get(field)]
+
+
+OTHER_KIND = "a model of this family and head"
+"""Why an architecture is nothing for a model, whatever its settings."""
 
 
 def rules_of(*parts: Any) -> tuple[Rule, ...]:
@@ -118,6 +124,8 @@ def _computes(config: Any) -> dict[str, Any]:
     data |= {f"bias of {part}": config.has_bias(part) for part in ("qkv", "attention", "mlp")}
     if config.norm == "layer_norm":
         data["bias of norms"] = config.has_bias("norm")
+    if data.get("local_window") is not None and data["local_rotary_period"] is None:
+        data["local_rotary_period"] = config.rotary_period
     if "num_decoder_layers" in data:
         data["num_decoder_layers"] = config.decoder_layers
     idle = {
@@ -136,6 +144,8 @@ def _computes(config: Any) -> dict[str, Any]:
         for name, value in data.items()
         if not any(name.startswith(part) and off for part, off in idle.items())
     }
-    if data.get("head") == "embedding" and not data["pooler"]:
+    if data.get("head") != "embedding":
+        data.pop("pooler", None)
+    elif not data["pooler"]:
         data = {name: value for name, value in data.items() if not name.startswith("pooler_")}
     return data

@@ -14,7 +14,7 @@ from flax import nnx
 
 from transformer.errors import UserError, nearest
 from transformer.hf import decoders, encoder_decoders, encoders, modernbert
-from transformer.hf.architecture import Architecture
+from transformer.hf.architecture import OTHER_KIND, Architecture
 from transformer.hf.fields import UNTIED
 from transformer.hf.mapping import Tables, check, described_theirs, to_ours, to_theirs
 from transformer.hf.tensors import open_folder, write_folder
@@ -29,7 +29,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }  # fmt: skip
 """By their model_type."""
-FILE_LIMIT = 5e9
+FILE_LIMIT = 5_000_000_000
 """Bytes of tensors in a file, as transformers has it."""
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """As BERT's first checkpoints were written."""
@@ -118,7 +118,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def write(
     folder: Path, config: ModelConfig, params: nnx.State, *, model_type: str | None = None, dtype: Any = np.float32,
-    extra: Mapping[str, Any] | None = None, limit: float = FILE_LIMIT,
+    extra: Mapping[str, Any] | None = None, limit: int = FILE_LIMIT,
 ) -> tuple[str, str]:  # fmt: skip
     """Write config.json and safetensors into a folder; returns the model_type and the class that they are of.
 
@@ -165,10 +165,10 @@ def architecture_of(config: ModelConfig, model_type: str | None = None) -> Archi
         if not (why := one.differences(config)):
             return one
         reasons[one.model_type] = why
-    closest = min(reasons, key=lambda name: (any("family" in why for why in reasons[name]), len(reasons[name])))
+    closest = min(reasons, key=lambda name: (OTHER_KIND in reasons[name], len(reasons[name])))
     raise UserError(
         f"this model cannot be written as {model_type or 'any architecture of transformers'}; "
-        f"{'it' if model_type else 'the nearest, ' + closest + ','} has no {', no '.join(reasons[closest])}"
+        f"{'it' if model_type else 'the nearest, ' + closest + ','} does not go with {', '.join(reasons[closest])}"
     )
 
 

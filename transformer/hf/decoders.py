@@ -65,7 +65,7 @@ def _gpt2_tables(c: GPTConfig) -> Tables:
 
 
 GPT2 = Architecture(
-    model_type="gpt2", classes={"GPT2LMHeadModel": "", "GPT2Model": ""},
+    model_type="gpt2", family=GPTConfig, classes={"GPT2LMHeadModel": "", "GPT2Model": ""},
     bare=("GPT2Model",), prefix="transformer", heads=("lm_head.",),
     read=_read_gpt2, write=_gpt2_fields, tables=_gpt2_tables,
 )  # fmt: skip
@@ -123,7 +123,7 @@ def _neox_tables(c: GPTConfig) -> Tables:
 
 
 GPT_NEOX = Architecture(
-    model_type="gpt_neox", classes={"GPTNeoXForCausalLM": "", "GPTNeoXModel": ""}, bare=("GPTNeoXModel",),
+    model_type="gpt_neox", family=GPTConfig, classes={"GPTNeoXForCausalLM": "", "GPTNeoXModel": ""}, bare=("GPTNeoXModel",),
     prefix="gpt_neox", heads=("embed_out.",), renamed={"lm_head.weight": "embed_out.weight"},
     read=_read_neox, write=_neox_fields, tables=_neox_tables,
 )  # fmt: skip
@@ -236,7 +236,7 @@ def _llama_tables(c: GPTConfig) -> Tables:
 
 def _llama(kind: str, name: str) -> Architecture:
     return Architecture(
-        model_type=kind, classes={f"{name}ForCausalLM": "", f"{name}Model": ""},
+        model_type=kind, family=GPTConfig, classes={f"{name}ForCausalLM": "", f"{name}Model": ""},
         bare=(f"{name}Model",), prefix="model", heads=("lm_head.",),
         read=_read_llama(kind), write=_llama_fields(kind), tables=_llama_tables,
     )  # fmt: skip

@@ -84,11 +84,13 @@ def _t5_tables(c: T5Config) -> Tables:
 
 
 T5 = Architecture(
-    model_type="t5", classes={"T5ForConditionalGeneration": "", "T5WithLMHeadModel": ""}, read=_read_t5, write=_t5_fields,
+    model_type="t5", family=T5Config,
+    classes={"T5ForConditionalGeneration": "", "T5WithLMHeadModel": ""}, read=_read_t5, write=_t5_fields,
     tables=_t5_tables, output="lm_head.weight", tied_to="shared.weight",
 )  # fmt: skip
 MT5 = Architecture(
     model_type="mt5",
+    family=T5Config,
     classes={"MT5ForConditionalGeneration": ""},
     read=_read_t5,
     write=_t5_fields,
@@ -152,5 +154,10 @@ def _marian_tables(c: VaswaniConfig) -> Tables:
 
 
 MARIAN = Architecture(
-    model_type="marian", classes={"MarianMTModel": ""}, read=_read_marian, write=_marian_fields, tables=_marian_tables
+    model_type="marian",
+    family=VaswaniConfig,
+    classes={"MarianMTModel": ""},
+    read=_read_marian,
+    write=_marian_fields,
+    tables=_marian_tables,
 )

@@ -127,7 +127,8 @@ def _bert_tables(c: BertConfig) -> Tables:
 
 
 BERT = Architecture(
-    model_type="bert", classes=classes("Bert", ForPreTraining="pretraining"), bare=("BertModel",), prefix="bert",
+    model_type="bert", family=BertConfig,
+    classes=classes("Bert", ForPreTraining="pretraining"), bare=("BertModel",), prefix="bert",
     heads=("cls.", "classifier.", "qa_outputs."),
     read=_read_bert, write=_common_fields, tables=_bert_tables,
 )  # fmt: skip
@@ -172,12 +173,14 @@ def _roberta_tables(c: BertConfig) -> Tables:
 
 
 ROBERTA = Architecture(
-    model_type="roberta", classes=classes("Roberta"), bare=("RobertaModel",), prefix="roberta", heads=_ROBERTA_HEADS,
+    model_type="roberta", family=BertConfig,
+    classes=classes("Roberta"), bare=("RobertaModel",), prefix="roberta", heads=_ROBERTA_HEADS,
     read=_read_roberta,
     write=_roberta_fields, tables=_roberta_tables,
 )  # fmt: skip
 XLM_ROBERTA = Architecture(
-    model_type="xlm-roberta", classes=classes("XLMRoberta"), bare=("XLMRobertaModel",), prefix="roberta", heads=_ROBERTA_HEADS,
+    model_type="xlm-roberta", family=BertConfig,
+    classes=classes("XLMRoberta"), bare=("XLMRobertaModel",), prefix="roberta", heads=_ROBERTA_HEADS,
     read=_read_roberta, write=_roberta_fields, tables=_roberta_tables,
 )  # fmt: skip
 
@@ -223,7 +226,8 @@ def _distilbert_tables(c: BertConfig) -> Tables:
 
 
 DISTILBERT = Architecture(
-    model_type="distilbert", classes=classes("DistilBert"), bare=("DistilBertModel",), prefix="distilbert",
+    model_type="distilbert", family=BertConfig,
+    classes=classes("DistilBert"), bare=("DistilBertModel",), prefix="distilbert",
     heads=("vocab_", "pre_classifier.", "classifier.", "qa_outputs."),
     read=_read_distilbert, write=_distilbert_fields, tables=_distilbert_tables,
 )  # fmt: skip
@@ -266,7 +270,8 @@ def _electra_tables(c: BertConfig) -> Tables:
 
 
 ELECTRA = Architecture(
-    model_type="electra", classes=classes("Electra", ForPreTraining="replaced"), bare=("ElectraModel",),
+    model_type="electra", family=BertConfig,
+    classes=classes("Electra", ForPreTraining="replaced"), bare=("ElectraModel",),
     prefix="electra", heads=("discriminator_", "generator_", "classifier.", "qa_outputs.", "sequence_summary."),
     read=_read_electra, write=_electra_fields, tables=_electra_tables,
 )  # fmt: skip

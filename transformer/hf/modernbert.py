@@ -124,7 +124,7 @@ def _tables(c: BertConfig) -> Tables:
 
 
 MODERNBERT = Architecture(
-    model_type="modernbert",
+    model_type="modernbert", family=BertConfig,
     classes={
         "ModernBertForMaskedLM": "masked", "ModernBertForSequenceClassification": "classification",
         "ModernBertModel": "embedding",

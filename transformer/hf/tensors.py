@@ -64,7 +64,11 @@ def open_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             header = json.loads(file.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is no mapping")
-        data = np.memmap(path, np.uint8, "r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
+        data = (
+            np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))
+            if size > 8 + length
+            else np.zeros(0, np.uint8)
+        )
         for name, about in header.items():
             if name != "__metadata__":
                 yield name, _view(name, about, data)
@@ -93,7 +97,7 @@ def _nothing(folder: Path) -> str:
 
 
 def write_folder(
-    folder: Path, shapes: Mapping[str, Any], tensors: Iterator[tuple[str, np.ndarray]], limit: float
+    folder: Path, shapes: Mapping[str, Any], tensors: Iterator[tuple[str, np.ndarray]], limit: int
 ) -> None:
     """Write tensors as they come, in files of at most `limit` bytes each but for a tensor that is larger by itself.
 
@@ -116,7 +120,7 @@ def write_folder(
         room -= size
     files = [SINGLE] if len(groups) == 1 else [_numbered(number, len(groups)) for number in range(len(groups))]
     for file, names in zip(files, groups, strict=True):
-        held = {name: np.ascontiguousarray(next(tensors)[1]) for name in names}
+        held = {name: np.asarray(next(tensors)[1], order="C") for name in names}
         save_file(held, str(folder / file), metadata={"format": "pt"})
     if len(files) > 1:
         total = sum(math.prod(about.shape) * np.dtype(about.dtype).itemsize for about in shapes.values())
