@@ -153,13 +153,19 @@ class Checkpoints:
                 metrics=None if values is None else {_STORED.get(name, name): value for name, value in values.items()},
             )
 
-    def save_params(self, params: nnx.State, config: RunConfig, tokenizer: dict[str, str], source: str) -> None:
+    def save_params(
+        self, params: nnx.State, config: RunConfig, tokenizer: dict[str, str], source: str, labels: Sequence[str] = ()
+    ) -> None:
         """Write parameters that were trained elsewhere, as step 0, and wait until they are whole.
 
         Args:
             source: where they come from.
+            labels: as of `save`.
         """
-        meta = {"step": 0, "config": to_data(config), "tokenizer": tokenizer, "versions": _versions(), "source": source}
+        meta = {
+            "step": 0, "config": to_data(config), "tokenizer": tokenizer, "labels": list(labels),
+            "versions": _versions(), "source": source,
+        }  # fmt: skip
         with _disk_errors(self):
             self._manager.save(
                 0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))

@@ -124,7 +124,7 @@ def _write(
         tokenizer.save(folder / "tokenizer")
         files = {path.name: path.read_text("utf-8") for path in sorted((folder / "tokenizer").iterdir())}
     with Checkpoints(folder, CheckpointConfig()) as checkpoints:
-        checkpoints.save_params(params, config, files, given)
+        checkpoints.save_params(params, config, files, given, _labels(read))
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     record = {
         "source": given,
@@ -135,6 +135,14 @@ def _write(
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     if report is not None:
         (folder / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def _labels(read: Checkpoint) -> list[str]:
+    """The classes' names, where the checkpoint tells classes and names them."""
+    named = read.data.get("id2label") or {}
+    if getattr(read.config, "head", "") not in ("classification", "tokens"):
+        return []
+    return [str(named[key]) for key in sorted(named, key=int)]
 
 
 def _use(config: RunConfig, directory: Path) -> str:

