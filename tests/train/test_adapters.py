@@ -100,6 +100,12 @@ def test_merged_it_scores_the_same(adapter):
     assert float(adapted.nll) == pytest.approx(-(picked * BATCH["weights"]).sum(), rel=1e-4)
 
 
+def layout_name(value):
+    if not isinstance(value, MeshConfig):
+        return getattr(value, "kind", str(value))
+    return f"{value.strategy}-{value.schedule}"
+
+
 LAYOUTS = [
     (MeshConfig(strategy="fsdp"), 8, 2, LORA),
     (MeshConfig(strategy="tensor", tensor=2, data=2), 4, 1, DORA),
@@ -108,9 +114,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("config", "num_devices", "microbatches", "adapter"), LAYOUTS, ids=lambda value: str(value)[:40]
-)
+@pytest.mark.parametrize(("config", "num_devices", "microbatches", "adapter"), LAYOUTS, ids=layout_name)
 def test_every_layout_computes_what_one_device_does(config, num_devices, microbatches, adapter):
     expected = on_one_device(adapter)
     got = run(config, num_devices, adapter, microbatches)
