@@ -12,7 +12,7 @@ from transformer.errors import UserError
 
 OVERRIDABLE = ("plan", "sharding")
 """Commands with a config, whose fields can be changed: --model.num-layers 8."""
-RESUMABLE = ("plan", "history", "pretraining")
+RESUMABLE = ("plan", "history", "pretraining", "finetuning")
 """Commands that keep what there is when they are interrupted."""
 
 
@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--no-compiled-peer", action="store_true", help="leave torch.compile out (it needs a C++ compiler)"
     )
+    sub = command("finetuning-step", _finetuning_step, "a step of fine-tuning an encoder beside torch's", rounds=7)
+    sub.add_argument("--steps", type=_positive, default=3, help="steps in a turn (3)")
+    command("embedding", _embedding, "texts to vectors beside sentence-transformers, with the same weights", rounds=3)
     command("decode", _decode, "greedy decoding beside transformers' generate", rounds=5)
     command("data", _data, "the loader alone beside the step", rounds=3)
     command("compile", _compile, "compile time of the step at 6 and 48 layers", rounds=3)
@@ -78,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/pretraining)"
     )
+    text = "a classifier fine-tuned here, by transformers, and here with low-rank adapters, from the same weights"
+    sub = commands.add_parser("finetuning", help=text, description=text)
+    sub.set_defaults(call=_finetuning)
+    sub.add_argument("--seeds", type=_positive, default=5, metavar="N", help="runs of each, with seeds 0 to N - 1 (5)")
+    sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/finetuning)")
     text = "one model under every sharding strategy on the devices at hand: exact, how fast, how large, what is sent"
     sub = commands.add_parser("sharding", help=text, description=text)
     sub.set_defaults(call=_sharding)
@@ -119,6 +127,20 @@ def _step(options: argparse.Namespace) -> None:
     from benchmarks import step
 
     step.run(options.rounds, options.steps, compiled_peer=not options.no_compiled_peer)
+
+
+def _finetuning_step(options: argparse.Namespace) -> None:
+    from benchmarks.encoders import step
+
+    step.run(options.rounds, options.steps)
+
+
+def _embedding(options: argparse.Namespace) -> None:
+    from benchmarks.encoders import embedding
+    from train.runtime import set_up_devices
+
+    set_up_devices()
+    embedding.run(options.rounds)
 
 
 def _decode(options: argparse.Namespace) -> None:
@@ -188,6 +210,14 @@ def _pretraining(options: argparse.Namespace) -> None:
 
     set_up_devices()
     pretraining.run(options.seeds, options.directory or pretraining.DIRECTORY)
+
+
+def _finetuning(options: argparse.Namespace) -> None:
+    from benchmarks.encoders import quality
+    from train.runtime import set_up_devices
+
+    set_up_devices()
+    quality.run(options.seeds, options.directory or quality.DIRECTORY)
 
 
 def _sharding(options: argparse.Namespace) -> None:

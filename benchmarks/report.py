@@ -52,6 +52,13 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for arm, values in result.get("accuracy", {}).items():
         what = f"{result['classifier']}, held-out accuracy from {arm} weights"
         yield what, f"{values['mean']:.1%}", f"{values['min']:.1%} to {values['max']:.1%}, {values['seeds']} seeds"
+    for arm, values in result.get("finetuned", {}).items():
+        what = f"{result['classifier']}, held-out accuracy, {arm}, median"
+        yield what, f"{values['median']:.1%}", f"{values['min']:.1%} to {values['max']:.1%}, {values['seeds']} seeds"
+    if "finetuning_ratio_to" in result:
+        yield "fine-tuning step, speed over torch", *_figure(result["finetuning_ratio_to"]["torch"], "{:.2f}×")
+    if "embedding_ratio" in result:
+        yield "embedding, texts/s over sentence-transformers'", *_figure(result["embedding_ratio"], "{:.2f}×")
     if "auto_over_best" in result:
         yield "attention, time of auto over the best backend, at worst", f"{result['auto_over_best']:.2f}×", ""
     for name, spread in result.get("flat", {}).items():
@@ -67,7 +74,7 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         what = f"blockwise attention, both passes, {result['length']:,} tokens of one head"
         yield f"{what}, memory above the inputs", f"{result['host_mebibytes_above_inputs']:.0f} MiB", ""
         yield f"{what}, time", f"{result['seconds']:.0f} s", ""
-    elif "seconds" in result:
+    elif "seconds" in result and "ratio" in result:
         yield "compile time of the step, 48 layers over 6", *_figure(result["ratio"], "{:.2f}×")
     elif "ratio" in result:
         for loader, values in result["ratio"].items():

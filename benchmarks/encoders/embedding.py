@@ -1,0 +1,66 @@
+"""`manyheads-bench embedding`: texts to vectors, beside sentence-transformers' encode, with the same weights."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.encoders.reviews import MINILM, sentences
+from benchmarks.record import in_turn, ratio, save, summary
+from train.embed import Embedder
+from train.hf.bring import bring
+from train.hf.source import fetch
+from train.mesh import use_mesh
+from train.run_files import load_run
+from transformer.models.bert import BertConfig
+
+TEXTS = 4096
+
+
+def run(rounds: int, texts: int = TEXTS) -> dict[str, Any]:
+    """Texts a second of each, in turn, the ratio, and the least cosine between what they give for the same text."""
+    import sentence_transformers
+
+    given = list(itertools.islice(sentences(), texts))
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load_run(bring(MINILM, Path(folder) / "run", verify=False))
+        model = loaded.config.model
+        assert isinstance(model, BertConfig)
+        embedder = Embedder(model, loaded.tokenizer)
+        theirs = sentence_transformers.SentenceTransformer(str(fetch(MINILM)), device="cpu")
+
+        def ours_of(texts: list[str]) -> np.ndarray:
+            with use_mesh(loaded.mesh, loaded.config.mesh.rules):
+                return embedder(loaded.params, texts)
+
+        def theirs_of(texts: list[str]) -> np.ndarray:
+            return theirs.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+        cosines = np.sum(ours_of(given) * theirs_of(given), axis=1)
+        timed = {"manyheads": _timer(ours_of, given), "sentence-transformers": _timer(theirs_of, given)}
+        speeds = {name: [texts / s for s in taken] for name, taken in in_turn(timed, rounds).items()}
+    result: dict[str, Any] = {
+        "texts": texts,
+        "mean_tokens": float(np.mean([len(ids) + 2 for ids in loaded.tokenizer.encode_batch(given)])),
+        "texts_per_second": {name: summary(speed) for name, speed in speeds.items()},
+        "embedding_ratio": ratio(speeds["manyheads"], speeds["sentence-transformers"]),
+        "least_cosine": float(cosines.min()),
+        "sentence_transformers": sentence_transformers.__version__,
+    }
+    save("embedding", f"manyheads-bench embedding --rounds {rounds}", result)
+    return result
+
+
+def _timer(function: Callable[[list[str]], np.ndarray], texts: list[str]) -> Callable[[], float]:
+    def take() -> float:
+        start = time.perf_counter()
+        function(texts)
+        return time.perf_counter() - start
+
+    return take

@@ -1,0 +1,110 @@
+"""`manyheads-bench finetuning-step`: a step of fine-tuning an encoder beside transformers' in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.record import in_turn, ratio, save, seconds_per_call, summary
+from benchmarks.workload import OPTIMIZER, our_step, random_batch, tokens_of
+from train.config import RunConfig
+from train.data.objective_config import ObjectiveConfig
+from train.hardware import utilization
+from transformer.models.bert import BertConfig
+from transformer.models.families import flops_per_token
+
+
+def workload() -> RunConfig:
+    """all-MiniLM-L6-v2's shape in float32 on a CPU; BERT's base model in bfloat16, 32 × 128, on an accelerator."""
+    if jax.default_backend() == "cpu":
+        small = BertConfig(head="classification", num_layers=6, embed_dim=384, num_heads=12, mlp_dim=1536)
+        return _of(small, length=48)
+    return _of(BertConfig(head="classification", dtype="bfloat16"), length=128)
+
+
+def _of(model: BertConfig, length: int) -> RunConfig:
+    return RunConfig(
+        name="benchmark", batch_size=32, length=length, model=model, objective=ObjectiveConfig(kind="classification"),
+        optimizer=OPTIMIZER,
+    )  # fmt: skip
+
+
+def run(rounds: int, steps: int, work: RunConfig | None = None) -> dict[str, Any]:
+    """Tokens per second of each, in turn, and the ratio. Both drop out a tenth, clip, and update by AdamW.
+
+    Args:
+        rounds: how often the candidates take turns.
+        steps: training steps in a turn.
+        work: model and batch; the device's usual ones by default.
+    """
+    work = workload() if work is None else work
+    model = work.model
+    assert isinstance(model, BertConfig)
+    candidates: dict[str, Callable[[], object]] = {"manyheads": our_step(work), "torch": _torch_step(work)}
+    for step in candidates.values():
+        seconds_per_call(step, 2)
+    timed = {name: _timer(step, steps) for name, step in candidates.items()}
+    speeds = {name: [tokens_of(work) / s for s in taken] for name, taken in in_turn(timed, rounds).items()}
+    flops = 3 * flops_per_token(model, work.sequence_length)
+    result: dict[str, Any] = {
+        "workload": f"BERT with a classifier, {model.num_layers} layers, {model.embed_dim} wide, {model.num_heads} heads, "
+        f"batch {work.batch_size} × {work.sequence_length}, {model.dtype}, dropout {model.dropout:g}, AdamW, clipping",
+        "tokens_per_second": {name: summary(speed) for name, speed in speeds.items()},
+        "flops_per_token": flops,
+        "finetuning_ratio_to": {"torch": ratio(speeds["manyheads"], speeds["torch"])},
+    }
+    median = result["tokens_per_second"]["manyheads"]["median"]
+    result["mfu"] = utilization(median * flops, jax.devices()[:1], model.dtype)
+    save("finetuning_step", f"manyheads-bench finetuning-step --rounds {rounds} --steps {steps}", result)
+    return result
+
+
+def _timer(step: Callable[[], object], steps: int) -> Callable[[], float]:
+    return lambda: seconds_per_call(step, steps)
+
+
+def _torch_step(work: RunConfig) -> Callable[[], object]:
+    """The peer, set up as its users do: scaled-dot-product attention, fused AdamW, autocast to bfloat16 on a GPU."""
+    import torch
+
+    model = torch_bert(work.model).train()
+    device = next(model.parameters()).device
+    o = work.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=o.learning_rate, betas=(o.b1, o.b2), weight_decay=o.weight_decay, fused=True
+    )
+    batch = random_batch(work)
+    inputs = {
+        "input_ids": torch.tensor(batch["tokens"].astype(np.int64), device=device),
+        "attention_mask": torch.tensor(batch["segments"].astype(np.int64), device=device),
+        "labels": torch.tensor(batch["labels"].astype(np.int64), device=device),
+    }
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=work.model.dtype == "bfloat16")
+
+    def take() -> object:
+        with autocast:
+            loss = model(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # Reading the loss waits for the step, as a training loop that prints it does.
+        return loss.item()
+
+    return take
+
+
+def torch_bert(config: Any) -> Any:
+    """transformers' classifier of the model's shape, random weights, on the device that JAX uses."""
+    import torch
+    import transformers
+
+    from transformer.hf.encoders import BERT
+
+    torch.manual_seed(0)
+    theirs = transformers.BertConfig(**BERT.write(config))
+    model = transformers.BertForSequenceClassification._from_config(theirs, attn_implementation="sdpa")
+    return model.to("cpu" if jax.default_backend() == "cpu" else "cuda")
