@@ -33,9 +33,11 @@ from transformer.models.families import make_model
 from transformer.models.heads import Pooling
 from transformer.types import Array
 
-SHORTEST_ROW = 128
+SHORTEST_ROW = 64
 """Tokens of a row of texts that are no longer; longer ones have rows of twice as many, and so on."""
-BATCH_TOKENS = 4096
+BATCH_TOKENS = {"cpu": 2048}
+"""Of a call of the model, by JAX's backend: on a CPU what its caches hold, elsewhere what keeps a device busy."""
+LARGE_BATCH = 65_536
 CHUNK = 16_384
 """Texts that are packed together."""
 
@@ -47,7 +49,7 @@ class Embedder:
         pooling: what stands for a text: its first token, or the mean of its tokens, `[CLS]` and `[SEP]` included; the config's by
             default.
         normalize: scale vectors to length 1.
-        batch_tokens: of a call of the model.
+        batch_tokens: of a call of the model; by default what suits the device.
 
     Raises:
         UserError: a vocabulary without `[CLS]` and `[SEP]`.
@@ -55,11 +57,11 @@ class Embedder:
 
     def __init__(
         self, config: BertConfig, tokenizer: Tokenizer, *, pooling: Pooling | None = None, normalize: bool = True,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.config, self.tokenizer = config, tokenizer
         self.pooling, self.normalize = config.pooling if pooling is None else pooling, normalize
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), LARGE_BATCH)
         ends = tokenizer.special(CLS), tokenizer.special(SEP)
         if ends[0] is None or ends[1] is None:
             raise UserError(f"the vocabulary has no {CLS} and {SEP}, which an encoder's texts begin and end with")
