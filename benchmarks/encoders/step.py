@@ -21,8 +21,9 @@ def workload() -> RunConfig:
     """all-MiniLM-L6-v2's shape in float32 on a CPU; BERT's base model in bfloat16, 32 × 128, on an accelerator."""
     if jax.default_backend() == "cpu":
         # Few layers compile soon without a scan, and XLA:CPU then copies nothing in and out of stacks.
-        shape = {"num_layers": 6, "embed_dim": 384, "num_heads": 12, "mlp_dim": 1536}
-        small = BertConfig(head="classification", scan_layers=False, **shape)
+        small = BertConfig(
+            head="classification", num_layers=6, embed_dim=384, num_heads=12, mlp_dim=1536, scan_layers=False
+        )
         return _of(small, length=48)
     return _of(BertConfig(head="classification", dtype="bfloat16"), length=128)
 
