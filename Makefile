@@ -53,6 +53,8 @@ bench: $(VENV)/.installed-test
 	$(BIN)/manyheads-bench compile
 	$(BIN)/manyheads-bench decode
 	$(BIN)/manyheads-bench data
+	$(BIN)/manyheads-bench finetuning-step
+	$(BIN)/manyheads-bench embedding
 	$(BIN)/manyheads-bench attention --certify
 	$(BIN)/manyheads-bench attention --speed --length
 

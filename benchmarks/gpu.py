@@ -10,11 +10,13 @@ import jax
 
 from benchmarks import compile_time, decode, step
 from benchmarks.attention import certify, length, speed
+from benchmarks.encoders import step as encoder_step
 from benchmarks.sharding import validate
 from transformer.errors import UserError
 
 MEASUREMENTS: dict[str, Callable[[], object]] = {
     "step": lambda: step.run(rounds=5, steps=10),
+    "fine-tuning step": lambda: encoder_step.run(rounds=5, steps=10),
     "decode": lambda: decode.run(rounds=3),
     "compile": lambda: compile_time.run(rounds=1),
     "prediction": lambda: validate.run(rounds=10),

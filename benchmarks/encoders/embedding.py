@@ -18,6 +18,7 @@ from train.hf.bring import bring
 from train.hf.source import fetch
 from train.mesh import use_mesh
 from train.run_files import load_run
+from transformer.errors import UserError
 from transformer.models.bert import BertConfig
 
 TEXTS = 4096
@@ -25,7 +26,10 @@ TEXTS = 4096
 
 def run(rounds: int, texts: int = TEXTS) -> dict[str, Any]:
     """Texts a second of each, in turn, the ratio, and the least cosine between what they give for the same text."""
-    import sentence_transformers
+    try:
+        import sentence_transformers
+    except ImportError:
+        raise UserError("embedding: the peer is missing; pip install --no-deps sentence-transformers") from None
 
     given = list(itertools.islice(sentences(), texts))
     with tempfile.TemporaryDirectory() as folder:

@@ -40,18 +40,21 @@ from transformer.layers.adapter import AdapterConfig
 from transformer.models.bert import BertConfig
 
 ARMS = ("manyheads", "transformers", "LoRA")
-ADAPTER = AdapterConfig(rank=8)
+ADAPTER = AdapterConfig(rank=4, alpha=8.0)
 ADAPTER_RATE = 1e-3
 SEEDS = 5
 DIRECTORY = "runs/finetuning"
 
 
-def run(seeds: int = SEEDS, directory: str = DIRECTORY, *, config: Path = CONFIG) -> dict[str, Any]:
+def run(
+    seeds: int = SEEDS, directory: str = DIRECTORY, *, config: Path = CONFIG, source: str = MINILM
+) -> dict[str, Any]:
     """Fine-tune in every arm with each seed, print and save. What is finished is not run again.
 
     Args:
         seeds: how many, from 0.
         directory: where runs and figures are kept.
+        source: of the weights, as of `manyheads import`.
         config: of the fine-tuning; its `init_from` and tokenizer are those of the import.
 
     Raises:
@@ -63,7 +66,7 @@ def run(seeds: int = SEEDS, directory: str = DIRECTORY, *, config: Path = CONFIG
     print(f"fine-tuning {tuning.name}; everything is kept in {folder}", flush=True)
     weights = folder / "weights"
     if not weights.exists():
-        bring(MINILM, weights, verify=False)
+        bring(source, weights, verify=False)
     tokenizer = dataclasses.replace(tuning.data.tokenizer, path=str(weights / "tokenizer" / "tokenizer.json"))
     tuning = dataclasses.replace(
         tuning,
@@ -77,7 +80,7 @@ def run(seeds: int = SEEDS, directory: str = DIRECTORY, *, config: Path = CONFIG
     prepared = prepare(tuning.data, progress=False)
     makers: dict[str, Callable[[RunConfig, Path], dict[str, float]]] = {
         "manyheads": _ours,
-        "transformers": lambda config, directory: _theirs(config, prepared),
+        "transformers": lambda config, directory: _theirs(config, prepared, source),
         "LoRA": lambda config, directory: _ours(_adapted(config), directory),
     }
     found: dict[str, list[float]] = {arm: [] for arm in ARMS}
@@ -127,7 +130,7 @@ def _ours(config: RunConfig, directory: Path) -> dict[str, float]:
     return {"accuracy": last["eval/accuracy"], "loss": last["eval/loss"]}
 
 
-def _theirs(config: RunConfig, prepared: Prepared) -> dict[str, float]:
+def _theirs(config: RunConfig, prepared: Prepared, source: str) -> dict[str, float]:
     """The same training by transformers' model and torch's optimiser."""
     import torch
     import transformers
@@ -135,7 +138,7 @@ def _theirs(config: RunConfig, prepared: Prepared) -> dict[str, float]:
     torch.manual_seed(config.seed)
     assert isinstance(config.model, BertConfig)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        fetch(MINILM), num_labels=config.model.num_labels, attn_implementation="sdpa"
+        fetch(source), num_labels=config.model.num_labels, attn_implementation="sdpa"
     ).train()
     o, schedule = config.optimizer, make_schedule(config.optimizer, config.steps)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]

@@ -66,5 +66,7 @@ def classifier_of(texts, folder, **changes) -> RunConfig:
         model=BertConfig(**SMALL, head="classification", pooling="mean"),
         objective=ObjectiveConfig(kind="classification"),
         data=dataclasses.replace(base.data, sources=(source,)),
-    )
+        # Writing takes longer than the steps.
+        evaluation=EvaluationConfig(every=20), checkpoint=CheckpointConfig(every=20),
+    )  # fmt: skip
     return dataclasses.replace(tuned, **changes)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from transformer.attention.mask import AttentionMask
 from transformer.attention.mods import Mod
 from transformer.attention.tile import Tile, plane_filled
+from transformer.layers.linear import survivors
 from transformer.types import Array, Bool, Float, wide
 
 _STATIC: dict[str, Any] = {"static": True}
@@ -131,8 +132,8 @@ class Dropout:
     def __call__(self, weights_BNTS: Float[Array, "B N T S"], tile: Tile) -> Float[Array, "B N T S"]:
         """The weights of a tile with some dropped: the same ones whenever the same tile comes by."""
         key = jax.random.fold_in(jax.random.fold_in(self.key, tile.queries.start), tile.keys.start)
-        keep = jax.random.bernoulli(key, 1 - self.rate, weights_BNTS.shape)
-        return jnp.where(keep, weights_BNTS / (1 - self.rate), 0)
+        is_kept, scale = survivors(key, self.rate, weights_BNTS.shape)
+        return jnp.where(is_kept, weights_BNTS * jnp.asarray(scale, weights_BNTS.dtype), 0)
 
 
 @jax.tree_util.register_dataclass

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer.sharding import with_axes
-from transformer.types import Array, DTypeLike, Float, PRNGKeyArray, wide
+from transformer.types import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 
 if TYPE_CHECKING:
     from transformer.layers.adapter import Adapter
@@ -133,5 +133,15 @@ def dropout(x: Float[Array, ...], rate: float, key: PRNGKeyArray | None) -> Floa
     """
     if rate == 0 or key is None:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+    is_kept, scale = survivors(key, rate, x.shape)
+    return jnp.where(is_kept, x * jnp.asarray(scale, x.dtype), jnp.zeros_like(x))
+
+
+def survivors(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> tuple[Bool[Array, ...], float]:
+    """Which elements dropout leaves, each with probability 1 - rate, and what it multiplies them by.
+
+    From 16 random bits an element, half of what a uniform number takes; the rate is rounded to a multiple of 2⁻¹⁶, and the
+    factor belongs to the rounded one.
+    """
+    dropped = min(round(rate * 2**16), 2**16 - 1)
+    return jax.random.bits(key, shape, jnp.uint16) >= dropped, 2**16 / (2**16 - dropped)

@@ -1,0 +1,69 @@
+"""The encoders' measurements run, at a tiny size, beside their peers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import yaml
+
+from benchmarks import record
+from benchmarks.cli import main
+from benchmarks.encoders import quality, step
+from benchmarks.report import report
+from tests.hf.ours import BERT, written
+from tests.train.test_hf_import import BERT_SPECIAL, WORDS, tokenizer_json
+from train.config import RunConfig
+from train.data.objective_config import ObjectiveConfig
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    """Figures of a test are not results."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+@pytest.mark.torch
+def test_a_step_of_fine_tuning_beside_torch(results):
+    model = dataclasses.replace(BERT, head="classification", pooler=False)
+    objective = ObjectiveConfig(kind="classification")
+    work = RunConfig(name="tiny", batch_size=2, length=8, model=model, objective=objective)
+    result = step.run(rounds=1, steps=1, work=work)
+    assert set(result["tokens_per_second"]) == {"manyheads", "torch"}
+    assert "fine-tuning step, speed over torch" in report(results)
+
+
+@pytest.mark.torch
+def test_all_arms_are_scored_on_the_same_documents(tmp_path, results, capsys):
+    folder = tmp_path / "bert"
+    written(BERT, folder, extra={"pad_token_id": 0})
+    tokenizer_json(folder, BERT_SPECIAL)
+    texts = tmp_path / "texts.csv"
+    rows = [f"the {'cat' if n % 3 else 'dogs'} sat on {WORDS[n % 15]},{'good' if n % 3 else 'bad'}" for n in range(60)]
+    texts.write_text("\n".join(["text,label", *rows]))
+    data = {
+        "sources": [{"kind": "files", "path": str(texts), "label_field": "label", "labels": ["bad", "good"]}],
+        "validation_fraction": 0.2, "packing": "documents", "tokenizer": {"kind": "file", "path": "none/tokenizer.json"},
+    }  # fmt: skip
+    model = dataclasses.asdict(dataclasses.replace(BERT, head="classification", pooler=False))
+    config = {
+        "name": "tiny", "steps": 2, "batch_size": 8, "init_from": "none", "model": model, "data": data,
+        "objective": {"kind": "classification"},
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(config))))
+    result = quality.run(1, str(tmp_path / "runs"), config=path, source=str(folder))
+    assert {arm: len(values) for arm, values in result["accuracies"].items()} == dict.fromkeys(quality.ARMS, 1)
+    assert "tiny, held-out accuracy, LoRA, median" in report(results)
+    capsys.readouterr()
+    quality.run(1, str(tmp_path / "runs"), config=path, source=str(folder))
+    assert len(list(tmp_path.rglob("output.txt"))) == 2
+
+
+def test_embedding_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert main(["embedding", "--rounds", "1"]) == 2
+    assert "pip install --no-deps sentence-transformers" in capsys.readouterr().err
