@@ -37,7 +37,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # An environment of its own: jax 0.11 and newer need a newer Python than the main one may be.
 # A name on the PATH may be a stub that does not run.
@@ -46,7 +46,7 @@ test-newest:
 	@test -n "$(NEWEST)" || { echo "test-newest needs Python 3.13; name one with make NEWEST=/path/to/python3.13 test-newest"; exit 2; }
 	test -x .venv-newest/bin/python || $(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test-core]' jax flax optax
-	.venv-newest/bin/python -m pytest -n 2 --dist loadfile -m "not torch"
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not torch"
 
 bench: $(VENV)/.installed-test
 	$(BIN)/manyheads-bench step
@@ -54,6 +54,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/manyheads-bench decode
 	$(BIN)/manyheads-bench data
 	$(BIN)/manyheads-bench finetuning-step
+	$(PIP) --no-deps sentence-transformers
 	$(BIN)/manyheads-bench embedding
 	$(BIN)/manyheads-bench attention --certify
 	$(BIN)/manyheads-bench attention --speed --length

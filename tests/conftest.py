@@ -36,6 +36,18 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+# Files of few but long tests. Whoever comes to them last would work on alone.
+_LONG = (
+    "test_processes.py", "test_init_from.py", "test_adapters.py", "test_sharding_measure.py", "test_pretraining.py",
+    "test_history.py", "test_encoder_bench.py", "test_hf_import.py", "test_task_losses.py", "test_tasks.py", "test_loop.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first (with xdist's `--no-loadscope-reorder`, which else begins with those of most tests)."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
 def pytest_collection_finish():
     """Tracing makes objects by the million: the collector walks the new ones seldom, and those of the imports never."""
     gc.collect()
