@@ -214,7 +214,9 @@ def test_pooling_that_is_kept_beside_it(bert, tmp_path):
     (bert / "1_Pooling").mkdir()
     path = bert / "1_Pooling" / "config.json"
     path.write_text(json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}))
-    assert load_run(bring(str(bert), tmp_path / "run", verify=False)).config.model.pooling == "mean"
+    run = bring(str(bert), tmp_path / "run", verify=False)
+    again = bring(str(export(run, verify=False)), tmp_path / "again", verify=False)
+    assert [load_run(one).config.model.pooling for one in (run, again)] == ["mean", "mean"]
     path.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(UserError, match="got pooling_mode_max_tokens; supported: one of pooling_mode_mean_tokens"):
         bring(str(bert), tmp_path / "other")

@@ -144,8 +144,11 @@ def _computes(config: Any) -> dict[str, Any]:
         for name, value in data.items()
         if not any(name.startswith(part) and off for part, off in idle.items())
     }
-    if data.get("head") != "embedding":
+    if data.get("head") == "embedding":
+        # It stands beside config.json.
+        data.pop("pooling")
+    else:
         data.pop("pooler", None)
-    elif not data["pooler"]:
+    if data.get("head") == "embedding" and not data["pooler"]:
         data = {name: value for name, value in data.items() if not name.startswith("pooler_")}
     return data
