@@ -15,6 +15,7 @@ from tests.hf.ours import BERT, GPT, MODERN, T5, on_one_device, params_of, writt
 from transformer.errors import UserError
 from transformer.hf import checkpoint
 from transformer.hf.mapping import ByHead, Matrix, Row, Table, Vector
+from transformer.models.recurrent import RecurrentConfig
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,9 @@ def test_a_model_that_is_nothing_of_theirs():
         checkpoint.architecture_of(sinks)
     with pytest.raises(UserError, match="cannot be written as gpt2; it does not go with norm 'rms_norm'"):
         checkpoint.architecture_of(dataclasses.replace(GPT, norm="rms_norm"), "gpt2")
+    recurrent = RecurrentConfig(vocab_size=20, embed_dim=4, hidden_dim=4)
+    with pytest.raises(UserError, match="there is none for a model of this family and head .'recurrent'"):
+        checkpoint.architecture_of(recurrent)
     with pytest.raises(UserError, match="Did you mean 'gpt2'"):
         checkpoint.architecture_of(GPT, "gpt")
 

@@ -166,10 +166,12 @@ def architecture_of(config: ModelConfig, model_type: str | None = None) -> Archi
             return one
         reasons[one.model_type] = why
     closest = min(reasons, key=lambda name: (OTHER_KIND in reasons[name], len(reasons[name])))
-    raise UserError(
-        f"this model cannot be written as {model_type or 'any architecture of transformers'}; "
-        f"{'it' if model_type else 'the nearest, ' + closest + ','} does not go with {', '.join(reasons[closest])}"
-    )
+    settings = ", ".join(reasons[closest])
+    if OTHER_KIND in reasons[closest]:
+        said = f"there is none for {OTHER_KIND} ({config.family!r}, {getattr(config, 'head', 'no choice of a head')!r})"
+    else:
+        said = f"{'it' if model_type else f'the nearest, {closest},'} does not go with {settings}"
+    raise UserError(f"this model cannot be written as {model_type or 'any architecture of transformers'}; {said}")
 
 
 def _architecture(data: Mapping[str, Any], folder: Path) -> Architecture:
