@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from tests.train.task_runs import KINDS, run_of, write_rows
@@ -81,8 +80,11 @@ def test_eight_devices_are_as_one(kind, strategy, tmp_path):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-4), *found)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("weights", [(0.5, 2.0, 1.0), (3.0, 0.0, 7.0)])
 def test_classes_are_weighed_as_in_torch(weights):
+    import torch
+
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(2, 6, 3)).astype(np.float32), rng.integers(0, 3, (2, 6)).astype(np.int32)
     given = (np.arange(12).reshape(2, 6) % 4 != 3).astype(np.float32)
