@@ -40,19 +40,13 @@ class Choices(TaskRows):
         rows = (self.documents[:, None] * self._count + np.arange(self._count)).reshape(-1)
         owners = np.repeat(self.documents, self._count)
         first, second = longest_first(text[owners], choices.reshape(-1)[rows], length - 3)
-        self._sides = [Stretches.of(array, owners, first), Stretches.of(array.target, rows, second)]
+        self.sides = [Stretches.of(array, owners, first), Stretches.of(array.target, rows, second)]
         labels = np.full(array.documents, NONE, np.int32) if array.labels is None else np.asarray(array.labels)
         self._labels = labels[self.documents]
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
         numbers = (indices[:, None] * self._count + np.arange(self._count)).reshape(-1)
-        batch = self.rows(self._sides, numbers)
+        batch = self.rows(self.sides, numbers)
         shape = (len(indices), self._count, self.length)
         labels = {"labels": self._labels[indices], "weights": one_each(len(indices))}
         return {name: rows.reshape(shape) for name, rows in batch.items()} | labels
-
-    @property
-    def efficiency(self) -> float:
-        rows = len(self) * self._count
-        used = sum(int(side.sizes.sum()) for side in self._sides) + 3 * rows
-        return used / max(1, rows * self.length)

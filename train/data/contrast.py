@@ -16,15 +16,14 @@ import dataclasses
 import numpy as np
 
 from train.data.draws import Draws
-from train.data.masked import framed_apart
 from train.data.objective_config import ObjectiveConfig
-from train.data.pack import Examples
 from train.data.pairs import PairSizes
+from train.data.rows import Stretches, TaskRows, one_each
 from train.data.store import TokenArray
-from train.data.tokenizer import CLS, SEP, Tokenizer
+from train.data.tokenizer import Tokenizer
 
 
-class TextPairs(Examples):
+class TextPairs(TaskRows):
     """The pairs of an array, in its order; those with a side that is too long for a row are left out, or its end is."""
 
     def __init__(
@@ -37,29 +36,25 @@ class TextPairs(Examples):
         shown: bool = False,
     ) -> None:
         """`shown` says how many are too long. Raises `UserError` if no pair is short enough."""
-        super().__init__(array, length)
+        super().__init__(array, tokenizer, length)
         assert array.target is not None
-        self._cls, self._sep = tokenizer.special_ids[CLS], tokenizer.special_ids[SEP]
         # An end of text is counted there, in whose place `[SEP]` stands here; `[CLS]` comes in front.
         both = dataclasses.replace(objective, source_length=None, target_length=None)
         sizes = PairSizes.of(array, both, length - 1, shown=shown)
-        self._sides = {
-            prefix: (np.asarray(side.tokens), np.asarray(side.offsets)[sizes.pairs], counts + 1)
-            for prefix, side, counts in (("", array, sizes.source), ("other_", array.target, sizes.target))
-        }
-        self._count = len(sizes)
-
-    def __len__(self) -> int:
-        return self._count
+        self.documents = sizes.pairs
+        self.sides = [
+            Stretches.of(side, sizes.pairs, counts - 1)
+            for side, counts in ((array, sizes.source), (array.target, sizes.target))
+        ]
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
-        batch = {"weights": np.ones((len(indices), 1), np.float32)}
-        for prefix, (tokens, starts, sizes) in self._sides.items():
-            rows = framed_apart(tokens, starts, sizes, indices, self.length, self._cls, self._sep)
-            batch |= {prefix + name: array for name, array in rows.items()}
+        batch = {"weights": one_each(len(indices))}
+        for prefix, side in zip(("", "other_"), self.sides, strict=True):
+            batch |= {prefix + name: array for name, array in self.rows([side], indices).items()}
         return batch
 
     @property
     def efficiency(self) -> float:
-        used = sum(int(sizes.sum()) for _, _, sizes in self._sides.values())
+        # Each side has a row of its own, with both special tokens.
+        used = sum(int(side.sizes.sum()) + 2 * len(self) for side in self.sides)
         return used / max(1, 2 * len(self) * self.length)

@@ -44,19 +44,14 @@ class LabelledDocuments(TaskRows):
         sizes = [side[self.documents] for side in sizes]
         room = length - 1 - len(sides)
         taken = [np.minimum(sizes[0], room)] if len(sides) == 1 else longest_first(sizes[0], sizes[1], room)
-        self._sides = [Stretches.of(side, self.documents, size) for side, size in zip(sides, taken, strict=True)]
+        self.sides = [Stretches.of(side, self.documents, size) for side, size in zip(sides, taken, strict=True)]
         kind = np.float32 if objective.kind == "regression" else np.int32
         labels = np.full(array.documents, NONE, kind) if array.labels is None else np.asarray(array.labels)
         self._labels = labels[self.documents]
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
         labels = {"labels": self._labels[indices], "weights": one_each(len(indices))}
-        return self.rows(self._sides, indices) | labels
-
-    @property
-    def efficiency(self) -> float:
-        used = sum(int(side.sizes.sum()) + len(self) for side in self._sides) + len(self)
-        return used / max(1, len(self) * self.length)
+        return self.rows(self.sides, indices) | labels
 
 
 def commonest_share(arrays: Sequence[TokenArray]) -> float | None:

@@ -252,10 +252,3 @@ def framed(tokens: np.ndarray, starts: np.ndarray, placed: Placed, cls: int, sep
     text[placed.positions == 0] = cls
     text[np.cumsum(placed.sizes) - 1] = sep
     return {"tokens": placed.spread(text), **placed.places()}
-
-
-def framed_apart(
-    tokens: np.ndarray, starts: np.ndarray, sizes: np.ndarray, indices: np.ndarray, length: int, cls: int, sep: int
-) -> dict[str, np.ndarray]:
-    """`framed`, with each of the pieces `indices` in a row of `length` of its own."""
-    return framed(tokens, starts, Placed.of(indices, np.ones(len(indices), np.int64), sizes, length), cls, sep)

@@ -45,10 +45,12 @@ class Stretches:
 
 
 class TaskRows(Examples):
-    """The examples of an array of documents with labels, of which each is about one document."""
+    """The examples of an array of documents, of which each is about one document."""
 
     documents: np.ndarray
     """[N] int64: which document of the array each example is about."""
+    sides: list[Stretches]
+    """What stands in the rows: one text, or two."""
 
     def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int) -> None:
         super().__init__(array, length)
@@ -56,6 +58,12 @@ class TaskRows(Examples):
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    @property
+    def efficiency(self) -> float:
+        rows = len(self.sides[0].sizes)
+        used = sum(int(side.sizes.sum()) for side in self.sides) + (1 + len(self.sides)) * rows
+        return used / max(1, rows * self.length)
 
     def rows(self, sides: Sequence[Stretches], indices: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays that the module describes: the stretches `indices` [B] of one or two sides."""

@@ -34,15 +34,16 @@ class TaggedWords(TaskRows):
         super().__init__(array, tokenizer, length)
         sizes = text_sizes(array)
         self.documents = fitting(array, sizes + 2, length, objective, shown=shown)
-        self._text = Stretches.of(array, self.documents, np.minimum(sizes[self.documents], length - 2))
+        text = Stretches.of(array, self.documents, np.minimum(sizes[self.documents], length - 2))
+        self.sides = [text]
         # As tokens, so that they are laid out as those are.
         tags = np.full(len(array.tokens), NONE, np.int32) if array.labels is None else np.asarray(array.labels)
-        self._tags = Stretches(tags + 1, self._text.starts, self._text.sizes)
+        self._tags = Stretches(tags + 1, text.starts, text.sizes)
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
-        batch = self.rows([self._text], indices)
+        batch = self.rows(self.sides, indices)
         tags = self.rows([self._tags], indices)["tokens"]
-        inside = (batch["positions"] > 0) & (batch["positions"] <= self._text.sizes[indices][:, None])
+        inside = (batch["positions"] > 0) & (batch["positions"] <= self.sides[0].sizes[indices][:, None])
         tags = np.where(inside, tags - 1, NONE)
         return batch | {
             "targets": np.maximum(tags, 0).astype(np.int32), "weights": (tags != NONE).astype(np.float32)
@@ -50,11 +51,7 @@ class TaggedWords(TaskRows):
 
     def size(self, index: int) -> int:
         """How many tokens of its text an example has."""
-        return int(self._text.sizes[index])
-
-    @property
-    def efficiency(self) -> float:
-        return (int(self._text.sizes.sum()) + 2 * len(self)) / max(1, len(self) * self.length)
+        return int(self.sides[0].sizes[index])
 
 
 def tokens_per_word(array: TokenArray) -> float:

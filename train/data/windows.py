@@ -49,8 +49,10 @@ class AnswerWindows(TaskRows):
         """[N] the first token of each window, as its place in the context."""
         sizes = np.minimum(room[self.documents], contexts[self.documents] - self.first)
         starts = np.asarray(array.target.offsets)[self.documents] + self.first
-        self._question = Stretches.of(array, self.documents, questions[self.documents])
-        self._window = Stretches(np.asarray(array.target.tokens), starts, sizes)
+        self.sides = [
+            Stretches.of(array, self.documents, questions[self.documents]),
+            Stretches(np.asarray(array.target.tokens), starts, sizes),
+        ]
         labels = np.full((array.documents, 2), -1, np.int32) if array.labels is None else np.asarray(array.labels)
         within = labels[self.documents] - self.first[:, None]
         holds = (within[:, :1] >= 0) & (within[:, 1:] < sizes[:, None]) & (labels[self.documents, :1] >= 0)
@@ -59,13 +61,8 @@ class AnswerWindows(TaskRows):
     @property
     def before(self) -> np.ndarray:
         """[N]: how many tokens of the row stand before the window."""
-        return self._question.sizes + 2
+        return self.sides[0].sizes + 2
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
         labels = {"labels": self._answers[indices], "weights": one_each(len(indices))}
-        return self.rows([self._question, self._window], indices) | labels
-
-    @property
-    def efficiency(self) -> float:
-        used = int(self._question.sizes.sum() + self._window.sizes.sum()) + 3 * len(self)
-        return used / max(1, len(self) * self.length)
+        return self.rows(self.sides, indices) | labels
