@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,9 +15,9 @@ from typing import Any
 import jax
 
 from train.data.cache import writing
+from train.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "grain")
 
 
 def in_turn(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -67,7 +66,7 @@ def save(name: str, command: str, result: dict[str, Any], *, show: bool = True, 
             "count": jax.device_count(),
             "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(),
         "result": result,
     }
     place = RESULTS if folder is None else Path(folder)
@@ -90,16 +89,6 @@ def report_folder(output: str | None) -> Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _cpu_name() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +21,7 @@ from train.config import RunConfig, difference, parse, to_data
 from train.sections import CheckpointConfig
 from train.selection import Selection, goodness
 from train.state import TrainState
+from train.versions import versions
 from transformer.errors import UserError
 from transformer.pipeline import in_order
 
@@ -140,7 +140,7 @@ class Checkpoints:
             "tokenizer": tokenizer,
             "labels": list(labels),
             "selection": None if selection is None else dataclasses.asdict(selection),
-            "versions": _versions(),
+            "versions": versions(),
         }
         with _disk_errors(self):
             self._manager.save(
@@ -164,7 +164,7 @@ class Checkpoints:
         """
         meta = {
             "step": 0, "config": to_data(config), "tokenizer": tokenizer, "labels": list(labels),
-            "versions": _versions(), "source": source,
+            "versions": versions(), "source": source,
         }  # fmt: skip
         with _disk_errors(self):
             self._manager.save(
@@ -208,10 +208,6 @@ class Checkpoints:
         """The parameters to use (their moving average, where the run keeps one), laid out as `abstract` says."""
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
         return self._manager.restore(step, args=args)["params"]
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
 
 
 @dataclasses.dataclass

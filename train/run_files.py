@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from train.data.store import Prepared
 from train.data.tokenizer import Tokenizer
 from train.mesh import MeshConfig, make_mesh, use_mesh
 from train.state import abstract_params
+from train.versions import versions
 from transformer.errors import UserError
 from transformer.layers.adapter import merged
 from transformer.models.adapted import make_adapted
@@ -29,7 +28,6 @@ from transformer.models.families import make_model
 _TARGET = "target/"
 """What the names of the files of the target's own tokenizer begin with."""
 _ORIGIN = "origin.json"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "datasets", "tokenizers")
 
 NO_SCORES = ("eval/selection_loss", "eval/tokens", "eval/pairs")
 """What an evaluation records beside its scores."""
@@ -101,9 +99,7 @@ def tokenizer_files(prepared: Prepared, directory: Path) -> dict[str, str]:
 
 def write_origin(directory: Path, prepared: Prepared) -> None:
     """Note in a run's folder what it was made of beside its config: the data's fingerprint, and versions of packages."""
-    versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
-    origin = {"data": prepared.meta.fingerprint, "versions": versions}
+    origin = {"data": prepared.meta.fingerprint, "versions": versions()}
     (directory / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 

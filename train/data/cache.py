@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,26 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write {error.filename or path}: {reason}; {advice}, or set MANYHEADS_CACHE to another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def whole_folder(directory: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes `directory` once the block has ended well, and is gone where it has not.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        with writing(directory):
+            yield partial
+            # A temporary folder is its owner's alone.
+            partial.chmod(0o755)
+            partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from flax import nnx
 
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
-from train.data.cache import writing
+from train.data.cache import whole_folder
 from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig
 from train.data.tokenizer import Tokenizer, TokenizerConfig
@@ -72,16 +70,8 @@ def bring(
             print(parity.line(report))
         else:
             report = None
-        with writing(directory):
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        try:
-            with writing(directory):
-                _write(partial, config, read, params, tokenizer, given, report)
-                partial.chmod(0o755)
-                partial.rename(directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with whole_folder(directory) as partial:
+            _write(partial, config, read, params, tokenizer, given, report)
     print(f"written to {directory}. {_use(config, directory)}")
     return directory
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +10,14 @@ import ml_dtypes
 import numpy as np
 
 from train.config import dump
-from train.data.cache import writing
+from train.data.cache import whole_folder
 from train.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from train.hf import card, parity
 from train.hf.bring import RECORD
 from train.hf.vocabulary import as_subwords, special_ids, written
 from train.mesh import use_mesh
 from train.run_files import LoadedRun, load_run
+from train.versions import version
 from transformer.errors import UserError
 from transformer.hf import checkpoint
 from transformer.models.bert import BertConfig
@@ -57,33 +55,25 @@ def export(
     extra = _labels(loaded) | ({} if tokenizer is None else special_ids(tokenizer))
     if getattr(config, "start_token", 0) is None:
         extra["decoder_start_token_id"] = loaded.target_tokenizer.end_of_text
-    with writing(directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        with writing(directory), use_mesh(loaded.mesh, loaded.config.mesh.rules):
-            _, name = checkpoint.write(
-                partial, config, loaded.params, model_type=architecture.model_type, dtype=DTYPES[dtype], extra=extra,
-                limit=limit,
-            )  # fmt: skip
-            files = {} if tokenizer is None else written(tokenizer, config.max_length)
-            files |= _generation(loaded, extra)
-            if isinstance(config, BertConfig) and config.head == "embedding":
-                files |= _sentence_transformers(config)
-            files["config.yaml"] = dump(loaded.config)
-            files["README.md"] = card.text(loaded, run, name, architecture.model_type)
-            for place, text in files.items():
-                (partial / place).parent.mkdir(exist_ok=True)
-                (partial / place).write_text(text, encoding="utf-8")
-            read = checkpoint.read(partial)
-            if verify or (verify is None and dtype == "float32"):
-                report = parity.report(read, loaded.params, tokenizer, required=bool(verify))
-                (partial / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
-                print(parity.line(report))
-            partial.chmod(0o755)
-            partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with use_mesh(loaded.mesh, loaded.config.mesh.rules), whole_folder(directory) as partial:
+        _, name = checkpoint.write(
+            partial, config, loaded.params, model_type=architecture.model_type, dtype=DTYPES[dtype], extra=extra,
+            limit=limit,
+        )  # fmt: skip
+        files = {} if tokenizer is None else written(tokenizer, config.max_length)
+        files |= _generation(loaded, extra)
+        if isinstance(config, BertConfig) and config.head == "embedding":
+            files |= _sentence_transformers(config)
+        files["config.yaml"] = dump(loaded.config)
+        files["README.md"] = card.text(loaded, run, name, architecture.model_type)
+        for place, text in files.items():
+            (partial / place).parent.mkdir(exist_ok=True)
+            (partial / place).write_text(text, encoding="utf-8")
+        read = checkpoint.read(partial)
+        if verify or (verify is None and dtype == "float32"):
+            report = parity.report(read, loaded.params, tokenizer, required=bool(verify))
+            (partial / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+            print(parity.line(report))
     if tokenizer is None:
         print("  note: the run has no tokenizer that transformers could have")
     print(f"written to {directory}: transformers.{name}.from_pretrained({str(directory)!r})")
@@ -129,7 +119,7 @@ def _generation(loaded: LoadedRun, extra: dict[str, Any]) -> dict[str, str]:
     start = getattr(loaded.config.model, "start_token", None)
     if start is not None:
         kept["decoder_start_token_id"] = start
-    kept["transformers_version"] = _version("transformers")
+    kept["transformers_version"] = version("transformers")
     return {"generation_config.json": json.dumps(kept, indent=2) + "\n"}
 
 
@@ -156,10 +146,3 @@ def _sentence_transformers(config: BertConfig) -> dict[str, str]:
         "1_Pooling/config.json": json.dumps(pooling, indent=2) + "\n",
         "sentence_bert_config.json": json.dumps(length, indent=2) + "\n",
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
