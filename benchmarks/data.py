@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import in_turn, ratio, save, seconds_per_call, summary
-from benchmarks.workload import our_step, tokens_of, workload
+from benchmarks.workload import our_step, workload
 
 
 def run(rounds: int) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def run(rounds: int) -> dict[str, Any]:
         packed = DataConfig(packing=packing)
         loader = train_batches(prepared, packed, batch_size=work.batch_size, length=work.model.max_length, seed=0)
         candidates[f"loader, {packing}"] = functools.partial(_seconds_per_batch, loader.iterate(), 500)
-    speeds = {name: [tokens_of(work) / s for s in taken] for name, taken in in_turn(candidates, rounds).items()}
+    speeds = {name: [work.tokens_per_step / s for s in taken] for name, taken in in_turn(candidates, rounds).items()}
     result = {
         "tokens_per_second": {name: summary(speed) for name, speed in speeds.items()},
         "ratio": {name: ratio(speed, speeds["step"]) for name, speed in speeds.items() if name != "step"},

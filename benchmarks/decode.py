@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks.record import in_turn, ratio, save, seconds_per_call, summary
-from benchmarks.step import torch_gpt2
+from benchmarks import peer
+from benchmarks.record import ratio, save, speeds_in_turn, summary
 from benchmarks.workload import gpt_of, workload
 from train.config import RunConfig
 from transformer.decode.generate import Generator
@@ -28,21 +28,13 @@ def run(rounds: int, work: RunConfig | None = None) -> dict[str, Any]:
     for batch_size in (1, 8):
         prompts = np.random.default_rng(0).integers(1, model.vocab_size, (batch_size, PROMPT_TOKENS))
         candidates = {"manyheads": _ours(model, prompts), "transformers": _theirs(model, prompts)}
-        for write in candidates.values():
-            write()
-        timed = {name: _timer(write) for name, write in candidates.items()}
-        tokens = batch_size * NEW_TOKENS
-        speeds = {name: [tokens / s for s in taken] for name, taken in in_turn(timed, rounds).items()}
+        speeds = speeds_in_turn(candidates, rounds, 1, batch_size * NEW_TOKENS)
         result[f"batch_{batch_size}"] = {
             "tokens_per_second": {name: summary(speed) for name, speed in speeds.items()},
             "ratio": ratio(speeds["manyheads"], speeds["transformers"]),
         }
     save("decode", f"manyheads-bench decode --rounds {rounds}", result)
     return result
-
-
-def _timer(write: Callable[[], object]) -> Callable[[], float]:
-    return lambda: seconds_per_call(write, 1)
 
 
 def _ours(config: GPTConfig, prompts: np.ndarray) -> Callable[[], object]:
@@ -55,7 +47,7 @@ def _ours(config: GPTConfig, prompts: np.ndarray) -> Callable[[], object]:
 def _theirs(config: GPTConfig, prompts: np.ndarray) -> Callable[[], object]:
     import torch
 
-    model = torch_gpt2(config).eval()
+    model = peer.gpt2(config).eval()
     if config.dtype == "bfloat16":
         model = model.to(torch.bfloat16)
     inputs = torch.tensor(prompts, device=model.device)

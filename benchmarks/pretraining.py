@@ -11,21 +11,14 @@ ones, with each of several seeds, and both are scored on the same held-out docum
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import shutil
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.stage import Interrupted, keep, kept, train_silently
+from benchmarks.stage import classify, folder_of, once, over_seeds, scored_at_the_end, train_to_the_end
 from train.config import RunConfig, load, to_data
 from train.data.labelled import commonest_share
 from train.data.prepare import prepare
-from train.sections import CheckpointConfig, EvaluationConfig, LogConfig
-from transformer.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENCODER = CONFIGS / "encoder_reviews_small.yaml"
@@ -52,25 +45,16 @@ def run(
         UserError: whatever `train` raises, and an interruption.
     """
     pretraining, tuning = load(encoder), load(classifier)
-    content = json.dumps([to_data(pretraining), to_data(tuning)], sort_keys=True).encode()
-    folder = Path(directory) / hashlib.blake2b(content, digest_size=6).hexdigest()
+    folder = folder_of(directory, to_data(pretraining), to_data(tuning))
     print(f"pretraining {pretraining.name}; everything is kept in {folder}", flush=True)
     pretraining = dataclasses.replace(pretraining, run_dir=str(folder / "encoder"))
-    _train(pretraining)
-    score = _last(pretraining.directory)["eval/loss"]
+    score = train_to_the_end(pretraining, "pretraining")["eval/loss"]
     print(f"pretrained for {pretraining.steps} steps: held-out loss {score:.4f}", flush=True)
 
     tokenizer = dataclasses.replace(
         tuning.data.tokenizer, path=str(folder / "encoder" / "tokenizer" / "tokenizer.json")
     )
-    tuning = dataclasses.replace(
-        tuning,
-        data=dataclasses.replace(tuning.data, tokenizer=tokenizer),
-        # Only the end counts: no step is chosen by what it makes of the held-out documents.
-        evaluation=EvaluationConfig(every=0),
-        checkpoint=CheckpointConfig(every=0, keep=1),
-        log=LogConfig(every=tuning.log.every, tensorboard=False),
-    )
+    tuning = scored_at_the_end(dataclasses.replace(tuning, data=dataclasses.replace(tuning.data, tokenizer=tokenizer)))
     tried = {(arm, rate): _figures(tuning, folder, arm, rate, 0) for rate in LEARNING_RATES for arm in ARMS}
     rates = {arm: max(LEARNING_RATES, key=lambda rate: tried[arm, rate]["accuracy"]) for arm in ARMS}
     print(
@@ -94,8 +78,8 @@ def run(
         "learning_rates": rates,
         "tried_with_seed_0": {f"{arm} {rate:g}": one["accuracy"] for (arm, rate), one in tried.items()},
         "accuracies": found,
-        "accuracy": {arm: _summary(values) for arm, values in found.items()},
-        "difference": _summary(differences),
+        "accuracy": {arm: over_seeds(values) for arm, values in found.items()},
+        "difference": over_seeds(differences),
     }
     _show(result)
     record.save(
@@ -110,52 +94,19 @@ def run(
 def _figures(tuning: RunConfig, folder: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
     """The score of one classifier at its last step: trained now, or read if it was before."""
     directory = folder / f"{arm}-{rate:g}-{seed}"
-    path = Path(f"{directory}.json")
-    if kept(path) is None:
-        config = dataclasses.replace(
-            tuning,
-            run_dir=str(directory),
-            seed=seed,
-            init_from=str(folder / "encoder") if arm == "pretrained" else None,
-            optimizer=dataclasses.replace(tuning.optimizer, learning_rate=rate),
-        )
-        start = time.monotonic()
-        _train(config)
-        last = _last(directory)
-        figures = {"accuracy": last["eval/accuracy"], "loss": last["eval/loss"], "seconds": time.monotonic() - start}
-        keep(path, figures)
-        # Dozens of them would fill a disk.
-        shutil.rmtree(directory / "checkpoints")
-    figures = kept(path)
+    config = dataclasses.replace(
+        tuning,
+        run_dir=str(directory),
+        seed=seed,
+        init_from=str(folder / "encoder") if arm == "pretrained" else None,
+        optimizer=dataclasses.replace(tuning.optimizer, learning_rate=rate),
+    )
+    figures = once(Path(f"{directory}.json"), lambda: classify(config, "pretraining"))
     print(
         f"{arm}, learning rate {rate:g}, seed {seed}: accuracy {figures['accuracy']:.2%}, {figures['seconds']:.0f} s",
         flush=True,
     )
     return figures
-
-
-def _train(config: RunConfig) -> None:
-    try:
-        train_silently(config)
-    except Interrupted:
-        raise UserError(f"pretraining: stopped in {config.directory}; run the same command again to go on") from None
-
-
-def _last(directory: Path) -> dict[str, Any]:
-    """The last thing that a finished run recorded: its scores on all that is held out."""
-    return json.loads((directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    """Mean and sample standard deviation over the seeds."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {
-        "mean": statistics.mean(values),
-        "deviation": spread,
-        "min": min(values),
-        "max": max(values),
-        "seeds": len(values),
-    }
 
 
 def _show(result: dict[str, Any]) -> None:

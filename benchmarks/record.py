@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -42,6 +43,16 @@ def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
         result = function()
     jax.block_until_ready(result)
     return (time.perf_counter() - start) / calls
+
+
+def speeds_in_turn(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, calls: int, count: int
+) -> dict[str, list[float]]:
+    """What each candidate does a second, if it is `count` (tokens, texts) a call: warmed up, then in turn, `calls` at a time."""
+    for function in candidates.values():
+        seconds_per_call(function, 2)
+    timed = {name: functools.partial(seconds_per_call, function, calls) for name, function in candidates.items()}
+    return {name: [count / seconds for seconds in taken] for name, taken in in_turn(timed, rounds).items()}
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
 from train.data.cache import writing
 from train.loop import train
+from train.sections import CheckpointConfig, EvaluationConfig, LogConfig
+from transformer.errors import UserError
 
 
 class Interrupted(Exception):
@@ -49,3 +57,60 @@ def keep(path: Path, figures: Any) -> None:
 def kept(path: Path) -> Any:
     """The figures of a finished stage; None before."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def once(path: Path, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The figures that `work` finds, with its seconds; where they are kept already, those."""
+    if kept(path) is None:
+        start = time.monotonic()
+        figures = work()
+        keep(path, figures | {"seconds": time.monotonic() - start})
+    return kept(path)
+
+
+def folder_of(directory: str, *settings: Any) -> Path:
+    """A folder for what is made with these settings (JSON), and with no others."""
+    content = json.dumps(settings, sort_keys=True).encode()
+    return Path(directory) / hashlib.blake2b(content, digest_size=6).hexdigest()
+
+
+def scored_at_the_end(config: RunConfig) -> RunConfig:
+    """The same run with one evaluation: no step is chosen by what it makes of the held-out documents."""
+    return dataclasses.replace(
+        config,
+        evaluation=EvaluationConfig(every=0),
+        checkpoint=CheckpointConfig(every=0, keep=1),
+        log=LogConfig(every=config.log.every, tensorboard=False),
+    )
+
+
+def train_to_the_end(config: RunConfig, benchmark: str) -> dict[str, Any]:
+    """The scores that a run records at its end.
+
+    Raises:
+        UserError: as of `train`, and an interruption, with how to go on.
+    """
+    try:
+        train_silently(config)
+    except Interrupted:
+        raise UserError(f"{benchmark}: stopped in {config.directory}; run the same command again to go on") from None
+    return json.loads((config.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+
+def classify(config: RunConfig, benchmark: str) -> dict[str, float]:
+    """Accuracy and loss of a classifier that is trained to its end. Its checkpoints are deleted: dozens would fill a disk."""
+    last = train_to_the_end(config, benchmark)
+    shutil.rmtree(config.directory / "checkpoints")
+    return {"accuracy": last["eval/accuracy"], "loss": last["eval/loss"]}
+
+
+def over_seeds(values: list[float]) -> dict[str, float]:
+    """Median, mean and sample standard deviation of a figure over the seeds."""
+    return {
+        "median": statistics.median(values),
+        "mean": statistics.mean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "min": min(values),
+        "max": max(values),
+        "seeds": len(values),
+    }

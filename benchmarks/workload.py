@@ -37,11 +37,6 @@ def gpt_of(work: RunConfig) -> GPTConfig:
     return work.model
 
 
-def tokens_of(work: RunConfig) -> int:
-    """Tokens in a step."""
-    return work.batch_size * work.sequence_length
-
-
 def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
     """A batch of the objective's shapes with tokens out of a hat, every row of one document."""
     rng = np.random.default_rng(0)

@@ -147,6 +147,16 @@ class RunConfig:
         return self.model.max_length if self.length is None else self.length
 
     @property
+    def tokens_per_example(self) -> int:
+        """Of all rows that the model reads for one, padding included."""
+        return self.objective.rows_per_example * self.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all rows of a batch, padding included."""
+        return self.batch_size * self.tokens_per_example
+
+    @property
     def directory(self) -> Path:
         """`run_dir` with its default filled in."""
         return Path("runs", self.name) if self.run_dir is None else Path(self.run_dir)

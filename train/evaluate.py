@@ -23,7 +23,6 @@ from train.program import Program
 from train.tasks.evaluation import TaskEvaluation
 from train.tasks.task import Prediction
 from train.translation import Quality, TextTranslator, spread
-from transformer.layers.adapter import plainly
 
 T = TypeVar("T")
 
@@ -115,7 +114,6 @@ class HeldOut:
         self, config: RunConfig, prepared: Prepared, program: Program, translator: TextTranslator | None
     ) -> None:
         self.config, self._prepared, self._program, self._translator = config, prepared, program, translator
-        self._plain = plainly(config.adapter)
         kind = config.objective.kind
         self.task = TaskEvaluation.of_held_out(config, prepared) if kind in LABELLED else None
         self._guess = commonest_share(prepared.validation) if kind == "classification" else None
@@ -159,7 +157,7 @@ class HeldOut:
         """That of the translations of as many held-out pairs as the config says."""
         if self._translator is None or not (count := self.config.evaluation.translations):
             return None
-        return self._translator.quality(self._plain(params), spread(self._prepared.validation_pairs(), count))
+        return self._translator.quality(self._program.plain(params), spread(self._prepared.validation_pairs(), count))
 
     def _quality(self, params: nnx.State) -> Quality | None:
         return self.quality(params) if self.config.checkpoint.best in _metrics_of(Quality(0, 0, 0)) else None

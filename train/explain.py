@@ -52,7 +52,7 @@ def cost(config: RunConfig) -> Cost:
     return Cost(
         parameters=size(state.params),
         trained=size(trained.of(state.params)),
-        tokens_per_step=config.batch_size * config.objective.rows_per_example * length,
+        tokens_per_step=config.tokens_per_step,
         flops_per_token=trained.passes(state.params) * flops_per_token(config.model, length),
         parameter_bytes=_bytes(state.params),
         gradient_bytes=_bytes(trained.of(state.params)),

@@ -12,7 +12,7 @@ from train.config import RunConfig, difference
 from train.data.store import Prepared
 from train.data.tokenizer import ByteTokenizer, Tokenizer
 from train.run_files import load_run
-from train.trained import ParameterPath, dotted
+from train.trained import ParameterPath, dotted, size
 from transformer.errors import ConfigError, UserError
 from transformer.layers.adapter import fitted, is_adapter
 from transformer.models.families import ModelConfig, described_parameters
@@ -62,7 +62,7 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
             f"init_from: {run}, of model.family {loaded.config.model.family!r}, has no parameter in common with this model, "
             f"of family {config.model.family!r}; name a run of a like model"
         )
-    said = f"weights from {run}, step {loaded.step}: {_size(taken):,} of {_size(ours):,} parameters"
+    said = f"weights from {run}, step {loaded.step}: {size(taken):,} of {size(ours):,} parameters"
     called = {path: "adapters" if is_adapter(path) else str(path[0]) for path in ours | theirs}
     for what, paths in (
         ("beginning afresh", ours.keys() - taken.keys()),
@@ -81,10 +81,6 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
 
 def _by_path(params: nnx.State) -> Parameters:
     return dict(nnx.to_flat_state(params))
-
-
-def _size(parameters: Parameters) -> int:
-    return sum(parameter.get_value().size for parameter in parameters.values())
 
 
 def _check_tokenizer(field: str, folder: Path, theirs: Tokenizer, ours: Tokenizer) -> None:

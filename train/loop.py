@@ -39,7 +39,6 @@ from train.state import TrainState
 from train.targets import class_weights, per_target
 from train.translation import TextTranslator
 from transformer.errors import UserError
-from transformer.layers.adapter import plainly
 from transformer.models.bert import BertConfig
 
 
@@ -109,7 +108,6 @@ class Run:
                 self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
             self.sampler = make_sampler(config, prepared, self.translator)
         self.tokenizer_files = tokenizer_files(prepared, config.directory / "tokenizer")
-        self.plain = plainly(config.adapter)
         self.held_out = HeldOut(config, prepared, self.program, self.translator) if prepared.validation else None
         self.selection = Selection(config.checkpoint.best)
         self.flops_per_target, self.unit = per_target(config, prepared, self.program)
@@ -200,7 +198,7 @@ class Run:
     def sample(self, state: TrainState, display: Display) -> None:
         """Show what the model makes of the config's prompt, or of held-out sentences, as it is now."""
         if self.sampler is not None:
-            text = self.sampler(self.plain(_used(state)))
+            text = self.sampler(self.program.plain(_used(state)))
             display.say(f"── sample ──\n{text}\n────────────")
 
     def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
@@ -270,11 +268,9 @@ class Run:
         kind = self.mesh.devices.flat[0].device_kind
         begins = f"resuming after step {start}" if start else "starting"
         counted = self.program.trained.counted(state.params)
-        config = self.config
-        tokens = config.batch_size * config.objective.rows_per_example * config.sequence_length
         return (
             f"{self.config.name}: {begins}; {counted} on {devices} × {kind} ({self.config.mesh.strategy}); "
-            f"{tokens:,} tokens a step"
+            f"{self.config.tokens_per_step:,} tokens a step"
         )
 
     def _farewell(

@@ -24,6 +24,7 @@ from train.tasks.step import make_task_step
 from train.trained import ALL, Trained, chosen
 from transformer.errors import ConfigError
 from transformer.functional import ModelFactory, graphdef_of
+from transformer.layers.adapter import plainly
 from transformer.models.adapted import make_adapted
 from transformer.models.families import ModelConfig
 from transformer.pipeline import in_stages
@@ -85,6 +86,7 @@ class Program:
             self.eval_step = make_task_step(graphdef, config.objective, schedule)
         else:
             self.eval_step = make_eval_step(graphdef, config.objective.kind, schedule)
+        self.plain = plainly(config.adapter)
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
 
     def init(self, params: nnx.State | None = None) -> Any:

@@ -22,7 +22,7 @@ def per_target(config: RunConfig, prepared: Prepared, program: Program) -> tuple
     one among many, a word, or a whole row, of which a pair has two."""
     objective, tokens, unit = config.objective, 1.0, "tok"
     if objective.kind in ROWS:
-        tokens, unit = float(config.sequence_length * objective.rows_per_example), "row"
+        tokens, unit = float(config.tokens_per_example), "row"
     elif objective.kind == "token_classification":
         tokens, unit = float(np.mean([tokens_per_word(array) for array in prepared.train])), "word"
     elif objective.hides:

@@ -107,6 +107,6 @@ def dotted(path: ParameterPath) -> str:
     return ".".join(map(str, path))
 
 
-def size(params: nnx.State) -> int:
+def size(params: nnx.State | Mapping[ParameterPath, nnx.Variable]) -> int:
     """Numbers in all parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.encoders.reviews import MINILM, sentences
-from benchmarks.record import in_turn, ratio, save, summary
+from benchmarks.record import ratio, save, speeds_in_turn, summary
 from train.embed import Embedder
 from train.hf.bring import bring
 from train.hf.source import fetch
@@ -47,8 +45,8 @@ def run(rounds: int, texts: int = TEXTS) -> dict[str, Any]:
             return theirs.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
         cosines = np.sum(ours_of(given) * theirs_of(given), axis=1)
-        timed = {"manyheads": _timer(ours_of, given), "sentence-transformers": _timer(theirs_of, given)}
-        speeds = {name: [texts / s for s in taken] for name, taken in in_turn(timed, rounds).items()}
+        calls = {"manyheads": lambda: ours_of(given), "sentence-transformers": lambda: theirs_of(given)}
+        speeds = speeds_in_turn(calls, rounds, 1, texts)
     result: dict[str, Any] = {
         "texts": texts,
         "mean_tokens": float(np.mean([len(ids) + 2 for ids in loaded.tokenizer.encode_batch(given)])),
@@ -59,12 +57,3 @@ def run(rounds: int, texts: int = TEXTS) -> dict[str, Any]:
     }
     save("embedding", f"manyheads-bench embedding --rounds {rounds}", result)
     return result
-
-
-def _timer(function: Callable[[list[str]], np.ndarray], texts: list[str]) -> Callable[[], float]:
-    def take() -> float:
-        start = time.perf_counter()
-        function(texts)
-        return time.perf_counter() - start
-
-    return take

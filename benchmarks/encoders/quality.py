@@ -11,11 +11,8 @@ learning rate of their own); each of several seeds is scored at its last step on
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import json
-import shutil
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from rich.progress import track
 
 from benchmarks import record
 from benchmarks.encoders.reviews import CONFIG, MINILM
-from benchmarks.stage import Interrupted, keep, kept, train_silently
+from benchmarks.stage import classify, folder_of, once, over_seeds, scored_at_the_end
 from train.config import RunConfig, load, to_data
 from train.data.labelled import commonest_share
 from train.data.loader import evaluation_batches, train_batches
@@ -34,8 +31,6 @@ from train.data.store import Prepared
 from train.hf.bring import bring
 from train.hf.source import fetch
 from train.optimizer import make_schedule
-from train.sections import CheckpointConfig, EvaluationConfig, LogConfig
-from transformer.errors import UserError
 from transformer.layers.adapter import AdapterConfig
 from transformer.models.bert import BertConfig
 
@@ -61,38 +56,27 @@ def run(
         UserError: whatever `train` raises, and an interruption.
     """
     tuning = load(config)
-    content = json.dumps([to_data(tuning), dataclasses.asdict(ADAPTER), ADAPTER_RATE], sort_keys=True).encode()
-    folder = Path(directory) / hashlib.blake2b(content, digest_size=6).hexdigest()
+    folder = folder_of(directory, to_data(tuning), dataclasses.asdict(ADAPTER), ADAPTER_RATE)
     print(f"fine-tuning {tuning.name}; everything is kept in {folder}", flush=True)
     weights = folder / "weights"
     if not weights.exists():
         bring(source, weights, verify=False)
     tokenizer = dataclasses.replace(tuning.data.tokenizer, path=str(weights / "tokenizer" / "tokenizer.json"))
-    tuning = dataclasses.replace(
-        tuning,
-        init_from=str(weights),
-        data=dataclasses.replace(tuning.data, tokenizer=tokenizer),
-        # Only the end counts: no step is chosen by what it makes of the held-out documents.
-        evaluation=EvaluationConfig(every=0),
-        checkpoint=CheckpointConfig(every=0, keep=1),
-        log=LogConfig(every=tuning.log.every, tensorboard=False),
-    )
+    data = dataclasses.replace(tuning.data, tokenizer=tokenizer)
+    tuning = scored_at_the_end(dataclasses.replace(tuning, init_from=str(weights), data=data))
     prepared = prepare(tuning.data, progress=False)
-    makers: dict[str, Callable[[RunConfig, Path], dict[str, float]]] = {
-        "manyheads": _ours,
-        "transformers": lambda config, directory: _theirs(config, prepared, source),
-        "LoRA": lambda config, directory: _ours(_adapted(config), directory),
+    makers: dict[str, Callable[[RunConfig], dict[str, float]]] = {
+        "manyheads": lambda config: classify(config, "finetuning"),
+        "transformers": lambda config: _theirs(config, prepared, source),
+        "LoRA": lambda config: classify(_adapted(config), "finetuning"),
     }
     found: dict[str, list[float]] = {arm: [] for arm in ARMS}
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for seed in range(seeds):
         for arm in ARMS:
-            path = folder / f"{arm}-{seed}.json"
-            if kept(path) is None:
-                start = time.monotonic()
-                figures = makers[arm](dataclasses.replace(tuning, seed=seed), folder / f"{arm}-{seed}")
-                keep(path, figures | {"seconds": time.monotonic() - start})
-            figures = kept(path)
+            name = f"{arm}-{seed}"
+            seeded = dataclasses.replace(tuning, seed=seed, run_dir=str(folder / name))
+            figures = once(folder / f"{name}.json", functools.partial(makers[arm], seeded))
             found[arm].append(figures["accuracy"])
             seconds[arm].append(figures["seconds"])
             print(f"{arm}, seed {seed}: accuracy {figures['accuracy']:.2%}, {figures['seconds']:.0f} s", flush=True)
@@ -104,7 +88,7 @@ def run(
         "held_out_documents": sum(array.documents for array in prepared.validation),
         "commonest_class": commonest_share(prepared.validation),
         "accuracies": found,
-        "finetuned": {arm: _summary(values) for arm, values in found.items()},
+        "finetuned": {arm: over_seeds(values) for arm, values in found.items()},
         "seconds": seconds,
     }
     print(json.dumps(result["finetuned"], indent=2))
@@ -117,17 +101,6 @@ def run(
 def _adapted(config: RunConfig) -> RunConfig:
     optimizer = dataclasses.replace(config.optimizer, learning_rate=ADAPTER_RATE)
     return dataclasses.replace(config, adapter=ADAPTER, optimizer=optimizer)
-
-
-def _ours(config: RunConfig, directory: Path) -> dict[str, float]:
-    try:
-        train_silently(dataclasses.replace(config, run_dir=str(directory)))
-    except Interrupted:
-        raise UserError(f"finetuning: stopped in {directory}; run the same command again to go on") from None
-    last = json.loads((directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    # Many of them would fill a disk.
-    shutil.rmtree(directory / "checkpoints")
-    return {"accuracy": last["eval/accuracy"], "loss": last["eval/loss"]}
 
 
 def _theirs(config: RunConfig, prepared: Prepared, source: str) -> dict[str, float]:
@@ -178,15 +151,3 @@ def _tensors(batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], Any, Any]:
     tensors = {name: torch.tensor(np.asarray(array)) for name, array in batch.items()}
     inputs = {"input_ids": tensors["tokens"].long(), "attention_mask": (tensors["segments"] > 0).long()}
     return inputs, tensors["labels"].long(), tensors["weights"][:, 0] > 0
-
-
-def _summary(values: list[float]) -> dict[str, float]:
-    """Median, mean and sample standard deviation over the seeds."""
-    return {
-        "median": statistics.median(values),
-        "mean": statistics.mean(values),
-        "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "min": min(values),
-        "max": max(values),
-        "seeds": len(values),
-    }

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
-from benchmarks.record import in_turn, ratio, save, seconds_per_call, summary
-from benchmarks.workload import OPTIMIZER, our_step, random_batch, tokens_of
+from benchmarks import peer
+from benchmarks.record import ratio, save, speeds_in_turn, summary
+from benchmarks.workload import OPTIMIZER, our_step, random_batch
 from train.config import RunConfig
 from train.data.objective_config import ObjectiveConfig
 from train.hardware import utilization
@@ -47,10 +47,7 @@ def run(rounds: int, steps: int, work: RunConfig | None = None) -> dict[str, Any
     model = work.model
     assert isinstance(model, BertConfig)
     candidates: dict[str, Callable[[], object]] = {"manyheads": our_step(work), "torch": _torch_step(work)}
-    for step in candidates.values():
-        seconds_per_call(step, 2)
-    timed = {name: _timer(step, steps) for name, step in candidates.items()}
-    speeds = {name: [tokens_of(work) / s for s in taken] for name, taken in in_turn(timed, rounds).items()}
+    speeds = speeds_in_turn(candidates, rounds, steps, work.tokens_per_step)
     flops = 3 * flops_per_token(model, work.sequence_length)
     result: dict[str, Any] = {
         "workload": f"BERT with a classifier, {model.num_layers} layers, {model.embed_dim} wide, {model.num_heads} heads, "
@@ -65,49 +62,7 @@ def run(rounds: int, steps: int, work: RunConfig | None = None) -> dict[str, Any
     return result
 
 
-def _timer(step: Callable[[], object], steps: int) -> Callable[[], float]:
-    return lambda: seconds_per_call(step, steps)
-
-
 def _torch_step(work: RunConfig) -> Callable[[], object]:
-    """The peer, set up as its users do: scaled-dot-product attention, fused AdamW, autocast to bfloat16 on a GPU."""
-    import torch
-
-    model = torch_bert(work.model).train()
-    device = next(model.parameters()).device
-    o = work.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=o.learning_rate, betas=(o.b1, o.b2), weight_decay=o.weight_decay, fused=True
-    )
-    batch = random_batch(work)
-    inputs = {
-        "input_ids": torch.tensor(batch["tokens"].astype(np.int64), device=device),
-        "attention_mask": torch.tensor(batch["segments"].astype(np.int64), device=device),
-        "labels": torch.tensor(batch["labels"].astype(np.int64), device=device),
-    }
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=work.model.dtype == "bfloat16")
-
-    def take() -> object:
-        with autocast:
-            loss = model(**inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        # Reading the loss waits for the step, as a training loop that prints it does.
-        return loss.item()
-
-    return take
-
-
-def torch_bert(config: Any) -> Any:
-    """transformers' classifier of the model's shape, random weights, on the device that JAX uses."""
-    import torch
-    import transformers
-
-    from transformer.hf.encoders import BERT
-
-    torch.manual_seed(0)
-    theirs = transformers.BertConfig(**BERT.write(config))
-    model = transformers.BertForSequenceClassification._from_config(theirs, attn_implementation="sdpa")
-    return model.to("cpu" if jax.default_backend() == "cpu" else "cuda")
+    model, batch = peer.bert_classifier(work.model), random_batch(work)
+    inputs = {"input_ids": batch["tokens"], "attention_mask": batch["segments"], "labels": batch["labels"]}
+    return peer.training_step(work, model, inputs, lambda **tensors: model(**tensors).loss)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from train.config import dump
-from train.run_files import LoadedRun
+from train.run_files import LoadedRun, read_metrics
 from transformer.models.families import count_parameters
 
 _TAGS = {
@@ -70,14 +68,11 @@ The whole config is also in `config.yaml`.
 
 def _scores(run: Path, step: int) -> str:
     """What the run recorded of held-out data at a step, or last before it, as a table."""
-    try:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    except (OSError, ValueError):
-        return "None were recorded."
-    found: dict[str, Any] = {}
-    for line in lines:
-        if line.get("step", 0) <= step:
-            found |= {name: value for name, value in line.items() if name.startswith("eval/") and value is not None}
+    found = {}
+    for name, curve in read_metrics(run).items():
+        known = {at: value for at, value in curve.items() if at <= step and value is not None}
+        if name.startswith("eval/") and known:
+            found[name] = known[max(known)]
     if not found:
         return "None were recorded."
     rows = "\n".join(f"| {name.removeprefix('eval/')} | {value:g} |" for name, value in found.items())
