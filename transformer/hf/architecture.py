@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -115,40 +116,34 @@ def _computes(config: Any) -> dict[str, Any]:
     """What decides a model's outputs, defaults filled in, and nothing that has no effect."""
     data = {name: value for name, value in dataclasses.asdict(config).items() if name not in _TRAINING}
     filled = {
-        "num_kv_heads": "kv_heads",
-        "head_dim": "dim_of_head",
-        "mlp_dim": "dim_of_mlp",
-        "table_dim": "dim_of_table",
-    }
+        "num_kv_heads": "kv_heads", "head_dim": "dim_of_head", "mlp_dim": "dim_of_mlp", "table_dim": "dim_of_table",
+        "num_decoder_layers": "decoder_layers",
+    }  # fmt: skip
     data |= {name: getattr(config, full) for name, full in filled.items() if name in data}
     data |= {f"bias of {part}": config.has_bias(part) for part in ("qkv", "attention", "mlp")}
     if config.norm == "layer_norm":
         data["bias of norms"] = config.has_bias("norm")
-    if data.get("local_window") is not None and data["local_rotary_period"] is None:
+    is_local = data.get("local_window") is not None
+    if is_local and data["local_rotary_period"] is None:
         data["local_rotary_period"] = config.rotary_period
-    if "num_decoder_layers" in data:
-        data["num_decoder_layers"] = config.decoder_layers
+    head = data.get("head")
+    embeds = head == "embedding"
+    no_pooler = embeds and not data["pooler"]
     idle = {
-        "rotary": config.position != "rotary",
-        "relative": config.position != "relative",
-        "local": data.get("local_window") is None,
-        "global": data.get("local_window") is None,
-        "sinks": data.get("window") is None,
-        "pool": data.get("head") not in ("pretraining", "classification", "choice", "embedding"),
-        "num_labels": data.get("head") not in ("classification", "tokens"),
-        "head_bias": data.get("head") in ("tokens", "answer")
-        or (data.get("head") == "embedding" and not data["pooler"]),
+        "rotary*": config.position != "rotary",
+        "relative*": config.position != "relative",
+        "local*": not is_local,
+        "global*": not is_local,
+        "sinks*": data.get("window") is None,
+        "num_labels": head not in ("classification", "tokens"),
+        "head_bias": head in ("tokens", "answer") or no_pooler,
+        "pool*": head not in ("pretraining", "classification", "choice", "embedding"),
+        # Of embeddings it stands beside config.json.
+        "pooling": embeds,
+        "pooler": not embeds,
+        "pooler_*": no_pooler,
     }
-    data = {
-        name: value
-        for name, value in data.items()
-        if not any(name.startswith(part) and off for part, off in idle.items())
+    off = [pattern for pattern, is_idle in idle.items() if is_idle]
+    return {
+        name: value for name, value in data.items() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in off)
     }
-    if data.get("head") == "embedding":
-        # It stands beside config.json.
-        data.pop("pooling")
-    else:
-        data.pop("pooler", None)
-    if data.get("head") == "embedding" and not data["pooler"]:
-        data = {name: value for name, value in data.items() if not name.startswith("pooler_")}
-    return data
