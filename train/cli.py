@@ -90,10 +90,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("export", _export, "a run as a folder that transformers loads", config=False)
     sub.add_argument("run", metavar="RUN", help="folder of a run")
-    sub.add_argument("--format", choices=["hf"], default="hf", help="Hugging Face's (the only one)")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="folder to make (RUN/huggingface)")
+    sub.add_argument("--format", choices=["hf", "peft"], default="hf", help="hf: whole; peft: its adapters alone (hf)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="folder to make (RUN/huggingface, RUN/peft)")
     sub.add_argument("--model-type", metavar="NAME", help="architecture to write (that of the import, or what fits)")
-    sub.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (float32)")
+    sub.add_argument("--dtype", help="float32, bfloat16 or float16 (float32)")
     sub.add_argument("--step", default="best", metavar="STEP", help="checkpoint: best, latest, or a step (best)")
     sub.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, help="run both frameworks (where transformers is installed)"
@@ -227,10 +227,18 @@ def _import(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     _set_up(options)
+    if options.format == "peft":
+        from train.hf.adapter import export_adapter
+
+        for flag in ("dtype", "verify"):
+            if getattr(options, flag) is not None:
+                raise UserError(f"--{flag}: only with --format hf; adapters are written as they are")
+        export_adapter(Path(options.run), options.out, step=options.step, model_type=options.model_type)
+        return
     from train.hf.export import export
 
     export(
-        Path(options.run), options.out, step=options.step, model_type=options.model_type, dtype=options.dtype,
+        Path(options.run), options.out, step=options.step, model_type=options.model_type, dtype=options.dtype or "float32",
         verify=options.verify,
     )  # fmt: skip
 

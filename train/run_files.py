@@ -50,14 +50,15 @@ class LoadedRun:
     """The names of the classes, or tags, that it tells, by their numbers."""
 
 
-def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) -> LoadedRun:
+def load_run(
+    run: Path, step: str = "latest", *, like: RunConfig | None = None, merge_adapters: bool = True
+) -> LoadedRun:
     """A run's config, tokenizers and parameters, laid out over the devices that are here now.
-
-    Adapters are merged: what comes is the plain model that gives what the adapted one does, and a config without them.
 
     Args:
         step: `latest`, `best` (the latest where none was scored), or a step's number.
         like: lay the parameters out as this run would; None: as the run itself.
+        merge_adapters: give the plain model that gives what the adapted one does, and a config without them.
 
     Raises:
         UserError: no such run or checkpoint.
@@ -79,7 +80,7 @@ def load_run(run: Path, step: str = "latest", *, like: RunConfig | None = None) 
         with use_mesh(mesh, placed.rules):
             described = abstract_params(functools.partial(make_adapted, config.model, config.adapter), mesh)
             params = checkpoints.restore_params(number, described)
-            if config.adapter is not None:
+            if config.adapter is not None and merge_adapters:
                 plain = abstract_params(functools.partial(make_model, config.model), mesh)
                 layout = jax.tree.map(lambda leaf: leaf.sharding, plain)
                 params = jax.jit(merged, static_argnums=1, out_shardings=layout)(params, config.adapter.scale)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -269,3 +271,48 @@ def test_a_language_model_writes_with_its_adapters(whole, config_file, tmp_path,
         == 2
     )
     assert "adapter.targets: 'querry' is no map" in capsys.readouterr().err
+
+
+@pytest.mark.torch
+def test_exported_for_peft_and_loaded_by_it(tmp_path, capsys):
+    import peft
+    import torch
+    import transformers
+
+    texts = write_texts(tmp_path / "texts.jsonl")
+    plain = BertConfig(vocab_size=264, max_length=24, num_layers=2, embed_dim=32, num_heads=2)
+    first = config_of(texts, tmp_path / "first", model=plain)
+    train(first)
+    adapter = AdapterConfig(rank=2, targets=("query", "down"))
+    classifier = dataclasses.replace(plain, head="classification")
+    tuned = classifier_of(
+        texts, tmp_path / "tuned", model=classifier, adapter=adapter, init_from=str(first.directory), steps=6
+    )
+    train(tuned)
+    run = str(tuned.directory)
+    assert main(["export", str(first.directory), "--no-verify"]) == 0
+    assert main(["export", run, "--no-verify"]) == 0
+    capsys.readouterr()
+    assert main(["export", run, "--format", "peft"]) == 0
+    said = capsys.readouterr().out
+    assert f"written to {run}/peft" in said
+    about = json.loads((tuned.directory / "peft" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == f"{first.directory}/huggingface" and about["task_type"] == "SEQ_CLS"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = peft.AutoPeftModelForSequenceClassification.from_pretrained(f"{run}/peft", num_labels=2)
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(f"{run}/huggingface")
+    ids = torch.tensor(np.random.default_rng(0).integers(5, 264, (3, 11)))
+    with torch.no_grad():
+        got, expected = model.eval()(ids).logits, whole.eval()(ids).logits
+    np.testing.assert_allclose(got.numpy(), expected.numpy(), atol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(f"{run}/peft")("good")["input_ids"]
+    card = (tuned.directory / "peft" / "README.md").read_text()
+    assert "library_name: peft" in card and "num_labels=2" in card
+
+    assert main(["export", run, "--format", "peft"]) == 2
+    assert "it exists already" in capsys.readouterr().err
+    assert main(["export", run, "--format", "peft", "--dtype", "bfloat16", "--out", str(tmp_path / "x")]) == 2
+    assert "--dtype: only with --format hf" in capsys.readouterr().err
+    assert main(["export", str(first.directory), "--format", "peft"]) == 2
+    assert "this run trained no adapters; --format hf" in capsys.readouterr().err

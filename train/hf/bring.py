@@ -27,8 +27,7 @@ from transformer.hf.checkpoint import Checkpoint
 from transformer.models.bert import BertConfig
 from transformer.models.families import count_parameters, make_model
 
-RECORD = "huggingface.json"
-"""What a run's folder keeps of the checkpoint that it was made of."""
+_RECORD = "huggingface.json"
 
 
 def bring(
@@ -74,6 +73,15 @@ def bring(
             _write(partial, config, read, params, tokenizer, given, report)
     print(f"written to {directory}. {_use(config, directory)}")
     return directory
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    """What an import keeps in its folder of the checkpoint that it was made of: source, model_type, class, config. Empty for
+    another run."""
+    try:
+        return json.loads((run / _RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _with_pooling(read: Checkpoint) -> Checkpoint:
@@ -122,7 +130,7 @@ def _write(
         "class": read.name,
         "config": dict(read.data),
     }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     if report is not None:
         (folder / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
 

@@ -19,8 +19,13 @@ _USES = {
 }
 
 
-def text(loaded: LoadedRun, run: Path, name: str, model_type: str) -> str:
-    """The card, in Markdown with the hub's front matter."""
+def text(loaded: LoadedRun, run: Path, name: str, model_type: str, *, base: str | None = None) -> str:
+    """The card, in Markdown with the hub's front matter.
+
+    Args:
+        name: the class of transformers.
+        base: of adapters, what they belong on; None: the model is whole.
+    """
     config = loaded.config
     tag = _TAGS.get(
         getattr(config.model, "head", ""), "text-generation" if config.model.family == "gpt" else "translation"
@@ -29,22 +34,32 @@ def text(loaded: LoadedRun, run: Path, name: str, model_type: str) -> str:
     use = _USES.get(
         config.model.family, "ids = tokenizer('A text.', return_tensors='pt').input_ids\nprint(model.generate(ids))"
     )
+    what, library, imports = f"A `{name}`", "transformers", "import transformers"
+    load = f"model = transformers.{name}.from_pretrained(FOLDER)"
+    if base is not None:
+        what, library = f"Low-rank adapters of a `{name}`", f"peft\nbase_model: {base}"
+        imports = "import peft\nimport transformers"
+        labels = f", num_labels={getattr(config.model, 'num_labels', 2)}" if tag.endswith("classification") else ""
+        load = (
+            f"base = transformers.{name}.from_pretrained({base!r}{labels})\n"
+            "model = peft.PeftModel.from_pretrained(base, FOLDER)"
+        )
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: {tag}
 tags: [manyheads, {model_type}]
 ---
 
 # {config.name}
 
-A `{name}` of {count_parameters(config.model):,} parameters, trained with manyheads (step {loaded.step:,}, objective
+{what} of {count_parameters(config.model):,} parameters, trained with manyheads (step {loaded.step:,}, objective
 {config.objective.kind}).
 
 ```python
-import transformers
+{imports}
 
 tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
-model = transformers.{name}.from_pretrained(FOLDER)
+{load}
 {use}
 ```
 

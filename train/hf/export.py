@@ -13,7 +13,7 @@ from train.config import dump
 from train.data.cache import whole_folder
 from train.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from train.hf import card, parity
-from train.hf.bring import RECORD
+from train.hf.bring import record_of
 from train.hf.vocabulary import as_subwords, special_ids, written
 from train.mesh import use_mesh
 from train.run_files import LoadedRun, load_run
@@ -49,8 +49,8 @@ def export(
     if dtype not in DTYPES:
         raise UserError(f"--dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     loaded = load_run(run, step)
-    model_type = model_type or _origin(run, loaded)
-    config, tokenizer = loaded.config.model, _tokenizer(loaded)
+    model_type = model_type or origin_of(run, loaded)
+    config, tokenizer = loaded.config.model, exported_tokenizer(loaded)
     architecture = checkpoint.architecture_of(config, model_type)
     extra = _labels(loaded) | ({} if tokenizer is None else special_ids(tokenizer))
     if getattr(config, "start_token", 0) is None:
@@ -80,19 +80,17 @@ def export(
     return directory
 
 
-def _origin(run: Path, loaded: LoadedRun) -> str | None:
+def origin_of(run: Path, loaded: LoadedRun) -> str | None:
     """The architecture that the weights came from, if they were imported and are still one."""
     for folder in (run, Path(loaded.config.init_from or run)):
-        try:
-            kind = json.loads((folder / RECORD).read_text("utf-8"))["model_type"]
-        except (OSError, ValueError, KeyError):
-            continue
+        kind = record_of(folder).get("model_type")
         if kind in checkpoint.ARCHITECTURES and not checkpoint.ARCHITECTURES[kind].differences(loaded.config.model):
             return str(kind)
     return None
 
 
-def _tokenizer(loaded: LoadedRun) -> SubwordTokenizer | None:
+def exported_tokenizer(loaded: LoadedRun) -> SubwordTokenizer | None:
+    """A run's tokenizer as one that transformers has too; None where it has none such."""
     tokenizer: Tokenizer | None = loaded.tokenizer
     if isinstance(tokenizer, ByteTokenizer):
         return as_subwords(tokenizer)
