@@ -129,6 +129,12 @@ ENCODERS = {
         "ModernBertForSequenceClassification",
         MODERNBERT | {"classifier_pooling": "mean", "num_labels": 3},
     ),
+    "ModernBertForTokenClassification": (
+        "ModernBertForTokenClassification",
+        MODERNBERT | {"num_labels": 5, "norm_bias": True, "classifier_bias": True},
+    ),
+    "ModernBertForQuestionAnswering": ("ModernBertForQuestionAnswering", MODERNBERT | {"norm_eps": 1e-3}),
+    "ModernBertForMultipleChoice": ("ModernBertForMultipleChoice", MODERNBERT | {"classifier_pooling": "mean"}),
     "ModernBertModel, all global": ("ModernBertModel", MODERNBERT | {"layer_types": ["full_attention"] * 5}),
 }
 DECODERS = {

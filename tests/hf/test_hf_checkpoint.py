@@ -189,6 +189,8 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
         (BERT, {"token_types": 0, "pooler_activation": "relu", "head": "classification"}, "distilbert"),
         (BERT, {"table_dim": 8, "head": "replaced"}, "electra"),
         (MODERN, {}, "modernbert"),
+        (MODERN, {"head": "tokens", "token_layer": True, "pooler_activation": "gelu_exact"}, "modernbert"),
+        (BERT, {"head": "tokens"}, "bert"),
         (GPT, {}, "gpt2"),
         (GPT, {"position": "rotary", "parallel_residual": True, "rotary_fraction": 0.5}, "gpt_neox"),
         (GPT, {"position": "rotary", "norm": "rms_norm", "use_bias": False, "activation": "swiglu"}, "llama"),
@@ -210,6 +212,9 @@ def test_what_a_model_is_written_as(config, changes, model_type):
 
 
 def test_a_model_that_is_nothing_of_theirs():
+    layered = dataclasses.replace(MODERN, head="tokens", token_layer=True, pooler_activation="tanh")
+    with pytest.raises(UserError, match="the nearest, modernbert, does not go with pooler_activation 'tanh'"):
+        checkpoint.architecture_of(layered)
     sinks = dataclasses.replace(GPT, window=4, sinks=2)
     with pytest.raises(
         UserError,

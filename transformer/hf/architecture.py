@@ -128,7 +128,9 @@ def _computes(config: Any) -> dict[str, Any]:
         data["local_rotary_period"] = config.rotary_period
     head = data.get("head")
     embeds = head == "embedding"
-    no_pooler = embeds and not data["pooler"]
+    of_rows = head in ("pretraining", "classification", "choice") or (embeds and data["pooler"])
+    of_tokens = head in ("tokens", "answer")
+    layered = of_tokens and data["token_layer"]
     idle = {
         "rotary*": config.position != "rotary",
         "relative*": config.position != "relative",
@@ -136,12 +138,13 @@ def _computes(config: Any) -> dict[str, Any]:
         "global*": not is_local,
         "sinks*": data.get("window") is None,
         "num_labels": head not in ("classification", "tokens"),
-        "head_bias": head in ("tokens", "answer") or no_pooler,
-        "pool*": head not in ("pretraining", "classification", "choice", "embedding"),
+        "token_layer": not of_tokens,
+        "head_bias": (embeds and not of_rows) or (of_tokens and not layered),
         # Of embeddings it stands beside config.json.
-        "pooling": embeds,
+        "pooling": embeds or not of_rows,
         "pooler": not embeds,
-        "pooler_*": no_pooler,
+        "pooler_norm": not of_rows,
+        "pooler_activation": not of_rows and not layered,
     }
     off = [pattern for pattern, is_idle in idle.items() if is_idle]
     return {

@@ -17,12 +17,12 @@ _PERIODS = {"full_attention": ("global_rope_theta", 160_000.0), "sliding_attenti
 def _read(theirs: Theirs, head: Any) -> BertConfig:
     theirs.must("tie_word_embeddings", [True], True)
     has_bias = bool(theirs.get("norm_bias", False))
-    if head in ("masked", "classification"):
+    if head != "embedding":
         theirs.must("classifier_bias", [has_bias], False)
         theirs.must("classifier_activation", [theirs.get("hidden_activation", "gelu")], "gelu")
     if head == "masked":
         theirs.must("decoder_bias", [True], True)
-    if head == "classification":
+    elif head != "embedding":
         theirs.must("classifier_activation", ["gelu"], "gelu")
     layers = theirs.size("num_hidden_layers", 22)
     every = _every(theirs, layers)
@@ -48,7 +48,7 @@ def _read(theirs: Theirs, head: Any) -> BertConfig:
         dropout=theirs.dropout("mlp_dropout", "attention_dropout", "embedding_dropout", "classifier_dropout", default=0.0),
         init_std=float(theirs.get("initializer_range", 0.02)), head=head, num_labels=labels_of(theirs),
         pooling=theirs.one_of("classifier_pooling", {"cls": "cls", "mean": "mean"}, "cls"),
-        pooler_activation="gelu_exact", pooler_norm=True,
+        pooler_activation="gelu_exact", pooler_norm=True, token_layer=True,
     )  # fmt: skip
 
 
@@ -95,10 +95,14 @@ def _tables(c: BertConfig) -> Tables:
         heads += norm("head.norm", "masked_head.norm", use_bias=c.head_bias)
         heads += [Rule("decoder.bias", ("masked_head.bias",), Vector())]
         copies = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
-    if c.head == "classification":
+    if c.head in ("classification", "choice"):
         heads += linear("head.dense", "pooled_head.pooler", use_bias=c.head_bias)
         heads += norm("head.norm", "pooled_head.norm", use_bias=c.head_bias)
         heads += linear("classifier", "pooled_head.out")
+    if c.head in ("tokens", "answer"):
+        heads += linear("head.dense", "token_head.dense", use_bias=c.head_bias)
+        heads += norm("head.norm", "token_head.norm", use_bias=c.head_bias)
+        heads += linear("classifier", "token_head.out")
     rules = rules_of(
         Rule("model.embeddings.tok_embeddings.weight", ("embed.table",), TableLayout()),
         norm("model.embeddings.norm", "embed_norm", use_bias=of_norms),
@@ -127,7 +131,8 @@ MODERNBERT = Architecture(
     model_type="modernbert", family=BertConfig,
     classes={
         "ModernBertForMaskedLM": "masked", "ModernBertForSequenceClassification": "classification",
-        "ModernBertModel": "embedding",
+        "ModernBertForTokenClassification": "tokens", "ModernBertForQuestionAnswering": "answer",
+        "ModernBertForMultipleChoice": "choice", "ModernBertModel": "embedding",
     },
     bare=("ModernBertModel",), prefix="model", heads=("head.", "decoder.", "classifier."),
     read=_read, write=_write, tables=_tables,

@@ -80,9 +80,11 @@ class BertConfig(StackConfig):
     pooler: bool = False
     """Head embedding: keep a layer on the pooled vector beside it, from which classifiers are fine-tuned (BERT's pooler)."""
     pooler_activation: PoolerActivation = "tanh"
-    """Behind that layer, and that of the heads pretraining, classification and choice."""
+    """Behind that layer, that of the heads pretraining, classification and choice, and token_layer."""
     pooler_norm: bool = False
     """Normalise behind that activation (ModernBERT)."""
+    token_layer: bool = False
+    """Heads tokens and answer: begin with a layer of their own, normalised behind its activation (ModernBERT)."""
     head_bias: bool = True
     """Biases in the transforms of the heads, and in their norms."""
 
@@ -144,7 +146,11 @@ class Bert(nnx.Module):
             self.pooled_head = nnx.data(pooled)
         classes = {"tokens": c.num_labels, "answer": 2}.get(c.head)
         if classes is not None:
-            self.token_head = nnx.data(TokenHead(c.embed_dim, classes, dropout_rate=c.dropout, **options))
+            scores = TokenHead(
+                c.embed_dim, classes, dropout_rate=c.dropout, activation=c.pooler_activation if c.token_layer else None,
+                norm_epsilon=c.norm_epsilon, use_bias=c.head_bias, **options,
+            )  # fmt: skip
+            self.token_head = nnx.data(scores)
 
     def hidden(
         self,

@@ -159,15 +159,41 @@ class PooledHead(nnx.Module):
 
 
 class TokenHead(nnx.Module):
-    """Scores of each token: classes; or, with two, where an answer starts and where it ends (Devlin et al. 2018, section 4.2)."""
+    """Scores of each token: classes; or, with two, where an answer starts and where it ends (Devlin et al. 2018, section 4.2).
 
-    def __init__(self, embed_dim: int, num_classes: int, *, dropout_rate: float = 0.0, **options: Any) -> None:
+    Args:
+        activation: behind a layer before the scores, a name of `POOLERS`, with a norm behind it (ModernBERT's); None: there is
+            no such layer.
+        norm_epsilon: of that norm.
+        use_bias: in layer and norm.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_classes: int,
+        *,
+        dropout_rate: float = 0.0,
+        activation: PoolerActivation | None = None,
+        norm_epsilon: float = 1e-5,
+        use_bias: bool = True,
+        **options: Any,
+    ) -> None:
         self.dropout_rate = dropout_rate
+        self.function = None if activation is None else POOLERS[activation]
+        self.dense: Linear | None = None
+        self.norm: LayerNorm | None = None
+        if activation is not None:
+            dense = Linear((embed_dim,), (embed_dim,), axes=("embed", None), use_bias=use_bias, **options)
+            self.dense = nnx.data(dense)
+            self.norm = nnx.data(LayerNorm(embed_dim, epsilon=norm_epsilon, use_bias=use_bias, rngs=options["rngs"]))
         self.out = Linear((embed_dim,), (num_classes,), axes=("embed", None), **options)
 
     def __call__(self, hidden_BTD: Float[Array, "B T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "B T C"]:
         """Float32 logits; `key` turns dropout on."""
         with jax.named_scope("token_head"):
+            if self.function is not None and self.dense is not None and self.norm is not None:
+                hidden_BTD = self.norm(self.function(self.dense(hidden_BTD)))
             return self.out(dropout(hidden_BTD, self.dropout_rate, key)).astype(jnp.float32)
 
 
