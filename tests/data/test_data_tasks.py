@@ -92,6 +92,41 @@ def test_pairs_stand_in_one_row_with_types(tmp_path):
     assert len(short) == sum(len(row["a"]) + len(row["b"]) <= 9 for row in rows)
 
 
+@pytest.mark.parametrize("twice", [False, True], ids=["bert", "roberta"])
+def test_pairs_are_framed_as_a_pretrained_tokenizer_frames_them(tmp_path, twice):
+    names = ("<s>", "</s>", "<unk>")
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({n: i for i, n in enumerate([*names, *"abcdefg"])}, names[2])
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.add_special_tokens(list(names))
+    model.post_processor = tokenizers.processors.RobertaProcessing(("</s>", 1), ("<s>", 0))
+    if not twice:
+        model.post_processor = tokenizers.processors.BertProcessing(("</s>", 1), ("<s>", 0))
+    model.save(str(tmp_path / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(20):
+        question, context = (" ".join(rng.choice(list("abcdefg"), count)) for count in rng.integers(1, 6, 2))
+        answer = {"text": [context[-1]], "answer_start": [len(context) - 1]}
+        rows.append({"question": question, "context": context, "answers": answer})
+    own = TokenizerConfig(kind="file", path=str(tmp_path / "tokenizer.json"), end_of_text="</s>")
+    _, prepared = prepared_of(source_of(write(tmp_path / "questions.jsonl", rows), **ANSWERS), tokenizer=own)
+    made = AnswerWindows(prepared.train[0], prepared.tokenizer, 14, ObjectiveConfig(kind="answer"))
+    batch = made.gather(np.arange(len(made)))
+    assert len(made) == len(rows) and prepared.tokenizer.separators == 1 + twice
+    for row, tokens, segments, types, (first, last) in zip(
+        rows, *(batch[name] for name in ("tokens", "segments", "token_types", "labels")), strict=True
+    ):
+        expected = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(
+            row["question"], row["context"]
+        )
+        assert tokens[segments > 0].tolist() == expected.ids
+        assert types.sum() == len(row["context"].split()) + 1
+        assert first == last == len(expected.ids) - 2
+    assert made.efficiency == pytest.approx(batch["segments"].mean())
+
+
 def test_numbers_are_numbers_and_else_file_and_row_are_named(tmp_path):
     good = write(tmp_path / "good.jsonl", [{"text": "a", "y": 1}, {"text": "b", "y": "-2.5"}, {"text": "c", "y": 0.25}])
     source = source_of(good, label_field="y", label_kind="number")

@@ -36,10 +36,12 @@ class Choices(TaskRows):
         assert array.target is not None
         self._count = array.others
         text, choices = text_sizes(array), text_sizes(array.target).reshape(-1, self._count)
-        self.documents = fitting(array, text + choices.max(axis=1, initial=0) + 3, length, objective, shown=shown)
+        self.documents = fitting(
+            array, text + choices.max(axis=1, initial=0) + self.frame(2), length, objective, shown=shown
+        )
         rows = (self.documents[:, None] * self._count + np.arange(self._count)).reshape(-1)
         owners = np.repeat(self.documents, self._count)
-        first, second = longest_first(text[owners], choices.reshape(-1)[rows], length - 3)
+        first, second = longest_first(text[owners], choices.reshape(-1)[rows], length - self.frame(2))
         self.sides = [Stretches.of(array, owners, first), Stretches.of(array.target, rows, second)]
         labels = np.full(array.documents, NONE, np.int32) if array.labels is None else np.asarray(array.labels)
         self._labels = labels[self.documents]

@@ -40,9 +40,9 @@ class LabelledDocuments(TaskRows):
         super().__init__(array, tokenizer, length)
         sides = [array] if array.target is None else [array, array.target]
         sizes = [text_sizes(side) for side in sides]
-        self.documents = fitting(array, np.sum(sizes, axis=0) + 1 + len(sides), length, objective, shown=shown)
+        self.documents = fitting(array, np.sum(sizes, axis=0) + self.frame(len(sides)), length, objective, shown=shown)
         sizes = [side[self.documents] for side in sizes]
-        room = length - 1 - len(sides)
+        room = length - self.frame(len(sides))
         taken = [np.minimum(sizes[0], room)] if len(sides) == 1 else longest_first(sizes[0], sizes[1], room)
         self.sides = [Stretches.of(side, self.documents, size) for side, size in zip(sides, taken, strict=True)]
         kind = np.float32 if objective.kind == "regression" else np.int32

@@ -127,9 +127,9 @@ class ObjectiveConfig:
         single = self.ngram == 1 and not self.whole_word
         return min(length, math.ceil(self.mask_rate * length) + (0 if single else _LONG_WORD * self.ngram))
 
-    def most_question(self, length: int) -> int:
-        """`question_length` as far as a row of `length` has room for it and as much of a context."""
-        return min(self.question_length, (length - 3) // 2)
+    def most_question(self, room: int) -> int:
+        """`question_length` as far as a row with `room` for so many tokens of texts has it for as much of a context."""
+        return min(self.question_length, room // 2)
 
     def source_width(self, length: int) -> int:
         """`source_length` with its default filled in."""

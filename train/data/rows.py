@@ -2,7 +2,8 @@
 
 Axes: B examples asked for at once, T positions, N examples there are. Every row holds
 
-    tokens            [B, T] int32    `[CLS]`, the text, `[SEP]` (Devlin et al. 2018, section 4.1), a second text, `[SEP]`
+    tokens            [B, T] int32    `[CLS]`, the text, `[SEP]` (Devlin et al. 2018, section 4.1), a second text, `[SEP]`;
+                                      between two texts as many `[SEP]` as the tokenizer has there
     segments          [B, T] int32    1 where it stands, 0 at padding
     positions         [B, T] int32    0, 1, ...; 0 at padding
 
@@ -55,6 +56,7 @@ class TaskRows(Examples):
     def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int) -> None:
         super().__init__(array, length)
         self._cls, self._sep = tokenizer.special_ids[CLS], tokenizer.special_ids[SEP]
+        self.between = tokenizer.separators
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -62,23 +64,29 @@ class TaskRows(Examples):
     @property
     def efficiency(self) -> float:
         rows = len(self.sides[0].sizes)
-        used = sum(int(side.sizes.sum()) for side in self.sides) + (1 + len(self.sides)) * rows
+        used = sum(int(side.sizes.sum()) for side in self.sides) + self.frame(len(self.sides)) * rows
         return used / max(1, rows * self.length)
+
+    def frame(self, sides: int) -> int:
+        """Special tokens in a row of one or two texts."""
+        return 2 if sides == 1 else 2 + self.between
 
     def rows(self, sides: Sequence[Stretches], indices: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays that the module describes: the stretches `indices` [B] of one or two sides."""
         places = np.arange(self.length)
         tokens, types = (np.zeros((len(indices), self.length), np.int32) for _ in range(2))
-        before = np.zeros((len(indices), 1), np.int64)  # the place of the special token before a side
+        before = np.zeros((len(indices), 1), np.int64)  # the place of the last special token before a side
         for number, side in enumerate(sides):
             sizes = side.sizes[indices][:, None]
             offset = places - before - 1
             inside = (offset >= 0) & (offset < sizes)
             source = side.starts[indices][:, None] + np.where(inside, offset, 0)
-            behind = before + sizes + 1
-            tokens = np.where(inside, side.tokens[source], np.where(places == behind, self._sep, tokens))
-            types[(places > before) & (places <= behind)] = number
-            before = behind
+            first = before + sizes + 1
+            last = first if number + 1 == len(sides) else first + self.between - 1
+            separates = (places >= first) & (places <= last)
+            tokens = np.where(inside, side.tokens[source], np.where(separates, self._sep, tokens))
+            types[(places > before) & (places <= last)] = number
+            before = last
         tokens[:, 0] = self._cls
         inside = places <= before
         batch = {

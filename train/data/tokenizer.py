@@ -103,6 +103,8 @@ class Tokenizer(abc.ABC):
     """The id that follows every document."""
     special_ids: dict[str, int]
     """Every special token by its name, the end of text included: no text gives them, and `decode` leaves them out."""
+    separators: int = 1
+    """How many `[SEP]` stand between the two texts of a pair."""
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -207,6 +209,7 @@ class SubwordTokenizer(Tokenizer):
             if name not in self.special_ids and other in self.special_ids:
                 self.special_ids[name] = self.special_ids[other]
         self._is_byte_level = isinstance(model.decoder, decoders.ByteLevel)
+        self.separators = self._separators()
 
     @classmethod
     def from_file(cls, path: Path, end_of_text: str) -> SubwordTokenizer:
@@ -232,6 +235,15 @@ class SubwordTokenizer(Tokenizer):
             return b""
         text = self.model.id_to_token(token) if self._is_byte_level else None
         return None if text is None else bytes(byte_of_letter()[letter] for letter in text)
+
+    def _separators(self) -> int:
+        """As a pretrained tokenizer puts them, where it frames pairs: RoBERTa's two."""
+        separator = self.special_ids.get(SEP)
+        if separator is None or self.model.post_processor is None:
+            return 1
+        nothing = self.model.encode("", add_special_tokens=False)
+        frame = self.model.post_process(nothing, nothing, add_special_tokens=True)
+        return max(1, frame.ids.count(separator) - 1)
 
     def _content(self) -> bytes:
         # The library reads a float back with an error in its last digits, so a loaded model's scores are not the

@@ -36,11 +36,12 @@ class AnswerWindows(TaskRows):
         super().__init__(array, tokenizer, length)
         assert array.target is not None
         questions = text_sizes(array)
-        most = objective.most_question(length)
+        room = length - self.frame(2)
+        most = objective.most_question(room)
         if shown and (cut := int(np.sum(questions > most))):
             say_once(f"{array.name}: {cut} of {len(questions)} questions are longer than {most} tokens: cut")
         questions = np.minimum(questions, most)
-        room, contexts = length - 3 - questions, text_sizes(array.target)
+        room, contexts = room - questions, text_sizes(array.target)
         # No token is left out, however long the stride is.
         stride = np.minimum(objective.stride, room)
         count = 1 + np.maximum(0, -(-(contexts - room) // stride))
@@ -61,7 +62,7 @@ class AnswerWindows(TaskRows):
     @property
     def before(self) -> np.ndarray:
         """[N]: how many tokens of the row stand before the window."""
-        return self.sides[0].sizes + 2
+        return self.sides[0].sizes + 1 + self.between
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
         labels = {"labels": self._answers[indices], "weights": one_each(len(indices))}

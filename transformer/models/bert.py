@@ -186,7 +186,9 @@ class Bert(nnx.Module):
 
         def with_types(x_BTD: Array) -> Array:
             if self.types is not None:
-                x_BTD += self.types(jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT)
+                # A model of one type (RoBERTa) tells the sentences of a pair apart by what stands between them.
+                known_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
+                x_BTD += self.types(jnp.minimum(known_BT, self.config.token_types - 1))
             return x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
 
         return embed(
