@@ -9,15 +9,18 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train.config import RunConfig
 from train.data.examples import task_rows
-from train.data.objective_config import LABELLED
+from train.data.objective_config import LABELLED, Kind
 from train.data.readers import Format, Reader, format_of
 from train.data.records import Document, Rejects
+from train.data.rows import text_sizes
 from train.data.source import SourceConfig
 from train.data.store import TokenArray
 from train.data.tokenise import encode_documents
@@ -33,6 +36,19 @@ from transformer.models.families import make_model
 
 _USES = {"seq2seq": "manyheads translate", "causal": "manyheads generate", "prefix": "manyheads generate"}
 """What there is for a run of another objective."""
+_OF_HEADS: dict[str, tuple[Kind, dict[str, Any]]] = {
+    "classification": ("classification", {}),
+    "tokens": ("token_classification", {"label_field": "tags", "label_kind": "tags"}),
+    "answer": (
+        "answer",
+        {"text_field": "question", "target_field": "context", "label_field": "answers", "label_kind": "answers"},
+    ),
+}
+"""What an import with a head tells, and the fields of its documents."""
+_LONGEST = 512
+"""Tokens of the longest row of an import, whose attention may reach much further."""
+_LENGTHS, _FRAME = 64, 4
+"""Tokens of which a row has a multiple where all documents are short; the most special tokens in it."""
 
 
 def predict(run: Path, file: str, out: Path | None = None, step: str = "latest") -> None:
@@ -47,6 +63,8 @@ def predict(run: Path, file: str, out: Path | None = None, step: str = "latest")
         UserError: no such run or checkpoint, one of another objective, or a file that cannot be read or written.
     """
     loaded = load_run(run, step)
+    if loaded.config.objective.kind == "none":
+        loaded = dataclasses.replace(loaded, config=_as_task(loaded.config))
     kind = loaded.config.objective.kind
     if kind not in LABELLED:
         use = f"{_USES[kind]} {run}" if kind in _USES else "a run that was fine-tuned on a task"
@@ -98,7 +116,8 @@ def predictions(loaded: LoadedRun, documents: Sequence[Document], name: str) -> 
         raise UserError(
             f"{name}: its documents have {array.others} choices; the model was trained on {objective.num_choices}"
         )
-    examples = task_rows(array, loaded.tokenizer, config.sequence_length, objective, shown=True)
+    length = min(config.sequence_length, _row_length(array))
+    examples = task_rows(array, loaded.tokenizer, length, objective, shown=True)
     graphdef = graphdef_of(functools.partial(make_model, config.model))
     parts = []
     with use_mesh(loaded.mesh, loaded.config.mesh.rules):
@@ -108,6 +127,28 @@ def predictions(loaded: LoadedRun, documents: Sequence[Document], name: str) -> 
             parts.append(jax.device_get(step(loaded.params, jax.tree.map(jnp.asarray, rows))[1]))
     task = make_task(objective, loaded.tokenizer, loaded.labels)
     return TaskEvaluation(task, [(examples, documents)]).predictions(parts)
+
+
+def _as_task(config: RunConfig) -> RunConfig:
+    """The config of an import with the task that its head is for; any other as it is."""
+    kind, fields = _OF_HEADS.get(getattr(config.model, "head", ""), (None, {}))
+    if kind is None:
+        return config
+    if kind == "classification" and getattr(config.model, "num_labels", 2) == 1:
+        kind = "regression"
+    source = SourceConfig(kind="files", path="*.jsonl", **fields)
+    return dataclasses.replace(
+        config,
+        length=min(config.model.max_length, _LONGEST),
+        objective=dataclasses.replace(config.objective, kind=kind),
+        data=dataclasses.replace(config.data, sources=(source,)),
+    )
+
+
+def _row_length(array: TokenArray) -> int:
+    """What a row takes that holds any of the documents whole."""
+    longest = sum(int(text_sizes(side).max()) for side in (array, array.target) if side is not None)
+    return -(-(longest + _FRAME) // _LENGTHS) * _LENGTHS
 
 
 def array_of(documents: Sequence[Document], tokenizer: Tokenizer, name: str) -> TokenArray:

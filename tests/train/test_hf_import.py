@@ -6,9 +6,11 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from flax import nnx
 
 from tests.hf.ours import BERT, GPT, T5, params_of, written
 from train.cli import main
@@ -20,6 +22,7 @@ from train.mesh import use_mesh
 from train.run_files import load_run
 from transformer.errors import UserError
 from transformer.hf import checkpoint
+from transformer.models.families import make_model
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "dogs", "run", "over", "hills", "far", "away"]
 
@@ -259,3 +262,48 @@ def test_a_byte_model_is_written_with_a_vocabulary_of_bytes(tmp_path):
         assert theirs.decode(ours.encode(text).tolist()) == text
     assert theirs.token_to_id("<|endoftext|>") == 0 and theirs.token_to_id("[MASK]") == 256
     assert checkpoint.ARCHITECTURES.keys() >= {"bert", "gpt2", "t5"}
+
+
+def test_an_imported_classifier_predicts(tmp_path, capsys):
+    config = dataclasses.replace(BERT, head="classification", pooler=False, num_labels=3)
+    names = {"0": "sad", "1": "neutral", "2": "glad"}
+    params = written(config, tmp_path / "bert", extra={"pad_token_id": 0, "id2label": names})
+    tokenizer_json(tmp_path / "bert", BERT_SPECIAL)
+    run = bring(str(tmp_path / "bert"), tmp_path / "run", verify=False)
+    texts = ["the cat sat on a mat", "dogs run"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    capsys.readouterr()
+    assert main(["predict", str(run), "--file", str(tmp_path / "texts.txt")]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model = make_model(config, nnx.Rngs(0))
+    nnx.update(model, params)
+    for text, one in zip(texts, told, strict=True):
+        ids = [2, *(5 + WORDS.index(word) for word in text.split()), 3]
+        scores = jax.nn.softmax(model(jnp.asarray([ids])).logits[0])
+        assert one["label"] == names[str(int(scores.argmax()))]
+        assert list(one["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+def test_an_imported_tagger_and_an_imported_reader_predict(tmp_path, capsys):
+    documents = {
+        "tokens": ("texts.txt", "the cat sat\n"),
+        "answer": ("texts.jsonl", json.dumps({"question": "the cat", "context": "a mat and dogs"}) + "\n"),
+    }
+    for head, (name, text) in documents.items():
+        folder = tmp_path / head
+        written(dataclasses.replace(BERT, head=head, pooler=False), folder, extra={"pad_token_id": 0})
+        tokenizer_json(folder, BERT_SPECIAL)
+        run = bring(str(folder), tmp_path / f"{head}-run", verify=False)
+        (tmp_path / name).write_text(text)
+        capsys.readouterr()
+        assert main(["predict", str(run), "--file", str(tmp_path / name)]) == 0
+        told = json.loads(capsys.readouterr().out)
+        if head == "tokens":
+            assert len(told["label"]) == 3 and set(told["label"]) <= {"LABEL_0", "LABEL_1"}
+        else:
+            assert told["label"] and told["label"] in "a mat and dogs"
+
+
+def test_an_import_without_such_a_head_is_refused(imported, tmp_path, capsys):
+    assert main(["predict", str(imported), "--file", str(tmp_path / "texts.txt")]) == 2
+    assert "objective none tells nothing of documents" in capsys.readouterr().err

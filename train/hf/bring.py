@@ -136,10 +136,11 @@ def _write(
 
 
 def _labels(read: Checkpoint) -> list[str]:
-    """The classes' names, where the checkpoint tells classes and names them."""
-    named = read.data.get("id2label") or {}
-    if getattr(read.config, "head", "") not in ("classification", "tokens"):
+    """The classes' names, where the checkpoint tells classes."""
+    if not isinstance(read.config, BertConfig) or read.config.head not in ("classification", "tokens"):
         return []
+    # What transformers calls those that have none.
+    named = read.data.get("id2label") or {str(number): f"LABEL_{number}" for number in range(read.config.num_labels)}
     return [str(named[key]) for key in sorted(named, key=int)]
 
 
