@@ -7,6 +7,7 @@ any moment leaves the previous one whole.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ None but `steps` has a part in what is computed; that one may be raised to train
 
 _STORED = {"loss": "nll"}
 """Names that metrics have on disk where those are others."""
+_STEP = "step"
+"""What stands beside them there."""
 
 
 class Checkpoints:
@@ -79,6 +82,10 @@ class Checkpoints:
         if error is None:
             with _disk_errors(self):
                 self._manager.close()
+        elif isinstance(error, Exception):
+            # What is being written may be what the error's message tells to go on from; a fault of its own is no news then.
+            with contextlib.suppress(Exception):
+                self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -98,9 +105,11 @@ class Checkpoints:
         known = None if step is None else self._manager.metrics(step)
         return step if known is not None and _STORED.get(self._best_by, self._best_by) in known else None
 
-    def _goodness(self, metrics: Mapping[str, float]) -> float:
+    def _goodness(self, metrics: Mapping[str, float]) -> tuple[float, float]:
         first_names = {stored: name for name, stored in _STORED.items()}
-        return goodness(self._best_by, {first_names.get(name, name): value for name, value in metrics.items()})
+        values = {first_names.get(name, name): value for name, value in metrics.items()}
+        # Of equal ones the first is the best.
+        return goodness(self._best_by, values), -values.get(_STEP, 0)
 
     @functools.cached_property
     def _best_by(self) -> str:
@@ -142,6 +151,7 @@ class Checkpoints:
             "selection": None if selection is None else dataclasses.asdict(selection),
             "versions": versions(),
         }
+        stored = {_STORED.get(name, name): value for name, value in (values or {}).items()}
         with _disk_errors(self):
             self._manager.save(
                 step,
@@ -150,7 +160,7 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     meta=ocp.args.JsonSave(meta),
                 ),
-                metrics=None if values is None else {_STORED.get(name, name): value for name, value in values.items()},
+                metrics=None if values is None else stored | {_STEP: step},
             )
 
     def save_params(

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
-from train.data.cache import writing
+from train.data.cache import check_place, writing
 from train.data.masked import framed
 from train.data.pack import Placed, best_fit_decreasing
 from train.data.source import SourceConfig
@@ -154,6 +154,7 @@ def embed(
     """
     if out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out: got {str(out)!r}; allowed: a name that ends with .npy or .parquet")
+    check_place(out)
     loaded = load_run(run, step)
     model = loaded.config.model
     if not isinstance(model, BertConfig):

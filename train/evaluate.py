@@ -51,7 +51,7 @@ class Scores:
         """The scores that there are, for people."""
         parts = {
             "perplexity": (self.perplexity, ".2f"), "bits per byte": (self.bits_per_byte, ".4f"),
-            "accuracy": (self.accuracy, ".2%"),
+            "accuracy": (self.metrics.get("accuracy", self.accuracy), ".2%"),
         }  # fmt: skip
         known = "".join(f"  {name} {value:{form}}" for name, (value, form) in parts.items() if value is not None)
         own = "".join(f"  {name} {value:.4f}" for name, value in self.metrics.items() if name != "accuracy")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from train.config import RunConfig, difference
@@ -19,6 +21,10 @@ from transformer.models.families import ModelConfig, described_parameters
 
 Parameters = dict[ParameterPath, nnx.Variable]
 
+_OVER_CLASSES = (("pooled_head", "out"), ("token_head", "out"))
+"""Maps with a column for each class."""
+_SHOWN = 5
+"""Classes that are named."""
 _OFTEN_ANOTHER = tuple(
     f"model.{field}:" for field in ("head", "num_labels", "pooling", "dropout", "max_length", "remat", "attention")
 )
@@ -55,6 +61,7 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
         folder = run / "tokenizer" / "target"
         _check_tokenizer("target_tokenizer", folder, loaded.target_tokenizer, prepared.target_tokenizer)
     ours, theirs = _by_path(fresh), _by_path(loaded.params)
+    theirs, of_classes = _same_classes(theirs, loaded.labels, prepared.meta.labels)
     _check_shapes(run, ours, theirs, config.model, loaded.config.model)
     taken = {path: parameter.replace(theirs[path].get_value()) for path, parameter in ours.items() if path in theirs}
     if not taken:
@@ -70,6 +77,7 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
     ):
         if paths:
             said += f"; {what}: {', '.join(sorted({called[path] for path in paths}))}"
+    said += of_classes
     changed = difference(
         {"model": dataclasses.asdict(loaded.config.model)}, {"model": dataclasses.asdict(config.model)}
     )
@@ -77,6 +85,24 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
         said += f"; with {', '.join(changed)}"
     params = nnx.from_flat_state(ours | taken)
     return params if config.adapter is None else fitted(params), said
+
+
+def _same_classes(theirs: Parameters, before: Sequence[str], now: Sequence[str]) -> tuple[Parameters, str]:
+    """Parameters whose head has the classes, or tags, of the data in their order, and what to say about it.
+
+    The head of a model that tells others begins afresh.
+    """
+    heads = {path for path in theirs if path[:-1] in _OVER_CLASSES}
+    if not heads or not before or not now or tuple(before) == tuple(now):
+        return theirs, ""
+    if sorted(before) == sorted(now):
+        order = np.array([before.index(name) for name in now])
+        moved = {path: theirs[path].replace(theirs[path].get_value()[..., order]) for path in heads}
+        return theirs | moved, "; its classes were put in the order of the data"
+    if all(name == f"LABEL_{number}" for number, name in enumerate(before)):
+        return theirs, "; its classes have no names, and were taken by their numbers"
+    left = {path: value for path, value in theirs.items() if path not in heads}
+    return left, f"; it tells other classes ({', '.join(before[:_SHOWN])}{', ...' if len(before) > _SHOWN else ''})"
 
 
 def _by_path(params: nnx.State) -> Parameters:

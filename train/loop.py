@@ -34,7 +34,7 @@ from train.program import Program
 from train.run_files import tokenizer_files, write_origin
 from train.runtime import GracefulStop
 from train.sample import make_sampler
-from train.selection import Selection, check_selection
+from train.selection import Selection, check_selection, is_selective
 from train.state import TrainState
 from train.targets import class_weights, per_target
 from train.translation import TextTranslator
@@ -165,6 +165,8 @@ class Run:
                 if evaluates:
                     found = self._evaluate(state, step, display, log, config.evaluation.batches, stop)
                     values = None if found is None else found.selection
+                    # What is asked for is the best of all evaluations, not of those that a checkpoint happens to follow.
+                    saves |= is_selective(config) and self.selection.step == step
                 if samples:
                     self.sample(state, display)
                 if self.selection.is_over(config.evaluation.patience):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.config import RunConfig
+from train.data.cache import check_place
 from train.data.examples import task_rows
 from train.data.objective_config import LABELLED, Kind
 from train.data.readers import Format, Reader, format_of
@@ -62,6 +63,8 @@ def predict(run: Path, file: str, out: Path | None = None, step: str = "latest")
     Raises:
         UserError: no such run or checkpoint, one of another objective, or a file that cannot be read or written.
     """
+    if out is not None:
+        check_place(out)
     loaded = load_run(run, step)
     if loaded.config.objective.kind == "none":
         loaded = dataclasses.replace(loaded, config=_as_task(loaded.config))
@@ -82,11 +85,16 @@ def predict(run: Path, file: str, out: Path | None = None, step: str = "latest")
 
 
 def read_documents(source: SourceConfig, file: str) -> list[Document]:
-    """The documents of a file, without labels. Raises `UserError` for what cannot be read, and where there is none."""
+    """The documents of a file, without labels; of a text file, the lines that are not blank.
+
+    Raises `UserError` for what cannot be read, a record with an empty text, and where there is none.
+    """
     # Words are the words of a text as well as a list of them.
     is_text = format_of(Path(file)) == "text" if file != "-" else not source.fields.target and not source.fields.choices
-    records = dataclasses.replace(source, on_error="stop").records(Rejects())
-    records = dataclasses.replace(records, fields=records.fields._replace(label="", group=""), labels=())
+    records = dataclasses.replace(source, on_error="stop").records(Rejects(advice=""))
+    fields = records.fields._replace(label="", group="")
+    # What is told of documents, or their vectors, comes in the order of the file: none is passed over.
+    records = dataclasses.replace(records, fields=fields, labels=(), needs_text=True)
     if is_text and len(records.fields.by_setting()) > 1:
         names = ", ".join(field for _, field in records.fields.by_setting())
         raise UserError(

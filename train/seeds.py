@@ -44,7 +44,7 @@ def train_seeds(config: RunConfig, count: int) -> None:
         if finished.interrupted:
             return
         if is_first():
-            found[seed] = final_scores(directory, config.steps)
+            found[seed] = final_scores(directory, finished.step)
     if not is_first():
         return
     summary = {
@@ -58,24 +58,24 @@ def train_seeds(config: RunConfig, count: int) -> None:
     print(f"all of it: {config.directory / FILE}")
 
 
-def final_scores(directory: Path, steps: int) -> dict[str, float]:
+def final_scores(directory: Path, step: int) -> dict[str, float]:
     """The scores on all held-out text that a run recorded at its last step, by name."""
     curves = read_metrics(directory)
     found = {
-        name.removeprefix("eval/"): curve[steps]
+        name.removeprefix("eval/"): curve[step]
         for name, curve in curves.items()
-        if name.startswith("eval/") and name not in NO_SCORES and steps in curve
+        if name.startswith("eval/") and name not in NO_SCORES and step in curve
     }
     if not found:
         raise UserError(
-            f"{directory}: it has no held-out scores of its last step, {steps}; --seeds needs held-out text "
+            f"{directory}: it has no held-out scores of its last step, {step}; --seeds needs held-out text "
             "(data.validation_fraction), and a last evaluation that was not interrupted (remove the folder to run it again)"
         )
     return found
 
 
 def _show(config: RunConfig, found: dict[int, dict[str, float]], summary: dict[str, dict[str, float]]) -> None:
-    title = f"{config.name}: held-out scores after {config.steps} steps"
+    title = f"{config.name}: held-out scores at the end"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("seed")
     names = list(found[config.seed])

@@ -56,7 +56,7 @@ class Selection:
         return cls(**data) if data is not None and data["name"] == name else cls(name)
 
     def after(self, step: int, value: float) -> Selection:
-        """The same after one more evaluation, at `step`."""
+        """The same after one more evaluation, at `step`. Of equal ones the first is the best."""
         if self.value is None or goodness(self.name, {self.name: value}) > goodness(self.name, {self.name: self.value}):
             return Selection(self.name, value, step, counted=step)
         return dataclasses.replace(self, since=self.since + 1, counted=step)
@@ -69,10 +69,14 @@ class Selection:
         return f"the best {self.name}, {self.value:.4f}, is that of step {self.step}, and {self.since} evaluations were no better"
 
 
+def is_selective(config: RunConfig) -> bool:
+    """Whether the best evaluation decides something that was asked for."""
+    return config.checkpoint.best != "loss" or config.evaluation.patience is not None
+
+
 def check_selection(config: RunConfig, prepared: Prepared) -> None:
     """Raise a `UserError` where checkpoints are to be compared by what is not known."""
-    asks = config.checkpoint.best != "loss" or config.evaluation.patience is not None
-    if asks and not prepared.validation:
+    if is_selective(config) and not prepared.validation:
         field = "evaluation.patience" if config.checkpoint.best == "loss" else "checkpoint.best"
         raise UserError(f"{field}: there is no held-out text; set data.validation_fraction above 0, or {field} back")
     if config.checkpoint.best in METRICS["seq2seq"]:

@@ -13,6 +13,7 @@ from train.data.tokenizer import Tokenizer
 from transformer.decode.beam import BeamSearch, Hypothesis
 from transformer.decode.translator import Translator
 from transformer.errors import UserError
+from transformer.models.encoder_decoder import EncoderDecoderConfig
 from transformer.models.families import make_model
 
 
@@ -32,11 +33,14 @@ class TextTranslator:
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, target_tokenizer: Tokenizer) -> None:
         self.config, self.tokenizer, self.target_tokenizer = config, tokenizer, target_tokenizer
+        num_tokens = target_tokenizer.vocab_size
+        if isinstance(config.model, EncoderDecoderConfig):
+            num_tokens = min(num_tokens, config.model.written_tokens)
         self._translator = Translator(
             functools.partial(make_model, config.model),
             start_token=target_tokenizer.end_of_text,
             end_of_text=target_tokenizer.end_of_text,
-            num_tokens=target_tokenizer.vocab_size,
+            num_tokens=num_tokens,
         )
 
     def tokens_of(self, text: str) -> list[int]:

@@ -265,6 +265,9 @@ def test_answers_that_do_not_stand_there_are_named(tmp_path):
     rows = [QUESTIONS[0] | {"answers": [{"text": "brown fox", "answer_start": 16}]}]
     with pytest.raises(UserError, match=r"bad\.jsonl:1: field 'answers': 'brown fox' does not stand at character 16"):
         list(documents(source_of(write(tmp_path / "bad.jsonl", rows), **ANSWERS)))
+    rows = [QUESTIONS[0] | {"answers": [{"text": "The", "answer_start": -len(QUESTIONS[0]["context"])}]}]
+    with pytest.raises(UserError, match="'The' does not stand at character -"):
+        list(documents(source_of(write(tmp_path / "negative.jsonl", rows), **ANSWERS)))
     rows = [QUESTIONS[0] | {"answers": [{"text": "brown fox", "answer_start": 17}]}]
     (one,) = documents(source_of(write(tmp_path / "good.jsonl", rows), **ANSWERS))
     assert one.label == Answers(("brown fox",), (17,)) and Document.from_json(one.to_json()) == one
@@ -290,6 +293,18 @@ def test_choices_stand_in_rows_of_their_own(tmp_path):
     )
     _, prepared = prepared_of(source_of(listed, text_field="a", choice_fields=("x",), label_field="n"))
     assert prepared.train[0].others == 2 and prepared.meta.labels == ("A", "B")
+    many = [{"a": "He", "x": list("abcdefghijkl"), "n": n} for n in (11, 2, 10, 3, 11)]
+    for first in (0, 1):
+        shifted = [row | {"n": row["n"] + first} for row in many]
+        path = write(tmp_path / f"many{first}.jsonl", shifted)
+        _, prepared = prepared_of(source_of(path, text_field="a", choice_fields=("x",), label_field="n"))
+        assert prepared.meta.labels == tuple(str(n + first) for n in range(12))
+        assert prepared.train[0].labels.tolist() == [11, 2, 10, 3, 11]
+    wrong = write(tmp_path / "wrong.jsonl", [row | {"n": "x"} for row in many])
+    with pytest.raises(
+        UserError, match="labels of 12 choices are x; allowed: the number of the right one, from 0 or from 1"
+    ):
+        prepared_of(source_of(wrong, text_field="a", choice_fields=("x",), label_field="n"))
     uneven = write(
         tmp_path / "uneven.jsonl", [{"a": "He", "x": ["sat"], "n": "A"}, {"a": "I", "x": ["a", "b"], "n": "A"}]
     )

@@ -159,6 +159,11 @@ def test_a_number_that_is_not_finite(tmp_path):
             {"hidden_act": "quick_gelu", "is_decoder": True, "num_hidden_layers": 0},
             r"is_decoder: got True; supported: False; .*num_hidden_layers: got 0; .*hidden_act: got 'quick_gelu'; supported",
         ),
+        ({"model_type": ["bert"]}, r"model_type: got \['bert'\]; supported"),
+        ({"architectures": {"a": 1}}, r"architectures: got \{'a': 1\}; supported of bert"),
+        ({"architectures": [["x"]]}, r"architectures: got \['x'\]; supported of bert"),
+        ({"id2label": ["a", "b"]}, "id2label: supported: a name for each number from 0 up"),
+        ({"id2label": {"x": "a"}}, "id2label: supported: a name for each number from 0 up"),
         ({"num_attention_heads": 5}, r"num_heads: got 5; it must divide embed_dim \(16\)"),
         ({"hidden_size": "wide"}, "hidden_size: got 'wide'; allowed: a number from 1 up"),
     ],
@@ -209,6 +214,19 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
 )
 def test_what_a_model_is_written_as(config, changes, model_type):
     assert checkpoint.architecture_of(dataclasses.replace(config, **changes)).model_type == model_type
+
+
+def test_layers_that_alternate_as_qwen_may_write_them():
+    read = checkpoint.ARCHITECTURES["qwen2"].config
+    fields = {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 28}
+    full, local = "full_attention", "sliding_attention"
+    with pytest.raises(
+        UserError, match="layer_types: got full_attention, sliding_attention; supported: the same in all"
+    ):
+        read(fields | {"layer_types": [full, local]}, "Qwen2ForCausalLM", "qwen")
+    for kinds, window in (([full, full], None), ([local, local], 8)):
+        assert read(fields | {"layer_types": kinds}, "Qwen2ForCausalLM", "qwen")[0].window == window
+    assert read(fields, "Qwen2ForCausalLM", "qwen")[0].window is None
 
 
 def test_a_model_that_is_nothing_of_theirs():

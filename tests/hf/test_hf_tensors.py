@@ -67,6 +67,20 @@ def test_a_header_that_is_damaged(tmp_path):
         open_folder(tmp_path)
 
 
+def test_types_that_are_no_weights_and_an_index_of_another_kind(tmp_path):
+    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    with pytest.raises(UserError, match="tensor x is of type F8_E4M3; supported: F32, F16, BF16, F64"):
+        open_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        open_folder(tmp_path)
+    for index in ("[]", '{"weight_map": {"a": 1, "b": "c"}}', '{"weight_map": {"a": ["b"]}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(UserError, match="no index of tensors can be read here"):
+            open_folder(tmp_path)
+
+
 def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"pytorch_model.bin, and such files can run code .* safe_serialization=True"):

@@ -9,17 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import yaml
 from flax import nnx
+from pyarrow import parquet
 
 from tests.hf.ours import BERT, GPT, T5, params_of, written
 from train.cli import main
+from train.data.tokenizer import ByteTokenizer
 from train.embed import Embedder
+from train.hf import vocabulary
 from train.hf.bring import bring
 from train.hf.export import export
 from train.hf.source import fetch
 from train.mesh import use_mesh
 from train.run_files import load_run
+from train.translation import TextTranslator
+from transformer.decode.beam import BeamSearch
 from transformer.errors import UserError
 from transformer.hf import checkpoint
 from transformer.models.families import make_model
@@ -251,11 +257,10 @@ def test_a_byte_model_is_written_with_a_vocabulary_of_bytes(tmp_path):
     from tokenizers import Tokenizer
 
     from train.data.tokenizer import ByteTokenizer
-    from train.hf.vocabulary import as_subwords
     from train.hf.vocabulary import written as files_of
 
     ours = ByteTokenizer(("[MASK]",))
-    (tmp_path / "tokenizer.json").write_text(files_of(as_subwords(ours), 64)["tokenizer.json"])
+    (tmp_path / "tokenizer.json").write_text(files_of(vocabulary.as_subwords(ours), GPT)["tokenizer.json"])
     theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("def f(x):\n\treturn x", "Grüße, 世界! 🙂"):
         assert theirs.encode(text).ids == ours.encode(text).tolist()
@@ -307,3 +312,81 @@ def test_an_imported_tagger_and_an_imported_reader_predict(tmp_path, capsys):
 def test_an_import_without_such_a_head_is_refused(imported, tmp_path, capsys):
     assert main(["predict", str(imported), "--file", str(tmp_path / "texts.txt")]) == 2
     assert "objective none tells nothing of documents" in capsys.readouterr().err
+
+
+@pytest.mark.torch
+def test_marians_padding_is_read_and_never_written(tmp_path, capsys):
+    import torch
+    import transformers
+
+    size = 24
+    fields = {"vocab_size": size, "decoder_start_token_id": size - 1, "pad_token_id": size - 1, "eos_token_id": 1}
+    shape = {"d_model": 16, "max_position_embeddings": 16} | {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 20))
+    }
+    config, _ = checkpoint.ARCHITECTURES["marian"].config(fields | shape, "MarianMTModel", "marian")
+    params = params_of(config)
+    bias = next(leaf for path, leaf in nnx.to_flat_state(params) if leaf.shape == (size,))
+    bias.set_value(bias[...].at[size - 1].set(50.0))
+    (tmp_path / "marian").mkdir()
+    checkpoint.write(tmp_path / "marian", config, params, extra=fields)
+    tokenizer_json(tmp_path / "marian", ("<unk>", "</s>"), size)
+    run = bring(str(tmp_path / "marian"), tmp_path / "run")
+    assert "the same greedy tokens" in capsys.readouterr().out
+    loaded = load_run(run)
+    translator = TextTranslator(loaded.config, loaded.tokenizer, loaded.target_tokenizer)
+    (found,) = translator.hypotheses(loaded.params, ["the cat sat"], BeamSearch(beams=1))
+    assert found[0].tokens and size - 1 not in found[0].tokens
+
+    theirs = transformers.MarianMTModel.from_pretrained(export(run, verify=False))
+    ids = [*loaded.tokenizer.encode("the cat sat").tolist(), 1]
+    told = theirs.generate(torch.tensor([ids]), num_beams=1, do_sample=False, max_new_tokens=8)[0, 1:].tolist()
+    assert told[: len(found[0].tokens)] == list(found[0].tokens)[:8]
+
+
+@pytest.mark.torch
+def test_the_comparison_runs_whatever_the_mesh_and_the_type(bert, tmp_path, capsys):
+    import transformers
+
+    assert jax.device_count() == 8
+    run = bring(str(bert), tmp_path / "run", verify=True)
+    assert load_run(run).config.mesh.strategy == "fsdp"
+    out = export(run, dtype="bfloat16", verify=True)
+    assert capsys.readouterr().out.count("verified beside transformers") == 2
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    ids = transformers.AutoTokenizer.from_pretrained(out)("the cat")
+    assert ids["input_ids"][0] == 2 and ids["token_type_ids"] == [0] * 4
+
+
+def test_a_tokenizer_that_was_trained_here_frames_texts_there(tmp_path):
+    tokenizer = ByteTokenizer(("[CLS]", "[SEP]"))
+    files = vocabulary.written(vocabulary.as_subwords(tokenizer), BERT)
+    (tmp_path / "tokenizer.json").write_text(files["tokenizer.json"])
+    framed = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("ab", "c")
+    assert framed.ids == [256, 97, 98, 257, 99, 257] and framed.type_ids == [0, 0, 0, 0, 1, 1]
+    assert json.loads(files["tokenizer_config.json"])["model_input_names"] == [
+        "input_ids", "token_type_ids", "attention_mask"
+    ]  # fmt: skip
+    (tmp_path / "t5.json").write_text(vocabulary.written(vocabulary.as_subwords(tokenizer), T5)["tokenizer.json"])
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "t5.json")).encode("ab").ids == [97, 98, 0]
+    assert vocabulary.written(vocabulary.as_subwords(tokenizer), GPT)["tokenizer.json"] == vocabulary.as_subwords(
+        tokenizer
+    ).model.to_str(True)
+
+
+def test_empty_records_and_places_that_are_none(imported, tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat"}\n{"text": " "}\n')
+    (tmp_path / "texts.txt").write_bytes(b"the cat\r\n\r\na mat\r\n")
+    for arguments, message in (
+        (["--file", "texts.jsonl", "--out", "x.npy"], "texts.jsonl:2: field 'text' is empty; mend it\n"),
+        (["--file", "texts.txt", "--out", "none/x.npy"], "there is no folder"),
+    ):
+        given = [str(tmp_path / one) if "." in one else one for one in arguments]
+        assert main(["embed", str(imported), *given]) == 2
+        assert message in capsys.readouterr().err
+    assert (
+        main(["embed", str(imported), "--file", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "x.parquet")]) == 0
+    )
+    assert parquet.read_table(tmp_path / "x.parquet")["text"].to_pylist() == ["the cat", "a mat"]

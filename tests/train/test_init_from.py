@@ -177,6 +177,34 @@ def test_nothing_in_common_is_told(texts, encoder, tmp_path):
         begin_from(fresh, other, prepare(config.data, progress=False))
 
 
+def test_a_head_over_classes_has_them_in_the_order_of_the_data(texts, tmp_path, monkeypatch):
+    first = classifier_of(texts, tmp_path / "first", steps=2)
+    train(first)
+    again = classifier_of(texts, tmp_path / "again", init_from=str(first.directory))
+    before = stored(first.directory)
+    kernel = ("pooled_head", "out", "kernel")
+
+    def telling(*labels):
+        def load(run, step="latest", **options):
+            return dataclasses.replace(load_run(run, step, **options), labels=labels)
+
+        monkeypatch.setattr("train.init_from.load_run", load)
+        return beginning(again)
+
+    _, begun, said = telling("bad", "good")
+    np.testing.assert_array_equal(begun[kernel], before[kernel])
+    assert "its classes" not in said
+    _, begun, said = telling("good", "bad")
+    np.testing.assert_array_equal(begun[kernel], before[kernel][:, ::-1])
+    assert "its classes were put in the order of the data" in said
+    fresh, begun, said = telling("cold", "warm")
+    np.testing.assert_array_equal(begun[kernel], fresh[kernel])
+    assert "it tells other classes (cold, warm)" in said and "beginning afresh: pooled_head" in said
+    _, begun, said = telling("LABEL_0", "LABEL_1")
+    np.testing.assert_array_equal(begun[kernel], before[kernel])
+    assert "its classes have no names, and were taken by their numbers" in said
+
+
 def test_no_run_there_is_told(texts, tmp_path):
     found = refusal(classifier_of(texts, tmp_path / "tuned", init_from=str(tmp_path / "none")))
     assert found.startswith("init_from: ") and "no run here" in found

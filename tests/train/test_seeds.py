@@ -52,6 +52,24 @@ def test_each_seed_is_a_run_and_the_table_is_of_all(config_file, tmp_path, capsy
         assert re.search(rf"^ +{label} +{value:.4f} ", said, re.MULTILINE), label
 
 
+def test_seeds_that_end_early_are_scored_at_their_ends(config_file, tmp_path):
+    early = (
+        "--steps",
+        "9",
+        "--evaluation.every",
+        "1",
+        "--evaluation.patience",
+        "1",
+        "--optimizer.learning-rate",
+        "1e-12",
+    )
+    assert command(config_file, tmp_path / "run", "--seeds", "2", *early) == 0
+    result = json.loads((tmp_path / "run" / "seeds.json").read_text())
+    for seed in ("5", "6"):
+        curve = records(tmp_path / "run" / f"seed-{seed}", "eval/loss")
+        assert max(curve) < 9 and result["seeds"][seed]["loss"] == curve[max(curve)]
+
+
 def test_a_signal_stops_all_of_them(config_file, tmp_path, capsys, monkeypatch):
     class Now(loop.GracefulStop):
         requested = property(lambda self: True, lambda self, value: None)

@@ -22,6 +22,7 @@ from train.loop import train
 from train.loss import LossConfig
 from train.mesh import make_mesh, use_mesh
 from train.program import Program
+from train.run_files import read_metrics
 from train.sections import CheckpointConfig
 from transformer.errors import UserError
 
@@ -143,11 +144,29 @@ def test_a_run_stops_early_keeps_its_best_and_does_not_go_on(tmp_path, capsys):
     assert finished.step == 12 and not finished.interrupted and finished.scores is not None
     said = capsys.readouterr().out
     assert "stopped early: the best f1, " in said and "is that of step 4, and 2 evaluations were no better" in said
+    # Of equal ones the first.
+    with Checkpoints(config.directory) as checkpoints:
+        assert checkpoints.best == 4
     again = train(config)
     assert again.step == 12 and again.scores is None
     assert "finished before, at step 12. Raise evaluation.patience to train on" in capsys.readouterr().out
     more = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, patience=4))
     assert train(more).step == 20
+
+
+def test_the_best_evaluation_has_a_checkpoint_whenever_it_comes(tmp_path):
+    path = write_rows("classification", tmp_path)
+    config = run_of("classification", path, tmp_path / "run", steps=10)
+    config = dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(config.evaluation, every=3),
+        checkpoint=dataclasses.replace(config.checkpoint, every=4, keep=1, best="f1"),
+    )
+    train(config)
+    curve = read_metrics(config.directory)["eval/selection_f1"]
+    best = max(sorted(curve), key=curve.__getitem__)
+    with Checkpoints(config.directory) as checkpoints:
+        assert checkpoints.best == best and set(checkpoints.steps) == {best, 10}
 
 
 @pytest.mark.parametrize(("name", "values"), [("f1", (0.9, 0.5, 0.6)), ("mse", (0.1, 0.5, 0.4))])

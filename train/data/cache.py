@@ -44,9 +44,17 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         advice = _ADVICE.get(error.errno or 0, "look at the disk")
-        raise UserError(
-            f"cannot write {error.filename or path}: {reason}; {advice}, or set MANYHEADS_CACHE to another folder"
-        ) from error
+        in_cache = path.absolute().is_relative_to(cache_dir().absolute())
+        other = "set MANYHEADS_CACHE to another folder" if in_cache else "choose another place"
+        raise UserError(f"cannot write {error.filename or path}: {reason}; {advice}, or {other}") from error
+
+
+def check_place(file: Path) -> None:
+    """Raise a `UserError` where a file cannot be written, before anything is computed for it."""
+    if file.is_dir():
+        raise UserError(f"{file}: this is a folder; name a file")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"{file}: there is no folder {file.absolute().parent}; make it first")
 
 
 @contextlib.contextmanager

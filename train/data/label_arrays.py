@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import string
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,8 @@ class Labels:
         self._numbers: dict[str, int] = {}  # in the order in which they came
         self._found: dict[tuple[Split, int], array] = {}
         self._lost = 0
+        self._choices = 0
+        """Of documents whose label is the number of a choice: how many there are."""
 
     def add(self, split: Split, source: int, document: Document, tokens: int, marks: np.ndarray | None) -> None:
         """Take the label of the next document of source number `source`.
@@ -48,6 +52,7 @@ class Labels:
         if isinstance(label, float):
             found.append(label)
         elif isinstance(label, str):
+            self._choices = len(document.choices)
             found.append(self._number(label))
         elif kind == "answers":
             assert marks is not None
@@ -71,7 +76,10 @@ class Labels:
             say(f"{self._lost} {what} no token in this vocabulary", shown=shown)
         names: tuple[str, ...] = ()
         new_number = None
-        if self._kind in ("class", "tags"):
+        if self._choices:
+            names = _names_of_choices(self._numbers, self._choices)
+            new_number = np.array([*(names.index(name) for name in self._numbers), NONE], np.int32)
+        elif self._kind in ("class", "tags"):
             names, new_number = self._named()
         for (split, source), own in self._found.items():
             values = np.frombuffer(own, np.float32 if self._kind == "number" else np.int32)
@@ -99,3 +107,23 @@ class Labels:
                 f"out fewer, or {what[1]}"
             )
         return names, np.array([*(names.index(name) for name in found), NONE], np.int32)
+
+
+def _names_of_choices(labels: Iterable[str], count: int) -> tuple[str, ...]:
+    """What the data calls its choices, the first one first: numbers from 0 or from 1, or letters.
+
+    Raises `UserError` where some label is the name of none.
+    """
+    ways = [[str(number) for number in range(count)], [str(number + 1) for number in range(count)]]
+    ways += [list(letters[:count]) for letters in (string.ascii_uppercase, string.ascii_lowercase)]
+    for names in ways:
+        if set(labels) <= set(names):
+            return tuple(names)
+    shown = ", ".join(sorted(labels)[:_SHOWN])
+    raise UserError(
+        f"data: labels of {count} choices are {shown}; allowed: the number of the right one, from 0 or from 1, or its letter"
+    )
+
+
+_SHOWN = 10
+"""Labels that are named."""

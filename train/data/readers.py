@@ -76,7 +76,8 @@ class Reader:
         line = 1
         with open_bytes(path) as stream:
             for number, data in enumerate(_split(stream, self.separator.encode())):
-                text = self._decode(data, path, line)
+                # A line may end as Windows ends it.
+                text = self._decode(data.removesuffix(b"\r") if self.separator == "\n" else data, path, line)
                 line += data.count(b"\n") + self.separator.count("\n")
                 if text:
                     yield Document(f"{name}#{number}" if self.separator else name, text)

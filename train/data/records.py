@@ -10,6 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 from transformer.errors import UserError, nearest
 
+_LARGEST = 3.4e38
+"""Of a number that is kept in 32 bits."""
+
 LabelKind = Literal["class", "number", "tags", "answers"]
 
 
@@ -108,11 +111,12 @@ class Rejects:
     on_error: Literal["stop", "skip"] = "stop"
     count: int = 0
     first: str = ""
+    advice: str = ", or leave such documents out with on_error: skip"
 
     def add(self, place: str, reason: str) -> None:
         """Count the document at `place` (`FILE:LINE`), or raise a `UserError` that says what is wrong with it."""
         if self.on_error == "stop":
-            raise UserError(f"{place}: {reason}; mend it, or leave such documents out with on_error: skip")
+            raise UserError(f"{place}: {reason}; mend it{self.advice}")
         self.skip(place, reason)
 
     def skip(self, place: str, reason: str) -> None:
@@ -135,6 +139,8 @@ class Records:
     """Documents of other classes are passed over; empty: none are."""
     label_kind: LabelKind = "class"
     """What `fields.label` holds. Of `tags`, the text is a list of words."""
+    needs_text: bool = False
+    """A record whose text is empty is at fault; else it is passed over."""
 
     def columns(self, known: list[str], place: str) -> list[str]:
         """The columns of a table to read. Raises `UserError` for one that the table lacks."""
@@ -166,6 +172,8 @@ class Records:
                 return None
         words = self._words(values["text_field"][0]) if self.label_kind == "tags" else None
         text = _valid(values["text_field"][0], self.fields.text) if words is None else " ".join(words)
+        if self.needs_text and not text.strip():
+            raise _Faulty(f"field {self.fields.text!r} is empty")
         target = _valid(values["target_field"][0], self.fields.target) if self.fields.target else None
         if target is not None and not self.fields.choices:
             for field, side in ((self.fields.text, text), (self.fields.target, target)):
@@ -199,10 +207,10 @@ class Records:
 
     def _number(self, value: Any) -> float:
         try:
-            number = float(value) if isinstance(value, str | int | float) else math.nan
-        except ValueError:
+            number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+        except (ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= _LARGEST:
             raise _Faulty(f"field {self.fields.label!r} holds {value!r}, not a number")
         return number
 
@@ -228,7 +236,7 @@ class Records:
             raise _Faulty(f"field {field!r} holds no list of texts and one of as many answer_start")
         for text, start in zip(texts, starts, strict=True):
             _valid(text, field)
-            if not (text and isinstance(start, int) and context.startswith(text, start)):
+            if not (text and isinstance(start, int) and start >= 0 and context.startswith(text, start)):
                 raise _Faulty(f"field {field!r}: {text!r} does not stand at character {start!r} of the context")
         return Answers(tuple(texts), tuple(starts))
 

@@ -87,18 +87,27 @@ def record_of(run: Path) -> dict[str, Any]:
 def _with_pooling(read: Checkpoint) -> Checkpoint:
     """With the pooling that sentence-transformers keeps beside a checkpoint of embeddings."""
     path = read.folder / "1_Pooling" / "config.json"
-    if not isinstance(read.config, BertConfig) or read.config.head != "embedding" or not path.exists():
+    config = read.config
+    if not isinstance(config, BertConfig) or config.head != "embedding" or not path.exists():
         return read
     try:
         about = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        length = json.loads((read.folder / "sentence_bert_config.json").read_text("utf-8")).get("max_seq_length")
+    except FileNotFoundError:
+        length = None
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: no mapping of fields")
+    if isinstance(length, int) and length < read.config.max_length:
+        note = f"sentence-transformers cuts texts after {length} tokens there; here they have {read.config.max_length}"
+        read = dataclasses.replace(read, notes=[*read.notes, note])
     on = [key for key, value in about.items() if key.startswith("pooling_mode_") and value is True]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     if len(on) != 1 or on[0] not in known:
         raise UserError(f"{path}: got {', '.join(on) or 'no pooling'}; supported: one of {', '.join(known)}")
     pooling: Any = known[on[0]]
-    return dataclasses.replace(read, config=dataclasses.replace(read.config, pooling=pooling))
+    return dataclasses.replace(read, config=dataclasses.replace(config, pooling=pooling))
 
 
 def _run_config(read: Checkpoint, name: str, directory: Path, tokenizer: Tokenizer | None) -> RunConfig:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -21,6 +22,7 @@ from train.versions import version
 from transformer.errors import UserError
 from transformer.hf import checkpoint
 from transformer.models.bert import BertConfig
+from transformer.models.encoder_decoder import EncoderDecoderConfig
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -37,7 +39,7 @@ def export(
         model_type: the architecture to write; by default that which the weights came from, or the first that fits.
         dtype: a name of `DTYPES`.
         limit: bytes of tensors in one file.
-        verify: compare with transformers; None: where it is installed, and the numbers are all kept (float32).
+        verify: compare with transformers what is kept in that type; None: where it is installed.
 
     Raises:
         UserError: no such run or checkpoint, a model that no architecture is, or a folder that is there already or cannot be
@@ -60,7 +62,7 @@ def export(
             partial, config, loaded.params, model_type=architecture.model_type, dtype=DTYPES[dtype], extra=extra,
             limit=limit,
         )  # fmt: skip
-        files = {} if tokenizer is None else written(tokenizer, config.max_length)
+        files = {} if tokenizer is None else written(tokenizer, config)
         files |= _generation(loaded, extra)
         if isinstance(config, BertConfig) and config.head == "embedding":
             files |= _sentence_transformers(config)
@@ -70,8 +72,9 @@ def export(
             (partial / place).parent.mkdir(exist_ok=True)
             (partial / place).write_text(text, encoding="utf-8")
         read = checkpoint.read(partial)
-        if verify or (verify is None and dtype == "float32"):
-            report = parity.report(read, loaded.params, tokenizer, required=bool(verify))
+        if verify is not False:
+            kept = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]).astype(leaf.dtype), loaded.params)
+            report = parity.report(read, kept, tokenizer, required=bool(verify))
             (partial / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
             print(parity.line(report))
     if tokenizer is None:
@@ -109,14 +112,17 @@ def _labels(loaded: LoadedRun) -> dict[str, Any]:
 
 def _generation(loaded: LoadedRun, extra: dict[str, Any]) -> dict[str, str]:
     """generation_config.json of what writes."""
-    if isinstance(loaded.config.model, BertConfig):
+    model: Any = loaded.config.model
+    if isinstance(model, BertConfig):
         return {}
     kept = {
         key: value for key, value in extra.items() if key in ("eos_token_id", "pad_token_id", "decoder_start_token_id")
     }
-    start = getattr(loaded.config.model, "start_token", None)
+    start = getattr(model, "start_token", None)
     if start is not None:
         kept["decoder_start_token_id"] = start
+    if isinstance(model, EncoderDecoderConfig) and model.written_tokens < model.vocab_size:
+        kept["bad_words_ids"] = [[model.written_tokens]]
     kept["transformers_version"] = version("transformers")
     return {"generation_config.json": json.dumps(kept, indent=2) + "\n"}
 

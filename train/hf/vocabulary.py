@@ -83,19 +83,47 @@ def _end(model: Any, config: Mapping[str, Any]) -> str | None:
     return usual_end(model)
 
 
-def written(tokenizer: SubwordTokenizer, max_length: int) -> dict[str, str]:
-    """The files of a tokenizer that transformers loads, by name: as it is, and with the special tokens that it has."""
+def written(tokenizer: SubwordTokenizer, model: Any) -> dict[str, str]:
+    """The files of a tokenizer that transformers loads, by name: as it is, with the special tokens that it has, and framing a
+    text as the `model`, a config, reads it."""
     names = {
         role: next((name for name in known if name in _vocabulary(tokenizer)), None) for role, known in _ROLES.items()
     }
     roles = {role: name for role, name in names.items() if name is not None}
     roles["eos_token"] = tokenizer.end_token
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **roles}
+    about: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.max_length,
+        **roles,
+    }
+    types = ["token_type_ids"] if getattr(model, "token_types", 0) >= 2 else []
+    about["model_input_names"] = ["input_ids", *types, "attention_mask"]
     about["clean_up_tokenization_spaces"] = False
     return {
-        "tokenizer.json": tokenizer.model.to_str(pretty=True),
+        "tokenizer.json": _framing(tokenizer, model.family).to_str(pretty=True),
         "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False) + "\n",
     }
+
+
+def _framing(tokenizer: SubwordTokenizer, family: str) -> Any:
+    """The tokenizer with what stands at the ends of a text, where it does not put that there by itself."""
+    from tokenizers import Tokenizer as Model
+    from tokenizers import processors
+
+    if tokenizer.model.post_processor is not None or family == "gpt":
+        return tokenizer.model
+    framed, ids = Model.from_str(tokenizer.model.to_str()), tokenizer.special_ids
+    if family != "bert":
+        end = framed.id_to_token(tokenizer.end_of_text)
+        single, pair, ends = f"$A {end}", f"$A {end} $B {end}", [(end, tokenizer.end_of_text)]
+    elif CLS in ids and SEP in ids:
+        cls, sep = (framed.id_to_token(ids[name]) for name in (CLS, SEP))
+        single, pair = f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1"
+        ends = [(cls, ids[CLS]), (sep, ids[SEP])]
+    else:
+        return tokenizer.model
+    framed.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
+    return framed
 
 
 def as_subwords(tokenizer: ByteTokenizer) -> SubwordTokenizer:

@@ -106,7 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json. Raises `UserError` where there is none."""
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{folder}: no config.json in this folder, so no Hugging Face checkpoint") from None
     except (OSError, ValueError) as error:
@@ -144,6 +144,8 @@ def write(
         "dtype": np.dtype(dtype).name,
         **(extra or {}),
     }
+    # What `extra` says may be another thing than the architecture can have.
+    architecture.config(data, name, f"model_type {architecture.model_type}")
     write_folder(folder, described_theirs(tables, flat, dtype), to_theirs(tables, flat, dtype), limit)
     (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", "utf-8")
     return architecture.model_type, name
@@ -176,7 +178,7 @@ def architecture_of(config: ModelConfig, model_type: str | None = None) -> Archi
 
 def _architecture(data: Mapping[str, Any], folder: Path) -> Architecture:
     kind = data.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         close = nearest(kind, ARCHITECTURES) if isinstance(kind, str) else ""
         supported = ", ".join(ARCHITECTURES)
         raise UserError(f"{folder / 'config.json'}: model_type: got {kind!r}; supported: {supported}.{close}")
@@ -193,11 +195,12 @@ def _candidates(architecture: Architecture, data: Mapping[str, Any], head: str |
             raise UserError(f"--head: got {head!r}; {architecture.model_type} has {heads}")
         yield names[0]
         return
-    given = (data.get("architectures") or [None])[0]
+    written = data.get("architectures") or [None]
+    given = written[0] if isinstance(written, list) else written
     if given is None:
         yield from reversed(list(classes))
         return
-    if given not in classes:
+    if not isinstance(given, str) or given not in classes:
         raise UserError(
             f"{source}: architectures: got {given!r}; supported of {architecture.model_type}: {', '.join(classes)}."
             f"{nearest(str(given), classes)}"

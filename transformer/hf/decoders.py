@@ -167,10 +167,13 @@ def _window(theirs: Theirs, kind: str, num_layers: int) -> int | None:
     if kind != "mistral":
         if not theirs.get("use_sliding_window", False):
             return None
-        kinds = theirs.get("layer_types")
-        first = 0 if kinds and set(kinds) == {"sliding_attention"} else theirs.get("max_window_layers", 28)
-        if kinds and set(kinds) == {"full_attention"}:
+        # What transformers goes by; it makes them of max_window_layers where they are not written.
+        kinds = set(theirs.get("layer_types") or ())
+        if kinds == {"full_attention"}:
             return None
+        if kinds and kinds != {"sliding_attention"}:
+            theirs.wrong(f"layer_types: got {', '.join(sorted(kinds))}; supported: the same in all layers")
+        first = 0 if kinds else theirs.get("max_window_layers", 28)
         if 0 < first < num_layers:
             theirs.wrong(f"max_window_layers: got {first}; supported: 0, or a window in no layer")
         if first >= num_layers:

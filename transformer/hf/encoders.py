@@ -91,7 +91,10 @@ def _common(theirs: Theirs, head: Any, *, dim: int = 768, num_heads: int = 12, m
 def labels_of(theirs: Theirs) -> int:
     """How many classes a config names."""
     named = theirs.get("id2label")
-    return len(named) if named else int(theirs.get("num_labels", 2))
+    if named and not (isinstance(named, dict) and sorted(map(str, named)) == sorted(map(str, range(len(named))))):
+        theirs.wrong("id2label: supported: a name for each number from 0 up")
+        return 2
+    return len(named) if named else theirs.size("num_labels", 2)
 
 
 def _common_fields(c: BertConfig) -> dict[str, Any]:

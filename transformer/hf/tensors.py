@@ -35,7 +35,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     if (folder / INDEX).exists():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{folder / INDEX}: no index of tensors can be read here: {error}") from None
         if absent := [name for name in names if not (folder / name).exists()]:
             raise UserError(
@@ -72,12 +72,14 @@ def open_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         for name, about in header.items():
             if name != "__metadata__":
                 yield name, _view(name, about, data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a whole safetensors file: {error}; get it again") from None
 
 
 def _view(name: str, about: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
     kind, shape, (first, last) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
+    if kind not in _OTHERS and kind not in DTYPES:
+        raise UserError(f"tensor {name} is of type {kind}; supported: {', '.join(DTYPES)}")
     itemsize = _OTHERS[kind] if kind in _OTHERS else np.dtype(DTYPES[kind]).itemsize
     if not 0 <= first <= last <= len(data) or last - first != math.prod(shape) * itemsize:
         raise ValueError(f"{name}, {kind} {list(shape)}, should be at bytes {first} to {last} of {len(data)}")

@@ -61,6 +61,11 @@ class EncoderDecoderConfig(StackConfig):
         """`num_decoder_layers` with its default filled in."""
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
+    @property
+    def written_tokens(self) -> int:
+        """How many ids a target may have: all, or those before a start token that is the last of them (Marian's padding)."""
+        return self.vocab_size - (self.start_token == self.vocab_size - 1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VaswaniConfig(EncoderDecoderConfig):
