@@ -256,11 +256,8 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 def test_a_byte_model_is_written_with_a_vocabulary_of_bytes(tmp_path):
     from tokenizers import Tokenizer
 
-    from train.data.tokenizer import ByteTokenizer
-    from train.hf.vocabulary import written as files_of
-
     ours = ByteTokenizer(("[MASK]",))
-    (tmp_path / "tokenizer.json").write_text(files_of(vocabulary.as_subwords(ours), GPT)["tokenizer.json"])
+    (tmp_path / "tokenizer.json").write_text(vocabulary.written(vocabulary.as_subwords(ours), GPT)["tokenizer.json"])
     theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("def f(x):\n\treturn x", "Grüße, 世界! 🙂"):
         assert theirs.encode(text).ids == ours.encode(text).tolist()

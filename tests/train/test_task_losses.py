@@ -147,3 +147,15 @@ def test_an_objective_needs_its_head():
     assert BertConfig(head="tokens").num_labels == 2
     with pytest.raises(ConfigError, match="needs 'tokens'"):
         RunConfig(name="x", model=BertConfig(), objective=ObjectiveConfig(kind="token_classification"))
+
+
+@pytest.mark.parametrize("kind", ["classification", "answer", "choice"])
+def test_a_model_of_one_token_type_reads_pairs(kind, tmp_path):
+    config, batch, _ = batches_and_model(kind, tmp_path)
+    model = make_model(dataclasses.replace(config.model, token_types=1), nnx.Rngs(0))
+    arrays = jax.tree.map(jnp.asarray, batch)
+    assert int(arrays["token_types"].max()) == 1
+    sums, _ = TASK_LOSSES[kind](model, arrays, LossConfig())
+    plain = arrays if kind != "classification" else arrays | {"token_types": jnp.zeros_like(arrays["token_types"])}
+    assert np.isfinite(float(sums.loss))
+    assert float(sums.loss) == float(TASK_LOSSES[kind](model, plain, LossConfig())[0].loss)
