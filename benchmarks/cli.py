@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("finetuning-step", _finetuning_step, "a step of fine-tuning an encoder beside torch's", rounds=7)
     sub.add_argument("--steps", type=_positive, default=3, help="steps in a turn (3)")
     command("embedding", _embedding, "texts to vectors beside sentence-transformers, with the same weights", rounds=3)
+    text = "an imported encoder under fsdp and tensor parallelism beside transformers on one device"
+    sub = commands.add_parser("import-layouts", help=text, description=text)
+    sub.set_defaults(call=_import_layouts)
+    sub.add_argument("--devices", type=_positive, default=8, metavar="N", help="virtual devices to make of the CPU (8)")
     command("decode", _decode, "greedy decoding beside transformers' generate", rounds=5)
     command("data", _data, "the loader alone beside the step", rounds=3)
     command("compile", _compile, "compile time of the step at 6 and 48 layers", rounds=3)
@@ -133,6 +137,15 @@ def _finetuning_step(options: argparse.Namespace) -> None:
     from benchmarks.encoders import step
 
     step.run(options.rounds, options.steps)
+
+
+def _import_layouts(options: argparse.Namespace) -> None:
+    from train.runtime import set_up_devices
+
+    set_up_devices(options.devices)
+    from benchmarks.encoders import layouts
+
+    layouts.run(options.devices)
 
 
 def _embedding(options: argparse.Namespace) -> None:

@@ -57,6 +57,10 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield what, f"{values['median']:.1%}", f"{values['min']:.1%} to {values['max']:.1%}, {values['seeds']} seeds"
     if "finetuning_ratio_to" in result:
         yield "fine-tuning step, speed over torch", *_figure(result["finetuning_ratio_to"]["torch"], "{:.2f}×")
+    for layout, found in result.get("import_layouts", {}).items():
+        what = f"imported encoder, {layout} on {result['devices']} devices"
+        yield f"{what}, largest difference", f"{found['largest_difference']:.1e}", ""
+        yield f"{what}, least cosine", f"{found['least_cosine']:.7f}", ""
     if "embedding_ratio" in result:
         yield "embedding, texts/s over sentence-transformers'", *_figure(result["embedding_ratio"], "{:.2f}×")
     if "auto_over_best" in result:

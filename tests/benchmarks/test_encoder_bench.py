@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks import record
 from benchmarks.cli import main
-from benchmarks.encoders import quality, step
+from benchmarks.encoders import layouts, quality, step
 from benchmarks.report import report
 from tests.hf.ours import BERT, written
 from tests.train.test_hf_import import BERT_SPECIAL, WORDS, tokenizer_json
@@ -67,3 +67,14 @@ def test_embedding_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     assert main(["embedding", "--rounds", "1"]) == 2
     assert "pip install --no-deps sentence-transformers" in capsys.readouterr().err
+
+
+@pytest.mark.torch
+def test_an_import_in_layouts_beside_transformers(tmp_path, results):
+    folder = tmp_path / "bert"
+    written(dataclasses.replace(BERT, max_length=64, num_heads=4), folder, extra={"pad_token_id": 0})
+    tokenizer_json(folder, BERT_SPECIAL)
+    result = layouts.run(8, str(folder), texts=[" ".join(WORDS[: 1 + n % 9]) for n in range(layouts.TEXTS)])
+    for found in result["import_layouts"].values():
+        assert found["largest_difference"] < 1e-5 * found["largest_number"] and found["least_cosine"] > 0.99999
+    assert "imported encoder, tensor on 8 devices" in report(results)
