@@ -60,7 +60,8 @@ def test_all_arms_are_scored_on_the_same_documents(tmp_path, results, capsys):
     assert "tiny, held-out accuracy, LoRA, median" in report(results)
     capsys.readouterr()
     quality.run(1, str(tmp_path / "runs"), config=path, source=str(folder))
-    assert len(list(tmp_path.rglob("output.txt"))) == 2
+    runs = {path.parent.name for path in tmp_path.rglob("output.txt")}
+    assert runs == {"manyheads-0", *(f"LoRA-{rate:g}-0" for rate in quality.ADAPTER_RATES)}
 
 
 def test_embedding_says_what_is_missing(monkeypatch, capsys):
