@@ -61,11 +61,12 @@ def kept(path: Path) -> Any:
 
 def once(path: Path, work: Callable[[], dict[str, float]]) -> dict[str, float]:
     """The figures that `work` finds, with its seconds; where they are kept already, those."""
-    if kept(path) is None:
+    if (figures := kept(path)) is None:
         start = time.monotonic()
         figures = work()
-        keep(path, figures | {"seconds": time.monotonic() - start})
-    return kept(path)
+        figures |= {"seconds": time.monotonic() - start}
+        keep(path, figures)
+    return figures
 
 
 def folder_of(directory: str, *settings: Any) -> Path:

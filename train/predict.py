@@ -48,8 +48,8 @@ _OF_HEADS: dict[str, tuple[Kind, dict[str, Any]]] = {
 """What an import with a head tells, and the fields of its documents."""
 _LONGEST = 512
 """Tokens of the longest row of an import, whose attention may reach much further."""
-_LENGTHS, _FRAME = 64, 4
-"""Tokens of which a row has a multiple where all documents are short; the most special tokens in it."""
+_LENGTHS = 64
+"""Tokens of which a row has a multiple where all documents are short."""
 
 
 def predict(run: Path, file: str, out: Path | None = None, step: str = "latest") -> None:
@@ -124,7 +124,7 @@ def predictions(loaded: LoadedRun, documents: Sequence[Document], name: str) -> 
         raise UserError(
             f"{name}: its documents have {array.others} choices; the model was trained on {objective.num_choices}"
         )
-    length = min(config.sequence_length, _row_length(array))
+    length = min(config.sequence_length, _row_length(array, loaded.tokenizer))
     examples = task_rows(array, loaded.tokenizer, length, objective, shown=True)
     graphdef = graphdef_of(functools.partial(make_model, config.model))
     parts = []
@@ -153,10 +153,10 @@ def _as_task(config: RunConfig) -> RunConfig:
     )
 
 
-def _row_length(array: TokenArray) -> int:
+def _row_length(array: TokenArray, tokenizer: Tokenizer) -> int:
     """What a row takes that holds any of the documents whole."""
     longest = sum(int(text_sizes(side).max()) for side in (array, array.target) if side is not None)
-    return -(-(longest + _FRAME) // _LENGTHS) * _LENGTHS
+    return -(-(longest + 2 + tokenizer.separators) // _LENGTHS) * _LENGTHS
 
 
 def array_of(documents: Sequence[Document], tokenizer: Tokenizer, name: str) -> TokenArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import tempfile
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from flax import nnx
 
 from benchmarks.encoders.reviews import MINILM, sentences
 from benchmarks.record import save
+from train.data.tokenizer import CLS, SEP, Tokenizer
 from train.hf.bring import bring
 from train.hf.source import fetch
 from train.mesh import MeshConfig, batch_sharding, shard_batch, use_mesh
-from train.run_files import load_run
-from transformer.models.bert import BertConfig
+from train.run_files import LoadedRun, load_run
+from transformer.functional import graphdef_of
 from transformer.models.families import make_model
 from transformer.models.heads import embedding_of
 
@@ -43,41 +45,48 @@ def run(devices: int, source: str = MINILM, *, texts: Sequence[str] | None = Non
     }
     texts = list(itertools.islice(sentences(), TEXTS)) if texts is None else texts
     theirs = transformers.AutoModel.from_pretrained(fetch(source), attn_implementation="eager").eval()
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         run = bring(source, Path(folder) / "run", verify=False)
-        config = load_run(run).config
+        one = load_run(run)
+        tokens, valid = _rows(one.tokenizer, texts)
+        with torch.no_grad():
+            inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(valid)}
+            expected = theirs(**inputs).last_hidden_state.numpy()
+        means = (expected * valid[..., None]).sum(1) / valid.sum(1, keepdims=True)
+        means /= np.linalg.norm(means, axis=1, keepdims=True)
+        found = {}
         for name, mesh in layouts.items():
-            loaded = load_run(run, like=dataclasses.replace(config, mesh=mesh))
-            model = loaded.config.model
-            assert isinstance(model, BertConfig)
-            cls, sep = (loaded.tokenizer.special(one) for one in ("[CLS]", "[SEP]"))
-            rows = [[cls, *ids.tolist()[: LENGTH - 2], sep] for ids in loaded.tokenizer.encode_batch(texts)]
-            tokens, valid = (np.zeros((TEXTS, LENGTH), np.int32) for _ in range(2))
-            for number, row in enumerate(rows):
-                tokens[number, : len(row)], valid[number, : len(row)] = row, 1
-            with use_mesh(loaded.mesh, mesh.rules):
-                graphdef = nnx.split(nnx.eval_shape(lambda model=model: make_model(model, nnx.Rngs(0))))[0]
-                placed = batch_sharding(loaded.mesh, mesh.rules)
-                batch = shard_batch({"tokens": tokens, "valid": valid}, placed)
-
-                @jax.jit
-                def encode(params: nnx.State, batch: Any, graphdef: Any = graphdef) -> tuple[Any, Any]:
-                    hidden, _ = nnx.merge(graphdef, params).hidden(batch["tokens"], segments_BT=batch["valid"])
-                    return hidden, embedding_of(hidden, batch["valid"] > 0)
-
-                hidden, vectors = jax.device_get(encode(loaded.params, batch))
-            with torch.no_grad():
-                inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(valid)}
-                other = theirs(**inputs).last_hidden_state.numpy()
-            real = valid > 0
-            means = (other * valid[..., None]).sum(1) / valid.sum(1, keepdims=True)
-            cosines = (vectors * means).sum(1) / np.linalg.norm(means, axis=1)
+            loaded = load_run(run, like=dataclasses.replace(one.config, mesh=mesh))
+            hidden, vectors = _encoded(loaded, mesh, {"tokens": tokens, "valid": valid})
             found[name] = {
-                "largest_difference": float(np.abs(hidden - other)[real].max()),
-                "largest_number": float(np.abs(other[real]).max()),
-                "least_cosine": float(cosines.min()),
+                "largest_difference": float(np.abs(hidden - expected)[valid > 0].max()),
+                "largest_number": float(np.abs(expected[valid > 0]).max()),
+                "least_cosine": float((vectors * means).sum(1).min()),
             }
     result = {"source": source, "devices": devices, "texts": TEXTS, "import_layouts": found}
     save("import_layouts", f"manyheads-bench import-layouts --devices {devices}", result)
     return result
+
+
+def _rows(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """A text a row, and where it stands."""
+    cls, sep = tokenizer.special(CLS), tokenizer.special(SEP)
+    tokens, valid = (np.zeros((len(texts), LENGTH), np.int32) for _ in range(2))
+    for number, ids in enumerate(tokenizer.encode_batch(texts)):
+        row = [cls, *ids.tolist()[: LENGTH - 2], sep]
+        tokens[number, : len(row)], valid[number, : len(row)] = row, 1
+    return tokens, valid
+
+
+def _encoded(loaded: LoadedRun, mesh: MeshConfig, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states and embeddings by the model, as it is laid out."""
+    graphdef = graphdef_of(functools.partial(make_model, loaded.config.model))
+
+    @jax.jit
+    def encode(params: nnx.State, batch: Any) -> tuple[Any, Any]:
+        hidden, _ = nnx.merge(graphdef, params).hidden(batch["tokens"], segments_BT=batch["valid"])
+        return hidden, embedding_of(hidden, batch["valid"] > 0)
+
+    with use_mesh(loaded.mesh, mesh.rules):
+        placed = shard_batch(batch, batch_sharding(loaded.mesh, mesh.rules))
+        return jax.device_get(encode(loaded.params, placed))

@@ -56,5 +56,5 @@ class TextPairs(TaskRows):
     @property
     def efficiency(self) -> float:
         # Each side has a row of its own, with both special tokens.
-        used = sum(int(side.sizes.sum()) + 2 * len(self) for side in self.sides)
+        used = sum(int(side.sizes.sum()) + self.frame(1) * len(self) for side in self.sides)
         return used / max(1, 2 * len(self) * self.length)

@@ -75,15 +75,14 @@ class Labels:
             what = "words have a tag and" if self._kind == "tags" else "answers have"
             say(f"{self._lost} {what} no token in this vocabulary", shown=shown)
         names: tuple[str, ...] = ()
-        new_number = None
         if self._choices:
             names = _names_of_choices(self._numbers, self._choices)
-            new_number = np.array([*(names.index(name) for name in self._numbers), NONE], np.int32)
         elif self._kind in ("class", "tags"):
-            names, new_number = self._named()
+            names = self._names()
+        new_number = np.array([*(names.index(name) for name in self._numbers), NONE], np.int32)
         for (split, source), own in self._found.items():
             values = np.frombuffer(own, np.float32 if self._kind == "number" else np.int32)
-            if new_number is not None:
+            if names:
                 values = new_number[values]
             path = labels_path(directory, split, source)
             np.save(path, values.reshape(-1, 2) if self._kind == "answers" else values)
@@ -93,8 +92,8 @@ class Labels:
     def _number(self, name: str) -> int:
         return self._numbers.setdefault(name, len(self._numbers))
 
-    def _named(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """The names of the training documents' classes, sorted, and the place of each class among them; last, none's."""
+    def _names(self) -> tuple[str, ...]:
+        """Of the training documents' classes, or tags, sorted. Raises `UserError` where a held-out one has another."""
         found = list(self._numbers)
         known = {number for (split, _), own in self._found.items() if split == "train" for number in set(own)} - {NONE}
         names = tuple(sorted(found[number] for number in known))
@@ -106,7 +105,7 @@ class Labels:
                 f"data: held-out documents are {what[0]} {unseen[0]!r}, training documents only of {', '.join(names)}; hold "
                 f"out fewer, or {what[1]}"
             )
-        return names, np.array([*(names.index(name) for name in found), NONE], np.int32)
+        return names
 
 
 def _names_of_choices(labels: Iterable[str], count: int) -> tuple[str, ...]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from flax import nnx
 
 from train.config import dump
-from train.data.cache import whole_folder
+from train.data.cache import check_new, whole_folder
 from train.hf import card
 from train.hf.bring import record_of
 from train.hf.export import exported_tokenizer, origin_of
+from train.hf.source import WHEEL
 from train.hf.vocabulary import written
 from train.mesh import use_mesh
 from train.program import trained_of
@@ -39,8 +40,7 @@ def export_adapter(
     from safetensors.numpy import save_file
 
     directory = run / "peft" if directory is None else directory
-    if directory.exists():
-        raise UserError(f"{directory}: it exists already; choose another --out, or delete it")
+    check_new(directory, "--out")
     loaded = load_run(run, step, merge_adapters=False)
     config = loaded.config
     if config.adapter is None:
@@ -52,12 +52,7 @@ def export_adapter(
     architecture = checkpoint.architecture_of(config.model, model_type or origin_of(run, loaded))
     name = architecture.class_of(config.model)
     assert name is not None
-    base, revision = record_of(Path(config.init_from)).get("source", "wheel:"), ""
-    if own := base.startswith("wheel:"):
-        # Of another run, or of a wheel, there is no such folder before it is exported.
-        base = str(Path(config.init_from, "huggingface"))
-    elif not Path(base).is_dir():
-        base, _, revision = base.partition("@")
+    base, revision = _base_of(Path(config.init_from))
     ours = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(loaded.params)}
     frozen = trained_of(config, functools.partial(make_adapted, config.model, config.adapter)).frozen
     # A base that has another head lacks these, trained or not.
@@ -74,8 +69,24 @@ def export_adapter(
         files["README.md"] = card.text(loaded, run, name, architecture.model_type, base=base)
         for place, text in files.items():
             (partial / place).write_text(text, encoding="utf-8")
-    if own and not Path(base).exists():
+    if base == str(_exported(Path(config.init_from))) and not Path(base).exists():
         print(f"  note: the base that they belong on is written by: manyheads export {config.init_from}")
     count = sum(tensor.size for tensor in found.tensors.values())
     print(f"written to {directory}: {count:,} numbers; peft.PeftModel.from_pretrained(BASE, {str(directory)!r})")
     return directory
+
+
+def _base_of(run: Path) -> tuple[str, str]:
+    """What adapters that began with a run's weights belong on, as `from_pretrained` takes it, and its revision on the hub."""
+    source = record_of(run).get("source")
+    if source is None or source.startswith(WHEEL):
+        return str(_exported(run)), ""
+    if Path(source).is_dir():
+        return source, ""
+    name, _, revision = source.partition("@")
+    return name, revision
+
+
+def _exported(run: Path) -> Path:
+    """Where `manyheads export` writes a run."""
+    return run / "huggingface"

@@ -12,7 +12,7 @@ from flax import nnx
 
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
-from train.data.cache import whole_folder
+from train.data.cache import check_new, whole_folder
 from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig
 from train.data.tokenizer import Tokenizer, TokenizerConfig
@@ -23,7 +23,7 @@ from train.sections import CheckpointConfig
 from train.state import abstract_params
 from transformer.errors import UserError
 from transformer.hf import checkpoint
-from transformer.hf.checkpoint import Checkpoint
+from transformer.hf.checkpoint import Checkpoint, read_mapping
 from transformer.models.bert import BertConfig
 from transformer.models.families import count_parameters, make_model
 
@@ -48,8 +48,7 @@ def bring(
     """
     name = source.name_of(given)
     directory = Path("runs", name) if directory is None else directory
-    if directory.exists():
-        raise UserError(f"{directory}: it exists already; choose another --run-dir, or delete it")
+    check_new(directory, "--run-dir")
     folder = source.fetch(given, sha256)
     read = _with_pooling(checkpoint.read(folder, head=head))
     tokenizer = tokenizer_of(folder, read.data, read.config.vocab_size)
@@ -90,15 +89,9 @@ def _with_pooling(read: Checkpoint) -> Checkpoint:
     config = read.config
     if not isinstance(config, BertConfig) or config.head != "embedding" or not path.exists():
         return read
-    try:
-        about = json.loads(path.read_text("utf-8"))
-        length = json.loads((read.folder / "sentence_bert_config.json").read_text("utf-8")).get("max_seq_length")
-    except FileNotFoundError:
-        length = None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(about, dict):
-        raise UserError(f"{path}: no mapping of fields")
+    about = read_mapping(path)
+    lengths = read.folder / "sentence_bert_config.json"
+    length = read_mapping(lengths).get("max_seq_length") if lengths.exists() else None
     if isinstance(length, int) and length < read.config.max_length:
         note = f"sentence-transformers cuts texts after {length} tokens there; here they have {read.config.max_length}"
         read = dataclasses.replace(read, notes=[*read.notes, note])

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from train.config import dump
-from train.data.cache import whole_folder
+from train.data.cache import check_new, whole_folder
 from train.data.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from train.hf import card, parity
 from train.hf.bring import record_of
@@ -46,8 +46,7 @@ def export(
             written.
     """
     directory = run / "huggingface" if directory is None else directory
-    if directory.exists():
-        raise UserError(f"{directory}: it exists already; choose another --out, or delete it")
+    check_new(directory, "--out")
     if dtype not in DTYPES:
         raise UserError(f"--dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     loaded = load_run(run, step)

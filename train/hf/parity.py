@@ -5,6 +5,7 @@ B batch, T position, S source position.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
 from transformer.decode.translator import Translator
 from transformer.errors import UserError
+from transformer.functional import graphdef_of
 from transformer.hf.checkpoint import Checkpoint
 from transformer.hf.mapping import to_theirs
 from transformer.models.bert import BertConfig
@@ -103,7 +105,7 @@ def _compared(read: Checkpoint, params: nnx.State, tokenizer: Tokenizer | None) 
             f"{read.folder}: transformers {transformers.__version__} does not load it: {str(error).splitlines()[0]}; import it "
             "with --no-verify to do without the comparison"
         ) from None
-    model = nnx.merge(nnx.split(nnx.eval_shape(lambda: make_model(read.config, nnx.Rngs(0))))[0], params)
+    model = nnx.merge(graphdef_of(functools.partial(make_model, read.config)), params)
     compare = {"gpt": _decoder, "bert": _encoder}.get(read.config.family, _encoder_decoder)
     found: dict[str, Any] = {"versions": {"transformers": transformers.__version__, "torch": torch.__version__}}
     rows = {"random": _random(read, tokenizer)}

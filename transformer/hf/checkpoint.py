@@ -105,10 +105,15 @@ def read(folder: Path, *, head: str | None = None) -> Checkpoint:
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json. Raises `UserError` where there is none."""
     path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no config.json in this folder, so no Hugging Face checkpoint")
+    return read_mapping(path)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON file of fields. Raises `UserError` where it is none."""
     try:
         data = json.loads(path.read_text("utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no config.json in this folder, so no Hugging Face checkpoint") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(data, dict):

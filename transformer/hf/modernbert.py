@@ -13,6 +13,12 @@ from transformer.models.bert import BertConfig
 
 _PERIODS = {"full_attention": ("global_rope_theta", 160_000.0), "sliding_attention": ("local_rope_theta", 10_000.0)}
 
+_HEADS = {
+    "masked": ("masked_head", "dense"), "classification": ("pooled_head", "pooler"), "choice": ("pooled_head", "pooler"),
+    "tokens": ("token_head", "dense"), "answer": ("token_head", "dense"),
+}  # fmt: skip
+"""Head → our module, and the layer in it that all of theirs begin with."""
+
 
 def _read(theirs: Theirs, head: Any) -> BertConfig:
     theirs.must("tie_word_embeddings", [True], True)
@@ -90,19 +96,15 @@ def _tables(c: BertConfig) -> Tables:
     attention = f"{BLOCKS}.attention"
     heads: list[Rule] = []
     copies = {}
-    if c.head == "masked":
-        heads += linear("head.dense", "masked_head.dense", use_bias=c.head_bias)
-        heads += norm("head.norm", "masked_head.norm", use_bias=c.head_bias)
-        heads += [Rule("decoder.bias", ("masked_head.bias",), Vector())]
-        copies = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
-    if c.head in ("classification", "choice"):
-        heads += linear("head.dense", "pooled_head.pooler", use_bias=c.head_bias)
-        heads += norm("head.norm", "pooled_head.norm", use_bias=c.head_bias)
-        heads += linear("classifier", "pooled_head.out")
-    if c.head in ("tokens", "answer"):
-        heads += linear("head.dense", "token_head.dense", use_bias=c.head_bias)
-        heads += norm("head.norm", "token_head.norm", use_bias=c.head_bias)
-        heads += linear("classifier", "token_head.out")
+    if c.head != "embedding":
+        head, dense = _HEADS[c.head]
+        heads += linear("head.dense", f"{head}.{dense}", use_bias=c.head_bias)
+        heads += norm("head.norm", f"{head}.norm", use_bias=c.head_bias)
+        if c.head == "masked":
+            heads += [Rule("decoder.bias", ("masked_head.bias",), Vector())]
+            copies = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
+        else:
+            heads += linear("classifier", f"{head}.out")
     rules = rules_of(
         Rule("model.embeddings.tok_embeddings.weight", ("embed.table",), TableLayout()),
         norm("model.embeddings.norm", "embed_norm", use_bias=of_norms),
