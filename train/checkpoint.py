@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -39,6 +40,8 @@ _STORED = {"loss": "nll"}
 """Names that metrics have on disk where those are others."""
 _STEP = "step"
 """What stands beside them there."""
+_SMALL = 2**20
+"""Bytes up to which an array is written by one device."""
 
 
 class Checkpoints:
@@ -142,7 +145,7 @@ class Checkpoints:
             UserError: the disk is full or read-only, now or while the previous checkpoint was written.
         """
         # Whatever a mesh makes of it, on disk a stack has its layers in their order.
-        state = in_order(state)
+        state = jax.tree.map(_one_copy, in_order(state))
         meta = {
             "step": step,
             "config": to_data(config),
@@ -218,6 +221,16 @@ class Checkpoints:
         """The parameters to use (their moving average, where the run keeps one), laid out as `abstract` says."""
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
         return self._manager.restore(step, args=args)["params"]
+
+
+def _one_copy(array: jax.Array) -> jax.Array:
+    """A small array as one device has it, where all of them are of this process and have all of it.
+
+    Of copies, orbax writes a slice from each device, which is worth its program for each slice only where the array is large.
+    """
+    if array.is_fully_addressable and array.is_fully_replicated and array.nbytes < _SMALL:
+        return array.addressable_data(0)
+    return array
 
 
 @dataclasses.dataclass
