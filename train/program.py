@@ -54,7 +54,7 @@ class Program:
         self.abstract = described(self.make_state)
         staged, V = self.abstract, schedule.stages_per_device
         if V > 1:
-            staged = described(lambda key: in_stages(self.make_state(key), V))
+            staged = described(lambda key, params: in_stages(self.make_state(key, params), V))
         with nnx.logical_axis_rules(config.mesh.gradient_rules):
             gradients = lay_out(trained.of(staged.params), mesh)
         with nnx.logical_axis_rules(config.mesh.optimizer_rules):
@@ -123,7 +123,7 @@ def described_state(config: RunConfig) -> TrainState:
     """Shapes of a config's whole state, wherever it will lie."""
     make = functools.partial(make_adapted, config.model, config.adapter)
     _, make_state = _state_of(config, make, trained_of(config, make))
-    return jax.eval_shape(make_state, jax.random.key(0))
+    return jax.eval_shape(make_state, jax.random.key(0), None)
 
 
 def trained_of(config: RunConfig, make: ModelFactory) -> Trained:

@@ -60,13 +60,13 @@ def state_maker(
     return make
 
 
-def describe(make: Callable[[], Any], mesh: Mesh) -> Any:
+def describe(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
     """Shapes, types and shardings of what `make` returns, under the logical rules in force, with no array made.
 
     Raises:
         UserError: a dim that its mesh axis does not divide.
     """
-    return lay_out(jax.eval_shape(make), mesh)
+    return lay_out(jax.eval_shape(make, *arguments), mesh)
 
 
 def lay_out(abstract: Any, mesh: Mesh) -> Any:
@@ -85,7 +85,8 @@ def abstract_state(
         optimizer_rules: by which the optimiser's statistics and the moving average are laid out; those in force by default.
         offload_optimizer: the statistics are in the host's memory.
     """
-    abstract = describe(lambda: make_state(jax.random.key(0)), mesh)
+    # The arguments are those of `init_state`, so that JAX traces the function once for both.
+    abstract = describe(make_state, mesh, jax.random.key(0), None)
     if optimizer_rules is not None:
         with nnx.logical_axis_rules(optimizer_rules):
             opt_state, ema = lay_out((abstract.opt_state, abstract.ema), mesh)
