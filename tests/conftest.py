@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
 import os
@@ -32,6 +33,8 @@ os.environ["MANYHEADS_CACHE"] = tempfile.mkdtemp(prefix="manyheads-tests-")
 
 import jax
 import pytest
+
+from tests.devices import on_one_device
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -70,3 +73,10 @@ def _programs_do_not_pile_up():
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def one_device(request):
+    """Whatever a test runs takes one device, unless the test is marked with `all_devices`."""
+    with contextlib.nullcontext() if request.node.get_closest_marker("all_devices") else on_one_device():
+        yield

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.devices import on_one_device
 from train.config import load
 from train.data.prepare import DataConfig
 from train.data.source import SourceConfig
@@ -73,7 +75,9 @@ def test_it_trains_a_step(path, folder, tmp_path):
         evaluation=dataclasses.replace(config.evaluation, translations=0),
         sample=dataclasses.replace(config.sample, max_tokens=0),
     )
-    finished = train(small)
+    # What is there to plan with says how many devices lie where.
+    with contextlib.nullcontext() if path.parent.name == "scale" else on_one_device():
+        finished = train(small)
     assert finished.step == 1
     assert finished.scores.loss < 7
 

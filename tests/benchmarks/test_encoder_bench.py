@@ -18,6 +18,8 @@ from tests.train.test_hf_import import BERT_SPECIAL, WORDS, tokenizer_json
 from train.config import RunConfig
 from train.data.objective_config import ObjectiveConfig
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(autouse=True)
 def results(tmp_path, monkeypatch):
@@ -70,6 +72,7 @@ def test_embedding_says_what_is_missing(monkeypatch, capsys):
     assert "pip install --no-deps sentence-transformers" in capsys.readouterr().err
 
 
+@pytest.mark.all_devices
 @pytest.mark.torch
 def test_an_import_in_layouts_beside_transformers(tmp_path, results):
     folder = tmp_path / "bert"

@@ -12,8 +12,11 @@ from benchmarks.cli import main
 from benchmarks.history import findings, models, stages, tasks
 from benchmarks.history import run as program
 from benchmarks.history.models import ENTRIES, TOLERANCE, chosen, solve
+from tests.devices import on_one_device
 from transformer.errors import UserError
 from transformer.models.families import count_parameters
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 NAMES = ("bahdanau", "delta")
 
@@ -22,7 +25,7 @@ NAMES = ("bahdanau", "delta")
 def compared(tmp_path_factory):
     """Two models on a few synthetic pairs: the figures, the folder of the results, and that of the runs."""
     results, runs = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, on_one_device():
         patch.setattr(record, "RESULTS", results)
         return _compare(runs), results, runs
 

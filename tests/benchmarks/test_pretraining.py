@@ -15,6 +15,8 @@ from train.config import dump
 from train.data.tokenizer import TokenizerConfig
 from transformer.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
 
 from train.config import RunConfig
 from train.data.objective_config import ObjectiveConfig
@@ -15,6 +16,7 @@ from train.data.source import SourceConfig
 from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
 from train.optimizer import OptimizerConfig
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from train.trained import dotted
 from transformer.models.bert import BertConfig
 
 SPECIAL = (MASK, CLS, SEP)
@@ -70,3 +72,8 @@ def classifier_of(texts, folder, **changes) -> RunConfig:
         evaluation=EvaluationConfig(every=20), checkpoint=CheckpointConfig(every=20),
     )  # fmt: skip
     return dataclasses.replace(tuned, **changes)
+
+
+def by_path(params):
+    """Dotted name → array."""
+    return {dotted(path): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(params)}

@@ -13,6 +13,8 @@ from train.data.tokenizer import ByteTokenizer
 from train.labels import labels
 from transformer.interpret.capture import readable
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def test_all_layers_and_heads(whole, capsys, tmp_path):
     assert main(["attend", str(whole), "--text", "value_3 = 5", "--out", str(tmp_path / "look" / "here")]) == 0

@@ -28,6 +28,8 @@ from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, Sample
 from transformer.errors import ConfigError, UserError
 from transformer.models.bert import BertConfig
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 MODEL = BertConfig(**SMALL, head="embedding", pooling="mean")
 
 
@@ -109,6 +111,7 @@ def test_loss_and_count_by_definition(padding):
     assert float(sums.correct) == (scores.argmax(1) == np.arange(real)).sum() > 0
 
 
+@pytest.mark.all_devices
 @pytest.mark.parametrize(
     "mesh",
     [

@@ -12,6 +12,8 @@ from tests.train.run_records import records
 from train.cli import main
 from train.run_files import read_origin
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def other(whole, config_file, tmp_path_factory):

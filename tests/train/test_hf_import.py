@@ -30,6 +30,8 @@ from transformer.errors import UserError
 from transformer.hf import checkpoint
 from transformer.models.families import make_model
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "dogs", "run", "over", "hills", "far", "away"]
 
 
@@ -111,6 +113,7 @@ def test_a_config_begins_from_an_import_and_not_in_its_folder(imported, tmp_path
     assert "| accuracy |" in (out / "README.md").read_text()
 
 
+@pytest.mark.all_devices
 @pytest.mark.parametrize("strategy", ["fsdp", "tensor"])
 def test_eight_devices_compute_what_one_does(imported, strategy):
     texts = ["the cat sat", "a mat", "dogs run over hills far away " * 3]
@@ -343,6 +346,7 @@ def test_marians_padding_is_read_and_never_written(tmp_path, capsys):
     assert told[: len(found[0].tokens)] == list(found[0].tokens)[:8]
 
 
+@pytest.mark.all_devices
 @pytest.mark.torch
 def test_the_comparison_runs_whatever_the_mesh_and_the_type(bert, tmp_path, capsys):
     import transformers

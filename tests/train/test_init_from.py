@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.devices import on_one_device
 from tests.train.fine_tuning import SMALL, SPECIAL, classifier_of, config_of, write_texts
 from train.cli import main
 from train.config import RunConfig, dump
@@ -30,6 +31,8 @@ from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
 from transformer.models.gpt import GPTConfig
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
@@ -40,7 +43,8 @@ def texts(tmp_path_factory):
 def encoder(texts, tmp_path_factory):
     """The folder of a masked language model."""
     folder = tmp_path_factory.mktemp("runs") / "encoder"
-    train(config_of(texts, folder))
+    with on_one_device():
+        train(config_of(texts, folder))
     return folder
 
 
@@ -64,6 +68,7 @@ def stored(run, step="latest") -> dict:
     return {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(load_run(run, step).params)}
 
 
+@pytest.mark.all_devices
 @pytest.mark.parametrize("strategy", ["dp", "fsdp"])
 def test_the_encoder_is_taken_and_the_head_begins_afresh(texts, encoder, tmp_path, strategy):
     mesh = MeshConfig(strategy=strategy)

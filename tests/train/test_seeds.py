@@ -12,6 +12,8 @@ from tests.train.run_records import records
 from train import loop, seeds
 from train.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def command(config_file, folder, *arguments):
     small = (

@@ -26,6 +26,8 @@ from train.run_files import read_metrics
 from train.sections import CheckpointConfig
 from transformer.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

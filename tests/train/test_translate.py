@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
+from tests.devices import on_one_device
 from tests.train.run_records import records
 from train.cli import main
 from train.config import RunConfig, load
@@ -24,6 +25,8 @@ from transformer.errors import UserError
 from transformer.models.encoder_decoder import VaswaniConfig
 from transformer.models.families import make_model
 from transformer.models.recurrent import RecurrentConfig
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 DATA = DataConfig(
     sources=(SourceConfig(kind="synthetic", limit=300),),
@@ -53,7 +56,8 @@ def config_of(directory: Path, name: str) -> RunConfig:
 @pytest.fixture(scope="module", params=MODELS)
 def trained(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("pairs") / "run"
-    train(config_of(directory, request.param))
+    with on_one_device():
+        train(config_of(directory, request.param))
     return request.param, directory
 
 
