@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
+from tests.made import made
 from transformer.hf import checkpoint
 from transformer.models.bert import BertConfig
 from transformer.models.encoder_decoder import T5Config
@@ -29,11 +31,7 @@ T5 = T5Config(
 
 def params_of(config, seed=0):
     """Fresh parameters, none of which is as at first."""
-    params = nnx.state(make_model(config, nnx.Rngs(seed)), nnx.Param)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    params = jax.tree.unflatten(tree, moved)
+    _, params = made(functools.partial(make_model, config), seed=seed)
     if not getattr(config, "first_norm", True):
         # Where there is no norm, its gain is 1, and nothing that is written.
         scale = params["layers"]["blocks"]["attention_norm"]["scale"]

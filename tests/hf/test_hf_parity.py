@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from flax import nnx
 
 from tests.hf import peers
 from tests.hf.ours import on_one_device
+from transformer.functional import graphdef_of
 from transformer.hf import checkpoint
 from transformer.models.families import make_model
 
@@ -21,9 +24,8 @@ ROWS, LENGTH, PADDED = 3, 13, 9
 
 def model_of(read):
     """Our model with a checkpoint's parameters."""
-    model = make_model(read.config, nnx.Rngs(0))
-    nnx.update(model, read.params(on_one_device(read.config)))
-    return model
+    graphdef = graphdef_of(functools.partial(make_model, read.config))
+    return nnx.merge(graphdef, read.params(on_one_device(read.config)))
 
 
 def close(ours, theirs):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.made import made
 from train.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
 from transformer.errors import ConfigError
 from transformer.layers.position import RotaryScaling
-from transformer.models.families import count_parameters
+from transformer.models.families import count_parameters, make_model
 from transformer.models.gpt import GPT, GPTConfig, flops_per_token
 from transformer.stack import unstack
 
@@ -42,12 +43,8 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)), jnp.int32)
 
 @functools.cache
 def make(config):
-    """A model with weights large enough that every part of it matters, made by one compiled program."""
-    graphdef, params = jax.jit(lambda: nnx.split(GPT(config, rngs=nnx.Rngs(0))))()
-    rng = np.random.default_rng(1)
-    return graphdef, jax.tree.map(
-        lambda p: jnp.asarray(p + 0.1 * rng.normal(size=p.shape), p.dtype), jax.device_get(params)
-    )
+    """A model with weights large enough that every part of it matters."""
+    return made(functools.partial(make_model, config))
 
 
 @functools.cache

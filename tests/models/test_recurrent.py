@@ -15,11 +15,12 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.made import made
 from train.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
 from transformer.errors import ConfigError
 from transformer.layers.recurrent import KINDS
-from transformer.models.families import count_parameters
-from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator, flops_per_token
+from transformer.models.families import count_parameters, make_model
+from transformer.models.recurrent import RecurrentConfig, flops_per_token
 
 B, S, T, SOURCE_V, V = 3, 7, 6, 23, 19
 BAHDANAU = RecurrentConfig(
@@ -49,8 +50,7 @@ PADDED = {"source_segments_BS": SOURCE_SEGMENTS, "segments_BT": SEGMENTS}
 
 @functools.cache
 def make(config):
-    """The model in two parts, made by one compiled program."""
-    return jax.jit(lambda: nnx.split(RecurrentTranslator(config, rngs=nnx.Rngs(0))))()
+    return made(functools.partial(make_model, config), std=0.3)
 
 
 def of_kind(style, kind, **changes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,12 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 def described_parameters(config: ModelConfig) -> nnx.State:
     """Shapes and types of the parameters of a model, which is not made."""
+    # A state can be changed, so that each caller gets one of its own.
+    return jax.tree.map(lambda leaf: leaf, _described(config))
+
+
+@functools.lru_cache
+def _described(config: ModelConfig) -> nnx.State:
     return jax.eval_shape(lambda: nnx.state(make_model(config, nnx.Rngs(0)), nnx.Param))
 
 
