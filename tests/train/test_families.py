@@ -14,6 +14,7 @@ from flax import nnx
 
 from train.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
 from train.objective import LOSSES, LossConfig
+from transformer.functional import graphdef_of
 from transformer.models.bert import BertConfig
 from transformer.models.electra import ElectraConfig
 from transformer.models.encoder_decoder import T5Config, VaswaniConfig
@@ -98,7 +99,7 @@ def make(config):
 @functools.cache
 def loss_and_gradient(name: str, **changes):
     config, objective = MODELS[name]
-    graphdef, params = make(dataclasses.replace(config, **changes))
+    graphdef = graphdef_of(functools.partial(make_model, dataclasses.replace(config, **changes)))
 
     @jax.jit
     def run(params, batch):
@@ -108,7 +109,7 @@ def loss_and_gradient(name: str, **changes):
 
         return jax.value_and_grad(mean)(params)
 
-    return params, run
+    return make(config)[1], run
 
 
 def assert_close(got, expected, rtol=1e-5, atol=1e-6):

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from tests.devices import on_one_device
 from tests.train.run_records import surroundings
 from tests.train.task_runs import run_of, write_rows
 from train.config import dump
@@ -42,7 +43,7 @@ def config(tmp_path_factory):
     return path
 
 
-def start(config, run, *options, processes=1, devices=8, wait=True):
+def start(config, run, *options, processes=1, devices=4, wait=True):
     """What each process returned and printed; the processes themselves if they are not to be waited for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -82,7 +83,7 @@ def one(config, tmp_path_factory):
 
 def test_two_processes_compute_what_one_does_and_share_one_log(config, one, tmp_path):
     run = tmp_path / "run"
-    first, second = start(config, run, processes=2, devices=4)
+    first, second = start(config, run, processes=2, devices=2)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     # The transport on CPUs prints lines of its own, its threads' mingled, on any process.
     assert "step 4/4" in first[1]
@@ -95,20 +96,20 @@ def test_two_processes_compute_what_one_does_and_share_one_log(config, one, tmp_
 def test_checkpoints_go_from_two_processes_to_one_and_back(config, one, tmp_path):
     run = tmp_path / "run"
     for steps, processes in (("2", 2), ("3", 1), ("4", 2)):
-        ended = start(config, run, "--steps", steps, processes=processes, devices=8 // processes)
+        ended = start(config, run, "--steps", steps, processes=processes, devices=4 // processes)
         assert all(code == 0 for code, _, _ in ended), ended
     assert losses(run)[4, "train/loss"] == pytest.approx(one[4, "train/loss"], rel=1e-5)
 
 
 def test_processes_with_different_configs(config, tmp_path):
-    ended = start(config, tmp_path / "run", "--seed", ("0", "1"), processes=2, devices=4)
+    ended = start(config, tmp_path / "run", "--seed", ("0", "1"), processes=2, devices=1)
     assert [code for code, _, _ in ended] == [2, 2]
     assert "processes 1 have another config than process 0; of process 1: seed: 0 → 1" in ended[0][2]
 
 
 def test_a_process_that_dies_stops_the_others(config, tmp_path):
     run = tmp_path / "run"
-    first, second = start(config, run, "--steps", "100000", processes=2, devices=4, wait=False)
+    first, second = start(config, run, "--steps", "100000", processes=2, devices=1, wait=False)
     deadline = time.monotonic() + 120
     while not (run / "checkpoints").exists() or not any(
         path.name.isdigit() for path in (run / "checkpoints").iterdir()
@@ -148,9 +149,10 @@ def test_flags_that_do_not_go_together(config, tmp_path, options, message):
 def test_a_task_is_scored_over_all_processes(tmp_path):
     kind = "token_classification"
     one = run_of(kind, write_rows(kind, tmp_path), tmp_path / "one", steps=3)
-    train(one)
+    with on_one_device():
+        train(one)
     (tmp_path / "task.yaml").write_text(dump(one))
-    for code, _, errors in start(tmp_path / "task.yaml", tmp_path / "two", processes=2, devices=4):
+    for code, _, errors in start(tmp_path / "task.yaml", tmp_path / "two", processes=2, devices=1):
         assert code == 0, errors
     found = [
         [json.loads(line) for line in (tmp_path / run / "predictions.jsonl").read_text().splitlines()]
