@@ -179,6 +179,7 @@ class Checkpoints:
             "step": 0, "config": to_data(config), "tokenizer": tokenizer, "labels": list(labels),
             "versions": versions(), "source": source,
         }  # fmt: skip
+        params = jax.tree.map(_one_copy, params)
         with _disk_errors(self):
             self._manager.save(
                 0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
