@@ -41,8 +41,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Files of few but long tests. Whoever comes to them last would work on alone.
 _LONG = (
-    "test_processes.py", "test_init_from.py", "test_adapters.py", "test_sharding_measure.py", "test_pretraining.py",
-    "test_history.py", "test_encoder_bench.py", "test_hf_import.py", "test_task_losses.py", "test_tasks.py", "test_loop.py",
+    "test_processes.py", "test_init_from.py", "test_adapter_runs.py", "test_adapters.py", "test_sharding_measure.py",
+    "test_pretraining.py", "test_history.py", "test_encoder_bench.py", "test_hf_import.py", "test_task_losses.py",
+    "test_tasks.py", "test_loop.py",
 )  # fmt: skip
 
 

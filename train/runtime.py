@@ -38,7 +38,9 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
     # What orbax says of its own workings is no news for a user.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    orbax = logging.getLogger("absl")
+    orbax.setLevel(logging.ERROR)
+    orbax.addFilter(_without_traceback)
     if peers is not None:
         join(peers)
     try:
@@ -50,6 +52,12 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
             f"no device of platform {asked!r} here{reason}; choose another with --platform "
             "(cpu, gpu, tpu), or install jax for it: manyheads[cuda13], manyheads[tpu]"
         ) from None
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Orbax logs with their tracebacks exceptions that it raises as well, and whoever catches those says what to do."""
+    record.exc_info = None
+    return True
 
 
 class GracefulStop:

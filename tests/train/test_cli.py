@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 
 import pytest
 
 from train.cli import main
+from train.runtime import set_up_devices
 
 
 def test_generate_streams_one_prompt(whole, capsys):
@@ -78,3 +81,17 @@ def test_prepare_counts_what_it_made(config_file, capsys):
 def test_a_profile_range_that_makes_no_sense(config_file, capsys, text):
     assert main(["train", str(config_file), "--profile", text]) == 2
     assert "--profile" in capsys.readouterr().err
+
+
+def test_what_orbax_logs_of_an_error_is_a_line():
+    set_up_devices()
+    logger, said = logging.getLogger("absl"), io.StringIO()
+    handler = logging.StreamHandler(said)
+    logger.addHandler(handler)
+    try:
+        raise RuntimeError("a peer is gone")
+    except RuntimeError:
+        logger.exception("saving failed")
+    finally:
+        logger.removeHandler(handler)
+    assert said.getvalue() == "saving failed\n"
