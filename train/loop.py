@@ -61,6 +61,7 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finis
 
     Raises:
         UserError: whatever the user can mend, before a step where it can be known then.
+        SystemExit: other processes of the run are lost, and it was said.
     """
     with one_log(), together(config.directory):
         agree_on(config)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,10 @@ from jax.experimental import multihost_utils
 
 from train.config import RunConfig, difference, to_data
 from transformer.errors import UserError
+
+_FAREWELL = "farewell"
+_LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
+"""How JAX begins to tell that a collective failed, as a `JaxRuntimeError` or, from gloo, as a `ValueError`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,34 +90,39 @@ def one_log() -> Iterator[None]:
 def together(folder: Path) -> Iterator[None]:
     """Where the other processes are lost inside, this one ends with a line that says so and how to go on.
 
-    Either a collective fails, or JAX aborts a process whose peers are silent, wherever it is: no code of its own can say more
-    then. A small process beside it does, when it is left without a farewell.
+    Either a collective fails, or JAX aborts a process whose peers are silent, wherever it is, so that no code of its own can say
+    more then; often both, in either order. So it is always a small process beside it that says the line: with what the
+    collective's error was, or once it is left without a farewell.
 
     Args:
         folder: of the run, where its checkpoints are.
 
     Raises:
-        UserError: a collective failed.
+        SystemExit: a collective failed, and it was said.
     """
     if jax.process_count() == 1:
         yield
         return
     message = (
-        f"process {jax.process_index()} of {jax.process_count()} stops, since another one died or cannot be reached (JAX names "
-        f"it, as a task); the same commands go on from the last checkpoint in {folder}"
+        f"manyheads: process {jax.process_index()} of {jax.process_count()} stops, since another one died or cannot be reached "
+        f"(JAX names it, as a task); the same commands go on from the last checkpoint in {folder}"
     )
-    last_words = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
-    command = [sys.executable, "-S", "-c", last_words, f"manyheads: {message}"]
+    last_words = (
+        "import sys; said = sys.stdin.read(); said == sys.argv[2] or print(sys.argv[1] + said, file=sys.stderr)"
+    )
+    command = [sys.executable, "-S", "-c", last_words, message, _FAREWELL]
     with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as beside:
         assert beside.stdin is not None
+        said = _FAREWELL
         try:
             yield
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if not _LOST.match(str(error)):
                 raise
-            raise UserError(f"{message}. {str(error).splitlines()[0][:200]}") from None
+            said = f". {str(error).splitlines()[0][:200]}"
+            raise SystemExit(2) from None
         finally:
-            beside.stdin.write("farewell")
+            beside.stdin.write(said)
 
 
 @contextlib.contextmanager
