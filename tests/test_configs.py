@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.devices import on_one_device
 from train.config import load
 from train.data.prepare import DataConfig
 from train.data.source import SourceConfig
@@ -38,7 +36,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    "path",
+    [
+        # What is there to plan with says how many devices lie where.
+        pytest.param(path, id=path.stem, marks=[pytest.mark.all_devices] if path.parent.name == "scale" else [])
+        for path in CONFIGS
+    ],
+)
 def test_it_trains_a_step(path, folder, tmp_path):
     config = load(path)
     smaller = {
@@ -75,9 +81,7 @@ def test_it_trains_a_step(path, folder, tmp_path):
         evaluation=dataclasses.replace(config.evaluation, translations=0),
         sample=dataclasses.replace(config.sample, max_tokens=0),
     )
-    # What is there to plan with says how many devices lie where.
-    with contextlib.nullcontext() if path.parent.name == "scale" else on_one_device():
-        finished = train(small)
+    finished = train(small)
     assert finished.step == 1
     assert finished.scores.loss < 7
 

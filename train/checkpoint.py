@@ -41,7 +41,7 @@ _STORED = {"loss": "nll"}
 _STEP = "step"
 """What stands beside them there."""
 _SMALL = 2**20
-"""Bytes up to which an array is written by one device."""
+"""Bytes below which an array is written by one device."""
 
 
 class Checkpoints:

@@ -113,8 +113,8 @@ def solve(name: str, budget: int, *, source_vocab_size: int, vocab_size: int, ma
     def config(width: int, fine: int | None = None) -> ModelConfig:
         return entry.make(width, entry.fine(width) if fine is None else fine, **options)
 
-    width = entry.step * _nearest(functools.cache(lambda size: count_parameters(config(entry.step * size)) - budget))
-    fine = _nearest(functools.cache(lambda size: count_parameters(config(width, size)) - budget))
+    width = entry.step * _nearest(lambda size: count_parameters(config(entry.step * size)) - budget)
+    fine = _nearest(lambda size: count_parameters(config(width, size)) - budget)
     found = config(width, fine)
     count = count_parameters(found)
     if abs(count - budget) > TOLERANCE * budget:

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from tests.hf import peers
 from tests.hf.ours import BERT, GPT, MODERN, T5, written
+from tests.made import made
 from transformer.errors import UserError
 from transformer.hf import checkpoint
 from transformer.hf.adapters import to_peft
@@ -48,14 +49,6 @@ CASES = {
 }
 
 
-def moved(params, seed):
-    """Parameters that are all far from their first values."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    pairs = zip(leaves, keys, strict=True)
-    return jax.tree.unflatten(tree, [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in pairs])
-
-
 def kept(found, folder):
     folder.mkdir()
     save_file(found.tensors, str(folder / "adapter_model.safetensors"))
@@ -72,8 +65,8 @@ def test_peft_computes_what_the_merged_model_does(case, tmp_path):
     adapter = AdapterConfig(rank=3, alpha=5.0, **options)
     model_type = case.partition(",")[0]
     base = written(config, tmp_path / "base", model_type=model_type, extra=IDS)
-    described = nnx.state(make_adapted(config, adapter, nnx.Rngs(0)), nnx.Param)
-    ours = dict(nnx.to_flat_state(moved(described, 1)))
+    _, params = made(functools.partial(make_adapted, config, adapter), std=0.2, seed=1)
+    ours = dict(nnx.to_flat_state(params))
     ours |= dict(nnx.to_flat_state(base))
     trained = {path for path in ours if "adapter" in path}
     heads = {path for path in ours if path[0] == "pooled_head"}

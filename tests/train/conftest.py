@@ -1,4 +1,7 @@
-"""A small corpus and a run over it, shared by the tests of the loop."""
+"""A small corpus and a run over it, and texts with an encoder of them, which several files of tests share.
+
+What is of the framework is imported in the fixtures: shapes and types are checked of what comes after pytest's set-up.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.devices import on_one_device
 from tests.train.run_records import surroundings
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +42,26 @@ def corpus(tmp_path_factory):
     for number in range(40):
         lines = [f"value_{rng.integers(10)} = {rng.integers(100)}" for _ in range(20)]
         (folder / f"{number:02}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A file of texts whose class is a word in them."""
+    from tests.train.fine_tuning import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("texts") / "rows.jsonl")
+
+
+@pytest.fixture(scope="session")
+def encoder(texts, tmp_path_factory):
+    """The folder of a masked language model of these texts."""
+    from tests.train.fine_tuning import config_of
+    from train.loop import train
+
+    folder = tmp_path_factory.mktemp("runs") / "encoder"
+    with on_one_device():
+        train(config_of(texts, folder))
     return folder
 
 

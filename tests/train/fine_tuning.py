@@ -1,4 +1,4 @@
-"""A tiny masked language model and a classifier of the same shape."""
+"""A tiny masked language model, a classifier of the same shape, and their parameters by name."""
 
 from __future__ import annotations
 

@@ -10,9 +10,8 @@ import warnings
 import numpy as np
 import pytest
 
-from tests.devices import on_one_device
 from tests.train.fine_tuning import by_path, classifier_of, config_of, write_texts
-from train import loop
+from tests.train.stops import asked_to_stop
 from train.checkpoint import Checkpoints
 from train.cli import main
 from train.config import dump, load
@@ -30,20 +29,6 @@ from transformer.models.bert import BertConfig
 pytestmark = pytest.mark.usefixtures("one_device")
 
 LORA, DORA = AdapterConfig(rank=4), AdapterConfig(rank=4, kind="dora")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
-def encoder(texts, tmp_path_factory):
-    """The folder of a masked language model."""
-    folder = tmp_path_factory.mktemp("runs") / "encoder"
-    with on_one_device():
-        train(config_of(texts, folder))
-    return folder
 
 
 def adapted_classifier(texts, folder, encoder, adapter=LORA, **changes):
@@ -77,24 +62,14 @@ def test_it_begins_as_the_plain_model_does(texts, encoder, tmp_path, adapter):
     assert said.split(" of ")[0] == said_plain.split(" of ")[0]
 
 
-def test_a_run_learns_goes_on_bitwise_and_is_a_plain_model_afterwards(texts, encoder, tmp_path, capsys, monkeypatch):
+def test_a_run_learns_goes_on_bitwise_and_is_a_plain_model_afterwards(texts, encoder, tmp_path, capsys):
     config = adapted_classifier(texts, tmp_path / "tuned", encoder, dataclasses.replace(LORA, dropout=0.1))
     whole = train(config)
     said = capsys.readouterr().out
     assert re.search(r"starting; [\d,]+ of [\d,]+ parameters \(\d+\.\d%\) trained on 1 × cpu", said)
     assert whole.scores.accuracy > 0.8
     half = dataclasses.replace(config, run_dir=str(tmp_path / "half"))
-
-    class Soon(loop.GracefulStop):
-        asked = 0
-        requested = property(lambda self: self.count() > 6, lambda self, value: None)
-
-        def count(self):
-            self.asked += 1
-            return self.asked
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "GracefulStop", Soon)
+    with asked_to_stop(looks=6):
         assert train(half).interrupted
     assert train(half).step == 30
     loaded = load_run(tmp_path / "tuned")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.train.fine_tuning import by_path
 from train.cli import main
 from train.config import RunConfig
 from train.data.objective_config import ObjectiveConfig
@@ -62,10 +63,6 @@ def run(program, steps=3):
             state, metrics = program.train_step(state, batch)
             seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
         return np.array(seen), before, by_path(in_order(state.params)), state
-
-
-def by_path(params):
-    return {dotted(path): np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(params)}
 
 
 def is_frozen(name):

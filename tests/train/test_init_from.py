@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.devices import on_one_device
-from tests.train.fine_tuning import SMALL, SPECIAL, classifier_of, config_of, write_texts
+from tests.train.fine_tuning import SMALL, SPECIAL, classifier_of, config_of
+from tests.train.stops import asked_to_stop
 from train.cli import main
 from train.config import RunConfig, dump
 from train.data.objective_config import ObjectiveConfig
@@ -32,20 +32,6 @@ from transformer.models.families import make_model
 from transformer.models.gpt import GPTConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
-def encoder(texts, tmp_path_factory):
-    """The folder of a masked language model."""
-    folder = tmp_path_factory.mktemp("runs") / "encoder"
-    with on_one_device():
-        train(config_of(texts, folder))
-    return folder
 
 
 def beginning(config: RunConfig) -> tuple[dict, dict, str]:
@@ -91,7 +77,7 @@ def test_what_else_is_another_model_is_said(texts, encoder, tmp_path):
     )
 
 
-def test_a_run_begins_so_learns_and_goes_on_without_beginning_again(texts, encoder, tmp_path, capsys, monkeypatch):
+def test_a_run_begins_so_learns_and_goes_on_without_beginning_again(texts, encoder, tmp_path, capsys):
     config = classifier_of(
         texts,
         tmp_path / "tuned",
@@ -106,12 +92,8 @@ def test_a_run_begins_so_learns_and_goes_on_without_beginning_again(texts, encod
     moved = tmp_path / "encoder"
     shutil.copytree(encoder, moved)
     half = dataclasses.replace(config, run_dir=str(tmp_path / "half"), init_from=str(moved))
-    from train import loop
-
-    stop = loop.GracefulStop
-    monkeypatch.setattr(loop, "GracefulStop", lambda: _StopAt(stop(), after=7))
-    assert train(half).interrupted
-    monkeypatch.setattr(loop, "GracefulStop", stop)
+    with asked_to_stop(looks=6):
+        assert train(half).interrupted
     shutil.rmtree(moved)
     capsys.readouterr()
     assert train(half).step == 40
@@ -119,25 +101,6 @@ def test_a_run_begins_so_learns_and_goes_on_without_beginning_again(texts, encod
     one, other = stored(tmp_path / "tuned"), stored(tmp_path / "half")
     for path, value in one.items():
         np.testing.assert_array_equal(other[path], value)
-
-
-class _StopAt:
-    """A stop that is asked for after so many steps."""
-
-    def __init__(self, stop, after: int) -> None:
-        self._stop, self._left = stop, after
-
-    def __enter__(self):
-        self._stop.__enter__()
-        return self
-
-    def __exit__(self, *arguments):
-        return self._stop.__exit__(*arguments)
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left <= 0
 
 
 def test_a_run_to_begin_with_that_is_missing_is_told_before_its_vocabulary(texts, tmp_path):

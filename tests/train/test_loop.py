@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.train.run_records import records, surroundings
-from train import loop
+from tests.train.stops import asked_to_stop
 from train.checkpoint import Checkpoints
 from train.cli import main
 from train.config import load
@@ -89,19 +89,11 @@ def test_a_signal_saves_and_says_how_to_go_on(start, whole, tmp_path, number):
         assert checkpoints.latest == stopped
 
 
-def test_a_signal_in_the_last_evaluation_does_not_wait_for_its_end(config_file, tmp_path, capsys, monkeypatch):
-    class Late(loop.GracefulStop):
-        """Asked for once the steps are done: each of them but the last asks whether it is."""
-
-        asked = 0
-        requested = property(lambda self: self.count() > 3, lambda self, value: None)
-
-        def count(self):
-            self.asked += 1
-            return self.asked
-
-    monkeypatch.setattr(loop, "GracefulStop", Late)
-    assert cli(config_file, tmp_path / "run", "--steps", "3", "--evaluation.every", "0", "--checkpoint.every", "0") == 0
+def test_a_signal_in_the_last_evaluation_does_not_wait_for_its_end(config_file, tmp_path, capsys):
+    # Once the steps are done.
+    arguments = ("--steps", "3", "--evaluation.every", "0", "--checkpoint.every", "0")
+    with asked_to_stop(looks=3):
+        assert cli(config_file, tmp_path / "run", *arguments) == 0
     said = capsys.readouterr().out
     assert re.search(r"step 3: the evaluation was left after 1 of \d+ batches", said)
     assert "stopped after step 3; the state is saved" in said and "All steps are done" in said

@@ -9,7 +9,8 @@ import statistics
 import pytest
 
 from tests.train.run_records import records
-from train import loop, seeds
+from tests.train.stops import asked_to_stop
+from train import seeds
 from train.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -72,12 +73,9 @@ def test_seeds_that_end_early_are_scored_at_their_ends(config_file, tmp_path):
         assert max(curve) < 9 and result["seeds"][seed]["loss"] == curve[max(curve)]
 
 
-def test_a_signal_stops_all_of_them(config_file, tmp_path, capsys, monkeypatch):
-    class Now(loop.GracefulStop):
-        requested = property(lambda self: True, lambda self, value: None)
-
-    monkeypatch.setattr(loop, "GracefulStop", Now)
-    assert command(config_file, tmp_path / "run", "--seeds", "2") == 0
+def test_a_signal_stops_all_of_them(config_file, tmp_path, capsys):
+    with asked_to_stop(looks=0):
+        assert command(config_file, tmp_path / "run", "--seeds", "2") == 0
     assert "Run the same command again to go on" in capsys.readouterr().out
     assert not (tmp_path / "run" / "seed-6").exists() and not (tmp_path / "run" / seeds.FILE).exists()
 
