@@ -120,7 +120,8 @@ def assert_close(got, expected, rtol=1e-5, atol=1e-6):
 def test_overfits_a_batch(name):
     params, run = loss_and_gradient(name)
     batch = batch_of(MODELS[name][1])
-    optimizer = optax.adam(0.01)
+    # At a higher rate routers may jump late, and the loss with them.
+    optimizer = optax.adam(0.005 if "experts" in name else 0.01)
 
     @jax.jit
     def steps(params, state):
