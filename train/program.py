@@ -18,7 +18,7 @@ from train.mesh import STRATEGIES, MeshConfig, batch_sharding
 from train.optimizer import make_optimizer
 from train.pipeline import StagedStep, one_forward_one_backward, schedule_of
 from train.pmap import make_pmap_step
-from train.state import StateMaker, TrainState, abstract_state, init_state, lay_out, state_maker
+from train.state import StateMaker, TrainState, abstract_state, described_key, init_state, lay_out, state_maker
 from train.step import make_eval_step, make_gradient, make_train_step
 from train.tasks.step import make_task_step
 from train.trained import ALL, Trained, chosen
@@ -123,7 +123,7 @@ def described_state(config: RunConfig) -> TrainState:
     """Shapes of a config's whole state, wherever it will lie."""
     make = functools.partial(make_adapted, config.model, config.adapter)
     _, make_state = _state_of(config, make, trained_of(config, make))
-    return jax.eval_shape(make_state, jax.random.key(0), None)
+    return jax.eval_shape(make_state, described_key(), None)
 
 
 def trained_of(config: RunConfig, make: ModelFactory) -> Trained:

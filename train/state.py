@@ -85,8 +85,8 @@ def abstract_state(
         optimizer_rules: by which the optimiser's statistics and the moving average are laid out; those in force by default.
         offload_optimizer: the statistics are in the host's memory.
     """
-    # The arguments are those of `init_state`, so that JAX traces the function once for both.
-    abstract = describe(make_state, mesh, jax.random.key(0), None)
+    # A described key, because the mesh's devices may be absent, and making a real one would run on them.
+    abstract = describe(make_state, mesh, described_key(), None)
     if optimizer_rules is not None:
         with nnx.logical_axis_rules(optimizer_rules):
             opt_state, ema = lay_out((abstract.opt_state, abstract.ema), mesh)
@@ -94,6 +94,11 @@ def abstract_state(
     if offload_optimizer:
         abstract = dataclasses.replace(abstract, opt_state=jax.tree.map(_on_host, abstract.opt_state))
     return abstract
+
+
+def described_key() -> jax.ShapeDtypeStruct:
+    """The shape and type of a random key, with no array made."""
+    return jax.eval_shape(jax.random.key, 0)
 
 
 def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

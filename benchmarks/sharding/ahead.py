@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -56,6 +57,19 @@ class Compiled:
     """Kind, dtype, devices, count and bytes sent in a step."""
     error: str | None = None
     """Why there is nothing else, in a line."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the compiler gave neither a program nor a size that is too large."""
+        return self.error is not None and self.memory is None
+
+
+def require_any(compiled: Iterable[Compiled | None], target: Target) -> None:
+    """Raise a `UserError` with the first error where every compile failed."""
+    done = [one for one in compiled if one is not None]
+    if done and all(one.failed for one in done):
+        count = "the only layout" if len(done) == 1 else f"all {len(done)} layouts"
+        raise UserError(f"{target.name}: {count} failed to compile; the first error: {done[0].error}")
 
 
 class Compiler:

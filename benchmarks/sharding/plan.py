@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import compilers, record
 from benchmarks.sharding import plan_report
-from benchmarks.sharding.ahead import Compiled, Compiler, from_data
+from benchmarks.sharding.ahead import Compiled, Compiler, from_data, refused, require_any
 from benchmarks.sharding.analytic import Analysis, Estimate
 from benchmarks.sharding.candidates import candidates, describe
 from benchmarks.sharding.targets import Target, parse_target
@@ -86,7 +86,8 @@ def run(
         output: folder of the report and the config; `plans` by default.
 
     Raises:
-        UserError: no such target, no layout that divides the model's sizes, or no compiler where one is named.
+        UserError: no such target, no layout that divides the model's sizes, no compiler where one is named, or every compile
+            failed.
     """
     target, config = parse_target(target_name), load(path, overrides)
     target = dataclasses.replace(target, dtype=config.model.dtype)
@@ -108,6 +109,8 @@ def run(
     stopped, kept = False, 0
     if compiler is not None:
         stopped, kept = compile_all(chosen, target, compiler, workers or min(os.cpu_count() or 1, 4))
+        if not stopped:
+            require_any((entry.compiled for entry in chosen), target)
     result = summarised(config, target, chosen, tokens, len(entries), time.monotonic() - start, stopped, kept)
     name = f"{config.name}_{target.name.replace(':', '_')}"
     best = ranked(chosen, target)[0]
@@ -197,6 +200,7 @@ def compile_all(entries: list[Entry], target: Target, python: str, workers: int)
                     return None
                 # Some programs take the compiler with them; the others need not go without it.
                 progress.console.print(f"{describe(entry.config)}: {error}", highlight=False)
+                entry.compiled = refused(error, 0.0, target)
                 running.remove(compiler)
                 compiler.close()
                 compiler = Compiler(target, python)
@@ -277,7 +281,8 @@ def summarised(
         "device_memory": target.chip.memory,
         "tokens_per_step": per_step,
         "considered": considered,
-        "compiled": sum(entry.compiled is not None for entry in entries),
+        "compiled": sum(entry.compiled is not None and not entry.compiled.failed for entry in entries),
+        "failed": [entry.compiled.error for entry in entries if entry.compiled is not None and entry.compiled.failed],
         "seconds": seconds,
         "stopped": stopped,
         "kept_from_before": kept,

@@ -54,6 +54,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
     if not result["compiled"]:
         whence = f"{result['considered']} layouts by formula alone: nothing was compiled, and no time of it was ever measured"
     said.append(whence + ("; it was stopped then" if result["stopped"] else "") + ".")
+    if failed := result["failed"]:
+        said.append(f"{len(failed)} layouts failed to compile; the first error: {failed[0]}")
     if not good:
         nearest = min(large, key=lambda row: row["memory"] or float("inf"), default=None)
         said.append("No layout fits." + (f" Nearest: {nearest['layout']}, {memory_of(nearest)}." if nearest else ""))

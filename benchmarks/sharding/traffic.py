@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks import compilers, record
 from benchmarks.page import page, table
-from benchmarks.sharding.ahead import Compiler
+from benchmarks.sharding.ahead import Compiled, Compiler, require_any
 from benchmarks.sharding.analytic import sharded_bytes
 from benchmarks.sharding.layouts import NAMES, command_of, layouts, subset, variants
 from benchmarks.sharding.least import SYMBOLS, least
@@ -45,7 +45,7 @@ def run(
     """Compile the config under every strategy for the target; print a table, write figures and a page.
 
     Raises:
-        UserError: no such target or strategy, or no compiler for it.
+        UserError: no such target or strategy, no compiler for it, or every compile failed.
     """
     target = parse_target(target_name)
     config = dataclasses.replace(load(path, overrides), mesh=MeshConfig())
@@ -63,9 +63,11 @@ def run(
     chosen, refused = layouts(configs, target.num_devices, [name for name in strategies or NAMES if name != "pmap"])
     one_device = dict.fromkeys(MESH_AXES, 1)
     compiler, rows = Compiler(target, found), {}
+    compiled_steps: list[Compiled] = []
     try:
         for name, one in track(chosen.items(), description="compiling", transient=True):
             compiled = compiler.compile(one)
+            compiled_steps.append(compiled)
             sizes = dict(zip(MESH_AXES, one.mesh.sizes(target.num_devices), strict=True))
             state = described_state(one)
             wanted = least(one, sizes, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
@@ -87,6 +89,7 @@ def run(
             }
     finally:
         compiler.close()
+    require_any(compiled_steps, target)
     result = {"config": config.name, "target": target.name, "strategies": rows, "refused": refused}
     cells = [_cells(name, row) for name, row in rows.items()]
     grid = Table(title=f"{config.name} on {target.name}", title_justify="left", box=box.SIMPLE_HEAD)

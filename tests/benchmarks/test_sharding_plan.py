@@ -270,3 +270,21 @@ def test_a_refusal_for_memory_says_by_how_much(said):
     target = parse_target("v5e:2x4")
     refused = ahead.refused(RuntimeError(f"RESOURCE_EXHAUSTED: {said}"), 1.0, target)
     assert refused.memory == 20 * 2**30 and refused.over == pytest.approx(4.25 * 2**30)
+
+
+@pytest.mark.parametrize("command", ["plan", "sharding"])
+def test_a_compiler_that_compiles_nothing_is_an_error(command, config_file, tmp_path, capsys, monkeypatch):
+    """By a real process that has no such compiler, which every compile meets."""
+    import sys
+
+    monkeypatch.setenv("MANYHEADS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("benchmarks.compilers.find", lambda *_, **__: sys.executable)
+    arguments = [command, str(config_file), "--target", "v5e:2x2", "--dir", str(tmp_path / "plans")]
+    arguments += ["--candidates", "2", "--workers", "1"] if command == "plan" else ["--strategies", "dp,fsdp"]
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert (
+        "v5e:2x2: all 2 layouts failed to compile; the first error: UserError: the compiler is not installed"
+        in said.err
+    )
+    assert len(said.err.strip().splitlines()) == 1 and "No layout fits" not in said.out
