@@ -1,0 +1,128 @@
+"""What a call of a model knows besides the residual stream: one pytree, made once a call and given to every layer.
+
+B batch, T query position, M memory position, D embed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from transformer.attention.mask import AttentionMask
+from transformer.layers.position import Alibi, RelativePosition, token_positions
+from transformer.mixers.state import KVCache, State
+from transformer.types import Array, Bool, Float, Int, PRNGKeyArray
+
+
+def _batch() -> Any:
+    """A field whose arrays have a leading B, which a pipeline cuts into microbatches."""
+    return dataclasses.field(default=None, metadata={"batch": True})
+
+
+def _static(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """The mask, as what it is made of, and what else a mixer or a block may need.
+
+    The mask's parts are kept apart since each mixer adds its own window, and since a pipeline cuts arrays, not masks.
+    """
+
+    positions_BT: Int[Array, "B T"] | None = _batch()
+    """Each token's place in its document; 0 to T-1 (after the state) by default."""
+    segments_BT: Int[Array, "B T"] | None = _batch()
+    """The packed document of each token; 0 is padding. With a state: 1, and 0 for padding at the end of a row."""
+    prefix_B: Int[Array, " B"] | None = _batch()
+    """How many first tokens of a row all of its tokens see."""
+    memory: Float[Array, "B M D"] | KVCache | None = _batch()
+    """What cross-attention reads, or its keys and values of that."""
+    memory_segments_BM: Int[Array, "B M"] | None = _batch()
+    """As `segments_BT`, of the memory."""
+    mask: AttentionMask | None = None
+    """A mask in addition to all of these, of any mixer that computes softmax weights."""
+    relative: RelativePosition | None = None
+    """The learned bias by distance that the layers share."""
+    state: State | None = None
+    """Of one layer: what the tokens before these have left."""
+    layer: int | Int[Array, ""] = 0
+    """This layer's number, from 0."""
+    key: PRNGKeyArray | None = None
+    """Of one layer; turns dropout on."""
+    is_causal: bool = _static(True)
+    """Whether a token sees the tokens before it alone."""
+    return_weights: bool | tuple[int, ...] = _static(False)
+    """Attention weights of all heads, or of those named."""
+
+    @property
+    def valid_BT(self) -> Bool[Array, "B T"] | None:
+        """Tokens that are not padding; None where all are."""
+        return None if self.segments_BT is None else self.segments_BT != 0
+
+    @property
+    def start(self) -> int | Int[Array, " B"]:
+        """How many tokens each row has read before these."""
+        return 0 if self.state is None else self.state.length
+
+    def positions(self, x_BTD: Float[Array, "B T D"]) -> Int[Array, "B T"]:
+        """`positions_BT` with its default filled in."""
+        B, T, _ = x_BTD.shape
+        return token_positions(B, T, self.start) if self.positions_BT is None else self.positions_BT
+
+    def self_mask(self, x_BTD: Float[Array, "B T D"], *, window: int | None = None, sinks: int = 0) -> AttentionMask:
+        """Who sees whom in self-attention, in positions of this call.
+
+        Args:
+            window: tokens before each one that it sees; where attention is not causal, those after it too. None: all.
+            sinks: first tokens of each document that are seen beyond the window (Xiao et al. 2023).
+        """
+        mask = AttentionMask.causal() if self.is_causal else AttentionMask.none()
+        if window is not None:
+            near = AttentionMask.window(left=window, right=None if self.is_causal else window)
+            if sinks and self.segments_BT is None:
+                near |= AttentionMask.sinks(sinks)
+            elif sinks:
+                # Each packed document has its own.
+                near |= AttentionMask.padding(self.positions(x_BTD) < sinks)
+            mask &= near
+        if self.prefix_B is not None:
+            mask |= AttentionMask.prefix(self.prefix_B)
+        if self.segments_BT is not None and self.state is None:
+            mask &= AttentionMask.segments(self.segments_BT)
+        return mask if self.mask is None else mask & self.mask
+
+    def cached_mask(self, mask: AttentionMask, state: Any) -> AttentionMask:
+        """`mask` for the keys of `state`, which holds this call's too: moved after those that were there before."""
+        mask = mask.moved(self.start)
+        if self.is_causal and self.prefix_B is None:
+            return mask
+        # Slots that nothing was written to are hidden by causality alone.
+        return mask & AttentionMask.padding(jnp.arange(state.room) < state.length[:, None])
+
+    def memory_mask(self, x_BTD: Float[Array, "B T D"]) -> AttentionMask:
+        """Which of the memory's positions each query sees: those of its own document, or those that are not padding."""
+        if self.memory_segments_BM is None:
+            return AttentionMask.none()
+        if self.segments_BT is None or self.state is not None:
+            return AttentionMask.padding(self.memory_segments_BM != 0)
+        return AttentionMask.segments(self.segments_BT, self.memory_segments_BM)
+
+    def distance_bias(self, position: Any, num_heads: int) -> Any:
+        """The `score_mod` of a mixer's positions, or None."""
+        if position.kind == "alibi":
+            return Alibi(num_heads).score_mod(self.start)
+        if position.kind == "relative":
+            assert self.relative is not None, "the stack of layers makes the shared bias"
+            return self.relative.score_mod(self.start)
+        return None
+
+    def batch_leaves(self) -> list[bool]:
+        """Which of the leaves, in the order of `jax.tree.leaves`, have a leading B."""
+        marked = {field.name for field in dataclasses.fields(self) if field.metadata.get("batch")}
+        paths = jax.tree_util.tree_flatten_with_path(self)[0]
+        return [path[0].name in marked for path, _ in paths]

@@ -1,0 +1,159 @@
+"""What decoding carries from token to token: keys and values, the latents that they are made of, or a matrix of fixed size.
+
+B batch, S cache position, K key/value heads, H head_dim, T new positions, R latent dim with the rotary key, M features,
+V value features.
+
+Each kind has `length` [B], the number of tokens that a row has read, and a mixer makes (`make_state`) and fills it. A state is
+of one layer; a model's is a list with one for each layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer.types import Array, Bool, DTypeLike, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values seen so far, of one layer.
+
+    Rows fill independently: row b holds `length[b]` positions. What lies beyond them is hidden, because a query at position p
+    sees cache positions up to p alone. Prompts of different lengths therefore need no padding on the left.
+
+    Stored in the layout that products with a query and with weights read, to avoid a transpose for each token.
+    """
+
+    k: Float[Array, "B K H S"]
+    v: Float[Array, "B K S H"]
+    length: Int[Array, " B"]
+
+    @staticmethod
+    def empty(batch_size: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
+        """Room for `max_length` positions in each row."""
+        return KVCache(
+            jnp.zeros((batch_size, num_kv_heads, head_dim, max_length), dtype),
+            jnp.zeros((batch_size, num_kv_heads, max_length, head_dim), dtype),
+            jnp.zeros(batch_size, jnp.int32),
+        )
+
+    @staticmethod
+    def holding(k_BSKH: Float[Array, "B S K H"], v_BSKH: Float[Array, "B S K H"]) -> KVCache:
+        """A full cache of these keys and values: a memory for cross-attention."""
+        B, S = k_BSKH.shape[:2]
+        return KVCache(k_BSKH.transpose(0, 2, 3, 1), v_BSKH.swapaxes(1, 2), jnp.full(B, S, jnp.int32))
+
+    @property
+    def room(self) -> int:
+        """Positions that a row can hold."""
+        return self.v.shape[-2]
+
+    def append(
+        self, k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"], valid_BT: Bool[Array, "B T"] | None = None
+    ) -> KVCache:
+        """T more positions in each row after those that it holds.
+
+        Args:
+            valid_BT: tokens that are not padding, which follows them in a row; only these count as held. All by default.
+
+        Raises:
+            ValueError: no room. Where the lengths are traced, `length` exceeds `room` instead, and attention gives NaN.
+        """
+        length_B = grown(self.length, k_BTKH.shape[1], valid_BT, self.room)
+        k_BTKH, v_BTKH = k_BTKH.astype(self.k.dtype), v_BTKH.astype(self.v.dtype)
+        rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
+        positions_BT = self.length[:, None] + jnp.arange(k_BTKH.shape[1])
+        k = self.k.at[rows_B1, :, :, positions_BT].set(k_BTKH, unique_indices=True, mode="drop")
+        v = self.v.at[rows_B1, :, positions_BT].set(v_BTKH, unique_indices=True, mode="drop")
+        return KVCache(k, v, length_B)
+
+    def keys_and_values(self, dtype: DTypeLike) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Keys and values as attention takes them; a mask has to hide what lies beyond `length`."""
+        return self.k.transpose(0, 3, 1, 2).astype(dtype), self.v.swapaxes(1, 2).astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentCache:
+    """What multi-head latent attention keeps of each position: the compressed keys and values, followed by the rotary key.
+
+    Rows fill independently, as in `KVCache`.
+    """
+
+    latents: Float[Array, "B S R"]
+    length: Int[Array, " B"]
+
+    @staticmethod
+    def empty(batch_size: int, max_length: int, latent_dim: int, dtype: DTypeLike) -> LatentCache:
+        """Room for `max_length` positions in each row."""
+        return LatentCache(jnp.zeros((batch_size, max_length, latent_dim), dtype), jnp.zeros(batch_size, jnp.int32))
+
+    @property
+    def room(self) -> int:
+        """Positions that a row can hold."""
+        return self.latents.shape[-2]
+
+    def append(self, latents_BTR: Float[Array, "B T R"], valid_BT: Bool[Array, "B T"] | None = None) -> LatentCache:
+        """T more positions in each row, as `KVCache.append`."""
+        T = latents_BTR.shape[1]
+        length_B = grown(self.length, T, valid_BT, self.room)
+        rows_B1 = jnp.arange(latents_BTR.shape[0])[:, None]
+        positions_BT = self.length[:, None] + jnp.arange(T)
+        latents_BTR = latents_BTR.astype(self.latents.dtype)
+        latents = self.latents.at[rows_B1, positions_BT].set(latents_BTR, unique_indices=True, mode="drop")
+        return LatentCache(latents, length_B)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MatrixState:
+    """The fast weights of one layer, whose size does not depend on the number of tokens read."""
+
+    matrix: Float[Array, "B K M V"]
+    length: Int[Array, " B"]
+
+    @staticmethod
+    def empty(batch_size: int, num_kv_heads: int, num_features: int, num_values: int) -> MatrixState:
+        """Before the first token, in float32."""
+        shape = (batch_size, num_kv_heads, num_features, num_values)
+        return MatrixState(jnp.zeros(shape, jnp.float32), jnp.zeros(batch_size, jnp.int32))
+
+    def advanced(
+        self, matrix: Float[Array, "B K M V"], num_tokens: int, valid_BT: Bool[Array, "B T"] | None
+    ) -> MatrixState:
+        """The state after `num_tokens` more, of which padding does not count."""
+        return MatrixState(matrix, grown(self.length, num_tokens, valid_BT, None))
+
+
+State = KVCache | LatentCache | MatrixState
+"""What one layer carries."""
+
+
+def grown(
+    length_B: Int[Array, " B"], num_tokens: int, valid_BT: Bool[Array, "B T"] | None, room: int | None
+) -> Int[Array, " B"]:
+    """Lengths after `num_tokens` more, of which padding does not count.
+
+    Raises:
+        ValueError: more than there is room for, as far as that is known before the program runs.
+    """
+    after_B = length_B + (num_tokens if valid_BT is None else valid_BT.sum(1, dtype=jnp.int32))
+    if room is None:
+        return after_B
+    if num_tokens > room:
+        raise ValueError(f"cache: {num_tokens} more positions do not fit; it has room for {room} in all")
+    if not isinstance(after_B, jax.core.Tracer) and (most := int(np.asarray(after_B).max(initial=0))) > room:
+        raise ValueError(
+            f"cache: row {int(np.asarray(after_B).argmax())} would hold {most} positions; it has room for {room}"
+        )
+    return after_B
+
+
+def nan_on_overflow(out_BTNV: Float[Array, "B T N V"], state: KVCache | LatentCache) -> Float[Array, "B T N V"]:
+    """NaN in rows that hold more than there is room for: inside a compiled program nothing can raise."""
+    return jnp.where((state.length > state.room)[:, None, None, None], jnp.nan, out_BTNV)
