@@ -1,6 +1,6 @@
-"""A layer of a stack: attention, attention to a memory, and feed-forward, each around a residual stream.
+"""A layer of a stack: a sequence mixer, attention to a memory, and feed-forward, each around a residual stream.
 
-B batch, T query position, S key position, M memory position, D embed, N query heads.
+B batch, T query position, S key position, D embed, N query heads.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.mask import AttentionMask
-from transformer.attention.multi_head import MultiHeadAttention
-from transformer.decode.cache import KVCache
-from transformer.layers.adapter import dropping
 from transformer.layers.feed_forward import FeedForward
 from transformer.layers.linear import dropout
 from transformer.layers.mixture_of_experts import MixtureOfExperts, RouterLosses
 from transformer.layers.norm import LayerNorm, RMSNorm
-from transformer.layers.position import ScoreMod
-from transformer.types import Array, Bool, Float, Int, PRNGKeyArray
+from transformer.mixers.context import NO_CONTEXT, Context
+from transformer.mixers.registry import Mixer, MixerConfig
+from transformer.mixers.softmax import MultiHeadAttention
+from transformer.mixers.state import State
+from transformer.types import Array, Float, PRNGKeyArray
 
 Norm = LayerNorm | RMSNorm
 
@@ -29,29 +27,29 @@ Norm = LayerNorm | RMSNorm
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockOutput:
-    """What a block gives beside the residual stream; a stack adds a leading layers axis."""
+    """What a block gives besides the residual stream; a stack adds a leading layers axis."""
 
-    cache: KVCache | None = None
+    state: State | None = None
     weights: Float[Array, "*L B N T S"] | None = None
-    """Of self-attention; of attention to the memory where there is one."""
+    """Of the mixer; of attention to the memory where there is one."""
     router: RouterLosses | None = None
 
 
 class Block(nnx.Module):
-    """Self-attention, then attention to a memory where `cross` is given, then feed-forward.
+    """A sequence mixer, then attention to a memory where `cross` is given, then feed-forward.
 
     Pre-norm (Xiong et al. 2020): x + f(norm(x)) for each. Post-norm (Vaswani et al. 2017, section 3.1): norm(x + f(x)).
-    Parallel (Wang & Komatsuzaki 2021): x + f(norm(x)) + g(norm(x)), f attention and g feed-forward.
+    Parallel (Wang & Komatsuzaki 2021): x + f(norm(x)) + g(norm(x)), f the mixer and g feed-forward.
 
     Args:
         norms: one for each sublayer, in their order.
         norm_first: pre-norm.
-        parallel: attention and feed-forward side by side, each behind its norm; without `cross`.
+        parallel: mixer and feed-forward next to each other, each after its norm; without `cross`.
     """
 
     def __init__(
         self,
-        attention: MultiHeadAttention,
+        attention: Mixer,
         feed_forward: FeedForward | MixtureOfExperts,
         norms: tuple[Norm, ...],
         *,
@@ -70,71 +68,57 @@ class Block(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        mask: AttentionMask | None = None,
-        *,
-        memory: Float[Array, "B M D"] | KVCache | None = None,
-        memory_mask: AttentionMask | None = None,
-        positions_BT: Int[Array, "B T"] | None = None,
-        valid_BT: Bool[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
-        score_mod: ScoreMod | None = None,
-        rotary_period: float | None = None,
-        normed: Bool[Array, ""] | None = None,
-        key: PRNGKeyArray | None = None,
-        return_weights: bool | tuple[int, ...] = False,
+        self, x_BTD: Float[Array, "B T D"], context: Context = NO_CONTEXT, *, normed: bool = False
     ) -> tuple[Float[Array, "B T D"], BlockOutput]:
         """The residual stream after this block.
 
         Args:
-            memory: what `cross` looks at, or its keys and values (`MultiHeadAttention.remember`).
-            memory_mask: which of its positions each query may see.
-            valid_BT: tokens that are no padding; padding takes no expert's room.
-            score_mod: of self-attention, as in `attend`.
-            rotary_period: of self-attention, in the place of its own.
+            context: of this layer; its key turns dropout on.
             normed: x is normalised already, and attention's norm is left out where it comes first.
-            key: turns dropout on.
-            return_weights: as in `attend`.
         """
-        keys = (None,) * 5 if key is None else jax.random.split(key, 5)
+        keys = (None,) * 5 if context.key is None else jax.random.split(context.key, 5)
+        context = dataclasses.replace(context, adapter_key=context.key)
         output: dict[str, object] = {}
+        silent = {} if self.cross is None else {"return_weights": False}
 
         def attended(x: Array) -> Array:
-            out, output["cache"], output["weights"] = self.attention(
-                x, mask, positions_BT=positions_BT, cache=cache, score_mod=score_mod, rotary_period=rotary_period,
-                key=keys[0], return_weights=return_weights if self.cross is None else False,
-            )  # fmt: skip
+            own = dataclasses.replace(context, key=keys[0], **silent)
+            out, output["state"], output["weights"] = self.attention(x, own)
             return out
 
         def remembered(x: Array) -> Array:
             assert self.cross is not None
-            out, _, output["weights"] = self.cross(
-                x, memory_mask, memory=memory, key=keys[2], return_weights=return_weights
-            )
+            out, _, output["weights"] = self.cross(x, dataclasses.replace(context, key=keys[2]))
             return out
 
         def fed(x: Array) -> Array:
             if isinstance(self.feed_forward, FeedForward):
-                return self.feed_forward(x)
-            out, output["router"] = self.feed_forward(x, valid_BT)
+                return self.feed_forward(x, context.adapter_key)
+            out, output["router"] = self.feed_forward(x, context.valid_BT)
             return out
 
         def attention_norm(x: Array) -> Array:
-            return self.attention_norm(x) if normed is None else jnp.where(normed, x, self.attention_norm(x))
+            return x if normed else self.attention_norm(x)
 
-        with dropping(key, first=len(keys)):
-            if self.parallel:
-                sides = (attended(attention_norm(x_BTD)), fed(self.feed_forward_norm(x_BTD)))
-                dropped = (
-                    dropout(side, self.dropout_rate, key) for side, key in zip(sides, (keys[1], keys[4]), strict=True)
-                )
-                return sum(dropped, x_BTD), BlockOutput(**output)  # type: ignore[arg-type]
-            x_BTD = self._around(x_BTD, attended, attention_norm, keys[1])
-            if self.cross_norm is not None:
-                x_BTD = self._around(x_BTD, remembered, self.cross_norm, keys[3])
-            x_BTD = self._around(x_BTD, fed, self.feed_forward_norm, keys[4])
+        if self.parallel:
+            sides = (attended(attention_norm(x_BTD)), fed(self.feed_forward_norm(x_BTD)))
+            dropped = (
+                dropout(side, self.dropout_rate, key) for side, key in zip(sides, (keys[1], keys[4]), strict=True)
+            )
+            return sum(dropped, x_BTD), BlockOutput(**output)  # type: ignore[arg-type]
+        x_BTD = self._around(x_BTD, attended, attention_norm, keys[1])
+        if self.cross_norm is not None:
+            x_BTD = self._around(x_BTD, remembered, self.cross_norm, keys[3])
+        x_BTD = self._around(x_BTD, fed, self.feed_forward_norm, keys[4])
         return x_BTD, BlockOutput(**output)  # type: ignore[arg-type]
+
+    def as_layer(self, config: MixerConfig) -> Block:
+        """The block with the mixer's settings of one layer of a pattern, whose parameters have the same shapes."""
+        if self.attention.config == config:
+            return self
+        block = jax.tree.map(lambda leaf: leaf, self)
+        block.attention.config = config
+        return block
 
     def _around(
         self, x: Array, sublayer: Callable[[Array], Array], norm: Callable[[Array], Array], key: PRNGKeyArray | None

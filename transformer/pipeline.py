@@ -14,10 +14,8 @@ laid out as they are anywhere else.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -26,7 +24,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from transformer.attention.terms import BlockSparse, MaskMod
 from transformer.errors import UserError
 from transformer.sharding import axes_size, mesh_axes
 from transformer.types import Array
@@ -41,20 +38,6 @@ class Schedule:
     stages_per_device: int = 1
     microbatches: int | None = None
     """A multiple of the pipeline's devices; None: as many as stages."""
-
-
-PLAIN = Schedule()
-_IN_FORCE: ContextVar[Schedule] = ContextVar("schedule", default=PLAIN)
-
-
-@contextlib.contextmanager
-def scheduled(schedule: Schedule) -> Iterator[None]:
-    """Every pipeline that is traced inside runs by `schedule`."""
-    token = _IN_FORCE.set(schedule)
-    try:
-        yield
-    finally:
-        _IN_FORCE.reset(token)
 
 
 def devices_of_layers() -> int:
@@ -95,21 +78,24 @@ def in_order(tree: TreeT) -> TreeT:
 
 
 def run_pipeline(
-    stage: Callable[[Any, Array, Any, Any], tuple[Array, Any]],
+    stage: Callable[[Any, Array, Any, Any, Any], tuple[Array, Any]],
     blocks: nnx.Module,
     x: Array,
     *,
     keys: Array | None,
-    rows: Any,
+    per_layer: Any = None,
+    context: Any,
+    schedule: Schedule,
 ) -> tuple[Array, Any]:
-    """Run `stage(blocks, x, keys, rows) -> (x, outputs)` on all layers, K at a time.
+    """Run `stage(blocks, x, keys, per_layer, context) -> (x, outputs)` on all layers, K at a time.
 
     Args:
         stage: outputs are means over rows, with a leading K.
         blocks: [L, ...], or [V, L / V, ...] (`in_stages`), which costs no exchange of parameters where V is above 1.
         x: [B, ...].
-        keys: [L]; each microbatch gets keys of its own from them.
-        rows: a pytree of what goes with x: arrays with a leading B are cut like it; others, and modules, are everyone's.
+        keys: [L, ...]; each microbatch gets keys of its own from them.
+        per_layer: a pytree whose leaves have a leading L.
+        context: a pytree of what all layers get. Leaves that its `batch_leaves` marks are cut as x is.
 
     Returns:
         The last x [B, ...], and the outputs with a leading L: means over microbatches. Of an output that is no mean over rows
@@ -118,7 +104,7 @@ def run_pipeline(
     Raises:
         UserError: layers or rows that do not divide.
     """
-    axes, P, schedule = mesh_axes("layers"), devices_of_layers(), _IN_FORCE.get()
+    axes, P = mesh_axes("layers"), devices_of_layers()
     V = schedule.stages_per_device
     M = P * V if schedule.microbatches is None else schedule.microbatches
     num_layers = _leading(in_order(blocks))
@@ -128,17 +114,13 @@ def run_pipeline(
         raise UserError(
             f"batch_size: a pipeline gets {x.shape[0]} sequences at once, which mesh.pipeline_microbatches {M} does not divide"
         )
-    flat, structure = jax.tree.flatten(rows, is_leaf=lambda leaf: isinstance(leaf, BlockSparse | MaskMod | nnx.Module))
-    if any(isinstance(leaf, MaskMod) and leaf.looks_at()[0] for leaf in flat):
-        raise UserError(
-            "attention: a pipeline cuts the batch, and a mask_mod that looks at the row would see another one"
-        )
-    is_cut = [isinstance(leaf, jax.Array) and leaf.ndim > 0 and leaf.shape[0] == x.shape[0] for leaf in flat]
+    flat, structure = jax.tree.flatten(context)
+    is_cut = [False] * len(flat) if context is None else context.batch_leaves()
 
-    def on_device(blocks: Any, keys: Any, given: Array, flat: list[Any]) -> tuple[Array, Any]:
+    def on_device(blocks: Any, keys: Any, per_layer: Any, given: Array, flat: list[Any]) -> tuple[Array, Any]:
         index, given = jax.lax.axis_index(axes), given[0]
-        if V == 1 and keys is not None:
-            keys = keys[None]
+        if V == 1:
+            keys, per_layer = jax.tree.map(lambda leaf: leaf[None], (keys, per_layer))
 
         def tick(arriving: Array, time: Array) -> tuple[Array, Any]:
             # What a device computes before its first microbatch is there, or behind its last one, nobody reads.
@@ -146,12 +128,13 @@ def run_pipeline(
             stage_number = turn // P % V
             microbatch = turn // (P * V) * P + turn % P
             mine, own_keys = _stage_of(blocks, stage_number), _at(keys, stage_number)
-            own_rows = [_at(leaf, microbatch) if cut else leaf for leaf, cut in zip(flat, is_cut, strict=True)]
+            own = [_at(leaf, microbatch) if cut else leaf for leaf, cut in zip(flat, is_cut, strict=True)]
             if own_keys is not None:
-                own_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(own_keys, microbatch)
+                folded = jax.vmap(jax.random.fold_in, in_axes=(0, None))(own_keys.reshape(-1), microbatch)
+                own_keys = folded.reshape(own_keys.shape)
             starts = (index == 0) & (stage_number == 0)
             x = jnp.where(starts, _at(given, microbatch), arriving)
-            x, outputs = stage(mine, x, own_keys, jax.tree.unflatten(structure, own_rows))
+            x, outputs = stage(mine, x, own_keys, _at(per_layer, stage_number), jax.tree.unflatten(structure, own))
             return jax.lax.ppermute(x, axes, [(device, (device + 1) % P) for device in range(P)]), (x, outputs)
 
         ticks = jnp.arange(M * V + P - 1)
@@ -172,16 +155,18 @@ def run_pipeline(
     given = microbatched(x, M)
     given = jnp.broadcast_to(given, (P, *given.shape))
     blocks = in_stages(in_order(blocks) if V == 1 else blocks, V)
-    if keys is not None and V > 1:
-        keys = keys.reshape(V, num_layers // V)
+    if V > 1:
+        keys, per_layer = jax.tree.map(
+            lambda leaf: leaf.reshape(V, num_layers // V, *leaf.shape[1:]), (keys, per_layer)
+        )
     with jax.named_scope("pipeline"):
         done, outputs = jax.shard_map(
             on_device,
-            in_specs=(by_stage, by_stage, PartitionSpec(axes), PartitionSpec()),
+            in_specs=(by_stage, by_stage, by_stage, PartitionSpec(axes), PartitionSpec()),
             out_specs=(PartitionSpec(axes), by_stage),
             axis_names=set(axes),
             check_vma=False,
-        )(blocks, keys, given, flat)
+        )(blocks, keys, per_layer, given, flat)
     is_last = jnp.arange(P) == P - 1
     x = _joined(jnp.sum(jnp.where(is_last.reshape(P, *(1,) * (done.ndim - 1)), done, 0), axis=0, dtype=x.dtype))
     return x, outputs if V == 1 else jax.tree.map(lambda y: y.reshape(num_layers, *y.shape[2:]), outputs)

@@ -16,8 +16,8 @@ from flax import nnx
 
 from transformer.attention.blockwise import ATTENTION_RESIDUALS
 from transformer.errors import nearest
-from transformer.pipeline import check_period, devices_of_layers, in_order, run_pipeline
-from transformer.types import Array, PRNGKeyArray
+from transformer.pipeline import Schedule, check_period, devices_of_layers, in_order, run_pipeline
+from transformer.types import Array
 
 BlockT = TypeVar("BlockT", bound=nnx.Module)
 
@@ -48,7 +48,7 @@ def stack(make_block: Callable[[nnx.Rngs], BlockT], num_layers: int, rngs: nnx.R
 
 
 def unstack(tree: Any, num_layers: int) -> list[Any]:
-    """A stack, in stages or not, or a stacked cache, as one pytree a layer."""
+    """A stack, in stages or not, or whatever else has a leading L, as one pytree a layer."""
     tree = in_order(tree)
 
     def take(leaf: Any, index: int) -> Any:
@@ -65,37 +65,40 @@ def unstack(tree: Any, num_layers: int) -> list[Any]:
 
 
 def restack(layers: list[Any]) -> Any:
-    """One pytree a layer as one with a leading L: what `unstack` took apart."""
+    """One pytree a layer as one with a leading L: the way back from `unstack`."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 def apply_stack(
-    call: Callable[..., tuple[Array, Any]] | Sequence[Callable[..., tuple[Array, Any]]],
-    blocks: nnx.Module | nnx.List,
+    calls: Sequence[Callable[..., tuple[Array, Any]]],
+    blocks: nnx.Module | list[nnx.Module],
     x: Array,
     *,
-    num_layers: int,
-    key: PRNGKeyArray | None = None,
+    keys: Array | None = None,
     per_layer: Any = None,
-    rows: Any = None,
-    pipelined: bool = False,
+    context: Any = None,
+    first: Callable[..., tuple[Array, Any]] | None = None,
+    schedule: Schedule | None = None,
     scan: bool = True,
     remat: str = "none",
 ) -> tuple[Array, Any]:
-    """Run `call(block, x, key, layer_input, rows) -> (x, layer_output)` through the layers, from the first to the last.
+    """Run `call(block, x, key, layer_input, context) -> (x, layer_output)` through the layers, from the first to the last.
+
+    A layer may be a group of blocks that repeats: then L counts the groups.
 
     Args:
-        call: the same for every layer; or a list that is gone through again and again, such as one global layer and two
-            local ones. One as long as the stack has outputs that may differ in kind, and is always run one by one.
+        calls: gone through again and again, such as one for global and two for local attention. As many as there are layers
+            may give outputs that differ in kind, and are run one by one.
         blocks: what `stack` made, or a list of single blocks (`unstack`), which are always run one by one.
-        key: split into one key a layer; None stays None.
+        keys: one a layer, [L, ...].
         per_layer: a pytree whose leaves have a leading L, of which each layer gets its slice; for a list of blocks a
-            list of what each layer gets.
-        rows: what all layers get, which belongs to the rows of x.
-        pipelined: go by a pipeline where the layers lie on devices one after the other (`run_pipeline`, which says what then
-            becomes of rows and outputs); else, and on any other mesh, each device runs all layers.
-        scan: one `jax.lax.scan`, of a list over its repetitions; or a Python loop, which compiles slower and lets XLA see
-            across layers.
+            list with each layer's input.
+        context: what all layers get.
+        first: runs the first layer in place of its call.
+        schedule: of a pipeline, for layers that lie on devices one after the other (`run_pipeline`); None, or on any other
+            mesh: each device runs all layers.
+        scan: one `jax.lax.scan`, of several calls over their repetitions; or a Python loop, which compiles slower and lets XLA
+            see across layers.
         remat: `none` or a name of `REMAT_POLICIES`.
 
     Returns:
@@ -107,33 +110,34 @@ def apply_stack(
     if remat != "none" and remat not in REMAT_POLICIES:
         known = ", ".join(REMAT_POLICIES)
         raise ValueError(f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}")
-    calls = [call] if callable(call) else list(call)
-    keys = None if key is None else jax.random.split(key, num_layers)
-    through = functools.partial(_through, calls, scan=scan, remat=remat)
+    through = functools.partial(_through, list(calls), first=first, scan=scan, remat=remat)
 
-    def stage(blocks: nnx.Module, x: Array, keys: Array | None, rows: Any) -> tuple[Array, Any]:
-        count = jax.tree.leaves(blocks)[0].shape[0]
-        check_period(num_layers, count, len(calls))
-        return through(blocks, x, keys, per_layer, rows, alike=True)
+    def stage(blocks: nnx.Module, x: Array, keys: Array | None, inputs: Any, context: Any) -> tuple[Array, Any]:
+        check_period(num_layers, _leading(blocks), len(calls))
+        return through(blocks, x, keys, inputs, context, alike=True)
 
     with jax.named_scope("layers"):
-        if pipelined and devices_of_layers() > 1:
-            if jax.tree.leaves(per_layer):
-                raise ValueError("a pipeline's layers get nothing one by one (per_layer), such as a cache")
-            return run_pipeline(stage, blocks, x, keys=keys, rows=rows)
-        alike = (callable(call) or len(calls) < num_layers) and not isinstance(blocks, nnx.List)
-        blocks = blocks if isinstance(blocks, nnx.List) else in_order(blocks)
-        return through(blocks, x, keys, per_layer, rows, alike=alike)
+        if isinstance(blocks, list):
+            return through(blocks, x, keys, per_layer, context, alike=False)
+        num_layers = _leading(in_order(blocks))
+        if schedule is not None and devices_of_layers() > 1:
+            if first is not None:
+                raise ValueError("a first layer that differs from the others is not supported with pipelining")
+            return run_pipeline(stage, blocks, x, keys=keys, per_layer=per_layer, context=context, schedule=schedule)
+        # One call a layer: their outputs need not be alike.
+        alike = len(calls) == 1 or len(calls) < num_layers
+        return through(in_order(blocks), x, keys, per_layer, context, alike=alike)
 
 
 def _through(
     calls: list[Callable[..., tuple[Array, Any]]],
-    blocks: nnx.Module | nnx.List,
+    blocks: nnx.Module | list[nnx.Module],
     x: Array,
     keys: Array | None,
     per_layer: Any,
-    rows: Any,
+    context: Any,
     *,
+    first: Callable[..., tuple[Array, Any]] | None,
     scan: bool,
     remat: str,
     alike: bool,
@@ -144,7 +148,7 @@ def _through(
     def body_of(call: Callable[..., tuple[Array, Any]]) -> Callable[..., tuple[Array, Any]]:
         def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
             block, key, layer_input = layer
-            return call(block, x, key, layer_input, rows)
+            return call(block, x, key, layer_input, context)
 
         if remat == "none":
             return body
@@ -153,37 +157,49 @@ def _through(
 
     bodies = list(map(body_of, calls))
 
-    def one_by_one(x: Array, layers: Sequence[Any]) -> tuple[Array, list[Any]]:
+    def one_by_one(x: Array, layers: Sequence[Any], start: int = 0) -> tuple[Array, list[Any]]:
         outputs = []
-        for index, layer in enumerate(layers):
-            x, output = bodies[index % period](x, layer)
+        for index, layer in enumerate(layers, start):
+            body = body_of(first) if first is not None and index == 0 else bodies[index % period]
+            x, output = body(x, layer)
             outputs.append(output)
         return x, outputs
 
-    if isinstance(blocks, nnx.List):
-        return one_by_one(x, _paired(blocks, keys, per_layer))
-    layers, num_layers = (blocks, keys, per_layer), jax.tree.leaves(blocks)[0].shape[0]
-    if scan and period == 1:
-        return jax.lax.scan(bodies[0], x, layers)
+    if isinstance(blocks, list):
+        none = [None] * len(blocks)
+        inputs = (none if keys is None else keys, none if per_layer is None else per_layer)
+        return one_by_one(x, list(zip(blocks, *inputs, strict=True)))
+    layers, num_layers = (blocks, keys, per_layer), _leading(blocks)
     if not scan:
         x, outputs = one_by_one(x, unstack(layers, num_layers))
         return x, restack(outputs) if alike else outputs
+    if first is None and period == 1:
+        return jax.lax.scan(bodies[0], x, layers)
+
+    def part(start: int, stop: int) -> Any:
+        return layers if (start, stop) == (0, num_layers) else jax.tree.map(lambda leaf: leaf[start:stop], layers)
 
     def group(x: Array, layers: Any) -> tuple[Array, Any]:
-        x, outputs = one_by_one(x, unstack(layers, period))
+        x, outputs = one_by_one(x, unstack(layers, period), start=period)
         return x, restack(outputs)
 
-    whole, rest = divmod(num_layers, period)
-    first = jax.tree.map(lambda leaf: leaf[: whole * period].reshape(whole, period, *leaf.shape[1:]), layers)
-    x, grouped = jax.lax.scan(group, x, first)
-    outputs = jax.tree.map(lambda leaf: leaf.reshape(whole * period, *leaf.shape[2:]), grouped)
-    if rest:
-        x, last = one_by_one(x, unstack(jax.tree.map(lambda leaf: leaf[-rest:], layers), rest))
-        outputs = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), outputs, restack(last))
-    return x, outputs
+    # The first group apart where its first layer differs, then whole groups, then what is left.
+    begin = period if first is not None else 0
+    groups = max(num_layers - begin, 0) // period
+    end = begin + groups * period
+    outputs = []
+    if begin:
+        x, found = one_by_one(x, unstack(part(0, begin), begin))
+        outputs.append(restack(found))
+    if groups:
+        stacked = jax.tree.map(lambda leaf: leaf.reshape(groups, period, *leaf.shape[1:]), part(begin, end))
+        x, found = jax.lax.scan(group, x, stacked)
+        outputs.append(jax.tree.map(lambda leaf: leaf.reshape(groups * period, *leaf.shape[2:]), found))
+    if end < num_layers:
+        x, found = one_by_one(x, unstack(part(end, num_layers), num_layers - end), start=end)
+        outputs.append(restack(found))
+    return x, outputs[0] if len(outputs) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
 
 
-def _paired(blocks: nnx.List, keys: Array | None, per_layer: list[Any] | None) -> list[tuple[Any, Any, Any]]:
-    """Each single block with its own key and input."""
-    none = [None] * len(blocks)
-    return list(zip(blocks, none if keys is None else keys, none if per_layer is None else per_layer, strict=True))
+def _leading(tree: Any) -> int:
+    return jax.tree.leaves(tree)[0].shape[0]

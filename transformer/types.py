@@ -45,11 +45,11 @@ class ModelOutput:
     """What a model returns."""
 
     logits: Array
-    """Scores, float32: [B, T, V] of a language model; another head says what its are."""
+    """Scores, float32: [B, T, V] of a language model. Other heads document their own shape."""
     pooled_logits: Array | None = None
-    """[B, C] scores of a whole row, for a model that gives them beside its tokens'."""
-    cache: Any = None
-    """The key/value cache after these tokens, when one was given."""
+    """[B, C] scores of a whole row, for a model that gives them in addition to its tokens'."""
+    states: Any = None
+    """What decoding carries after these tokens, one state a layer, when states were given."""
     weights: Array | None = None
     """[L, B, N, T, S] attention weights, when they were asked for."""
     router_loss: Array | None = None

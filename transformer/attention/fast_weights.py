@@ -20,20 +20,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from transformer.attention.chunks import scan_chunks
 from transformer.attention.common import check_name, check_shapes
-from transformer.attention.feature_maps import FEATURE_NORMS, FeatureMap, feature_dim, feature_map_of
-from transformer.layers.linear import Linear
-from transformer.layers.norm import RMSNorm
-from transformer.sharding import constrain, with_axes
+from transformer.attention.feature_maps import FeatureMap, feature_dim, feature_map_of
 from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
 
 
@@ -153,120 +148,6 @@ def fast_weights_step(
         rule=rule, feature_map=feature_map, valid_BT=one(valid_B), state_BKMV=state_BKMV,
     )  # fmt: skip
     return out_B1NV[:, 0], state_BKMV
-
-
-class FastWeightAttention(nnx.Module):
-    """Causal self-attention by fast weights, in N heads over K memories.
-
-    Args:
-        rule, feature_map, form, chunk: as of `fast_weights`.
-        feature_norm: of the features of queries and keys; a name of `FEATURE_NORMS`.
-        use_output_norm: RMS-normalise what each head reads, whose size would grow with the position.
-        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        rule: str = "delta",
-        feature_map: str | FeatureMap = "dpfp",
-        feature_norm: str = "l2",
-        form: str = "chunked",
-        chunk: int = 64,
-        use_output_norm: bool = True,
-        use_bias: bool = False,
-        kernel_init: Callable[..., Array],
-        out_init: Callable[..., Array],
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        check_name("FastWeightAttention", "rule", rule, RULES)
-        check_name("FastWeightAttention", "feature_norm", feature_norm, FEATURE_NORMS)
-        check_name("FastWeightAttention", "form", form, FORMS)
-        feature_map_of(feature_map)
-        head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.rule, self.form, self.chunk = rule, form, chunk
-        self.feature_map, self.feature_norm = feature_map, feature_norm
-        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
-        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-
-        def project(out_shape: tuple[int, ...], *axes: str, use_bias: bool = use_bias) -> Linear:
-            return Linear(
-                (embed_dim,), out_shape, axes=("embed", *axes), use_bias=use_bias, kernel_init=kernel_init, **types
-            )
-
-        self.query = project((num_heads, head_dim), "heads", "head_dim")
-        self.key = project((num_kv_heads, head_dim), "kv_heads", "head_dim")
-        self.value = project((num_kv_heads, head_dim), "kv_heads", "head_dim")
-        self.beta = project((num_kv_heads,), "kv_heads", use_bias=True) if RULES[rule].erases else None
-        self.gate = project((num_kv_heads,), "kv_heads", use_bias=True) if RULES[rule].decays else None
-        half_life = with_axes(_spread_half_lives, "kv_heads")
-        self.log_half_life = (
-            nnx.Param(half_life(rngs.params(), (num_kv_heads,), param_dtype)) if RULES[rule].decays else None
-        )
-        self.norm = RMSNorm(head_dim, axis="head_dim", param_dtype=param_dtype, rngs=rngs) if use_output_norm else None
-        self.out = Linear(
-            (num_heads, head_dim), (embed_dim,), axes=("heads", "head_dim", "embed"), use_bias=use_bias,
-            kernel_init=out_init, **types,
-        )  # fmt: skip
-
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        *,
-        valid_BT: Bool[Array, "B T"] | None = None,
-        segments_BT: Int[Array, "B T"] | None = None,
-        state_BKMV: Float[Array, "B K M V"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K M V"]]:
-        """The output, and the state to go on from: with another call, or token by token with `step`."""
-        with jax.named_scope("fast_weight_attention"):
-            q_BTNH = constrain(self.query(x_BTD), "batch", "seq", "heads", "head_dim")
-            k_BTKH = constrain(self.key(x_BTD), "batch", "seq", "kv_heads", "head_dim")
-            v_BTKH = constrain(self.value(x_BTD), "batch", "seq", "kv_heads", "head_dim")
-            out_BTNH, state_BKMV = fast_weights(
-                q_BTNH, k_BTKH, v_BTKH, *self._strengths(x_BTD), rule=self.rule, feature_map=self._features,
-                form=self.form, chunk=self.chunk, valid_BT=valid_BT, segments_BT=segments_BT, state_BKMV=state_BKMV,
-            )  # fmt: skip
-            out_BTNH = out_BTNH if self.norm is None else self.norm(out_BTNH)
-            return constrain(self.out(out_BTNH), "batch", "stream", None), state_BKMV
-
-    def step(
-        self,
-        x_BD: Float[Array, "B D"],
-        state_BKMV: Float[Array, "B K M V"],
-        *,
-        valid_B: Bool[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B D"], Float[Array, "B K M V"]]:
-        """The output for one more token, and the next state."""
-        valid_B1 = None if valid_B is None else valid_B[:, None]
-        out_B1D, state_BKMV = self(x_BD[:, None], valid_BT=valid_B1, state_BKMV=state_BKMV)
-        return out_B1D[:, 0], state_BKMV
-
-    def empty_state(self, batch_size: int) -> Float[Array, "B K M V"]:
-        """The state before the first token."""
-        num_features = feature_dim(self._features, self.head_dim)
-        return jnp.zeros((batch_size, self.num_kv_heads, num_features, self.head_dim), jnp.float32)
-
-    def _features(self, x: Array) -> Array:
-        return FEATURE_NORMS[self.feature_norm](feature_map_of(self.feature_map)(x))
-
-    def _strengths(self, x: Array) -> tuple[Array | None, Array | None]:
-        """β in (0, 1), and log α < 0: where the gate is 0, α halves a memory's past within its half-life."""
-        beta = None if self.beta is None else jax.nn.sigmoid(widen(self.beta(x)))
-        if self.gate is None or self.log_half_life is None:
-            return beta, None
-        return beta, -jax.nn.softplus(widen(self.gate(x))) * jnp.exp(-widen(self.log_half_life[...]))
-
-
-def _spread_half_lives(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Logarithms of half-lives from 4 to 512 tokens."""
-    return jnp.linspace(math.log(4), math.log(512), shape[0], dtype=dtype)
 
 
 class _Tokens(NamedTuple):

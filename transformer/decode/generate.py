@@ -1,4 +1,4 @@
-"""Generation: one jitted prefill over the prompts, then jitted steps over a static key/value cache.
+"""Generation: one jitted prefill over the prompts, then jitted steps over states of fixed shapes.
 
 B batch, T prompt position, V vocab.
 """
@@ -15,12 +15,12 @@ import numpy as np
 from flax import nnx
 
 from transformer.decode.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses
-from transformer.decode.cache import KVCache
 from transformer.decode.sampling import Sampling, next_token
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
+from transformer.mixers.state import State
 from transformer.models.gpt import GPT, GPTConfig
-from transformer.stack import unstack
+from transformer.models.layer_stack import cache_lengths
 from transformer.types import Array, Bool, Float, Int, Key
 
 PREFILL_MULTIPLE = 32
@@ -30,9 +30,9 @@ PREFILL_MULTIPLE = 32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Where a batch stands between two tokens."""
+    """What a batch carries from one token to the next."""
 
-    cache: list[KVCache]
+    states: list[State]
     """One a layer."""
     logits_BV: Float[Array, "B V"]
     """Scores of the token to come."""
@@ -56,8 +56,8 @@ class Generator:
         self.config = dataclasses.replace(config, remat="none")
         self.end_of_text = end_of_text
         self._graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs))
-        self._apart_graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs).unstacked())
-        self._take_apart = jax.jit(lambda params: nnx.split(nnx.merge(self._graphdef, params).unstacked())[1])
+        self._unstacked_graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs).unstacked())
+        self._unstack = jax.jit(lambda params: nnx.split(nnx.merge(self._graphdef, params).unstacked())[1])
         self._prefill = jax.jit(self._prefill_impl, static_argnames=("max_length", "sampling"))
         self._search = jax.jit(self._search_impl, static_argnames=("max_length", "width", "search"))
         self._decode = jax.jit(self._decode_impl, static_argnames=("num_tokens", "sampling"), donate_argnames="state")
@@ -91,10 +91,10 @@ class Generator:
         state = self._prefill(
             params, tokens_BT, lengths_B, jax.random.key(seed), max_length=max_length, sampling=sampling
         )
-        apart = self._take_apart(params)
+        unstacked = self._unstack(params)
         chunk = max_tokens if chunk is None else min(chunk, max_tokens)
         for start in range(0, max_tokens, chunk):
-            state, tokens_Bn = self._decode(apart, state, num_tokens=chunk, sampling=sampling)
+            state, tokens_Bn = self._decode(unstacked, state, num_tokens=chunk, sampling=sampling)
             yield np.asarray(tokens_Bn)[:, : max_tokens - start]
             if np.asarray(state.done_B).all():
                 return
@@ -160,16 +160,20 @@ class Generator:
         self, params: nnx.State, tokens_BT: Array, lengths_B: Array, key: Array, *, max_length: int, sampling: Sampling
     ) -> DecodeState:
         model = nnx.merge(self._graphdef, params)
-        batch_size = tokens_BT.shape[0]
-        hidden_BTD, outputs = model.hidden(tokens_BT, cache=model.make_cache(batch_size, max_length))
-        last_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
+        batch_size, width = tokens_BT.shape
+        real_BT = jnp.arange(width) < lengths_B[:, None]
+        # Padding is marked, so that it enters no state and takes no expert's capacity.
+        hidden_BTD, output = model.hidden(
+            tokens_BT, segments_BT=real_BT.astype(jnp.int32), states=model.make_states(batch_size, max_length)
+        )
+        assert output.states is not None
+        last_B1D = jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
         seen_BV = None
         if sampling.repetition_penalty != 1:
-            real_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
             rows = jnp.arange(batch_size)[:, None]
             seen_BV = jnp.zeros((batch_size, self.config.vocab_size), bool).at[rows, tokens_BT].max(real_BT)
         return DecodeState(
-            unstack(outputs.cache.with_length(lengths_B), self.config.num_layers),
+            output.states,
             model.logits(last_B1D)[:, 0],
             jnp.zeros(batch_size, bool),
             seen_BV,
@@ -189,29 +193,28 @@ class Generator:
     ) -> Beams:
         model = nnx.merge(self._graphdef, params)
         assert self.end_of_text is not None
-        # The search reads a prompt's last token again, in its own place, for the scores of the first that it writes.
+        # The search itself reads a prompt's last token, for the scores of the first that it writes.
         state = self._prefill_impl(
-            params, tokens_BT, lengths_B, jax.random.key(0), max_length=max_length, sampling=Sampling()
+            params, tokens_BT, lengths_B - 1, jax.random.key(0), max_length=max_length, sampling=Sampling()
         )
-        cache = [layer.with_length(lengths_B - 1) for layer in state.cache]
-        cache = jax.tree.map(lambda x: jnp.repeat(x, search.beams, axis=0), cache)
-        apart = model.unstacked()
+        states = jax.tree.map(lambda x: jnp.repeat(x, search.beams, axis=0), state.states)
+        unstacked = model.unstacked()
 
-        def step(token_R: Array, cache: list[KVCache]) -> tuple[Array, list[KVCache], None]:
-            output = apart(token_R[:, None], cache=cache)
-            return output.logits[:, 0], output.cache, None
+        def step(token_R: Array, states: list[State]) -> tuple[Array, list[State], None]:
+            output = unstacked(token_R[:, None], states=states)
+            return output.logits[:, 0], output.states, None
 
         start_B = jnp.take_along_axis(tokens_BT, (lengths_B - 1)[:, None], axis=1)[:, 0]
         limit_B = jnp.full_like(lengths_B, max_tokens)
         return beam_search(
-            step, cache, start_B, limit_B, search=search, width=width, end_of_text=self.end_of_text,
+            step, states, start_B, limit_B, search=search, width=width, end_of_text=self.end_of_text,
             num_tokens=self.num_tokens,
         )  # fmt: skip
 
     def _decode_impl(
         self, params: nnx.State, state: DecodeState, *, num_tokens: int, sampling: Sampling
     ) -> tuple[DecodeState, Array]:
-        model = nnx.merge(self._apart_graphdef, params)
+        model = nnx.merge(self._unstacked_graphdef, params)
         rows = jnp.arange(state.done_B.shape[0])
 
         def unfinished(carry: tuple[Array, DecodeState, Array]) -> Array:
@@ -221,7 +224,7 @@ class Generator:
         def step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
             index, state, tokens_Bn = carry
             # The position makes the key, so that the text does not depend on how it is cut into chunks.
-            keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, state.cache[0].length)
+            keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, cache_lengths(state.states))
             logits_BV = state.logits_BV
             if self.num_tokens < self.config.vocab_size:
                 logits_BV = jnp.where(jnp.arange(self.config.vocab_size) < self.num_tokens, logits_BV, -jnp.inf)
@@ -231,8 +234,8 @@ class Generator:
                 token_B = jnp.where(done_B, self.end_of_text, token_B)
                 done_B = done_B | (token_B == self.end_of_text)
             seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows, token_B].set(True)
-            output = model(token_B[:, None], cache=state.cache)
-            state = DecodeState(output.cache, output.logits[:, 0], done_B, seen_BV, state.keys_B)
+            output = model(token_B[:, None], states=state.states)
+            state = DecodeState(output.states, output.logits[:, 0], done_B, seen_BV, state.keys_B)
             return index + 1, state, tokens_Bn.at[:, index].set(token_B)
 
         fill = 0 if self.end_of_text is None else self.end_of_text

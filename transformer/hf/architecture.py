@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformer.errors import UserError
-from transformer.hf.fields import Theirs
+from transformer.hf.fields import HFConfigReader
 from transformer.hf.mapping import Rule, Tables
+from transformer.mixers.heads import head_sizes
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.families import ModelConfig
 
 
@@ -39,7 +41,7 @@ class Architecture:
     output: str = ""
     tied_to: str = ""
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    read: Callable[[Theirs, Any], ModelConfig]
+    read: Callable[[HFConfigReader, Any], ModelConfig]
     write: Callable[[Any], dict[str, Any]]
     tables: Callable[[Any], Tables]
 
@@ -49,7 +51,7 @@ class Architecture:
         Raises:
             UserError: fields that are not supported, all at once.
         """
-        theirs = Theirs(data)
+        theirs = HFConfigReader(data)
         try:
             config = self.read(theirs, self.classes[name])
         except UserError as error:
@@ -78,7 +80,7 @@ class Architecture:
 
     def class_of(self, config: ModelConfig) -> str | None:
         """The class for a config's head; None if there is none."""
-        head = getattr(config, "head", "")
+        head = config.head.kind if hasattr(config, "head") else ""
         return next((name for name, ours in self.classes.items() if ours == head), None)
 
     def differences(self, config: ModelConfig) -> list[str]:
@@ -106,47 +108,53 @@ def rules_of(*parts: Any) -> tuple[Rule, ...]:
 
 
 _TRAINING = {
-    "dropout", "init", "init_std", "dtype", "attention", "scan_layers", "remat", "balance_loss", "router_z_loss",
-    "expert_capacity", "experts_per_token", "use_bias", "attention_bias", "qkv_bias", "mlp_bias", "norm_bias",
+    "dropout", "attention_dropout", "init", "init_std", "dtype", "scan_layers", "remat", "backend", "balance_loss",
+    "router_z_loss", "attention", "pattern", "mlp", "head", "position_embedding", "norm_bias", "embedding_size",
+    "num_decoder_layers",
 }  # fmt: skip
-"""Fields that change nothing of what a trained model computes, and those that stand for others."""
+"""Fields that change nothing of what a trained model computes, and those whose defaults are filled in below."""
 
 
 def _computes(config: Any) -> dict[str, Any]:
-    """What decides a model's outputs, defaults filled in, and nothing that has no effect."""
-    data = {name: value for name, value in dataclasses.asdict(config).items() if name not in _TRAINING}
-    filled = {
-        "num_kv_heads": "kv_heads", "head_dim": "dim_of_head", "mlp_dim": "dim_of_mlp", "table_dim": "dim_of_table",
-        "num_decoder_layers": "decoder_layers",
-    }  # fmt: skip
-    data |= {name: getattr(config, full) for name, full in filled.items() if name in data}
-    data |= {f"bias of {part}": config.has_bias(part) for part in ("qkv", "attention", "mlp")}
-    if config.norm == "layer_norm":
-        data["bias of norms"] = config.has_bias("norm")
-    is_local = data.get("local_window") is not None
-    if is_local and data["local_rotary_period"] is None:
-        data["local_rotary_period"] = config.rotary_period
-    head = data.get("head")
-    embeds = head == "embedding"
-    of_rows = head in ("pretraining", "classification", "choice") or (embeds and data["pooler"])
-    of_tokens = head in ("tokens", "answer")
-    layered = of_tokens and data["token_layer"]
-    idle = {
-        "rotary*": config.position != "rotary",
-        "relative*": config.position != "relative",
-        "local*": not is_local,
-        "global*": not is_local,
-        "sinks*": data.get("window") is None,
-        "num_labels": head not in ("classification", "tokens"),
-        "token_layer": not of_tokens,
-        "head_bias": (embeds and not of_rows) or (of_tokens and not layered),
-        # Of embeddings it stands beside config.json.
-        "pooling": embeds or not of_rows,
-        "pooler": not embeds,
-        "pooler_norm": not of_rows,
-        "pooler_activation": not of_rows and not layered,
+    """What decides a model's outputs, defaults filled in, by the field's path."""
+    data = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _TRAINING
     }
-    off = [pattern for pattern, is_idle in idle.items() if is_idle]
-    return {
-        name: value for name, value in data.items() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in off)
-    }
+    data |= {"position_embedding": config.embedded_positions, "norm_bias": config.has_norm_bias}
+    data |= _fields_of("mlp", dataclasses.replace(config.mlp, dim=config.mlp.width(config.embed_dim)))
+    mixers = [_filled(mixer, config.embed_dim) for mixer in config.mixers()]
+    for number, mixer in enumerate(mixers):
+        data |= _fields_of("attention" if len(set(mixers)) == 1 else f"pattern.{number}", mixer)
+    if hasattr(config, "decoder_layers"):
+        data["num_decoder_layers"] = config.decoder_layers
+    if hasattr(config, "head"):
+        data["embedding_size"] = config.dim_of_embedding
+        head = _fields_of("head", config.head)
+        if config.head.kind == "embedding":
+            # It is written next to config.json.
+            del head["head.pooling"]
+        data |= head
+    return data
+
+
+def _filled(mixer: Any, embed_dim: int) -> Any:
+    """A mixer with its defaults filled in, and no choice of an implementation."""
+    if not isinstance(mixer, SoftmaxConfig):
+        return mixer
+    _, num_kv_heads, head_dim = head_sizes(mixer, embed_dim)
+    scale = None if mixer.scale is not None and math.isclose(mixer.scale, head_dim**-0.5) else mixer.scale
+    return dataclasses.replace(
+        mixer, num_kv_heads=num_kv_heads, head_dim=head_dim, qkv_bias=mixer.has_qkv_bias, scale=scale, backend="auto"
+    )
+
+
+def _fields_of(path: str, config: Any) -> dict[str, Any]:
+    """Every field below a config by its path, without those that only training needs."""
+    if not dataclasses.is_dataclass(config):
+        return {path: config}
+    parts = [
+        _fields_of(f"{path}.{field.name}", getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in ("backend", "balance_loss", "router_z_loss", "capacity_factor")
+    ]
+    return {key: value for part in parts for key, value in part.items()}

@@ -175,7 +175,8 @@ def architecture_of(config: ModelConfig, model_type: str | None = None) -> Archi
     closest = min(reasons, key=lambda name: (OTHER_KIND in reasons[name], len(reasons[name])))
     settings = ", ".join(reasons[closest])
     if OTHER_KIND in reasons[closest]:
-        said = f"there is none for {OTHER_KIND} ({config.family!r}, {getattr(config, 'head', 'no choice of a head')!r})"
+        head = f" and head {config.head.kind!r}" if hasattr(config, "head") else ""
+        said = f"no Hugging Face architecture matches family {config.family!r}{head}"
     else:
         said = f"{'it' if model_type else f'the nearest, {closest},'} does not go with {settings}"
     raise UserError(f"this model cannot be written as {model_type or 'any architecture of transformers'}; {said}")

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from transformer.hf.architecture import Architecture, rules_of
-from transformer.hf.fields import ACTIVATIONS, GATED, UNTIED, Theirs, name_of
+from transformer.hf.fields import ACTIVATIONS, GATED, UNTIED, HFConfigReader, dense_mlp, name_of, only_mixer
 from transformer.hf.mapping import Row, Rule, Tables, linear, norm, table
+from transformer.errors import UserError
+from transformer.layers.feed_forward import DenseConfig
+from transformer.layers.position import RelativeConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.encoder_decoder import T5Config, VaswaniConfig
 
 _T5_ACTIVATIONS = {
@@ -18,7 +22,7 @@ _T5_ACTIVATIONS = {
 }
 
 
-def _read_t5(theirs: Theirs, head: Any) -> T5Config:
+def _read_t5(theirs: HFConfigReader, head: Any) -> T5Config:
     # Version 5 of transformers writes that embeddings are tied where they are not, and says by a field of its own whether
     # the decoder's output is scaled; before that, both went together.
     said = bool(theirs.get("tie_word_embeddings", True))
@@ -28,30 +32,41 @@ def _read_t5(theirs: Theirs, head: Any) -> T5Config:
     return T5Config(
         vocab_size=theirs.size("vocab_size", 32_128), max_length=theirs.size("n_positions", 512), num_layers=layers,
         num_decoder_layers=theirs.size("num_decoder_layers", layers), embed_dim=theirs.size("d_model", 512),
-        num_heads=theirs.size("num_heads", 8), head_dim=theirs.size("d_kv", 64), mlp_dim=theirs.size("d_ff", 2048),
-        activation=theirs.one_of("feed_forward_proj", _T5_ACTIVATIONS, "relu"),
-        norm_epsilon=float(theirs.get("layer_norm_epsilon", 1e-6)),
-        relative_buckets=theirs.size("relative_attention_num_buckets", 32),
-        relative_distance=theirs.size("relative_attention_max_distance", 128),
-        dropout=theirs.dropout("dropout_rate", default=0.1), tie_embeddings=tied,
+        attention=SoftmaxConfig(
+            num_heads=theirs.size("num_heads", 8), head_dim=theirs.size("d_kv", 64), bias=False, scale=1.0,
+            position=RelativeConfig(
+                num_buckets=theirs.size("relative_attention_num_buckets", 32),
+                max_distance=theirs.size("relative_attention_max_distance", 128),
+            ),
+        ),
+        mlp=DenseConfig(
+            dim=theirs.size("d_ff", 2048), activation=theirs.one_of("feed_forward_proj", _T5_ACTIVATIONS, "relu"),
+            bias=False,
+        ),
+        norm_eps=float(theirs.get("layer_norm_epsilon", 1e-6)),
+        **theirs.dropouts("dropout_rate", "dropout_rate"), tie_embeddings=tied,
         scale_logits=scaled, start_token=int(theirs.get("decoder_start_token_id", theirs.get("pad_token_id", 0))),
     )  # fmt: skip
 
 
 def _t5_fields(c: T5Config) -> dict[str, Any]:
+    mixer, mlp = only_mixer(c), dense_mlp(c)
+    if not isinstance(position := mixer.position, RelativeConfig):
+        raise UserError(f"attention.position of kind {position.kind!r}")
     return {
         "vocab_size": c.vocab_size, "n_positions": c.max_length, "num_layers": c.num_layers,
-        "num_decoder_layers": c.decoder_layers, "d_model": c.embed_dim, "num_heads": c.num_heads, "d_kv": c.dim_of_head,
-        "d_ff": c.dim_of_mlp, "feed_forward_proj": name_of(_T5_ACTIVATIONS, c.activation),
-        "layer_norm_epsilon": c.norm_epsilon, "relative_attention_num_buckets": c.relative_buckets,
-        "relative_attention_max_distance": c.relative_distance, "dropout_rate": c.dropout,
+        "num_decoder_layers": c.decoder_layers, "d_model": c.embed_dim, "num_heads": mixer.num_heads,
+        "d_kv": mixer.head_dim or c.embed_dim // mixer.num_heads, "d_ff": mlp.width(c.embed_dim),
+        "feed_forward_proj": name_of(_T5_ACTIVATIONS, mlp.activation), "layer_norm_epsilon": c.norm_eps,
+        "relative_attention_num_buckets": position.num_buckets, "relative_attention_max_distance": position.max_distance,
+        "dropout_rate": c.dropout,
         "tie_word_embeddings": c.tie_embeddings, "scale_decoder_outputs": c.scale_logits,
         "is_encoder_decoder": True, "decoder_start_token_id": c.start_token, "pad_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
 
 
 def _t5_tables(c: T5Config) -> Tables:
-    gated = name_of(GATED, c.activation) is not None
+    gated = name_of(GATED, dense_mlp(c).activation) is not None
     parts: list[Any] = [table("shared", "embed")]
     for side in ("encoder", "decoder"):
         blocks, layer = f"{side}.blocks", f"{side}.block.{{}}.layer"
@@ -100,7 +115,7 @@ MT5 = Architecture(
 )
 
 
-def _read_marian(theirs: Theirs, head: Any) -> VaswaniConfig:
+def _read_marian(theirs: HFConfigReader, head: Any) -> VaswaniConfig:
     theirs.must("share_encoder_decoder_embeddings", [True], True)
     theirs.must("tie_word_embeddings", [True], True)
     for field in ("normalize_before", "normalize_embedding", "add_final_layer_norm", "static_position_embeddings"):
@@ -113,21 +128,25 @@ def _read_marian(theirs: Theirs, head: Any) -> VaswaniConfig:
     return VaswaniConfig(
         vocab_size=vocab, max_length=theirs.size("max_position_embeddings", 1024),
         num_layers=theirs.size("encoder_layers", 12), num_decoder_layers=theirs.size("decoder_layers", 12),
-        embed_dim=theirs.size("d_model", 1024), num_heads=heads, mlp_dim=width,
-        activation=theirs.one_of("activation_function", ACTIVATIONS, "gelu"), position="sinusoidal_halves",
-        norm_epsilon=1e-5, dropout=theirs.dropout("dropout", "attention_dropout", "activation_dropout", default=0.1),
+        embed_dim=theirs.size("d_model", 1024), attention=SoftmaxConfig(num_heads=heads),
+        mlp=DenseConfig(dim=width, activation=theirs.one_of("activation_function", ACTIVATIONS, "gelu")),
+        position_embedding="sinusoidal_halves", norm_eps=1e-5,
+        **theirs.dropouts("dropout", "attention_dropout", "activation_dropout"),
         scale_embeddings=bool(theirs.get("scale_embedding", False)), init_std=float(theirs.get("init_std", 0.02)),
         init="normal", output_bias=True, start_token=int(theirs.get("decoder_start_token_id", vocab - 1)),
     )  # fmt: skip
 
 
 def _marian_fields(c: VaswaniConfig) -> dict[str, Any]:
+    mixer, mlp = only_mixer(c), dense_mlp(c)
+    width = mlp.width(c.embed_dim)
     return {
         "vocab_size": c.vocab_size, "decoder_vocab_size": c.vocab_size, "max_position_embeddings": c.max_length,
         "encoder_layers": c.num_layers, "decoder_layers": c.decoder_layers, "d_model": c.embed_dim,
-        "encoder_attention_heads": c.num_heads, "decoder_attention_heads": c.num_heads,
-        "encoder_ffn_dim": c.dim_of_mlp, "decoder_ffn_dim": c.dim_of_mlp,
-        "activation_function": name_of(ACTIVATIONS, c.activation), "dropout": c.dropout, "attention_dropout": c.dropout,
+        "encoder_attention_heads": mixer.num_heads, "decoder_attention_heads": mixer.num_heads,
+        "encoder_ffn_dim": width, "decoder_ffn_dim": width,
+        "activation_function": name_of(ACTIVATIONS, mlp.activation), "dropout": c.dropout,
+        "attention_dropout": c.attention_dropout,
         "scale_embedding": c.scale_embeddings, "init_std": c.init_std, "share_encoder_decoder_embeddings": True,
         "is_encoder_decoder": True, "decoder_start_token_id": c.start_token, "pad_token_id": c.start_token,
     }  # fmt: skip

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformer.hf.architecture import Architecture, rules_of
-from transformer.hf.fields import ACTIVATIONS, Theirs, name_of
+from transformer.hf.fields import ACTIVATIONS, HFConfigReader, dense_mlp, name_of, only_mixer
 from transformer.hf.mapping import Rule, Tables, Vector, linear, norm, table
+from transformer.layers.feed_forward import DenseConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
+from transformer.models.heads import (
+    AnswerHeadConfig,
+    ChoiceHeadConfig,
+    ClassificationHeadConfig,
+    EmbeddingHeadConfig,
+    HeadConfig,
+    MaskedHeadConfig,
+    PretrainingHeadConfig,
+    ReplacedHeadConfig,
+    TokensHeadConfig,
+)
 
 BLOCKS = "layers.blocks"
 HEADS = {
@@ -53,9 +66,9 @@ def _bert_body(c: BertConfig, prefix: str, skipped: int = 0) -> Iterator[Rule]:
 
 def _small_heads(c: BertConfig) -> Iterator[Rule]:
     """Of single tokens, which all have under the same names."""
-    if c.head == "tokens":
+    if c.head.kind == "tokens":
         yield from linear("classifier", "token_head.out")
-    if c.head == "answer":
+    if c.head.kind == "answer":
         yield from linear("qa_outputs", "token_head.out")
 
 
@@ -65,7 +78,30 @@ def _masked_head(dense: str, norm_name: str, bias: str) -> Iterator[Rule]:
     yield Rule(bias, ("masked_head.bias",), Vector())
 
 
-def _common(theirs: Theirs, head: Any, *, dim: int = 768, num_heads: int = 12, mlp_dim: int = 3072) -> dict[str, Any]:
+def head_of(
+    kind: str, num_labels: int, *, token: dict[str, Any] | None = None, pooler: Any = None, **pooled: Any
+) -> HeadConfig:
+    """The head of a kind.
+
+    Args:
+        token: of the heads of single tokens.
+        pooler: of embeddings.
+        pooled: of the heads of whole rows.
+    """
+    makers: dict[str, Callable[[], HeadConfig]] = {
+        "masked": MaskedHeadConfig,
+        "replaced": ReplacedHeadConfig,
+        "pretraining": lambda: PretrainingHeadConfig(**pooled),
+        "classification": lambda: ClassificationHeadConfig(num_labels=num_labels, **pooled),
+        "choice": lambda: ChoiceHeadConfig(**pooled),
+        "tokens": lambda: TokensHeadConfig(num_labels=num_labels, **token or {}),
+        "answer": lambda: AnswerHeadConfig(**token or {}),
+        "embedding": lambda: EmbeddingHeadConfig(pooler=pooler),
+    }
+    return makers[kind]()
+
+
+def _common(theirs: HFConfigReader, *, dim: int = 768, num_heads: int = 12, mlp_dim: int = 3072) -> dict[str, Any]:
     theirs.must("is_decoder", [False], False)
     theirs.must("position_embedding_type", ["absolute"], "absolute")
     theirs.must("tie_word_embeddings", [True], True)
@@ -74,21 +110,18 @@ def _common(theirs: Theirs, head: Any, *, dim: int = 768, num_heads: int = 12, m
         "max_length": theirs.size("max_position_embeddings", 512),
         "num_layers": theirs.size("num_hidden_layers", 12),
         "embed_dim": theirs.size("hidden_size", dim),
-        "num_heads": theirs.size("num_attention_heads", num_heads),
-        "mlp_dim": theirs.size("intermediate_size", mlp_dim),
-        "activation": theirs.one_of("hidden_act", ACTIVATIONS, "gelu"),
-        "norm_epsilon": float(theirs.get("layer_norm_eps", 1e-12)),
-        "dropout": theirs.dropout(
-            "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", default=0.1
+        "attention": SoftmaxConfig(num_heads=theirs.size("num_attention_heads", num_heads)),
+        "mlp": DenseConfig(
+            dim=theirs.size("intermediate_size", mlp_dim), activation=theirs.one_of("hidden_act", ACTIVATIONS, "gelu")
         ),
+        "norm_eps": float(theirs.get("layer_norm_eps", 1e-12)),
+        **theirs.dropouts("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
         "token_types": theirs.size("type_vocab_size", 2),
         "init_std": float(theirs.get("initializer_range", 0.02)),
-        "head": head,
-        "num_labels": labels_of(theirs),
     }
 
 
-def labels_of(theirs: Theirs) -> int:
+def labels_of(theirs: HFConfigReader) -> int:
     """How many classes a config names."""
     named = theirs.get("id2label")
     if named and not (isinstance(named, dict) and sorted(map(str, named)) == sorted(map(str, range(len(named))))):
@@ -98,33 +131,39 @@ def labels_of(theirs: Theirs) -> int:
 
 
 def _common_fields(c: BertConfig) -> dict[str, Any]:
+    mixer, mlp = only_mixer(c), dense_mlp(c)
     return {
         "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers,
-        "hidden_size": c.embed_dim, "num_attention_heads": c.num_heads, "intermediate_size": c.dim_of_mlp,
-        "hidden_act": name_of(ACTIVATIONS, c.activation), "layer_norm_eps": c.norm_epsilon,
-        "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.dropout, "type_vocab_size": c.token_types,
-        "initializer_range": c.init_std, "num_labels": c.num_labels,
+        "hidden_size": c.embed_dim, "num_attention_heads": mixer.num_heads, "intermediate_size": mlp.width(c.embed_dim),
+        "hidden_act": name_of(ACTIVATIONS, mlp.activation), "layer_norm_eps": c.norm_eps,
+        "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.attention_dropout,
+        "type_vocab_size": c.token_types, "initializer_range": c.init_std, "num_labels": num_labels_of(c),
     }  # fmt: skip
 
 
-def _read_bert(theirs: Theirs, head: Any) -> BertConfig:
-    return BertConfig(**_common(theirs, head), pooler=head == "embedding")
+def num_labels_of(c: BertConfig) -> int:
+    """Classes of the head; of one that has none, theirs by default."""
+    return getattr(c.head, "num_labels", 2)
+
+
+def _read_bert(theirs: HFConfigReader, head: Any) -> BertConfig:
+    return BertConfig(**_common(theirs), head=head_of(head, labels_of(theirs), pooler="tanh"))
 
 
 def _bert_tables(c: BertConfig) -> Tables:
     heads: list[Rule] = list(_small_heads(c))
     copies = {}
-    if c.head in ("masked", "pretraining"):
+    if c.head.kind in ("masked", "pretraining"):
         names = [f"cls.predictions.{name}" for name in ("transform.dense", "transform.LayerNorm", "bias")]
         heads += _masked_head(*names)
         copies = {
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
         }
-    if c.head in ("pretraining", "classification", "choice", "embedding"):
+    if c.head.kind in ("pretraining", "classification", "choice", "embedding"):
         heads += linear("bert.pooler.dense", "pooled_head.pooler")
-    if c.head in ("pretraining", "classification", "choice"):
-        heads += linear("cls.seq_relationship" if c.head == "pretraining" else "classifier", "pooled_head.out")
+    if c.head.kind in ("pretraining", "classification", "choice"):
+        heads += linear("cls.seq_relationship" if c.head.kind == "pretraining" else "classifier", "pooled_head.out")
     left_out = ("cls.*", "bert.pooler.*", *_BUFFERS)
     return Tables(rules_of(_bert_body(c, "bert"), heads), copies, left_out)
 
@@ -141,14 +180,15 @@ _UNUSED_ROWS = 2
 """RoBERTa's positions count from pad_token_id + 1, which is 2 in every checkpoint."""
 
 
-def _read_roberta(theirs: Theirs, head: Any) -> BertConfig:
+def _read_roberta(theirs: HFConfigReader, head: Any) -> BertConfig:
     theirs.must("pad_token_id", [_UNUSED_ROWS - 1], _UNUSED_ROWS - 1)
-    common = _common(theirs, head)
+    common = _common(theirs)
     rows = common["max_length"]
     if rows <= _UNUSED_ROWS:
         theirs.wrong(f"max_position_embeddings: got {rows}; allowed: above {_UNUSED_ROWS}")
         rows = _UNUSED_ROWS + 1
-    return BertConfig(**common | {"max_length": rows - _UNUSED_ROWS}, pooler=head == "embedding")
+    made = head_of(head, labels_of(theirs), pooler="tanh")
+    return BertConfig(**common | {"max_length": rows - _UNUSED_ROWS}, head=made)
 
 
 def _roberta_fields(c: BertConfig) -> dict[str, Any]:
@@ -159,17 +199,17 @@ def _roberta_fields(c: BertConfig) -> dict[str, Any]:
 def _roberta_tables(c: BertConfig) -> Tables:
     heads: list[Rule] = list(_small_heads(c))
     copies = {}
-    if c.head == "masked":
+    if c.head.kind == "masked":
         heads += _masked_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
         copies = {
             "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
             "lm_head.decoder.bias": "lm_head.bias",
         }
-    if c.head == "classification":
+    if c.head.kind == "classification":
         heads += [*linear("classifier.dense", "pooled_head.pooler"), *linear("classifier.out_proj", "pooled_head.out")]
-    if c.head in ("choice", "embedding"):
+    if c.head.kind in ("choice", "embedding"):
         heads += linear("roberta.pooler.dense", "pooled_head.pooler")
-    if c.head == "choice":
+    if c.head.kind == "choice":
         heads += linear("classifier", "pooled_head.out")
     left_out = ("lm_head.*", "roberta.pooler.*", *_BUFFERS)
     return Tables(rules_of(_bert_body(c, "roberta", _UNUSED_ROWS), heads), copies, left_out)
@@ -188,25 +228,29 @@ XLM_ROBERTA = Architecture(
 )  # fmt: skip
 
 
-def _read_distilbert(theirs: Theirs, head: Any) -> BertConfig:
+def _read_distilbert(theirs: HFConfigReader, head: Any) -> BertConfig:
     theirs.must("sinusoidal_pos_embds", [False], False)
     theirs.must("tie_word_embeddings", [True], True)
     return BertConfig(
         vocab_size=theirs.size("vocab_size", 30522), max_length=theirs.size("max_position_embeddings", 512),
-        num_layers=theirs.size("n_layers", 6), embed_dim=theirs.size("dim", 768), num_heads=theirs.size("n_heads", 12),
-        mlp_dim=theirs.size("hidden_dim", 3072), activation=theirs.one_of("activation", ACTIVATIONS, "gelu"),
-        norm_epsilon=1e-12, token_types=0, init_std=float(theirs.get("initializer_range", 0.02)),
-        dropout=theirs.dropout("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout", default=0.1),
-        head=head, num_labels=labels_of(theirs), pooler_activation="relu",
+        num_layers=theirs.size("n_layers", 6), embed_dim=theirs.size("dim", 768),
+        attention=SoftmaxConfig(num_heads=theirs.size("n_heads", 12)),
+        mlp=DenseConfig(
+            dim=theirs.size("hidden_dim", 3072), activation=theirs.one_of("activation", ACTIVATIONS, "gelu")
+        ),
+        norm_eps=1e-12, token_types=0, init_std=float(theirs.get("initializer_range", 0.02)),
+        **theirs.dropouts("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
+        head=head_of(head, labels_of(theirs), activation="relu"),
     )  # fmt: skip
 
 
 def _distilbert_fields(c: BertConfig) -> dict[str, Any]:
+    mixer, mlp = only_mixer(c), dense_mlp(c)
     return {
         "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "n_layers": c.num_layers,
-        "dim": c.embed_dim, "n_heads": c.num_heads, "hidden_dim": c.dim_of_mlp,
-        "activation": name_of(ACTIVATIONS, c.activation), "dropout": c.dropout, "attention_dropout": c.dropout,
-        "initializer_range": c.init_std, "num_labels": c.num_labels,
+        "dim": c.embed_dim, "n_heads": mixer.num_heads, "hidden_dim": mlp.width(c.embed_dim),
+        "activation": name_of(ACTIVATIONS, mlp.activation), "dropout": c.dropout,
+        "attention_dropout": c.attention_dropout, "initializer_range": c.init_std, "num_labels": num_labels_of(c),
     }  # fmt: skip
 
 
@@ -218,10 +262,10 @@ def _distilbert_tables(c: BertConfig) -> Tables:
     )  # fmt: skip
     heads: list[Rule] = list(_small_heads(c))
     copies = {}
-    if c.head == "masked":
+    if c.head.kind == "masked":
         heads += _masked_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias")
         copies = {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"}
-    if c.head in ("classification", "choice"):
+    if c.head.kind in ("classification", "choice"):
         heads += [*linear("pre_classifier", "pooled_head.pooler"), *linear("classifier", "pooled_head.out")]
     return Tables(rules_of(body, heads), copies, ("vocab_*", *_BUFFERS))
 
@@ -234,37 +278,38 @@ DISTILBERT = Architecture(
 )  # fmt: skip
 
 
-def _read_electra(theirs: Theirs, head: Any) -> BertConfig:
+def _read_electra(theirs: HFConfigReader, head: Any) -> BertConfig:
     if head == "choice":
         for name, value in (("summary_type", "first"), ("summary_use_proj", True), ("summary_activation", "gelu")):
             theirs.must(name, [value], value)
     width, dim = theirs.size("embedding_size", 128), theirs.size("hidden_size", 256)
-    common = _common(theirs, head, dim=256, num_heads=4, mlp_dim=1024)
+    common = _common(theirs, dim=256, num_heads=4, mlp_dim=1024)
     if head == "masked":
         # Whatever the layers have, the generator's head has this one.
         theirs.must("hidden_act", ["gelu"], "gelu")
-    return BertConfig(**common, table_dim=None if width == dim else width, pooler_activation="gelu_exact")
+    made = head_of(head, labels_of(theirs), activation="gelu_exact")
+    return BertConfig(**common, embedding_size=None if width == dim else width, head=made)
 
 
 def _electra_fields(c: BertConfig) -> dict[str, Any]:
-    return _common_fields(c) | {"embedding_size": c.dim_of_table, "summary_activation": "gelu"}
+    return _common_fields(c) | {"embedding_size": c.dim_of_embedding, "summary_activation": "gelu"}
 
 
 def _electra_tables(c: BertConfig) -> Tables:
     heads: list[Rule] = list(_small_heads(c))
     copies = {}
-    if c.table_dim is not None and c.table_dim != c.embed_dim:
-        heads += linear("electra.embeddings_project", "widen")
-    if c.head == "masked":
+    if c.dim_of_embedding != c.embed_dim:
+        heads += linear("electra.embeddings_project", "embedding_projection")
+    if c.head.kind == "masked":
         names = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias")
         heads += _masked_head(*names)
         copies = {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"}
-    if c.head == "replaced":
+    if c.head.kind == "replaced":
         heads += linear("discriminator_predictions.dense", "replaced_head.dense")
         heads += linear("discriminator_predictions.dense_prediction", "replaced_head.out")
-    if c.head == "classification":
+    if c.head.kind == "classification":
         heads += [*linear("classifier.dense", "pooled_head.pooler"), *linear("classifier.out_proj", "pooled_head.out")]
-    if c.head == "choice":
+    if c.head.kind == "choice":
         heads += [*linear("sequence_summary.summary", "pooled_head.pooler"), *linear("classifier", "pooled_head.out")]
     left_out = ("discriminator_predictions.*", "generator_*", *_BUFFERS)
     return Tables(rules_of(_bert_body(c, "electra"), heads), copies, left_out)

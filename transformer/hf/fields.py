@@ -6,7 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformer.errors import UserError
-from transformer.layers.position import RotaryScaling
+from transformer.layers.feed_forward import DenseConfig
+from transformer.layers.position import RotaryConfig, RotaryScaling
+from transformer.mixers.softmax import SoftmaxConfig
 
 ACTIVATIONS = {
     "gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu": "relu",
@@ -21,7 +23,7 @@ UNTIED = "untied by its tensors"
 """A field that no config.json has: whether the output projection is another tensor than the embedding."""
 
 
-class Theirs:
+class HFConfigReader:
     """Fields of a config.json.
 
     Attributes:
@@ -71,30 +73,30 @@ class Theirs:
         """Something else that is not supported."""
         self._wrong.append(text)
 
-    def dropout(self, name: str, *others: str, default: float) -> float:
-        """The rate `name`, with a note where other rates are not the same."""
+    def dropouts(self, name: str, attention: str, *others: str, default: float = 0.1) -> dict[str, float]:
+        """`dropout` and `attention_dropout`, with a note where other rates differ from the first."""
         rate = float(self.get(name, default))
         for other in others:
             if other in self and (value := float(self.get(other))) != rate:
                 self.notes.append(f"{other} is {value:g} there, and dropout {rate:g} here, as {name}")
-        return rate
+        return {"dropout": rate, "attention_dropout": float(self.get(attention, default))}
 
-    def rotary(self, *, period: float, section: str | None = None) -> dict[str, Any]:
-        """`rotary_period`, `rotary_scaling` and `rotary_fraction`, however the config writes them.
+    def rotary(self, *, theta: float, section: str | None = None) -> RotaryConfig:
+        """Rotary positions, however the config writes them.
 
         Args:
-            period: theirs where none is written.
+            theta: theirs where none is written.
             section: of a config with several.
         """
         new = self.get("rope_parameters") or {}
         new = new.get(section, {}) if section is not None else new
         old = self.get("rope_scaling") or {}
         both = {**old, **new}
-        return {
-            "rotary_period": float(both.get("rope_theta") or self.get("rope_theta", period)),
-            "rotary_scaling": self._scaling(both),
-            "rotary_fraction": float(both.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)),
-        }
+        return RotaryConfig(
+            theta=float(both.get("rope_theta") or self.get("rope_theta", theta)),
+            scaling=self._scaling(both),
+            fraction=float(both.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)),
+        )
 
     def _scaling(self, rope: Mapping[str, Any]) -> RotaryScaling:
         kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -124,11 +126,12 @@ class Theirs:
             raise UserError(f"{source}: " + "; ".join(self._wrong))
 
 
-def rotary_fields(period: float, scaling: RotaryScaling, fraction: float = 1.0) -> dict[str, Any]:
-    """What `Theirs.rotary` reads, as transformers writes it since its version 5."""
-    rope: dict[str, Any] = {"rope_theta": period, "rope_type": "default"}
-    if fraction != 1.0:
-        rope["partial_rotary_factor"] = fraction
+def rotary_fields(rotary: RotaryConfig) -> dict[str, Any]:
+    """What `HFConfigReader.rotary` reads, as transformers writes it since its version 5."""
+    scaling = rotary.scaling
+    rope: dict[str, Any] = {"rope_theta": rotary.theta, "rope_type": "default"}
+    if rotary.fraction != 1.0:
+        rope["partial_rotary_factor"] = rotary.fraction
     if scaling.kind != "none":
         rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind in ("llama3", "yarn"):
@@ -140,6 +143,40 @@ def rotary_fields(period: float, scaling: RotaryScaling, fraction: float = 1.0) 
         if scaling.attention_factor is not None:
             rope["attention_factor"] = scaling.attention_factor
     return rope
+
+
+def softmax_of(mixer: Any) -> SoftmaxConfig:
+    """A mixer as softmax attention, the only one that their architectures have.
+
+    Raises:
+        UserError: it is another.
+    """
+    if not isinstance(mixer, SoftmaxConfig):
+        raise UserError(f"attention of kind {mixer.kind}")
+    return mixer
+
+
+def only_mixer(config: Any) -> SoftmaxConfig:
+    """The one that all layers have.
+
+    Raises:
+        UserError: they differ, or have another kind.
+    """
+    first, *others = {mixer: None for mixer in config.mixers()}
+    if others:
+        raise UserError("a pattern of mixers that differ")
+    return softmax_of(first)
+
+
+def dense_mlp(config: Any) -> DenseConfig:
+    """The feed-forward part.
+
+    Raises:
+        UserError: it is a mixture of experts.
+    """
+    if not isinstance(config.mlp, DenseConfig):
+        raise UserError("a mixture of experts")
+    return config.mlp
 
 
 def name_of(table: Mapping[str, str], ours: str) -> str | None:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from transformer.errors import UserError
 from transformer.models.bert import Bert
+from transformer.models.config import StackConfig
 from transformer.models.gpt import GPT
 from transformer.types import Float
 
@@ -96,7 +97,8 @@ def attention_maps(
     """
     c = model.config
     chosen_layers = choose("layer", layers, c.num_layers)
-    chosen_heads = choose("head", heads, c.num_heads)
+    num_heads = heads_of(c, chosen_layers)
+    chosen_heads = choose("head", heads, num_heads)
     ids = np.asarray(tokens, np.int32)
     if not ids.size:
         raise UserError("there is nothing to attend to: the text has no tokens")
@@ -105,7 +107,7 @@ def attention_maps(
         raise ValueError(f"{len(names)} labels for {ids.size} tokens")
     check_memory(len(chosen_layers), len(chosen_heads), ids.size, ids.size, max_bytes)
     graphdef, params = nnx.split(model)
-    everything = len(chosen_layers) == c.num_layers and len(chosen_heads) == c.num_heads
+    everything = len(chosen_layers) == c.num_layers and len(chosen_heads) == num_heads
     choice = everything or (chosen_layers, chosen_heads)
 
     @jax.jit
@@ -115,6 +117,15 @@ def attention_maps(
 
     weights = np.asarray(weights_of(params, jnp.asarray(ids)[None]))[:, 0]
     return AttentionMaps(names, names, chosen_layers, chosen_heads, weights, title)
+
+
+def heads_of(config: StackConfig, layers: Sequence[int]) -> int:
+    """How many query heads each of these layers has. Raises `UserError` unless it is the same number in all."""
+    mixers = config.mixers()
+    counts = {mixers[layer].num_heads for layer in layers}
+    if len(counts) > 1:
+        raise UserError(f"layers: those chosen have {' and '.join(map(str, sorted(counts)))} heads; choose layers of one kind")
+    return counts.pop()
 
 
 def choose(what: str, wanted: Sequence[int] | None, number: int) -> tuple[int, ...]:

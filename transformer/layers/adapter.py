@@ -5,13 +5,10 @@ I inputs of a map, O outputs of it, r rank of the adapter.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -23,8 +20,9 @@ from transformer.layers.linear import dense, dropout
 from transformer.sharding import with_axes
 from transformer.types import Array, DTypeLike, Float, PRNGKeyArray
 
-_KEYS: ContextVar[Iterator[PRNGKeyArray] | None] = ContextVar("keys_of_adapters", default=None)
 _NAME = "adapter"
+_FIRST_NUMBER = 5
+"""A block splits its key into this many; adapters fold higher numbers into it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,13 +69,16 @@ class Adapter(nnx.Module):
     Args:
         kernel: W, of one layer or of stacked ones.
         num_in: how many of its dims are inputs.
+        number: of this adapter in its block, from which its dropout draws a key of its own.
     """
 
-    def __init__(self, kernel: nnx.Param, num_in: int, config: AdapterConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, kernel: nnx.Param, num_in: int, config: AdapterConfig, *, number: int = 0, rngs: nnx.Rngs
+    ) -> None:
         axes, shape = kernel.get_metadata()["out_sharding"], kernel.shape
         lead = int(axes[0] == "layers")
         split = lead + num_in
-        self.scale, self.dropout_rate = config.scale, config.dropout
+        self.scale, self.dropout_rate, self.number = config.scale, config.dropout, number
         bound = math.prod(shape[lead:split]) ** -0.5
 
         def uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -97,11 +98,15 @@ class Adapter(nnx.Module):
             self.magnitude.set_value(lengths(kernel[...], self.lora_a[...], self.lora_b[...]))
 
     def __call__(
-        self, x: Float[Array, "*dims I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, " O"] | None
+        self,
+        x: Float[Array, "*dims I"],
+        kernel_IO: Float[Array, "I O"],
+        bias_O: Float[Array, " O"] | None,
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*dims O"]:
-        """What the map gives with the adapter, of one layer. Computed in x's type, from a kernel in the parameters' own."""
-        keys = _KEYS.get()
-        given = x if keys is None else dropout(x, self.dropout_rate, next(keys))
+        """What the layer gives with the adapter, of one layer. Computed in x's type, from a kernel in the parameters' own; a
+        key turns dropout on."""
+        given = x if key is None else dropout(x, self.dropout_rate, jax.random.fold_in(key, _FIRST_NUMBER + self.number))
         I, O = kernel_IO.shape  # noqa: E741
         a_Ir, b_rO = self.lora_a[...].reshape(I, -1), self.lora_b[...].reshape(-1, O)
         with jax.named_scope(_NAME):
@@ -122,18 +127,6 @@ class Adapter(nnx.Module):
         """The kernel of a plain map that gives what this one does with its adapter."""
         matrices = {"lora_a": self.lora_a, "lora_b": self.lora_b, "magnitude": self.magnitude}
         return merged_kernel(kernel, {name: m[...] for name, m in matrices.items() if m is not None}, self.scale)
-
-
-@contextlib.contextmanager
-def dropping(key: PRNGKeyArray | None, first: int) -> Iterator[None]:
-    """Adapters that are called inside drop some of what they read, each by a key of its own: by `jax.random.fold_in` of `key`
-    with numbers from `first` on. None: nothing is dropped."""
-    keys = None if key is None else (jax.random.fold_in(key, number) for number in itertools.count(first))
-    token = _KEYS.set(keys)
-    try:
-        yield
-    finally:
-        _KEYS.reset(token)
 
 
 def merged_kernel(kernel: Array, adapter: dict[str, Array], scale: float) -> Array:

@@ -5,17 +5,20 @@ B batch, T position, D embed, F mlp.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.layers.linear import Linear
+from transformer.errors import Config, require
+from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.sharding import constrain
-from transformer.types import Array, DTypeLike, Float
+from transformer.types import Array, DTypeLike, Float, PRNGKeyArray
 
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -47,6 +50,46 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
 }
 """Name → the function and whether a second projection is gated by it (Shazeer 2020, equations 5 and 6)."""
 
+Activation = Literal["relu", "gelu", "gelu_exact", "silu", "geglu", "geglu_exact", "swiglu"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseConfig(Config):
+    """One feed-forward network for all tokens."""
+
+    kind: Literal["dense"] = "dense"
+    """The same network for every token."""
+    dim: int | None = None
+    """Width of the hidden layer. null: 4 embed_dim, or 8/3 embed_dim (rounded up to a multiple of 64) when gated."""
+    activation: Activation = "gelu"
+    """geglu, geglu_exact and swiglu are gated. gelu and geglu have the tanh approximation, as GPT-2."""
+    bias: bool = True
+    """Biases in the linear layers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "dim", self.dim is None or self.dim >= 1, "allowed: 1 or more, or null")
+
+    def width(self, embed_dim: int) -> int:
+        """`dim` with its default filled in."""
+        return mlp_width(self.dim, self.activation, embed_dim)
+
+    def flops(self, embed_dim: int) -> float:
+        """Of one token: a multiply-add counts as two."""
+        return 2.0 * num_matrices(self.activation) * embed_dim * self.width(embed_dim)
+
+
+def mlp_width(dim: int | None, activation: str, embed_dim: int) -> int:
+    """The width of a hidden layer, its default filled in."""
+    if dim is not None:
+        return dim
+    return -(-8 * embed_dim // (3 * 64)) * 64 if ACTIVATIONS[activation][1] else 4 * embed_dim
+
+
+def num_matrices(activation: str) -> int:
+    """Of a feed-forward network: three when gated, else two."""
+    return 3 if ACTIVATIONS[activation][1] else 2
+
 
 class FeedForward(nnx.Module):
     """down(f(up(x))), or down(f(gate(x)) · up(x)) for a gated activation.
@@ -65,8 +108,8 @@ class FeedForward(nnx.Module):
         *,
         activation: str = "gelu",
         use_bias: bool = True,
-        kernel_init: Callable[..., Array],
-        out_init: Callable[..., Array],
+        kernel_init: Callable[..., Array] = DEFAULT_INIT,
+        out_init: Callable[..., Array] = DEFAULT_INIT,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -83,10 +126,12 @@ class FeedForward(nnx.Module):
             dtype=dtype, param_dtype=param_dtype, rngs=rngs,
         )  # fmt: skip
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Each position on its own, [B, T, D] → [B, T, D]."""
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], adapter_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T D"]:
+        """Each position on its own, [B, T, D] → [B, T, D]; a key turns the dropout of adapters on."""
         function, _ = ACTIVATIONS[self.activation]
         with jax.named_scope("feed_forward"):
-            up = constrain(self.up(x_BTD), "batch", "seq", "mlp")
-            hidden = function(up) if self.gate is None else function(self.gate(x_BTD)) * up
-            return constrain(self.down(hidden), "batch", "stream", None)
+            up = constrain(self.up(x_BTD, adapter_key), "batch", "seq", "mlp")
+            hidden = function(up) if self.gate is None else function(self.gate(x_BTD, adapter_key)) * up
+            return constrain(self.down(hidden, adapter_key), "batch", "stream", None)

@@ -20,6 +20,9 @@ from transformer.types import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 if TYPE_CHECKING:
     from transformer.layers.adapter import Adapter
 
+DEFAULT_INIT = nnx.initializers.normal(0.02)
+"""Of kernels, where nothing else is given (Radford et al. 2019)."""
+
 
 @jax.custom_vjp
 def dense(
@@ -93,8 +96,8 @@ class Linear(nnx.Module):
         # Fine-tuning may give it one (`models/adapted.py`).
         self.adapter: Adapter | None = nnx.data(None)
 
-    def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
-        """[..., *in_shape] → [..., *out_shape] in `dtype`."""
+    def __call__(self, x: Float[Array, ...], adapter_key: PRNGKeyArray | None = None) -> Float[Array, ...]:
+        """[..., *in_shape] → [..., *out_shape] in `dtype`; a key turns the dropout of an adapter on."""
         kernel = self.kernel[...].astype(self.dtype)
         # As a matrix: one well-tuned product on every device, whatever the dims mean.
         rows = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.num_in], -1)
@@ -102,7 +105,7 @@ class Linear(nnx.Module):
         if self.adapter is None:
             y = dense(rows, kernel.reshape(rows.shape[-1], -1), bias)
         else:
-            y = self.adapter(rows, self.kernel[...].reshape(rows.shape[-1], -1), bias)
+            y = self.adapter(rows, self.kernel[...].reshape(rows.shape[-1], -1), bias, adapter_key)
         return y.reshape(*y.shape[:-1], *kernel.shape[self.num_in :])
 
     def plain(self) -> Linear:

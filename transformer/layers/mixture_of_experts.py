@@ -9,15 +9,58 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.layers.feed_forward import ACTIVATIONS
+from transformer.errors import Config, require
+from transformer.layers.feed_forward import ACTIVATIONS, Activation, mlp_width, num_matrices
 from transformer.layers.linear import Linear
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(Config):
+    """A mixture of experts: several feed-forward networks, of which each token goes to a few."""
+
+    kind: Literal["experts"] = "experts"
+    """A router sends each token to a few of several networks."""
+    num_experts: int = 8
+    """Number of networks in a block."""
+    experts_per_token: int = 1
+    """How many of them a token goes to: 1 in the Switch Transformer, 2 in Mixtral."""
+    capacity_factor: float | None = None
+    """Tokens that an expert takes, as a multiple of an even share; overflow tokens skip it. null: dropless."""
+    dim: int | None = None
+    """Width of each network's hidden layer. null: as of a dense one."""
+    activation: Activation = "gelu"
+    """geglu, geglu_exact and swiglu are gated. gelu and geglu have the tanh approximation, as GPT-2."""
+    balance_loss: float = 0.01
+    """Weight of the loss that spreads tokens evenly over the experts."""
+    router_z_loss: float = 0.001
+    """Weight of the loss that keeps the router's logits small."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "num_experts", self.num_experts >= 1, "allowed: 1 or more")
+        allowed = f"allowed: 1 to num_experts ({self.num_experts})"
+        require(self, "experts_per_token", 1 <= self.experts_per_token <= self.num_experts, allowed)
+        for field in ("dim", "capacity_factor"):
+            require(self, field, getattr(self, field) is None or getattr(self, field) > 0, "allowed: above 0, or null")
+        for field in ("balance_loss", "router_z_loss"):
+            require(self, field, getattr(self, field) >= 0, "allowed: 0 or more")
+
+    def width(self, embed_dim: int) -> int:
+        """`dim` with its default filled in."""
+        return mlp_width(self.dim, self.activation, embed_dim)
+
+    def flops(self, embed_dim: int) -> float:
+        """Of one token, in the experts that it goes to and the router: a multiply-add counts as two."""
+        one = 2.0 * num_matrices(self.activation) * embed_dim * self.width(embed_dim)
+        return self.experts_per_token * one + 2 * embed_dim * self.num_experts
 
 
 @jax.tree_util.register_dataclass

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer.errors import require
+from transformer.errors import Config, require
 from transformer.sharding import with_axes
 from transformer.types import Array, DTypeLike, Float, Int
 
@@ -27,7 +27,7 @@ ScoreMod = Callable[[Array, Array, Array, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RotaryScaling:
+class RotaryScaling(Config):
     """How rotary positions serve a context longer than the one that a model was trained at."""
 
     kind: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
@@ -44,6 +44,7 @@ class RotaryScaling:
     """What yarn multiplies rotated queries and keys by; null: 0.1 ln(factor) + 1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         needs_length = self.kind in ("yarn", "llama3")
         require(self, "factor", self.factor >= 1, "allowed: 1 or more")
         require(
@@ -71,6 +72,69 @@ class RotaryScaling:
 
 
 NO_SCALING = RotaryScaling()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoPositionConfig(Config):
+    """Attention that knows positions from the embeddings or the mask alone."""
+
+    kind: Literal["none"] = "none"
+    """No positions in attention."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotaryConfig(Config):
+    """Rotary positions of queries and keys (Su et al. 2021)."""
+
+    kind: Literal["rotary"] = "rotary"
+    """Queries and keys are rotated by their positions."""
+    theta: float = 10_000.0
+    """Base of the frequencies θ_i = theta^(-2i/d)."""
+    fraction: float = 1.0
+    """Share of a head's features, from the first on, that are rotated (GPT-NeoX: 0.25)."""
+    scaling: RotaryScaling = NO_SCALING
+    """How the rotation is stretched to a longer context than the model was trained at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "theta", self.theta > 0, "allowed: above 0")
+        require(self, "fraction", 0 < self.fraction <= 1, "allowed: above 0, at most 1")
+
+    def dim(self, head_dim: int) -> int:
+        """Features of a head that are rotated."""
+        return int(head_dim * self.fraction)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlibiConfig(Config):
+    """Attention with linear biases (Press et al. 2022)."""
+
+    kind: Literal["alibi"] = "alibi"
+    """Each head's logits fall with the distance, at a fixed slope."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RelativeConfig(Config):
+    """A learned bias by distance, shared by the layers (Raffel et al. 2020, section 2.1)."""
+
+    kind: Literal["relative"] = "relative"
+    """Each head's logits get a learned number for each range of distances."""
+    num_buckets: int = 32
+    """Ranges of distances: half of them of a single distance, half that widen geometrically."""
+    max_distance: int = 128
+    """From this distance on, in tokens, all distances share a bucket."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self, "num_buckets", self.num_buckets >= 4 and self.num_buckets % 4 == 0, "allowed: a multiple of 4"
+        )
+        least = self.num_buckets // 2
+        require(self, "max_distance", self.max_distance > least, f"allowed: above {least}")
+
+
+PositionConfig = NoPositionConfig | RotaryConfig | AlibiConfig | RelativeConfig
+"""How attention knows positions."""
 
 
 def token_positions(

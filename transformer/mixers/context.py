@@ -53,7 +53,9 @@ class Context:
     layer: int | Int[Array, ""] = 0
     """This layer's number, from 0."""
     key: PRNGKeyArray | None = None
-    """Of one layer; turns dropout on."""
+    """Of one layer, or of one mixer; turns dropout on."""
+    adapter_key: PRNGKeyArray | None = None
+    """Of one layer; turns the dropout of adapters on."""
     is_causal: bool = _static(True)
     """Whether a token sees the tokens before it alone."""
     return_weights: bool | tuple[int, ...] = _static(False)
@@ -126,3 +128,9 @@ class Context:
         marked = {field.name for field in dataclasses.fields(self) if field.metadata.get("batch")}
         paths = jax.tree_util.tree_flatten_with_path(self)[0]
         return [path[0].name in marked for path, _ in paths]
+
+
+NO_CONTEXT = Context(is_causal=False)
+"""Every token sees every token."""
+CAUSAL = Context()
+"""Every token sees those up to itself."""

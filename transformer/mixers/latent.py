@@ -15,69 +15,131 @@ products where there are as many queries as keys.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from transformer.attention.dispatch import attend
-from transformer.attention.mask import AttentionMask
-from transformer.decode.cache import LatentCache
-from transformer.layers.linear import Linear
+from transformer.errors import Config, require
+from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.layers.norm import RMSNorm
-from transformer.layers.position import NO_SCALING, RotaryScaling, rotary, token_positions
+from transformer.layers.position import NO_SCALING, RotaryScaling, rotary
+from transformer.mixers.context import NO_CONTEXT, Context
+from transformer.mixers.heads import Backend, check_heads, seen_keys
+from transformer.mixers.state import LatentCache, nan_on_overflow
 from transformer.sharding import constrain
-from transformer.types import Array, DTypeLike, Float, Int, PRNGKeyArray
+from transformer.types import Array, DTypeLike, Float
+
+
+class _Sizes(NamedTuple):
+    num_heads: int
+    head_dim: int
+    latent_dim: int
+    rotary_dim: int
+    value_dim: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig(Config):
+    """Multi-head latent attention: keys and values of all heads from one small vector a token (DeepSeek-AI 2024)."""
+
+    causal_only: ClassVar[bool] = False
+
+    kind: Literal["latent"] = "latent"
+    """Softmax attention whose cache holds a small vector for each token."""
+    num_heads: int = 12
+    """Number of heads."""
+    head_dim: int | None = None
+    """Features of each head's queries and keys without the rotary part. null: embed_dim / num_heads."""
+    latent_dim: int | None = None
+    """Width d_c of the compressed keys and values. null: 4 head_dim."""
+    query_latent_dim: int | None = None
+    """Width d_c' of the compressed queries. null: queries are projected at once."""
+    rotary_dim: int | None = None
+    """Features d_h^R of each rotated query, and of the rotated key that all heads share. null: head_dim / 2."""
+    value_dim: int | None = None
+    """Features of each head's values. null: head_dim."""
+    theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    scaling: RotaryScaling = NO_SCALING
+    """How the rotation is stretched to a longer context."""
+    window: int | None = None
+    """Each token sees this many tokens before itself, and in an encoder as many after. null: all."""
+    backend: Backend = "auto"
+    """Implementation of attention; a named one that cannot run stops the program."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads(self)
+        for field in ("latent_dim", "query_latent_dim", "rotary_dim", "value_dim", "window"):
+            given = getattr(self, field)
+            require(self, field, given is None or given >= 1, "allowed: 1 or more, or null")
+        require(self, "rotary_dim", (self.rotary_dim or 2) % 2 == 0, "allowed: an even number, or null")
+        require(self, "theta", self.theta > 0, "allowed: above 0")
+
+    @property
+    def structure(self) -> LatentConfig:
+        """What decides the parameters: layers in which this is equal can be stacked."""
+        return dataclasses.replace(self, theta=10_000.0, scaling=NO_SCALING, window=None, backend="auto")
+
+    def check(self, embed_dim: int) -> tuple[str, str] | None:
+        """The field that does not suit `embed_dim` and what is allowed, or None."""
+        if self.head_dim is None and embed_dim % self.num_heads:
+            return "num_heads", f"allowed: a divisor of embed_dim ({embed_dim}), or set head_dim"
+        if (dim := self.sizes(embed_dim).rotary_dim) % 2:
+            return "rotary_dim", f"rotary positions turn pairs of features, and would turn {dim}; allowed: an even number"
+        return None
+
+    def sizes(self, embed_dim: int) -> _Sizes:
+        """All sizes with their defaults filled in."""
+        H = self.head_dim or embed_dim // self.num_heads
+        return _Sizes(self.num_heads, H, self.latent_dim or 4 * H, self.rotary_dim or max(H // 2, 1), self.value_dim or H)
+
+    def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
+        """Of one token in a context of `length`, keys and values expanded: a multiply-add counts as two."""
+        N, H, R, P, V = self.sizes(embed_dim)
+        read = self.query_latent_dim or embed_dim
+        queries = read * N * (H + P) + (embed_dim * read if self.query_latent_dim else 0)
+        projections = queries + embed_dim * (R + P) + R * N * (H + V) + N * V * embed_dim
+        return 2 * projections + 2 * seen_keys(self, length, causal=causal) * N * (H + P + V)
 
 
 class LatentAttention(nnx.Module):
     """Self-attention in N heads over latents of `latent_dim` numbers a token.
 
     Args:
-        latent_dim: of the compressed keys and values, d_c.
-        query_latent_dim: of the compressed queries, d_c'; None: queries are projected at once.
-        head_dim: of each head's queries and keys, beside the rotary part.
-        rotary_dim: of the rotated queries, one a head, and of the rotated key that all heads share, d_h^R.
-        value_dim: of each head's values; None: head_dim.
-        rotary_period, rotary_scaling: as in `MultiHeadAttention`.
+        config: its sizes and positions.
         dropout_rate: of the attention weights.
-        backend: `auto` or a name of `dispatch.BACKENDS`.
         kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
     """
 
     def __init__(
         self,
         embed_dim: int,
-        num_heads: int,
+        config: LatentConfig,
         *,
-        latent_dim: int,
-        query_latent_dim: int | None = None,
-        head_dim: int,
-        rotary_dim: int,
-        value_dim: int | None = None,
-        rotary_period: float = 10_000.0,
-        rotary_scaling: RotaryScaling = NO_SCALING,
         dropout_rate: float = 0.0,
-        backend: str = "auto",
-        kernel_init: Callable[..., Array],
-        out_init: Callable[..., Array],
+        kernel_init: Callable[..., Array] = DEFAULT_INIT,
+        out_init: Callable[..., Array] | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        value_dim = head_dim if value_dim is None else value_dim
-        self.num_heads = num_heads
-        self.latent_dim, self.head_dim, self.rotary_dim, self.value_dim = latent_dim, head_dim, rotary_dim, value_dim
-        self.rotary_period, self.rotary_scaling = rotary_period, rotary_scaling
+        self.config = c = config
+        self.sizes = c.sizes(embed_dim)
         self.dropout_rate = dropout_rate
-        self.backend = backend
 
-        def linear(dim: int, *out: int, init: Callable[..., Array] = kernel_init) -> Linear:
-            # A latent stands where the residual stream does: sharded with it, and whole in every head.
+        N, H, R, P, V = self.sizes
+
+        def linear(dim: int, *out: int) -> Linear:
+            # A latent is sharded as the residual stream is, and is whole in every head.
             axes = ("embed", "head_dim") if len(out) == 1 else ("embed", "heads", "head_dim")
             return Linear(
-                (dim,), out, axes=axes, use_bias=False, kernel_init=init,
+                (dim,), out, axes=axes, use_bias=False, kernel_init=kernel_init,
                 dtype=dtype, param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
 
@@ -85,105 +147,89 @@ class LatentAttention(nnx.Module):
             return RMSNorm(dim, axis="head_dim", param_dtype=param_dtype, rngs=rngs)
 
         # W_DQ; W_UQ and W_QR as one; W_DKV and W_KR as one; W_UK; W_UV.
-        self.query_down = None if query_latent_dim is None else linear(embed_dim, query_latent_dim)
-        self.query_norm = None if query_latent_dim is None else norm(query_latent_dim)
-        self.query = linear(query_latent_dim or embed_dim, num_heads, head_dim + rotary_dim)
-        self.down = linear(embed_dim, latent_dim + rotary_dim)
-        self.norm = norm(latent_dim)
-        self.key_up = linear(latent_dim, num_heads, head_dim)
-        self.value_up = linear(latent_dim, num_heads, value_dim)
+        query_latent = c.query_latent_dim
+        self.query_down = None if query_latent is None else linear(embed_dim, query_latent)
+        self.query_norm = None if query_latent is None else norm(query_latent)
+        self.query = linear(query_latent or embed_dim, N, H + P)
+        self.down = linear(embed_dim, R + P)
+        self.norm = norm(R)
+        self.key_up = linear(R, N, H)
+        self.value_up = linear(R, N, V)
         self.out = Linear(
-            (num_heads, value_dim), (embed_dim,), axes=("heads", "head_dim", "embed"), use_bias=False,
-            kernel_init=out_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+            (N, V), (embed_dim,), axes=("heads", "head_dim", "embed"), use_bias=False,
+            kernel_init=kernel_init if out_init is None else out_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
         )  # fmt: skip
 
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        mask: AttentionMask | None = None,
-        *,
-        positions_BT: Int[Array, "B T"] | None = None,
-        cache: LatentCache | None = None,
-        absorb: bool | None = None,
-        key: PRNGKeyArray | None = None,
-        return_weights: bool | tuple[int, ...] = False,
+        self, x_BTD: Float[Array, "B T D"], context: Context = NO_CONTEXT, *, absorb: bool | None = None
     ) -> tuple[Float[Array, "B T D"], LatentCache | None, Float[Array, "B n T S"] | None]:
-        """Self-attention over x, or over the cache with x appended to it.
+        """Self-attention over x, or over the state's latents with x's after them.
 
         Args:
-            mask: in positions of this call; with a cache it is moved behind what the cache holds.
-            positions_BT: where each token stands; 0 to T-1 (after the cache) by default.
-            cache: one layer's cache. It must have room for T more positions.
             absorb: attend to the latents themselves; False: to keys and values expanded from them; None: to whichever takes
                 fewer multiplications for this many queries and keys. The result is the same.
-            key: turns dropout on.
-            return_weights: for all heads, or for those that a tuple names, as in `attend`.
 
         Returns:
-            The output, the cache with x in it (None without one), and the weights (None unless asked for).
+            The output, the state with x in it (None without one), and the weights (None unless asked for).
         """
-        mask = AttentionMask.none() if mask is None else mask
-        B, T, _ = x_BTD.shape
+        c, state, key = self.config, context.state, context.adapter_key
+        _, H, R, P, _ = self.sizes
         with jax.named_scope("latent_attention"):
-            if positions_BT is None:
-                positions_BT = token_positions(B, T, 0 if cache is None else cache.length)
-            q_BTNH, turned_BTNP = self._queries(x_BTD, positions_BT)
-            latents_BSR = self._latents(x_BTD, positions_BT)
-            if cache is not None:
-                mask = mask.moved(cache.length)
-                cache = cache.append(latents_BSR)
-                latents_BSR = cache.latents.astype(q_BTNH.dtype)
+            positions_BT = context.positions(x_BTD)
+            mask = context.self_mask(x_BTD, window=c.window)
+            q_BTNH, turned_BTNP = self._queries(x_BTD, positions_BT, key)
+            latents_BSR = self._latents(x_BTD, positions_BT, key)
+            if state is not None:
+                assert isinstance(state, LatentCache)
+                state = state.append(latents_BSR, context.valid_BT)
+                mask = context.cached_mask(mask, state)
+                latents_BSR = state.latents.astype(q_BTNH.dtype)
             if absorb is None:
-                absorb = self._absorbing_is_cheaper(T, latents_BSR.shape[1])
+                absorb = self._absorbing_is_cheaper(x_BTD.shape[1], latents_BSR.shape[1])
             if absorb:
                 # W_UKᵀ q, [B, T, N, R]: a query of the latents.
                 q_BTNH = jnp.einsum("BTNH,RNH->BTNR", q_BTNH, self.key_up.kernel[...].astype(q_BTNH.dtype))
-                k, v = latents_BSR[:, :, None], latents_BSR[:, :, None, : self.latent_dim]
+                k, v = latents_BSR[:, :, None], latents_BSR[:, :, None, :R]
             else:
-                c_BSR, turned_BSP = jnp.split(latents_BSR, [self.latent_dim], axis=-1)
-                k, v = self.key_up(c_BSR), self.value_up(c_BSR)
-                turned = jnp.broadcast_to(turned_BSP[:, :, None], (*k.shape[:3], self.rotary_dim))
+                c_BSR, turned_BSP = jnp.split(latents_BSR, [R], axis=-1)
+                k, v = self.key_up(c_BSR, key), self.value_up(c_BSR, key)
+                turned = jnp.broadcast_to(turned_BSP[:, :, None], (*k.shape[:3], P))
                 k = constrain(jnp.concatenate([k, turned], axis=-1), "batch", "seq", "heads", "head_dim")
                 v = constrain(v, "batch", "seq", "heads", "head_dim")
             out_BTNC, weights = attend(
-                jnp.concatenate([q_BTNH, turned_BTNP], axis=-1),
-                k,
-                v,
-                mask,
-                scale=(self.head_dim + self.rotary_dim) ** -0.5,
-                dropout_rate=self.dropout_rate,
-                dropout_key=key,
-                backend=self.backend,
-                return_weights=return_weights,
-            )
+                jnp.concatenate([q_BTNH, turned_BTNP], axis=-1), k, v, mask, scale=(H + P) ** -0.5,
+                dropout_rate=self.dropout_rate, dropout_key=context.key, backend=c.backend,
+                return_weights=context.return_weights,
+            )  # fmt: skip
+            if state is not None:
+                out_BTNC = nan_on_overflow(out_BTNC, state)
             if absorb:
-                # The weighted latents expanded, in the place of the values.
+                # The weighted latents expanded, in place of the values.
                 out_BTNC = jnp.einsum("BTNR,RNC->BTNC", out_BTNC, self.value_up.kernel[...].astype(out_BTNC.dtype))
-            return constrain(self.out(out_BTNC), "batch", "stream", None), cache, weights
+            return constrain(self.out(out_BTNC, key), "batch", "stream", None), state, weights
 
-    def make_cache(self, num_layers: int, batch_size: int, max_length: int) -> LatentCache:
-        """An empty cache for so many layers of this kind: R + P numbers a token."""
-        dim = self.latent_dim + self.rotary_dim
-        return LatentCache.empty(num_layers, batch_size, max_length, dim, self.down.dtype)
+    def make_state(self, batch_size: int, max_length: int) -> LatentCache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens: R + P numbers a token."""
+        return LatentCache.empty(batch_size, max_length, self.sizes.latent_dim + self.sizes.rotary_dim, self.down.dtype)
 
-    def _queries(self, x_BTD: Array, positions_BT: Array) -> tuple[Array, Array]:
+    def _queries(self, x_BTD: Array, positions_BT: Array, key: Any) -> tuple[Array, Array]:
         """[B, T, N, H] and, rotated, [B, T, N, P]."""
         if self.query_down is not None and self.query_norm is not None:
-            x_BTD = self.query_norm(self.query_down(x_BTD))
-        q = constrain(self.query(x_BTD), "batch", "seq", "heads", "head_dim")
-        q_BTNH, turned_BTNP = jnp.split(q, [self.head_dim], axis=-1)
+            x_BTD = self.query_norm(self.query_down(x_BTD, key))
+        q = constrain(self.query(x_BTD, key), "batch", "seq", "heads", "head_dim")
+        q_BTNH, turned_BTNP = jnp.split(q, [self.sizes.head_dim], axis=-1)
         return q_BTNH, self._rotary(turned_BTNP, positions_BT)
 
-    def _latents(self, x_BTD: Array, positions_BT: Array) -> Array:
-        """What is cached, [B, T, R + P]: the latent, and the rotated key behind it."""
-        c_BTR, turned_BTP = jnp.split(self.down(x_BTD), [self.latent_dim], axis=-1)
+    def _latents(self, x_BTD: Array, positions_BT: Array, key: Any) -> Array:
+        """What is cached, [B, T, R + P]: the latent, followed by the rotated key."""
+        c_BTR, turned_BTP = jnp.split(self.down(x_BTD, key), [self.sizes.latent_dim], axis=-1)
         turned_BTP = self._rotary(turned_BTP[:, :, None], positions_BT)[:, :, 0]
         return constrain(jnp.concatenate([self.norm(c_BTR), turned_BTP], axis=-1), "batch", "seq", None)
 
     def _rotary(self, x: Array, positions_BT: Array) -> Array:
-        return rotary(x, positions_BT, max_period=self.rotary_period, scaling=self.rotary_scaling)
+        return rotary(x, positions_BT, max_period=self.config.theta, scaling=self.config.scaling)
 
     def _absorbing_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
         """Multiplications of a head in both forms, of T queries with S keys."""
-        T, S, both = num_queries, num_keys, self.head_dim + self.value_dim
-        return T * self.latent_dim * both + T * S * 2 * self.latent_dim < S * self.latent_dim * both + T * S * both
+        T, S, R, both = num_queries, num_keys, self.sizes.latent_dim, self.sizes.head_dim + self.sizes.value_dim
+        return T * R * both + T * S * 2 * R < S * R * both + T * S * both

@@ -1,191 +1,215 @@
-"""Multi-head attention as a module: projections, positions, `attend`, and a cache to decode with.
+"""Softmax attention as a sequence mixer: projections, positions, `attend`, and a cache for decoding.
 
 B batch, T query position, S key position, D embed, M a memory's embed, N query heads, K key/value heads, H head_dim.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from transformer.attention.dispatch import attend
-from transformer.attention.mask import AttentionMask
-from transformer.decode.cache import KVCache
-from transformer.layers.linear import Linear, join
+from transformer.errors import Config, require
+from transformer.layers.linear import DEFAULT_INIT, Linear, join
 from transformer.layers.norm import RMSNorm
-from transformer.layers.position import NO_SCALING, RotaryScaling, ScoreMod, rotary, token_positions
+from transformer.layers.position import NoPositionConfig, PositionConfig, RotaryConfig, rotary
+from transformer.mixers.context import NO_CONTEXT, Context
+from transformer.mixers.heads import Backend, check_heads, check_rotary, head_sizes, projection_flops, seen_keys
+from transformer.mixers.state import KVCache, nan_on_overflow
 from transformer.sharding import constrain, with_axes
-from transformer.types import Array, DTypeLike, Float, Int, PRNGKeyArray
+from transformer.types import Array, DTypeLike, Float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxConfig(Config):
+    """Softmax attention in heads (Vaswani et al. 2017): multi-head, grouped-query or multi-query by num_kv_heads."""
+
+    causal_only: ClassVar[bool] = False
+
+    kind: Literal["softmax"] = "softmax"
+    """A weighted mean of values, by a softmax of products of queries and keys."""
+    num_heads: int = 12
+    """Number of query heads."""
+    num_kv_heads: int | None = None
+    """Number of key/value heads, which divides num_heads. null: num_heads; 1: multi-query (Shazeer 2019)."""
+    head_dim: int | None = None
+    """Features of a head. null: embed_dim / num_heads."""
+    position: PositionConfig = NoPositionConfig()
+    """How attention knows positions: none, rotary, alibi, or relative."""
+    window: int | None = None
+    """Each token sees this many tokens before itself, and in an encoder as many after. null: all."""
+    sinks: int = 0
+    """First tokens of each document that are seen beyond the window (attention sinks; Xiao et al. 2023)."""
+    bias: bool = True
+    """Biases in the linear layers."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values. null: as bias."""
+    qk_norm: bool = False
+    """RMS-normalise each head's queries and keys (Henry et al. 2020; Dehghani et al. 2023)."""
+    learned_temperature: bool = False
+    """Multiply each head's logits by a learned number, which starts at 1 (Henry et al. 2020, g)."""
+    scale: float | None = None
+    """Multiplies the logits. null: 1 / sqrt(head_dim)."""
+    soft_cap: float | None = None
+    """Bound c of the logits: c tanh(logits / c). null: none."""
+    backend: Backend = "auto"
+    """Implementation of attention; a named one that cannot run stops the program."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads(self)
+        require(self, "window", self.window is None or self.window >= 1, "allowed: 1 or more, or null")
+        require(self, "sinks", self.sinks >= 0, "allowed: 0 or more")
+        require(self, "sinks", self.sinks == 0 or self.window is not None, "sinks need a window; allowed: 0")
+        for field in ("scale", "soft_cap"):
+            require(self, field, getattr(self, field) is None or getattr(self, field) > 0, "allowed: above 0, or null")
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """`qkv_bias` with its default filled in."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def structure(self) -> SoftmaxConfig:
+        """What decides the parameters: layers in which this is equal can be stacked."""
+        return dataclasses.replace(
+            self, position=NoPositionConfig(), window=None, sinks=0, scale=None, soft_cap=None, backend="auto",
+            qkv_bias=self.has_qkv_bias,
+        )  # fmt: skip
+
+    def check(self, embed_dim: int) -> tuple[str, str] | None:
+        """The field that does not suit `embed_dim` and what is allowed, or None."""
+        _, _, H = head_sizes(self, embed_dim)
+        if self.head_dim is None and embed_dim % self.num_heads:
+            return "num_heads", f"allowed: a divisor of embed_dim ({embed_dim}), or set head_dim"
+        return check_rotary(self.position, H)
+
+    def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
+        """Of one token in a context of `length`, projections included: a multiply-add counts as two."""
+        N, _, H = head_sizes(self, embed_dim)
+        return projection_flops(self, embed_dim) + 2 * 2 * seen_keys(self, length, causal=causal) * N * H
 
 
 class MultiHeadAttention(nnx.Module):
-    """Attention in N heads over K key/value heads: multi-head (K = N), grouped-query, or multi-query (K = 1).
+    """Attention in N heads over K key/value heads: of a sequence to itself, or to a memory.
 
     Vaswani et al. 2017, section 3.2.2; Shazeer 2019; Ainslie et al. 2023.
 
     Args:
-        memory_dim: width of another sequence that keys and values come from (cross-attention); None: they come from the
-            queries' own.
-        use_bias: of the projections in; `out_bias` of the one out, by default alike.
-        rotary_period: longest period of rotary positions over 2π; None for no rotation.
-        rotary_dim: how many first features of a head are rotated; None for all.
-        rotary_scaling: how they are stretched to a longer context.
-        qk_norm: RMS-normalise each head's queries and keys (Henry et al. 2020; Dehghani et al. 2023), with `norm_epsilon`.
-        scale: of the logits; None for 1 / sqrt(head_dim).
-        learned_temperature: multiply each head's logits by a number of its own, which is 1 at first (Henry et al. 2020, g).
-        logit_soft_cap: bound of the attention logits, or None.
+        config: of the attention, or only its number of heads.
+        memory_dim: width of a memory that keys and values come from (cross-attention); None for self-attention. A memory has no
+            positions and no window.
         dropout_rate: of the attention weights.
-        backend: `auto` or a name of `dispatch.BACKENDS`.
+        norm_eps: of the norms of queries and keys.
         kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
-
-    Raises:
-        ValueError: rotary positions in cross-attention, where the two sequences' positions have no distance.
     """
 
     def __init__(
         self,
         embed_dim: int,
-        num_heads: int,
+        config: SoftmaxConfig | int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
         memory_dim: int | None = None,
-        use_bias: bool = True,
-        out_bias: bool | None = None,
-        rotary_period: float | None = None,
-        rotary_dim: int | None = None,
-        rotary_scaling: RotaryScaling = NO_SCALING,
-        qk_norm: bool = False,
-        norm_epsilon: float = 1e-6,
-        scale: float | None = None,
-        learned_temperature: bool = False,
-        logit_soft_cap: float | None = None,
         dropout_rate: float = 0.0,
-        backend: str = "auto",
-        kernel_init: Callable[..., Array],
-        out_init: Callable[..., Array],
+        norm_eps: float = 1e-6,
+        kernel_init: Callable[..., Array] = DEFAULT_INIT,
+        out_init: Callable[..., Array] | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        if memory_dim is not None and rotary_period is not None:
-            raise ValueError(
-                "attention: memory_dim and rotary_period are both set; cross-attention takes no rotary positions"
-            )
-        head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        c = SoftmaxConfig(num_heads=config) if isinstance(config, int) else config
+        self.config = c
+        N, K, H = head_sizes(c, embed_dim)
+        self.sizes = (N, K, H)
         self.is_cross = memory_dim is not None
-        self.rotary_period, self.rotary_dim, self.rotary_scaling = rotary_period, rotary_dim, rotary_scaling
-        self.logit_scale, self.logit_soft_cap = scale, logit_soft_cap
         self.dropout_rate = dropout_rate
-        self.backend = backend
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def project(dim: int, heads: int, axis: str) -> Linear:
-            return Linear(
-                (dim,), (heads, head_dim), axes=("embed", axis, "head_dim"), use_bias=use_bias,
-                kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
-            )  # fmt: skip
+            axes = ("embed", axis, "head_dim")
+            return Linear((dim,), (heads, H), axes=axes, use_bias=c.has_qkv_bias, kernel_init=kernel_init, **types)
 
         from_dim = embed_dim if memory_dim is None else memory_dim
-        self.query: Linear | None = nnx.data(project(embed_dim, num_heads, "heads"))
-        self.key: Linear | None = nnx.data(project(from_dim, num_kv_heads, "kv_heads"))
-        self.value: Linear | None = nnx.data(project(from_dim, num_kv_heads, "kv_heads"))
+        self.query: Linear | None = nnx.data(project(embed_dim, N, "heads"))
+        self.key: Linear | None = nnx.data(project(from_dim, K, "kv_heads"))
+        self.value: Linear | None = nnx.data(project(from_dim, K, "kv_heads"))
         self.joint: Linear | None = nnx.data(None)
-        self.out = Linear(
-            (num_heads, head_dim), (embed_dim,), axes=("heads", "head_dim", "embed"),
-            use_bias=use_bias if out_bias is None else out_bias,
-            kernel_init=out_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
-        )  # fmt: skip
+        axes = ("heads", "head_dim", "embed")
+        init = kernel_init if out_init is None else out_init
+        self.out = Linear((N, H), (embed_dim,), axes=axes, use_bias=c.bias, kernel_init=init, **types)
 
         def norm() -> RMSNorm | None:
-            if not qk_norm:
-                return None
-            return RMSNorm(head_dim, epsilon=norm_epsilon, axis="head_dim", param_dtype=param_dtype, rngs=rngs)
+            return RMSNorm(H, epsilon=norm_eps, axis="head_dim", param_dtype=param_dtype, rngs=rngs) if c.qk_norm else None
 
         self.query_norm, self.key_norm = norm(), norm()
         ones = with_axes(nnx.initializers.ones, "heads")
-        self.scale = nnx.Param(ones(rngs.params(), (num_heads,), param_dtype)) if learned_temperature else None
+        self.scale = nnx.Param(ones(rngs.params(), (N,), param_dtype)) if c.learned_temperature else None
 
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        mask: AttentionMask | None = None,
-        *,
-        memory: Float[Array, "B S M"] | KVCache | None = None,
-        positions_BT: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
-        score_mod: ScoreMod | None = None,
-        rotary_period: float | None = None,
-        key: PRNGKeyArray | None = None,
-        return_weights: bool | tuple[int, ...] = False,
+        self, x_BTD: Float[Array, "B T D"], context: Context = NO_CONTEXT
     ) -> tuple[Float[Array, "B T D"], KVCache | None, Float[Array, "B n T S"] | None]:
-        """Self-attention over x, or over the cache with x appended to it; or cross-attention over a memory.
-
-        Args:
-            mask: in positions of this call; with a cache it is moved behind what the cache holds. A memory's padding is for
-                the mask to hide.
-            memory: what cross-attention looks at, or its keys and values from `remember`, computed once for many calls.
-            positions_BT: where each token stands, for rotary positions; 0 to T-1 (after the cache) by default.
-            cache: one layer's cache. It must have room for T more positions.
-            rotary_period: in the place of the module's own, which must have one.
-            score_mod: as in `attend`; query t is number t of this call, whatever a cache holds before it.
-            key: turns dropout on.
-            return_weights: for all heads, or for those that a tuple names, as in `attend`.
+        """Self-attention over x, or over the state's keys with x's after them; or cross-attention over the memory.
 
         Returns:
-            The output, the cache with x in it (None without one), and the weights (None unless asked for).
+            The output, the state with x in it (None without one), and the weights (None unless asked for).
 
         Raises:
-            ValueError: cross-attention without a memory or with a cache for x, or self-attention with a memory.
+            ValueError: cross-attention without a memory, or no room in the state.
         """
-        if self.is_cross != (memory is not None) or (self.is_cross and cache is not None):
-            kind, wants = ("cross", "a memory and no cache") if self.is_cross else ("self", "no memory")
-            raise ValueError(f"attention: this is {kind}-attention; expected {wants}")
-        mask = AttentionMask.none() if mask is None else mask
+        if self.is_cross and context.memory is None:
+            raise ValueError("attention: this is cross-attention, and the context has no memory")
         with jax.named_scope("attention"):
-            if memory is not None:
-                memory = memory if isinstance(memory, KVCache) else self.remember(memory)
-                assert self.query is not None
-                q_BTNH = self._queries(self.query(x_BTD))
-                k_BSKH, v_BSKH = memory.keys_and_values(q_BTNH.dtype)
-            else:
-                q_BTNH, k_BSKH, v_BSKH = self._project(x_BTD)
-                if self.rotary_period is not None:
-                    if positions_BT is None:
-                        B, T, _ = x_BTD.shape
-                        positions_BT = token_positions(B, T, 0 if cache is None else cache.length)
-                    period = self.rotary_period if rotary_period is None else rotary_period
-                    q_BTNH, k_BSKH = (
-                        rotary(x, positions_BT, max_period=period, scaling=self.rotary_scaling, dim=self.rotary_dim)
-                        for x in (q_BTNH, k_BSKH)
-                    )
-                if cache is not None:
-                    mask = mask.moved(cache.length)
-                    cache = cache.append(k_BSKH, v_BSKH)
-                    k_BSKH, v_BSKH = cache.keys_and_values(q_BTNH.dtype)
-            out_BTNH, weights = attend(
-                q_BTNH,
-                k_BSKH,
-                v_BSKH,
-                mask,
-                score_mod=score_mod,
-                scale=self.logit_scale,
-                logit_soft_cap=self.logit_soft_cap,
-                dropout_rate=self.dropout_rate,
-                dropout_key=key,
-                backend=self.backend,
-                return_weights=return_weights,
-            )
-            return constrain(self.out(out_BTNH), "batch", "stream", None), cache, weights
+            return self._over_memory(x_BTD, context) if self.is_cross else self._over_itself(x_BTD, context)
 
-    def remember(self, memory_BSM: Float[Array, "B S M"]) -> KVCache:
-        """Cross-attention's keys and values of a memory, for every call that looks at it."""
+    def _over_itself(self, x_BTD: Array, context: Context) -> tuple[Array, KVCache | None, Array | None]:
+        c, state = self.config, context.state
+        mask = context.self_mask(x_BTD, window=c.window, sinks=c.sinks)
+        q_BTNH, k_BSKH, v_BSKH = self._project(x_BTD, context)
+        if isinstance(c.position, RotaryConfig):
+            positions_BT = context.positions(x_BTD)
+            q_BTNH, k_BSKH = (self._rotate(x, positions_BT, c.position) for x in (q_BTNH, k_BSKH))
+        if state is not None:
+            assert isinstance(state, KVCache)
+            state = state.append(k_BSKH, v_BSKH, context.valid_BT)
+            mask = context.cached_mask(mask, state)
+            k_BSKH, v_BSKH = state.keys_and_values(q_BTNH.dtype)
+        out_BTNH, weights = self._attend(q_BTNH, k_BSKH, v_BSKH, mask, context)
+        if state is not None:
+            out_BTNH = nan_on_overflow(out_BTNH, state)
+        return self._written(out_BTNH, context), state, weights
+
+    def _over_memory(self, x_BTD: Array, context: Context) -> tuple[Array, None, Array | None]:
+        assert self.query is not None and context.memory is not None
+        memory = context.memory if isinstance(context.memory, KVCache) else self.remember(context.memory, context)
+        q_BTNH = self._queries(self.query(x_BTD, context.adapter_key))
+        k_BSKH, v_BSKH = memory.keys_and_values(q_BTNH.dtype)
+        out_BTNH, weights = self._attend(q_BTNH, k_BSKH, v_BSKH, context.memory_mask(x_BTD), context)
+        return self._written(out_BTNH, context), None, weights
+
+    def _attend(self, q: Array, k: Array, v: Array, mask: Any, context: Context) -> tuple[Array, Array | None]:
+        c = self.config
+        return attend(
+            q, k, v, mask, scale=c.scale, logit_soft_cap=c.soft_cap, backend=c.backend,
+            score_mod=None if self.is_cross else context.distance_bias(c.position, self.sizes[0]),
+            dropout_rate=self.dropout_rate, dropout_key=context.key, return_weights=context.return_weights,
+        )  # fmt: skip
+
+    def remember(self, memory_BSM: Float[Array, "B S M"], context: Context | None = None) -> KVCache:
+        """Cross-attention's keys and values of a memory, for every call that reads it."""
         assert self.key is not None and self.value is not None
-        return KVCache.holding(*self._keys_and_values(self.key(memory_BSM), self.value(memory_BSM)))
+        key = None if context is None else context.adapter_key
+        return KVCache.holding(*self._keys_and_values(self.key(memory_BSM, key), self.value(memory_BSM, key)))
+
+    def make_state(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens."""
+        _, K, H = self.sizes
+        return KVCache.empty(batch_size, max_length, K, H, self.out.dtype)
 
     def joined(self) -> MultiHeadAttention:
         """The same attention with its three projections as one product, for decoding; cross-attention as it is.
@@ -202,13 +226,14 @@ class MultiHeadAttention(nnx.Module):
             attention.query = attention.key = attention.value = None
         return attention
 
-    def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
+    def _project(self, x_BTD: Array, context: Context) -> tuple[Array, Array, Array]:
         """Queries [B, T, N, H], and keys and values [B, T, K, H], before any rotation."""
+        N, K, _ = self.sizes
         if self.joint is not None:
-            q, k, v = jnp.split(self.joint(x_BTD), [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
+            q, k, v = jnp.split(self.joint(x_BTD), [N, N + K], axis=2)
         else:
             assert self.query is not None and self.key is not None and self.value is not None
-            q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+            q, k, v = (linear(x_BTD, context.adapter_key) for linear in (self.query, self.key, self.value))
         return self._queries(q), *self._keys_and_values(k, v)
 
     def _queries(self, q_BTNH: Array) -> Array:
@@ -219,3 +244,10 @@ class MultiHeadAttention(nnx.Module):
     def _keys_and_values(self, k_BSKH: Array, v_BSKH: Array) -> tuple[Array, Array]:
         k_BSKH, v_BSKH = (constrain(x, "batch", "seq", "kv_heads", "head_dim") for x in (k_BSKH, v_BSKH))
         return k_BSKH if self.key_norm is None else self.key_norm(k_BSKH), v_BSKH
+
+    def _rotate(self, x: Array, positions_BT: Array, position: RotaryConfig) -> Array:
+        dim = position.dim(self.sizes[2])
+        return rotary(x, positions_BT, max_period=position.theta, scaling=position.scaling, dim=dim)
+
+    def _written(self, out_BTNH: Array, context: Context) -> Array:
+        return constrain(self.out(out_BTNH, context.adapter_key), "batch", "stream", None)

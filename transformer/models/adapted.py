@@ -16,7 +16,7 @@ def make_adapted(config: ModelConfig, adapter: AdapterConfig | None, rngs: nnx.R
     """The model that a config describes, with fresh parameters, and adapters in its blocks where they are wanted.
 
     Raises:
-        UserError: no map of the adapter's targets, or a model without blocks.
+        UserError: a target that is not a linear layer of the blocks, or a model without blocks.
     """
     model = make_model(config, rngs)
     if adapter is not None:
@@ -25,23 +25,23 @@ def make_adapted(config: ModelConfig, adapter: AdapterConfig | None, rngs: nnx.R
 
 
 def adapt(model: nnx.Module, config: AdapterConfig, rngs: nnx.Rngs) -> None:
-    """Give the linear maps of a model's blocks their adapters; the parameters that are there already stay. Raises as
+    """Give the linear layers of a model's blocks their adapters; the parameters that are there already stay. Raises as
     `make_adapted`."""
-    maps = [
+    layers = [
         (path[-1], module)
         for path, module in nnx.iter_modules(model)
         if isinstance(module, Linear) and "blocks" in path
     ]
-    names = {str(name) for name, _ in maps}
+    names = {str(name) for name, _ in layers}
     if not names:
-        raise UserError(f"adapter: {type(model).__name__} has no blocks whose maps could be adapted; set it to null")
+        raise UserError(f"adapter: {type(model).__name__} has no blocks whose linear layers could be adapted; set it to null")
     for target in config.targets or ():
         if target not in names:
             raise UserError(
-                f"adapter.targets: {target!r} is no map of the blocks; there are {', '.join(sorted(names))}."
+                f"adapter.targets: {target!r} is not a linear layer in the blocks; there are {', '.join(sorted(names))}."
                 f"{nearest(target, names)}"
             )
     targets = names - {_ROUTER} if config.targets is None else set(config.targets)
-    for name, linear in maps:
-        if name in targets:
-            linear.adapter = Adapter(linear.kernel, linear.num_in, config, rngs=rngs)
+    adapted = [linear for name, linear in layers if name in targets]
+    for number, linear in enumerate(adapted):
+        linear.adapter = Adapter(linear.kernel, linear.num_in, config, number=number, rngs=rngs)

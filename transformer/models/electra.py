@@ -11,10 +11,12 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from transformer.errors import require
+from transformer.errors import ConfigError, require
+from transformer.mixers.context import Context
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models import bert
-from transformer.models.bert import Bert, BertConfig, make_masked_head, make_widen
-from transformer.models.heads import linear_options
+from transformer.models.bert import Bert, BertConfig, make_embedding_projection, make_masked_head
+from transformer.models.heads import HeadConfig, MaskedHeadConfig, ReplacedHeadConfig, linear_options
 from transformer.models.layer_stack import LayerStack
 from transformer.types import DTYPES, Array, Float, Int, PRNGKeyArray
 
@@ -25,35 +27,40 @@ class ElectraConfig(BertConfig):
 
     family: Literal["electra"] = "electra"  # type: ignore[assignment]
     """Kind of model."""
-    head: Literal["replaced"] = "replaced"
-    """What stands on the encoder: which tokens were replaced."""
+    head: HeadConfig = ReplacedHeadConfig()
+    """Which tokens were replaced."""
     generator_size: float = 1 / 3
     """Width of the generator, its heads and its feed-forward layer, as parts of the encoder's."""
     replaced_weight: float = 50.0
-    """Weight of the encoder's loss beside the generator's (λ)."""
+    """Weight of the encoder's loss next to the generator's (λ)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "generator_size", 0 < self.generator_size <= 1, "allowed: above 0, at most 1")
         require(self, "replaced_weight", self.replaced_weight > 0, "allowed: above 0")
+        require(self, "head", isinstance(self.head, ReplacedHeadConfig), "allowed: {kind: replaced}")
+        for mixer in (self.attention, *self.pattern):
+            if not isinstance(mixer, SoftmaxConfig):
+                allowed = "a generator has fewer heads of the same kind; allowed: softmax"
+                raise ConfigError(type(self), "attention.kind", mixer.kind, allowed)
 
     @property
     def generator(self) -> BertConfig:
         """The generator's shape: as many layers, and heads as wide, but fewer of them."""
-        heads = max(1, round(self.num_heads * self.generator_size))
+        def narrow(mixer: SoftmaxConfig) -> SoftmaxConfig:
+            heads = max(1, round(mixer.num_heads * self.generator_size))
+            head_dim = mixer.head_dim or self.embed_dim // mixer.num_heads
+            return dataclasses.replace(mixer, num_heads=heads, num_kv_heads=None, head_dim=head_dim)
+
+        attention, *pattern = (narrow(mixer) for mixer in (self.attention, *self.pattern))  # type: ignore[arg-type]
+        assert attention.head_dim is not None
         own = {field.name for field in dataclasses.fields(BertConfig)} - {"family", "head"}
-        shared = {name: getattr(self, name) for name in own}
-        return BertConfig(
-            **shared
-            | {
-                "num_heads": heads,
-                "num_kv_heads": None,
-                "head_dim": self.dim_of_head,
-                "embed_dim": heads * self.dim_of_head,
-                "mlp_dim": max(1, round(self.dim_of_mlp * self.generator_size)),
-                "table_dim": self.dim_of_table,
-            }
-        )
+        width = max(1, round(self.mlp.width(self.embed_dim) * self.generator_size))
+        changed = {
+            "attention": attention, "pattern": tuple(pattern), "embed_dim": attention.num_heads * attention.head_dim,
+            "mlp": dataclasses.replace(self.mlp, dim=width), "embedding_size": self.dim_of_embedding,
+        }  # fmt: skip
+        return BertConfig(**{name: getattr(self, name) for name in own} | changed, head=MaskedHeadConfig())
 
 
 class Electra(Bert):
@@ -66,9 +73,9 @@ class Electra(Bert):
         super().__init__(config, rngs=rngs)
         c = config.generator
         options = linear_options(c.init_std, DTYPES[c.dtype], rngs)
-        self.generator_widen = make_widen(c, options)
-        self.generator = LayerStack(c, causal=False, rngs=rngs)
-        self.generator_head = make_masked_head(c, options)
+        self.generator_projection = make_embedding_projection(c, options)
+        self.generator = LayerStack(c, causal=False, first_norm=c.first_norm, rngs=rngs)
+        self.generator_head = make_masked_head(c, True, options)
 
     def generator_logits(
         self,
@@ -82,11 +89,9 @@ class Electra(Bert):
         """The generator's scores of the tokens that were masked, float32; arguments as of `Bert`."""
         with jax.named_scope("generator"):
             x_BTE, positions_BT, key = self.embedded(tokens_BT, positions_BT=positions_BT, key=key)
-            x_BTD = x_BTE if self.generator_widen is None else self.generator_widen(x_BTE)
-            valid_BT = None if segments_BT is None else segments_BT != 0
-            hidden_BTD, _ = self.generator(
-                x_BTD, self.masks(segments_BT), positions_BT=positions_BT, valid_BT=valid_BT, key=key
-            )
+            x_BTD = x_BTE if self.generator_projection is None else self.generator_projection(x_BTE)
+            context = Context(positions_BT=positions_BT, segments_BT=segments_BT)
+            hidden_BTD, _ = self.generator(x_BTD, context, key=key)
             return self.generator_head(hidden_BTD, self.embed, predicted_BK)
 
 

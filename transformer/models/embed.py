@@ -35,7 +35,7 @@ def make_table(
 
 def make_positions(config: StackConfig, rngs: nnx.Rngs, *, dim: int | None = None) -> Embedding | None:
     """A row for each of `max_length` places, where the config has positions learned."""
-    if config.position != "learned":
+    if config.embedded_positions != "learned":
         return None
     return make_table(config, config.max_length, dim=dim, axis=None, rngs=rngs)
 
@@ -84,8 +84,8 @@ def embed(
             x_BTD = x_BTD * scale
         if positions is not None:
             x_BTD += positions(positions_BT)
-        elif config.position in ("sinusoidal", "sinusoidal_halves"):
-            in_halves = config.position == "sinusoidal_halves"
+        elif config.embedded_positions in ("sinusoidal", "sinusoidal_halves"):
+            in_halves = config.embedded_positions == "sinusoidal_halves"
             x_BTD += sinusoidal(positions_BT, x_BTD.shape[-1], in_halves=in_halves).astype(x_BTD.dtype)
         if finish is not None:
             x_BTD = finish(x_BTD)

@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.mask import AttentionMask
-from transformer.decode.cache import KVCache
 from transformer.errors import require
-from transformer.layers.position import token_positions
-from transformer.models.config import Activation, Position, StackConfig, attention_flops, feed_forward_flops
+from transformer.layers.feed_forward import DenseConfig
+from transformer.layers.position import RelativeConfig, token_positions
+from transformer.mixers.context import Context
+from transformer.mixers.registry import MixerConfig
+from transformer.mixers.softmax import SoftmaxConfig
+from transformer.mixers.state import KVCache, State
+from transformer.models.config import MlpConfig, PositionEmbedding, StackConfig, stack_flops
 from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table
-from transformer.models.layer_stack import LayerStack, router_loss, weights_of
+from transformer.models.layer_stack import LayerStack, cache_lengths
 from transformer.sharding import with_axes
-from transformer.stack import unstack
 from transformer.types import Array, Float, Int, ModelOutput, PRNGKeyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(StackConfig):
     """What both families have beyond a stack. `num_layers` is the encoder's depth, `vocab_size` the target's vocabulary."""
+
+    has_encoder: ClassVar[bool] = True
 
     num_decoder_layers: int | None = None
     """Number of decoder blocks; null: as many as the encoder has."""
@@ -39,8 +43,6 @@ class EncoderDecoderConfig(StackConfig):
     """Multiply token embeddings by sqrt(embed_dim)."""
     scale_logits: bool = False
     """Multiply the decoder's output by 1 / sqrt(embed_dim) before the output projection."""
-    scale_attention: bool = True
-    """Divide attention's logits by sqrt(head_dim); T5 leaves that to the queries' initialisation."""
     init: Literal["normal", "xavier"] = "normal"
     """Initial kernels: normal, of init_std; or uniform by fan-in and fan-out (Glorot & Bengio 2010)."""
     output_bias: bool = False
@@ -62,6 +64,18 @@ class EncoderDecoderConfig(StackConfig):
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
     @property
+    def has_cross(self) -> bool:
+        """Whether blocks attend to a memory: the decoder's do."""
+        return True
+
+    def initialisers(self, num_layers: int) -> tuple[Any, Any]:
+        """As of any stack, and by fan-in and fan-out where `init` says so."""
+        if self.init == "normal":
+            return super().initialisers(num_layers)
+        scale = 1 / (2 * num_layers) if self.norm_first else 1.0
+        return nnx.initializers.xavier_uniform(), nnx.initializers.variance_scaling(scale, "fan_avg", "uniform")
+
+    @property
     def written_tokens(self) -> int:
         """How many ids a target may have: all, or those before a start token that is the last of them (Marian's padding)."""
         return self.vocab_size - (self.start_token == self.vocab_size - 1)
@@ -70,6 +84,8 @@ class EncoderDecoderConfig(StackConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VaswaniConfig(EncoderDecoderConfig):
     """The original Transformer; the defaults are its base model (Vaswani et al. 2017, table 3)."""
+
+    usual_positions: ClassVar[PositionEmbedding] = "sinusoidal"
 
     family: Literal["vaswani"] = "vaswani"
     """Kind of model."""
@@ -81,16 +97,16 @@ class VaswaniConfig(EncoderDecoderConfig):
     """Number of encoder blocks."""
     embed_dim: int = 512
     """Width of the residual stream."""
-    num_heads: int = 8
-    """Number of query heads."""
-    activation: Activation = "relu"
-    """Feed-forward activation; geglu and swiglu are gated."""
+    attention: MixerConfig = SoftmaxConfig(num_heads=8)
+    """The sequence mixer of each block, by its kind."""
+    mlp: MlpConfig = DenseConfig(activation="relu")
+    """The feed-forward part of each block: dense, or a mixture of experts."""
     norm_first: bool = False
     """Normalise before each sublayer, and once at the end (pre-norm); false: after each sum, as in the paper."""
-    position: Position = "sinusoidal"
-    """How the model knows where a token stands."""
     dropout: float = 0.1
-    """Drop rate after the embedding, in attention and after each sublayer."""
+    """Drop rate after the embedding and after each sublayer."""
+    attention_dropout: float = 0.1
+    """Drop rate of attention weights, in mixers that compute a softmax."""
     scale_embeddings: bool = True
     """Multiply token embeddings by sqrt(embed_dim)."""
     init: Literal["normal", "xavier"] = "xavier"
@@ -111,32 +127,22 @@ class T5Config(EncoderDecoderConfig):
     """Number of encoder blocks."""
     embed_dim: int = 512
     """Width of the residual stream."""
-    num_heads: int = 6
-    """Number of query heads."""
-    head_dim: int | None = 64
-    """Width of a head, of its own whatever embed_dim is."""
-    mlp_dim: int | None = 1024
-    """Width of the feed-forward layer."""
-    activation: Activation = "geglu"
-    """Feed-forward activation; version 1.0 has relu."""
+    attention: MixerConfig = SoftmaxConfig(num_heads=6, head_dim=64, bias=False, scale=1.0, position=RelativeConfig())
+    """The sequence mixer of each block, by its kind. T5 leaves the logits' scale to the queries' initialisation."""
+    mlp: MlpConfig = DenseConfig(dim=1024, activation="geglu", bias=False)
+    """The feed-forward part of each block; version 1.0 has relu, and 2048."""
     norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
     """Kind of normalisation."""
-    norm_epsilon: float = 1e-6
+    norm_eps: float = 1e-6
     """Added to the variance in a norm."""
-    position: Position = "relative"
-    """How the model knows where a token stands."""
-    use_bias: bool = False
-    """Biases in linear maps and layer norms."""
     tie_embeddings: bool = False
     """Use the token embedding as the output projection too; version 1.0 does, with scale_logits."""
-    scale_attention: bool = False
-    """Divide attention's logits by sqrt(head_dim); T5 leaves that to the queries' initialisation."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What the decoder looks at: the encoder's output, or each decoder layer's keys and values of it."""
+    """What the decoder attends to: the encoder's output, or each decoder layer's keys and values of it."""
 
     hidden: Float[Array, "B S D"] | list[KVCache]
     segments_BS: Int[Array, "B S"]
@@ -145,9 +151,9 @@ class Memory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderState:
-    """What has been written, row by row: each layer's keys and values."""
+    """What has been written, row by row, as each layer carries it."""
 
-    cache: list[KVCache]
+    states: list[State]
 
 
 class EncoderDecoder(nnx.Module):
@@ -165,11 +171,8 @@ class EncoderDecoder(nnx.Module):
         self.source_embed = None if source_size is None else make_table(c, source_size, std=std, rngs=rngs)
         self.positions = make_positions(c, rngs)
         self.source_positions = make_positions(c, rngs)
-        scale = None if c.scale_attention else 1.0
-        kernel_init = nnx.initializers.xavier_uniform() if c.init == "xavier" else None
-        options: dict[str, Any] = {"attention_scale": scale, "kernel_init": kernel_init, "rngs": rngs}
-        self.encoder = LayerStack(c, causal=False, **options)
-        self.decoder = LayerStack(c, causal=True, cross=True, num_layers=c.decoder_layers, **options)
+        self.encoder = LayerStack(c, causal=False, rngs=rngs)
+        self.decoder = LayerStack(c, causal=True, cross=True, num_layers=c.decoder_layers, rngs=rngs)
         self.head = None if c.tie_embeddings else make_output(c, rngs)
         bias = with_axes(nnx.initializers.zeros, "vocab")
         self.output_bias = nnx.Param(bias(rngs.params(), (c.vocab_size,), jnp.float32)) if c.output_bias else None
@@ -190,8 +193,7 @@ class EncoderDecoder(nnx.Module):
             key: turns dropout on.
         """
         hidden_BSD, segments_BS, _ = self._encode(source_tokens_BS, source_segments_BS, source_positions_BS, key)
-        apart = isinstance(self.decoder.blocks, nnx.List)
-        return Memory(self.decoder.remember(hidden_BSD) if apart else hidden_BSD, segments_BS)
+        return Memory(self.decoder.remember(hidden_BSD) if self.decoder.is_unstacked else hidden_BSD, segments_BS)
 
     def __call__(
         self,
@@ -221,23 +223,20 @@ class EncoderDecoder(nnx.Module):
         )
         if segments_BT is None:
             segments_BT = jnp.ones_like(tokens_BT)
-        mask = AttentionMask.causal() & AttentionMask.segments(segments_BT)
         x_BTD, positions_BT, stack_key = self._embed(tokens_BT, positions_BT, 0, False, decoder_key)
-        x_BTD, outputs = self.decoder(
-            x_BTD, mask, memory=hidden_BSD, memory_mask=AttentionMask.segments(segments_BT, source_segments_BS),
-            positions_BT=positions_BT, valid_BT=segments_BT != 0, key=stack_key, return_weights=return_weights,
-        )  # fmt: skip
-        losses = [loss for loss in (encoder_loss, router_loss(self.config, outputs)) if loss is not None]
+        context = Context(
+            positions_BT=positions_BT, segments_BT=segments_BT, memory=hidden_BSD, memory_segments_BM=source_segments_BS
+        )
+        x_BTD, output = self.decoder(x_BTD, context, key=stack_key, return_weights=return_weights)
+        losses = [loss for loss in (encoder_loss, output.router_loss) if loss is not None]
         return ModelOutput(
-            logits=self.logits(x_BTD),
-            weights=weights_of(outputs) if return_weights else None,
-            router_loss=sum(losses[1:], losses[0]) if losses else None,
+            logits=self.logits(x_BTD), weights=output.weights, router_loss=sum(losses[1:], losses[0]) if losses else None
         )
 
     def begin(self, memory: Memory, max_length: int) -> DecoderState:
         """The state before the first target token, with room for `max_length` of them."""
         B = memory.segments_BS.shape[0]
-        return DecoderState(unstack(self.decoder.make_cache(B, max_length), self.config.decoder_layers))
+        return DecoderState(self.decoder.make_states(B, max_length))
 
     def step(
         self, token_B: Int[Array, " B"], state: DecoderState, memory: Memory, *, return_weights: bool = False
@@ -245,26 +244,26 @@ class EncoderDecoder(nnx.Module):
         """Scores of the token after `token_B` [B, V], and the next state; with weights, also the mean of the last layer's heads
         over the source [B, S].
 
-        The model's blocks must stand apart (`unstacked`), and the memory come from such a model.
+        The model's blocks must be separate (`unstacked`), and the memory come from such a model.
         """
-        B = token_B.shape[0]
-        start = state.cache[0].length
-        x_B1D, positions_B1, _ = self._embed(token_B[:, None], None, start, False, None)
-        segments_B1 = jnp.ones((B, 1), jnp.int32)
-        chosen = ((self.config.decoder_layers - 1,), tuple(range(self.config.num_heads)))
-        x_B1D, outputs = self.decoder(
-            x_B1D, AttentionMask.causal(), memory=memory.hidden,
-            memory_mask=AttentionMask.segments(segments_B1, jnp.minimum(memory.segments_BS, 1)),
-            positions_BT=positions_B1, cache=state.cache, return_weights=chosen if return_weights else False,
+        start_B = cache_lengths(state.states)
+        x_B1D, positions_B1, _ = self._embed(token_B[:, None], None, start_B, False, None)
+        last = self.config.decoder_layers - 1
+        chosen = ((last,), tuple(range(self.config.cross_attention.num_heads)))
+        remembered = isinstance(memory.hidden, list)
+        context = Context(
+            positions_BT=positions_B1, memory=None if remembered else memory.hidden, memory_segments_BM=memory.segments_BS
+        )
+        x_B1D, output = self.decoder(
+            x_B1D, context, memory=memory.hidden if remembered else None, states=state.states,
+            return_weights=chosen if return_weights else False,
         )  # fmt: skip
-        assert isinstance(outputs, list)
-        caches = [output.cache for output in outputs if output.cache is not None]
-        result = self.logits(x_B1D)[:, 0], DecoderState(caches)
+        assert output.states is not None
+        result = self.logits(x_B1D)[:, 0], DecoderState(output.states)
         if not return_weights:
             return result
-        weights = outputs[-1].weights
-        assert weights is not None
-        return *result, weights[:, :, 0].mean(1)
+        assert output.weights is not None
+        return *result, output.weights[0, :, :, 0].mean(1)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""
@@ -275,9 +274,9 @@ class EncoderDecoder(nnx.Module):
             return logits if self.output_bias is None else logits + self.output_bias[...]
 
     def unstacked(self) -> EncoderDecoder:
-        """The same model with its decoder's blocks apart, for decoding (`LayerStack.take_apart`)."""
+        """The same model with separate decoder blocks, for decoding (`LayerStack.unstack_layers`)."""
         model = nnx.merge(*nnx.split(self))
-        model.decoder.take_apart()
+        model.decoder.unstack_layers()
         return model
 
     def _encode(
@@ -285,14 +284,9 @@ class EncoderDecoder(nnx.Module):
     ) -> tuple[Array, Array, Array | None]:
         segments_BS = jnp.ones_like(tokens_BS) if segments_BS is None else segments_BS
         x_BSD, positions_BS, stack_key = self._embed(tokens_BS, positions_BS, 0, True, key)
-        hidden_BSD, outputs = self.encoder(
-            x_BSD,
-            AttentionMask.segments(segments_BS),
-            positions_BT=positions_BS,
-            valid_BT=segments_BS != 0,
-            key=stack_key,
-        )
-        return hidden_BSD, segments_BS, router_loss(self.config, outputs)
+        context = Context(positions_BT=positions_BS, segments_BT=segments_BS)
+        hidden_BSD, output = self.encoder(x_BSD, context, key=stack_key)
+        return hidden_BSD, segments_BS, output.router_loss
 
     def _embed(
         self, tokens: Array, positions: Array | None, start: int | Array, is_source: bool, key: PRNGKeyArray | None
@@ -315,8 +309,8 @@ def flops_per_token(config: EncoderDecoderConfig, length: int) -> float:
     Counted as in `gpt.flops_per_token`.
     """
     c = config
-    seen = float(length)
-    encoder = c.num_layers * (attention_flops(c, seen) + feed_forward_flops(c))
-    # Attention to the source projects as much as self-attention does.
-    decoder = attention_flops(c, (seen + 1) / 2) + attention_flops(c, seen) + feed_forward_flops(c)
-    return encoder + c.decoder_layers * decoder + 2 * c.embed_dim * c.vocab_size
+    encoder = stack_flops(c, length, causal=False)
+    decoder = stack_flops(c, length, causal=True, num_layers=c.decoder_layers)
+    # Attention to the source projects as much as self-attention does, and sees all of it.
+    cross = c.decoder_layers * c.cross_attention.flops(c.embed_dim, length, causal=False)
+    return encoder + decoder + cross + 2 * c.embed_dim * c.vocab_size

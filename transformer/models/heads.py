@@ -5,6 +5,7 @@ B batch, T position, D embed, V vocab, C classes, Q choices of a question.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer.errors import Config, require
 from transformer.layers.embedding import Embedding
 from transformer.layers.feed_forward import ACTIVATIONS
 from transformer.layers.linear import Linear, dropout
@@ -26,6 +28,130 @@ POOLERS: dict[str, Callable[[Array], Array]] = {
     "relu": ACTIVATIONS["relu"][0],
     "gelu_exact": ACTIVATIONS["gelu_exact"][0],
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedHeadConfig(Config):
+    """Scores of masked tokens."""
+
+    kind: Literal["masked"] = "masked"
+    """Which token was masked."""
+    bias: bool = True
+    """Biases in the transform and its norm."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplacedHeadConfig(Config):
+    """ELECTRA's head."""
+
+    kind: Literal["replaced"] = "replaced"
+    """Which tokens were replaced."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PooledHeadConfig(Config):
+    """What the heads of whole rows have in common: a layer on a pooled vector."""
+
+    pooling: Pooling = "cls"
+    """The vector of a row: that of its first token, or the mean of its tokens."""
+    activation: PoolerActivation = "tanh"
+    """After the layer on that vector (the pooler)."""
+    norm: bool = False
+    """Normalise after the activation (ModernBERT)."""
+    bias: bool = True
+    """Biases in the layer and the norm."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainingHeadConfig(PooledHeadConfig):
+    """BERT's two heads of pretraining."""
+
+    kind: Literal["pretraining"] = "pretraining"
+    """Which token was masked, and whether the second sentence follows the first."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassificationHeadConfig(PooledHeadConfig):
+    """Scores of classes of a row, or with num_labels 1 of a number."""
+
+    kind: Literal["classification"] = "classification"
+    """The class of a row, or a number."""
+    num_labels: int = 2
+    """Number of classes; 1: a number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "num_labels", self.num_labels >= 1, "allowed: 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChoiceHeadConfig(PooledHeadConfig):
+    """A score for each choice of a question."""
+
+    kind: Literal["choice"] = "choice"
+    """Which of several texts follows another."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenHeadConfig(Config):
+    """What the heads of single tokens have in common."""
+
+    dense: PoolerActivation | None = None
+    """Activation of a normalised layer before the scores (ModernBERT). null: no such layer."""
+    bias: bool = True
+    """Biases in that layer and its norm."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "bias", self.bias or self.dense is not None, "without a dense layer there is no other; allowed: true")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokensHeadConfig(TokenHeadConfig):
+    """Scores of the classes of each token."""
+
+    kind: Literal["tokens"] = "tokens"
+    """The class of each token."""
+    num_labels: int = 2
+    """Number of classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "num_labels", self.num_labels >= 1, "allowed: 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerHeadConfig(TokenHeadConfig):
+    """Scores of the start and the end of an answer."""
+
+    kind: Literal["answer"] = "answer"
+    """Where an answer starts and where it ends."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingHeadConfig(Config):
+    """The vector of a row, of length 1."""
+
+    kind: Literal["embedding"] = "embedding"
+    """A vector for each row."""
+    pooling: Pooling = "cls"
+    """The vector of a row: that of its first token, or the mean of its tokens."""
+    pooler: PoolerActivation | None = None
+    """Activation of a layer on the first token's vector that is kept next to it, from which classifiers are fine-tuned (BERT's
+    pooler). null: no such layer."""
+
+
+HeadConfig = (
+    MaskedHeadConfig
+    | PretrainingHeadConfig
+    | ReplacedHeadConfig
+    | ClassificationHeadConfig
+    | TokensHeadConfig
+    | AnswerHeadConfig
+    | ChoiceHeadConfig
+    | EmbeddingHeadConfig
+)
+"""What an encoder's hidden states are turned into."""
 
 
 def pool(

@@ -1,43 +1,62 @@
 """The blocks of a model from its config: one builder for encoders, decoders and encoder-decoders.
 
-B batch, T query position, M memory position, D embed, L layers.
+B batch, T query position, M memory position, D embed, L layers, P mixers of a pattern.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.mask import AttentionMask
-from transformer.attention.multi_head import MultiHeadAttention
 from transformer.blocks import Block, BlockOutput, Norm
-from transformer.decode.cache import KVCache
 from transformer.layers.feed_forward import FeedForward
-from transformer.layers.mixture_of_experts import MixtureOfExperts, RouterLosses
+from transformer.layers.mixture_of_experts import ExpertsConfig, MixtureOfExperts, RouterLosses
 from transformer.layers.norm import LayerNorm, RMSNorm
-from transformer.layers.position import Alibi, RelativePosition
+from transformer.layers.position import RelativePosition
+from transformer.mixers.context import Context
+from transformer.mixers.registry import MixerConfig, make_mixer
+from transformer.mixers.softmax import MultiHeadAttention
+from transformer.mixers.state import KVCache, State
 from transformer.models.config import StackConfig
-from transformer.stack import apply_stack, stack, unstack
-from transformer.types import DTYPES, Array, Bool, Float, Int, PRNGKeyArray
+from transformer.pipeline import Schedule
+from transformer.stack import apply_stack, restack, stack, unstack
+from transformer.types import DTYPES, Array, Float, Int, PRNGKeyArray
 
 Chosen = tuple[tuple[int, ...], tuple[int, ...]]
 """Layers, and query heads of each of them: whose attention weights are wanted."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackOutput:
+    """What a stack gives besides the residual stream."""
+
+    states: list[State] | None
+    """One a layer, where the call had some."""
+    weights: Float[Array, "L B N T S"] | None
+    """Of all layers that have weights, or of those chosen, in their order."""
+    router_loss: Float[Array, ""] | None
+    """The routers' losses by the config's weights, summed over the layers; None without a mixture of experts."""
+
+
 class LayerStack(nnx.Module):
-    """`num_layers` equal blocks, the bias by distance that they share, and the norm behind the last one.
+    """`num_layers` blocks, the bias by distance that they share, and the norm after the last one.
+
+    Blocks whose parameters have the same shapes are one stack [L, ...], in which each layer has its own settings. Others
+    repeat as a group of P blocks, each a stack [L / P, ...].
 
     Args:
         num_layers: of this stack; `config.num_layers` by default.
-        causal: whether a bias by distance looks back alone.
+        causal: whether a token sees the tokens before it alone.
         cross: give each block attention to a memory as wide as the residual stream.
-        attention_scale: of attention's logits; None for 1 / sqrt(head_dim).
         first_norm: false leaves attention's norm out of the first block, which gets what is normalised already.
-        final_norm: a norm behind the last block; by default where the norm comes first, and nothing else would.
+        final_norm: a norm after the last block; by default where the norm comes first, and nothing else would.
     """
 
     def __init__(
@@ -47,193 +66,241 @@ class LayerStack(nnx.Module):
         num_layers: int | None = None,
         causal: bool,
         cross: bool = False,
-        attention_scale: float | None = None,
-        kernel_init: Any = None,
         first_norm: bool = True,
         final_norm: bool | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         c = config
         self.config = c
-        self.num_layers = c.num_layers if num_layers is None else num_layers
-        self.first_norm = first_norm
-        init = nnx.initializers.normal(c.init_std) if kernel_init is None else kernel_init
-        self.relative: Alibi | RelativePosition | None = None
-        if c.position == "alibi":
-            self.relative = Alibi(c.num_heads)
-        elif c.position == "relative":
-            relative = RelativePosition(
-                c.num_heads, num_buckets=c.relative_buckets, max_distance=c.relative_distance, bidirectional=not causal,
-                init=init, rngs=rngs,
+        self.num_layers = L = c.num_layers if num_layers is None else num_layers
+        self.is_causal, self.first_norm = causal, first_norm
+        self.schedule: Schedule | None = Schedule()
+        # Of a part of a longer stack, where it begins.
+        self.first_layer: Any = 0
+        self.mixers = c.mixers(L)
+        self.relative: RelativePosition | None = None
+        if (relative := c.relative_position) is not None:
+            num_heads, position = relative
+            shared = RelativePosition(
+                num_heads, num_buckets=position.num_buckets, max_distance=position.max_distance,
+                bidirectional=not causal, init=c.initialisers(L)[0], rngs=rngs,
             )  # fmt: skip
-            self.relative = nnx.data(relative)
-        make = functools.partial(
-            _make_block, c, num_layers=self.num_layers, cross=cross, attention_scale=attention_scale, init=init
-        )
-        self.blocks: Block | nnx.List = stack(make, self.num_layers, rngs)
+            self.relative = nnx.data(shared)
+        # How many blocks make a group whose parameters repeat.
+        self.group = 1 if len({mixer.structure for mixer in self.mixers}) == 1 else len(c.pattern)
+        makers = [functools.partial(_make_block, c, mixer, num_layers=L, cross=cross) for mixer in self.mixers[: self.group]]
+        stacks = [stack(make, L // self.group, rngs) for make in makers]
+        self.blocks: Block | nnx.List = stacks[0] if self.group == 1 else nnx.List(stacks)
+        self.is_unstacked = False
         final_norm = c.norm_first if final_norm is None else final_norm
         self.final_norm: Norm | None = nnx.data(make_norm(c, rngs)) if final_norm else None
 
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        mask: AttentionMask | Sequence[AttentionMask],
+        context: Context,
         *,
-        memory: Float[Array, "B M D"] | list[KVCache] | None = None,
-        memory_mask: AttentionMask | None = None,
-        positions_BT: Int[Array, "B T"] | None = None,
-        valid_BT: Bool[Array, "B T"] | None = None,
-        rotary_periods: Sequence[float | None] = (None,),
-        cache: KVCache | list[KVCache] | None = None,
+        memory: list[KVCache] | None = None,
+        states: list[State] | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool | Chosen = False,
-    ) -> tuple[Float[Array, "B T D"], BlockOutput | list[BlockOutput]]:
-        """The last block's output behind the final norm, and what the blocks gave beside it.
+    ) -> tuple[Float[Array, "B T D"], StackOutput]:
+        """The last block's output after the final norm, and what the blocks gave besides it.
 
         Args:
-            mask: of self-attention; a list is gone through again and again, layer by layer.
-            rotary_periods: beside each mask of a list, in the place of the config's period.
-            memory: what the blocks look at, or each layer's keys and values of it (`remember`), for single blocks.
-            cache: with a leading L, or a list for single blocks.
+            context: what all layers get; the stack fills in causality, the shared bias, and each layer's own part.
+            memory: each layer's keys and values of what cross-attention reads (`remember`), for an unstacked stack.
+            states: what the tokens before these have left, one a layer.
+            key: turns dropout on.
             return_weights: of all layers and heads, or of those chosen; for a choice the layers are run one by one.
 
         Raises:
-            ValueError: a layer that does not exist.
+            ValueError: a layer that does not exist or has no weights.
         """
-        c = self.config
-        if isinstance(return_weights, tuple) and not all(0 <= layer < self.num_layers for layer in return_weights[0]):
-            raise ValueError(f"return_weights: got layers {return_weights[0]}; allowed: 0 to {self.num_layers - 1}")
-        start = 0 if cache is None else filled(cache)
-        masks = [mask] if isinstance(mask, AttentionMask) else list(mask)
-        periods = [rotary_periods[which % len(rotary_periods)] for which in range(len(masks))]
-        shared = None if isinstance(memory, list) else memory
-        rows = (masks, shared, memory_mask, positions_BT, valid_BT, self.relative)
-
-        def call(
-            which: int,
-            weights: bool | tuple[int, ...],
-            block: Block,
-            x: Array,
-            key: Array | None,
-            inputs: Any,
-            rows: Any,
-        ) -> Any:
-            cache, remembered, normed = inputs
-            masks, shared, memory_mask, positions_BT, valid_BT, relative = rows
-            return block(
-                x, masks[which], memory=shared if remembered is None else remembered, memory_mask=memory_mask,
-                positions_BT=positions_BT, valid_BT=valid_BT, cache=cache,
-                score_mod=None if relative is None else relative.score_mod(start), rotary_period=periods[which],
-                normed=normed, key=key, return_weights=weights,
-            )  # fmt: skip
-
-        calls: Any
-        if isinstance(return_weights, tuple):
-            layers, heads = return_weights
-            calls = [
-                functools.partial(call, layer % len(masks), heads if layer in layers else False)
-                for layer in range(self.num_layers)
-            ]
+        c, L = self.config, self.num_layers
+        chosen = return_weights if isinstance(return_weights, tuple) else None
+        if chosen is not None and not all(0 <= layer < L for layer in chosen[0]):
+            raise ValueError(f"return_weights: got layers {chosen[0]}; allowed: 0 to {L - 1}")
+        context = dataclasses.replace(context, is_causal=self.is_causal, relative=self.relative)
+        keys = None if key is None else jax.random.split(key, L)
+        # One by one where each layer has weights of its own; in groups else.
+        single = chosen is not None or self.is_unstacked
+        wanted = [_heads_wanted(return_weights, layer) for layer in range(L)]
+        numbers = self.first_layer + jnp.arange(L)
+        if single:
+            blocks = self._single_blocks()
+            inputs = list(zip(numbers, states or [None] * L, memory or [None] * L, strict=True))
+            calls = [self._call(layer, wanted[layer]) for layer in range(L)]
+        elif self.group == 1:
+            blocks = self.blocks
+            inputs = (numbers, None if states is None else restack(states), None)
+            calls = [self._call(layer, wanted[0]) for layer in range(_period(self.mixers))]
         else:
-            calls = [functools.partial(call, which, return_weights) for which in range(len(masks))]
-            calls = calls if len(calls) > 1 else calls[0]
-        normed = None if self.first_norm else jnp.arange(self.num_layers) == 0
-        per_layer: Any = (cache, None, normed)
-        if isinstance(self.blocks, nnx.List):
-            none = [None] * self.num_layers
-            given = (part if isinstance(part, list) else none for part in (cache, memory))
-            per_layer = list(zip(*given, none if normed is None else list(normed), strict=True))
+            blocks, count = self.blocks, L // self.group
+            by_place = [None if states is None else restack(states[place :: self.group]) for place in range(self.group)]
+            inputs = (numbers.reshape(count, -1), by_place, None)
+            keys = None if keys is None else keys.reshape(count, self.group)
+            calls = [self._group_call(wanted[0])]
         x_BTD, outputs = apply_stack(
-            calls, self.blocks, x_BTD, num_layers=self.num_layers, key=key, per_layer=per_layer, rows=rows,
-            pipelined=cache is None and memory is None and return_weights is False, scan=c.scan_layers, remat=c.remat,
+            calls, blocks, x_BTD, keys=keys, per_layer=inputs, context=context,
+            first=None if self.first_norm else self._call(0, wanted[0], normed=True),
+            schedule=self.schedule if states is None and memory is None and return_weights is False else None,
+            scan=c.scan_layers, remat=c.remat,
         )  # fmt: skip
-        return x_BTD if self.final_norm is None else self.final_norm(x_BTD), outputs
+        output = self._gathered(outputs, single, chosen)
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD), output
 
-    def take_apart(self) -> None:
+    def _call(self, layer: int, heads: bool | tuple[int, ...], *, normed: bool = False) -> Any:
+        """What runs a block as one layer, with the settings of that one."""
+
+        def call(block: Block, x: Array, key: Array | None, inputs: Any, context: Context) -> Any:
+            number, state, memory = inputs
+            own = dataclasses.replace(
+                context, layer=number, state=state, key=key, return_weights=heads,
+                memory=context.memory if memory is None else memory,
+            )  # fmt: skip
+            return block.as_layer(self.mixers[layer])(x, own, normed=normed)
+
+        return call
+
+    def _group_call(self, heads: bool | tuple[int, ...]) -> Any:
+        """What runs a group of blocks, one after the other."""
+        calls = [self._call(place, heads) for place in range(self.group)]
+
+        def call(blocks: nnx.List, x: Array, keys: Array | None, inputs: Any, context: Context) -> Any:
+            numbers, states, _ = inputs
+            outputs = []
+            for place, call in enumerate(calls):
+                key = None if keys is None else keys[place]
+                x, output = call(blocks[place], x, key, (numbers[place], states[place], None), context)
+                outputs.append(output)
+            return x, outputs
+
+        return call
+
+    def _gathered(self, outputs: Any, single: bool, chosen: Chosen | None) -> StackOutput:
+        """Outputs of blocks as those of the stack, whether they come one by one, stacked, or stacked in groups."""
+        L = self.num_layers
+        alike = not single and self.group == 1
+        routers: list[RouterLosses | None] = [outputs.router] if alike else [output.router for output in outputs]
+        if not single:
+            layers = _layers_of([outputs] if alike else outputs, L, self.group)
+        else:
+            layers = outputs
+        found = [layer.state for layer in layers if layer.state is not None]
+        states = found if len(found) == L else None
+        if alike:
+            weights = outputs.weights
+        else:
+            picked = range(L) if chosen is None else chosen[0]
+            given = [layers[layer].weights for layer in picked if layers[layer].weights is not None]
+            weights = _stacked_weights(given)
+        return StackOutput(states, weights, self._router_loss(routers))
+
+    def _router_loss(self, routers: Sequence[RouterLosses | None]) -> Array | None:
+        found = [router for router in routers if router is not None]
+        if not found or not isinstance(mlp := self.config.mlp, ExpertsConfig):
+            return None
+        return sum(jnp.sum(mlp.balance_loss * r.balance + mlp.router_z_loss * r.z) for r in found)  # type: ignore[return-value]
+
+    def _single_blocks(self) -> list[Block]:
+        """One block a layer."""
+        if self.is_unstacked:
+            return list(self.blocks)
+        if self.group == 1:
+            return unstack(self.blocks, self.num_layers)
+        groups = unstack(self.blocks, self.num_layers // self.group)
+        return [block for group in groups for block in group]
+
+    def unstack_layers(self) -> None:
         """Make the blocks a list of single ones, for decoding, which reads each weight once a token.
 
-        A scan, and a loop over slices too, copies every layer out of the stack before it reads it. Here each layer stands
-        by itself, its three projections of self-attention as one. The cache of such a stack is a list of layers' caches.
+        A scan, and a loop over slices too, copies every layer out of the stack before it reads it. Here each layer is
+        separate, with its three projections of softmax attention as one.
         """
-        blocks = unstack(self.blocks, self.num_layers)
+        blocks = self._single_blocks()
         for block in blocks:
-            block.attention = block.attention.joined()
-        self.blocks = nnx.List(blocks)
+            if isinstance(block.attention, MultiHeadAttention):
+                block.attention = block.attention.joined()
+        self.blocks, self.is_unstacked = nnx.List(blocks), True
 
     def remember(self, memory_BMD: Float[Array, "B M D"]) -> list[KVCache]:
-        """Each layer's keys and values of a memory, for single blocks (`take_apart`)."""
-        assert isinstance(self.blocks, nnx.List)
-        return [block.cross.remember(memory_BMD) for block in self.blocks]
+        """Each layer's keys and values of a memory, for an unstacked stack."""
+        return [block.cross.remember(memory_BMD) for block in self._single_blocks() if block.cross is not None]
 
-    def make_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for `batch_size` rows of up to `max_length` tokens."""
-        c = self.config
-        return KVCache.empty(self.num_layers, batch_size, max_length, c.kv_heads, c.dim_of_head, DTYPES[c.dtype])
+    def make_states(self, batch_size: int, max_length: int) -> list[State]:
+        """What decoding carries before the first token, one a layer, with room for `max_length` tokens."""
+        several = self.is_unstacked or self.group > 1
+        blocks = list(self.blocks) if several else [self.blocks]
+        return [blocks[layer % len(blocks)].attention.make_state(batch_size, max_length) for layer in range(self.num_layers)]
 
 
 def make_norm(config: StackConfig, rngs: nnx.Rngs, *, dim: int | None = None) -> Norm:
     """The config's kind of norm, over the residual stream or another `dim`."""
     width = config.embed_dim if dim is None else dim
     if config.norm == "layer_norm":
-        return LayerNorm(width, use_bias=config.has_bias("norm"), epsilon=config.norm_epsilon, rngs=rngs)
-    return RMSNorm(width, epsilon=config.norm_epsilon, rngs=rngs)
+        return LayerNorm(width, use_bias=config.has_norm_bias, epsilon=config.norm_eps, rngs=rngs)
+    return RMSNorm(width, epsilon=config.norm_eps, rngs=rngs)
 
 
-def filled(cache: KVCache | list[KVCache]) -> Int[Array, " B"]:
-    """How many positions each row holds, which is the same in every layer."""
-    return cache[0].length if isinstance(cache, list) else cache.length[0]
+def cache_lengths(states: Sequence[State]) -> Int[Array, " B"]:
+    """How many tokens each row has read, which is the same in every layer."""
+    return states[0].length
 
 
-def weights_of(
-    outputs: BlockOutput | list[BlockOutput], chosen: bool | Chosen = True
-) -> Float[Array, "L B N T S"] | None:
-    """The attention weights among what blocks gave, of the layers that were chosen, in their order; None without any."""
-    if not isinstance(outputs, list):
-        return outputs.weights
-    layers = chosen[0] if isinstance(chosen, tuple) else range(len(outputs))
-    weights = [weights for layer in layers if (weights := outputs[layer].weights) is not None]
-    return jnp.stack(weights) if weights else None
+def with_schedule(model: Any, schedule: Schedule) -> Any:
+    """The model, all of whose stacks go through a pipeline by `schedule`, where the mesh has one."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LayerStack):
+            module.schedule = schedule
+    return model
 
 
-def router_loss(config: StackConfig, outputs: BlockOutput | list[BlockOutput]) -> Float[Array, ""] | None:
-    """The routers' losses by the config's weights, summed over the layers; None without a mixture of experts."""
-    routers = [output.router for output in outputs] if isinstance(outputs, list) else [outputs.router]
-    found: list[RouterLosses] = [router for router in routers if router is not None]
-    if not found:
+def _heads_wanted(return_weights: bool | Chosen, layer: int) -> bool | tuple[int, ...]:
+    if not isinstance(return_weights, tuple):
+        return return_weights
+    layers, heads = return_weights
+    return heads if layer in layers else False
+
+
+def _period(mixers: Sequence[MixerConfig]) -> int:
+    """The fewest mixers that make all of them when they repeat; the last repetition may be cut."""
+    lengths = range(1, len(mixers) + 1)
+    return next(p for p in lengths if all(mixer == mixers[layer % p] for layer, mixer in enumerate(mixers)))
+
+
+def _layers_of(outputs: Sequence[BlockOutput], num_layers: int, group: int) -> list[BlockOutput]:
+    """Stacked outputs, one for each place of a group, as one a layer."""
+    by_place = [unstack(output, num_layers // group) for output in outputs]
+    return [by_place[layer % group][layer // group] for layer in range(num_layers)]
+
+
+def _stacked_weights(weights: list[Array]) -> Array | None:
+    if not weights:
         return None
-    return sum(jnp.sum(config.balance_loss * r.balance + config.router_z_loss * r.z) for r in found)  # type: ignore[return-value]
+    if len({one.shape for one in weights}) > 1:
+        shapes = ", ".join(str(one.shape[1]) for one in weights)
+        raise ValueError(f"return_weights: the layers have different numbers of heads ({shapes}); choose layers of one kind")
+    return jnp.stack(weights)
 
 
-def _make_block(
-    c: StackConfig, rngs: nnx.Rngs, *, num_layers: int, cross: bool, attention_scale: float | None, init: Any
-) -> Block:
-    # What is written to the residual stream is summed over the layers (Radford et al. 2019).
-    out_init = nnx.initializers.normal(c.init_std / (2 * num_layers) ** 0.5) if c.norm_first else init
+def _make_block(c: StackConfig, mixer: MixerConfig, rngs: nnx.Rngs, *, num_layers: int, cross: bool) -> Block:
+    init, out_init = c.initialisers(num_layers)
     types: dict[str, Any] = {"dtype": DTYPES[c.dtype], "rngs": rngs, "kernel_init": init, "out_init": out_init}
-
-    def attention(memory_dim: int | None) -> MultiHeadAttention:
-        rotates = c.position == "rotary" and memory_dim is None
-        return MultiHeadAttention(
-            c.embed_dim, c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, memory_dim=memory_dim,
-            use_bias=c.has_bias("qkv"), out_bias=c.has_bias("attention"),
-            rotary_period=c.rotary_period if rotates else None, rotary_dim=c.dim_of_rotary,
-            rotary_scaling=c.rotary_scaling, qk_norm=c.qk_norm, norm_epsilon=c.norm_epsilon, scale=attention_scale,
-            logit_soft_cap=c.attention_soft_cap, dropout_rate=c.dropout,
-            backend=c.attention, **types,
-        )  # fmt: skip
-
+    mlp = c.mlp
     feed_forward: FeedForward | MixtureOfExperts
-    if c.num_experts:
+    if isinstance(mlp, ExpertsConfig):
         feed_forward = MixtureOfExperts(
-            c.embed_dim, c.dim_of_mlp, num_experts=c.num_experts, experts_per_token=c.experts_per_token,
-            capacity=c.expert_capacity, activation=c.activation, **types,
+            c.embed_dim, mlp.width(c.embed_dim), num_experts=mlp.num_experts, experts_per_token=mlp.experts_per_token,
+            capacity=mlp.capacity_factor, activation=mlp.activation, **types,
         )  # fmt: skip
     else:
         feed_forward = FeedForward(
-            c.embed_dim, c.dim_of_mlp, activation=c.activation, use_bias=c.has_bias("mlp"), **types
+            c.embed_dim, mlp.width(c.embed_dim), activation=mlp.activation, use_bias=mlp.bias, **types
         )
+    options = {"dropout_rate": c.attention_dropout, "norm_eps": c.norm_eps, **types}
     return Block(
-        attention(None), feed_forward, tuple(make_norm(c, rngs) for _ in range(3 if cross else 2)),
-        cross=attention(c.embed_dim) if cross else None, norm_first=c.norm_first,
-        parallel=c.parallel_residual, dropout_rate=c.dropout,
+        make_mixer(mixer, c.embed_dim, **options), feed_forward, tuple(make_norm(c, rngs) for _ in range(3 if cross else 2)),
+        cross=MultiHeadAttention(c.embed_dim, c.cross_attention, memory_dim=c.embed_dim, **options) if cross else None,
+        norm_first=c.norm_first, parallel=c.parallel_residual, dropout_rate=c.dropout,
     )  # fmt: skip

@@ -12,19 +12,15 @@ a 1 appended to each value the one memory holds both numerator and denominator.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from transformer.attention.common import check_name, check_shapes
 from transformer.attention.fast_weights import FORMS, fast_weights
-from transformer.attention.feature_maps import FeatureMap, feature_dim, feature_map_of
-from transformer.layers.linear import Linear
-from transformer.sharding import constrain
-from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
+from transformer.attention.feature_maps import FeatureMap, feature_map_of
+from transformer.types import Array, Bool, Float, Int, widen
 
 
 def linear_attention(
@@ -91,82 +87,6 @@ def linear_attention(
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
         sums_BTNV = _both_ways(q_BTNH, k_BSKH, v, valid_BS, segments_BT, **options)
         return (sums_BTNV[..., :-1] / (sums_BTNV[..., -1:] + epsilon)).astype(v_BSKV.dtype), None
-
-
-class LinearAttention(nnx.Module):
-    """`linear_attention` of a sequence to itself, in N heads over K key/value heads.
-
-    Args:
-        causal, feature_map, form, chunk: as of `linear_attention`.
-        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        causal: bool = True,
-        feature_map: str | FeatureMap = "elu",
-        form: str = "chunked",
-        chunk: int = 64,
-        use_bias: bool = True,
-        kernel_init: Callable[..., Array],
-        out_init: Callable[..., Array],
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        check_name("LinearAttention", "form", form, FORMS)
-        feature_map_of(feature_map)
-        head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.causal, self.feature_map, self.form, self.chunk = causal, feature_map, form, chunk
-        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
-        options: dict[str, Any] = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-
-        def project(heads: int, axis: str) -> Linear:
-            axes = ("embed", axis, "head_dim")
-            return Linear((embed_dim,), (heads, head_dim), axes=axes, kernel_init=kernel_init, **options)
-
-        self.query = project(num_heads, "heads")
-        self.key = project(num_kv_heads, "kv_heads")
-        self.value = project(num_kv_heads, "kv_heads")
-        axes = ("heads", "head_dim", "embed")
-        self.out = Linear((num_heads, head_dim), (embed_dim,), axes=axes, kernel_init=out_init, **options)
-
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        *,
-        valid_BT: Bool[Array, "B T"] | None = None,
-        segments_BT: Int[Array, "B T"] | None = None,
-        state_BKMV: Float[Array, "B K M V"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B K M V"] | None]:
-        """The output, and (when causal) the state to go on from: with another call, or token by token with `step`."""
-        q_BTNH = constrain(self.query(x_BTD), "batch", "seq", "heads", "head_dim")
-        k_BTKH = constrain(self.key(x_BTD), "batch", "seq", "kv_heads", "head_dim")
-        v_BTKH = constrain(self.value(x_BTD), "batch", "seq", "kv_heads", "head_dim")
-        out_BTNH, state_BKMV = linear_attention(
-            q_BTNH, k_BTKH, v_BTKH, causal=self.causal, feature_map=self.feature_map, form=self.form, chunk=self.chunk,
-            valid_BS=valid_BT, segments_BT=segments_BT, state_BKMV=state_BKMV,
-        )  # fmt: skip
-        return constrain(self.out(out_BTNH), "batch", "stream", None), state_BKMV
-
-    def step(
-        self, x_BD: Float[Array, "B D"], state_BKMV: Float[Array, "B K M V"]
-    ) -> tuple[Float[Array, "B D"], Float[Array, "B K M V"]]:
-        """The output for one more token, and the next state."""
-        out_B1D, state = self(x_BD[:, None], state_BKMV=state_BKMV)
-        assert state is not None  # attention that is not causal has refused the state
-        return out_B1D[:, 0], state
-
-    def empty_state(self, batch_size: int) -> Float[Array, "B K M V"]:
-        """The state before the first token."""
-        num_features = feature_dim(feature_map_of(self.feature_map), self.head_dim)
-        return jnp.zeros((batch_size, self.num_kv_heads, num_features, self.head_dim + 1), jnp.float32)
 
 
 def _both_ways(

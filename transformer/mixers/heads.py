@@ -1,0 +1,74 @@
+"""What mixers with heads have in common: sizes, checks, and the arithmetic of their projections.
+
+N query heads, K key/value heads, H head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformer.errors import require
+from transformer.layers.position import RotaryConfig
+
+Backend = Literal["auto", "reference", "xla", "cudnn", "pallas", "blockwise", "ring", "ulysses"]
+"""Implementations of softmax attention (`transformer.attention.dispatch`)."""
+FeatureMap = Literal["identity", "relu", "elu", "dpfp", "favor"]
+"""Names of `transformer.attention.feature_maps.FEATURE_MAPS`."""
+Form = Literal["parallel", "chunked", "recurrent"]
+"""Names of `transformer.attention.fast_weights.FORMS`."""
+
+
+def head_sizes(config: Any, embed_dim: int) -> tuple[int, int, int]:
+    """N, K and H of a config with their defaults filled in."""
+    N = config.num_heads
+    K = getattr(config, "num_kv_heads", None) or N
+    return N, K, config.head_dim or max(embed_dim // N, 1)
+
+
+def check_heads(config: Any) -> None:
+    """Raise a `ConfigError` for heads that are none, or that do not divide."""
+    require(config, "num_heads", config.num_heads >= 1, "allowed: 1 or more")
+    for field in ("num_kv_heads", "head_dim"):
+        given = getattr(config, field, None)
+        if given is not None:
+            require(config, field, given >= 1, "allowed: 1 or more, or null")
+    if (kv_heads := getattr(config, "num_kv_heads", None)) is not None:
+        require(
+            config, "num_kv_heads", config.num_heads % kv_heads == 0, f"allowed: a divisor of num_heads ({config.num_heads})"
+        )
+
+
+def check_rotary(position: Any, head_dim: int) -> tuple[str, str] | None:
+    """The field that keeps rotary positions from splitting a head into pairs and what is allowed, or None."""
+    if not isinstance(position, RotaryConfig):
+        return None
+    dim = position.dim(head_dim)
+    if dim > 0 and dim % 2 == 0:
+        return None
+    return "head_dim", f"rotary positions turn pairs of features, and would turn {dim}; allowed: an even number"
+
+
+def projection_flops(config: Any, embed_dim: int, *, num_in: int = 3) -> float:
+    """Of one token's queries, keys, values and output: a multiply-add counts as two."""
+    N, K, H = head_sizes(config, embed_dim)
+    return 2 * embed_dim * (2 * N * H + (num_in - 1) * K * H)
+
+
+def seen_keys(config: Any, length: int, *, causal: bool) -> float:
+    """Keys that a token sees in the mean, in a context of `length`: of a causal mask half, of a window its width."""
+    window, sinks = getattr(config, "window", None), getattr(config, "sinks", 0)
+    if not causal:
+        return float(length if window is None else min(2 * window + 1, length))
+    if window is not None and (width := window + 1 + sinks) < length:
+        return width - width * (width - 1) / (2 * length)
+    return (length + 1) / 2
+
+
+def refuse_masks(name: str, context: Any, *, causal_only: bool = False) -> None:
+    """Raise a `ValueError` for a mask that a mixer with a state of fixed size cannot apply."""
+    if context.mask is not None:
+        raise ValueError(f"{name}: it takes no mask in addition to causality, documents and padding")
+    if context.prefix_B is not None:
+        raise ValueError(f"{name}: it takes no prefix that all tokens see; use softmax attention")
+    if causal_only and not context.is_causal:
+        raise ValueError(f"{name}: it reads only what came before; use softmax attention in an encoder")

@@ -1,0 +1,43 @@
+"""The sequence mixers that a config can name. A new mixer is one new file and one line here.
+
+A mixer takes `(x, context)` and gives `(out, state, weights)`; `make_state(batch_size, max_length)` makes what decoding carries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformer.mixers.differential import DifferentialAttention, DifferentialConfig
+from transformer.mixers.fast_weights import FastWeightAttention, FastWeightConfig
+from transformer.mixers.latent import LatentAttention, LatentConfig
+from transformer.mixers.linear import LinearAttention, LinearAttentionConfig
+from transformer.mixers.softmax import MultiHeadAttention, SoftmaxConfig
+
+MixerConfig = SoftmaxConfig | LatentConfig | DifferentialConfig | LinearAttentionConfig | FastWeightConfig
+Mixer = MultiHeadAttention | LatentAttention | DifferentialAttention | LinearAttention | FastWeightAttention
+
+MIXERS: dict[type, type] = {
+    SoftmaxConfig: MultiHeadAttention,
+    LatentConfig: LatentAttention,
+    DifferentialConfig: DifferentialAttention,
+    LinearAttentionConfig: LinearAttention,
+    FastWeightConfig: FastWeightAttention,
+}
+
+DROPS_WEIGHTS = (SoftmaxConfig, LatentConfig, DifferentialConfig)
+"""Mixers with softmax weights, of which attention dropout drops some."""
+
+
+def make_mixer(config: MixerConfig, embed_dim: int, *, dropout_rate: float, norm_eps: float, **options: Any) -> Mixer:
+    """The mixer that a config describes.
+
+    Args:
+        dropout_rate: of attention weights, for mixers that have them.
+        norm_eps: of the norms of queries and keys in softmax attention.
+        options: kernel_init, out_init, dtype, param_dtype and rngs.
+    """
+    if isinstance(config, DROPS_WEIGHTS):
+        options |= {"dropout_rate": dropout_rate}
+    if isinstance(config, SoftmaxConfig):
+        options |= {"norm_eps": norm_eps}
+    return MIXERS[type(config)](embed_dim, config, **options)
