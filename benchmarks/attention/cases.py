@@ -16,13 +16,13 @@ from flax import nnx
 
 from transformer.attention.additive import AdditiveAttention
 from transformer.attention.decomposable import DecomposableAttention
-from transformer.attention.differential import DifferentialAttention
+from transformer.mixers.differential import DifferentialAttention
 from transformer.attention.fast_weights import FORMS, RULES, fast_weights
 from transformer.attention.feature_maps import unit_length
 from transformer.attention.hard import argmax_weights
 from transformer.attention.intra import IntraAttention
-from transformer.attention.latent import LatentAttention
-from transformer.attention.linear import linear_attention
+from transformer.mixers.latent import LatentAttention
+from transformer.attention.linear_attention import linear_attention
 from transformer.attention.mask import AttentionMask
 from transformer.attention.multiplicative import LuongAttention
 from transformer.attention.sparse_softmax import sparse_attention

@@ -20,7 +20,7 @@ from benchmarks.record import save, seconds_per_call
 from transformer.attention.dispatch import BACKENDS, BackendError, attend
 from transformer.attention.fast_weights import fast_weights
 from transformer.attention.feature_maps import unit_length
-from transformer.attention.linear import linear_attention
+from transformer.attention.linear_attention import linear_attention
 from transformer.attention.mask import AttentionMask
 
 HEAD_DIM = 64

@@ -14,7 +14,7 @@ from transformer.attention.common import headless_mask
 from transformer.attention.dispatch import attend
 from transformer.attention.mask import AttentionMask
 from transformer.attention.sparse_softmax import sparse_attention
-from transformer.decode.cache import KVCache
+from transformer.mixers.state import KVCache
 
 Q = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 2, 4)), jnp.float32)
 call = inspect.unwrap(attend)
@@ -110,7 +110,7 @@ def test_a_row_of_minus_infinity_is_a_row_with_no_key(backend):
 
 
 def test_a_cache_with_no_room():
-    cache = jax.tree.map(lambda leaf: leaf[0], KVCache.empty(1, 2, 2, 2, 4, jnp.float32))
+    cache = KVCache.empty(2, 2, 2, 4, jnp.float32)
     with pytest.raises(ValueError, match="room for 2"):
         cache.append(Q, Q)
 

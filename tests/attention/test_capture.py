@@ -12,14 +12,17 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
+from tests.changed import changed
 from transformer.attention.dispatch import attend
 from transformer.attention.mask import AttentionMask
-from transformer.decode.cache import KVCache
+from transformer.layers.position import RotaryConfig
+from transformer.mixers.softmax import SoftmaxConfig
+from transformer.mixers.state import KVCache
 from transformer.models.gpt import GPT, GPTConfig
 
 B, T, S, N, H = 2, 24, 20, 6, 8
 LAYERS, HEADS = (2, 0), (3, 1)
-CONFIG = GPTConfig(vocab_size=40, max_length=32, num_layers=3, embed_dim=32, num_heads=4, num_kv_heads=2, init_std=0.3)
+CONFIG = GPTConfig(vocab_size=40, max_length=32, num_layers=3, embed_dim=32, attention=SoftmaxConfig(num_heads=4, num_kv_heads=2), init_std=0.3)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (B, T)), jnp.int32)
 
 
@@ -60,7 +63,7 @@ def model(**changes):
     return GPT(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("changes", [{}, {"scan_layers": False}, {"remat": "full"}, {"position": "rotary"}])
+@pytest.mark.parametrize("changes", [{}, {"scan_layers": False}, {"remat": "full"}, {"attention": changed(CONFIG.attention, position=RotaryConfig())}])
 def test_chosen_layers_and_heads_are_those_among_all(changes):
     plain, every = model(**changes)(TOKENS), model(**changes)(TOKENS, return_weights=True)
     chosen = model(**changes)(TOKENS, return_weights=(LAYERS, HEADS))
@@ -78,11 +81,11 @@ def test_a_model_with_its_blocks_apart_gives_them_too():
     np.testing.assert_allclose(chosen, np.asarray(every)[list(LAYERS)][:, :, list(HEADS)], atol=1e-5)
 
 
-def test_the_cache_keeps_its_kind():
-    plain = model()(TOKENS, cache=model().make_cache(B, 32))
-    chosen = model()(TOKENS, cache=model().make_cache(B, 32), return_weights=(LAYERS, HEADS))
-    assert isinstance(chosen.cache, KVCache)
-    for got, expected in zip(jax.tree.leaves(chosen.cache), jax.tree.leaves(plain.cache), strict=True):
+def test_the_states_are_the_same():
+    plain = model()(TOKENS, states=model().make_states(B, 32))
+    chosen = model()(TOKENS, states=model().make_states(B, 32), return_weights=(LAYERS, HEADS))
+    assert len(chosen.states) == 3 and all(isinstance(state, KVCache) for state in chosen.states)
+    for got, expected in zip(jax.tree.leaves(chosen.states), jax.tree.leaves(plain.states), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
     assert chosen.weights.shape == (2, B, 2, T, 32)
 

@@ -9,18 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.test_util import check_grads
 
 from transformer.attention.fast_weights import (
     FORMS,
     RULES,
-    FastWeightAttention,
     fast_weights,
     fast_weights_step,
     unit_lower_inverse,
 )
-from transformer.attention.feature_maps import FEATURE_MAPS, feature_dim
 
 B, T, N, K, H, V = 2, 13, 4, 2, 3, 5
 
@@ -245,55 +242,6 @@ def test_types():
     assert np.linalg.norm(np.asarray(out, np.float32) - exact) / np.linalg.norm(exact) < 2e-2
 
 
-def make(**options):
-    """The module, made by one compiled program."""
-    normal = nnx.initializers.normal(0.5)
-
-    @jax.jit
-    def split():
-        return nnx.split(
-            FastWeightAttention(
-                8, 4, num_kv_heads=2, chunk=4, kernel_init=normal, out_init=normal, rngs=nnx.Rngs(0), **options
-            )
-        )
-
-    return nnx.merge(*split())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rule": "sum", "feature_map": "elu", "feature_norm": "sum"},
-        {"rule": "delta"},
-        {"rule": "gated_delta", "feature_map": "favor", "use_output_norm": False},
-    ],
-)
-def test_module_goes_on_from_its_state(options):
-    attention = make(**options)
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, 8)), jnp.float32)
-    prefill = jax.jit(lambda x, state: attention(x, state_BKMV=state))
-    out, last = prefill(x, attention.empty_state(B))
-    part, state = prefill(x[:, :7], attention.empty_state(B))
-    np.testing.assert_allclose(part, out[:, :7], atol=2e-5)
-    step = jax.jit(lambda x, state: attention.step(x, state))
-    for t in range(7, T):
-        token, state = step(x[:, t], state)
-        np.testing.assert_allclose(token, out[:, t], atol=2e-5)
-    np.testing.assert_allclose(state, last, atol=1e-5)
-    assert state.shape == (B, 2, feature_dim(FEATURE_MAPS[options.get("feature_map", "dpfp")], 2), 2)
-
-
-def test_every_parameter_of_the_module_is_used():
-    attention = make(rule="gated_delta")
-    graphdef, params = nnx.split(attention)
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, 8)), jnp.float32)
-    gradients = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)[0]))))(params)
-    assert all(np.asarray(leaf).any() and np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-    np.testing.assert_allclose(jnp.exp(attention.log_half_life[...]), [4, 512], rtol=1e-5)
-    nothing = jax.jit(lambda x: attention(x, valid_BT=jnp.zeros((B, T), bool))[0])(x)
-    np.testing.assert_allclose(nothing, 0, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -321,20 +269,6 @@ def test_inputs_that_do_not_fit(arguments, message):
     arrays = dict(zip(("q_BTNH", "k_BTKH", "v_BTKV", "beta_BTK"), inputs("delta"), strict=True))
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(fast_weights)(**(arrays | arguments))
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ({"rule": "hebb"}, "rule='hebb'"),
-        ({"feature_norm": "l1"}, "Did you mean 'l2'"),
-        ({"form": "scan"}, "form='scan'"),
-        ({"feature_map": "dfpf"}, "Did you mean 'dpfp'"),
-    ],
-)
-def test_a_module_with_unknown_names(option, message):
-    with pytest.raises(ValueError, match=message):
-        make(**option)
 
 
 def test_arrays_that_a_feature_map_captures_have_gradients_in_chunks():

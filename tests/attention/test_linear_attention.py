@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.test_util import check_grads
 
 from transformer.attention.fast_weights import FORMS
@@ -24,7 +23,7 @@ from transformer.attention.feature_maps import (
     unit_length,
     unit_sum,
 )
-from transformer.attention.linear import LinearAttention, linear_attention
+from transformer.attention.linear_attention import linear_attention
 
 B, T, N, K, H, V = 2, 11, 4, 2, 3, 5
 DOCUMENTS = np.array([[1] * 3 + [2] * 6 + [0] * 2, [4] * 5 + [0] * 1 + [5] * 5])
@@ -132,37 +131,6 @@ def test_causal_prefix_is_stable_and_the_state_goes_on():
 def test_types():
     out, state = run(*inputs(jnp.bfloat16))
     assert (out.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
-
-
-def make(**options):
-    normal = nnx.initializers.normal(0.5)
-    return LinearAttention(
-        8, 4, num_kv_heads=2, chunk=4, kernel_init=normal, out_init=normal, rngs=nnx.Rngs(0), **options
-    )
-
-
-def test_module_goes_on_token_by_token():
-    attention = make(feature_map="favor")
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, 8)), jnp.float32)
-    prefill = jax.jit(lambda x, state: attention(x, state_BKMV=state))
-    out, last = prefill(x, attention.empty_state(B))
-    _, state = prefill(x[:, :8], attention.empty_state(B))
-    step = jax.jit(lambda x, state: attention.step(x, state))
-    for t in range(8, T):
-        token, state = step(x[:, t], state)
-        np.testing.assert_allclose(token, out[:, t], atol=1e-5)
-    np.testing.assert_allclose(state, last, rtol=1e-4, atol=1e-5)
-
-
-def test_module_that_is_not_causal():
-    attention = make(causal=False)
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, 8)), jnp.float32)
-    segments = jnp.asarray([[1] * 5 + [2] * 6] * B)
-    out, state = jax.jit(lambda x: attention(x, segments_BT=segments))(x)
-    assert state is None
-    np.testing.assert_allclose(out[:, :5], jax.jit(lambda x: attention(x)[0])(x[:, :5]), atol=1e-5)
-    with pytest.raises(ValueError, match="only causal attention goes on"):
-        attention.step(x[:, 0], attention.empty_state(B))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
 from transformer.decode.translator import Translator
 from transformer.errors import ConfigError, UserError
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPT, GPTConfig
 from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
 
@@ -253,7 +254,7 @@ def test_a_repetition_penalty_forbids_what_was_written(translator):
 
 
 def test_a_decoder_only_model_can_be_searched():
-    config = GPTConfig(vocab_size=5, max_length=16, num_layers=2, embed_dim=16, num_heads=2)
+    config = GPTConfig(vocab_size=5, max_length=16, num_layers=2, embed_dim=16, attention=SoftmaxConfig(num_heads=2))
     model = GPT(config, rngs=nnx.Rngs(3))
     nnx.update(model, jax.tree.map(lambda p: p * 8, nnx.state(model, nnx.Param)))
     params = nnx.state(model, nnx.Param)

@@ -13,10 +13,12 @@ from flax import nnx
 from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
 from transformer.errors import UserError
+from transformer.layers.position import RotaryConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(
-    vocab_size=32, max_length=96, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, position="rotary",
+    vocab_size=32, max_length=96, num_layers=2, embed_dim=32, attention=SoftmaxConfig(num_heads=4, num_kv_heads=2, position=RotaryConfig()),
     norm="rms_norm",
 )  # fmt: skip
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
@@ -97,6 +99,6 @@ def test_what_cannot_be_written(model, generator, prompts, max_tokens, message):
 
 
 def test_learned_positions_generate_too():
-    config = dataclasses.replace(CONFIG, position="learned", norm="layer_norm", max_length=16)
+    config = dataclasses.replace(CONFIG, attention=SoftmaxConfig(num_heads=4), norm="layer_norm", max_length=16)
     model = GPT(config, rngs=nnx.Rngs(0))
     assert run(Generator(config), model, [[1, 2]], max_tokens=14).shape == (1, 14)

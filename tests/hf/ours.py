@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,23 +11,36 @@ import numpy as np
 
 from tests.made import made
 from transformer.hf import checkpoint
+from transformer.layers.feed_forward import DenseConfig
+from transformer.layers.position import RelativeConfig, RotaryConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.encoder_decoder import T5Config
 from transformer.models.families import described_parameters, make_model
 from transformer.models.gpt import GPTConfig
+from transformer.models.heads import EmbeddingHeadConfig, MaskedHeadConfig
 
 BERT = BertConfig(
-    vocab_size=50, max_length=20, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24, head="embedding", pooler=True
-)
-MODERN = BertConfig(
-    vocab_size=50, max_length=20, num_layers=4, embed_dim=16, num_heads=2, mlp_dim=24, activation="geglu_exact",
-    norm_first=True, first_norm=False, token_types=0, position="rotary", local_window=3, use_bias=False, head_bias=False,
-    dropout=0.0, norm_epsilon=1e-5,
+    vocab_size=50, max_length=20, num_layers=2, embed_dim=16, attention=SoftmaxConfig(num_heads=2),
+    mlp=DenseConfig(dim=24, activation="gelu_exact"), head=EmbeddingHeadConfig(pooler="tanh"),
 )  # fmt: skip
-GPT = GPTConfig(vocab_size=52, max_length=24, num_layers=4, embed_dim=16, num_heads=2)
+_GLOBAL = SoftmaxConfig(num_heads=2, bias=False, position=RotaryConfig())
+_LOCAL = dataclasses.replace(_GLOBAL, window=3)
+MODERN = BertConfig(
+    vocab_size=50, max_length=20, num_layers=4, embed_dim=16, attention=_GLOBAL, pattern=(_GLOBAL, _LOCAL, _LOCAL, _GLOBAL),
+    mlp=DenseConfig(dim=24, activation="geglu_exact", bias=False), norm_first=True, first_norm=False, norm_bias=False,
+    token_types=0, dropout=0.0, attention_dropout=0.0, norm_eps=1e-5, head=MaskedHeadConfig(bias=False),
+)  # fmt: skip
+GPT = GPTConfig(vocab_size=52, max_length=24, num_layers=4, embed_dim=16, attention=SoftmaxConfig(num_heads=2))
+LLAMA = dataclasses.replace(
+    GPT, norm="rms_norm", norm_eps=1e-6, tie_embeddings=False, mlp=DenseConfig(activation="swiglu", bias=False),
+    attention=SoftmaxConfig(num_heads=2, num_kv_heads=1, bias=False, position=RotaryConfig()),
+)  # fmt: skip
 T5 = T5Config(
-    vocab_size=40, max_length=24, num_layers=2, embed_dim=16, num_heads=2, head_dim=6, mlp_dim=24, start_token=0
-)
+    vocab_size=40, max_length=24, num_layers=2, embed_dim=16, start_token=0,
+    attention=SoftmaxConfig(num_heads=2, head_dim=6, bias=False, scale=1.0, position=RelativeConfig()),
+    mlp=DenseConfig(dim=24, activation="geglu", bias=False), dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
 
 
 def params_of(config, seed=0):

@@ -11,10 +11,20 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from tests.hf.ours import BERT, GPT, MODERN, T5, on_one_device, params_of, written
+from tests.changed import changed
+from tests.hf.ours import BERT, GPT, LLAMA, MODERN, T5, on_one_device, params_of, written
 from transformer.errors import UserError
 from transformer.hf import checkpoint
 from transformer.hf.mapping import ByHead, Matrix, Row, Table, Vector
+from transformer.layers.position import RotaryConfig
+from transformer.mixers.fast_weights import FastWeightConfig
+from transformer.models.heads import (
+    ClassificationHeadConfig,
+    EmbeddingHeadConfig,
+    PretrainingHeadConfig,
+    ReplacedHeadConfig,
+    TokensHeadConfig,
+)
 from transformer.models.recurrent import RecurrentConfig
 
 
@@ -95,12 +105,12 @@ def test_old_names_and_names_without_a_prefix(tmp_path):
 
 
 def test_a_larger_head_is_read_where_all_of_it_is_there_and_a_smaller_one_where_it_is_asked_for(tmp_path):
-    written(dataclasses.replace(BERT, head="pretraining"), tmp_path)
+    written(dataclasses.replace(BERT, head=PretrainingHeadConfig()), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["BertForMaskedLM"]}))
-    assert checkpoint.read(tmp_path).config.head == "pretraining"
+    assert checkpoint.read(tmp_path).config.head.kind == "pretraining"
     smaller = checkpoint.read(tmp_path, head="embedding")
-    assert smaller.config.head == "embedding" and smaller.config.pooler
+    assert smaller.config.head == EmbeddingHeadConfig(pooler="tanh")
     assert smaller.notes == [
         "left out, which BertModel has no use for: cls.predictions, cls.predictions.transform.LayerNorm, "
         "cls.predictions.transform.dense, cls.seq_relationship"
@@ -164,7 +174,7 @@ def test_a_number_that_is_not_finite(tmp_path):
         ({"architectures": [["x"]]}, r"architectures: got \['x'\]; supported of bert"),
         ({"id2label": ["a", "b"]}, "id2label: supported: a name for each number from 0 up"),
         ({"id2label": {"x": "a"}}, "id2label: supported: a name for each number from 0 up"),
-        ({"num_attention_heads": 5}, r"num_heads: got 5; it must divide embed_dim \(16\)"),
+        ({"num_attention_heads": 5}, r"attention.num_heads: got 5; allowed: a divisor of embed_dim \(16\)"),
         ({"hidden_size": "wide"}, "hidden_size: got 'wide'; allowed: a number from 1 up"),
     ],
 )
@@ -191,29 +201,21 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
     ("config", "changes", "model_type"),
     [
         (BERT, {}, "bert"),
-        (BERT, {"token_types": 0, "pooler_activation": "relu", "head": "classification"}, "distilbert"),
-        (BERT, {"table_dim": 8, "head": "replaced"}, "electra"),
+        (BERT, {"token_types": 0, "head": ClassificationHeadConfig(activation="relu")}, "distilbert"),
+        (BERT, {"embedding_size": 8, "head": ReplacedHeadConfig()}, "electra"),
         (MODERN, {}, "modernbert"),
-        (MODERN, {"head": "tokens", "token_layer": True, "pooler_activation": "gelu_exact"}, "modernbert"),
-        (BERT, {"head": "tokens"}, "bert"),
+        (MODERN, {"head": TokensHeadConfig(dense="gelu_exact", bias=False)}, "modernbert"),
+        (BERT, {"head": TokensHeadConfig()}, "bert"),
         (GPT, {}, "gpt2"),
-        (GPT, {"position": "rotary", "parallel_residual": True, "rotary_fraction": 0.5}, "gpt_neox"),
-        (GPT, {"position": "rotary", "norm": "rms_norm", "use_bias": False, "activation": "swiglu"}, "llama"),
-        (
-            GPT,
-            {"position": "rotary", "norm": "rms_norm", "use_bias": False, "activation": "swiglu", "window": 4},
-            "mistral",
-        ),
-        (
-            GPT,
-            {"position": "rotary", "norm": "rms_norm", "use_bias": False, "activation": "swiglu", "qk_norm": True},
-            "qwen3",
-        ),
+        (GPT, {"attention": {"position": RotaryConfig(fraction=0.5)}, "parallel_residual": True}, "gpt_neox"),
+        (LLAMA, {}, "llama"),
+        (LLAMA, {"attention": {"window": 4}}, "mistral"),
+        (LLAMA, {"attention": {"qk_norm": True}}, "qwen3"),
         (T5, {}, "t5"),
     ],
 )
 def test_what_a_model_is_written_as(config, changes, model_type):
-    assert checkpoint.architecture_of(dataclasses.replace(config, **changes)).model_type == model_type
+    assert checkpoint.architecture_of(changed(config, **changes)).model_type == model_type
 
 
 def test_layers_that_alternate_as_qwen_may_write_them():
@@ -225,25 +227,28 @@ def test_layers_that_alternate_as_qwen_may_write_them():
     ):
         read(fields | {"layer_types": [full, local]}, "Qwen2ForCausalLM", "qwen")
     for kinds, window in (([full, full], None), ([local, local], 8)):
-        assert read(fields | {"layer_types": kinds}, "Qwen2ForCausalLM", "qwen")[0].window == window
-    assert read(fields, "Qwen2ForCausalLM", "qwen")[0].window is None
+        assert read(fields | {"layer_types": kinds}, "Qwen2ForCausalLM", "qwen")[0].attention.window == window
+    assert read(fields, "Qwen2ForCausalLM", "qwen")[0].attention.window is None
 
 
 def test_a_model_that_is_nothing_of_theirs():
-    layered = dataclasses.replace(MODERN, head="tokens", token_layer=True, pooler_activation="tanh")
-    with pytest.raises(UserError, match="the nearest, modernbert, does not go with pooler_activation 'tanh'"):
+    layered = dataclasses.replace(MODERN, head=TokensHeadConfig(dense="tanh", bias=False))
+    with pytest.raises(UserError, match="the nearest, modernbert, does not go with head.dense 'tanh'"):
         checkpoint.architecture_of(layered)
-    sinks = dataclasses.replace(GPT, window=4, sinks=2)
+    sinks = changed(GPT, attention={"window": 4, "sinks": 2})
     with pytest.raises(
         UserError,
-        match="cannot be written as any architecture of transformers; the nearest, gpt2, does not go with window 4",
+        match="cannot be written as any architecture of transformers; the nearest, gpt2, does not go with attention.window 4",
     ):
         checkpoint.architecture_of(sinks)
     with pytest.raises(UserError, match="cannot be written as gpt2; it does not go with norm 'rms_norm'"):
         checkpoint.architecture_of(dataclasses.replace(GPT, norm="rms_norm"), "gpt2")
     recurrent = RecurrentConfig(vocab_size=20, embed_dim=4, hidden_dim=4)
-    with pytest.raises(UserError, match="there is none for a model of this family and head .'recurrent'"):
+    with pytest.raises(UserError, match="no Hugging Face architecture matches family 'recurrent'"):
         checkpoint.architecture_of(recurrent)
+    hybrid = dataclasses.replace(GPT, pattern=(FastWeightConfig(num_heads=2), GPT.attention))
+    with pytest.raises(UserError, match="does not go with a pattern of mixers that differ"):
+        checkpoint.architecture_of(hybrid)
     with pytest.raises(UserError, match="Did you mean 'gpt2'"):
         checkpoint.architecture_of(GPT, "gpt")
 

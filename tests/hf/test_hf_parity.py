@@ -74,7 +74,7 @@ def test_encoders(case, tmp_path):
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(valid)}
     if read.config.token_types > 1:
         inputs["token_type_ids"] = torch.tensor(types)
-    if read.config.head == "choice":
+    if read.config.head.kind == "choice":
         inputs = {key: value[None] for key, value in inputs.items()}
     ours = {
         "segments_BT": jnp.asarray(valid),
@@ -89,7 +89,7 @@ def test_encoders(case, tmp_path):
         real = torch.tensor(valid, dtype=torch.bool)
         last = out.last_hidden_state if name.endswith("Model") else out.hidden_states[-1]
         close(np.asarray(hidden)[valid > 0], last.reshape(*valid.shape, -1)[real])
-        match read.config.head:
+        match read.config.head.kind:
             case "masked":
                 close(np.asarray(output.logits)[valid > 0], out.logits[real])
             case "tokens" | "replaced":
@@ -104,7 +104,7 @@ def test_encoders(case, tmp_path):
                 close(output.logits[:, 0][None], out.logits)
             case "classification":
                 close(output.logits, out.logits)
-            case "embedding" if read.config.pooler:
+            case "embedding" if read.config.head.pooler:
                 close(output.pooled_logits, out.pooler_output)
 
     compare(theirs)

@@ -13,32 +13,32 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from tests.changed import changed
 from tests.hf import peers
-from tests.hf.ours import BERT, GPT, MODERN, T5, written
+from tests.hf.ours import BERT, GPT, LLAMA, MODERN, T5, written
 from tests.made import made
 from transformer.errors import UserError
 from transformer.hf import checkpoint
 from transformer.hf.adapters import to_peft
 from transformer.layers.adapter import AdapterConfig, merged
+from transformer.layers.position import RotaryConfig
 from transformer.models.adapted import make_adapted
+from transformer.models.heads import ClassificationHeadConfig
 
 pytestmark = pytest.mark.torch
 
-LLAMA = dataclasses.replace(
-    GPT, position="rotary", norm="rms_norm", activation="swiglu", use_bias=False, num_kv_heads=1, tie_embeddings=False,
-    norm_epsilon=1e-6,
+NEOX = changed(
+    GPT, attention={"position": RotaryConfig(fraction=0.5)}, mlp={"activation": "gelu_exact"}, parallel_residual=True,
+    tie_embeddings=False,
 )  # fmt: skip
-NEOX = dataclasses.replace(
-    GPT, position="rotary", rotary_fraction=0.5, parallel_residual=True, activation="gelu_exact", tie_embeddings=False
-)
 IDS = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
-CLASSIFIER = dataclasses.replace(BERT, head="classification", pooler=False, num_labels=3)
+CLASSIFIER = dataclasses.replace(BERT, head=ClassificationHeadConfig(num_labels=3))
 CASES = {
     "bert": (CLASSIFIER, {}),
     "bert, dora": (CLASSIFIER, {"kind": "dora"}),
     "bert, two maps": (CLASSIFIER, {"targets": ("query", "down")}),
-    "distilbert": (dataclasses.replace(CLASSIFIER, token_types=0, pooler_activation="relu"), {}),
-    "modernbert": (dataclasses.replace(MODERN, head="masked"), {}),
+    "distilbert": (changed(CLASSIFIER, token_types=0, head={"activation": "relu"}), {}),
+    "modernbert": (MODERN, {}),
     "gpt2": (GPT, {}),
     "gpt2, dora": (GPT, {"kind": "dora", "targets": ("query", "value", "up")}),
     "gpt2, by the root": (GPT, {"rank_stabilized": True}),

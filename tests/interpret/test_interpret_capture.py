@@ -13,6 +13,7 @@ from transformer.errors import UserError
 from transformer.interpret import AttentionMaps, attention_maps
 from transformer.interpret.capture import bytes_needed, check_memory, readable
 from transformer.interpret.labels import visible
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPT, GPTConfig
 
 T = 7
@@ -21,7 +22,7 @@ IDS = np.random.default_rng(0).integers(0, 40, T)
 
 @functools.cache
 def model(max_length=16):
-    config = GPTConfig(vocab_size=40, max_length=max_length, num_layers=3, embed_dim=32, num_heads=4, init_std=0.3)
+    config = GPTConfig(vocab_size=40, max_length=max_length, num_layers=3, embed_dim=32, attention=SoftmaxConfig(num_heads=4), init_std=0.3)
     return GPT(config, rngs=nnx.Rngs(0))
 
 

@@ -11,8 +11,11 @@ import pytest
 from flax import nnx
 
 from transformer.errors import UserError
-from transformer.layers.adapter import Adapter, AdapterConfig, dropping
+from transformer.layers.adapter import Adapter, AdapterConfig
+from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.linear import Linear, join
+from transformer.layers.mixture_of_experts import ExpertsConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.adapted import adapt, make_adapted
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
@@ -20,7 +23,7 @@ from transformer.models.gpt import GPTConfig
 from transformer.models.recurrent import RecurrentConfig
 
 RNG = np.random.default_rng(0)
-MODEL = GPTConfig(vocab_size=32, max_length=8, num_layers=3, embed_dim=16, num_heads=2, activation="swiglu")
+MODEL = GPTConfig(vocab_size=32, max_length=8, num_layers=3, embed_dim=16, attention=SoftmaxConfig(num_heads=2), mlp=DenseConfig(activation="swiglu"))
 TOKENS = jnp.asarray(RNG.integers(0, 32, (2, 8)), jnp.int32)
 KINDS = pytest.mark.parametrize("kind", ["lora", "dora"])
 
@@ -95,23 +98,16 @@ def _product(adapter):
 @KINDS
 def test_it_drops_what_the_adapter_reads_and_nothing_else(kind):
     x = draw(500, 2, 3)
-    linear, still = out_map(kind, dropout=0.5), None
+    linear, other = out_map(kind, dropout=0.5), out_map(kind, dropout=0.5)
+    other.adapter.number = 1
     still = linear(x)
-    with dropping(jax.random.key(0), first=5):
-        first, second = linear(x), linear(x)
+    first, second = linear(x, jax.random.key(0)), other(x, jax.random.key(0))
     assert not np.allclose(first, still) and not np.allclose(first, second)
     # Dropout keeps the mean.
-    runs = []
-    for seed in range(200):
-        with dropping(jax.random.key(seed), first=5):
-            runs.append(linear(x[:3]))
+    runs = [linear(x[:3], jax.random.key(seed)) for seed in range(200)]
     np.testing.assert_allclose(np.mean(runs, axis=0), still[:3], atol=1.5)
-    with dropping(None, first=5):
-        np.testing.assert_array_equal(linear(x), still)
     without = out_map(kind)
-    with dropping(jax.random.key(0), first=5):
-        dropped = without(x)
-    np.testing.assert_array_equal(dropped, without(x))
+    np.testing.assert_array_equal(without(x, jax.random.key(0)), without(x))
 
 
 @KINDS
@@ -194,7 +190,7 @@ def test_targets():
 
 
 def test_heads_and_routers_are_no_targets():
-    config = BertConfig(vocab_size=32, max_length=8, num_layers=2, embed_dim=16, num_heads=2, num_experts=2)
+    config = BertConfig(vocab_size=32, max_length=8, num_layers=2, embed_dim=16, attention=SoftmaxConfig(num_heads=2), mlp=ExpertsConfig(num_experts=2))
     model = make_adapted(config, AdapterConfig(), nnx.Rngs(0))
     places = {path for path, module in nnx.iter_modules(model) if isinstance(module, Adapter)}
     assert {path[:3] for path in places} == {("layers", "blocks", "attention")}

@@ -12,7 +12,7 @@ from flax import nnx
 
 from transformer.attention.additive import additive_attention
 from transformer.attention.fast_weights import fast_weights
-from transformer.attention.linear import linear_attention
+from transformer.attention.linear_attention import linear_attention
 from transformer.attention.mask import AttentionMask
 from transformer.layers.recurrent import CELLS, KINDS, SourceAttention, gru_step, lstm_step, scan_cell
 

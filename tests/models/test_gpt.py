@@ -12,31 +12,49 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.changed import changed
 from tests.made import made
 from train.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
+from transformer.attention.mask import AttentionMask
 from transformer.errors import ConfigError
-from transformer.layers.position import RotaryScaling
+from transformer.layers.feed_forward import DenseConfig
+from transformer.layers.position import AlibiConfig, RelativeConfig, RotaryConfig, RotaryScaling
+from transformer.mixers.differential import DifferentialConfig
+from transformer.mixers.fast_weights import FastWeightConfig
+from transformer.mixers.latent import LatentConfig
+from transformer.mixers.linear import LinearAttentionConfig
+from transformer.mixers.softmax import SoftmaxConfig
+from transformer.models.bert import BertConfig
 from transformer.models.families import count_parameters, make_model
 from transformer.models.gpt import GPT, GPTConfig, flops_per_token
-from transformer.stack import unstack
 
 B, T, V = 2, 12, 40
-CLASSIC = GPTConfig(vocab_size=V, max_length=16, num_layers=3, embed_dim=32, num_heads=4)
+CLASSIC = GPTConfig(vocab_size=V, max_length=16, num_layers=3, embed_dim=32, attention=SoftmaxConfig(num_heads=4))
 MODERN = dataclasses.replace(
-    CLASSIC, num_kv_heads=2, norm="rms_norm", position="rotary", activation="swiglu", use_bias=False, qk_norm=True,
-    tie_embeddings=False, logit_soft_cap=30.0, attention_soft_cap=50.0,
+    CLASSIC, norm="rms_norm", tie_embeddings=False, logit_soft_cap=30.0, mlp=DenseConfig(activation="swiglu", bias=False),
+    attention=SoftmaxConfig(num_heads=4, num_kv_heads=2, position=RotaryConfig(), bias=False, qk_norm=True, soft_cap=50.0),
 )  # fmt: skip
-YARN = RotaryScaling(kind="yarn", factor=4.0, original_length=8, fast_turns=4.0)
-RELATIVE = dataclasses.replace(CLASSIC, position="relative", relative_buckets=8, relative_distance=10)
+YARN = RotaryConfig(scaling=RotaryScaling(kind="yarn", factor=4.0, original_length=8, fast_turns=4.0))
+RELATIVE = changed(CLASSIC, attention={"position": RelativeConfig(num_buckets=8, max_distance=10)})
 SHAPES = {
     "classic": CLASSIC,
     "modern": MODERN,
-    "sinusoidal": dataclasses.replace(CLASSIC, position="sinusoidal"),
-    "yarn": dataclasses.replace(MODERN, rotary_scaling=YARN),
-    "alibi": dataclasses.replace(MODERN, position="alibi"),
+    "sinusoidal": dataclasses.replace(CLASSIC, position_embedding="sinusoidal"),
+    "yarn": changed(MODERN, attention={"position": YARN}),
+    "alibi": changed(MODERN, attention={"position": AlibiConfig()}),
     "relative": RELATIVE,
-    "none": dataclasses.replace(CLASSIC, position="none"),
+    "none": dataclasses.replace(CLASSIC, position_embedding="none"),
+    "latent": dataclasses.replace(CLASSIC, attention=LatentConfig(num_heads=4)),
+    "differential": dataclasses.replace(CLASSIC, attention=DifferentialConfig(num_heads=2, position=RotaryConfig())),
+    "alternating": dataclasses.replace(
+        CLASSIC, num_layers=4, pattern=(changed(MODERN.attention, window=2), changed(MODERN.attention, position=YARN))
+    ),
+    "hybrid": dataclasses.replace(
+        CLASSIC, num_layers=4, pattern=(FastWeightConfig(kind="gated_delta", num_heads=4, chunk=4), MODERN.attention)
+    ),
+    "linear": dataclasses.replace(CLASSIC, attention=LinearAttentionConfig(num_heads=4, chunk=4)),
 }
+SOFTMAX = [name for name, config in SHAPES.items() if config.attention.kind == "softmax" and not config.pattern]
 SPANS = {"all": {}, "window": {"window": 3}, "sinks": {"window": 3, "sinks": 2}}
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, V, (B, T)), jnp.int32)
 
@@ -100,62 +118,73 @@ def loss_and_gradient(config, like, key=None):
         ("modern", {"remat": "light"}),
         ("alibi", {"scan_layers": False}),
         ("relative", {"scan_layers": False}),
+        ("alternating", {"scan_layers": False}),
+        ("hybrid", {"scan_layers": False}),
+        ("hybrid", {"remat": "full"}),
+        ("differential", {"scan_layers": False}),
         ("relative", {"remat": "light"}),
     ],
     ids=str,
 )
 def test_scan_loop_and_remat_compute_the_same(shape, changes):
-    config = dataclasses.replace(SHAPES[shape], dropout=0.1)
+    config = dataclasses.replace(SHAPES[shape], dropout=0.1, attention_dropout=0.1)
     key = jax.random.key(5)
     expected = loss_and_gradient(config, config, key)
     got = loss_and_gradient(dataclasses.replace(config, **changes), config, key)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-6), got, expected)
 
 
+def spanned(shape, span):
+    """A shape with a window, where it can have one."""
+    if span != "all" and shape not in SOFTMAX:
+        return dataclasses.replace(SHAPES[shape], scan_layers=False)
+    return changed(SHAPES[shape], attention=SPANS[span])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("span", SPANS)
 def test_cached_equals_uncached(shape, span):
-    config = dataclasses.replace(SHAPES[shape], **SPANS[span])
+    config = spanned(shape, span)
     model = nnx.merge(*make(config))
     tokens = np.asarray(TOKENS)
-    cache = jax.jit(lambda: model.make_cache(B, 16))()
-    step = jax.jit(lambda tokens, cache: model(tokens, cache=cache))
-    first = step(tokens[:, :5], cache)
-    logits, cache = [first.logits], first.cache
+    states = jax.jit(lambda: model.make_states(B, 16))()
+    step = jax.jit(lambda tokens, states: model(tokens, states=states))
+    first = step(tokens[:, :5], states)
+    logits, states = [first.logits], first.states
     for t in range(5, T):
-        out = step(tokens[:, t : t + 1], cache)
+        out = step(tokens[:, t : t + 1], states)
         logits.append(out.logits)
-        cache = out.cache
+        states = out.states
     np.testing.assert_allclose(np.concatenate(logits, 1), run(config).logits, atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("span", ["all", "sinks"])
 def test_cached_rows_of_different_lengths_equal_uncached_ones(shape, span):
-    config = dataclasses.replace(SHAPES[shape], **SPANS[span])
+    config = spanned(shape, span)
     graphdef, params = make(config)
     tokens, expected = np.asarray(TOKENS), run(config).logits
 
     @jax.jit
     def prefill(tokens):
         model = nnx.merge(graphdef, params)
-        # What a prompt is padded with is written over by the tokens that follow.
-        cache = model(tokens, cache=model.make_cache(B, 16)).cache.with_length(jnp.array([3, 5]))
-        return unstack(cache, config.num_layers), nnx.split(model.unstacked())
+        segments = (jnp.arange(6) < jnp.array([[3], [5]])).astype(jnp.int32)
+        states = model(tokens, states=model.make_states(B, 16), segments_BT=segments).states
+        return states, nnx.split(model.unstacked())
 
-    cache, apart = prefill(tokens[:, :6])
-    step = jax.jit(lambda tokens, cache: nnx.merge(*apart)(tokens, cache=cache))
+    states, unstacked = prefill(tokens[:, :6])
+    step = jax.jit(lambda tokens, states: nnx.merge(*unstacked)(tokens, states=states))
     for _ in range(4):
-        places = np.asarray(cache[0].length)
-        out = step(tokens[np.arange(B), places][:, None], cache)
+        places = np.asarray(states[0].length)
+        out = step(tokens[np.arange(B), places][:, None], states)
         np.testing.assert_allclose(np.asarray(out.logits)[:, 0], expected[np.arange(B), places], atol=2e-5)
-        cache = out.cache
+        states = out.states
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("span", ["all", "sinks"])
 def test_packed_equals_alone(shape, span):
-    config = dataclasses.replace(SHAPES[shape], **SPANS[span])
+    config = spanned(shape, span)
     segments = jnp.array([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
     positions = jnp.array([[*range(5), *range(7)], [*range(9), 0, 0, 0]])
     packed = run(config, segments_BT=segments, positions_BT=positions).logits
@@ -164,7 +193,7 @@ def test_packed_equals_alone(shape, span):
         np.testing.assert_allclose(packed[row, start:stop], alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", ["modern", "alibi", "relative"])
+@pytest.mark.parametrize("shape", ["modern", "alibi", "relative", "latent", "differential", "hybrid", "linear"])
 def test_eight_devices_compute_what_one_does(shape):
     graphdef, params = make(SHAPES[shape])
     tokens = np.concatenate([TOKENS] * 4)
@@ -190,7 +219,7 @@ def test_layers_share_one_table_of_distances_and_learn_it():
 
 
 def test_sinks_are_seen_past_a_window():
-    weights = run(dataclasses.replace(CLASSIC, window=3, sinks=2), return_weights=True).weights
+    weights = run(changed(CLASSIC, attention={"window": 3, "sinks": 2}), return_weights=True).weights
     query, key = np.indices((T, T))
     seen = (key <= query) & ((query - key <= 3) | (key < 2))
     np.testing.assert_array_equal(weights > 0, np.broadcast_to(seen, weights.shape))
@@ -206,9 +235,9 @@ def test_weights_are_distributions_and_leave_the_output_alone(shape):
     assert not np.triu(weights, 1).any()
 
 
-@pytest.mark.parametrize("position", ["sinusoidal", "none", "learned", "rotary", "alibi", "relative"])
-def test_positions_tell_order_apart(position):
-    config = dataclasses.replace(CLASSIC, position=position)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_order_makes_a_difference(shape):
+    config = SHAPES[shape]
     pair = jnp.array([[3, 5, 7], [5, 3, 7]])
     logits = run(config, pair).logits[:, -1]
     same = np.allclose(logits[0], logits[1], atol=1e-5)
@@ -223,7 +252,7 @@ def test_bfloat16_computes_close_to_float32():
 
 
 def test_dropout_needs_a_key_and_follows_it():
-    config = dataclasses.replace(CLASSIC, dropout=0.2)
+    config = dataclasses.replace(CLASSIC, dropout=0.2, attention_dropout=0.2)
     plain = run(config).logits
     np.testing.assert_array_equal(plain, run(config).logits)
     first, again, other = (run(config, key=jax.random.key(seed)).logits for seed in (0, 0, 1))
@@ -233,7 +262,7 @@ def test_dropout_needs_a_key_and_follows_it():
 
 
 def test_residual_projections_start_smaller_with_depth():
-    config = GPTConfig(vocab_size=V, max_length=16, num_layers=8, embed_dim=64, num_heads=4)
+    config = GPTConfig(vocab_size=V, max_length=16, num_layers=8, embed_dim=64, attention=SoftmaxConfig(num_heads=4))
     blocks = nnx.merge(*jax.jit(lambda: nnx.split(GPT(config, rngs=nnx.Rngs(0))))()).layers.blocks
     for part, expected in (
         (blocks.attention.query, 0.02), (blocks.attention.out, 0.02 / 4), (blocks.feed_forward.down, 0.02 / 4),
@@ -251,35 +280,74 @@ def test_relative_positions_take_a_number_a_bucket_and_head():
 
 def test_flops_are_counted_from_the_shapes():
     c = MODERN
-    kernels = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * c.dim_of_mlp
+    kernels = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * c.mlp.width(32)
     attention = 4 * 32 * (T + 1) / 2
     assert flops_per_token(c, T) == c.num_layers * (2 * kernels + attention) + 2 * 32 * V
     # A window of 3 sees 1, 2, 3, then 4 keys.
-    windowed = flops_per_token(dataclasses.replace(c, window=3), T)
+    windowed = flops_per_token(changed(c, attention={"window": 3}), T)
     assert flops_per_token(c, T) - windowed == pytest.approx(3 * 4 * 32 * ((T + 1) / 2 - (1 + 2 + 3 + 4 * 9) / 12))
     # And 2 sinks more.
-    sunk = flops_per_token(dataclasses.replace(c, window=3, sinks=2), T)
+    sunk = flops_per_token(changed(c, attention={"window": 3, "sinks": 2}), T)
     assert flops_per_token(c, T) - sunk == pytest.approx(3 * 4 * 32 * ((T + 1) / 2 - (1 + 2 + 3 + 4 + 5 + 6 * 7) / 12))
     assert flops_per_token(RELATIVE, T) == flops_per_token(CLASSIC, T)
 
 
 @pytest.mark.parametrize(
-    ("changes", "field"),
+    ("changes", "message"),
     [
-        ({"num_heads": 5}, "num_heads"),
-        ({"num_kv_heads": 3}, "num_kv_heads"),
-        ({"position": "rotary", "head_dim": 7}, "head_dim"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"num_layers": 0}, "num_layers"),
-        ({"logit_soft_cap": -1.0}, "logit_soft_cap"),
-        ({"sinks": 4}, "sinks"),
-        ({"window": 3, "sinks": -1}, "sinks"),
-        ({"rotary_scaling": YARN}, "rotary_scaling"),
-        ({"position": "relative", "relative_buckets": 5}, "relative_buckets"),
-        ({"position": "relative", "relative_distance": 16}, "relative_distance"),
+        ({"attention": {"num_heads": 5}}, r"attention.num_heads: got 5; allowed: a divisor of embed_dim \(32\), or set head_dim"),
+        (
+            {"attention": {"head_dim": 7, "position": RotaryConfig()}},
+            "attention.head_dim: got 7; rotary positions turn pairs of features, and would turn 7; allowed: an even number",
+        ),
+        ({"dropout": 1.0}, "dropout: got 1.0"),
+        ({"attention_dropout": 1.0}, "attention_dropout: got 1.0"),
+        ({"num_layers": 0}, "num_layers: got 0"),
+        ({"logit_soft_cap": -1.0}, "logit_soft_cap: got -1.0"),
+        ({"norm": "layernorm"}, "norm: got 'layernorm'; allowed: 'layer_norm', or 'rms_norm'. Did you mean 'layer_norm'"),
+        ({"mlp": {"activation": "swish"}}, "activation: got 'swish'"),
+        ({"dtype": "bf16"}, "dtype: got 'bf16'; allowed: 'float32', or 'bfloat16'"),
+        ({"position_embedding": "rope"}, "position_embedding: got 'rope'"),
+        ({"norm": "rms_norm", "norm_bias": True}, "norm_bias: got True; rms_norm has no biases"),
+        (
+            {"position_embedding": "learned", "attention": {"position": AlibiConfig()}},
+            r"position_embedding: got 'learned'; attention has positions of its own \(alibi\)",
+        ),
+        (
+            {"pattern": (LatentConfig(num_heads=4), SoftmaxConfig(num_heads=4))},
+            r"num_layers: got 3; pattern has 2 mixers, which have to divide the layers \(3\)",
+        ),
+        (
+            {"pattern": (SoftmaxConfig(num_heads=4), LatentConfig(num_heads=4), FastWeightConfig(num_heads=5))},
+            "pattern.2.num_heads: got 5",
+        ),
+        (
+            {"attention": FastWeightConfig(num_heads=4), "attention_dropout": 0.1},
+            "attention_dropout: got 0.1; no layer computes a softmax; allowed: 0",
+        ),
     ],
 )
-def test_configs_that_cannot_be_are_refused(changes, field):
-    with pytest.raises(ConfigError) as caught:
-        dataclasses.replace(CLASSIC, **changes)
-    assert caught.value.field == field
+def test_configs_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        changed(CLASSIC, **changes)
+
+
+def test_an_encoder_refuses_what_looks_back_alone():
+    with pytest.raises(ConfigError, match="attention.kind: got 'delta'; it reads only what came before"):
+        BertConfig(embed_dim=32, attention=FastWeightConfig(num_heads=4), attention_dropout=0.0)
+
+
+def test_a_hybrid_carries_a_state_that_does_not_grow():
+    model = nnx.merge(*make(SHAPES["hybrid"]))
+    sizes = [[leaf.size for leaf in jax.tree.leaves(model.make_states(B, length))] for length in (16, 64)]
+    kinds = [type(state).__name__ for state in model.make_states(B, 16)]
+    assert kinds == ["MatrixState", "KVCache"] * 2
+    assert sum(a == b for a, b in zip(*sizes, strict=True)) == len(sizes[0]) - 2 * 2
+
+
+def test_a_mask_of_ones_own_reaches_every_layer():
+    mask = AttentionMask.mod(lambda b, h, q, k: (q - k) % 2 == 0)
+    weights = run(CLASSIC, mask=mask, return_weights=True).weights
+    rows, columns = np.indices((T, T))
+    seen = (columns <= rows) & ((rows - columns) % 2 == 0)
+    np.testing.assert_array_equal(weights > 0, np.broadcast_to(seen, weights.shape))

@@ -86,7 +86,7 @@ class Context:
         mask = AttentionMask.causal() if self.is_causal else AttentionMask.none()
         if window is not None:
             near = AttentionMask.window(left=window, right=None if self.is_causal else window)
-            if sinks and self.segments_BT is None:
+            if sinks and (self.segments_BT is None or self.state is not None):
                 near |= AttentionMask.sinks(sinks)
             elif sinks:
                 # Each packed document has its own.

@@ -51,7 +51,7 @@ def check_rotary(position: Any, head_dim: int) -> tuple[str, str] | None:
 def projection_flops(config: Any, embed_dim: int, *, num_in: int = 3) -> float:
     """Of one token's queries, keys, values and output: a multiply-add counts as two."""
     N, K, H = head_sizes(config, embed_dim)
-    return 2 * embed_dim * (2 * N * H + (num_in - 1) * K * H)
+    return 2.0 * embed_dim * (2 * N * H + (num_in - 1) * K * H)
 
 
 def seen_keys(config: Any, length: int, *, causal: bool) -> float:

@@ -105,7 +105,7 @@ class LatentConfig(Config):
         read = self.query_latent_dim or embed_dim
         queries = read * N * (H + P) + (embed_dim * read if self.query_latent_dim else 0)
         projections = queries + embed_dim * (R + P) + R * N * (H + V) + N * V * embed_dim
-        return 2 * projections + 2 * seen_keys(self, length, causal=causal) * N * (H + P + V)
+        return 2.0 * projections + 2 * seen_keys(self, length, causal=causal) * N * (H + P + V)
 
 
 class LatentAttention(nnx.Module):

@@ -4,7 +4,7 @@ B batch, S cache position, K key/value heads, H head_dim, T new positions, R lat
 V value features.
 
 Each kind has `length` [B], the number of tokens that a row has read, and a mixer makes (`make_state`) and fills it. A state is
-of one layer; a model's is a list with one for each layer.
+of one layer; a model has a list with one for each layer, and a scan stacks them, with a leading L.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class KVCache:
     Stored in the layout that products with a query and with weights read, to avoid a transpose for each token.
     """
 
-    k: Float[Array, "B K H S"]
-    v: Float[Array, "B K S H"]
-    length: Int[Array, " B"]
+    k: Float[Array, "*L B K H S"]
+    v: Float[Array, "*L B K S H"]
+    length: Int[Array, "*L B"]
 
     @staticmethod
     def empty(batch_size: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
@@ -85,8 +85,8 @@ class LatentCache:
     Rows fill independently, as in `KVCache`.
     """
 
-    latents: Float[Array, "B S R"]
-    length: Int[Array, " B"]
+    latents: Float[Array, "*L B S R"]
+    length: Int[Array, "*L B"]
 
     @staticmethod
     def empty(batch_size: int, max_length: int, latent_dim: int, dtype: DTypeLike) -> LatentCache:
@@ -114,8 +114,8 @@ class LatentCache:
 class MatrixState:
     """The fast weights of one layer, whose size does not depend on the number of tokens read."""
 
-    matrix: Float[Array, "B K M V"]
-    length: Int[Array, " B"]
+    matrix: Float[Array, "*L B K M V"]
+    length: Int[Array, "*L B"]
 
     @staticmethod
     def empty(batch_size: int, num_kv_heads: int, num_features: int, num_values: int) -> MatrixState:

@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.attention.differential import DifferentialAttention, initial_lambda
-from transformer.attention.mask import AttentionMask
-from transformer.decode.cache import KVCache
-from transformer.layers.position import Alibi
+from transformer.layers.position import RotaryConfig
+from transformer.mixers.context import Context
+from transformer.mixers.differential import DifferentialAttention, DifferentialConfig, initial_lambda
 
 B, T, D, N, K, H = 2, 9, 32, 4, 2, 6
 INIT = nnx.initializers.normal(0.4)
-CAUSAL = AttentionMask.causal()
+CAUSAL = Context(layer=2)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
 
 
-def make(**options):
-    options = {"num_kv_heads": K, "head_dim": H, "layer": 2, **options}
-    attention = DifferentialAttention(D, N, kernel_init=INIT, out_init=INIT, rngs=nnx.Rngs(0), **options)
+def make(dropout_rate=0.0, **options):
+    config = DifferentialConfig(**{"num_heads": N, "num_kv_heads": K, "head_dim": H} | options)
+    attention = DifferentialAttention(D, config, dropout_rate=dropout_rate, kernel_init=INIT, rngs=nnx.Rngs(0))
     attention.lambdas[...] = jnp.asarray(np.random.default_rng(1).normal(0, 0.3, attention.lambdas.shape), jnp.float32)
     attention.norm.scale[...] = 1 + 0.1 * jnp.arange(2 * attention.lambdas.shape[1], dtype=jnp.float32)
     return attention
@@ -52,23 +51,23 @@ def by_hand(attention):
 def test_it_is_the_papers(backend):
     attention = make(backend=backend)
     maps, expected = by_hand(attention)
-    out, cache, weights = attention(X, CAUSAL, return_weights=True)
-    assert cache is None
+    out, state, weights = attention(X, Context(layer=2, return_weights=True))
+    assert state is None
     np.testing.assert_allclose(out, expected, atol=2e-4)
     np.testing.assert_allclose(weights, maps, atol=2e-5)
-    np.testing.assert_allclose(weights.sum(-1), 1 - attention.value_of_lambda(), atol=1e-5)
+    np.testing.assert_allclose(weights.sum(-1), 1 - attention.value_of_lambda(2), atol=1e-5)
     assert float(weights.min()) < 0
-    chosen = attention(X, CAUSAL, return_weights=(3, 0))[2]
+    chosen = attention(X, Context(layer=2, return_weights=(3, 0)))[2]
     np.testing.assert_allclose(chosen, weights[:, [3, 0]], atol=1e-6)
 
 
 def test_lambda_starts_small_and_grows_with_depth():
     np.testing.assert_allclose([initial_lambda(0), initial_lambda(100)], [0.2, 0.8], atol=1e-6)
-    attention = DifferentialAttention(D, N, layer=3, kernel_init=INIT, out_init=INIT, rngs=nnx.Rngs(0))
+    attention = DifferentialAttention(D, DifferentialConfig(num_heads=N), kernel_init=INIT, rngs=nnx.Rngs(0))
     assert attention.lambdas.shape == (4, D // (2 * N))
-    assert float(attention.value_of_lambda()) == pytest.approx(initial_lambda(3), abs=0.2)
+    assert float(attention.value_of_lambda(3)) == pytest.approx(float(initial_lambda(3)), abs=0.2)
     attention.lambdas[...] = jnp.zeros_like(attention.lambdas[...])
-    assert float(attention.value_of_lambda()) == pytest.approx(initial_lambda(3))
+    assert float(attention.value_of_lambda(3)) == pytest.approx(float(initial_lambda(3)))
 
 
 def test_everything_is_learned():
@@ -81,26 +80,10 @@ def test_everything_is_learned():
         assert float(jnp.abs(gradient).max()) > 1e-4
 
 
-@pytest.mark.parametrize("position", ["none", "rotary", "alibi"])
-def test_cached_equals_uncached_where_rows_differ_in_length(position):
-    attention = make(rotary_period=100.0 if position == "rotary" else None)
-    bias = Alibi(N).score_mod if position == "alibi" else lambda offset: None
-    expected = attention(X, CAUSAL, score_mod=bias(0))[0]
-    cache = jax.tree.map(lambda leaf: leaf[0], KVCache.empty(1, B, 16, K, 2 * H, jnp.float32))
-    _, cache, _ = attention(X[:, :5], CAUSAL, cache=cache, score_mod=bias(cache.length))
-    cache = cache.with_length(jnp.array([2, 4]))
-    step = jax.jit(lambda token, cache: attention(token, CAUSAL, cache=cache, score_mod=bias(cache.length))[:2])
-    for _ in range(5):
-        places = cache.length
-        out, cache = step(X[jnp.arange(B), places][:, None], cache)
-        for row in range(B):
-            np.testing.assert_allclose(out[row, 0], expected[row, int(places[row])], atol=1e-4)
-
-
 def test_dropout_follows_its_key():
     attention = make(dropout_rate=0.3)
     plain = attention(X, CAUSAL)[0]
-    first, again, other = (attention(X, CAUSAL, key=jax.random.key(seed))[0] for seed in (0, 0, 1))
+    first, again, other = (attention(X, Context(layer=2, key=jax.random.key(seed)))[0] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert float(jnp.abs(first - other).max()) > 1e-3
     assert float(jnp.abs(first - plain).max()) > 1e-3
@@ -121,7 +104,7 @@ def test_it_is_that_of_transformers():
         for parameter in peer.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
     weights = {name: value.detach().numpy() for name, value in peer.state_dict().items()}
-    attention = make(rotary_period=10_000.0)
+    attention = make(position=RotaryConfig())
 
     def both_maps(name, heads):
         kernel = weights[name].T.reshape(D, 2, heads, H)

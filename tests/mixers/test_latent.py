@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.attention.latent import LatentAttention
-from transformer.attention.mask import AttentionMask
-from transformer.layers.position import RotaryScaling, rotary, token_positions
+from transformer.layers.position import rotary, token_positions
+from transformer.mixers.context import CAUSAL, Context
+from transformer.mixers.latent import LatentAttention, LatentConfig
 
 B, T, D, N, H, P, C, R = 2, 9, 32, 4, 6, 4, 5, 8
 INIT = nnx.initializers.normal(0.4)
-CAUSAL = AttentionMask.causal()
 X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
 
 
-def make(**options):
-    options = {"query_latent_dim": 10, "latent_dim": R, "head_dim": H, "rotary_dim": P, "value_dim": C, **options}
-    attention = LatentAttention(D, N, kernel_init=INIT, out_init=INIT, rngs=nnx.Rngs(0), **options)
+def make(dtype=jnp.float32, **options):
+    sizes = {"query_latent_dim": 10, "latent_dim": R, "head_dim": H, "rotary_dim": P, "value_dim": C}
+    config = LatentConfig(num_heads=N, **sizes | options)
+    attention = LatentAttention(D, config, kernel_init=INIT, dtype=dtype, rngs=nnx.Rngs(0))
     for norm in (attention.norm, attention.query_norm):
         if norm is not None:
             norm.scale[...] = 1 + 0.1 * jnp.arange(norm.scale.shape[0], dtype=jnp.float32)
@@ -62,59 +62,27 @@ def test_the_absorbed_form_computes_the_same(backend):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
     for gradient in jax.tree.leaves(expected[1]):
         assert float(jnp.abs(gradient).max()) > 1e-4
-    weights = [attention(X, CAUSAL, absorb=absorb, return_weights=(2, 0))[2] for absorb in (False, True)]
+    weights = [attention(X, Context(return_weights=(2, 0)), absorb=absorb)[2] for absorb in (False, True)]
     assert weights[0].shape == (B, 2, T, T)
     np.testing.assert_allclose(weights[0], weights[1], atol=1e-5)
 
 
-def layer_cache(attention, max_length=16):
-    return jax.tree.map(lambda leaf: leaf[0], attention.make_cache(1, B, max_length))
-
-
-YARN = RotaryScaling(kind="yarn", factor=4.0, original_length=8, fast_turns=4.0)
-
-
-@pytest.mark.parametrize("scaling", [RotaryScaling(), YARN], ids=["none", "yarn"])
-@pytest.mark.parametrize("absorb", [None, False, True])
-def test_cached_equals_uncached_where_rows_differ_in_length(absorb, scaling):
-    attention = make(rotary_scaling=scaling)
-    expected = attention(X, CAUSAL)[0]
-    _, cache, _ = attention(X[:, :5], CAUSAL, cache=layer_cache(attention), absorb=absorb)
-    cache = cache.with_length(jnp.array([2, 4]))
-    step = jax.jit(lambda token, cache: attention(token, CAUSAL, cache=cache, absorb=absorb)[:2])
-    for _ in range(5):
-        places = cache.length
-        out, cache = step(X[jnp.arange(B), places][:, None], cache)
-        for row in range(B):
-            np.testing.assert_allclose(out[row, 0], expected[row, int(places[row])], atol=3e-5)
-
-
 def test_the_cache_holds_a_latent_and_a_rotary_key_a_token():
     for dtype, size in ((jnp.float32, 4), (jnp.bfloat16, 2)):
-        cache = make(dtype=dtype).make_cache(3, B, 16)
-        arrays = [leaf for leaf in jax.tree.leaves(cache) if leaf is not cache.length]
-        assert sum(leaf.nbytes for leaf in arrays) == 3 * B * 16 * (R + P) * size
+        state = make(dtype=dtype).make_state(B, 16)
+        assert state.latents.nbytes == B * 16 * (R + P) * size
 
 
 def test_decoding_absorbs_and_training_expands():
     attention = make(value_dim=6)
-    cache = layer_cache(attention, 64)
+    state = attention.make_state(B, 64)
 
-    def run(x, **options):
-        return str(jax.make_jaxpr(lambda: attention(x, CAUSAL, **options)[0])())
+    def run(x, state=None, **options):
+        return str(jax.make_jaxpr(lambda state: attention(x, Context(state=state), **options)[0])(state))
 
-    assert run(X[:, :1], cache=cache) == run(X[:, :1], cache=cache, absorb=True)
-    assert run(X[:, :1], cache=cache) != run(X[:, :1], cache=cache, absorb=False)
+    assert run(X[:, :1], state) == run(X[:, :1], state, absorb=True)
+    assert run(X[:, :1], state) != run(X[:, :1], state, absorb=False)
     assert run(X) == run(X, absorb=False)
-
-
-def test_packed_documents_keep_their_positions():
-    attention = make()
-    segments = jnp.array([[1] * 4 + [2] * 5] * B)
-    positions = jnp.array([[*range(4), *range(5)]] * B)
-    packed = attention(X, CAUSAL & AttentionMask.segments(segments), positions_BT=positions)[0]
-    for start, stop in ((0, 4), (4, 9)):
-        np.testing.assert_allclose(packed[:, start:stop], attention(X[:, start:stop], CAUSAL)[0], atol=1e-5)
 
 
 @pytest.mark.torch

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from transformer.attention.mask import AttentionMask
-from transformer.attention.multi_head import MultiHeadAttention
-from transformer.decode.cache import KVCache
-from transformer.layers.position import Alibi, RotaryScaling
+from tests.changed import built
+from transformer.errors import ConfigError
+from transformer.layers.position import RotaryConfig
+from transformer.mixers.context import CAUSAL, NO_CONTEXT, Context
+from transformer.mixers.softmax import MultiHeadAttention, SoftmaxConfig
+from transformer.mixers.state import KVCache
 
 B, T, S, D, M, N, K, H = 2, 7, 11, 16, 24, 4, 2, 6
 INIT = nnx.initializers.normal(0.5)
@@ -24,10 +26,9 @@ def normal(seed, *shape):
 X, MEMORY = normal(0, B, T, D), normal(1, B, S, M)
 
 
-def make(**options):
-    return MultiHeadAttention(
-        D, N, num_kv_heads=K, head_dim=H, kernel_init=INIT, out_init=INIT, rngs=nnx.Rngs(0), **options
-    )
+def make(memory_dim=None, **options):
+    config = SoftmaxConfig(num_heads=N, num_kv_heads=K, head_dim=H, **options)
+    return MultiHeadAttention(D, config, memory_dim=memory_dim, kernel_init=INIT, rngs=nnx.Rngs(0))
 
 
 def by_hand(attention, x, memory, mask=None):
@@ -58,7 +59,7 @@ def test_the_temperature_multiplies_the_logits_of_its_head(qk_norm):
     causal = np.tril(np.ones((T, T), bool))
     np.testing.assert_allclose(attention(X)[0], make(qk_norm=qk_norm)(X)[0], atol=1e-6)
     attention.scale[...] = jnp.array([0.1, 1.0, 2.0, 5.0])
-    got = attention(X, AttentionMask.causal())[0]
+    got = attention(X, CAUSAL)[0]
     np.testing.assert_allclose(got, by_hand(attention, X, X, causal), atol=1e-4)
     gradient = nnx.grad(lambda attention: jnp.square(attention(X)[0]).sum())(attention)
     assert float(jnp.abs(gradient.scale[...]).min()) > 1e-4
@@ -68,8 +69,8 @@ def test_the_temperature_multiplies_the_logits_of_its_head(qk_norm):
 def test_cross_attention_looks_at_the_memory(qk_norm):
     attention = make(memory_dim=M, qk_norm=qk_norm, learned_temperature=True)
     attention.scale[...] = jnp.array([0.1, 1.0, 2.0, 5.0])
-    out, cache, weights = attention(X, memory=MEMORY, return_weights=True)
-    assert cache is None
+    out, state, weights = attention(X, Context(memory=MEMORY, return_weights=True))
+    assert state is None
     assert weights.shape == (B, N, T, S)
     np.testing.assert_allclose(out, by_hand(attention, X, MEMORY), atol=1e-4)
 
@@ -77,77 +78,57 @@ def test_cross_attention_looks_at_the_memory(qk_norm):
 def test_a_memory_is_remembered_once_for_all_tokens():
     attention = make(memory_dim=M)
     valid = jnp.arange(S) < jnp.array([[S], [6]])
-    mask = AttentionMask.padding(valid)
-    expected = attention(X, mask, memory=MEMORY)[0]
+    segments = valid.astype(jnp.int32)
+    expected = attention(X, Context(memory=MEMORY, memory_segments_BM=segments))[0]
     kept = attention.remember(MEMORY)
     assert isinstance(kept, KVCache)
     np.testing.assert_array_equal(kept.length, [S, S])
     for t in range(T):
-        got = attention(X[:, t : t + 1], mask, memory=kept)[0]
+        got = attention(X[:, t : t + 1], Context(memory=kept, memory_segments_BM=segments))[0]
         np.testing.assert_allclose(got[:, 0], expected[:, t], atol=1e-5)
     # What is masked has no influence.
-    other = attention(X, mask, memory=jnp.where(valid[..., None], MEMORY, 7.0))[0]
-    np.testing.assert_allclose(other, expected, atol=1e-5)
+    other = jnp.where(valid[..., None], MEMORY, 7.0)
+    np.testing.assert_allclose(
+        attention(X, Context(memory=other, memory_segments_BM=segments))[0], expected, atol=1e-5
+    )
 
 
 def test_joined_projections_compute_the_same():
-    attention = make(learned_temperature=True, qk_norm=True, rotary_period=100.0)
+    attention = make(learned_temperature=True, qk_norm=True, position=RotaryConfig(theta=100.0))
     np.testing.assert_allclose(attention.joined()(X)[0], attention(X)[0], atol=1e-5)
-    cross = make(memory_dim=M)
-    np.testing.assert_array_equal(cross.joined()(X, memory=MEMORY)[0], cross(X, memory=MEMORY)[0])
+    cross, context = make(memory_dim=M), Context(memory=MEMORY)
+    np.testing.assert_array_equal(cross.joined()(X, context)[0], cross(X, context)[0])
 
 
-POSITIONS = {
-    "rotary": {"rotary_period": 100.0},
-    "yarn": {
-        "rotary_period": 100.0,
-        "rotary_scaling": RotaryScaling(kind="yarn", factor=4.0, original_length=8, fast_turns=4.0),
-    },
-    "alibi": {},
-}
+def test_cross_attention_needs_a_memory():
+    with pytest.raises(ValueError, match="this is cross-attention, and the context has no memory"):
+        make(memory_dim=M)(X, NO_CONTEXT)
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-def test_cached_equals_uncached_where_rows_differ_in_length(position):
-    attention = make(**POSITIONS[position])
-    bias = Alibi(N).score_mod if position == "alibi" else lambda offset: None
-    mask, x = AttentionMask.causal(), normal(2, B, 12, D)
-    expected = [attention(x, mask, score_mod=bias(0))[0]] * 2
-    lengths = jnp.array([3, 5])
-    cache = jax.tree.map(lambda leaf: leaf[0], KVCache.empty(1, B, 16, K, H, jnp.float32))
-    _, cache, _ = attention(x[:, :6], mask, cache=cache, score_mod=bias(cache.length))
-    cache = cache.with_length(lengths)
-    step = jax.jit(lambda token, cache: attention(token, mask, cache=cache, score_mod=bias(cache.length))[:2])
-    for _ in range(4):
-        places = cache.length
-        out, cache = step(x[jnp.arange(B), places][:, None], cache)
-        for row in range(B):
-            np.testing.assert_allclose(out[row, 0], expected[row][row, int(places[row])], atol=2e-5)
+def test_a_number_of_heads_is_enough():
+    attention = MultiHeadAttention(16, 4, rngs=nnx.Rngs(0))
+    assert attention(X)[0].shape == X.shape and attention.sizes == (4, 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("options", "call", "message"),
+    ("options", "message"),
     [
-        ({}, {"memory": MEMORY}, "this is self-attention; expected no memory"),
-        ({"memory_dim": M}, {}, "this is cross-attention; expected a memory and no cache"),
-        (
-            {"memory_dim": M},
-            {"memory": MEMORY, "cache": KVCache.empty(1, B, 8, K, H, jnp.float32)},
-            "expected a memory and no cache",
-        ),
+        ({"num_heads": 0}, "num_heads: got 0; allowed: 1 or more"),
+        ({"num_kv_heads": 3}, r"num_kv_heads: got 3; allowed: a divisor of num_heads \(4\)"),
+        ({"window": 0}, "window: got 0; allowed: 1 or more, or null"),
+        ({"sinks": 2}, "sinks: got 2; sinks need a window"),
+        ({"soft_cap": -1.0}, "soft_cap: got -1.0; allowed: above 0, or null"),
+        ({"backend": "flash"}, "backend: got 'flash'; allowed: 'auto'"),
+        ({"position": "rotary"}, "position: got 'rotary'"),
+        ({"qk_norm": 1}, "qk_norm: got 1; allowed: true or false"),
     ],
 )
-def test_a_memory_belongs_to_cross_attention(options, call, message):
-    with pytest.raises(ValueError, match=message):
-        make(**options)(X, **call)
-
-
-def test_cross_attention_takes_no_rotary_positions():
-    with pytest.raises(ValueError, match="memory_dim and rotary_period are both set"):
-        make(memory_dim=M, rotary_period=100.0)
+def test_a_config_that_exists_is_valid(options, message):
+    with pytest.raises(ConfigError, match=message):
+        built(SoftmaxConfig, **{"num_heads": 4} | options)
 
 
 def test_a_memory_is_learned_from():
     attention = make(memory_dim=M)
-    gradient = jax.grad(lambda memory: jnp.square(attention(X, memory=memory)[0]).sum())(MEMORY)
+    gradient = jax.grad(lambda memory: jnp.square(attention(X, Context(memory=memory))[0]).sum())(MEMORY)
     assert float(jnp.abs(gradient).min()) > 0
