@@ -1,10 +1,17 @@
-"""Errors that a user can mend. A program shows them as one line and exits with status 2."""
+"""Errors that a user can mend, and the checks that make every config which exists a valid one.
+
+A program shows such an error as one line and exits with status 2.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
+import types
+import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 
 class UserError(Exception):
@@ -14,11 +21,12 @@ class UserError(Exception):
     """
 
 
-class ConfigError(UserError):
-    """A config value that is out of range, or that contradicts another one.
+class ConfigError(UserError, ValueError):
+    """A config value of the wrong type, out of range, or in contradiction to another one.
 
     `owner` is the config class and `field` the name of the field, from which a program that knows the whole
-    config derives the full path (`model.num_heads`).
+    config derives the full path (`model.num_heads`). It is a `ValueError`, so that a validator such as pydantic
+    collects it together with the place of the config that raised it.
     """
 
     def __init__(self, owner: type, field: str, given: Any, allowed: str) -> None:
@@ -27,6 +35,50 @@ class ConfigError(UserError):
         self.field = field
         self.given = given
         self.allowed = allowed
+
+
+class Config:
+    """Base of config dataclasses: frozen, keyword-only, and valid as soon as they exist.
+
+    A subclass with checks of its own calls `super().__post_init__()` first.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def check_fields(config: Any) -> None:
+    """Raise a `ConfigError` for the first field of a config dataclass whose value does not fit its annotation.
+
+    Annotations may be made of bool, int, float, str, None, Any, Literal, tuple, dataclasses, and unions of these. An
+    int in the place of a float is stored as a float; a bool is not an int.
+
+    Raises:
+        TypeError: an annotation of any other kind.
+    """
+    config_type: type = type(config)
+    for name, annotation in field_types(config_type).items():
+        value = getattr(config, name)
+        fitted = _fit(value, annotation)
+        if fitted is _MISFIT:
+            raise ConfigError(
+                config_type, name, value, f"allowed: {allowed_values(annotation)}{_near(value, annotation)}"
+            )
+        if fitted is not value:
+            object.__setattr__(config, name, fitted)
+
+
+@functools.cache
+def field_types(config_type: type) -> dict[str, Any]:
+    """The resolved annotation of each field of a dataclass, by the field's name."""
+    hints = typing.get_type_hints(config_type)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_type)}
+
+
+def allowed_values(annotation: Any) -> str:
+    """What an annotation allows, for people: `an integer, or null`."""
+    parts = [_phrase(part) for part in _alternatives(annotation)]
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, or {parts[-1]}"
 
 
 def check_text(name: str, text: str) -> None:
@@ -50,3 +102,66 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest of `names`, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+_MISFIT = object()
+_PHRASES: dict[Any, str] = {
+    bool: "true or false", int: "an integer", float: "a number", str: "a text", type(None): "null", Any: "anything",
+}  # fmt: skip
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, each Literal value as one; of any other annotation itself."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(one for part in typing.get_args(annotation) for one in _alternatives(part))
+    if typing.get_origin(annotation) is Literal:
+        return tuple(Literal[value] for value in typing.get_args(annotation))
+    return (annotation,)
+
+
+def _fit(value: Any, annotation: Any) -> Any:
+    """The value as the annotation has it, or `_MISFIT`."""
+    alternatives = _alternatives(annotation)
+    if len(alternatives) > 1:
+        # As it is before what changes it: 1 stays an int in `int | float`.
+        fitted = [one for one in (_fit(value, part) for part in alternatives) if one is not _MISFIT]
+        return next((one for one in fitted if type(one) is type(value)), fitted[0] if fitted else _MISFIT)
+    (kind,) = alternatives
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is Literal:
+        return value if type(value) is type(arguments[0]) and value == arguments[0] else _MISFIT
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return _MISFIT
+        parts = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(parts) != len(value):
+            return _MISFIT
+        items = tuple(_fit(item, part) for item, part in zip(value, parts, strict=True))
+        if any(item is _MISFIT for item in items):
+            return _MISFIT
+        return value if all(item is old for item, old in zip(items, value, strict=True)) else items
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind in _PHRASES or dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) else _MISFIT
+    raise TypeError(f"a config cannot have a field of type {kind!r}")
+
+
+def _phrase(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return repr(arguments[0])
+    if origin is tuple:
+        if arguments[1:] == (...,):
+            return f"a list (tuple) of which each item is {allowed_values(arguments[0])}"
+        return f"a list (tuple) of {len(arguments)} items"
+    return _PHRASES.get(kind) or str(kind.__name__)
+
+
+def _near(value: Any, annotation: Any) -> str:
+    names = [typing.get_args(one)[0] for one in _alternatives(annotation) if typing.get_origin(one) is Literal]
+    texts = [name for name in names if isinstance(name, str)]
+    found = nearest(value, texts) if isinstance(value, str) else ""
+    return f".{found}" if found else ""
