@@ -1,0 +1,97 @@
+"""Flags such as `--model.num-layers 8`, set into a config's plain data before it is validated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from train.config.schema import chosen, configs_in, default_of
+from train.config.yaml_files import parse_yaml
+from transformer.errors import UserError, alternatives, field_types
+
+WHERE = "command line"
+
+Path = tuple[str, ...]
+
+
+def apply(config_type: type, data: Any, arguments: Sequence[str]) -> tuple[Any, list[Path]]:
+    """The data with `--section.field value`, or `--section.field=value`, set in it; and the paths that were set.
+
+    Values are YAML; a text field takes its words as they are. Names may have hyphens in the place of underscores.
+
+    Raises:
+        UserError: a flag without a value, or below something that has no fields. Names are not checked.
+    """
+    data = {} if data is None else data
+    paths = []
+    for path, text in _flags(arguments):
+        _assign(config_type, data, path, text)
+        paths.append(path)
+    return data, paths
+
+
+def _flags(arguments: Sequence[str]) -> list[tuple[Path, str]]:
+    words, found = list(arguments), []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise UserError(f"{WHERE}: got {word!r}; expected --field value, such as --steps 500")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"{WHERE}: {word}: a value is missing, such as {word} 3 or {word}=3")
+            value = words.pop(0)
+        found.append((tuple(name.replace("-", "_").split(".")), value))
+    return found
+
+
+def _assign(config_type: type, data: Any, path: Path, text: str) -> None:
+    """Set one value. On the way down, what the data leaves out is made: a mapping, or a list's default."""
+    annotation: Any = config_type
+    here, default = data, None
+    for depth, key in enumerate(path):
+        last = depth + 1 == len(path)
+        if isinstance(here, list):
+            if not key.isdecimal() or int(key) >= len(here):
+                allowed = f"0 to {len(here) - 1}" if here else "none; the list is empty"
+                raise UserError(f"{WHERE}: {'.'.join(path[:depth])}: got item {key!r}; allowed: {allowed}")
+            place: Any = int(key)
+            parts = typing.get_args(annotation)
+            annotation = (parts[0] if parts[1:] == (...,) else parts[place]) if parts else None
+        elif isinstance(here, dict):
+            place = key
+            owner = chosen(annotation, here, default) if configs_in(annotation) else None
+            known = owner is not None and key in field_types(owner)
+            if owner is not None and known:
+                base = default if type(default) is owner else None
+                annotation, default = field_types(owner)[key], default_of(owner, key, base)
+            else:
+                annotation = default = None
+        else:
+            raise UserError(f"{WHERE}: {'.'.join(path)}: {'.'.join(path[:depth]) or 'the file'} has no fields")
+        if last:
+            here[place] = _value(text, annotation, ".".join(path))
+        elif isinstance(here, dict) and here.get(place) is None:
+            here[place] = _plain(default) if isinstance(default, tuple) else {}
+        here = here[place]
+
+
+def _plain(default: tuple[Any, ...]) -> list[Any]:
+    items = [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in default]  # type: ignore[arg-type]
+    return json.loads(json.dumps(items))
+
+
+def _value(text: str, annotation: Any, name: str) -> Any:
+    """A word of the command line as YAML, unless its field takes texts."""
+    parts = alternatives(annotation)
+    if any(typing.get_origin(one) is Literal and typing.get_args(one) == (text,) for one in parts):
+        return text
+    if str not in parts:
+        return parse_yaml(text, f"{WHERE}: {name}")
+    if type(None) in parts and text == "null":
+        return None
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    return parse_yaml(text, f"{WHERE}: {name}") if quoted else text
