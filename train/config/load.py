@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from train.config.describe import to_data
 from train.config.run import RunConfig
 from train.config.yaml_files import dump_yaml, read_yaml
 from transformer.errors import UserError
+
+T = TypeVar("T")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -35,6 +38,11 @@ def parse(data: Any, source: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: as `load`.
     """
+    return build(RunConfig, data, source, overrides)
+
+
+def build(config_type: type[T], data: Any, source: str, overrides: Sequence[str] = ()) -> T:
+    """A config of any type from plain data, as `parse`."""
     import pydantic
 
     from train.config import overrides as flags
@@ -47,12 +55,13 @@ def parse(data: Any, source: str, overrides: Sequence[str] = ()) -> RunConfig:
         data = json.loads(json.dumps(data))
     except TypeError as error:
         raise UserError(f"{source}: a value that is no text, number, list or mapping: {error}") from None
-    data, changed = flags.apply(RunConfig, data, overrides)
+    data, changed = flags.apply(config_type, data, overrides)
     try:
-        return validator(RunConfig).validate_json(json.dumps(data))
+        adapter: Any = validator(typing.cast(type, config_type))
+        return adapter.validate_json(json.dumps(data))
     except pydantic.ValidationError as error:
-        mistake = first_mistake(RunConfig, error.errors(), data)
-        from_flag = any(path == mistake.path[: len(path)] for path in changed)
+        mistake = first_mistake(config_type, error.errors(), data)
+        from_flag = any(path[: len(mistake.path)] == mistake.path[: len(path)] for path in changed)
         raise UserError(f"{flags.WHERE if from_flag else source}: {mistake}") from None
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from train.config.schema import chosen, configs_in, default_of
+from train.config.schema import chosen, configs_in, default_of, is_config, tag_value
 from train.config.yaml_files import parse_yaml
 from transformer.errors import UserError, alternatives, field_types
 
@@ -25,7 +23,7 @@ def apply(config_type: type, data: Any, arguments: Sequence[str]) -> tuple[Any, 
     Raises:
         UserError: a flag without a value, or below something that has no fields. Names are not checked.
     """
-    data = {} if data is None else data
+    data = {} if data is None and arguments else data
     paths = []
     for path, text in _flags(arguments):
         _assign(config_type, data, path, text)
@@ -79,9 +77,17 @@ def _assign(config_type: type, data: Any, path: Path, text: str) -> None:
         here = here[place]
 
 
-def _plain(default: tuple[Any, ...]) -> list[Any]:
-    items = [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in default]  # type: ignore[arg-type]
-    return json.loads(json.dumps(items))
+def _plain(value: Any) -> Any:
+    """A default as data, without what its classes have as defaults, but with their tags."""
+    kind: type = type(value)
+    if is_config(kind):
+        given = {name: getattr(value, name) for name in field_types(kind)}
+        return {
+            name: _plain(one)
+            for name, one in given.items()
+            if one != default_of(kind, name) or tag_value(kind, name) is not None
+        }
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _value(text: str, annotation: Any, name: str) -> Any:

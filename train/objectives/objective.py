@@ -78,7 +78,7 @@ class Objective(Config, abc.ABC):
     def check_model(self, model: ModelConfig) -> None:
         """Raise a `ConfigError` unless the model can be trained on it."""
         if model.family not in self.families:
-            suited = [one.kind_name() for one in objectives() if model.family in one.families]
+            suited = sorted(one.kind_name() for one in objectives() if model.family in one.families)
             allowed = f"a model of family {model.family!r} goes with {', '.join(suited)}"
             raise ConfigError(type(self), "kind", self.kind, allowed)
         if self.head is not None and isinstance(model, BertConfig):
@@ -181,8 +181,12 @@ class Objective(Config, abc.ABC):
 
     def _check_packing(self, packing: Packing) -> None:
         if packing not in self.packings:
+            reasons: dict[tuple[Packing, ...], str] = {
+                ("chunk",): "is for running text", ("documents",): "takes one document a row",
+            }  # fmt: skip
+            reason = reasons.get(self.packings, "is not packed so")
             allowed = " or ".join(repr(one) for one in self.packings)
-            raise UserError(f"data.packing: got {packing!r}; {self.kind} is not for that: set it to {allowed}")
+            raise UserError(f"data.packing: got {packing!r}; {self.kind} {reason}: set it to {allowed}")
 
     # ── batches and the loss ─────────────────────────────────────────────────────────────────────────────────────────
 
