@@ -36,7 +36,7 @@ class CheckpointConfig(Config):
     every: int = 500
     """Steps between checkpoints; 0: only at the end and on interruption."""
     keep: int = 2
-    """How many of the newest are kept; the best is kept beside them."""
+    """How many of the newest are kept, in addition to the best."""
     best: str = "loss"
     """By which value on the held-out text the best is chosen: the loss, or a metric of the objective (a wrong name lists
     them). Higher is better, except for loss and mse."""
@@ -49,7 +49,7 @@ class CheckpointConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig(Config):
-    """Where metrics go, beside the terminal and metrics.jsonl."""
+    """Where metrics go, in addition to the terminal and metrics.jsonl."""
 
     every: int = 10
     """Steps between two recorded values."""

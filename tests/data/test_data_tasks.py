@@ -306,7 +306,8 @@ def test_choices_stand_in_rows_of_their_own(tmp_path):
         tmp_path / "uneven.jsonl", [{"a": "He", "x": ["sat"], "n": "A"}, {"a": "I", "x": ["a", "b"], "n": "A"}]
     )
     with pytest.raises(
-        UserError, match=r"uneven\.jsonl:2: 2 choices, where uneven\.jsonl:1 has 1; all have to have as many"
+        UserError,
+        match=r"uneven\.jsonl:2: 2 choices, where uneven\.jsonl:1 has 1; every document needs the same number",
     ):
         prepared_of(source_of(uneven, text_field="a", choice_fields=("x",), label_field="n"))
 

@@ -198,9 +198,20 @@ def test_overrides_choose_kinds_and_reach_into_lists():
     assert config.data.sources == (SyntheticSource(limit=3),)
 
 
+def test_a_list_may_be_several_words_or_one():
+    assert override("--optimizer.freeze", "embed.*", "positions.*").optimizer.freeze == ("embed.*", "positions.*")
+    assert override("--optimizer.freeze", "embed.*").optimizer.freeze == ("embed.*",)
+    assert override("--optimizer.freeze=[embed.*, x]", "--steps", "3").optimizer.freeze == ("embed.*", "x")
+    weights = ["--objective.class-weights", "1", "2.5"]
+    given = {"model": {"family": "bert", "head": "classification"}, "objective": {"kind": "classification"}}
+    assert override(*weights, **given).objective.class_weights == (1.0, 2.5)
+    assert override(weights[0], "balanced", **given).objective.class_weights == "balanced"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--steps", "3", "4"], r"command line: steps: got 2 values, 3, 4; it takes one"),
         (["--model.num-layer", "3"], r"command line: model.num_layer: no such field. Did you mean 'num_layers'\?"),
         (["--modle.num-layers", "3"], r"command line: modle: no such field. Did you mean 'model'\?"),
         (["--model.num-layers", "x"], r"command line: model.num_layers: got 'x'; allowed: an integer"),

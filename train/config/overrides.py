@@ -18,35 +18,37 @@ Path = tuple[str, ...]
 def apply(config_type: type, data: Any, arguments: Sequence[str]) -> tuple[Any, list[Path]]:
     """The data with `--section.field value`, or `--section.field=value`, set in it; and the paths that were set.
 
-    Values are YAML; a text field takes its words as they are. Names may have hyphens in the place of underscores.
+    Values are YAML; a text field takes a word as it is, and a list may be several words. Names may have hyphens in the place
+    of underscores.
 
     Raises:
         UserError: a flag without a value, or below something that has no fields. Names are not checked.
     """
     data = {} if data is None and arguments else data
     paths = []
-    for path, text in _flags(arguments):
-        _assign(config_type, data, path, text)
+    for path, words in _flags(arguments):
+        _assign(config_type, data, path, words)
         paths.append(path)
     return data, paths
 
 
-def _flags(arguments: Sequence[str]) -> list[tuple[Path, str]]:
+def _flags(arguments: Sequence[str]) -> list[tuple[Path, list[str]]]:
     words, found = list(arguments), []
     while words:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not name:
             raise UserError(f"{WHERE}: got {word!r}; expected --field value, such as --steps 500")
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise UserError(f"{WHERE}: {word}: a value is missing, such as {word} 3 or {word}=3")
-            value = words.pop(0)
-        found.append((tuple(name.replace("-", "_").split(".")), value))
+        values = [value] if equals else []
+        while not equals and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        if not values:
+            raise UserError(f"{WHERE}: {word}: a value is missing, such as {word} 3 or {word}=3")
+        found.append((tuple(name.replace("-", "_").split(".")), values))
     return found
 
 
-def _assign(config_type: type, data: Any, path: Path, text: str) -> None:
+def _assign(config_type: type, data: Any, path: Path, words: list[str]) -> None:
     """Set one value. On the way down, what the data leaves out is made: a mapping, or a list's default."""
     annotation: Any = config_type
     here, default = data, None
@@ -71,7 +73,7 @@ def _assign(config_type: type, data: Any, path: Path, text: str) -> None:
         else:
             raise UserError(f"{WHERE}: {'.'.join(path)}: {'.'.join(path[:depth]) or 'the file'} has no fields")
         if last:
-            here[place] = _value(text, annotation, ".".join(path))
+            here[place] = _value(words, annotation, ".".join(path))
         elif isinstance(here, dict) and here.get(place) is None:
             here[place] = _plain(default) if isinstance(default, tuple) else {}
         here = here[place]
@@ -90,11 +92,28 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _value(text: str, annotation: Any, name: str) -> Any:
+def _value(words: list[str], annotation: Any, name: str) -> Any:
+    """What a field gets: the items of a list one by one, where they are given so; else one value."""
+    items = [typing.get_args(one)[0] for one in alternatives(annotation) if typing.get_origin(one) is tuple]
+    if len(words) > 1:
+        if not items:
+            raise UserError(f"{WHERE}: {name}: got {len(words)} values, {', '.join(words)}; it takes one")
+        return [_scalar(word, items[0], name) for word in words]
+    value = _scalar(words[0], annotation, name)
+    return [value] if str in items and isinstance(value, str) and not _is_named(value, annotation) else value
+
+
+def _is_named(text: str, annotation: Any) -> bool:
+    return any(
+        typing.get_origin(one) is Literal and typing.get_args(one) == (text,) for one in alternatives(annotation)
+    )
+
+
+def _scalar(text: str, annotation: Any, name: str) -> Any:
     """A word of the command line as YAML, unless its field takes texts."""
-    parts = alternatives(annotation)
-    if any(typing.get_origin(one) is Literal and typing.get_args(one) == (text,) for one in parts):
+    if _is_named(text, annotation):
         return text
+    parts = alternatives(annotation)
     if str not in parts:
         return parse_yaml(text, f"{WHERE}: {name}")
     if type(None) in parts and text == "null":

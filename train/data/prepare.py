@@ -273,8 +273,8 @@ class _Run:
                 example = example or document
                 if len(document.choices) != len(example.choices):
                     raise UserError(
-                        f"{document.id}: {len(document.choices)} choices, where {example.id} has {len(example.choices)}; all "
-                        "have to have as many"
+                        f"{document.id}: {len(document.choices)} choices, where {example.id} has {len(example.choices)}; every "
+                        "document needs the same number"
                     )
                 is_held_out = validation_position(document.split_by) < held_out
                 split: Split = "validation" if is_held_out else "train"

@@ -57,7 +57,7 @@ class Objective(Config, abc.ABC):
     least_length: ClassVar[int] = 1
     """The fewest tokens of a sequence."""
     loss_settings: ClassVar[tuple[str, ...]] = ("z_loss", "label_smoothing")
-    """The fields of `LossConfig` that have an effect on it."""
+    """The fields of `LossConfig` that may be set for it."""
     metrics: ClassVar[tuple[str, ...]] = ()
     """The metrics that may choose the best checkpoint, in addition to the loss."""
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
@@ -88,7 +88,7 @@ class Objective(Config, abc.ABC):
         """Raise a `ConfigError` unless the objective can be trained so."""
 
     def check_loss(self, loss: LossConfig) -> None:
-        """Raise a `ConfigError` for a setting that has no effect on this objective."""
+        """Raise a `ConfigError` for a setting that means nothing to this objective."""
         for name in ("z_loss", "label_smoothing"):
             holds = name in self.loss_settings or not getattr(loss, name)
             require(loss, name, holds, f"not for objective {self.kind}; allowed: 0")
