@@ -26,7 +26,9 @@ def run(rounds: int) -> dict[str, Any]:
     candidates: dict[str, Callable[[], float]] = {"step": lambda: seconds_per_call(step, 5)}
     for packing in ("chunk", "documents"):
         packed = DataConfig(packing=packing)
-        loader = train_batches(prepared, packed, batch_size=work.batch_size, length=work.model.max_length, seed=0)
+        loader = train_batches(
+            prepared, packed, batch_size=work.batch_size, length=work.model.max_length, seed=0, objective=work.objective
+        )
         candidates[f"loader, {packing}"] = functools.partial(_seconds_per_batch, loader.iterate(), 500)
     speeds = {name: [work.tokens_per_step / s for s in taken] for name, taken in in_turn(candidates, rounds).items()}
     result = {

@@ -10,7 +10,7 @@ import pytest
 
 from train.config import load
 from train.data.prepare import DataConfig
-from train.data.source import SourceConfig
+from train.data.source_config import FilesSource, SourceConfig, SyntheticSource
 from train.data.tokenizer import TokenizerConfig
 from train.loop import train
 
@@ -91,8 +91,8 @@ def _source(config, folder) -> SourceConfig:
     if config.data.labelled:
         return _labelled_source(config, folder)
     if config.data.pairs:
-        return SourceConfig(kind="synthetic", limit=100)
-    return SourceConfig(kind="files", path=str(folder / "texts.jsonl"))
+        return SyntheticSource(limit=100)
+    return FilesSource(path=str(folder / "texts.jsonl"))
 
 
 def _labelled_source(config, folder) -> SourceConfig:
@@ -112,7 +112,6 @@ def _labelled_source(config, folder) -> SourceConfig:
         rows.append(json.dumps(row) + "\n")
     path = folder / f"{config.name}.jsonl"
     path.write_text("".join(rows))
-    return SourceConfig(
-        kind="files", path=str(path), text_field="first", target_field="second" if first.target_field else "",
+    return FilesSource(path=str(path), text_field="first", target_field="second" if first.target_field else "",
         choice_fields=choices, label_field=label, label_kind=kind,
     )  # fmt: skip

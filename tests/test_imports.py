@@ -15,7 +15,6 @@ DATA_PACKAGES = (
     "grain",
     "tokenizers",
     "pydantic",
-    "tyro",
     "tensorboardX",
     "matplotlib",
     "seqeval",

@@ -21,7 +21,7 @@ from flax import nnx
 
 from train.config import RunConfig, difference, parse, to_data
 from train.sections import CheckpointConfig
-from train.selection import Selection, goodness
+from train.selection import Selection, ranking_key
 from train.state import TrainState
 from train.versions import versions
 from transformer.errors import UserError
@@ -57,12 +57,12 @@ class Checkpoints:
         keep = None if config is None else config.keep
         self._config = config
         options = ocp.CheckpointManagerOptions(
-            best_fn=self._goodness,
+            best_fn=self._ranking_key,
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(keep),
                     policies.BestN(
-                        get_metric_fn=self._goodness,
+                        get_metric_fn=self._ranking_key,
                         n=1,
                         keep_checkpoints_without_metrics=False,
                     ),
@@ -108,11 +108,11 @@ class Checkpoints:
         known = None if step is None else self._manager.metrics(step)
         return step if known is not None and _STORED.get(self._best_by, self._best_by) in known else None
 
-    def _goodness(self, metrics: Mapping[str, float]) -> tuple[float, float]:
+    def _ranking_key(self, metrics: Mapping[str, float]) -> tuple[float, float]:
         first_names = {stored: name for name, stored in _STORED.items()}
         values = {first_names.get(name, name): value for name, value in metrics.items()}
         # Of equal ones the first is the best.
-        return goodness(self._best_by, values), -values.get(_STEP, 0)
+        return ranking_key(self._best_by, values), -values.get(_STEP, 0)
 
     @functools.cached_property
     def _best_by(self) -> str:

@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str, *, config: bool = True) -> argparse.ArgumentParser:
-        overrides = "\n\nAny field of the config can be overridden: --model.num-layers 8 --steps 500" if config else ""
+        listed = "`manyheads explain CONFIG` lists them"
+        overrides = f"\n\nAny field can be overridden: --model.num-layers 8 --steps 500; {listed}." if config else ""
         sub = commands.add_parser(
             name, help=text, description=text + overrides, formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from train.data.cache import check_place, writing
 from train.data.masked import framed
 from train.data.pack import Placed, best_fit_decreasing
-from train.data.source import SourceConfig
+from train.data.source_config import FilesSource
 from train.data.tokenizer import CLS, SEP, Tokenizer
 from train.display import console
 from train.mesh import use_mesh
@@ -159,7 +159,7 @@ def embed(
     model = loaded.config.model
     if not isinstance(model, BertConfig):
         raise UserError(f"{run}: a model of family {model.family!r} is no encoder; embed is for bert")
-    documents = read_documents(SourceConfig(kind="files", path=file, text_field=field), file)
+    documents = read_documents(FilesSource(path=file, text_field=field), file)
     texts = [document.text for document in documents]
     embedder = Embedder(model, loaded.tokenizer, pooling=pooling, normalize=normalize)
     vectors, out_to = np.empty((len(texts), model.embed_dim), np.float32), console()

@@ -13,15 +13,14 @@ import numpy as np
 from flax import nnx
 
 from train.config import RunConfig
-from train.data.labelled import commonest_share
 from train.data.loader import evaluation_batches, prefetch_to_device
-from train.data.objective_config import LABELLED
 from train.data.store import Prepared
 from train.loss import Batch, LossSums
 from train.mesh import shard_batch
+from train.objectives import Task
+from train.objectives.tasks.documents import TaskDocuments
+from train.objectives.tasks.task import Prediction
 from train.program import Program
-from train.tasks.evaluation import TaskEvaluation
-from train.tasks.task import Prediction
 from train.translation import Quality, TextTranslator, spread
 
 T = TypeVar("T")
@@ -45,7 +44,7 @@ class Scores:
     accuracy: float | None = None
     """The part of the rows, or words, whose likeliest class is theirs; None for tokens."""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Those of the task, by their names in `train.selection.METRICS`."""
+    """Those of the objective, by name."""
 
     def __str__(self) -> str:
         """The scores that there are, for people."""
@@ -63,7 +62,7 @@ class Scores:
 
 
 def evaluate(step: Callable[[nnx.State, Batch], T], params: nnx.State, batches: Iterable[Batch]) -> list[T]:
-    """Run `step`, which `make_eval_step` or `make_task_step` made, over all batches; what it gives of each, on the host."""
+    """Run `step`, which `make_eval_step` made, over all batches; what it gives of each, on the host."""
     parts: list[T] = []
     for batch in batches:
         parts.append(step(params, batch))
@@ -103,7 +102,7 @@ class Evaluation:
     """Of translations, where checkpoints are compared by it."""
 
 
-class HeldOut:
+class Evaluator:
     """The held-out text of a run, to be scored again and again.
 
     Args:
@@ -114,11 +113,12 @@ class HeldOut:
         self, config: RunConfig, prepared: Prepared, program: Program, translator: TextTranslator | None
     ) -> None:
         self.config, self._prepared, self._program, self._translator = config, prepared, program, translator
-        kind = config.objective.kind
-        self.task = TaskEvaluation.of_held_out(config, prepared) if kind in LABELLED else None
-        self._guess = commonest_share(prepared.validation) if kind == "classification" else None
-        # Bits per byte mean something where every token is predicted, and from those before it alone.
-        self._bytes = prepared.meta.bytes_per_token("validation") if kind in ("causal", "seq2seq") else None
+        objective = config.objective
+        self.task = (
+            TaskDocuments.held_out(objective, prepared, config.sequence_length) if isinstance(objective, Task) else None
+        )
+        self._baseline = objective.baseline(prepared.validation)
+        self._bytes = prepared.meta.bytes_per_token("validation") if objective.predicts_all_text else None
 
     def evaluate(
         self, params: nnx.State, batches: int | None, stopped: Callable[[], bool]
@@ -142,7 +142,8 @@ class HeldOut:
         few = slice(config.evaluation.batches)
         if self.task is None:
             quality = self._quality(params)
-            scores, selected = (scores_of(part, self._bytes) for part in (found, found[few]))
+            sums = [sums for sums, _ in found]
+            scores, selected = (scores_of(part, self._bytes) for part in (sums, sums[few]))
             return Evaluation(scores, _selection(selected) | _metrics_of(quality), (), quality)
         scores, predictions = self._scores_of_task(found)
         selected = scores if len(found[few]) == len(found) else self._scores_of_task(found[few])[0]
@@ -150,8 +151,7 @@ class HeldOut:
 
     def say(self, scores: Scores) -> str:
         """The scores, for people."""
-        guess = "" if self._guess is None else f" (the commonest class: {self._guess:.2%})"
-        return f"held-out {scores}{guess}"
+        return f"held-out {scores}{self._baseline}"
 
     def quality(self, params: nnx.State) -> Quality | None:
         """That of the translations of as many held-out pairs as the config says."""

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from train.config import RunConfig, fields
 from train.display import console
+from train.loss import LossConfig
 from train.mesh import MESH_AXES
-from train.objective import LOSSES, LossConfig
 from train.program import batch_shapes, described_state, trained_of
 from train.trained import ALL, Trained, size
 from transformer.functional import graphdef_of
@@ -124,7 +124,7 @@ def saved_bytes(
 
         def loss(part: nnx.State) -> Any:
             model = nnx.merge(graphdef, part, frozen)
-            return LOSSES[config.objective.kind](model, batch, LossConfig(), key=key).loss
+            return config.objective.loss(model, batch, LossConfig(), key=key).loss
 
         return jax.vjp(loss, part)[1]
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
@@ -16,13 +15,11 @@ from flax import nnx
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
 from train.data.cache import writing
-from train.data.check import check_labels, check_objective
 from train.data.loader import Batches, prefetch_to_device, train_batches
-from train.data.objective_config import LABELLED
 from train.data.prepare import check_vocabulary, prepare
 from train.data.store import Prepared
 from train.display import Display
-from train.evaluate import Evaluation, HeldOut, Scores
+from train.evaluate import Evaluation, Evaluator, Scores
 from train.init_from import begin_from, check_begin
 from train.loss import Batch
 from train.mesh import check_batch, make_mesh, shard_batch, use_mesh
@@ -36,10 +33,9 @@ from train.runtime import GracefulStop
 from train.sample import make_sampler
 from train.selection import Selection, check_selection, is_selective
 from train.state import TrainState
-from train.targets import class_weights, per_target
+from train.targets import flops_per_prediction
 from train.translation import TextTranslator
 from transformer.errors import UserError
-from transformer.models.bert import BertConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +96,18 @@ class Run:
 
     def __init__(self, config: RunConfig, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
         self.config, self.prepared, self.mesh = config, prepared, mesh
-        self.program = Program(dataclasses.replace(config, loss=class_weights(config.loss, prepared)), mesh)
+        self.program = Program(dataclasses.replace(config, objective=config.objective.with_data(prepared)), mesh)
         self.schedule: optax.Schedule = make_schedule(config.optimizer, config.steps)
         self.translator = self.sampler = None
         # Writing is for one process, which may not have all of the parameters.
         if jax.process_count() == 1:
-            if config.objective.kind == "seq2seq" and prepared.validation:
+            if config.objective.translates and prepared.validation:
                 self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
             self.sampler = make_sampler(config, prepared, self.translator)
         self.tokenizer_files = tokenizer_files(prepared, config.directory / "tokenizer")
-        self.held_out = HeldOut(config, prepared, self.program, self.translator) if prepared.validation else None
+        self.held_out = Evaluator(config, prepared, self.program, self.translator) if prepared.validation else None
         self.selection = Selection(config.checkpoint.best)
-        self.flops_per_target, self.unit = per_target(config, prepared, self.program)
+        self.flops_per_prediction = flops_per_prediction(config, prepared, self.program)
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
         """A fresh state, with another run's weights if the config says so; or that of the newest checkpoint."""
@@ -133,12 +129,12 @@ class Run:
         config, start = self.config, int(state.step)
         host = self._host_batches()
         batches = prefetch_to_device(host.iterate(start), self._to_device)
-        meter = Meter(self.schedule, self.flops_per_target, list(self.mesh.devices.flat), config.model.dtype)
+        meter = Meter(self.schedule, self.flops_per_prediction, list(self.mesh.devices.flat), config.model.dtype)
         values, step = None, start
         with (
             MetricLog(config, config.directory, start) as log,
             contextlib.closing(batches),
-            Display(config.steps, start, unit=self.unit) as display,
+            Display(config.steps, start, unit=config.objective.unit) as display,
         ):
             display.say(self._headline(state, start))
             if padding := _padding(host):
@@ -293,11 +289,8 @@ class Run:
         if step < config.steps:
             display.say(f"stopped early: {self.selection}")
         self.sample(state, display)
-        if found is not None and found.scores.bits_per_byte is not None and config.objective.kind == "causal":
-            compressors: tuple[tuple[Literal["gzip", "xz"], str], ...] = (("gzip", "gzip -9"), ("xz", "xz -9"))
-            others = [(label, self.prepared.meta.bits_per_byte(name)) for name, label in compressors]
-            known = "".join(f", {label} {bits:.4f}" for label, bits in others if bits is not None)
-            display.say(f"held-out text, bits per byte: this model {found.scores.bits_per_byte:.4f}{known}")
+        for line in () if found is None else config.objective.report(self.prepared, found.scores.bits_per_byte):
+            display.say(line)
         if found is not None and self.held_out is not None:
             if quality := found.quality or self.held_out.quality(_used(state)):
                 log.write(step, "eval", dataclasses.asdict(quality))
@@ -305,14 +298,7 @@ class Run:
             if self.held_out.task is not None and is_first():
                 for line in self.held_out.task.finish(found.predictions, directory):
                     display.say(line)
-        uses = {"gpt": "to write with it: manyheads generate {} --prompt TEXT"}
-        if config.objective.kind == "seq2seq":
-            uses |= dict.fromkeys(
-                ("vaswani", "t5", "recurrent"), "to translate with it: manyheads translate {} --text TEXT"
-            )
-        elif config.objective.kind in LABELLED:
-            uses["bert"] = "to use it: manyheads predict {} --file FILE"
-        display.say(f"finished; {uses.get(config.model.family, 'it is in {}').format(directory)}")
+        display.say(f"finished; {config.objective.next_step(directory)}")
 
 
 def _used(state: TrainState) -> nnx.State:
@@ -334,15 +320,13 @@ def _padding(batches: Batches) -> str | None:
 def check_data(config: RunConfig, prepared: Prepared) -> None:
     """Raise a `UserError` unless the data suits the model and the objective."""
     source_vocab_size = getattr(config.model, "source_vocab_size", None)
+    inserted = config.objective.largest_inserted(prepared.tokenizer)
     if source_vocab_size is None:
-        check_vocabulary(prepared, config.model.vocab_size, objective=config.objective)
+        check_vocabulary(prepared, config.model.vocab_size, inserted=inserted)
     else:
-        check_vocabulary(
-            prepared, source_vocab_size, target_vocab_size=config.model.vocab_size, objective=config.objective
-        )
-    check_objective(prepared, config.objective, config.sequence_length)
-    if isinstance(config.model, BertConfig) and config.objective.kind in ("classification", "token_classification"):
-        check_labels(prepared, config.model.num_labels)
+        check_vocabulary(prepared, source_vocab_size, target_vocab_size=config.model.vocab_size, inserted=inserted)
+    config.objective.check_data(prepared, config.sequence_length)
+    config.objective.check_classes(prepared, config.model)
     check_selection(config, prepared)
 
 

@@ -7,38 +7,31 @@ whole global batch is taken once, however it was cut into microbatches and devic
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from transformer.errors import UserError, require
+from transformer.errors import Config, UserError, require
 from transformer.types import Array, Float, Int
 
 Batch = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Config):
     """Additions to the cross-entropy."""
 
     z_loss: float = 0.0
     """Weight of log(Z)², which keeps the logits' normaliser near 1 (1e-4 is usual)."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread evenly over the vocabulary, or over the classes."""
-    temperature: float = 0.05
-    """By which the contrastive objective divides cosines."""
-    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
-    """classification, token_classification: the weight of each class, in the order of their names, in the training loss, which
-    is then a weighted mean; `balanced`: in inverse proportion to how often each comes; null: all alike."""
 
     def __post_init__(self) -> None:
-        require(self, "temperature", self.temperature > 0, "allowed: above 0")
+        super().__post_init__()
         require(self, "z_loss", self.z_loss >= 0, "allowed: 0 or more")
         require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "allowed: 0 or more, below 1")
-        if isinstance(self.class_weights, tuple):
-            holds = min(self.class_weights, default=-1) >= 0 and sum(self.class_weights) > 0
-            require(self, "class_weights", holds, "allowed: numbers, 0 or more, not all 0; balanced; or null")
 
 
 @jax.tree_util.register_dataclass
@@ -88,30 +81,40 @@ def of_classes(
     labels_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     config: LossConfig,
+    class_weights: Sequence[float] | None = None,
 ) -> LossSums:
-    """Cross-entropy over classes, by their weights as in torch's `CrossEntropyLoss(weight=...)`, and how many are right."""
+    """Cross-entropy over classes, and how many are right.
+
+    Args:
+        class_weights: one for each class, as in torch's `CrossEntropyLoss(weight=...)`; None: all alike.
+
+    Raises:
+        UserError: another number of weights than of classes.
+    """
     is_right_BT = logits_BTC.argmax(-1) == labels_BT
     correct = jnp.sum(jnp.where(is_right_BT, weights_BT, 0))
-    if config.class_weights is None:
+    if class_weights is None:
         return dataclasses.replace(cross_entropy(logits_BTC, labels_BT, weights_BT, config), correct=correct)
-    if config.class_weights == "balanced":
-        raise UserError("loss.class_weights: how often classes come is known to `manyheads train` alone; give numbers")
-    if len(config.class_weights) != logits_BTC.shape[-1]:
+    if len(class_weights) != logits_BTC.shape[-1]:
         raise UserError(
-            f"loss.class_weights: got {len(config.class_weights)} numbers; there are {logits_BTC.shape[-1]} classes"
+            f"objective.class_weights: got {len(class_weights)} numbers; there are {logits_BTC.shape[-1]} classes"
         )
     # A mean stays what it is when all its weights grow alike, and a sum of 1 or more is divided by as it is.
-    least = min(weight for weight in config.class_weights if weight > 0)
-    of_class_C = jnp.array([weight / least for weight in config.class_weights], jnp.float32)
+    least = min(weight for weight in class_weights if weight > 0)
+    of_class_C = jnp.array([weight / least for weight in class_weights], jnp.float32)
     sums = cross_entropy(logits_BTC, labels_BT, weights_BT * of_class_C[jnp.maximum(labels_BT, 0)], config)
     return dataclasses.replace(sums, correct=correct, count=jnp.sum(weights_BT))
 
 
 def of_rows(
-    logits_BC: Float[Array, "B C"], labels_B: Int[Array, " B"], weights_B1: Float[Array, "B 1"], config: LossConfig
+    logits_BC: Float[Array, "B C"],
+    labels_B: Int[Array, " B"],
+    weights_B1: Float[Array, "B 1"],
+    config: LossConfig,
+    class_weights: Sequence[float] | None = None,
 ) -> LossSums:
     """`of_classes` of whole rows."""
-    return of_classes(logits_BC[:, None], labels_B[:, None], weights_B1, config)
+    return of_classes(logits_BC[:, None], labels_B[:, None], weights_B1, config, class_weights)
 
 
 def with_router_loss(sums: LossSums, output: Any) -> LossSums:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from transformer.errors import UserError, require
+from transformer.errors import Config, UserError, require
 from transformer.sharding import LOGICAL_AXES
 
 MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
@@ -67,7 +67,7 @@ STRATEGIES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Config):
     """How many devices each mesh axis gets, and what lies along it. Any axes go together."""
 
     strategy: Literal[
@@ -102,6 +102,7 @@ class MeshConfig:
     """Parts a batch goes through the pipeline in, a multiple of its devices; null: as many as stages."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for axis in (*MESH_AXES, "pipeline_microbatches"):
             require(self, axis, getattr(self, axis) is None or getattr(self, axis) >= 1, "allowed: 1 or more, or null")
         require(self, "stages_per_device", self.stages_per_device >= 1, "allowed: 1 or more")

@@ -13,12 +13,12 @@ from flax import nnx
 from optax import contrib
 
 from train.trained import BELOW
-from transformer.errors import require
+from transformer.errors import Config, require
 from transformer.pipeline import is_in_stages, is_stacked, is_variable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """An optimiser, its schedule, and what is done to gradients and parameters around it."""
 
     name: Literal["adamw", "lion", "adafactor", "muon", "sgd"] = "adamw"
@@ -56,6 +56,7 @@ class OptimizerConfig:
     """Keep a moving average of the parameters with this decay, and evaluate and generate with it; null: none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self, "moment_dtype", self.moment_dtype == "float32" or self.name != "adafactor",
             "adafactor keeps no such moment; allowed: float32",

@@ -14,8 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from train.config import RunConfig
+from train.loss import Batch, LossConfig, LossSums
 from train.mesh import MeshConfig, check_batch
-from train.objective import LOSSES, Batch, LossConfig, LossSums
+from train.objectives import Objective
 from train.state import TrainState
 from train.step import Gradient, Metrics
 from train.trained import ALL, Trained
@@ -91,7 +92,7 @@ class StagedStep:
 
 
 def one_forward_one_backward(
-    graphdef: Any, loss: LossConfig, objective: str, schedule: Schedule, trained: Trained = ALL
+    graphdef: Any, loss: LossConfig, objective: Objective, schedule: Schedule, trained: Trained = ALL
 ) -> Gradient:
     """The gradient of an objective's loss by the schedule 1F1B (Narayanan et al. 2019, section 3.2; 2021, section 2.2.1).
 
@@ -136,7 +137,7 @@ def one_forward_one_backward(
                 object.__setattr__(model, "layers", layers)
                 object.__setattr__(model, "embed", _WholeTable(model.embed))
                 own_key = jax.random.fold_in(jax.random.fold_in(key, microbatch), index)
-                sums = LOSSES[objective](model, _at(batches, microbatch), loss, key=own_key)
+                sums = objective.loss(model, _at(batches, microbatch), loss, key=own_key)
                 sums = jax.tree.map(lambda x: jnp.where(is_last, x, 0), sums)
                 routed = router_loss(layers.layers.config, layers.outputs)
                 if routed is not None:

@@ -15,13 +15,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from train.objective import Batch, LossConfig
+from train.loss import Batch, LossConfig
+from train.objectives import Causal, Objective
 from train.state import TrainState
 from train.step import Metrics, accumulated, make_gradient, update
 from train.trained import ALL, Trained
 from transformer.errors import UserError
 
 AXIS = "devices"
+_CAUSAL = Causal()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ def make_pmap_step(
     *,
     microbatches: int = 1,
     ema_decay: float | None = None,
-    objective: str = "causal",
+    objective: Objective = _CAUSAL,
     trained: Trained = ALL,
 ) -> PmapStep:
     """The step over the devices of `mesh`, whose one axis longer than 1 is that of the batch.

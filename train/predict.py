@@ -1,4 +1,4 @@
-"""`manyheads predict`: what an encoder that was fine-tuned on a task tells of new documents."""
+"""`manyheads predict`: the labels of new documents, by an encoder that was fine-tuned on a task."""
 
 from __future__ import annotations
 
@@ -17,35 +17,24 @@ import numpy as np
 
 from train.config import RunConfig
 from train.data.cache import check_place
-from train.data.examples import task_rows
-from train.data.objective_config import LABELLED, Kind
 from train.data.readers import Format, Reader, format_of
 from train.data.records import Document, Rejects
 from train.data.rows import text_sizes
-from train.data.source import SourceConfig
+from train.data.source_config import FilesSource, RecordSource
 from train.data.store import TokenArray
 from train.data.tokenise import encode_documents
 from train.data.tokenizer import Tokenizer
 from train.mesh import use_mesh
+from train.objectives import OBJECTIVES, Task
+from train.objectives.tasks.documents import TaskDocuments, write_predictions
+from train.objectives.tasks.task import Labelling, Prediction
 from train.run_files import LoadedRun, load_run
-from train.tasks.evaluation import TaskEvaluation, make_task, write_predictions
-from train.tasks.step import make_task_step
-from train.tasks.task import Prediction
+from train.step import make_eval_step
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.models.families import make_model
 
-_USES = {"seq2seq": "manyheads translate", "causal": "manyheads generate", "prefix": "manyheads generate"}
-"""What there is for a run of another objective."""
-_OF_HEADS: dict[str, tuple[Kind, dict[str, Any]]] = {
-    "classification": ("classification", {}),
-    "tokens": ("token_classification", {"label_field": "tags", "label_kind": "tags"}),
-    "answer": (
-        "answer",
-        {"text_field": "question", "target_field": "context", "label_field": "answers", "label_kind": "answers"},
-    ),
-}
-"""What an import with a head tells, and the fields of its documents."""
+_TASKS: list[Any] = [one for one in OBJECTIVES.values() if issubclass(one, Task)]
 _LONGEST = 512
 """Tokens of the longest row of an import, whose attention may reach much further."""
 _LENGTHS = 64
@@ -53,7 +42,7 @@ _LENGTHS = 64
 
 
 def predict(run: Path, file: str, out: Path | None = None, step: str = "latest") -> None:
-    """Write what the model tells of each document of a file, as JSON, one a line: its id, label and scores.
+    """Write what the model predicts of each document of a file, as JSON, one a line: its id, label and scores.
 
     Args:
         file: a text a line (.txt), or records with the fields of the run's source (.jsonl, .csv, .parquet, .conll); `-`: standard
@@ -68,14 +57,15 @@ def predict(run: Path, file: str, out: Path | None = None, step: str = "latest")
     loaded = load_run(run, step)
     if loaded.config.objective.kind == "none":
         loaded = dataclasses.replace(loaded, config=_as_task(loaded.config))
-    kind = loaded.config.objective.kind
-    if kind not in LABELLED:
-        use = f"{_USES[kind]} {run}" if kind in _USES else "a run that was fine-tuned on a task"
+    task, source = loaded.config.objective, loaded.config.data.sources[0]
+    if not isinstance(task, Task) or not isinstance(source, RecordSource):
+        use = "a run that was fine-tuned on a task" if task.use is None else task.use[1].format(run)
+        kinds = ", ".join(one.kind_name() for one in _TASKS)
         raise UserError(
-            f"{run}: objective {kind} tells nothing of documents; predict is for {', '.join(LABELLED)}. Use {use}"
+            f"{run}: predict needs a run of a task ({kinds}); this one's objective is {task.kind}. Use {use}"
         )
-    documents = read_documents(loaded.config.data.sources[0], file)
-    found = predictions(loaded, documents, file)
+    documents = read_documents(source, file)
+    found = predictions(loaded, task, documents, file)
     if out is not None:
         write_predictions(found, out)
         print(f"{len(found)} predictions: {out}")
@@ -84,7 +74,7 @@ def predict(run: Path, file: str, out: Path | None = None, step: str = "latest")
         print(json.dumps(one, ensure_ascii=False))
 
 
-def read_documents(source: SourceConfig, file: str) -> list[Document]:
+def read_documents(source: RecordSource, file: str) -> list[Document]:
     """The documents of a file, without labels; of a text file, the lines that are not blank.
 
     Raises `UserError` for what cannot be read, a record with an empty text, and where there is none.
@@ -93,7 +83,7 @@ def read_documents(source: SourceConfig, file: str) -> list[Document]:
     is_text = format_of(Path(file)) == "text" if file != "-" else not source.fields.target and not source.fields.choices
     records = dataclasses.replace(source, on_error="stop").records(Rejects(advice=""))
     fields = records.fields._replace(label="", group="")
-    # What is told of documents, or their vectors, comes in the order of the file: none is passed over.
+    # What is predicted of documents, or their vectors, comes in the order of the file: none is passed over.
     records = dataclasses.replace(records, fields=fields, labels=(), needs_text=True)
     if is_text and len(records.fields.by_setting()) > 1:
         names = ", ".join(field for _, field in records.fields.by_setting())
@@ -115,42 +105,35 @@ def read_documents(source: SourceConfig, file: str) -> list[Document]:
     return documents
 
 
-def predictions(loaded: LoadedRun, documents: Sequence[Document], name: str) -> list[Prediction]:
-    """What the model tells of each document, in their order; what is too long is cut, and said."""
-    config = loaded.config
-    objective = dataclasses.replace(config.objective, too_long="truncate")
+def predictions(loaded: LoadedRun, task: Task, documents: Sequence[Document], name: str) -> list[Prediction]:
+    """What the model predicts of each document, in their order; what is too long is cut, and said."""
+    config, task = loaded.config, task.for_any_document()
     array = array_of(documents, loaded.tokenizer, name)
-    if objective.kind == "choice" and array.others != objective.num_choices:
-        raise UserError(
-            f"{name}: its documents have {array.others} choices; the model was trained on {objective.num_choices}"
-        )
     length = min(config.sequence_length, _row_length(array, loaded.tokenizer))
-    examples = task_rows(array, loaded.tokenizer, length, objective, shown=True)
+    examples = task.rows(array, loaded.tokenizer, length, shown=True)
     graphdef = graphdef_of(functools.partial(make_model, config.model))
     parts = []
     with use_mesh(loaded.mesh, loaded.config.mesh.rules):
-        step = make_task_step(graphdef, objective)
+        step = make_eval_step(graphdef, task)
         for batch in _batches(len(examples), config.batch_size):
             rows = examples.gather(np.maximum(batch, 0)) | {"example": batch.astype(np.int32)}
             parts.append(jax.device_get(step(loaded.params, jax.tree.map(jnp.asarray, rows))[1]))
-    task = make_task(objective, loaded.tokenizer, loaded.labels)
-    return TaskEvaluation(task, [(examples, documents)]).predictions(parts)
+    names = Labelling(loaded.tokenizer, loaded.labels)
+    return TaskDocuments(task, names, [(examples, documents)]).predictions(parts)
 
 
 def _as_task(config: RunConfig) -> RunConfig:
     """The config of an import with the task that its head is for; any other as it is."""
-    kind, fields = _OF_HEADS.get(getattr(config.model, "head", ""), (None, {}))
-    if kind is None:
-        return config
-    if kind == "classification" and getattr(config.model, "num_labels", 2) == 1:
-        kind = "regression"
-    source = SourceConfig(kind="files", path="*.jsonl", **fields)
-    return dataclasses.replace(
-        config,
-        length=min(config.model.max_length, _LONGEST),
-        objective=dataclasses.replace(config.objective, kind=kind),
-        data=dataclasses.replace(config.data, sources=(source,)),
-    )
+    for task in (one() for one in _TASKS):
+        if task.document_fields is not None and task.suits(config.model):
+            source = FilesSource(path="*.jsonl", **dict(task.document_fields))
+            return dataclasses.replace(
+                config,
+                length=min(config.model.max_length, _LONGEST),
+                objective=task,
+                data=dataclasses.replace(config.data, sources=(source,)),
+            )
+    return config
 
 
 def _row_length(array: TokenArray, tokenizer: Tokenizer) -> int:

@@ -7,20 +7,18 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import RunConfig
-from train.data.objective_config import LABELLED, MASKED, ROWS
 from train.mesh import STRATEGIES, MeshConfig, batch_sharding
+from train.objectives.objective import BatchShapes
 from train.optimizer import make_optimizer
 from train.pipeline import StagedStep, one_forward_one_backward, schedule_of
 from train.pmap import make_pmap_step
 from train.state import StateMaker, TrainState, abstract_state, described_key, init_state, lay_out, state_maker
 from train.step import make_eval_step, make_gradient, make_train_step
-from train.tasks.step import make_task_step
 from train.trained import ALL, Trained, chosen
 from transformer.errors import ConfigError
 from transformer.functional import ModelFactory, graphdef_of
@@ -60,7 +58,7 @@ class Program:
         with nnx.logical_axis_rules(config.mesh.optimizer_rules):
             summed = lay_out(trained.of(staged.params), mesh)
         options: dict[str, Any] = {
-            "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "objective": config.objective.kind,
+            "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "objective": config.objective,
             "trained": trained,
         }  # fmt: skip
         self.train_step: Any
@@ -69,7 +67,7 @@ class Program:
         else:
             pipelined = schedule.microbatches is not None
             of_loss = one_forward_one_backward if pipelined and config.mesh.schedule == "1f1b" else make_gradient
-            gradient = of_loss(graphdef, config.loss, config.objective.kind, schedule, trained)
+            gradient = of_loss(graphdef, config.loss, config.objective, schedule, trained)
             self.train_step = make_train_step(
                 graphdef,
                 optimizer,
@@ -82,10 +80,7 @@ class Program:
             )
             if V > 1:
                 self.train_step = StagedStep(self.train_step, staged, V)
-        if config.objective.kind in LABELLED:
-            self.eval_step = make_task_step(graphdef, config.objective, schedule)
-        else:
-            self.eval_step = make_eval_step(graphdef, config.objective.kind, schedule)
+        self.eval_step = make_eval_step(graphdef, config.objective, schedule)
         self.plain = plainly(config.adapter)
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
 
@@ -147,39 +142,7 @@ def _state_of(
     return optimizer, state_maker(make, optimizer, keep_ema=keep_ema, trained=trained)
 
 
-def batch_shapes(config: RunConfig, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the objective's loss reads of `rows` sequences (`config.batch_size`), padding included."""
-    objective, length = config.objective, config.sequence_length
+def batch_shapes(config: RunConfig, rows: int | None = None) -> BatchShapes:
+    """The arrays of a batch of `rows` examples (`config.batch_size`), padding included."""
     rows = config.batch_size if rows is None else rows
-
-    def whole(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    batch = {name: whole(rows, length) for name in ("tokens", "targets")}
-    batch["weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-    if objective.kind != "causal" or config.data.packing == "documents":
-        batch |= {name: whole(rows, length) for name in ("segments", "positions")}
-    if objective.kind in MASKED:
-        batch["predicted"] = whole(rows, objective.most_predicted(length))
-    if objective.kind in ("next_sentence", "sentence_order"):
-        batch |= {"token_types": whole(rows, length), "labels": whole(rows)}
-    if objective.kind in ROWS:
-        batch["weights"] = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
-    if objective.kind in LABELLED and objective.kind != "token_classification":
-        del batch["targets"]
-        labels = (rows, 2) if objective.kind == "answer" else (rows,)
-        kind = jnp.float32 if objective.kind == "regression" else jnp.int32
-        batch["labels"] = jax.ShapeDtypeStruct(labels, kind)
-        if config.data.pairs:
-            batch["token_types"] = whole(rows, length)
-    if objective.kind == "choice":
-        names = ("tokens", "segments", "positions", "token_types")
-        batch |= {name: whole(rows, objective.num_choices, length) for name in names}
-    if objective.kind == "contrastive":
-        batch |= {f"other_{name}": whole(rows, length) for name in ("tokens", "segments", "positions")}
-    if objective.kind == "prefix":
-        batch["prefix"] = whole(rows)
-    if objective.has_source:
-        width = objective.source_width(length)
-        batch |= {f"source_{name}": whole(rows, width) for name in ("tokens", "segments", "positions")}
-    return batch
+    return config.objective.batch(rows, config.sequence_length, config.data)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from transformer.errors import require
+from transformer.errors import Config, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Config):
     """When the held-out text is scored."""
 
     every: int = 500
@@ -21,6 +21,7 @@ class EvaluationConfig:
     """Stop after so many evaluations in a row that were no better than the best, by checkpoint.best; null: after all steps."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "every", self.every >= 0, "allowed: 0 or more")
         require(self, "batches", self.batches is None or self.batches >= 1, "allowed: 1 or more, or null")
         require(self, "translations", self.translations >= 0, "allowed: 0 or more")
@@ -29,26 +30,26 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Config):
     """When the state is written, and what is kept of it."""
 
     every: int = 500
     """Steps between checkpoints; 0: only at the end and on interruption."""
     keep: int = 2
-    """How many of the newest are kept; the best is kept beside them."""
+    """How many of the newest are kept, in addition to the best."""
     best: str = "loss"
-    """By which value on the held-out text the best is chosen: the loss, or a metric of the objective. Higher is better, but of
-    loss and mse. classification: accuracy, f1, matthews; regression: pearson, spearman, mse; token_classification: accuracy,
-    precision, recall, f1; answer: exact_match, f1; choice, contrastive: accuracy; seq2seq: bleu, chrf."""
+    """By which value on the held-out text the best is chosen: the loss, or a metric of the objective (a wrong name lists
+    them). Higher is better, except for loss and mse."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "every", self.every >= 0, "allowed: 0 or more")
         require(self, "keep", self.keep >= 1, "allowed: 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """Where metrics go, beside the terminal and metrics.jsonl."""
+class LogConfig(Config):
+    """Where metrics go, in addition to the terminal and metrics.jsonl."""
 
     every: int = 10
     """Steps between two recorded values."""
@@ -58,11 +59,12 @@ class LogConfig:
     """Also log to this Weights & Biases project (needs the extra `wandb`); null: no."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "every", self.every >= 1, "allowed: 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(Config):
     """A text written by the model now and then, to look at."""
 
     every: int = 1000
@@ -77,6 +79,7 @@ class SampleConfig:
     """Sample from the likeliest tokens that make up this probability."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "every", self.every >= 0, "allowed: 0 or more")
         require(self, "max_tokens", self.max_tokens >= 0, "allowed: 0 or more")
         require(self, "temperature", self.temperature >= 0, "allowed: 0 or more")

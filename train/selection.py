@@ -9,30 +9,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from train.data.store import Prepared
+from train.objectives import objectives
 from transformer.errors import UserError
 
 if TYPE_CHECKING:
     from train.config import RunConfig
 
-LOWER_IS_BETTER = ("loss", "mse")
 
-METRICS: dict[str, tuple[str, ...]] = {
-    "classification": ("accuracy", "f1", "matthews"),
-    "regression": ("pearson", "spearman", "mse"),
-    "token_classification": ("accuracy", "precision", "recall", "f1"),
-    "answer": ("exact_match", "f1"),
-    "choice": ("accuracy",),
-    "contrastive": ("accuracy",),
-    "seq2seq": ("bleu", "chrf"),
-}
-"""The metrics of each objective beside the loss, by which checkpoints may be compared."""
-
-
-def goodness(name: str, values: Mapping[str, float]) -> float:
+def ranking_key(name: str, values: Mapping[str, float]) -> float:
     """A number that is higher for what is better by the metric `name`; what lacks it is worse than all."""
     if name not in values:
         return float("-inf")
-    return -values[name] if name in LOWER_IS_BETTER else values[name]
+    return -values[name] if any(name in one.lower_is_better for one in objectives()) else values[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +45,12 @@ class Selection:
 
     def after(self, step: int, value: float) -> Selection:
         """The same after one more evaluation, at `step`. Of equal ones the first is the best."""
-        if self.value is None or goodness(self.name, {self.name: value}) > goodness(self.name, {self.name: self.value}):
+        if self.value is None or self._key(value) > self._key(self.value):
             return Selection(self.name, value, step, counted=step)
         return dataclasses.replace(self, since=self.since + 1, counted=step)
+
+    def _key(self, value: float) -> float:
+        return ranking_key(self.name, {self.name: value})
 
     def is_over(self, patience: int | None) -> bool:
         """Whether `patience` evaluations in a row were no better."""
@@ -79,7 +70,7 @@ def check_selection(config: RunConfig, prepared: Prepared) -> None:
     if is_selective(config) and not prepared.validation:
         field = "evaluation.patience" if config.checkpoint.best == "loss" else "checkpoint.best"
         raise UserError(f"{field}: there is no held-out text; set data.validation_fraction above 0, or {field} back")
-    if config.checkpoint.best in METRICS["seq2seq"]:
+    if config.objective.translates and config.checkpoint.best != "loss":
         if jax.process_count() > 1:
             raise UserError("checkpoint.best: translations are made by one process; set it to loss")
         if not config.evaluation.translations:

@@ -10,14 +10,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from train.objective import LOSSES, Batch, LossConfig, LossSums
+from train.loss import Batch, LossConfig, LossSums
+from train.objectives import Causal, Objective
+from train.objectives.objective import Outputs
 from train.state import TrainState
 from train.trained import ALL, Trained
 from transformer.pipeline import PLAIN, Schedule, scheduled
 from transformer.types import Array
 
 Metrics = dict[str, Array]
+
+_CAUSAL = Causal()
 
 Gradient = Callable[[nnx.State, Batch, Array], tuple[nnx.State, LossSums]]
 """(params, batch, key) -> the gradient of the batch's summed loss with regard to the trained parameters, and the sums."""
@@ -31,7 +36,7 @@ def make_train_step(
     *,
     microbatches: int = 1,
     ema_decay: float | None = None,
-    objective: str = "causal",
+    objective: Objective = _CAUSAL,
     gradients: nnx.State | None = None,
     summed: nnx.State | None = None,
     gradient: Gradient | None = None,
@@ -47,7 +52,7 @@ def make_train_step(
         abstract: shapes and shardings of the state (`abstract_state`).
         microbatches: into how many parts the batch is cut, one after the other, to save memory.
         ema_decay: of the parameters' moving average, where the state keeps one.
-        objective: a name of `LOSSES`.
+        objective: what is predicted.
         gradients: shapes and shardings of the gradients of each of several parts; by default the compiler lays them out.
         summed: the same of their sum over all parts, as the optimiser takes it.
         gradient: what computes them, such as a pipeline; by default `jax.grad` of the objective's loss.
@@ -77,13 +82,13 @@ def make_train_step(
 
 
 def make_gradient(
-    graphdef: Any, loss: LossConfig, objective: str = "causal", schedule: Schedule = PLAIN, trained: Trained = ALL
+    graphdef: Any, loss: LossConfig, objective: Objective = _CAUSAL, schedule: Schedule = PLAIN, trained: Trained = ALL
 ) -> Gradient:
     """The gradient of an objective's loss, by `jax.grad`; `schedule` is that of the pipeline, where layers lie along one."""
 
     def loss_sum(part: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[Array, LossSums]:
         with scheduled(schedule):
-            sums = LOSSES[objective](nnx.merge(graphdef, part, frozen), batch, loss, key=key)
+            sums = objective.loss(nnx.merge(graphdef, part, frozen), batch, loss, key=key)
         return sums.loss, sums
 
     def gradient(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
@@ -155,12 +160,21 @@ def update(
     return changed, metrics
 
 
-def make_eval_step(graphdef: Any, objective: str = "causal", schedule: Schedule = PLAIN) -> jax.stages.Wrapped:
-    """The jitted `(params, batch) -> LossSums` without dropout, smoothing or z-loss."""
+def make_eval_step(graphdef: Any, objective: Objective = _CAUSAL, schedule: Schedule = PLAIN) -> jax.stages.Wrapped:
+    """The jitted `(params, batch) -> (sums, outputs)` without dropout, smoothing, z-loss or class weights.
 
-    def step(params: nnx.State, batch: Batch) -> LossSums:
+    Every device ends with the outputs of all rows, so that every process reads the same. They have `example` [B] too where the
+    batch has it.
+    """
+
+    def step(params: nnx.State, batch: Batch) -> tuple[LossSums, Outputs]:
         with scheduled(schedule):
-            return LOSSES[objective](nnx.merge(graphdef, params), batch, LossConfig())
+            sums, outputs = objective.evaluate(nnx.merge(graphdef, params), batch)
+        if "example" in batch:
+            outputs |= {"example": batch["example"]}
+        if outputs and not jax.sharding.get_abstract_mesh().empty:
+            outputs = jax.lax.with_sharding_constraint(outputs, PartitionSpec())
+        return sums, outputs
 
     return jax.jit(step)
 

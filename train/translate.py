@@ -46,7 +46,7 @@ def translate(
     for text in texts:
         check_text("--text", text)
     loaded = load_run(run, step)
-    if loaded.config.objective.kind != "seq2seq":
+    if not loaded.config.objective.translates:
         raise UserError(
             f"{run}: this model was not trained on pairs of texts (objective {loaded.config.objective.kind})"
         )

@@ -61,9 +61,7 @@ def check_fields(config: Any) -> None:
         value = getattr(config, name)
         fitted = _fit(value, annotation)
         if fitted is _MISFIT:
-            raise ConfigError(
-                config_type, name, value, f"allowed: {allowed_values(annotation)}{_near(value, annotation)}"
-            )
+            raise ConfigError(config_type, name, value, what_fits(annotation, value))
         if fitted is not value:
             object.__setattr__(config, name, fitted)
 
@@ -75,10 +73,21 @@ def field_types(config_type: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(config_type)}
 
 
-def allowed_values(annotation: Any) -> str:
-    """What an annotation allows, for people: `an integer, or null`."""
-    parts = [_phrase(part) for part in _alternatives(annotation)]
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, or {parts[-1]}"
+def what_fits(annotation: Any, value: Any) -> str:
+    """What an annotation allows in the place of a value that does not fit it: `allowed: an integer, or null`."""
+    names = [typing.get_args(one)[0] for one in alternatives(annotation) if typing.get_origin(one) is Literal]
+    texts = [name for name in names if isinstance(name, str)]
+    found = nearest(value, texts) if isinstance(value, str) else ""
+    return f"allowed: {_allowed(annotation)}" + (f".{found}" if found else "")
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, each Literal value as one; of any other annotation itself."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(one for part in typing.get_args(annotation) for one in alternatives(part))
+    if typing.get_origin(annotation) is Literal:
+        return tuple(Literal[value] for value in typing.get_args(annotation))
+    return (annotation,)
 
 
 def check_text(name: str, text: str) -> None:
@@ -110,23 +119,14 @@ _PHRASES: dict[Any, str] = {
 }  # fmt: skip
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, each Literal value as one; of any other annotation itself."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return tuple(one for part in typing.get_args(annotation) for one in _alternatives(part))
-    if typing.get_origin(annotation) is Literal:
-        return tuple(Literal[value] for value in typing.get_args(annotation))
-    return (annotation,)
-
-
 def _fit(value: Any, annotation: Any) -> Any:
     """The value as the annotation has it, or `_MISFIT`."""
-    alternatives = _alternatives(annotation)
-    if len(alternatives) > 1:
+    parts = alternatives(annotation)
+    if len(parts) > 1:
         # As it is before what changes it: 1 stays an int in `int | float`.
-        fitted = [one for one in (_fit(value, part) for part in alternatives) if one is not _MISFIT]
+        fitted = [one for one in (_fit(value, part) for part in parts) if one is not _MISFIT]
         return next((one for one in fitted if type(one) is type(value)), fitted[0] if fitted else _MISFIT)
-    (kind,) = alternatives
+    (kind,) = parts
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
@@ -135,10 +135,10 @@ def _fit(value: Any, annotation: Any) -> Any:
     if origin is tuple:
         if not isinstance(value, tuple):
             return _MISFIT
-        parts = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
-        if len(parts) != len(value):
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(kinds) != len(value):
             return _MISFIT
-        items = tuple(_fit(item, part) for item, part in zip(value, parts, strict=True))
+        items = tuple(_fit(item, part) for item, part in zip(value, kinds, strict=True))
         if any(item is _MISFIT for item in items):
             return _MISFIT
         return value if all(item is old for item, old in zip(items, value, strict=True)) else items
@@ -149,19 +149,17 @@ def _fit(value: Any, annotation: Any) -> Any:
     raise TypeError(f"a config cannot have a field of type {kind!r}")
 
 
+def _allowed(annotation: Any) -> str:
+    phrases = [_phrase(part) for part in alternatives(annotation)]
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])}, or {phrases[-1]}"
+
+
 def _phrase(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return repr(arguments[0])
     if origin is tuple:
         if arguments[1:] == (...,):
-            return f"a list (tuple) of which each item is {allowed_values(arguments[0])}"
+            return f"a list (tuple) of which each item is {_allowed(arguments[0])}"
         return f"a list (tuple) of {len(arguments)} items"
     return _PHRASES.get(kind) or str(kind.__name__)
-
-
-def _near(value: Any, annotation: Any) -> str:
-    names = [typing.get_args(one)[0] for one in _alternatives(annotation) if typing.get_origin(one) is Literal]
-    texts = [name for name in names if isinstance(name, str)]
-    found = nearest(value, texts) if isinstance(value, str) else ""
-    return f".{found}" if found else ""

@@ -11,8 +11,8 @@ from benchmarks import peer
 from benchmarks.record import ratio, save, speeds_in_turn, summary
 from benchmarks.workload import OPTIMIZER, our_step, random_batch
 from train.config import RunConfig
-from train.data.objective_config import ObjectiveConfig
 from train.hardware import utilization
+from train.objectives import Classification
 from transformer.models.bert import BertConfig
 from transformer.models.families import flops_per_token
 
@@ -30,7 +30,7 @@ def workload() -> RunConfig:
 
 def _of(model: BertConfig, length: int) -> RunConfig:
     return RunConfig(
-        name="benchmark", batch_size=32, length=length, model=model, objective=ObjectiveConfig(kind="classification"),
+        name="benchmark", batch_size=32, length=length, model=model, objective=Classification(),
         optimizer=OPTIMIZER,
     )  # fmt: skip
 

@@ -18,13 +18,14 @@ from benchmarks.history import measure
 from benchmarks.history.models import DROPOUT, ENTRIES, TOLERANCE, solve
 from benchmarks.history.tasks import SHAPES, Task
 from benchmarks.stage import keep, kept, train_silently
-from train.config import CheckpointConfig, EvaluationConfig, LogConfig, RunConfig, SampleConfig
+from train.config import RunConfig
 from train.data.loader import train_batches
 from train.data.prepare import fingerprint
 from train.data.store import Prepared
 from train.mesh import use_mesh
 from train.optimizer import OptimizerConfig
 from train.run_files import load_run
+from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from transformer.models.families import count_parameters
 
 BATCH_SIZE = 32

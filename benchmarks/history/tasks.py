@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 from train.config import load
-from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig, prepare
-from train.data.source import SourceConfig
+from train.data.source_config import SyntheticSource
 from train.data.store import Prepared
 from train.data.tokenizer import TokenizerConfig
+from train.objectives import Seq2Seq
 from transformer.errors import UserError, nearest
 
 DATA = ("verses", "synthetic")
@@ -40,9 +40,9 @@ class Task:
     """Longest source and longest target, in tokens with the end of text; longer pairs are left out."""
 
     @property
-    def objective(self) -> ObjectiveConfig:
+    def objective(self) -> Seq2Seq:
         """Translation."""
-        return ObjectiveConfig(kind="seq2seq", source_length=self.length, max_shapes=SHAPES)
+        return Seq2Seq(source_length=self.length, max_shapes=SHAPES)
 
     def prepared(self) -> Prepared:
         """Its tokens."""
@@ -65,7 +65,7 @@ def tasks_of(data: str, parameters: int, *, synthetic_pairs: int | None = None) 
         UserError: neither a known name nor a config of pairs.
     """
     words = TokenizerConfig(kind="words", vocab_size=SYNTHETIC_WORDS)
-    sources = (SourceConfig(kind="synthetic", limit=synthetic_pairs or SYNTHETIC_PAIRS),)
+    sources = (SyntheticSource(limit=synthetic_pairs or SYNTHETIC_PAIRS),)
     drawn = DataConfig(sources=sources, tokenizer=words, packing="pad", validation_fraction=HELD_OUT)
     synthetic = Task(name="synthetic", title="Two invented languages", data=drawn, length=32)
     if data == "synthetic":

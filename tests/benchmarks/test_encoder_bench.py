@@ -16,7 +16,7 @@ from benchmarks.report import report
 from tests.hf.ours import BERT, written
 from tests.train.test_hf_import import BERT_SPECIAL, WORDS, tokenizer_json
 from train.config import RunConfig
-from train.data.objective_config import ObjectiveConfig
+from train.objectives import Classification
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -31,7 +31,7 @@ def results(tmp_path, monkeypatch):
 @pytest.mark.torch
 def test_a_step_of_fine_tuning_beside_torch(results):
     model = dataclasses.replace(BERT, head="classification", pooler=False)
-    objective = ObjectiveConfig(kind="classification")
+    objective = Classification()
     work = RunConfig(name="tiny", batch_size=2, length=8, model=model, objective=objective)
     result = step.run(rounds=1, steps=1, work=work)
     assert set(result["tokens_per_second"]) == {"manyheads", "torch"}

@@ -14,24 +14,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.data.check import check_labels
 from train.data.labelled import LabelledDocuments, commonest_share
 from train.data.loader import Batches, evaluation_batches, train_batches
-from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig, fingerprint, prepare
 from train.data.records import Rejects
-from train.data.source import SourceConfig, documents
+from train.data.source import documents
+from train.data.source_config import FilesSource, SourceConfig
 from train.data.store import Prepared
 from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
+from train.objectives import Classification, Masked
+from train.objectives.tasks.task import check_labels
 from transformer.errors import ConfigError, UserError
 
-CLASSIFICATION = ObjectiveConfig(kind="classification")
+CLASSIFICATION = Classification()
 ROWS = [("a fine film", "good", "one"), ("dull", "bad", "one"), ("the plot", "plot", "two"), ("Grüße", "good", "two")]
 LENGTH = 24
 
 
 def source_of(path: Path, **settings) -> SourceConfig:
-    return SourceConfig(kind="files", path=str(path), label_field="class", group_field="film", **settings)
+    return FilesSource(path=str(path), label_field="class", group_field="film", **settings)
 
 
 def config_of(path: Path, **settings) -> DataConfig:
@@ -140,7 +141,7 @@ def test_classes_are_stored_beside_the_tokens(reviews: Path) -> None:
 
 def test_the_same_films_are_held_out_whatever_else_is_read(reviews: Path) -> None:
     labelled = config_of(reviews)
-    plain = dataclasses.replace(labelled, sources=(SourceConfig(kind="files", path=str(reviews), group_field="film"),))
+    plain = dataclasses.replace(labelled, sources=(FilesSource(path=str(reviews), group_field="film"),))
     one, other = (prepare(config, progress=False).validation[0] for config in (labelled, plain))
     np.testing.assert_array_equal(one.tokens, other.tokens)
     assert 0 < one.documents < 300
@@ -234,7 +235,7 @@ def test_long_documents_are_left_out_or_cut_and_reported(reviews: Path, capsys: 
     prepared = prepare(config, progress=False)
     short = [text for text in written(reviews) if len(text) <= 10]
     for too_long in ("drop", "truncate"):
-        objective = ObjectiveConfig(kind="classification", too_long=too_long)
+        objective = Classification(too_long=too_long)
         batches = batches_of(prepared, config, objective, batch_size=1, length=12)
         found = [texts_in(batches.batch(step), prepared)[0] for step in range(batches.examples_per_epoch)]
         assert max(len(text) for text, _ in found) == 10
@@ -253,7 +254,7 @@ def test_text_that_spells_out_special_tokens_stays_text(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [(f"a {CLS} b {SEP}", "good", ""), ("c", "bad", "")])
     config = config_of(path, validation_fraction=0.0)
     prepared = prepare(config, progress=False)
-    batch = LabelledDocuments(prepared.train[0], prepared.tokenizer, 20, CLASSIFICATION).gather(np.arange(2))
+    batch = LabelledDocuments(prepared.train[0], prepared.tokenizer, 20, "drop").gather(np.arange(2))
     assert texts_in(batch, prepared) == [(f"a {CLS} b {SEP}", "good"), ("c", "bad")]
     assert np.sum(batch["tokens"] == prepared.tokenizer.special_ids[CLS]) == 2
 
@@ -270,7 +271,7 @@ def test_what_does_not_suit_is_one_line(reviews: Path, tmp_path: Path) -> None:
     )
     bare = dataclasses.replace(config, tokenizer=TokenizerConfig(special_tokens=(MASK,)))
     assert "takes [CLS], [SEP], which the vocabulary lacks; set data.tokenizer.special_tokens" in told(bare)
-    plain = dataclasses.replace(config, sources=(SourceConfig(kind="files", path=str(reviews)),))
+    plain = dataclasses.replace(config, sources=(FilesSource(path=str(reviews)),))
     assert "needs documents with a class, the sources give none; set their label_field" in told(plain)
     assert "length: got 2; classification needs at least 3 tokens" in told(config, length=2)
     prepared = prepare(config, progress=False)
@@ -284,7 +285,7 @@ def test_what_does_not_suit_is_one_line(reviews: Path, tmp_path: Path) -> None:
 
 def test_other_objectives_do_not_mind_classes(reviews: Path) -> None:
     config = config_of(reviews, tokenizer=TokenizerConfig(special_tokens=(MASK, CLS, SEP)))
-    batch = batches_of(prepare(config, progress=False), config, ObjectiveConfig(kind="masked")).batch(0)
+    batch = batches_of(prepare(config, progress=False), config, Masked()).batch(0)
     assert "labels" not in batch
 
 
@@ -303,12 +304,12 @@ def test_other_objectives_do_not_mind_classes(reviews: Path) -> None:
 )
 def test_inconsistent_sources_are_refused(settings: dict, field: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        SourceConfig(kind="files", **settings)
+        FilesSource(**settings)
     assert raised.value.field == field
 
 
 def test_all_sources_have_classes_or_none(reviews: Path) -> None:
-    plain = SourceConfig(kind="files", path=str(reviews))
+    plain = FilesSource(path=str(reviews))
     with pytest.raises(ConfigError, match="which has no label_field: all sources do, or none does"):
         DataConfig(sources=(source_of(reviews), plain))
     with pytest.raises(ConfigError, match="which has a label_field: all sources do, or none does") as raised:

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from train.data.loader import Batches, evaluation_batches, prefetch_to_device, train_batches
 from train.data.prepare import DataConfig, prepare
-from train.data.source import SourceConfig
+from train.data.source_config import FilesSource, StdlibSource
 from train.data.store import Meta, Prepared, TokenArray
 from train.data.tokenizer import ByteTokenizer
+from train.objectives import Causal
 from transformer.errors import UserError
 
+CAUSAL = Causal()
 LENGTH = 8
 META = Meta(
     format_version=1,
@@ -51,7 +53,7 @@ PREPARED = Prepared(
 
 
 def config_of(*weights: float, **settings) -> DataConfig:
-    return DataConfig(sources=tuple(SourceConfig(weight=weight) for weight in weights), **settings)
+    return DataConfig(sources=tuple(StdlibSource(weight=weight) for weight in weights), **settings)
 
 
 def batches_of(
@@ -65,6 +67,7 @@ def batches_of(
         seed=seed,
         process_index=process[0],
         process_count=process[1],
+        objective=CAUSAL,
     )
 
 
@@ -103,14 +106,14 @@ def test_a_step_depends_on_seed_and_step_alone(
 
 def test_every_epoch_shows_every_example_once_in_a_new_order() -> None:
     prepared = Prepared(Path(), META, ByteTokenizer(), (PREPARED.train[1],), ())
-    batches = train_batches(prepared, config_of(1.0), batch_size=5, length=LENGTH, seed=3)
+    batches = train_batches(prepared, config_of(1.0), batch_size=5, length=LENGTH, seed=3, objective=CAUSAL)
     count = batches.examples_per_epoch
     assert count == 125
     ids = np.concatenate([batches.batch(step)["example"] for step in range(3 * count // 5)]).reshape(3, count)
     assert [sorted(epoch) for epoch in ids.tolist()] == [list(range(count))] * 3
     assert len({tuple(epoch) for epoch in ids.tolist()}) == 3
     assert tuple(ids[0]) != tuple(range(count))
-    other_seed = train_batches(prepared, config_of(1.0), batch_size=5, length=LENGTH, seed=4)
+    other_seed = train_batches(prepared, config_of(1.0), batch_size=5, length=LENGTH, seed=4, objective=CAUSAL)
     assert other_seed.batch(0)["example"].tolist() != ids[0, :5].tolist()
 
 
@@ -147,6 +150,7 @@ def test_evaluation_sees_every_token_once_in_batches_of_one_shape(packing, proce
             length=LENGTH,
             process_index=index,
             process_count=processes,
+            objective=CAUSAL,
         )
         fetched = list(batches)
         assert len(fetched) == len(batches)
@@ -165,15 +169,14 @@ def test_evaluation_sees_every_token_once_in_batches_of_one_shape(packing, proce
 @pytest.mark.parametrize("packing", ["chunk", "documents"])
 def test_from_files_to_batches(corpus: Path, packing) -> None:
     sources = tuple(
-        SourceConfig(kind="files", path=f"{corpus}/{half}*.txt", weight=weight)
-        for half, weight in zip("012", (1, 2, 3), strict=True)
+        FilesSource(path=f"{corpus}/{half}*.txt", weight=weight) for half, weight in zip("012", (1, 2, 3), strict=True)
     )
     config = DataConfig(sources=sources, validation_fraction=0.4, packing=packing)
     for _ in range(2):  # made, then found
         prepared = prepare(config, progress=False)
-        evaluation = list(evaluation_batches(prepared, config, batch_size=4, length=64))
+        evaluation = list(evaluation_batches(prepared, config, batch_size=4, length=64, objective=CAUSAL))
         assert sum(batch["weights"].sum() for batch in evaluation) == prepared.meta.tokens("validation")
-        batches = train_batches(prepared, config, batch_size=6, length=64, seed=1)
+        batches = train_batches(prepared, config, batch_size=6, length=64, seed=1, objective=CAUSAL)
         assert 0.9 < batches.efficiency <= 1
         text = prepared.tokenizer.decode(batches.batch(0)["tokens"].reshape(-1))
         assert "alpha" in text
@@ -181,11 +184,13 @@ def test_from_files_to_batches(corpus: Path, packing) -> None:
 
 
 def test_evaluation_can_end_early_and_needs_text() -> None:
-    batches = evaluation_batches(PREPARED, config_of(1.0, 1.0), batch_size=4, length=LENGTH, max_batches=2)
+    batches = evaluation_batches(
+        PREPARED, config_of(1.0, 1.0), batch_size=4, length=LENGTH, max_batches=2, objective=CAUSAL
+    )
     assert [batch["example"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     without = Prepared(Path(), META, ByteTokenizer(), PREPARED.train, ())
     with pytest.raises(UserError, match="no validation text"):
-        evaluation_batches(without, config_of(1.0, 1.0), batch_size=4, length=LENGTH)
+        evaluation_batches(without, config_of(1.0, 1.0), batch_size=4, length=LENGTH, objective=CAUSAL)
 
 
 def test_a_batch_that_the_processes_do_not_divide() -> None:
@@ -195,7 +200,7 @@ def test_a_batch_that_the_processes_do_not_divide() -> None:
 
 def test_a_source_shorter_than_one_sequence() -> None:
     with pytest.raises(UserError, match="small: 205 tokens are fewer than one sequence of 206"):
-        train_batches(PREPARED, config_of(1.0, 1.0), batch_size=2, length=206, seed=0)
+        train_batches(PREPARED, config_of(1.0, 1.0), batch_size=2, length=206, seed=0, objective=CAUSAL)
 
 
 def test_batches_are_put_on_the_device_ahead_and_threads_end() -> None:
@@ -222,5 +227,7 @@ def test_batches_are_put_on_the_device_ahead_and_threads_end() -> None:
 
 
 def test_a_finite_iterator_is_put_to_its_end() -> None:
-    batches = evaluation_batches(PREPARED, config_of(1.0, 1.0), batch_size=4, length=LENGTH, max_batches=3)
+    batches = evaluation_batches(
+        PREPARED, config_of(1.0, 1.0), batch_size=4, length=LENGTH, max_batches=3, objective=CAUSAL
+    )
     assert [batch["example"][0] for batch in prefetch_to_device(iter(batches), lambda batch: batch)] == [0, 4, 8]

@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data.check import batch_lengths, check_objective
 from train.data.loader import Batches, evaluation_batches, train_batches
-from train.data.objective_config import MODES, Kind, ObjectiveConfig
 from train.data.prepare import DataConfig, check_vocabulary, prepare
-from train.data.source import SourceConfig
+from train.data.source_config import FilesSource
+from train.data.spans import MODES
 from train.data.store import Prepared
 from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
+from train.objectives import OBJECTIVES, Causal, Masked, Objective, Seq2Seq, SpanCorruption, Ul2
 from transformer.errors import ConfigError, UserError
 
 LENGTH = 32
 MASKED_KEYS = {"tokens", "targets", "weights", "predicted", "segments", "positions", "example"}
 SIDES_KEYS = MASKED_KEYS - {"predicted"} | {"source_tokens", "source_segments", "source_positions"}
-KEYS: dict[Kind, set[str]] = {
+KEYS: dict[str, set[str]] = {
     "causal": {"tokens", "targets", "weights", "example"},
     "masked": MASKED_KEYS,
     "next_sentence": MASKED_KEYS | {"token_types", "labels"},
@@ -50,27 +50,25 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def config_of(path: Path | str = "rows.jsonl", **settings) -> DataConfig:
     tokenizer = TokenizerConfig(special_tokens=(MASK, CLS, SEP, *MODES), sentinels=40)
     defaults = {"validation_fraction": 0.3, "tokenizer": tokenizer}
-    return DataConfig(sources=(SourceConfig(kind="files", path=str(path)),), **defaults | settings)
+    return DataConfig(sources=(FilesSource(path=str(path)),), **defaults | settings)
 
 
-def objective_of(kind: Kind, **settings) -> ObjectiveConfig:
-    return ObjectiveConfig(
-        kind=kind, **({"source_length": 48} if kind in ("span_corruption", "ul2") else {}) | settings
-    )
+def objective_of(kind: str, **settings) -> Objective:
+    return OBJECTIVES[kind](**({"source_length": 48} if kind in ("span_corruption", "ul2") else {}) | settings)
 
 
-def batches_of(prepared: Prepared, objective: ObjectiveConfig, packing="chunk", **settings) -> Batches:
+def batches_of(prepared: Prepared, objective: Objective, packing="chunk", **settings) -> Batches:
     defaults = {"batch_size": 4, "length": LENGTH, "seed": 0}
     return train_batches(prepared, config_of(packing=packing), objective=objective, **defaults | settings)
 
 
 def cases() -> list:
-    documents: list[Kind] = ["masked", "next_sentence", "sentence_order"]
+    documents: list[str] = ["masked", "next_sentence", "sentence_order"]
     return [(kind, "chunk") for kind in TEXT_KINDS] + [(kind, "documents") for kind in documents]
 
 
 @pytest.mark.parametrize(("kind", "packing"), cases())
-def test_a_step_depends_on_seed_and_step_alone(prepared: Prepared, kind: Kind, packing: str) -> None:
+def test_a_step_depends_on_seed_and_step_alone(prepared: Prepared, kind: str, packing: str) -> None:
     objective = objective_of(kind)
     batches = batches_of(prepared, objective, packing)
     for step in (0, 7, 123_456):
@@ -92,7 +90,7 @@ def test_a_step_depends_on_seed_and_step_alone(prepared: Prepared, kind: Kind, p
 
 
 @pytest.mark.parametrize("kind", ["masked", "next_sentence", "sentence_order", "prefix", "span_corruption", "ul2"])
-def test_an_example_is_corrupted_anew_each_epoch(prepared: Prepared, kind: Kind) -> None:
+def test_an_example_is_corrupted_anew_each_epoch(prepared: Prepared, kind: str) -> None:
     batches = batches_of(prepared, objective_of(kind), batch_size=1)
     count = batches.examples_per_epoch
     shown: dict[int, set[bytes]] = {}
@@ -107,7 +105,7 @@ def test_an_example_is_corrupted_anew_each_epoch(prepared: Prepared, kind: Kind)
 
 
 @pytest.mark.parametrize("kind", ["masked", "span_corruption"])
-def test_rows_of_several_sources_are_corrupted_as_if_alone(prepared: Prepared, kind: Kind) -> None:
+def test_rows_of_several_sources_are_corrupted_as_if_alone(prepared: Prepared, kind: str) -> None:
     two = dataclasses.replace(prepared, train=prepared.train * 2)
     config = dataclasses.replace(config_of(), sources=config_of().sources * 2)
     settings = {"batch_size": 6, "length": LENGTH, "seed": 5, "objective": objective_of(kind)}
@@ -121,7 +119,7 @@ def test_rows_of_several_sources_are_corrupted_as_if_alone(prepared: Prepared, k
 
 @pytest.mark.parametrize(("kind", "packing"), cases())
 @pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_is_the_same_each_time(prepared: Prepared, kind: Kind, packing: str, processes: int) -> None:
+def test_evaluation_is_the_same_each_time(prepared: Prepared, kind: str, packing: str, processes: int) -> None:
     examples = []
     for index in range(processes):
         runs = []
@@ -217,7 +215,7 @@ def test_words_are_hidden_whole(prepared: Prepared) -> None:
 
 
 @pytest.mark.parametrize("kind", ["next_sentence", "sentence_order"])
-def test_two_stretches_of_text_and_what_they_are_to_each_other(prepared: Prepared, kind: Kind) -> None:
+def test_two_stretches_of_text_and_what_they_are_to_each_other(prepared: Prepared, kind: str) -> None:
     cls, sep = special(prepared, CLS, SEP)
     rows = all_of(batches_of(prepared, objective_of(kind)), 400)
     labels = rows["labels"]
@@ -270,15 +268,17 @@ def texts_of_sides(rows: dict[str, np.ndarray], row: int, sentinels: list[int]) 
 
 
 @pytest.mark.parametrize(("kind", "modes"), [("span_corruption", False), ("ul2", False), ("ul2", True)])
-def test_spans_come_back_and_rows_are_laid_out_for_two_sides(prepared: Prepared, kind: Kind, modes: bool) -> None:
-    objective = objective_of(kind, mode_tokens=modes)
+def test_spans_come_back_and_rows_are_laid_out_for_two_sides(prepared: Prepared, kind: str, modes: bool) -> None:
+    objective = objective_of(kind, **({"mode_tokens": modes} if kind == "ul2" else {}))
     batches = batches_of(prepared, objective)
     rows = all_of(batches)
     end = prepared.tokenizer.end_of_text
     ids = [id for name, id in prepared.tokenizer.special_ids.items() if name.startswith("<extra")]
     tokens = prepared.train[0].tokens.tobytes()
-    assert (rows["source_tokens"].shape[1], rows["tokens"].shape[1]) == batch_lengths(objective, LENGTH)
-    assert batch_lengths(objective_of("masked"), LENGTH) == (None, LENGTH)
+    assert (rows["source_tokens"].shape[1], rows["tokens"].shape[1]) == (
+        objective.source_width(LENGTH),
+        objective.target_width(LENGTH),
+    )
     if kind == "span_corruption":
         assert rows["tokens"].shape[1] < LENGTH
         assert np.all(rows["weights"] == 1) and np.all(rows["source_segments"] == 1)
@@ -313,8 +313,10 @@ def test_denoisers_are_mixed_by_weight(prepared: Prepared) -> None:
     ("kind", "least"),
     [("masked", 3), ("next_sentence", 5), ("sentence_order", 5), ("prefix", 2), ("span_corruption", 3), ("ul2", 8)],
 )
-def test_the_shortest_sequences_work(prepared: Prepared, kind: Kind, least: int) -> None:
-    objective = objective_of(kind, source_length=least, mode_tokens=True)
+def test_the_shortest_sequences_work(prepared: Prepared, kind: str, least: int) -> None:
+    known = {field.name for field in dataclasses.fields(OBJECTIVES[kind])}
+    settings = {"source_length": least, "mode_tokens": True}
+    objective = objective_of(kind, **{name: value for name, value in settings.items() if name in known})
     assert batches_of(prepared, objective, length=least).batch(3)["tokens"].shape == (4, least)
     with pytest.raises(UserError, match=f"at least {least}"):
         batches_of(prepared, objective, length=least - 1)
@@ -336,7 +338,7 @@ def test_the_shortest_sequences_work(prepared: Prepared, kind: Kind, least: int)
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused_early(prepared: Prepared, objective, length: int, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
-        check_objective(prepared, objective, length)
+        objective.check_data(prepared, length)
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match=message):
         batches_of(prepared, objective, length=length)
@@ -348,17 +350,17 @@ def test_missing_special_tokens_are_named(corpus: Path) -> None:
     with pytest.raises(
         UserError, match=r'takes \[CLS\], \[SEP\], which.*special_tokens: \["\[MASK\]", "\[CLS\]", "\[SEP\]"\]'
     ):
-        check_objective(prepared, objective_of("masked"), 32)
+        objective_of("masked").check_data(prepared, 32)
     with pytest.raises(UserError, match=r"takes \[R\], \[S\], \[X\]"):
-        check_objective(prepared, objective_of("ul2", mode_tokens=True), 32)
+        objective_of("ul2", mode_tokens=True).check_data(prepared, 32)
     with pytest.raises(
         UserError, match=r"of up to \d+ spans, the vocabulary has 0; set data\.tokenizer\.sentinels: \d+"
     ):
-        check_objective(prepared, objective_of("span_corruption"), 32)
+        objective_of("span_corruption").check_data(prepared, 32)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "span_corruption", "ul2"])
-def test_running_text_is_not_packed_by_document(prepared: Prepared, kind: Kind) -> None:
+def test_running_text_is_not_packed_by_document(prepared: Prepared, kind: str) -> None:
     with pytest.raises(
         UserError, match=rf"data\.packing: got 'documents'; {kind} is for running text: set it to 'chunk'"
     ):
@@ -373,40 +375,41 @@ def test_too_little_text_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"rows\.jsonl: 4 tokens are fewer"):
             train_batches(prepared, config, batch_size=1, length=LENGTH, seed=0, objective=objective_of(kind))
     with pytest.raises(UserError, match="'next_sentence' needs at least two documents"):
-        check_objective(prepared, objective_of("next_sentence"), LENGTH)
+        objective_of("next_sentence").check_data(prepared, LENGTH)
 
 
 def test_pairs_are_no_running_text(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "other": "b"}\n')
-    source = SourceConfig(kind="files", path=str(tmp_path / "rows.jsonl"), target_field="other")
+    source = FilesSource(path=str(tmp_path / "rows.jsonl"), target_field="other")
     prepared = prepare(DataConfig(sources=(source,), packing="pad", validation_fraction=0.0), progress=False)
-    with pytest.raises(UserError, match="'causal' is for single texts, the sources give pairs; set it to seq2seq"):
-        check_objective(prepared, ObjectiveConfig(), LENGTH)
+    with pytest.raises(UserError, match="'causal' is for single texts, the sources give pairs; set it to .*seq2seq"):
+        Causal().check_data(prepared, LENGTH)
 
 
 def test_a_vocabulary_holds_what_an_objective_puts_in(prepared: Prepared) -> None:
     check_vocabulary(prepared, 256)
-    check_vocabulary(prepared, 259, objective=objective_of("masked"))
+    check_vocabulary(prepared, 259, inserted=objective_of("masked").largest_inserted(prepared.tokenizer))
     for kind in ("masked", "ul2"):
         with pytest.raises(UserError, match="outside the model's vocabulary of 256; set the model's vocab_size"):
-            check_vocabulary(prepared, 256, objective=objective_of(kind))
+            check_vocabulary(prepared, 256, inserted=objective_of(kind).largest_inserted(prepared.tokenizer))
 
 
 @pytest.mark.parametrize(
-    ("settings", "field"),
+    ("objective", "settings", "field"),
     [
-        ({"mask_rate": 0.0}, "mask_rate"),
-        ({"mask_share": 1.1}, "mask_share"),
-        ({"random_share": 0.3}, "random_share"),
-        ({"ngram": 0}, "ngram"),
-        ({"noise_density": 0.6}, "noise_density"),
-        ({"mean_span": 0.5}, "mean_span"),
-        ({"denoiser_weights": (0.0, 0.0, 0.0)}, "denoiser_weights"),
-        ({"source_length": 1}, "source_length"),
-        ({"target_length": 0}, "target_length"),
+        (Masked, {"mask_rate": 0.0}, "mask_rate"),
+        (Masked, {"mask_share": 1.1}, "mask_share"),
+        (Masked, {"random_share": 0.3}, "random_share"),
+        (Masked, {"ngram": 0}, "ngram"),
+        (SpanCorruption, {"noise_density": 0.6}, "noise_density"),
+        (SpanCorruption, {"mean_span": 0.5}, "mean_span"),
+        (Ul2, {"denoiser_weights": (0.0, 0.0, 0.0)}, "denoiser_weights"),
+        (Ul2, {"denoiser_weights": (1.0, 1.0)}, "denoiser_weights"),
+        (Seq2Seq, {"source_length": 1}, "source_length"),
+        (Seq2Seq, {"target_length": 0}, "target_length"),
     ],
 )
-def test_inconsistent_configs_are_refused(settings: dict, field: str) -> None:
+def test_inconsistent_configs_are_refused(objective: type, settings: dict, field: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        ObjectiveConfig(**settings)
+        objective(**settings)
     assert raised.value.field == field

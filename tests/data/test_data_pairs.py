@@ -14,16 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from train.data.loader import Batches, EvaluationBatches, evaluation_batches, train_batches
-from train.data.objective_config import ObjectiveConfig
 from train.data.pairs import choose_widths, fit_pairs
 from train.data.prepare import DataConfig, check_vocabulary, fingerprint, prepare
 from train.data.records import Document, Rejects
-from train.data.source import SourceConfig, documents
+from train.data.source import documents
+from train.data.source_config import FilesSource, HubSource, SourceConfig, StdlibSource
 from train.data.store import Prepared
 from train.data.tokenizer import TokenizerConfig
+from train.objectives import Seq2Seq
 from transformer.errors import ConfigError, UserError
 
-SEQ2SEQ = ObjectiveConfig(kind="seq2seq")
+SEQ2SEQ = Seq2Seq()
 PAIRS = [("one", "eins", 1), ("two: Grüße", "zwei", 1), ("three", "drei", 2)]
 
 
@@ -42,7 +43,7 @@ def verses(tmp_path: Path) -> Path:
 
 
 def config_of(path: Path, packing="documents", **settings) -> DataConfig:
-    source = SourceConfig(kind="files", path=str(path), text_field="en", target_field="fr", group_field="chapter")
+    source = FilesSource(path=str(path), text_field="en", target_field="fr", group_field="chapter")
     return DataConfig(sources=(source,), packing=packing, **{"validation_fraction": 0.2} | settings)
 
 
@@ -62,11 +63,11 @@ def files_with_pairs(folder: Path) -> dict[str, SourceConfig]:
     (folder / "set").mkdir()
     (folder / "set" / "train.jsonl").write_bytes((folder / "rows.jsonl").read_bytes())
     return {
-        "jsonl": SourceConfig(kind="files", path=f"{folder}/rows.jsonl", **nested),
-        "parquet": SourceConfig(kind="files", path=f"{folder}/rows.parquet", **nested),
-        "hub": SourceConfig(kind="hub", path=f"{folder}/set", streaming=True, **nested),
-        "csv": SourceConfig(kind="files", path=f"{folder}/rows.csv", **flat),
-        "sqlite": SourceConfig(kind="files", path=f"{folder}/rows.db", query="select * from t", **flat),
+        "jsonl": FilesSource(path=f"{folder}/rows.jsonl", **nested),
+        "parquet": FilesSource(path=f"{folder}/rows.parquet", **nested),
+        "hub": HubSource(path=f"{folder}/set", streaming=True, **nested),
+        "csv": FilesSource(path=f"{folder}/rows.csv", **flat),
+        "sqlite": FilesSource(path=f"{folder}/rows.db", query="select * from t", **flat),
     }
 
 
@@ -103,7 +104,7 @@ def test_a_trained_tokenizer_reads_sqlite_pairs(tmp_path: Path) -> None:
 def test_a_pair_without_a_side_stops_or_is_counted(tmp_path: Path, row: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"en": "a", "fr": "b"}\n' + row + "\n")
-    source = SourceConfig(kind="files", path=str(path), text_field="en", target_field="fr")
+    source = FilesSource(path=str(path), text_field="en", target_field="fr")
     with pytest.raises(UserError, match=message):
         list(documents(source))
     rejects = Rejects("skip")
@@ -181,7 +182,7 @@ def test_what_pairs_depend_on_changes_the_fingerprint(verses: Path) -> None:
     ("settings", "field"),
     [
         ({"packing": "chunk"}, "packing"),
-        ({"validation": (SourceConfig(),)}, "validation"),
+        ({"validation": (StdlibSource(),)}, "validation"),
     ],
 )
 def test_pairs_are_packed_and_validated_as_pairs(verses: Path, settings: dict, field: str) -> None:
@@ -198,9 +199,9 @@ def test_single_texts_are_not_taken_for_pairs(settings: dict, field: str) -> Non
     with pytest.raises(ConfigError) as raised:
         DataConfig(**settings)
     assert raised.value.field == field
-    for wrong in ({"target_field": "x"}, {"group_field": "x"}, {"kind": "files", "path": "a.txt", "target_field": "x"}):
+    for wrong in ({"target_field": "x"}, {"group_field": "x"}):
         with pytest.raises(ConfigError):
-            SourceConfig(**wrong)
+            FilesSource(path="a.txt", **wrong)
 
 
 def batches_of(prepared: Prepared, config: DataConfig, length: int = 24, **settings) -> Batches:
@@ -303,7 +304,7 @@ def test_long_pairs_are_left_out_or_cut_and_reported(verses: Path, capsys: pytes
             if len(sides[0]) < 12 and len(sides[1]) < 9
         ]  # fmt: skip
         for too_long in ("drop", "truncate"):
-            objective = ObjectiveConfig(kind="seq2seq", source_length=12, target_length=9, too_long=too_long)
+            objective = Seq2Seq(source_length=12, target_length=9, too_long=too_long)
             batches = batches_of(prepared, config, objective=objective, batch_size=1)
             found: list[tuple[str, str]] = []
             for step in range(batches.examples_per_epoch):
@@ -321,7 +322,7 @@ def test_long_pairs_are_left_out_or_cut_and_reported(verses: Path, capsys: pytes
     batches_of(prepared, config, objective=objective)
     assert "longer" not in capsys.readouterr().err  # once is enough
     with pytest.raises(UserError, match="none of 300 pairs fits 3 tokens of source"):
-        batches_of(prepared, config, objective=ObjectiveConfig(kind="seq2seq", source_length=3))
+        batches_of(prepared, config, objective=Seq2Seq(source_length=3))
 
 
 def test_packing_fills_rows_on_both_sides() -> None:

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from train.data.prepare import DataConfig, check_vocabulary, fingerprint, prepare
-from train.data.source import SourceConfig, documents, validation_position
+from train.data.source import documents, validation_position
+from train.data.source_config import FilesSource
 from train.data.store import Prepared, TokenArray
 from train.data.tokenizer import TokenizerConfig
 from transformer.errors import ConfigError, UserError
@@ -29,10 +30,10 @@ LARGE_DOCUMENTS = 150
 PROGRAM = """
 import resource, sys
 from train.data.prepare import DataConfig, prepare
-from train.data.source import SourceConfig
+from train.data.source_config import FilesSource
 from transformer.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
-source = SourceConfig(kind="files", path=sys.argv[1])
+source = FilesSource(path=sys.argv[1])
 try:
     prepare(DataConfig(sources=(source,), validation_fraction=0.5))
 except UserError as error:
@@ -41,7 +42,7 @@ except UserError as error:
 
 
 def config_of(path: Path | str, **settings) -> DataConfig:
-    defaults = {"sources": (SourceConfig(kind="files", path=str(path)),), "validation_fraction": 0.5}
+    defaults = {"sources": (FilesSource(path=str(path)),), "validation_fraction": 0.5}
     return DataConfig(**defaults | settings)  # pyright: ignore[reportArgumentType]
 
 
@@ -148,7 +149,7 @@ def test_fingerprints_follow_whatever_changes_the_tokens(corpus: Path, tmp_path:
 
 def test_sources_of_their_own_for_validation(corpus: Path) -> None:
     (corpus / "held.out").write_text("held out")
-    held_out = SourceConfig(kind="files", path=str(corpus / "held.out"))
+    held_out = FilesSource(path=str(corpus / "held.out"))
     prepared = prepare(config_of(corpus / "*.txt", validation=(held_out,)), progress=False)
     assert prepared.meta.train[0].documents == 40
     assert texts_of(prepared.validation[0], prepared) == ["held out"]
@@ -156,7 +157,7 @@ def test_sources_of_their_own_for_validation(corpus: Path) -> None:
 
 def test_rows_left_out_are_counted_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n{"text": \n{"text": "fine too"}\n{}\n')
-    source = SourceConfig(kind="files", path=str(tmp_path / "rows.jsonl"), on_error="skip")
+    source = FilesSource(path=str(tmp_path / "rows.jsonl"), on_error="skip")
     prepared = prepare(DataConfig(sources=(source,), validation_fraction=0.0))
     assert prepared.meta.train[0].skipped == 2
     assert prepared.validation == ()
@@ -192,7 +193,7 @@ def test_an_empty_corpus_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"empty\.txt: no document with text to train on; give the source some text"):
         prepare(config_of(tmp_path / "empty.txt"), progress=False)
-    source = SourceConfig(kind="files", path=str(tmp_path / "bad.txt"), on_error="skip")
+    source = FilesSource(path=str(tmp_path / "bad.txt"), on_error="skip")
     with pytest.raises(UserError, match=r"no document with text to train on \(1 were left out as unreadable\)"):
         prepare(DataConfig(sources=(source,), validation_fraction=0.0), progress=False)
     with pytest.raises(UserError, match=r"missing\.txt: no such file"):

@@ -14,15 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from train.config import parse
 from train.data.records import Document, Rejects
-from train.data.source import SourceConfig, documents, identity, text_size, validation_position
-from transformer.errors import ConfigError, UserError
+from train.data.source import documents, identity, text_size, validation_position
+from train.data.source_config import FilesSource, HubSource, SourceConfig, StdlibSource
+from transformer.errors import UserError
 
 ROWS = ["first", "second\nwith a line end", "drittes: Grüße"]
 
 
 def files(path: Path | str, **settings) -> SourceConfig:
-    return SourceConfig(kind="files", path=str(path), **settings)
+    return FilesSource(path=str(path), **settings)
 
 
 def texts(config: SourceConfig) -> list[str]:
@@ -73,12 +75,12 @@ def test_sqlite_reads_one_column_of_a_query(tmp_path: Path) -> None:
 def test_a_local_data_set_reads_as_the_hub_does(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(jsonl(ROWS))
-    config = SourceConfig(kind="hub", path=str(tmp_path / "set"), streaming=True)
+    config = HubSource(path=str(tmp_path / "set"), streaming=True)
     assert texts(config) == ROWS
     with pytest.raises(UserError, match="cannot be read from the hub"):
-        texts(SourceConfig(kind="hub", path=str(tmp_path / "set"), split="nothing", streaming=True))
+        texts(HubSource(path=str(tmp_path / "set"), split="nothing", streaming=True))
     with pytest.raises(UserError, match=r"no field 'txt'.*Did you mean 'text'"):
-        texts(SourceConfig(kind="hub", path=str(tmp_path / "set"), text_field="txt", streaming=True))
+        texts(HubSource(path=str(tmp_path / "set"), text_field="txt", streaming=True))
 
 
 def test_text_files_by_glob_are_sorted_and_named_below_the_glob(tmp_path: Path) -> None:
@@ -101,11 +103,11 @@ def test_a_separator_cuts_a_text_file(tmp_path: Path) -> None:
 
 
 def test_the_standard_library_without_its_tests() -> None:
-    found = {document.id: document.text for document in documents(SourceConfig())}
+    found = {document.id: document.text for document in documents(StdlibSource())}
     assert found["json/decoder.py"] == Path(sysconfig.get_path("stdlib"), "json/decoder.py").read_text("utf-8")
     assert not [name for name in found if "site-packages" in name or name.startswith("test/")]
     assert list(found) == sorted(found)
-    assert text_size(SourceConfig()) == pytest.approx(sum(len(text.encode()) for text in found.values()), rel=0.01)
+    assert text_size(StdlibSource()) == pytest.approx(sum(len(text.encode()) for text in found.values()), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +185,8 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_inconsistent_configs_are_refused(settings: dict, field: str) -> None:
-    with pytest.raises(ConfigError) as raised:
-        SourceConfig(**settings)
-    assert raised.value.field == field
+    with pytest.raises(UserError, match=rf"^test: data\.sources\.0\.{field}: "):
+        parse({"name": "x", "data": {"sources": [settings]}}, "test")
 
 
 def test_identity_follows_the_files_but_not_the_weight(tmp_path: Path) -> None:

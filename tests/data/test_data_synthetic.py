@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from train.data.prepare import DataConfig, prepare
-from train.data.source import SourceConfig, documents
+from train.data.source import documents
+from train.data.source_config import SyntheticSource
 from train.data.synthetic import alignment, lexicon, sentence, translate
 from train.data.tokenizer import TokenizerConfig
 from transformer.errors import ConfigError, UserError
@@ -67,8 +68,8 @@ def test_fertility_and_movement_are_as_wide_as_promised() -> None:
 
 
 def test_a_source_of_pairs_with_one_token_a_word() -> None:
-    source = SourceConfig(kind="synthetic", limit=400)
-    first = list(documents(SourceConfig(kind="synthetic", limit=3)))
+    source = SyntheticSource(limit=400)
+    first = list(documents(SyntheticSource(limit=3)))
     assert list(documents(source))[:3] == first
     config = DataConfig(
         sources=(source,), packing="pad", validation_fraction=0.1,
@@ -80,11 +81,6 @@ def test_a_source_of_pairs_with_one_token_a_word() -> None:
     assert prepared.tokenizer.decode(prepared.tokenizer.encode(text)) == text
     assert prepared.target_tokenizer.decode(prepared.target_tokenizer.encode(target)) == target
     assert prepared.meta.train[0].documents + len(prepared.validation_pairs()) == 400
-    for settings, field in (
-        ({}, "limit"),
-        ({"limit": 3, "path": "x"}, "path"),
-        ({"limit": 3, "target_field": "x"}, "target_field"),
-    ):
-        with pytest.raises(ConfigError) as raised:
-            SourceConfig(kind="synthetic", **settings)
-        assert raised.value.field == field
+    with pytest.raises(ConfigError) as raised:
+        SyntheticSource()
+    assert raised.value.field == "limit"

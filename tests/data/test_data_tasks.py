@@ -15,15 +15,16 @@ from train.data.align import encode_with_places, encode_words, tokens_of_answer
 from train.data.choices import Choices
 from train.data.labelled import LabelledDocuments
 from train.data.loader import evaluation_batches, train_batches
-from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig, prepare
 from train.data.records import Answers, Document, Rejects
 from train.data.rows import longest_first
-from train.data.source import SourceConfig, documents
+from train.data.source import documents
+from train.data.source_config import FilesSource, HubSource, SourceConfig
 from train.data.tagged import TaggedWords
 from train.data.tokenizer import CLS, SEP, TokenizerConfig
 from train.data.vocabulary import make_tokenizer
 from train.data.windows import AnswerWindows
+from train.objectives import OBJECTIVES, Answer
 from transformer.errors import UserError
 
 BYTES = TokenizerConfig(special_tokens=(CLS, SEP))
@@ -37,7 +38,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def source_of(path: Path, **settings) -> SourceConfig:
-    return SourceConfig(kind="files", path=str(path), **settings)
+    return FilesSource(path=str(path), **settings)
 
 
 def prepared_of(source: SourceConfig, **settings):
@@ -75,8 +76,7 @@ def test_pairs_stand_in_one_row_with_types(tmp_path):
     )
     _, prepared = prepared_of(source)
     cls, sep = (prepared.tokenizer.special_ids[name] for name in (CLS, SEP))
-    objective = ObjectiveConfig(kind="classification", too_long="truncate")
-    made = LabelledDocuments(prepared.train[0], prepared.tokenizer, 12, objective)
+    made = LabelledDocuments(prepared.train[0], prepared.tokenizer, 12, "truncate")
     batch = made.gather(np.arange(40))
     for n, row in enumerate(rows):
         first, second = (int(one[0]) for one in longest_first(np.array([len(row["a"])]), np.array([len(row["b"])]), 9))
@@ -88,7 +88,7 @@ def test_pairs_stand_in_one_row_with_types(tmp_path):
         assert batch["positions"][n].tolist() == [*range(len(wanted)), *rest]
         assert batch["labels"][n] == n % 2
     assert made.efficiency == pytest.approx(batch["segments"].mean())
-    short = LabelledDocuments(prepared.train[0], prepared.tokenizer, 12, ObjectiveConfig(kind="classification"))
+    short = LabelledDocuments(prepared.train[0], prepared.tokenizer, 12, "drop")
     assert len(short) == sum(len(row["a"]) + len(row["b"]) <= 9 for row in rows)
 
 
@@ -112,7 +112,7 @@ def test_pairs_are_framed_as_a_pretrained_tokenizer_frames_them(tmp_path, twice)
         rows.append({"question": question, "context": context, "answers": answer})
     own = TokenizerConfig(kind="file", path=str(tmp_path / "tokenizer.json"), end_of_text="</s>")
     _, prepared = prepared_of(source_of(write(tmp_path / "questions.jsonl", rows), **ANSWERS), tokenizer=own)
-    made = AnswerWindows(prepared.train[0], prepared.tokenizer, 14, ObjectiveConfig(kind="answer"))
+    made = AnswerWindows(prepared.train[0], prepared.tokenizer, 14, stride=128, question_length=64)
     batch = made.gather(np.arange(len(made)))
     assert len(made) == len(rows) and prepared.tokenizer.separators == 1 + twice
     for row, tokens, segments, types, (first, last) in zip(
@@ -155,8 +155,7 @@ def test_the_first_token_of_each_word_is_found(kind):
 def test_a_word_has_its_tag_at_its_first_token(tagged):
     _, prepared = prepared_of(source_of(tagged, **TAGGED))
     assert prepared.meta.labels == ("B-LOC", "B-MISC", "B-ORG", "B-PER", "I-PER", "O")
-    objective = ObjectiveConfig(kind="token_classification", too_long="truncate")
-    made = TaggedWords(prepared.train[0], prepared.tokenizer, 40, objective)
+    made = TaggedWords(prepared.train[0], prepared.tokenizer, 40, "truncate")
     batch = made.gather(np.arange(3))
     for row, (words, tags) in enumerate(zip(SENTENCES[:3], TAGS[:3], strict=True)):
         places = np.flatnonzero(batch["weights"][row])
@@ -164,7 +163,7 @@ def test_a_word_has_its_tag_at_its_first_token(tagged):
         assert places.tolist() == [1, *np.cumsum(sizes)[:-1]]
         assert [prepared.meta.labels[number] for number in batch["targets"][row, places]] == tags
         assert not batch["targets"][row][batch["weights"][row] == 0].any()
-    cut = TaggedWords(prepared.train[0], prepared.tokenizer, 10, objective).gather(np.arange(3))
+    cut = TaggedWords(prepared.train[0], prepared.tokenizer, 10, "truncate").gather(np.arange(3))
     assert cut["weights"].sum(1).tolist() == [2, 2, 2] and cut["weights"].dtype == np.float32
 
 
@@ -198,13 +197,13 @@ def test_a_data_set_names_its_classes(tmp_path):
     rows = {"words": [["a", "b"], ["c", "d"]], "tags": [[1, 0], [0, 0]], "label": [1, -1]}
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / "set" / "train.parquet"))
-    hub = {"kind": "hub", "path": str(tmp_path / "set"), "streaming": True}
-    assert [one.label for one in documents(SourceConfig(**hub, **TAGGED))] == [("yes", "no"), ("no", "no")]
+    hub = {"path": str(tmp_path / "set"), "streaming": True}
+    assert [one.label for one in documents(HubSource(**hub, **TAGGED))] == [("yes", "no"), ("no", "no")]
     plain = {"words": ["a", "b"], "label": [1, -1]}
     features = datasets.Features({"words": datasets.Value("string"), "label": names})
     datasets.Dataset.from_dict(plain, features).to_parquet(str(tmp_path / "set" / "train.parquet"))
     rejects = Rejects("skip")
-    classes = SourceConfig(**hub, text_field="words", label_field="label", on_error="skip")
+    classes = HubSource(**hub, text_field="words", label_field="label", on_error="skip")
     assert [one.label for one in documents(classes, rejects)] == ["yes"] and rejects.count == 1
 
 
@@ -235,9 +234,8 @@ def test_an_answer_is_found_among_the_tokens(kind):
 def test_windows_cover_the_context_and_know_their_answer(tmp_path, stride):
     source = source_of(write(tmp_path / "questions.jsonl", QUESTIONS), **ANSWERS)
     _, prepared = prepared_of(source)
-    objective = ObjectiveConfig(kind="answer", stride=stride)
     array, tokenizer = prepared.train[0], prepared.tokenizer
-    made = AnswerWindows(array, tokenizer, 64, objective)
+    made = AnswerWindows(array, tokenizer, 64, stride=stride, question_length=64)
     batch = made.gather(np.arange(len(made)))
     for number, row in enumerate(QUESTIONS):
         context = row["context"].encode()
@@ -278,8 +276,7 @@ def test_choices_stand_in_rows_of_their_own(tmp_path):
     path = write(tmp_path / "choices.jsonl", rows)
     source = source_of(path, text_field="a", target_field="b", choice_fields=("x", "y"), label_field="n")
     _, prepared = prepared_of(source)
-    objective = ObjectiveConfig(kind="choice", num_choices=2)
-    made = Choices(prepared.train[0], prepared.tokenizer, 32, objective)
+    made = Choices(prepared.train[0], prepared.tokenizer, 32, "drop")
     batch = made.gather(np.array([1, 4]))
     assert batch["tokens"].shape == (2, 2, 32) and batch["labels"].tolist() == [1, 0]
     for row in batch["tokens"].reshape(4, 32):
@@ -309,7 +306,8 @@ def test_choices_stand_in_rows_of_their_own(tmp_path):
         tmp_path / "uneven.jsonl", [{"a": "He", "x": ["sat"], "n": "A"}, {"a": "I", "x": ["a", "b"], "n": "A"}]
     )
     with pytest.raises(
-        UserError, match=r"uneven\.jsonl:2: 2 choices, where uneven\.jsonl:1 has 1; all have to have as many"
+        UserError,
+        match=r"uneven\.jsonl:2: 2 choices, where uneven\.jsonl:1 has 1; every document needs the same number",
     ):
         prepared_of(source_of(uneven, text_field="a", choice_fields=("x",), label_field="n"))
 
@@ -326,17 +324,17 @@ def test_rows_of_padding_have_no_weight_whatever_the_labels(tmp_path):
     source = source_of(write(tmp_path / "questions.jsonl", QUESTIONS), **ANSWERS)
     other = (source_of(tmp_path / "questions.jsonl", **ANSWERS),)
     config, prepared = prepared_of(source, validation=other)
-    objective = ObjectiveConfig(kind="answer", stride=40)
+    objective = Answer(stride=40)
     *_, last = evaluation_batches(prepared, config, batch_size=16, length=64, objective=objective)
     outside = last["example"] < 0
     assert outside.any() and (last["labels"][outside] == -1).all() and not last["weights"][outside].any()
 
 
 def test_what_does_not_suit_the_task_is_one_line(tmp_path, tagged):
-    def told(source: SourceConfig, **settings) -> str:
+    def told(source: SourceConfig, kind: str, **settings) -> str:
         config, prepared = prepared_of(source)
         with pytest.raises(UserError) as raised:
-            train_batches(prepared, config, batch_size=2, length=32, seed=0, objective=ObjectiveConfig(**settings))
+            train_batches(prepared, config, batch_size=2, length=32, seed=0, objective=OBJECTIVES[kind](**settings))
         assert "\n" not in str(raised.value)
         return str(raised.value)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from train.data.records import Document
-from train.data.source import SourceConfig, documents
+from train.data.source import documents
+from train.data.source_config import SourceConfig, WheelSource
 from transformer.errors import UserError
 
 
@@ -33,7 +34,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def source(sha256: str, package: str = "tiny-texts==1.0", path: str = "tiny_texts/*.csv") -> SourceConfig:
-    return SourceConfig(kind="wheel", package=package, sha256=sha256, path=path)
+    return WheelSource(package=package, sha256=sha256, path=path)
 
 
 def test_members_are_read_and_kept(wheel: Path) -> None:
@@ -62,8 +63,7 @@ def test_pairs_come_from_a_database_inside(wheel: Path, tmp_path: Path) -> None:
     connection.close()
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.write(database, "tiny_texts/verses.db")
-    config = SourceConfig(
-        kind="wheel",
+    config = WheelSource(
         package="tiny-texts==1.0",
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         path="tiny_texts/verses.db",

@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from train.config import RunConfig
-from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig
-from train.data.source import SourceConfig
+from train.data.source_config import FilesSource
 from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
+from train.objectives import Classification, Masked
 from train.optimizer import OptimizerConfig
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from train.trained import dotted
@@ -47,9 +47,9 @@ def config_of(texts, folder, **changes) -> RunConfig:
     """A few steps of a masked language model on the texts."""
     base = RunConfig(
         name=folder.name, run_dir=str(folder), steps=4, batch_size=8, length=24, model=BertConfig(**SMALL),
-        objective=ObjectiveConfig(kind="masked"),
+        objective=Masked(),
         data=DataConfig(
-            sources=(SourceConfig(kind="files", path=str(texts)),), packing="documents", validation_fraction=0.2,
+            sources=(FilesSource(path=str(texts)),), packing="documents", validation_fraction=0.2,
             tokenizer=TokenizerConfig(special_tokens=SPECIAL),
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
@@ -66,7 +66,7 @@ def classifier_of(texts, folder, **changes) -> RunConfig:
     tuned = dataclasses.replace(
         base,
         model=BertConfig(**SMALL, head="classification", pooling="mean"),
-        objective=ObjectiveConfig(kind="classification"),
+        objective=Classification(),
         data=dataclasses.replace(base.data, sources=(source,)),
         # Writing takes longer than the steps.
         evaluation=EvaluationConfig(every=20), checkpoint=CheckpointConfig(every=20),

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from train.config import RunConfig
-from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig
-from train.data.source import SourceConfig
+from train.data.source_config import FilesSource
 from train.data.tokenizer import CLS, SEP, TokenizerConfig
+from train.objectives import OBJECTIVES
 from train.optimizer import OptimizerConfig
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from transformer.models.bert import BertConfig
@@ -28,7 +28,7 @@ SOURCES = {
     },
     "choice": {"text_field": "a", "choice_fields": ("x", "y", "z"), "label_field": "right"},
 }  # fmt: skip
-OBJECTIVES = {
+SETTINGS = {
     "classification": {"too_long": "truncate"},
     "token_classification": {"too_long": "truncate"},
     "answer": {"stride": 12, "answer_length": 8},
@@ -88,9 +88,9 @@ def run_of(kind: str, path: Path, folder: Path, **changes) -> RunConfig:
             vocab_size=264, max_length=48, num_layers=1, embed_dim=32, num_heads=2, norm_first=True, dropout=0.0,
             **HEADS[kind],
         ),
-        objective=ObjectiveConfig(kind=kind, **OBJECTIVES.get(kind, {})),
+        objective=OBJECTIVES[kind](**SETTINGS.get(kind, {})),
         data=DataConfig(
-            sources=(SourceConfig(kind="files", path=str(path), **SOURCES[kind]),), packing="documents",
+            sources=(FilesSource(path=str(path), **SOURCES[kind]),), packing="documents",
             validation_fraction=0.25, tokenizer=TokenizerConfig(special_tokens=(CLS, SEP)),
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=20),

@@ -13,8 +13,8 @@ from flax import nnx
 
 from tests.train.fine_tuning import SMALL, by_path
 from train.config import RunConfig
-from train.data.objective_config import ObjectiveConfig
 from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.objectives import Classification
 from train.optimizer import OptimizerConfig
 from train.program import Program
 from transformer.errors import UserError
@@ -128,7 +128,7 @@ def test_what_is_trained_beside_adapters():
     def trained(**options):
         config = RunConfig(
             name="test", model=BertConfig(**SMALL, head="classification"), adapter=AdapterConfig(**options),
-            objective=ObjectiveConfig(kind="classification"),
+            objective=Classification(),
         )  # fmt: skip
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         with use_mesh(mesh, config.mesh.rules):

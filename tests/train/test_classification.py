@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 
 from train.config import RunConfig
-from train.data.objective_config import ObjectiveConfig
 from train.evaluate import evaluate, scores_of
+from train.loss import LossConfig
 from train.mesh import MeshConfig, make_mesh, use_mesh
-from train.objective import LOSSES, LossConfig
+from train.objectives import Classification
 from train.state import abstract_state, init_state, state_maker
 from train.step import make_eval_step, make_train_step
 from transformer.errors import ConfigError
@@ -53,7 +53,7 @@ def test_loss_and_count_by_definition(smoothing, padding):
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(B, C)), jnp.float32)
     output = types.SimpleNamespace(logits=logits, router_loss=None)
     config = LossConfig(label_smoothing=smoothing)
-    sums = LOSSES["classification"](lambda *_, **__: output, batch, config)
+    sums = Classification().loss(lambda *_, **__: output, batch, config)
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     expected = {"loss": 0.0, "nll": 0.0, "weight": 0.0, "correct": 0.0}
     for row in range(B - padding):
@@ -74,8 +74,9 @@ def test_scores_are_means_over_rows_of_all_batches():
     with use_mesh(mesh, MeshConfig().rules):
         make = state_maker(functools.partial(make_model, MODEL), optax.sgd(0.1))
         params = init_state(make, abstract_state(make, mesh), 0).params
-        step = make_eval_step(graphdef, "classification")
-        parts = evaluate(step, params, [jax.tree.map(jnp.asarray, batch) for batch in batches])
+        step = make_eval_step(graphdef, Classification())
+        found = evaluate(step, params, [jax.tree.map(jnp.asarray, batch) for batch in batches])
+    parts = [sums for sums, _ in found]
     scores = scores_of(parts, None)
     assert scores.tokens == 2 * B - 5
     assert scores.loss == pytest.approx(sum(float(part.loss) for part in parts) / scores.tokens)
@@ -96,7 +97,7 @@ def test_microbatches_give_the_gradient_of_the_whole():
         abstract = abstract_state(make_state, mesh)
         for parts in (1, 4):
             step = make_train_step(
-                graphdef_of(make), optimizer, LossConfig(), abstract, microbatches=parts, objective="classification"
+                graphdef_of(make), optimizer, LossConfig(), abstract, microbatches=parts, objective=Classification()
             )
             state, metrics = step(init_state(make_state, abstract, 0), batch)
             found.append((state.params, metrics))
@@ -123,4 +124,4 @@ def test_the_mean_of_a_row_leaves_padding_out():
 )
 def test_another_model_is_refused(model, told):
     with pytest.raises(ConfigError, match=told):
-        RunConfig(name="x", model=model, objective=ObjectiveConfig(kind="classification"))
+        RunConfig(name="x", model=model, objective=Classification())

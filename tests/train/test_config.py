@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from train.config import RunConfig, difference, dump, fields, load, override, parse, to_data
-from transformer.errors import UserError
+from train.config import MOVED, RunConfig, difference, dump, fields, load, parse, to_data
+from train.config.load import build
+from train.data.source_config import FilesSource, SyntheticSource
+from train.loss import LossConfig
+from train.objectives import OBJECTIVES, AnyObjective, Contrastive, Masked
+from transformer.errors import Config, ConfigError, UserError, require
+from transformer.models.bert import BertConfig
 
 MINIMAL = {"name": "x"}
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 
 def write(tmp_path, text):
@@ -36,6 +44,22 @@ optimizer: {learning_rate: 1e-3, clip_norm: null}
     assert load(write(tmp_path, dump(config))) == config
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_dumped_and_loaded_as_it_was(path, tmp_path):
+    config = load(path)
+    assert load(write(tmp_path, dump(config))) == config
+    assert parse(to_data(config), "test") == config
+    assert not [field.path for field in fields(config) if not field.meaning]
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_every_objective_is_dumped_and_loaded_as_it_was(kind):
+    objective = OBJECTIVES[kind]()
+    (data,) = [to_data(Holder(objective=objective))["objective"]]
+    assert build(Holder, {"objective": data}, "test").objective == objective
+    assert build(Holder, {"objective": {"kind": kind}}, "test").objective == objective
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -45,17 +69,54 @@ optimizer: {learning_rate: 1e-3, clip_norm: null}
         ("name: x\nmodel: {num_layers: two}", r"model.num_layers: got 'two'; .*integer"),
         ("name: x\nmodel: {num_layers: 2.5}", r"model.num_layers: got 2.5"),
         ("name: x\nmodel: {num_layers: '2'}", r"model.num_layers: got '2'"),
-        ("name: x\nmodel: {position: rotatory}", r"model.position: got 'rotatory'; .*'learned'.*'rotary'"),
+        ("name: x\nmodel: {num_layers: true}", r"model.num_layers: got True; allowed: an integer"),
         ("name: x\nmodel: {num_layers: 0}", r"model.num_layers: got 0; allowed: 1 or more"),
         ("name: x\nmodel: {num_heads: 7}", r"model.num_heads: got 7; it must divide embed_dim \(768\)"),
         ("name: x\noptimizer: {b1: 1.0}", r"optimizer.b1: got 1.0; allowed"),
         ("name: x\nbatch_size: 6\nmicrobatches: 4", r"microbatches: got 4; it must divide batch_size \(6\)"),
         ("name: x\nlength: 4096", r"length: got 4096; allowed: 1 to model.max_length \(1024\)"),
         ("name: x\nmodel: 3", r"model: got 3; expected a mapping"),
+        ("name: x\nobjective: masked", r"objective: got 'masked'; expected a mapping"),
+        ("name: x\ndata: {sources: {kind: stdlib}}", r"data.sources: got {'kind': 'stdlib'}; allowed: a list"),
+        ("name: x\ndata: {sources: [stdlib]}", r"data.sources.0: got 'stdlib'; expected a mapping"),
+        ("name: x\nobjective: {kind: maskd}", r"objective.kind: got 'maskd'; allowed: .*Did you mean 'masked'\?"),
+        ("name: x\nobjective: {kind: 3}", r"objective.kind: got 3; allowed: causal, "),
+        ("name: x\nmodel: {family: gtp}", r"model.family: got 'gtp'; allowed: .*Did you mean 'gpt'\?"),
+        (
+            "name: x\nobjective: {mask_rate: 0.2}",
+            r"objective.mask_rate: mask_rate is a field of kinds masked, next_sentence, sentence_order, replaced_tokens; "
+            r"this objective is causal$",
+        ),
+        ("name: x\nmodel: {token_types: 2}", r"model.token_types: .* a field of families bert.*; this model is gpt"),
+        (
+            "name: x\ndata: {sources: [{kind: stdlib}, {path: x}]}",
+            r"data.sources.1.path: path is a field of kinds files, hub, wheel; this one is stdlib",
+        ),
+        ("name: x\ndata: {sources: [{kind: files}]}", r"data.sources.0.path: it is missing"),
+        ("name: x\nobjective: {qqqq: 1}", r"objective.qqqq: no such field; allowed: kind$"),
+        (
+            "name: x\nloss: {temperature: 0.1}",
+            r"loss.temperature: this field has moved: it is now objective.temperature$",
+        ),
+        (
+            "name: x\nloss: {temperature: 0.1, class_weights: balanced}",
+            r"loss.temperature: .* objective.temperature; loss.class_weights is now objective.class_weights$",
+        ),
+        (
+            "name: x\nmodel: {family: bert, head: classification}\nobjective: {kind: classification, class_weights: blanced}",
+            r"objective.class_weights: got 'blanced'; allowed: a list.*Did you mean 'balanced'",
+        ),
+        ("name: x\ncheckpoint: {best: f1}", r"checkpoint.best: got 'f1'; objective causal has loss"),
+        ("name: x\nmesh: {expert: 2}", r"mesh.expert: got 2; the model has no experts"),
+        ("name: x\nmodel: {family: bert}\nobjective: {kind: choice}", r"model.head: got 'masked'; .* needs 'choice'"),
+        (
+            "name: x\nmodel: {family: bert, head: answer}\nobjective: {kind: answer}\nloss: {label_smoothing: 0.1}",
+            r"loss.label_smoothing: got 0.1; not for objective answer; allowed: 0",
+        ),
         ("name: 2020-01-01", r"no text, number, list or mapping"),
         ("name: x\nname: y", r"line 1: the key 'name' stands twice"),
         ("name: [x", r"no valid YAML"),
-        ("steps: 3", r"name is missing"),
+        ("steps: 3", r"name: it is missing, and has no default"),
         ("", r"the file: got None; expected a mapping"),
     ],
 )
@@ -66,14 +127,24 @@ def test_a_mistake_is_one_line_with_field_and_remedy(tmp_path, text, message):
     assert "run.yaml" in str(caught.value)
 
 
-def test_a_text_that_looks_like_a_number_stays_a_text(tmp_path):
-    config = override(parse(MINIMAL, "test"), ["--sample.prompt", "1e-7"])
-    assert load(write(tmp_path, dump(config))) == config
+def test_what_has_moved_is_there_no_longer():
+    for old in MOVED:
+        *sections, field = old.split(".")
+        owner = parse(MINIMAL, "test")
+        for section in sections:
+            owner = getattr(owner, section)
+        assert field not in {one.name for one in dataclasses.fields(owner)}
 
 
 def test_yaml_anchors_can_be_merged(tmp_path):
     config = load(write(tmp_path, "name: x\nsample: &a {every: 7}\nevaluation: {<<: *a, batches: 3}"))
     assert (config.evaluation.every, config.evaluation.batches) == (7, 3)
+
+
+def test_an_override_changes_one_of_two_sections_that_an_anchor_shares(tmp_path):
+    path = write(tmp_path, "name: x\nsample: &a {every: 7}\nevaluation: *a")
+    config = load(path, ["--sample.every", "3"])
+    assert (config.sample.every, config.evaluation.every) == (3, 7)
 
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path):
@@ -82,39 +153,237 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
         load(tmp_path / "runn.yaml")
 
 
+def override(*arguments, **data):
+    return parse(MINIMAL | data, "test.yaml", arguments)
+
+
 def test_overrides_are_typed():
     config = override(
-        parse(MINIMAL, "test"),
-        [
-            "--model.num-layers",
-            "3",
-            "--optimizer.clip-norm",
-            "null",
-            "--model.qk-norm",
-            "true",
-            "--data.sources.0.weight",
-            "2.5",
-        ],
-    )
+        "--model.num-layers", "3", "--optimizer.clip-norm", "null", "--model.qk-norm", "true",
+        "--data.sources.0.weight", "2.5", "--steps=7", "--optimizer.learning_rate", "1e-3", "--loss.z-loss", "0",
+    )  # fmt: skip
     assert config.model.num_layers == 3
     assert config.optimizer.clip_norm is None
     assert config.model.qk_norm is True
     assert config.data.sources[0].weight == 2.5
+    assert (config.steps, config.optimizer.learning_rate, config.loss.z_loss) == (7, 1e-3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [("true", "true"), ("null", "null"), ("1e-7", "1e-7"), ("a: b", "a: b"), ("", ""), ("'2'", "2"), ('"\\n"', "\n")],
+)
+def test_a_text_is_taken_as_it_stands(given, prompt, tmp_path):
+    config = override("--sample.prompt", given)
+    assert config.sample.prompt == prompt
+    assert load(write(tmp_path, dump(config))) == config
+
+
+def test_null_is_no_text_where_there_may_be_none():
+    assert override("--run-dir", "null", run_dir="a").run_dir is None
+    assert override("--run-dir", "true").run_dir == "true"
+    assert override("--name", "null").name == "null"
+
+
+def test_overrides_choose_kinds_and_reach_into_lists():
+    config = override(
+        "--model.family", "bert", "--objective.kind", "masked", "--objective.mask-rate", "0.3",
+        "--data.sources.0.kind", "files", "--data.sources.0.path", "x", "--adapter.rank", "4",
+    )  # fmt: skip
+    assert isinstance(config.model, BertConfig)
+    assert config.objective == Masked(mask_rate=0.3)
+    assert config.data.sources == (FilesSource(path="x"),)
+    assert config.adapter is not None and config.adapter.rank == 4
+    config = override("--data.sources", "[{kind: synthetic, limit: 3}]", "--data.packing", "pad")
+    assert config.data.sources == (SyntheticSource(limit=3),)
+
+
+def test_a_list_may_be_several_words_or_one():
+    assert override("--optimizer.freeze", "embed.*", "positions.*").optimizer.freeze == ("embed.*", "positions.*")
+    assert override("--optimizer.freeze", "embed.*").optimizer.freeze == ("embed.*",)
+    assert override("--optimizer.freeze=[embed.*, x]", "--steps", "3").optimizer.freeze == ("embed.*", "x")
+    weights = ["--objective.class-weights", "1", "2.5"]
+    given = {"model": {"family": "bert", "head": "classification"}, "objective": {"kind": "classification"}}
+    assert override(*weights, **given).objective.class_weights == (1.0, 2.5)
+    assert override(weights[0], "balanced", **given).objective.class_weights == "balanced"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.num-layer", "3"], "num-layer"),
-        (["--model.num-layers", "x"], "num-layers"),
+        (["--steps", "3", "4"], r"command line: steps: got 2 values, 3, 4; it takes one"),
+        (["--model.num-layer", "3"], r"command line: model.num_layer: no such field. Did you mean 'num_layers'\?"),
+        (["--modle.num-layers", "3"], r"command line: modle: no such field. Did you mean 'model'\?"),
+        (["--model.num-layers", "x"], r"command line: model.num_layers: got 'x'; allowed: an integer"),
         (["--model.num-heads", "7"], r"model.num_heads: got 7; it must divide"),
         (["--steps", "0"], r"command line: steps: got 0"),
+        (["--steps"], r"command line: --steps: a value is missing"),
+        (["--steps", "--seed", "3"], r"command line: --steps: a value is missing"),
+        (["steps", "3"], r"command line: got 'steps'; expected --field value"),
+        (["--steps.more", "3"], r"command line: steps.more: steps has no fields"),
+        (["--model", "3"], r"command line: model: got 3; expected a mapping"),
+        (["--data.sources.1.weight", "3"], r"command line: data.sources: got item '1'; allowed: 0 to 0"),
+        (["--data.sources.x.weight", "3"], r"command line: data.sources: got item 'x'"),
+        (["--model.num-layers", "[1"], r"command line: model.num_layers: no valid YAML"),
+        (["--objective.kind", "ul"], r"command line: objective.kind: got 'ul'; .*Did you mean 'ul2'"),
+        (["--objective.temperature", "2"], r"temperature is a field of kinds contrastive; this objective is causal"),
+        (["--microbatches", "5"], r"command line: microbatches: got 5; it must divide batch_size \(32\)"),
+        (["--batch-size", "3"], r"test.yaml: microbatches: got 2; it must divide batch_size \(3\)"),
     ],
 )
 def test_a_wrong_override_is_one_line(arguments, message):
+    data = {"microbatches": 2} if "--batch-size" in arguments else {"steps": 5}
     with pytest.raises(UserError, match=message) as caught:
-        override(parse(MINIMAL, "test"), arguments)
+        override(*arguments, **data)
     assert "\n" not in str(caught.value)
+
+
+def test_another_kind_takes_no_fields_that_the_file_gives_the_old_one():
+    given = {"model": {"family": "bert"}, "objective": {"kind": "masked"}}
+    changed = ["--objective.kind", "contrastive", "--model.head", "embedding"]
+    assert override(*changed, **given).objective == Contrastive()
+    given["objective"]["mask_rate"] = 0.2
+    with pytest.raises(UserError, match=r"test.yaml: objective.mask_rate: .*; this objective is contrastive"):
+        override(*changed, **given)
+
+
+# Unions of unions, as they may be in any section.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotary(Config):
+    """Positions as angles."""
+
+    kind: Literal["rotary"] = "rotary"
+    period: float = 10_000.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned(Config):
+    """Positions as vectors."""
+
+    kind: Literal["learned"] = "learned"
+    count: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "count", self.count >= 1, "allowed: 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Softmax(Config):
+    """One mixer."""
+
+    kind: Literal["softmax"] = "softmax"
+    num_heads: int = 4
+    position: Learned | Rotary = Learned()
+    other: Rotary | Learned | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "num_heads", self.num_heads >= 1, "allowed: 1 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latent(Config):
+    """Another mixer."""
+
+    kind: Literal["latent"] = "latent"
+    rank: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deep(Config):
+    """A model of them."""
+
+    width: int = 16
+    mixer: Softmax | Latent = Softmax(position=Rotary(period=5.0))
+    pattern: tuple[Softmax | Latent, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for mixer in (self.mixer, *self.pattern):
+            if isinstance(mixer, Softmax):
+                require(mixer, "num_heads", self.width % mixer.num_heads == 0, f"it must divide width ({self.width})")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Top(Config):
+    """A run of it."""
+
+    deep: Deep = Deep()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Holder(Config):
+    """Any objective."""
+
+    objective: AnyObjective
+
+
+def deep(*arguments, **data):
+    return build(Top, {"deep": data}, "test.yaml", arguments).deep
+
+
+def test_a_missing_tag_is_the_default_s_and_so_is_what_a_mapping_leaves_out():
+    assert deep(mixer={"num_heads": 2}) == Deep(mixer=Softmax(num_heads=2, position=Rotary(period=5.0)))
+    assert deep(mixer={"position": {"period": 3.0}}) == Deep(mixer=Softmax(position=Rotary(period=3.0)))
+    assert deep(mixer={"position": {"kind": "learned"}}) == Deep(mixer=Softmax(position=Learned()))
+    assert deep(mixer={"other": {"period": 1}}) == Deep(
+        mixer=Softmax(position=Rotary(period=5.0), other=Rotary(period=1.0))
+    )
+    assert deep(mixer={"kind": "latent"}).mixer == Latent()
+    assert deep(pattern=[{}, {"kind": "latent", "rank": 3}]).pattern == (Softmax(), Latent(rank=3))
+    assert deep(pattern=[{}]).pattern[0].position == Learned()
+
+
+def test_overrides_reach_any_depth():
+    assert deep("--deep.mixer.kind", "latent").mixer == Latent()
+    assert deep("--deep.mixer.position.period", "2").mixer.position == Rotary(period=2.0)
+    assert deep("--deep.mixer.other.kind=learned", "--deep.mixer.other.count=3").mixer.other == Learned(count=3)
+    assert deep("--deep.pattern", "[{kind: softmax}, {kind: latent}]").pattern == (Softmax(), Latent())
+    pattern = [{"kind": "softmax"}, {"kind": "latent"}]
+    assert deep("--deep.pattern.1.rank", "7", pattern=pattern).pattern == (Softmax(), Latent(rank=7))
+    assert deep("--deep.pattern.0.position.count", "7", pattern=pattern).pattern[0].position == Learned(count=7)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"pattern": [{}, {}, {"num_heads": "two"}]}, "deep.pattern.2.num_heads: got 'two'; allowed: an integer"),
+        ({"pattern": [{}, {"num_heads": 0}]}, "deep.pattern.1.num_heads: got 0; allowed: 1 or more"),
+        ({"pattern": [{}, {"num_heads": 3}]}, r"deep.pattern.1.num_heads: got 3; it must divide width \(16\)"),
+        ({"pattern": [{}, {"position": {"count": 0}}]}, "deep.pattern.1.position.count: got 0; allowed: 1 or more"),
+        ({"pattern": [{"position": {"kind": "rotry"}}]}, r"deep.pattern.0.position.kind: .*Did you mean 'rotary'\?"),
+        ({"pattern": [{"rank": 3}]}, "deep.pattern.0.rank: rank is a field of kinds latent; this one is softmax"),
+        ({"mixer": {"position": {"count": 3}}}, "deep.mixer.position.count: .* kinds learned; this position is rotary"),
+        ({"mixer": {"other": {"kind": "x"}}}, "deep.mixer.other.kind: got 'x'; allowed: rotary, learned"),
+        ({"mixer": {"kind": "latent", "rank": None}}, "deep.mixer.rank: got None; allowed: an integer"),
+        ({"mixer": None}, "deep.mixer: got None; expected a mapping"),
+        ({"pattern": [None]}, "deep.pattern.0: got None; expected a mapping"),
+    ],
+)
+def test_a_mistake_at_any_depth_has_its_exact_path(data, message):
+    with pytest.raises(UserError, match=f"^test.yaml: {message}"):
+        deep(**data)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RunConfig(name=3), "name: got 3; allowed: a text"),
+        (lambda: RunConfig(name="x", steps=2.0), "steps: got 2.0; allowed: an integer"),
+        (lambda: RunConfig(name="x", objective="masked"), "objective: got 'masked'; allowed: Causal, "),
+        (lambda: LossConfig(z_loss="1"), "z_loss: got '1'; allowed: a number"),
+        (lambda: Masked(whole_word=1), "whole_word: got 1; allowed: true or false"),
+        (lambda: FilesSource(path="x", format="text "), r"format: got 'text '; .*Did you mean 'text'\?"),
+        (lambda: Contrastive(temperature=0), "temperature: got 0.0; allowed: above 0"),
+        (lambda: Contrastive(kind="masked"), "kind: got 'masked'; allowed: 'contrastive'"),
+    ],
+)
+def test_a_config_built_in_python_is_checked_too(make, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        make()
 
 
 def test_difference_names_every_field():
@@ -126,3 +395,10 @@ def test_difference_names_every_field():
 def test_every_field_has_a_meaning():
     missing = [field.path for field in fields(RunConfig(name="x")) if not field.meaning]
     assert not missing
+    kinds = {field.path: field.meaning for field in fields(RunConfig(name="x"))}
+    assert kinds["objective.kind"].startswith("Each next token is predicted")
+
+
+def test_no_config_has_many_fields_of_its_own():
+    kinds = [RunConfig, *OBJECTIVES.values(), FilesSource, SyntheticSource]
+    assert not [kind.__name__ for kind in kinds if len(vars(kind).get("__annotations__", {})) > 20]

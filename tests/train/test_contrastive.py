@@ -15,13 +15,13 @@ import pytest
 from tests.train.fine_tuning import SMALL, SPECIAL
 from train.config import RunConfig, load
 from train.data.loader import train_batches
-from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig, prepare
-from train.data.source import SourceConfig
+from train.data.source_config import FilesSource
 from train.data.tokenizer import CLS, SEP, TokenizerConfig
 from train.loop import train
+from train.loss import LossConfig
 from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
-from train.objective import LossConfig, contrastive
+from train.objectives import Contrastive
 from train.optimizer import OptimizerConfig
 from train.program import Program, batch_shapes
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
@@ -47,9 +47,9 @@ def pairs(tmp_path_factory):
 def config_of(pairs, folder, **changes):
     base = RunConfig(
         name="contrast", run_dir=str(folder), steps=60, batch_size=32, length=8, model=MODEL,
-        objective=ObjectiveConfig(kind="contrastive"),
+        objective=Contrastive(),
         data=DataConfig(
-            sources=(SourceConfig(kind="files", path=str(pairs), target_field="other"),), packing="documents",
+            sources=(FilesSource(path=str(pairs), target_field="other"),), packing="documents",
             validation_fraction=0.2, tokenizer=TokenizerConfig(special_tokens=SPECIAL),
         ),
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=5, clip_norm=1.0),
@@ -102,7 +102,7 @@ def test_loss_and_count_by_definition(padding):
     def model(*_, **__):
         return types.SimpleNamespace(logits=jnp.asarray(next(given), jnp.float32), router_loss=None)
 
-    sums = contrastive(model, batch, LossConfig(temperature=0.2))
+    sums = Contrastive(temperature=0.2).loss(model, batch, LossConfig())
     real = 8 - padding
     scores = (a[:real] @ b[:real].T) / 0.2
     expected = np.log(np.exp(scores).sum(1)) - np.diag(scores)
@@ -145,18 +145,16 @@ def test_a_run_learns_and_tells_how_often_it_is_right(pairs, tmp_path, capsys):
     done = train(config_of(pairs, tmp_path / "run"))
     assert done.scores.accuracy > 0.5 and done.scores.perplexity is None
     said = capsys.readouterr().out
-    assert "held-out loss" in said and "accuracy" in said and "it is in" in said
+    assert "held-out loss" in said and "accuracy" in said and "to embed texts with it: manyheads embed" in said
     assert load(tmp_path / "run" / "config.yaml").objective.kind == "contrastive"
 
 
 def test_what_does_not_go_with_pairs_is_told(pairs, tmp_path):
     with pytest.raises(ConfigError, match="objective contrastive needs 'embedding'"):
         config_of(pairs, tmp_path, model=dataclasses.replace(MODEL, head="masked"))
-    with pytest.raises(ConfigError, match="any strategy but pmap, and schedule gpipe"):
+    with pytest.raises(ConfigError, match="strategy: got 'pmap'; .* any strategy but pmap"):
         config_of(pairs, tmp_path, mesh=MeshConfig(strategy="pmap"))
-    single = dataclasses.replace(
-        config_of(pairs, tmp_path).data, sources=(SourceConfig(kind="files", path=str(pairs)),)
-    )
+    single = dataclasses.replace(config_of(pairs, tmp_path).data, sources=(FilesSource(path=str(pairs)),))
     with pytest.raises(
         UserError, match="'contrastive' needs pairs, the sources give single texts; set their target_field"
     ):

@@ -12,8 +12,11 @@ import optax
 import pytest
 from flax import nnx
 
+from train.loss import LossConfig
 from train.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
-from train.objective import LOSSES, LossConfig
+from train.objectives import OBJECTIVES
+from train.objectives.encoder_decoder import EncoderDecoderObjective
+from train.objectives.masked import HiddenTokens
 from transformer.functional import graphdef_of
 from transformer.models.bert import BertConfig
 from transformer.models.electra import ElectraConfig
@@ -70,7 +73,7 @@ def batch_of(objective: str, seed: int = 0) -> dict[str, np.ndarray]:
         "tokens": tokens, "targets": targets, "weights": segments.astype(np.float32), "segments": segments,
         "positions": positions,
     }  # fmt: skip
-    if LOSSES[objective].__name__ in ("masked", "replaced_tokens"):
+    if issubclass(OBJECTIVES[objective], HiddenTokens):
         hidden = (rng.random((B, T)) < 0.4) & (segments > 0)
         batch["predicted"] = np.argsort(~hidden, axis=1, kind="stable")[:, :6].astype(np.int32)
         hidden &= np.cumsum(hidden, axis=1) <= 6
@@ -85,7 +88,7 @@ def batch_of(objective: str, seed: int = 0) -> dict[str, np.ndarray]:
     if objective == "prefix":
         batch["prefix"] = np.full(B, 4, np.int32)
         batch["weights"] *= np.arange(T) >= 4
-    if LOSSES[objective].__name__ == "to_text":
+    if issubclass(OBJECTIVES[objective], EncoderDecoderObjective):
         batch |= dict(zip(("source_tokens", "source_segments", "source_positions"), side(S), strict=True))
     return batch
 
@@ -104,7 +107,7 @@ def loss_and_gradient(name: str, **changes):
     @jax.jit
     def run(params, batch):
         def mean(params):
-            sums = LOSSES[objective](nnx.merge(graphdef, params), batch, LossConfig())
+            sums = OBJECTIVES[objective]().loss(nnx.merge(graphdef, params), batch, LossConfig())
             return sums.loss / sums.weight
 
         return jax.value_and_grad(mean)(params)

@@ -14,10 +14,10 @@ from flax import nnx
 from tests.train.fine_tuning import by_path
 from train.cli import main
 from train.config import RunConfig
-from train.data.objective_config import ObjectiveConfig
 from train.explain import cost
+from train.loss import LossConfig
 from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
-from train.objective import LossConfig
+from train.objectives import Seq2Seq
 from train.optimizer import OptimizerConfig, layer_factors, make_optimizer
 from train.program import Program
 from train.step import make_gradient
@@ -238,6 +238,6 @@ def test_a_factor_is_of_the_rate_and_so_of_the_decay_too(name):
 
 
 def test_layer_decay_is_for_one_stack():
-    objective, optimizer = ObjectiveConfig(kind="seq2seq"), OptimizerConfig(layer_decay=0.9)
+    objective, optimizer = Seq2Seq(), OptimizerConfig(layer_decay=0.9)
     with pytest.raises(UserError, match="layer_decay: got 0.9; a model of family 'vaswani' is no single stack"):
         RunConfig(name="test", model=VaswaniConfig(), objective=objective, optimizer=optimizer)

@@ -16,13 +16,13 @@ from tests.train.fine_tuning import SMALL, SPECIAL, classifier_of, config_of
 from tests.train.stops import asked_to_stop
 from train.cli import main
 from train.config import RunConfig, dump
-from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import prepare
 from train.data.tokenizer import CLS, SEP, TokenizerConfig
 from train.data.vocabulary import make_tokenizer
 from train.init_from import begin_from
 from train.loop import train
 from train.mesh import MeshConfig, make_mesh, use_mesh
+from train.objectives import Causal
 from train.optimizer import OptimizerConfig
 from train.program import Program
 from train.run_files import load_run
@@ -137,7 +137,7 @@ def test_another_shape_names_the_field(texts, encoder, tmp_path, changes, told):
 
 def test_nothing_in_common_is_told(texts, encoder, tmp_path):
     config = config_of(texts, tmp_path / "tuned", init_from=str(encoder))
-    other = dataclasses.replace(config, model=GPTConfig(**SMALL), objective=ObjectiveConfig())
+    other = dataclasses.replace(config, model=GPTConfig(**SMALL), objective=Causal())
     fresh = nnx.State({"elsewhere": {"kernel": nnx.Param(jnp.zeros((2, 2)))}})
     with pytest.raises(
         UserError, match=r"of model\.family 'bert', has no parameter in common with this model, of family 'gpt'"

@@ -14,8 +14,8 @@ import pytest
 
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
-from train.data.objective_config import ObjectiveConfig
 from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.objectives import OBJECTIVES, Masked
 from train.optimizer import OptimizerConfig
 from train.program import Program
 from train.sections import CheckpointConfig
@@ -38,7 +38,7 @@ BATCH = {
     "segments": np.ones((B, T), np.int32),
     "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
 }
-MASKED = ObjectiveConfig(kind="masked")
+MASKED = Masked()
 
 
 def program_of(mesh_config, num_devices, model=MODEL, **fields):
@@ -223,6 +223,7 @@ WRONG_RUN = [
 def test_a_run_that_cannot_be_pipelined(layout, num_devices, options, message):
     if name := options.get("family"):
         family = FAMILIES[name]
-        options = {"model": family.config(), "objective": ObjectiveConfig(kind=family.objectives[0])}
+        suited = next(one for one in OBJECTIVES.values() if name in one.families)
+        options = {"model": family.config(), "objective": suited()}
     with pytest.raises(UserError, match=message):
         program_of(MeshConfig(strategy="pipeline", **layout), num_devices, **options)

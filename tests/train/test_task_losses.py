@@ -14,13 +14,11 @@ from flax import nnx
 from tests.train.task_runs import KINDS, run_of, write_rows
 from train.config import RunConfig
 from train.data.loader import train_batches
-from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import prepare
 from train.loss import LossConfig, LossSums, of_classes
 from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
-from train.objective import LOSSES
+from train.objectives import Answer, TokenClassification
 from train.program import Program, batch_shapes
-from train.tasks.losses import TASK_LOSSES
 from transformer.errors import ConfigError, UserError
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
@@ -39,13 +37,14 @@ def batches_and_model(kind, tmp_path, **changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_are_known_and_padding_has_no_influence(kind, tmp_path):
     config, batch, model = batches_and_model(kind, tmp_path)
+    task = config.objective
     shapes = {name: (shape.shape, shape.dtype) for name, shape in batch_shapes(config).items()}
     assert shapes == {name: (rows.shape, rows.dtype) for name, rows in batch.items()}
     arrays = jax.tree.map(jnp.asarray, batch)
-    sums, outputs = TASK_LOSSES[kind](model, arrays, LossConfig())
+    sums, outputs = task.outputs(model, arrays, LossConfig())
     other = dict(arrays)
     other["tokens"] = jnp.where(arrays["segments"] > 0, arrays["tokens"], 77)
-    again, more = TASK_LOSSES[kind](model, other, LossConfig())
+    again, more = task.outputs(model, other, LossConfig())
     np.testing.assert_allclose(again.loss, sums.loss, rtol=1e-5)
     inside = batch["segments"] > 0 if kind == "token_classification" else ...
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[inside], b[inside], rtol=1e-4, atol=1e-5), outputs, more)
@@ -54,7 +53,7 @@ def test_shapes_are_known_and_padding_has_no_influence(kind, tmp_path):
     if "labels" in filled:
         filled["labels"] = arrays["labels"].at[8:].set(-1)
     half = jax.tree.map(lambda rows: rows[:8], arrays)
-    one, two = (TASK_LOSSES[kind](model, rows, LossConfig())[0] for rows in (filled, half))
+    one, two = (task.outputs(model, rows, LossConfig())[0] for rows in (filled, half))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, two)
 
 
@@ -88,14 +87,13 @@ def test_classes_are_weighed_as_in_torch(weights):
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(2, 6, 3)).astype(np.float32), rng.integers(0, 3, (2, 6)).astype(np.int32)
     given = (np.arange(12).reshape(2, 6) % 4 != 3).astype(np.float32)
-    config = LossConfig(class_weights=weights)
-    sums = of_classes(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(given), config)
+    sums = of_classes(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(given), LossConfig(), weights)
     targets = torch.from_numpy(np.where(given > 0, labels, -100)).long().reshape(-1)
     expected = torch.nn.CrossEntropyLoss(torch.tensor(weights))(torch.from_numpy(logits).reshape(-1, 3), targets)
     np.testing.assert_allclose(sums.loss / sums.weight, expected, rtol=1e-5)
     assert sums.count == given.sum() and sums.correct == ((logits.argmax(-1) == labels) * given).sum()
-    with pytest.raises(UserError, match=r"loss\.class_weights: got 2 numbers; there are 3 classes"):
-        of_classes(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(given), LossConfig(class_weights=(1.0, 2.0)))
+    with pytest.raises(UserError, match=r"objective\.class_weights: got 2 numbers; there are 3 classes"):
+        of_classes(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(given), LossConfig(), (1.0, 2.0))
 
 
 def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):
@@ -107,7 +105,7 @@ def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):
     ).logits  # fmt: skip
     log_p = jax.nn.log_softmax(jnp.where(arrays["segments"][..., None] > 0, logits, -jnp.inf), axis=1)
     expected = -np.mean([log_p[row, place, end] for row in range(16) for end, place in enumerate(batch["labels"][row])])
-    sums = LOSSES["answer"](model, arrays, LossConfig())
+    sums = Answer().loss(model, arrays, LossConfig())
     assert isinstance(sums, LossSums)
     np.testing.assert_allclose(sums.loss / sums.weight, expected, rtol=1e-5)
 
@@ -121,11 +119,8 @@ def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):
             r"best: got 'bleu'; objective classification has loss, acc",
         ),
         ("regression", {"model": {"num_labels": 2}}, "num_labels: got 2; a number needs 1"),
-        (
-            "regression",
-            {"loss": {"class_weights": (1.0, 2.0)}},
-            "class_weights: got .*; objective regression has no cl",
-        ),
+        ("regression", {"loss": {"z_loss": 0.1}}, "z_loss: got 0.1; not for objective regression"),
+        ("classification", {"model": {"num_labels": 1}}, "num_labels: got 1; allowed: 2 or more"),
         ("answer", {"loss": {"label_smoothing": 0.1}}, "label_smoothing: got 0.1; not for objective answer"),
         (
             "choice",
@@ -146,16 +141,17 @@ def test_what_does_not_go_together_is_refused(kind, changes, told, tmp_path):
 def test_an_objective_needs_its_head():
     assert BertConfig(head="tokens").num_labels == 2
     with pytest.raises(ConfigError, match="needs 'tokens'"):
-        RunConfig(name="x", model=BertConfig(), objective=ObjectiveConfig(kind="token_classification"))
+        RunConfig(name="x", model=BertConfig(), objective=TokenClassification())
 
 
 @pytest.mark.parametrize("kind", ["classification", "answer", "choice"])
 def test_a_model_of_one_token_type_reads_pairs(kind, tmp_path):
     config, batch, _ = batches_and_model(kind, tmp_path)
+    task = config.objective
     model = make_model(dataclasses.replace(config.model, token_types=1), nnx.Rngs(0))
     arrays = jax.tree.map(jnp.asarray, batch)
     assert int(arrays["token_types"].max()) == 1
-    sums, _ = TASK_LOSSES[kind](model, arrays, LossConfig())
+    sums, _ = task.outputs(model, arrays, LossConfig())
     plain = arrays if kind != "classification" else arrays | {"token_types": jnp.zeros_like(arrays["token_types"])}
     assert np.isfinite(float(sums.loss))
-    assert float(sums.loss) == float(TASK_LOSSES[kind](model, plain, LossConfig())[0].loss)
+    assert float(sums.loss) == float(task.outputs(model, plain, LossConfig())[0].loss)

@@ -8,18 +8,16 @@ import seqeval.metrics
 import sklearn.metrics
 from scipy.stats import pearsonr, spearmanr
 
-from train.data.objective_config import ObjectiveConfig
-from train.data.tokenizer import CLS, SEP, ByteTokenizer
-from train.selection import METRICS, Selection, goodness
-from train.tasks.answers import best_margin, exact_match, f1, normal
-from train.tasks.evaluation import TASKS, make_task
-from train.tasks.report import ClassScores, class_table
-
-TOKENIZER = ByteTokenizer((CLS, SEP))
+from train.objectives import OBJECTIVES, TokenClassification
+from train.objectives.tasks.answers import best_margin, exact_match, f1, normal
+from train.objectives.tasks.report import ClassScores, class_table
+from train.selection import Selection, ranking_key
 
 
-def task_of(kind: str, labels=(), **settings):
-    return make_task(ObjectiveConfig(kind=kind, **settings), TOKENIZER, labels)
+def metrics_of(kind: str, predictions: list[dict], labels=()) -> dict[str, float]:
+    found = OBJECTIVES[kind]().scores(predictions, labels)
+    assert tuple(found) == OBJECTIVES[kind].metrics
+    return found
 
 
 def given(gold, told) -> list[dict]:
@@ -30,26 +28,24 @@ def given(gold, told) -> list[dict]:
     ("gold", "told"), [("aabbbcc", "abbbcca"), ("aaaa", "aaaa"), ("aaaa", "bbbb"), ("abab", "aaaa"), ("ab", "cc")]
 )
 def test_classes(gold, told):
-    found = task_of("classification", "abc").metrics(given(gold, told))
+    found = metrics_of("classification", given(gold, told), "abc")
     both = (list(gold), list(told))
     assert found["accuracy"] == sklearn.metrics.accuracy_score(*both)
     assert found["f1"] == sklearn.metrics.f1_score(*both, average="macro", zero_division=0)
     expected = sklearn.metrics.matthews_corrcoef(*both) if len({*gold, *told}) > 1 else 0
     assert found["matthews"] == expected
-    assert tuple(found) == METRICS["classification"] and task_of("choice", "abc").metrics(given(gold, told)) == {
-        "accuracy": found["accuracy"]
-    }
+    assert metrics_of("choice", given(gold, told), "abc") == {"accuracy": found["accuracy"]}
 
 
 def test_numbers():
     rng = np.random.default_rng(0)
     gold, told = rng.normal(size=(2, 20))
-    found = task_of("regression").metrics(given(gold.tolist(), told.tolist()))
+    found = metrics_of("regression", given(gold.tolist(), told.tolist()))
     assert found["pearson"] == pytest.approx(pearsonr(gold, told).statistic)
     assert found["spearman"] == pytest.approx(spearmanr(gold, told).statistic)
-    assert found["mse"] == pytest.approx(np.mean((gold - told) ** 2)) and tuple(found) == METRICS["regression"]
-    assert task_of("regression").metrics(given([1.0, 2.0], [3.0, 3.0])) == {"pearson": 0, "spearman": 0, "mse": 2.5}
-    assert task_of("regression").metrics(given([1.0], [2.0]))["pearson"] == 0
+    assert found["mse"] == pytest.approx(np.mean((gold - told) ** 2))
+    assert metrics_of("regression", given([1.0, 2.0], [3.0, 3.0])) == {"pearson": 0, "spearman": 0, "mse": 2.5}
+    assert metrics_of("regression", given([1.0], [2.0]))["pearson"] == 0
 
 
 GOLD = [["B-PER", "I-PER", "O", "B-LOC"], ["B-ORG", "O"], ["O", "O", "B-PER"]]
@@ -57,14 +53,14 @@ TOLD = [["B-PER", "O", "O", "B-LOC"], ["B-ORG", "I-ORG"], ["O", "B-LOC", None]]
 
 
 def test_entities(tmp_path):
-    task = task_of("token_classification", sorted({tag for row in GOLD for tag in row}))
-    found = task.metrics(given(GOLD, TOLD))
+    labels = sorted({tag for row in GOLD for tag in row})
+    found = metrics_of("token_classification", given(GOLD, TOLD), labels)
     told = [[tag or "O" for tag in row] for row in TOLD]
     assert found["precision"] == seqeval.metrics.precision_score(GOLD, told)
     assert found["recall"] == seqeval.metrics.recall_score(GOLD, told)
     assert found["f1"] == seqeval.metrics.f1_score(GOLD, told) == pytest.approx(2 / 8)
-    assert found["accuracy"] == pytest.approx(5 / 9) and set(found) == set(METRICS["token_classification"])
-    said = "\n".join(task.report(given(GOLD, TOLD), tmp_path))
+    assert found["accuracy"] == pytest.approx(5 / 9)
+    said = "\n".join(TokenClassification().describe(given(GOLD, TOLD), labels, tmp_path))
     assert "1 held-out words lie beyond their row or have no token" in said
     assert [line.split()[0] for line in said.splitlines()[2:5]] == ["LOC", "ORG", "PER"]
     assert (tmp_path / "classes.png").stat().st_size > 1000
@@ -72,13 +68,13 @@ def test_entities(tmp_path):
 
 def test_tags_of_single_words(tmp_path):
     gold, told = [["NOUN", "VERB"], ["ADJ", "NOUN"]], [["NOUN", "NOUN"], ["ADJ", None]]
-    task = task_of("token_classification", ("ADJ", "NOUN", "VERB"))
-    found = task.metrics(given(gold, told))
+    labels = ("ADJ", "NOUN", "VERB")
+    found = metrics_of("token_classification", given(gold, told), labels)
     flat = (["NOUN", "VERB", "ADJ", "NOUN"], ["NOUN", "NOUN", "ADJ", ""])
     names = ["ADJ", "NOUN", "VERB"]
     assert found["f1"] == sklearn.metrics.f1_score(*flat, labels=names, average="macro", zero_division=0)
     assert found["accuracy"] == 0.5
-    assert task.report(given(gold, told), tmp_path)[1].splitlines()[1].split()[0] == "ADJ"
+    assert TokenClassification().describe(given(gold, told), labels, tmp_path)[1].splitlines()[1].split()[0] == "ADJ"
 
 
 def test_answers_by_squads_formulas():
@@ -86,7 +82,7 @@ def test_answers_by_squads_formulas():
     assert exact_match("the cat", ["A dog", "Cat."]) == 1 and exact_match("cats", ["cat"]) == 0
     assert f1("the black cat", ["black cat sat", "dog"]) == pytest.approx(0.8)
     assert f1("dog", ["cat"]) == 0 and f1("", []) == 1 == exact_match("", []) and f1("x", []) == 0
-    found = task_of("answer").metrics(given([["cat"], ["a black cat"]], ["the cat", "black dog"]))
+    found = metrics_of("answer", given([["cat"], ["a black cat"]], ["the cat", "black dog"]))
     assert found == {"exact_match": 0.5, "f1": pytest.approx(0.75)}
 
 
@@ -101,13 +97,9 @@ def test_the_margin_that_would_have_been_best():
     assert margin < 2 and best == 1
 
 
-def test_every_metric_is_known():
-    assert set(TASKS) <= METRICS.keys()
-
-
 def test_what_is_better():
-    assert goodness("f1", {"f1": 0.2}) > goodness("f1", {"f1": 0.1}) > goodness("f1", {})
-    assert goodness("mse", {"mse": 0.1}) > goodness("mse", {"mse": 0.2})
+    assert ranking_key("f1", {"f1": 0.2}) > ranking_key("f1", {"f1": 0.1}) > ranking_key("f1", {})
+    assert ranking_key("mse", {"mse": 0.1}) > ranking_key("mse", {"mse": 0.2})
     selection = Selection("mse")
     for step, value, since in ((1, 0.5, 0), (2, 0.5, 1), (3, 0.6, 2), (4, 0.4, 0), (5, 0.41, 1)):
         selection = selection.after(step, value)

@@ -19,7 +19,6 @@ from train.cli import main
 from train.config import RunConfig
 from train.data.prepare import prepare
 from train.loop import train
-from train.loss import LossConfig
 from train.mesh import make_mesh, use_mesh
 from train.program import Program
 from train.run_files import read_metrics
@@ -129,7 +128,7 @@ def test_texts_are_told_from_files_and_standard_input(runs, tmp_path, capsys, mo
 def test_a_run_that_tells_nothing_of_documents_is_refused(whole, tmp_path, capsys):
     assert main(["predict", str(whole), "--file", "none.txt"]) == 2
     said = capsys.readouterr().err
-    assert "objective causal tells nothing of documents" in said and f"Use manyheads generate {whole}" in said
+    assert "this one's objective is causal" in said and f"Use manyheads generate {whole}" in said
 
 
 def test_a_run_stops_early_keeps_its_best_and_does_not_go_on(tmp_path, capsys):
@@ -189,13 +188,11 @@ def test_the_best_is_kept_by_its_metric(name, values, tmp_path):
 
 def test_balanced_weights_are_counted(tmp_path):
     config = run_of("token_classification", write_rows("token_classification", tmp_path), tmp_path / "run", steps=2)
-    config = dataclasses.replace(config, loss=LossConfig(class_weights="balanced"))
+    config = dataclasses.replace(config, objective=TokenClassification(class_weights="balanced"))
     assert train(config).step == 2
-    from train.targets import class_weights
-
     prepared = prepare(config.data, progress=False)
-    weights = class_weights(config.loss, prepared).class_weights
+    weights = config.objective.with_data(prepared).class_weights
     counts = np.bincount(prepared.train[0].labels[prepared.train[0].labels >= 0])
     np.testing.assert_allclose(weights, counts.sum() / (len(counts) * counts))
     with pytest.raises(UserError, match="got 2 numbers; there are 4 classes: B-LOC, B-PER, I-LOC, O"):
-        class_weights(LossConfig(class_weights=(1.0, 1.0)), prepared)
+        TokenClassification(class_weights=(1.0, 1.0)).with_data(prepared)

@@ -12,12 +12,12 @@ from tests.devices import on_one_device
 from tests.train.run_records import records
 from train.cli import main
 from train.config import RunConfig, load
-from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig
-from train.data.source import SourceConfig
+from train.data.source_config import SyntheticSource
 from train.data.synthetic import sentence
 from train.data.tokenizer import TokenizerConfig
 from train.loop import train
+from train.objectives import Seq2Seq
 from train.run_files import load_run
 from train.translate import alignment
 from train.translation import score, spread
@@ -29,7 +29,7 @@ from transformer.models.recurrent import RecurrentConfig
 pytestmark = pytest.mark.usefixtures("one_device")
 
 DATA = DataConfig(
-    sources=(SourceConfig(kind="synthetic", limit=300),),
+    sources=(SyntheticSource(limit=300),),
     tokenizer=TokenizerConfig(kind="words", vocab_size=600),
     target_tokenizer=TokenizerConfig(kind="words", vocab_size=700),
     packing="pad",
@@ -46,7 +46,7 @@ def config_of(directory: Path, name: str) -> RunConfig:
     data = dataclasses.replace(DATA, packing="documents") if name == "transformer" else DATA
     config = RunConfig(
         name="pairs", run_dir=str(directory), steps=3, batch_size=8, length=40, model=MODELS[name], data=data,
-        objective=ObjectiveConfig(kind="seq2seq"),
+        objective=Seq2Seq(),
     )  # fmt: skip
     evaluation = dataclasses.replace(config.evaluation, translations=5, every=2 if name == "transformer" else 0)
     checkpoint = dataclasses.replace(config.checkpoint, best="chrf" if name == "transformer" else "loss")
@@ -122,10 +122,10 @@ def test_a_model_of_pairs_neither_writes_nor_shows_itself(trained, capsys):
     ("text", "words"),
     [
         ("model: {family: brt}", "Did you mean 'bert'?"),
-        ("model: {family: bert}", "objective.kind: got 'causal'; a model of family 'bert' goes with masked"),
+        ("model: {family: bert}", "objective.kind: got 'causal'; a model of family 'bert' goes with answer, choice"),
         ("model: {family: bert, num_layer: 2}", "Did you mean 'num_layers'?"),
         ("model: {family: bert, num_layers: two}", "model.num_layers: got 'two'"),
-        ("model: {family: t5, window: 3}", "model.window: no such field"),
+        ("model: {family: t5, window: 3}", "model.window: window is a field of families gpt"),
         ("model: {family: bert}\nobjective: {kind: next_sentence}", "model.head: got 'masked'"),
         ("objective: {kind: seq2seq}", "a model of family 'gpt' goes with causal, prefix"),
     ],

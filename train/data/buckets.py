@@ -14,8 +14,7 @@ import threading
 import numpy as np
 
 from train.data.draws import draw_key
-from train.data.objective_config import ObjectiveConfig
-from train.data.pairs import PairRows, PairSizes, choose_widths
+from train.data.pairs import PairLimits, PairRows, PairSizes, choose_widths
 from train.data.store import TokenArray
 
 
@@ -23,13 +22,22 @@ class Buckets:
     """The batches of one array of pairs, by epoch and place."""
 
     def __init__(
-        self, array: TokenArray, length: int, objective: ObjectiveConfig, batch_size: int, seed: int, *, shown: bool
+        self,
+        array: TokenArray,
+        length: int,
+        limits: PairLimits,
+        batch_size: int,
+        seed: int,
+        *,
+        max_shapes: int,
+        shown: bool,
     ) -> None:
-        """`seed` decides the order. Raises `UserError` if no pair is short enough."""
-        sizes = PairSizes.of(array, objective, length, shown=shown)
-        self.widths = choose_widths(
-            sizes.source, sizes.target, objective.source_width(length), length, most=objective.max_shapes
-        )
+        """At most `max_shapes` shapes, none wider than `limits.source` and `length` tokens; `seed` decides the order.
+
+        Raises `UserError` if no pair is short enough.
+        """
+        sizes = PairSizes.of(array, limits, shown=shown)
+        self.widths = choose_widths(sizes.source, sizes.target, limits.source, length, most=max_shapes)
         """[W, 2] int64: the widths of source and target that batches come in."""
         self._sizes, self._rows = sizes, PairRows(array, sizes)
         self._batch_size, self._key = batch_size, draw_key(seed, "buckets")

@@ -13,8 +13,7 @@ import numpy as np
 
 from train.data.draws import Draws
 from train.data.label_arrays import NONE
-from train.data.objective_config import ObjectiveConfig
-from train.data.rows import Stretches, TaskRows, fitting, longest_first, one_each, text_sizes
+from train.data.rows import Stretches, TaskRows, TooLong, fitting, longest_first, one_each, text_sizes
 from train.data.store import TokenArray
 from train.data.tokenizer import Tokenizer
 
@@ -27,7 +26,7 @@ class Choices(TaskRows):
         array: TokenArray,
         tokenizer: Tokenizer,
         length: int,
-        objective: ObjectiveConfig,
+        too_long: TooLong,
         *,
         shown: bool = False,
     ) -> None:
@@ -37,7 +36,7 @@ class Choices(TaskRows):
         self._count = array.others
         text, choices = text_sizes(array), text_sizes(array.target).reshape(-1, self._count)
         self.documents = fitting(
-            array, text + choices.max(axis=1, initial=0) + self.frame(2), length, objective, shown=shown
+            array, text + choices.max(axis=1, initial=0) + self.frame(2), length, too_long, shown=shown
         )
         rows = (self.documents[:, None] * self._count + np.arange(self._count)).reshape(-1)
         owners = np.repeat(self.documents, self._count)

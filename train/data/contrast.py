@@ -11,13 +11,12 @@ Axes: B examples asked for at once, T positions. Every example holds
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Literal
 
 import numpy as np
 
 from train.data.draws import Draws
-from train.data.objective_config import ObjectiveConfig
-from train.data.pairs import PairSizes
+from train.data.pairs import PairLimits, PairSizes
 from train.data.rows import Stretches, TaskRows, one_each
 from train.data.store import TokenArray
 from train.data.tokenizer import Tokenizer
@@ -31,7 +30,7 @@ class TextPairs(TaskRows):
         array: TokenArray,
         tokenizer: Tokenizer,
         length: int,
-        objective: ObjectiveConfig,
+        too_long: Literal["drop", "truncate"],
         *,
         shown: bool = False,
     ) -> None:
@@ -39,8 +38,8 @@ class TextPairs(TaskRows):
         super().__init__(array, tokenizer, length)
         assert array.target is not None
         # An end of text is counted there, in whose place `[SEP]` stands here; `[CLS]` comes in front.
-        both = dataclasses.replace(objective, source_length=None, target_length=None)
-        sizes = PairSizes.of(array, both, length - 1, shown=shown)
+        limits = PairLimits(source=length - 1, target=length - 1, too_long=too_long)
+        sizes = PairSizes.of(array, limits, shown=shown)
         self.documents = sizes.pairs
         self.sides = [
             Stretches.of(side, sizes.pairs, counts - 1)

@@ -15,8 +15,7 @@ import numpy as np
 
 from train.data.draws import Draws
 from train.data.label_arrays import NONE
-from train.data.objective_config import ObjectiveConfig
-from train.data.rows import Stretches, TaskRows, fitting, longest_first, one_each, text_sizes
+from train.data.rows import Stretches, TaskRows, TooLong, fitting, longest_first, one_each, text_sizes
 from train.data.store import TokenArray
 from train.data.tokenizer import Tokenizer
 
@@ -32,20 +31,24 @@ class LabelledDocuments(TaskRows):
         array: TokenArray,
         tokenizer: Tokenizer,
         length: int,
-        objective: ObjectiveConfig,
+        too_long: TooLong,
         *,
+        numbers: bool = False,
         shown: bool = False,
     ) -> None:
-        """`shown` says how many are too long. Raises `UserError` if no document is short enough."""
+        """`numbers`: the labels are numbers, not classes; `shown` says how many documents are too long.
+
+        Raises `UserError` if no document is short enough.
+        """
         super().__init__(array, tokenizer, length)
         sides = [array] if array.target is None else [array, array.target]
         sizes = [text_sizes(side) for side in sides]
-        self.documents = fitting(array, np.sum(sizes, axis=0) + self.frame(len(sides)), length, objective, shown=shown)
+        self.documents = fitting(array, np.sum(sizes, axis=0) + self.frame(len(sides)), length, too_long, shown=shown)
         sizes = [side[self.documents] for side in sizes]
         room = length - self.frame(len(sides))
         taken = [np.minimum(sizes[0], room)] if len(sides) == 1 else longest_first(sizes[0], sizes[1], room)
         self.sides = [Stretches.of(side, self.documents, size) for side, size in zip(sides, taken, strict=True)]
-        kind = np.float32 if objective.kind == "regression" else np.int32
+        kind = np.float32 if numbers else np.int32
         labels = np.full(array.documents, NONE, kind) if array.labels is None else np.asarray(array.labels)
         self._labels = labels[self.documents]
 

@@ -13,28 +13,40 @@ import abc
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from train.data.buckets import Buckets
-from train.data.check import check_objective
 from train.data.draws import Draws, draw_key
-from train.data.examples import ExamplesMaker
-from train.data.objective_config import ObjectiveConfig
-from train.data.pack import Examples
+from train.data.pack import Examples, Packing
 from train.data.prepare import DataConfig
-from train.data.store import Prepared
+from train.data.store import Prepared, TokenArray
+from train.data.tokenizer import Tokenizer
 from transformer.errors import UserError
 
 Batch = dict[str, np.ndarray]
 """The arrays of the objective, as `train.data.pack`, `masked`, `spans`, `pairs` and `labelled` describe them, and `example`
 [B] int64: which example a row is, -1 for a row of padding, whose weights are 0 and whose label is -1."""
 
-_CAUSAL = ObjectiveConfig()
 _VALIDATION_KEY = draw_key(0, "validation")  # one seed for all runs: they are scored on the same
 _ENDLESS = 1 << 62
 _OnDevice = TypeVar("_OnDevice")
+
+
+class ExampleMaker(Protocol):
+    """What batches are made by: an objective."""
+
+    def check_data(self, prepared: Prepared, length: int) -> None:
+        """Raise a `UserError` unless the data suits it, with sequences of `length` tokens to predict."""
+
+    def examples(
+        self, array: TokenArray, tokenizer: Tokenizer, packing: Packing, length: int, *, training: bool, shown: bool
+    ) -> Examples:
+        """The examples of an array. Raises `UserError` if the packing does not suit, or there is too little text."""
+
+    def buckets(self, array: TokenArray, length: int, batch_size: int, seed: int, *, shown: bool) -> Buckets:
+        """The batches of an array with packing `pad`. Raises `UserError` where there are none."""
 
 
 class Batches(abc.ABC):
@@ -226,26 +238,26 @@ def train_batches(
     batch_size: int,
     length: int,
     seed: int,
-    objective: ObjectiveConfig = _CAUSAL,
+    objective: ExampleMaker,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
     """The training batches of process `process_index`: global batches of `batch_size` sequences of `length` tokens.
 
-    With a source beside them, `length` is that of what is predicted. Each source is shuffled anew every time all of it
+    With a source, `length` is that of what is predicted. Each source is shuffled anew every time all of it
     has been seen, and sources are mixed by weight. Raises `UserError` for a source shorter than one sequence, for data
     that does not suit the objective, and for a batch that the processes do not divide.
     """
-    check_objective(prepared, objective, length)
+    objective.check_data(prepared, length)
     weights = [source.weight for source in config.sources]
     rows = _rows(batch_size, process_index, process_count)
     shown = process_index == 0
     if config.packing == "pad":
-        buckets = [Buckets(array, length, objective, batch_size, seed, shown=shown) for array in prepared.train]
+        buckets = [objective.buckets(array, length, batch_size, seed, shown=shown) for array in prepared.train]
         return BucketedBatches(buckets, weights, seed=seed, rows=rows, threads=config.workers, prefetch=config.prefetch)
-    make = ExamplesMaker(prepared.tokenizer, config.packing, length, objective)
+    common = (prepared.tokenizer, config.packing, length)
     return MixedBatches(
-        [make(array, training=True, shown=shown) for array in prepared.train],
+        [objective.examples(array, *common, training=True, shown=shown) for array in prepared.train],
         weights,
         batch_size=batch_size,
         seed=seed,
@@ -261,7 +273,7 @@ def evaluation_batches(
     *,
     batch_size: int,
     length: int,
-    objective: ObjectiveConfig = _CAUSAL,
+    objective: ExampleMaker,
     process_index: int = 0,
     process_count: int = 1,
     max_batches: int | None = None,
@@ -274,15 +286,15 @@ def evaluation_batches(
     """
     if not prepared.validation:
         raise UserError("no validation text: set data.validation_fraction above 0, or give data.validation a source")
-    check_objective(prepared, objective, length)
+    objective.check_data(prepared, length)
     rows = _rows(batch_size, process_index, process_count)
     threads, prefetch, shown = config.workers, config.prefetch, process_index == 0
     if config.packing == "pad":
-        buckets = [Buckets(array, length, objective, batch_size, 0, shown=shown) for array in prepared.validation]
+        buckets = [objective.buckets(array, length, batch_size, 0, shown=shown) for array in prepared.validation]
         return BucketedEvaluation(buckets, rows=rows, threads=threads, prefetch=prefetch, max_batches=max_batches)
-    make = ExamplesMaker(prepared.tokenizer, config.packing, length, objective)
+    common = (prepared.tokenizer, config.packing, length)
     return OrderedBatches(
-        [make(array, training=False, shown=shown) for array in prepared.validation],
+        [objective.examples(array, *common, training=False, shown=shown) for array in prepared.validation],
         batch_size=batch_size,
         rows=rows,
         threads=threads,

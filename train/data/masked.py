@@ -19,46 +19,69 @@ Which tokens are hidden, and where stretches are cut, is drawn anew each time an
 from __future__ import annotations
 
 import abc
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from train.data.corrupt import choose_runs, ngram_lengths, number_runs, replace_tokens
 from train.data.draws import Draws
-from train.data.objective_config import ObjectiveConfig
 from train.data.pack import Examples, Placed, fit_pieces, kept_index, place_in_group
 from train.data.store import TokenArray
 from train.data.tokenizer import CLS, MASK, SEP, Tokenizer
 from train.data.words import WordPieces
 
 _RANDOM_PER_TOKEN = 4
+_LONG_WORD = 8  # tokens: a run of words may pass the mask rate by so many for each
 _FIT_TRIES = 8  # draws of a stretch before one of the same document is given up on
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingRule:
+    """Which tokens are hidden, and behind what."""
+
+    rate: float
+    """The part of the tokens that is predicted."""
+    mask_share: float
+    """The part of those that `[MASK]` stands for."""
+    random_share: float
+    """The part of those that a random token stands for; the rest is left."""
+    whole_word: bool
+    """Predict all tokens of a word, or none."""
+    ngram: int
+    """The most tokens (or words) in a row that are predicted together."""
+
+    def most_predicted(self, length: int) -> int:
+        """The most tokens of a row of `length` that are predicted."""
+        single = self.ngram == 1 and not self.whole_word
+        return min(length, math.ceil(self.rate * length) + (0 if single else _LONG_WORD * self.ngram))
 
 
 class Masking:
     """Hides tokens of whole batches. Special tokens are neither hidden nor drawn as random ones."""
 
-    def __init__(self, tokenizer: Tokenizer, objective: ObjectiveConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, rule: MaskingRule) -> None:
         """Raises `UserError` where words are to be masked whole and the tokenizer does not tell them."""
         is_special = np.zeros(tokenizer.vocab_size, bool)
         is_special[list(tokenizer.special_ids.values())] = True
         self._is_special = is_special
         self._ordinary = np.flatnonzero(~is_special)
         self._mask = tokenizer.special_ids[MASK]
-        self._words = WordPieces(tokenizer) if objective.whole_word else None
-        self._objective = objective
+        self._words = WordPieces(tokenizer) if rule.whole_word else None
+        self._rule = rule
 
     def apply(self, batch: dict[str, np.ndarray], draws: Draws) -> dict[str, np.ndarray]:
         """The batch with `tokens` corrupted, and `targets` and `weights` added; `segments` 0 is never predicted."""
-        tokens, objective = batch["tokens"], self._objective
+        tokens, rule = batch["tokens"], self._rule
         rows, width = tokens.shape
         drawn = draws.uniform(_RANDOM_PER_TOKEN * width + 1)
         length, priority, action, pick = drawn[:, :-1].reshape(rows, _RANDOM_PER_TOKEN, width).transpose(1, 0, 2)
         maskable = (batch["segments"] > 0) & ~self._is_special[tokens]
         joined = self._words.joined(tokens) if self._words else np.zeros_like(maskable)
-        run = number_runs(maskable, joined, ngram_lengths(length, objective.ngram))
-        most = objective.most_predicted(width)
-        chosen = choose_runs(run, objective.mask_rate, priority, drawn[:, -1], most=most)
-        if objective.ngram > 1:  # all of a span are masked, or replaced, or left (SpanBERT, section 3.1)
+        run = number_runs(maskable, joined, ngram_lengths(length, rule.ngram))
+        most = rule.most_predicted(width)
+        chosen = choose_runs(run, rule.rate, priority, drawn[:, -1], most=most)
+        if rule.ngram > 1:  # all of a span are masked, or replaced, or left (SpanBERT, section 3.1)
             action = np.take_along_axis(action, np.maximum(run, 0), axis=1)
         seen = replace_tokens(
             tokens,
@@ -67,8 +90,8 @@ class Masking:
             pick,
             mask=self._mask,
             ordinary_V=self._ordinary,
-            mask_share=objective.mask_share,
-            random_share=objective.random_share,
+            mask_share=rule.mask_share,
+            random_share=rule.random_share,
         )
         places = np.argsort(~chosen, axis=1, kind="stable")[:, :most].astype(np.int32)
         return batch | {
@@ -79,11 +102,11 @@ class Masking:
 class _Text(Examples):
     """Text with `[CLS]` before and `[SEP]` behind each piece, and its tokens hidden by `masking`."""
 
-    def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, objective: ObjectiveConfig) -> None:
+    def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, rule: MaskingRule) -> None:
         super().__init__(array, length)
         self._cls, self._sep = tokenizer.special_ids[CLS], tokenizer.special_ids[SEP]
         self._end_of_text = tokenizer.end_of_text
-        self._masking = Masking(tokenizer, objective)
+        self._masking = Masking(tokenizer, rule)
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
         assert draws is not None, "masking takes random numbers"
@@ -103,11 +126,11 @@ class MaskedChunks(_Text):
         array: TokenArray,
         tokenizer: Tokenizer,
         length: int,
-        objective: ObjectiveConfig,
+        rule: MaskingRule,
         *,
         keep_rest: bool = False,
     ) -> None:
-        super().__init__(array, tokenizer, length, objective)
+        super().__init__(array, tokenizer, length, rule)
         self._room, self._total = length - 2, len(self._tokens) - 1
         self._len = -(-self._total // self._room) if keep_rest else self._total // self._room
 
@@ -141,8 +164,8 @@ class MaskedChunks(_Text):
 class MaskedDocuments(_Text):
     """Whole documents fitted into examples, longer ones cut into pieces, each of which begins and ends for itself."""
 
-    def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, objective: ObjectiveConfig) -> None:
-        super().__init__(array, tokenizer, length, objective)
+    def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, rule: MaskingRule) -> None:
+        super().__init__(array, tokenizer, length, rule)
         sizes = np.diff(array.offsets) - 1  # without the end of text
         index = kept_index(
             array, f"fit-masked1-{length}", lambda: fit_pieces(array.offsets[:-1], sizes, length, extra=2)
@@ -166,14 +189,15 @@ class MaskedDocuments(_Text):
 class SentencePairs(_Text):
     """`[CLS] A [SEP] B [SEP]`, where A and B are stretches of text.
 
-    next_sentence: B follows A in its document, or in half of the cases is a stretch of another one (Devlin et al. 2018).
-    sentence_order: B follows A, and in half of the cases they change places (Lan et al. 2020). A document is cut into
+    B follows A in its document, or in half of the cases is a stretch of another one (Devlin et al. 2018); with `swaps` B
+    follows A, and in half of the cases they change places (Lan et al. 2020). A document is cut into
     stretches that fill an example; the place where A ends is drawn, from a quarter to three quarters of the stretch.
     """
 
-    def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, objective: ObjectiveConfig) -> None:
-        super().__init__(array, tokenizer, length, objective)
-        self._swaps = objective.kind == "sentence_order"
+    def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, rule: MaskingRule, *, swaps: bool) -> None:
+        """`swaps`: in half of the cases the two change places, instead of the second coming from another document."""
+        super().__init__(array, tokenizer, length, rule)
+        self._swaps = swaps
         room, sizes = length - 3, np.diff(array.offsets) - 1
         count = -(-sizes // room)
         self._document = np.repeat(np.arange(len(sizes)), count)

@@ -7,11 +7,11 @@ Axes: B rows, S positions of the source, T positions of what is predicted, N pai
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from train.data.draws import Draws
-from train.data.objective_config import ObjectiveConfig
 from train.data.pack import Examples, Placed, kept_index, place_in_group
 from train.data.progress import say_once
 from train.data.store import TokenArray
@@ -20,6 +20,16 @@ from transformer.errors import UserError
 _INDEX_VERSION = 1
 _WINDOW = 1 << 14  # pairs that are fitted together: bounds the time that fitting takes
 _WIDTH_STEP = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLimits:
+    """The longest sides of a pair, in tokens with their ends of text."""
+
+    source: int
+    target: int
+    too_long: Literal["drop", "truncate"]
+    """Whether a pair with a longer side is left out, or its end is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +46,14 @@ class PairSizes:
     """How many pairs were longer: they are not among these, or were cut."""
 
     @classmethod
-    def of(cls, array: TokenArray, objective: ObjectiveConfig, length: int, *, shown: bool) -> PairSizes:
+    def of(cls, array: TokenArray, limits: PairLimits, *, shown: bool) -> PairSizes:
         """Raises `UserError` if no pair is short enough."""
         assert array.target is not None
-        source_room = objective.source_width(length)
-        target_room = min(length, objective.target_length or length)
+        source_room, target_room = limits.source, limits.target
         source, target = np.diff(array.offsets), np.diff(array.target.offsets)
         fits = (source <= source_room) & (target <= target_room)
         too_long = int(np.sum(~fits))
-        drops = objective.too_long == "drop"
+        drops = limits.too_long == "drop"
         if drops and too_long == len(fits):
             raise UserError(
                 f"{array.name}: none of {too_long} pairs fits {source_room} tokens of source and {target_room} of "
@@ -95,17 +104,18 @@ class PairRows:
 
 
 class PackedPairs(Examples):
-    """Pairs fitted into rows so that both sides fit. The index is kept beside the tokens."""
+    """Pairs fitted into rows so that both sides fit. The index is kept next to the tokens."""
 
-    def __init__(self, array: TokenArray, length: int, objective: ObjectiveConfig, *, shown: bool = False) -> None:
+    def __init__(self, array: TokenArray, length: int, limits: PairLimits, *, shown: bool = False) -> None:
+        """Rows of `limits.source` and `length` tokens."""
         super().__init__(array, length)
-        self._source_length = objective.source_width(length)
-        self._sizes = PairSizes.of(array, objective, length, shown=shown)
+        self._source_length = limits.source
+        self._sizes = PairSizes.of(array, limits, shown=shown)
         self._rows = PairRows(array, self._sizes)
-        limits = f"{self._source_length}-{length}-{objective.target_length or length}-{objective.too_long}"
+        key = f"{limits.source}-{length}-{limits.target}-{limits.too_long}"
         index = kept_index(
             array,
-            f"fit-pairs{_INDEX_VERSION}-{limits}",
+            f"fit-pairs{_INDEX_VERSION}-{key}",
             lambda: fit_pairs(self._sizes.source, self._sizes.target, self._source_length, length),
         )
         self._numbers = index[:, 0]

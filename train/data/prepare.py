@@ -17,25 +17,25 @@ from typing import Any, Literal
 from train.data.baseline import Baseline
 from train.data.cache import cache_dir, sync, writing
 from train.data.label_arrays import Labels
-from train.data.objective_config import ObjectiveConfig, largest_inserted
 from train.data.progress import report, say
 from train.data.records import Document, LabelKind, Rejects
-from train.data.source import SourceConfig, documents, identity, text_size, validation_position
+from train.data.source import documents, identity, text_size, validation_position
+from train.data.source_config import SourceConfig, StdlibSource, SyntheticSource
 from train.data.store import FORMAT_VERSION, Counts, DocumentWriter, Meta, Prepared, Split, write_meta, write_tokenizers
 from train.data.tokenise import tokenised
 from train.data.tokenizer import Tokenizer, TokenizerConfig
 from train.data.vocabulary import is_trained, make_tokenizer
-from transformer.errors import ConfigError, UserError, require
+from transformer.errors import Config, ConfigError, UserError, require
 
 _PARTIAL = ".partial"
 _LOCK = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Config):
     """What a run reads, and how it is cut into examples."""
 
-    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    sources: tuple[SourceConfig, ...] = (StdlibSource(),)
     """Where training text comes from; examples are drawn from them by their weights."""
     validation: tuple[SourceConfig, ...] = ()
     """Where validation text comes from; empty: documents held out from `sources`."""
@@ -56,20 +56,21 @@ class DataConfig:
     """Batches that wait ready in memory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self, "sources", len(self.sources) > 0, "at least one source")
         for part in ("sources", "validation"):
             other = [source.title for source in getattr(self, part) if source.gives_pairs != self.pairs]
             if other:
                 wanted = f"which {'gives no pairs' if self.pairs else 'gives pairs'}: all sources do, or none does"
                 raise ConfigError(DataConfig, part, other[0], wanted)
-            other = [source.title for source in getattr(self, part) if bool(source.label_field) != self.labelled]
+            first = self.label_kind
+            other = [
+                source.title for source in getattr(self, part) if (source.document_labels is None) != (first is None)
+            ]
             if other:
-                wanted = (
-                    f"which has {'no label_field' if self.labelled else 'a label_field'}: all sources do, or none does"
-                )
+                wanted = f"which has {'a' if first is None else 'no'} label_field: all sources do, or none does"
                 raise ConfigError(DataConfig, part, other[0], wanted)
-            first = self.sources[0].label_kind
-            other = [source.title for source in getattr(self, part) if source.label_kind != first]
+            other = [source.title for source in getattr(self, part) if source.document_labels != first]
             if other:
                 raise ConfigError(DataConfig, part, other[0], f"whose label_kind is not {first!r} as that of the first")
         require(self, "target_tokenizer", self.pairs or self.target_tokenizer is None, "only for sources of pairs")
@@ -87,17 +88,17 @@ class DataConfig:
     @property
     def pairs(self) -> bool:
         """Whether the sources give pairs, such as a text and its translation."""
-        return bool(self.sources) and self.sources[0].gives_pairs
+        return self.sources[0].gives_pairs
 
     @property
     def labelled(self) -> bool:
         """Whether the documents have labels."""
-        return bool(self.sources) and bool(self.sources[0].label_field)
+        return self.label_kind is not None
 
     @property
     def label_kind(self) -> LabelKind | None:
         """What the documents' labels are; None where they have none."""
-        return self.sources[0].label_kind if self.labelled else None
+        return self.sources[0].document_labels
 
     @property
     def workers(self) -> int:
@@ -148,15 +149,14 @@ def check_vocabulary(
     vocab_size: int,
     *,
     target_vocab_size: int | None = None,
-    objective: ObjectiveConfig | None = None,
+    inserted: int = 0,
 ) -> None:
     """Raise a `UserError` unless every token id that a model meets is below its `vocab_size`.
 
-    With `target_vocab_size` what is predicted has a vocabulary of its own: the other side of pairs. An `objective` adds
-    the special tokens that it puts into sequences.
+    With `target_vocab_size` what is predicted has a vocabulary of its own: the other side of pairs. `inserted` is the
+    largest id of the special tokens that an objective puts into sequences.
     """
     meta = prepared.meta
-    inserted = largest_inserted(prepared.tokenizer, objective or ObjectiveConfig())
     one_for_all = meta.largest_target_id if target_vocab_size is None else 0
     _check_ids(prepared, "vocab_size", max(meta.largest_id, inserted, one_for_all), vocab_size, prepared.tokenizer)
     if target_vocab_size is not None:
@@ -260,7 +260,7 @@ class _Run:
 
     def write(self, number: int, source: SourceConfig, held_out: float) -> dict[Split, Counts]:
         """Tokenise source `number`, the fraction `held_out` of its documents for validation; count what was written."""
-        rejects = Rejects(source.on_error)
+        rejects = Rejects("stop" if isinstance(source, SyntheticSource) else source.on_error)
         writers: dict[Split, DocumentWriter] = {}
         with contextlib.ExitStack() as stack:
             if held_out < 1:
@@ -273,8 +273,8 @@ class _Run:
                 example = example or document
                 if len(document.choices) != len(example.choices):
                     raise UserError(
-                        f"{document.id}: {len(document.choices)} choices, where {example.id} has {len(example.choices)}; all "
-                        "have to have as many"
+                        f"{document.id}: {len(document.choices)} choices, where {example.id} has {len(example.choices)}; every "
+                        "document needs the same number"
                     )
                 is_held_out = validation_position(document.split_by) < held_out
                 split: Split = "validation" if is_held_out else "train"

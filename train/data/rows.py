@@ -16,15 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from train.data.objective_config import ObjectiveConfig
 from train.data.pack import Examples
 from train.data.progress import say_once
 from train.data.store import TokenArray
 from train.data.tokenizer import CLS, SEP, Tokenizer
 from transformer.errors import UserError
+
+TooLong = Literal["drop", "truncate"]
+"""What happens to a document that is longer than a row: it is left out, or its end is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,23 +110,21 @@ def text_sizes(array: TokenArray) -> np.ndarray:
     return np.diff(array.offsets) - 1
 
 
-def fitting(
-    array: TokenArray, sizes: np.ndarray, length: int, objective: ObjectiveConfig, *, shown: bool
-) -> np.ndarray:
+def fitting(array: TokenArray, sizes: np.ndarray, length: int, too_long: TooLong, *, shown: bool) -> np.ndarray:
     """Which documents make examples, by the `sizes` [documents] of their rows, special tokens counted: all, or those that fit.
 
     `shown` says how many are too long. Raises `UserError` if none is short enough.
     """
     fits = sizes <= length
-    too_long, drops = int(np.sum(~fits)), objective.too_long == "drop"
-    if drops and too_long and too_long == len(fits):
+    count, drops = int(np.sum(~fits)), too_long == "drop"
+    if drops and count and count == len(fits):
         raise UserError(
-            f"{array.name}: none of {too_long} documents fits a row of {length} tokens; make length larger, or set "
+            f"{array.name}: none of {count} documents fits a row of {length} tokens; make length larger, or set "
             "objective.too_long: truncate"
         )
-    if too_long and shown:
+    if count and shown:
         say_once(
-            f"{array.name}: {too_long} of {len(fits)} documents are longer than {length} tokens with [CLS] and "
+            f"{array.name}: {count} of {len(fits)} documents are longer than {length} tokens with [CLS] and "
             f"[SEP]: {'left out' if drops else 'cut'}"
         )
     return np.flatnonzero(fits) if drops else np.arange(len(fits))

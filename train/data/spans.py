@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.data.corrupt import UL2_DENOISERS, SpanLengths, cut_spans, lengths_filling, longest, span_mask
+from train.data.corrupt import UL2_DENOISERS, SpanLengths, cut_spans, longest, span_mask
 from train.data.draws import Draws
-from train.data.objective_config import MODES, ObjectiveConfig, sentinels
 from train.data.pack import Chunked, Examples
 from train.data.store import TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import Tokenizer, sentinel
+
+MODES = ("[R]", "[S]", "[X]")
+"""UL2's names of its three kinds of denoising."""
 
 
 class Prefix(Chunked):
@@ -41,8 +43,9 @@ class Prefix(Chunked):
 class SpanCorruption(Examples):
     """T5's objective: the source is filled exactly, and so is the target of the length that follows from it."""
 
-    def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, objective: ObjectiveConfig) -> None:
-        self.lengths = lengths_filling(objective.source_width(length), objective.noise_density, objective.mean_span)
+    def __init__(self, array: TokenArray, tokenizer: Tokenizer, lengths: SpanLengths) -> None:
+        """`lengths` are those of every example."""
+        self.lengths = lengths
         super().__init__(array, self.lengths.target)
         self._end_of_text = tokenizer.end_of_text
         self._sentinels = np.array(sentinels(tokenizer)[: self.lengths.spans])
@@ -69,15 +72,25 @@ class SpanCorruption(Examples):
 class Ul2(Examples):
     """UL2's mixture of denoisers, each with as much text as fits on both sides; what is left of a row is padding."""
 
-    def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self,
+        array: TokenArray,
+        tokenizer: Tokenizer,
+        length: int,
+        source_length: int,
+        *,
+        weights: tuple[float, float, float],
+        mode_tokens: bool,
+    ) -> None:
+        """`weights` are those of R, S and X; `mode_tokens` begins the source with the name of its own."""
         super().__init__(array, length)
-        self._source_length = objective.source_width(length)
-        self._lengths = ul2_lengths(objective, length)
+        self._source_length = source_length
+        self._lengths = ul2_lengths(source_length - mode_tokens, length)
         self._stride = max(lengths.tokens for lengths in self._lengths)
         self._end_of_text = tokenizer.end_of_text
         self._sentinels = np.array(sentinels(tokenizer))
-        self._modes = [tokenizer.special_ids[name] for name in MODES] if objective.mode_tokens else None
-        self._chances = denoiser_chances(objective)
+        self._modes = [tokenizer.special_ids[name] for name in MODES] if mode_tokens else None
+        self._chances = denoiser_chances(weights)
 
     def __len__(self) -> int:
         return (len(self._tokens) - 1) // self._stride
@@ -116,9 +129,8 @@ class Ul2(Examples):
         return float(self._chances @ filled) / self._source_length
 
 
-def ul2_lengths(objective: ObjectiveConfig, length: int) -> list[SpanLengths]:
-    """Of each denoiser, the lengths with the most text whose source and target both fit."""
-    source_room = objective.source_width(length) - objective.mode_tokens
+def ul2_lengths(source_room: int, length: int) -> list[SpanLengths]:
+    """Of each denoiser, the lengths with the most text whose source fits `source_room` tokens and whose target `length`."""
 
     def fits(lengths: SpanLengths) -> bool:
         return lengths.source <= source_room and lengths.target <= length
@@ -126,19 +138,19 @@ def ul2_lengths(objective: ObjectiveConfig, length: int) -> list[SpanLengths]:
     return [longest(denoiser.lengths, fits) for denoiser in UL2_DENOISERS]
 
 
-def denoiser_chances(objective: ObjectiveConfig) -> np.ndarray:
-    """The probability of each denoiser: that of its kind, shared evenly among those of the kind."""
+def denoiser_chances(weights_of_modes: tuple[float, float, float]) -> np.ndarray:
+    """The probability of each denoiser: that of its mode (R, S, X), shared evenly among those of the mode."""
     modes = [denoiser.mode for denoiser in UL2_DENOISERS]
-    weights = np.array([objective.denoiser_weights[mode] / modes.count(mode) for mode in modes])
+    weights = np.array([weights_of_modes[mode] / modes.count(mode) for mode in modes])
     return weights / weights.sum()
 
 
-def most_sentinels(objective: ObjectiveConfig, length: int) -> int:
-    """How many spans an example has at most, each of which takes a sentinel of its own."""
-    if objective.kind == "span_corruption":
-        width = objective.source_width(length)
-        return lengths_filling(width, objective.noise_density, objective.mean_span).spans
-    return max(lengths.spans for lengths in ul2_lengths(objective, length))
+def sentinels(tokenizer: Tokenizer) -> list[int]:
+    """The ids of `<extra_id_0>`, `<extra_id_1>`, ... up to the first that the vocabulary lacks."""
+    found: list[int] = []
+    while (id := tokenizer.special(sentinel(len(found)))) is not None:
+        found.append(id)
+    return found
 
 
 def two_sides(

@@ -12,8 +12,7 @@ import numpy as np
 
 from train.data.draws import Draws
 from train.data.label_arrays import NONE
-from train.data.objective_config import ObjectiveConfig
-from train.data.rows import Stretches, TaskRows, fitting, text_sizes
+from train.data.rows import Stretches, TaskRows, TooLong, fitting, text_sizes
 from train.data.store import TokenArray
 from train.data.tokenizer import Tokenizer
 
@@ -26,14 +25,14 @@ class TaggedWords(TaskRows):
         array: TokenArray,
         tokenizer: Tokenizer,
         length: int,
-        objective: ObjectiveConfig,
+        too_long: TooLong,
         *,
         shown: bool = False,
     ) -> None:
         """`shown` says how many are too long. Raises `UserError` if no text is short enough."""
         super().__init__(array, tokenizer, length)
         sizes = text_sizes(array)
-        self.documents = fitting(array, sizes + 2, length, objective, shown=shown)
+        self.documents = fitting(array, sizes + 2, length, too_long, shown=shown)
         text = Stretches.of(array, self.documents, np.minimum(sizes[self.documents], length - 2))
         self.sides = [text]
         # As tokens, so that they are laid out as those are.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from transformer.errors import UserError, require
+from transformer.errors import Config, UserError, require
 
 if TYPE_CHECKING:
     import tokenizers
@@ -43,7 +43,7 @@ _ABOUT_FILE = "tokenizer_about.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Config):
     """How text becomes token ids."""
 
     kind: Literal["bytes", "bpe", "wordpiece", "unigram", "words", "file", "gpt2"] = "bytes"
@@ -64,6 +64,7 @@ class TokenizerConfig:
     """How many of T5's `<extra_id_0>`, `<extra_id_1>`, ... to add: one for each span that is cut out of a sequence."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         trained = self.kind in _TRAINED_KINDS
         require(self, "sentinels", self.sentinels >= 0, "0 or more")
         for name in self.special_tokens:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import numpy as np
 
 from train.data.draws import Draws
-from train.data.objective_config import ObjectiveConfig
 from train.data.pack import place_in_group
 from train.data.progress import say_once
 from train.data.rows import Stretches, TaskRows, one_each, text_sizes
@@ -28,25 +27,26 @@ class AnswerWindows(TaskRows):
         array: TokenArray,
         tokenizer: Tokenizer,
         length: int,
-        objective: ObjectiveConfig,
         *,
+        stride: int,
+        question_length: int,
         shown: bool = False,
     ) -> None:
-        """`shown` says how many questions are cut."""
+        """A question has `question_length` tokens at most, and at most half of a row; `shown` says how many questions are cut."""
         super().__init__(array, tokenizer, length)
         assert array.target is not None
         questions = text_sizes(array)
         room = length - self.frame(2)
-        most = objective.most_question(room)
+        most = min(question_length, room // 2)
         if shown and (cut := int(np.sum(questions > most))):
             say_once(f"{array.name}: {cut} of {len(questions)} questions are longer than {most} tokens: cut")
         questions = np.minimum(questions, most)
         room, contexts = room - questions, text_sizes(array.target)
         # No token is left out, however long the stride is.
-        stride = np.minimum(objective.stride, room)
-        count = 1 + np.maximum(0, -(-(contexts - room) // stride))
+        steps = np.minimum(stride, room)
+        count = 1 + np.maximum(0, -(-(contexts - room) // steps))
         self.documents = np.repeat(np.arange(array.documents), count)
-        self.first = stride[self.documents] * place_in_group(count)
+        self.first = steps[self.documents] * place_in_group(count)
         """[N] the first token of each window, as its place in the context."""
         sizes = np.minimum(room[self.documents], contexts[self.documents] - self.first)
         starts = np.asarray(array.target.offsets)[self.documents] + self.first

@@ -13,12 +13,12 @@ from flax import nnx
 from train.checkpoint import Checkpoints
 from train.config import RunConfig, dump
 from train.data.cache import check_new, whole_folder
-from train.data.objective_config import ObjectiveConfig
 from train.data.prepare import DataConfig
 from train.data.tokenizer import Tokenizer, TokenizerConfig
 from train.hf import parity, source
 from train.hf.vocabulary import tokenizer_of
 from train.mesh import MeshConfig, make_mesh, use_mesh
+from train.objectives import Causal, NoObjective, Objective, Seq2Seq
 from train.sections import CheckpointConfig
 from train.state import abstract_params
 from transformer.errors import UserError
@@ -70,7 +70,8 @@ def bring(
             report = None
         with whole_folder(directory) as partial:
             _write(partial, config, read, params, tokenizer, given, report)
-    print(f"written to {directory}. {_use(config, directory)}")
+    next_step = config.objective.next_step(directory)
+    print(f"written to {directory}. {next_step[0].upper()}{next_step[1:]}")
     return directory
 
 
@@ -104,12 +105,12 @@ def _with_pooling(read: Checkpoint) -> Checkpoint:
 
 
 def _run_config(read: Checkpoint, name: str, directory: Path, tokenizer: Tokenizer | None) -> RunConfig:
-    kinds: dict[str, Any] = {"gpt": "causal", "t5": "seq2seq", "vaswani": "seq2seq"}
-    kind = kinds.get(read.config.family, "none")
+    known: dict[str, Objective] = {"gpt": Causal(), "t5": Seq2Seq(), "vaswani": Seq2Seq()}
+    objective: Any = known.get(read.config.family, NoObjective())
     path = directory / "tokenizer" / "tokenizer.json"
     config = TokenizerConfig() if tokenizer is None else TokenizerConfig(kind="file", path=str(path))
     return RunConfig(
-        name=name, run_dir=str(directory), model=read.config, objective=ObjectiveConfig(kind=kind),
+        name=name, run_dir=str(directory), model=read.config, objective=objective,
         data=DataConfig(tokenizer=config, packing="documents"),
         mesh=MeshConfig(strategy="fsdp" if jax.device_count() > 1 else "dp"),
     )  # fmt: skip
@@ -144,11 +145,3 @@ def _labels(read: Checkpoint) -> list[str]:
     # What transformers calls those that have none.
     named = read.data.get("id2label") or {str(number): f"LABEL_{number}" for number in range(read.config.num_labels)}
     return [str(named[key]) for key in sorted(named, key=int)]
-
-
-def _use(config: RunConfig, directory: Path) -> str:
-    if config.model.family == "gpt":
-        return f"To write with it: manyheads generate {directory} --prompt TEXT"
-    if config.objective.kind == "seq2seq":
-        return f"To translate with it: manyheads translate {directory} --text TEXT"
-    return f"To fine-tune it: init_from: {directory} in a config, with its model section and tokenizer"

@@ -28,27 +28,15 @@ class Family:
     config: type
     model: Callable[..., Any]
     flops_per_token: Callable[[Any, int], float]
-    objectives: tuple[str, ...]
-    """The training objectives that suit it, the usual one first."""
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt": Family(GPTConfig, GPT, gpt.flops_per_token, ("causal", "prefix")),
-    "bert": Family(
-        BertConfig,
-        Bert,
-        bert.flops_per_token,
-        (
-            *("masked", "next_sentence", "sentence_order", "classification", "regression", "token_classification"),
-            *("answer", "choice", "contrastive"),
-        ),
-    ),
-    "electra": Family(ElectraConfig, Electra, electra.flops_per_token, ("replaced_tokens",)),
-    "vaswani": Family(
-        VaswaniConfig, EncoderDecoder, encoder_decoder.flops_per_token, ("seq2seq", "span_corruption", "ul2")
-    ),
-    "t5": Family(T5Config, EncoderDecoder, encoder_decoder.flops_per_token, ("span_corruption", "ul2", "seq2seq")),
-    "recurrent": Family(RecurrentConfig, RecurrentTranslator, recurrent.flops_per_token, ("seq2seq",)),
+    "gpt": Family(GPTConfig, GPT, gpt.flops_per_token),
+    "bert": Family(BertConfig, Bert, bert.flops_per_token),
+    "electra": Family(ElectraConfig, Electra, electra.flops_per_token),
+    "vaswani": Family(VaswaniConfig, EncoderDecoder, encoder_decoder.flops_per_token),
+    "t5": Family(T5Config, EncoderDecoder, encoder_decoder.flops_per_token),
+    "recurrent": Family(RecurrentConfig, RecurrentTranslator, recurrent.flops_per_token),
 }
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.objective import LossConfig, cross_entropy
+from train.loss import LossConfig, cross_entropy
 
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(3 * RNG.normal(size=(2, 5, 7)), jnp.float32)

@@ -1,4 +1,4 @@
-"""Tables and pictures of how well the classes of a task are told apart. C classes."""
+"""Tables and pictures of how well a task's classes are predicted. C classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_NUMBERED = 30
 
 @dataclass(frozen=True)
 class ClassScores:
-    """How well one class is told."""
+    """How well one class is predicted."""
 
     name: str
     precision: float
@@ -37,7 +37,7 @@ def class_table(classes: Sequence[ClassScores]) -> str:
 
 
 def draw_confusion(counts_CC: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """How often each class (a row) was told to be each other (a column), coloured by its share of the row, as a picture.
+    """How often each class (a row) was predicted as each other (a column), coloured by its share of the row, as a picture.
 
     Raises `UserError` if it cannot be written.
     """

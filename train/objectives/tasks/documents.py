@@ -8,52 +8,31 @@ from pathlib import Path
 
 import numpy as np
 
-from train.config import RunConfig
 from train.data.cache import writing
-from train.data.examples import task_rows
-from train.data.objective_config import ObjectiveConfig
 from train.data.records import Document
 from train.data.rows import TaskRows
 from train.data.store import Prepared
-from train.data.tokenizer import Tokenizer
-from train.tasks.answers import Answering
-from train.tasks.classes import Choice, Classification, Regression
-from train.tasks.tags import TokenClassification
-from train.tasks.task import Prediction, Rows, Task
-
-TASKS: dict[str, type[Task]] = {
-    "classification": Classification,
-    "regression": Regression,
-    "token_classification": TokenClassification,
-    "answer": Answering,
-    "choice": Choice,
-}
-"""The task of each objective for labelled documents."""
+from train.objectives.tasks.task import Labelling, Prediction, Rows, Task
 
 
-def make_task(objective: ObjectiveConfig, tokenizer: Tokenizer, labels: Sequence[str]) -> Task:
-    """The objective's task; `labels` are the names of its classes, or tags."""
-    return TASKS[objective.kind](objective, tokenizer, labels)
-
-
-class TaskEvaluation:
-    """A task with the documents that it is told on.
+class TaskDocuments:
+    """A task with the documents of which it predicts labels.
 
     Args:
         sources: of each array of documents its examples, in the order in which their ids count on, and the documents.
     """
 
-    def __init__(self, task: Task, sources: Sequence[tuple[TaskRows, Sequence[Document]]]) -> None:
-        self.task, self._sources = task, sources
+    def __init__(self, task: Task, names: Labelling, sources: Sequence[tuple[TaskRows, Sequence[Document]]]) -> None:
+        self._task, self._names, self._sources = task, names, sources
         self._first_id = np.cumsum([0, *(len(examples) for examples, _ in sources)])
 
     @classmethod
-    def of_held_out(cls, config: RunConfig, prepared: Prepared) -> TaskEvaluation:
-        """Of a run's held-out documents, as its evaluation batches count them."""
-        task = make_task(config.objective, prepared.tokenizer, prepared.meta.labels)
-        common = (prepared.tokenizer, config.sequence_length, config.objective)
-        sources = [(task_rows(array, *common), prepared.held_out(array)) for array in prepared.validation]
-        return cls(task, sources)
+    def held_out(cls, task: Task, prepared: Prepared, length: int) -> TaskDocuments:
+        """The held-out documents, in rows of `length` tokens, as evaluation batches count them."""
+        sources = [
+            (task.rows(array, prepared.tokenizer, length), prepared.held_out(array)) for array in prepared.validation
+        ]
+        return cls(task, Labelling(prepared.tokenizer, prepared.meta.labels), sources)
 
     def predictions(self, parts: Sequence[Rows]) -> list[Prediction]:
         """Of the documents whose examples are in `parts`, the outputs of some batches; rows of padding are passed over."""
@@ -64,12 +43,14 @@ class TaskEvaluation:
             is_own = (ids >= self._first_id[number]) & (ids < self._first_id[number + 1])
             own = {name: values[is_own] for name, values in rows.items()}
             if is_own.any():
-                found += self.task.predictions(examples, documents, ids[is_own] - self._first_id[number], own)
+                found += self._task.predictions(
+                    examples, documents, ids[is_own] - self._first_id[number], own, self._names
+                )
         return found
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         """The task's metrics; none without a prediction."""
-        return self.task.metrics(predictions) if predictions else {}
+        return self._task.scores(predictions, self._names.labels) if predictions else {}
 
     def finish(self, predictions: Sequence[Prediction], directory: Path) -> list[str]:
         """Write the predictions into a run's folder, draw the pictures there, and give lines for people.
@@ -80,7 +61,8 @@ class TaskEvaluation:
             return []
         path = directory / "predictions.jsonl"
         write_predictions(predictions, path)
-        return [*self.task.report(predictions, directory), f"{len(predictions)} predictions: {path}"]
+        lines = self._task.describe(predictions, self._names.labels, directory)
+        return [*lines, f"{len(predictions)} predictions: {path}"]
 
 
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:

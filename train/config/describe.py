@@ -1,0 +1,76 @@
+"""A config for people, and as plain data: its fields with their meanings, and what differs between two."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from transformer.errors import field_types
+
+
+def to_data(config: Any) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`field: old → new` for each field in which two configs, as plain data, differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after, path = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{path}.")
+        elif before != after:
+            lines.append(f"{path}: {before!r} → {after!r}")
+    return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a config, for people to read."""
+
+    path: str
+    value: Any
+    default: Any
+    meaning: str
+
+
+def fields(config: Any, prefix: str = "") -> Iterator[Field]:
+    """Every field below a config, sections opened."""
+    config_type: type = type(config)
+    meanings = _meanings(config_type)
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from fields(value, f"{path}.")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for index, item in enumerate(value):
+                yield from fields(item, f"{path}.{index}.")
+        else:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            yield Field(path, value, default, meanings.get(field.name, ""))
+
+
+@functools.cache
+def _meanings(config_type: type) -> dict[str, str]:
+    """Field name → the docstring under it; of a tag, what its class is."""
+    found = {}
+    for owner in reversed(config_type.__mro__):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    for name, annotation in field_types(config_type).items():
+        if typing.get_origin(annotation) is Literal and len(typing.get_args(annotation)) == 1 and config_type.__doc__:
+            found[name] = " ".join(config_type.__doc__.split())
+    return found

@@ -1,0 +1,136 @@
+"""What is wrong with a config's data, in one line: the field's path, the value given, what is allowed, the nearest name."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from train.config.moved import MOVED
+from train.config.schema import chosen, configs_in, default_of, tag_of, tag_value
+from transformer.errors import ConfigError, field_types, nearest, what_fits
+
+_NO_MAPPING = ("dict_type", "union_tag_not_found")
+_SHOWN = 12
+"""Fields that are listed where no name is near."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake."""
+
+    path: tuple[str, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(self.path) or 'the file'}: {self.message}"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an error of pydantic's is, in terms of the data."""
+
+    path: tuple[str, ...]
+    annotation: Any
+    """Of the field there; None for a key that the config does not have."""
+    value: Any
+    owner: Any = None
+    """The config class around it."""
+    siblings: tuple[type, ...] = ()
+    """The other classes that the config might be of."""
+
+
+def first_mistake(config_type: type, errors: typing.Sequence[Any], data: Any) -> Mistake:
+    """The mistake to name first: a field that has moved, a key that is unknown, then the first of the others.
+
+    Args:
+        errors: pydantic's, of validating `data`.
+    """
+    found = [(error, _locate(config_type, list(error["loc"]), data)) for error in errors]
+    moved = [
+        (place, MOVED[key])
+        for error, place in found
+        if (error["type"] == "extra_forbidden" or error["type"] in _NO_MAPPING)
+        and (key := _general(place.path)) in MOVED
+    ]
+    if moved:
+        (first, to), *others = moved
+        more = "".join(f"; {'.'.join(place.path)} is now {where}" for place, where in others)
+        return Mistake(first.path, f"this field has moved: it is now {to}{more}")
+    error, place = next((one for one in found if one[0]["type"] == "extra_forbidden"), found[0])
+    return _mistake(error, place)
+
+
+def _general(path: tuple[str, ...]) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in path)
+
+
+def _mistake(error: Any, place: _Place) -> Mistake:
+    kind, path, value = error["type"], place.path, place.value
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return Mistake((*path, *cause.field.split(".")), f"got {cause.given!r}; {cause.allowed}")
+    if kind == "missing":
+        return Mistake(path, "it is missing, and has no default")
+    if kind == "extra_forbidden":
+        return Mistake(path, _unknown(place))
+    configs = configs_in(place.annotation)
+    if kind == "union_tag_invalid" and len(configs) > 1:
+        tag = tag_of(configs)
+        names = [str(tag_value(one, tag)) for one in configs]
+        given = value.get(tag)
+        near = nearest(given, names) if isinstance(given, str) else ""
+        return Mistake((*path, tag), f"got {given!r}; allowed: {', '.join(names)}" + (f".{near}" if near else ""))
+    if configs:
+        return Mistake(path, f"got {value!r}; expected a mapping of field: value")
+    return Mistake(path, f"got {value!r}; {what_fits(place.annotation, value)}")
+
+
+def _unknown(place: _Place) -> str:
+    """What to say of a key that its config does not have."""
+    key, names = place.path[-1], list(field_types(place.owner))
+    if place.siblings:
+        tag = tag_of(place.siblings)
+        having = [str(tag_value(one, tag)) for one in place.siblings if key in field_types(one)]
+        if having:
+            section = "one" if len(place.path) < 2 or place.path[-2].isdecimal() else place.path[-2]
+            plural = "families" if tag == "family" else f"{tag}s"
+            return f"{key} is a field of {plural} {', '.join(having)}; this {section} is {tag_value(place.owner, tag)}"
+    if near := nearest(key, names):
+        return f"no such field.{near}"
+    listed = f"; allowed: {', '.join(names)}" if len(names) <= _SHOWN else ""
+    return f"no such field{listed}"
+
+
+def _locate(config_type: type, loc: list[Any], data: Any) -> _Place:
+    """Follow pydantic's location through annotations and data; tags of unions are no part of the path."""
+    path: list[str] = []
+    annotation: Any = config_type
+    value, default = data, None
+    while loc:
+        configs = configs_in(annotation)
+        if configs:
+            owner = chosen(annotation, value, default)
+            if len(configs) > 1:
+                loc.pop(0)
+                if not loc:
+                    break
+            name = str(loc.pop(0))
+            path.append(name)
+            base = default if type(default) is owner else None
+            value = value.get(name) if isinstance(value, dict) else None
+            assert owner is not None
+            if name not in field_types(owner):
+                return _Place(tuple(path), None, value, owner, configs if len(configs) > 1 else ())
+            annotation, default = field_types(owner)[name], default_of(owner, name, base)
+        elif typing.get_origin(annotation) is tuple:
+            index = int(loc.pop(0))
+            path.append(str(index))
+            value = value[index] if isinstance(value, list) and index < len(value) else None
+            parts = typing.get_args(annotation)
+            annotation = parts[0] if parts[1:] == (...,) else parts[index]
+        else:
+            # What follows are pydantic's names of the members of a union.
+            break
+    return _Place(tuple(path), annotation, None if value is dataclasses.MISSING else value)

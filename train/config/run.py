@@ -1,0 +1,117 @@
+"""Everything that decides what a run computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from train.data.prepare import DataConfig
+from train.loss import LossConfig
+from train.mesh import MeshConfig
+from train.objectives import AnyObjective, Causal
+from train.optimizer import OptimizerConfig
+from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from transformer.errors import Config, require
+from transformer.layers.adapter import AdapterConfig
+from transformer.models.families import ModelConfig
+from transformer.models.gpt import GPTConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """Everything that decides what a run computes."""
+
+    name: str
+    """Name of the run."""
+    run_dir: str | None = None
+    """Folder of the run; null: runs/NAME."""
+    init_from: str | None = None
+    """Folder of a run with whose weights training begins. Parameters that it lacks are initialised fresh. null: all are."""
+    seed: int = 0
+    """Decides initial weights, dropout and the order of the data."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Sequences in a step, over all devices and microbatches."""
+    length: int | None = None
+    """Tokens in a training sequence; null: model.max_length."""
+    microbatches: int = 1
+    """Parts a step's batch is cut into, one after the other (gradient accumulation)."""
+    max_skipped: int = 10
+    """Stop after this many updates in a row were skipped for a loss or gradient that is not finite."""
+    model: ModelConfig = GPTConfig()
+    """The network; its `family` decides which fields there are."""
+    adapter: AdapterConfig | None = None
+    """Low-rank adapters, which are trained in the place of the network's own parameters; null: none."""
+    objective: AnyObjective = Causal()
+    """What is predicted from what; its `kind` decides which fields there are."""
+    data: DataConfig = DataConfig()
+    """The text, and how it becomes sequences of tokens."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How gradients become updates."""
+    loss: LossConfig = LossConfig()
+    """Additions to what is minimised."""
+    mesh: MeshConfig = MeshConfig()
+    """How the run is spread over devices."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Scores on held-out text."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """States on disk."""
+    log: LogConfig = LogConfig()
+    """Records of metrics."""
+    sample: SampleConfig = SampleConfig()
+    """Texts to look at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "name", bool(self.name) and "/" not in self.name, "allowed: any text without a slash")
+        for field in ("steps", "batch_size", "microbatches", "max_skipped"):
+            require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
+        require(self, "seed", 0 <= self.seed < 2**32, "allowed: 0 to 2**32 - 1")
+        self.objective.check_model(self.model)
+        self.objective.check_mesh(self.mesh)
+        self.objective.check_loss(self.loss)
+        known = ("loss", *self.objective.metrics)
+        require(
+            self.checkpoint, "best", self.checkpoint.best in known,
+            f"objective {self.objective.kind} has {', '.join(known)}",
+        )  # fmt: skip
+        decay = self.optimizer.layer_decay
+        require(
+            self.optimizer, "layer_decay", decay is None or self.model.family in ("gpt", "bert"),
+            f"layer_decay needs one stack of blocks (gpt, bert), and the model is of family {self.model.family!r}; "
+            "allowed: null",
+        )  # fmt: skip
+        holds = getattr(self.model, "num_experts", 0) > 0 or self.mesh.expert in (None, 1)
+        require(self.mesh, "expert", holds, "the model has no experts (model.num_experts); allowed: 1 or null")
+        longest = self.model.max_length
+        require(
+            self, "length", self.length is None or 1 <= self.length <= longest,
+            f"allowed: 1 to model.max_length ({longest}), or null",
+        )  # fmt: skip
+        require(
+            self,
+            "microbatches",
+            self.batch_size % self.microbatches == 0,
+            f"it must divide batch_size ({self.batch_size})",
+        )
+
+    @property
+    def sequence_length(self) -> int:
+        """`length` with its default filled in."""
+        return self.model.max_length if self.length is None else self.length
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Of all rows that the model reads for one, padding included."""
+        return self.objective.rows_per_example * self.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all rows of a batch, padding included."""
+        return self.batch_size * self.tokens_per_example
+
+    @property
+    def directory(self) -> Path:
+        """`run_dir` with its default filled in."""
+        return Path("runs", self.name) if self.run_dir is None else Path(self.run_dir)

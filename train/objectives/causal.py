@@ -1,0 +1,58 @@
+"""Predicting each next token: language models that read from left to right.
+
+Axes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+from train.data.pack import Examples, Packing, examples
+from train.data.prepare import DataConfig
+from train.data.store import Prepared, TokenArray
+from train.data.tokenizer import Tokenizer
+from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_router_loss
+from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
+from transformer.types import PRNGKeyArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Causal(Objective):
+    """Each next token is predicted from those before it (GPT)."""
+
+    kind: Literal["causal"] = "causal"
+
+    families = ("gpt",)
+    predicts_all_text = True
+    use = ("write", "manyheads generate {} --prompt TEXT")
+
+    def _examples(
+        self, array: TokenArray, tokenizer: Tokenizer, packing: Packing, length: int, *, training: bool, shown: bool
+    ) -> Examples:
+        return examples(array, packing, length, training=training)
+
+    def batch(self, rows: int, length: int, data: DataConfig) -> BatchShapes:
+        names = ["tokens", "targets"] + (["segments", "positions"] if data.packing == "documents" else [])
+        return row_shapes(rows, length, names) | weight_shape(rows, length)
+
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+        """The mean over all tokens; positions and segments [B, T] are given where documents are packed."""
+        output = model(batch["tokens"], positions_BT=batch.get("positions"), segments_BT=batch.get("segments"), key=key)
+        return token_loss(output, batch, config)
+
+    def report(self, prepared: Prepared, bits_per_byte: float | None) -> list[str]:
+        """Bits per byte next to those of general compressors."""
+        if bits_per_byte is None:
+            return []
+        others = [(f"{name} -9", prepared.meta.bits_per_byte(name)) for name in ("gzip", "xz")]
+        known = "".join(f", {label} {bits:.4f}" for label, bits in others if bits is not None)
+        return [f"held-out text, bits per byte: this model {bits_per_byte:.4f}{known}"]
+
+
+def token_loss(output: Any, batch: Batch, config: LossConfig) -> LossSums:
+    """The cross-entropy of `targets` by `weights` [B, T], with a mixture's own loss."""
+    with jax.named_scope("loss"):
+        return with_router_loss(cross_entropy(output.logits, batch["targets"], batch["weights"], config), output)

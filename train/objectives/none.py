@@ -1,0 +1,52 @@
+"""No objective: the config of weights that were imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from train.data.pack import Examples, Packing
+from train.data.prepare import DataConfig
+from train.data.store import Prepared, TokenArray
+from train.data.tokenizer import Tokenizer
+from train.loss import Batch, LossConfig, LossSums
+from train.objectives.objective import BatchShapes, Objective
+from transformer.errors import UserError
+from transformer.models.families import ModelConfig
+from transformer.types import PRNGKeyArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoObjective(Objective):
+    """Nothing is predicted: weights that were imported, to use or to begin from."""
+
+    kind: Literal["none"] = "none"
+
+    families = ()
+    loss_settings = ()
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Any model will do."""
+
+    def check_data(self, prepared: Prepared, length: int) -> None:
+        raise _nothing()
+
+    def _examples(
+        self, array: TokenArray, tokenizer: Tokenizer, packing: Packing, length: int, *, training: bool, shown: bool
+    ) -> Examples:
+        raise _nothing()
+
+    def batch(self, rows: int, length: int, data: DataConfig) -> BatchShapes:
+        raise _nothing()
+
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+        raise _nothing()
+
+    def next_step(self, run: Any) -> str:
+        return f"to fine-tune it: init_from: {run} in a config, with its model section and tokenizer"
+
+
+def _nothing() -> UserError:
+    return UserError(
+        "objective.kind: got 'none'; these are imported weights: name their folder in init_from of a config with an objective"
+    )

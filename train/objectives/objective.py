@@ -1,0 +1,267 @@
+"""What a model is trained to predict: one object, which is its own config.
+
+Axes: B rows of a batch, T positions.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.data.buckets import Buckets
+from train.data.pack import Examples, Packing
+from train.data.prepare import DataConfig
+from train.data.records import LabelKind
+from train.data.store import Prepared, TokenArray
+from train.data.tokenizer import Tokenizer
+from train.loss import Batch, LossConfig, LossSums
+from train.mesh import MeshConfig
+from transformer.errors import Config, ConfigError, UserError, require
+from transformer.models.bert import BertConfig
+from transformer.models.families import ModelConfig
+from transformer.types import PRNGKeyArray
+
+Outputs = dict[str, jax.Array]
+"""[B, ...], by name."""
+
+BatchShapes = dict[str, jax.ShapeDtypeStruct]
+"""The arrays of a batch, by name, without the numbers of the examples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Config, abc.ABC):
+    """What is predicted from what.
+
+    A subclass is an objective: a config whose fields are the objective's settings, with everything that depends on it. The
+    class variables say what it suits; the methods make examples, describe batches and compute losses.
+    """
+
+    kind: str
+    """Which objective it is."""
+
+    families: ClassVar[tuple[str, ...]]
+    """The model families that it suits."""
+    head: ClassVar[str | None] = None
+    """The head that it trains of a `bert` model; None: any."""
+    takes_pairs: ClassVar[bool | None] = False
+    """Whether it takes pairs of texts (True), single texts (False), or either (None)."""
+    label_kind: ClassVar[LabelKind | None] = None
+    """The labels that its documents must have."""
+    packings: ClassVar[tuple[Packing, ...]] = ("chunk", "documents")
+    least_length: ClassVar[int] = 1
+    """The fewest tokens of a sequence."""
+    loss_settings: ClassVar[tuple[str, ...]] = ("z_loss", "label_smoothing")
+    """The fields of `LossConfig` that may be set for it."""
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """The metrics that may choose the best checkpoint, in addition to the loss."""
+    lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
+    """Of the loss and the metrics, those of which less is better."""
+    unit: ClassVar[str] = "tok"
+    """What to call one prediction."""
+    predicts_all_text: ClassVar[bool] = False
+    """Whether every token of the text is predicted once, from those before it: bits per byte then mean something."""
+    translates: ClassVar[bool] = False
+    """Whether a model of it translates texts."""
+    own_target_tokenizer: ClassVar[bool] = False
+    """Whether the other side of pairs may have a vocabulary of its own."""
+    use: ClassVar[tuple[str, str] | None] = None
+    """What a trained model is for, and the command, `{}` standing for the run: `("write", "manyheads generate {}")`."""
+
+    # ── what it suits ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise a `ConfigError` unless the model can be trained on it."""
+        if model.family not in self.families:
+            suited = sorted(one.kind_name() for one in objectives() if model.family in one.families)
+            allowed = f"a model of family {model.family!r} goes with {', '.join(suited)}"
+            raise ConfigError(type(self), "kind", self.kind, allowed)
+        if self.head is not None and isinstance(model, BertConfig):
+            require(model, "head", model.head == self.head, f"objective {self.kind} needs {self.head!r}")
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        """Raise a `ConfigError` unless the objective can be trained so."""
+
+    def check_loss(self, loss: LossConfig) -> None:
+        """Raise a `ConfigError` for a setting that means nothing to this objective."""
+        for name in ("z_loss", "label_smoothing"):
+            holds = name in self.loss_settings or not getattr(loss, name)
+            require(loss, name, holds, f"not for objective {self.kind}; allowed: 0")
+
+    def check_data(self, prepared: Prepared, length: int) -> None:
+        """Raise a `UserError` unless the data suits it, with sequences of `length` tokens to predict."""
+        kind = self.kind
+        if self.takes_pairs and not prepared.pairs:
+            raise UserError(
+                f"objective.kind: {kind!r} needs pairs, the sources give single texts; set their target_field"
+            )
+        if self.takes_pairs is False and prepared.pairs:
+            paired = " or ".join(one.kind_name() for one in objectives() if one.takes_pairs and one.label_kind is None)
+            raise UserError(f"objective.kind: {kind!r} is for single texts, the sources give pairs; set it to {paired}")
+        if not self.own_target_tokenizer and prepared.own_target_tokenizer is not None:
+            raise UserError(f"data.target_tokenizer: one encoder reads both sides of a {kind} pair; set it to null")
+        self._check_documents(prepared)
+        if length < self.least_length:
+            raise UserError(f"length: got {length}; {kind} needs at least {self.least_length} tokens")
+        self._check_lengths(length)
+        if missing := [name for name in self.special_tokens if prepared.tokenizer.special(name) is None]:
+            names = ", ".join(f'"{name}"' for name in self.special_tokens)
+            raise UserError(
+                f"objective.kind: {kind!r} takes {', '.join(missing)}, which the vocabulary lacks; set "
+                f"data.tokenizer.special_tokens: [{names}]"
+            )
+        self._check_text(prepared, length)
+
+    def check_classes(self, prepared: Prepared, model: ModelConfig) -> None:
+        """Raise a `UserError` unless the model has as many classes as the data."""
+
+    def _check_documents(self, prepared: Prepared) -> None:
+        """Raise a `UserError` for documents that are not of the right kind."""
+        if any(array.others > 1 for array in prepared.train):
+            raise UserError(f"objective.kind: {self.kind!r} is not for texts with choices; set it to 'choice'")
+
+    def _check_lengths(self, length: int) -> None:
+        """Raise a `UserError` for a length that is too short for the settings."""
+
+    def _check_text(self, prepared: Prepared, length: int) -> None:
+        """Raise a `UserError` for a vocabulary, or an amount of text, that does not suit."""
+
+    # ── tokens and examples ──────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The special tokens that it puts into sequences, sentinels aside."""
+        return ()
+
+    def largest_inserted(self, tokenizer: Tokenizer) -> int:
+        """The largest token id that it may put into sequences; 0 if it puts in none."""
+        return max((tokenizer.special(name) or 0 for name in self.special_tokens), default=0)
+
+    def with_data(self, prepared: Prepared) -> Self:
+        """The same with every setting that follows from the training data filled in."""
+        return self
+
+    def examples(
+        self, array: TokenArray, tokenizer: Tokenizer, packing: Packing, length: int, *, training: bool, shown: bool
+    ) -> Examples:
+        """The examples of an array.
+
+        Args:
+            length: tokens of a row.
+            training: leave out what does not fill a row, instead of padding it.
+            shown: print how many documents are too long.
+
+        Raises:
+            UserError: the packing does not suit the objective, or there is less text than one example.
+        """
+        self._check_packing(packing)
+        made = self._examples(array, tokenizer, packing, length, training=training, shown=shown)
+        if training and not len(made):
+            raise UserError(
+                f"{array.name}: {len(array.tokens) - 1} tokens are fewer than {self.kind} takes for one sequence; give it more "
+                "text or make the sequences shorter"
+            )
+        return made
+
+    @abc.abstractmethod
+    def _examples(
+        self, array: TokenArray, tokenizer: Tokenizer, packing: Packing, length: int, *, training: bool, shown: bool
+    ) -> Examples:
+        """`examples` with one of `packings`."""
+
+    def buckets(self, array: TokenArray, length: int, batch_size: int, seed: int, *, shown: bool) -> Buckets:
+        """The batches of an array with packing `pad`. Raises `UserError` for an objective that has none."""
+        self._check_packing("pad")
+        raise NotImplementedError
+
+    def _check_packing(self, packing: Packing) -> None:
+        if packing not in self.packings:
+            reasons: dict[tuple[Packing, ...], str] = {
+                ("chunk",): "is for running text", ("documents",): "takes one document a row",
+            }  # fmt: skip
+            reason = reasons.get(self.packings, "is not packed so")
+            allowed = " or ".join(repr(one) for one in self.packings)
+            raise UserError(f"data.packing: got {packing!r}; {self.kind} {reason}: set it to {allowed}")
+
+    # ── batches and the loss ─────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def rows_per_example(self) -> int:
+        """How many rows the model reads for each example of a batch."""
+        return 1
+
+    @abc.abstractmethod
+    def batch(self, rows: int, length: int, data: DataConfig) -> BatchShapes:
+        """The arrays of a batch of `rows` examples of `length` tokens, padding included; with packing `pad` the widest."""
+
+    @abc.abstractmethod
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+        """What a training step minimises.
+
+        Args:
+            batch: the arrays of `batch`.
+            key: turns dropout on.
+        """
+
+    def evaluate(self, model: Any, batch: Batch) -> tuple[LossSums, Outputs]:
+        """The loss without dropout, smoothing, z-loss or class weights; and of each row what predictions are made from."""
+        return self.loss(model, batch, LossConfig()), {}
+
+    def tokens_per_prediction(self, prepared: Prepared, tokens_per_example: int) -> float:
+        """How many tokens the model reads for each thing that it predicts.
+
+        Args:
+            tokens_per_example: of all rows of an example, padding included.
+        """
+        return 1.0
+
+    # ── for people ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def baseline(self, validation: Sequence[TokenArray]) -> str:
+        """What a guess would reach on the held-out documents, for people; empty where that is not known."""
+        return ""
+
+    def report(self, prepared: Prepared, bits_per_byte: float | None) -> list[str]:
+        """Lines for people, at the end of a run."""
+        return []
+
+    def next_step(self, run: Any) -> str:
+        """What to do with a trained model in the folder `run`."""
+        if self.use is None:
+            return f"it is in {run}"
+        purpose, command = self.use
+        return f"to {purpose} with it: {command.format(run)}"
+
+    @classmethod
+    def kind_name(cls) -> str:
+        """The value of `kind`; empty for a base class."""
+        default = cls.__dataclass_fields__["kind"].default
+        return "" if default is MISSING else default
+
+
+def objectives(base: type[Objective] = Objective) -> Iterator[type[Objective]]:
+    """Every objective, in the order in which they were defined."""
+    for one in base.__subclasses__():
+        if one.kind_name():
+            yield one
+        yield from objectives(one)
+
+
+def row_shapes(rows: int, length: int, names: Sequence[str], *, prefix: str = "") -> BatchShapes:
+    """Arrays [rows, length] of int32."""
+    return {f"{prefix}{name}": jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+
+
+def weight_shape(rows: int, width: int = 1) -> BatchShapes:
+    """`weights` [rows, width] of float32."""
+    return {"weights": jax.ShapeDtypeStruct((rows, width), jnp.float32)}
+
+
+def label_shape(*shape: int, dtype: Any = np.int32) -> BatchShapes:
+    """`labels`."""
+    return {"labels": jax.ShapeDtypeStruct(shape, dtype)}

@@ -1,0 +1,47 @@
+"""Predicting the rest of a text after a part that is seen at once (Raffel et al. 2020, section 3.2.3).
+
+Axes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from train.data import spans
+from train.data.pack import Examples, Packing
+from train.data.prepare import DataConfig
+from train.data.store import TokenArray
+from train.data.tokenizer import Tokenizer
+from train.loss import Batch, LossConfig, LossSums
+from train.objectives.causal import token_loss
+from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
+from transformer.types import PRNGKeyArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix(Objective):
+    """The rest of a text is predicted after a part that is seen at once (prefix LM)."""
+
+    kind: Literal["prefix"] = "prefix"
+
+    families = ("gpt",)
+    packings = ("chunk",)
+    least_length = 2
+    use = ("write", "manyheads generate {} --prompt TEXT")
+
+    def _examples(
+        self, array: TokenArray, tokenizer: Tokenizer, packing: Packing, length: int, *, training: bool, shown: bool
+    ) -> Examples:
+        return spans.Prefix(array, length, keep_rest=not training)
+
+    def batch(self, rows: int, length: int, data: DataConfig) -> BatchShapes:
+        prefix = {"prefix": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+        return row_shapes(rows, length, ("tokens", "targets")) | weight_shape(rows, length) | prefix
+
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+        """The mean over the tokens after the prefix; `prefix` [B] is how many first tokens all others see."""
+        return token_loss(model(batch["tokens"], prefix_B=batch["prefix"], key=key), batch, config)

@@ -1,0 +1,64 @@
+"""Detecting which tokens a small model has replaced (Clark et al. 2020, section 3.1).
+
+Axes: B rows, T positions, K of them that may be hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from train.data.store import Prepared
+from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_router_loss
+from train.objectives.masked import HiddenTokens, at_places
+from transformer.types import PRNGKeyArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplacedTokens(HiddenTokens):
+    """A small model predicts masked tokens, and the encoder detects which of its predictions are wrong (ELECTRA)."""
+
+    kind: Literal["replaced_tokens"] = "replaced_tokens"
+
+    families = ("electra",)
+    unit = "tok"
+
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+        """The generator predicts the hidden tokens; draws from it are put in their places; the encoder predicts which tokens
+        are not the original ones.
+
+        The generator learns to predict, not to deceive: no gradient goes through a draw. The likelihood that is reported is
+        the encoder's, over all tokens. Without a key the draws are the same every time.
+        """
+        network_key, encoder_key, draw_key = (
+            (None, None, jax.random.key(0)) if key is None else jax.random.split(key, 3)
+        )
+        places = {"positions_BT": batch["positions"], "segments_BT": batch["segments"]}
+        hidden = at_places(batch, batch["predicted"])
+        scores_BKV = model.generator_logits(
+            batch["tokens"], predicted_BK=batch["predicted"], key=network_key, **places
+        )  # fmt: skip
+        with jax.named_scope("generator_loss"):
+            sums = cross_entropy(scores_BKV, hidden["targets"], hidden["weights"], config)
+            generator = sums.loss / jnp.maximum(sums.weight, 1)
+        with jax.named_scope("replace"):
+            drawn_BK = jax.random.categorical(draw_key, jax.lax.stop_gradient(scores_BKV)).astype(batch["tokens"].dtype)
+            seen_BK = jnp.where(hidden["weights"] > 0, drawn_BK, hidden["targets"])
+            # The original tokens everywhere, and the draws where something was hidden.
+            seen_BT = jnp.put_along_axis(batch["targets"], batch["predicted"], seen_BK, axis=1, inplace=False)
+            is_replaced_BT = seen_BT != batch["targets"]
+        output = model(seen_BT, key=encoder_key, **places)
+        with jax.named_scope("loss"):
+            valid_BT = (batch["segments"] != 0).astype(jnp.float32)
+            # Rows that only fill a batch count as little as padding.
+            valid_BT *= jnp.max(batch["weights"], axis=1, keepdims=True)
+            signed = jnp.where(is_replaced_BT, output.logits, -output.logits)
+            nll, weight = -jnp.sum(jax.nn.log_sigmoid(signed) * valid_BT), jnp.sum(valid_BT)
+            loss = model.config.replaced_weight * nll + generator * weight
+            return with_router_loss(LossSums(loss, nll, weight), output)
+
+    def tokens_per_prediction(self, prepared: Prepared, tokens_per_example: int) -> float:
+        return 1.0

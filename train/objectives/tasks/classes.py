@@ -1,0 +1,62 @@
+"""Weights of classes in a loss. C classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+
+from train.data.label_arrays import NONE
+from train.data.store import Prepared
+from train.objectives.tasks.task import Task, check_labels
+from transformer.errors import UserError, require
+from transformer.models.bert import BertConfig
+from transformer.models.families import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedClasses(Task):
+    """A task whose labels are classes, which may count for more than others in the training loss."""
+
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
+    """The weight of each class, in the order of their names, in the training loss, which is then a weighted mean; `balanced`:
+    in inverse proportion to how often each comes; null: all alike."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.class_weights, tuple):
+            holds = min(self.class_weights, default=-1) >= 0 and sum(self.class_weights) > 0
+            require(self, "class_weights", holds, "allowed: numbers, 0 or more, not all 0; balanced; or null")
+
+    def check_classes(self, prepared: Prepared, model: ModelConfig) -> None:
+        if isinstance(model, BertConfig):
+            check_labels(prepared, model.num_labels)
+
+    def with_data(self, prepared: Prepared) -> Self:
+        """With `balanced` weights as numbers: N / (C · n) for a class with n of all N labels.
+
+        Raises `UserError` unless there is a weight for each class.
+        """
+        names = prepared.meta.labels
+        if isinstance(self.class_weights, tuple) and len(self.class_weights) != len(names):
+            raise UserError(
+                f"objective.class_weights: got {len(self.class_weights)} numbers; there are {len(names)} classes: "
+                f"{', '.join(names)}"
+            )
+        if self.class_weights != "balanced":
+            return self
+        labels = [np.asarray(array.labels) for array in prepared.train if array.labels is not None]
+        counts = sum(np.bincount(own[own != NONE], minlength=len(names)) for own in labels)
+        weights = tuple(float(weight) for weight in np.sum(counts) / (len(names) * np.maximum(counts, 1)))
+        return dataclasses.replace(self, class_weights=weights)
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """`class_weights` as numbers. Raises `UserError` where they follow from data that is not known here."""
+        if self.class_weights == "balanced":
+            raise UserError(
+                "objective.class_weights: how often classes come is known to `manyheads train` alone; give numbers"
+            )
+        return self.class_weights

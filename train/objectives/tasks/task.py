@@ -1,0 +1,175 @@
+"""What the tasks of labelled documents have in common, on which an encoder is fine-tuned.
+
+Axes: B rows, T positions, N examples.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from train.data.pack import Examples, Packing
+from train.data.prepare import DataConfig
+from train.data.records import Document, LabelKind
+from train.data.rows import TaskRows
+from train.data.store import Prepared, TokenArray
+from train.data.tokenizer import CLS, SEP, Tokenizer
+from train.loss import Batch, LossConfig, LossSums
+from train.objectives.objective import BatchShapes, Objective, Outputs, objectives, row_shapes, weight_shape
+from transformer.errors import ConfigError, UserError
+from transformer.models.families import ModelConfig
+from transformer.types import PRNGKeyArray
+
+Prediction = dict[str, Any]
+"""What is predicted of a document, as JSON: `id`, `label`, `scores`; and `gold`, where the document has a label."""
+
+Rows = dict[str, np.ndarray]
+"""The outputs of some examples, [N, ...] by name."""
+
+_LABELS: dict[LabelKind, str] = {
+    "class": "a class", "number": "a number", "tags": "a tag for each word", "answers": "answers",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What turns the outputs of a model into predictions, and back into words."""
+
+    tokenizer: Tokenizer
+    labels: tuple[str, ...]
+    """The names of the classes, or tags, by their numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Objective):
+    """A task of labelled documents: one document, or one pair, a row."""
+
+    label_kind: ClassVar[LabelKind]
+    document_fields: ClassVar[tuple[tuple[str, str], ...] | None] = None
+    """The fields of a record on which an imported model is used, as settings of a source; None: it is not used so."""
+    families = ("bert",)
+    takes_pairs: ClassVar[bool | None] = None
+    packings: ClassVar[tuple[Packing, ...]] = ("documents",)
+    least_length = 3
+    unit = "row"
+    use = ("use", "manyheads predict {} --file FILE")
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return (CLS, SEP)
+
+    def suits(self, model: ModelConfig) -> bool:
+        """Whether a model is made for this task."""
+        try:
+            self.check_model(model)
+        except ConfigError:
+            return False
+        return True
+
+    def _check_documents(self, prepared: Prepared) -> None:
+        super()._check_documents(prepared)
+        self._check_label_kind(prepared)
+
+    def _check_label_kind(self, prepared: Prepared) -> None:
+        given, wanted = prepared.meta.label_kind, self.label_kind
+        if given is None:
+            raise UserError(
+                f"objective.kind: {self.kind!r} needs documents with {_LABELS[wanted]}, the sources give none; set their "
+                "label_field"
+            )
+        if given != wanted:
+            fitting = " or ".join(repr(one.kind_name()) for one in objectives() if one.label_kind == given)
+            raise UserError(
+                f"objective.kind: {self.kind!r} needs documents with {_LABELS[wanted]} (label_kind {wanted!r}), the sources "
+                f"give {_LABELS[given]}; set their label_kind, or the objective to {fitting}"
+            )
+
+    def _examples(
+        self, array: TokenArray, tokenizer: Tokenizer, packing: Packing, length: int, *, training: bool, shown: bool
+    ) -> Examples:
+        return self.rows(array, tokenizer, length, shown=shown)
+
+    @abc.abstractmethod
+    def rows(self, array: TokenArray, tokenizer: Tokenizer, length: int, *, shown: bool = False) -> TaskRows:
+        """The examples of an array, which may lack the labels."""
+
+    def for_any_document(self) -> Self:
+        """The same task, which leaves out no document, however long it is."""
+        return self
+
+    def batch(self, rows: int, length: int, data: DataConfig) -> BatchShapes:
+        types = ("token_types",) if data.pairs else ()
+        names = ("tokens", "segments", "positions", *types)
+        return row_shapes(rows, length, names) | weight_shape(rows)
+
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+        return self.outputs(model, batch, config, key=key)[0]
+
+    @abc.abstractmethod
+    def outputs(
+        self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None
+    ) -> tuple[LossSums, Outputs]:
+        """The loss, and of each row what predictions are made from.
+
+        Args:
+            batch: the arrays of `batch`; the label of a row of padding is -1, and its weights are 0.
+            key: turns dropout on.
+        """
+
+    def evaluate(self, model: Any, batch: Batch) -> tuple[LossSums, Outputs]:
+        return self.outputs(model, batch, LossConfig())
+
+    def tokens_per_prediction(self, prepared: Prepared, tokens_per_example: int) -> float:
+        return float(tokens_per_example)
+
+    @abc.abstractmethod
+    def predictions(
+        self, examples: TaskRows, documents: Sequence[Document], indices: np.ndarray, rows: Rows, names: Labelling
+    ) -> list[Prediction]:
+        """Of each document that the examples `indices` [N] are about, whose outputs are `rows`.
+
+        Args:
+            examples: of an array of `documents`.
+        """
+
+    @abc.abstractmethod
+    def scores(self, predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, float]:
+        """The metrics by name, of predictions that have `gold`; there is at least one."""
+
+    def describe(self, predictions: Sequence[Prediction], labels: Sequence[str], directory: Path) -> list[str]:
+        """Lines for people, at the end of a run; pictures go into `directory`."""
+        return []
+
+
+def forward(model: Any, batch: Batch, key: PRNGKeyArray | None) -> Any:
+    """The model's output for rows of one text, or two."""
+    return model(
+        batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
+        token_types_BT=batch.get("token_types"), key=key,
+    )  # fmt: skip
+
+
+def check_labels(prepared: Prepared, num_labels: int, field: str = "model.num_labels") -> None:
+    """Raise a `UserError` unless a model of `num_labels` classes has those of the data; `field` is where it says so."""
+    labels = prepared.meta.labels
+    names = ", ".join(labels)
+    if len(labels) == 1:
+        raise UserError(f"data: all documents are of one class, {names}: there is nothing to distinguish")
+    if len(labels) != num_labels:
+        raise UserError(f"{field}: got {num_labels}; the data has {len(labels)} classes: {names}")
+
+
+def with_gold(prediction: Prediction, gold: Any) -> Prediction:
+    """The prediction with the document's label, where it has one."""
+    return prediction if gold is None else prediction | {"gold": gold}
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities over the last dim, in float64."""
+    shifted = np.exp(np.asarray(logits, np.float64) - logits.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
