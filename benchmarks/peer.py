@@ -19,7 +19,7 @@ def gpt2(c: GPTConfig) -> Any:
 
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_layer=c.num_layers, n_embd=c.embed_dim, n_head=c.num_heads, vocab_size=c.vocab_size, n_positions=c.max_length,
+        n_layer=c.num_layers, n_embd=c.embed_dim, n_head=c.attention.num_heads, vocab_size=c.vocab_size, n_positions=c.max_length,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return _placed(transformers.GPT2LMHeadModel._from_config(config, attn_implementation="sdpa"))

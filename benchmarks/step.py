@@ -33,7 +33,7 @@ def run(rounds: int, steps: int, *, compiled_peer: bool = True, work: RunConfig 
     speeds = speeds_in_turn(candidates, rounds, steps, work.tokens_per_step)
     flops = 3 * flops_per_token(model, model.max_length)
     result: dict[str, Any] = {
-        "workload": f"GPT-2, {model.num_layers} layers, {model.embed_dim} wide, {model.num_heads} heads, "
+        "workload": f"GPT-2, {model.num_layers} layers, {model.embed_dim} wide, {model.attention.num_heads} heads, "
         f"context {model.max_length}, batch {work.batch_size}, vocabulary {model.vocab_size}, {model.dtype}, AdamW, clipping",
         "tokens_per_second": {name: summary(speed) for name, speed in speeds.items()},
         "flops_per_token": flops,

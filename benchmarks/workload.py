@@ -12,6 +12,7 @@ from train.config import RunConfig
 from train.mesh import check_batch, make_mesh, shard_batch, use_mesh
 from train.optimizer import OptimizerConfig
 from train.program import Program, batch_shapes
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
 
 OPTIMIZER = OptimizerConfig(learning_rate=3e-4, schedule="constant", b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0)
@@ -20,7 +21,10 @@ OPTIMIZER = OptimizerConfig(learning_rate=3e-4, schedule="constant", b1=0.9, b2=
 def workload() -> RunConfig:
     """A small GPT-2 in float32 on a CPU; GPT-2 124M in bfloat16 at context 1024 on an accelerator."""
     if jax.default_backend() == "cpu":
-        small = GPTConfig(vocab_size=256, max_length=256, num_layers=6, embed_dim=384, num_heads=6, remat="light")
+        attention = SoftmaxConfig(num_heads=6)
+        small = GPTConfig(
+            vocab_size=256, max_length=256, num_layers=6, embed_dim=384, attention=attention, remat="light"
+        )
         return of_model(small, batch_size=12)
     # The vocabulary is padded to a multiple of 128, here and in the peer.
     return of_model(GPTConfig(vocab_size=50304, dtype="bfloat16"), batch_size=32)

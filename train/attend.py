@@ -13,7 +13,7 @@ from train.mesh import use_mesh
 from train.run_files import load_run
 from transformer.errors import UserError, check_text
 from transformer.functional import graphdef_of
-from transformer.interpret.capture import attention_maps, bytes_needed, check_memory, choose, readable
+from transformer.interpret.capture import attention_maps, bytes_needed, check_memory, choose, heads_of, readable
 from transformer.interpret.plot import save_plots
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
@@ -50,12 +50,14 @@ def attend(
         around = [np.array([tokenizer.special(name)], ids.dtype) for name in (CLS, SEP)]
         ids = np.concatenate([around[0], ids, around[1]]) if ids.size else ids
     _check(ids, model.max_length, model.vocab_size)
-    chosen = choose("--layer", layers, model.num_layers), choose("--head", heads, model.num_heads)
+    picked = choose("--layer", layers, model.num_layers)
+    num_heads = heads_of(model, picked)
+    chosen = picked, choose("--head", heads, num_heads)
     shape = len(chosen[0]), len(chosen[1]), ids.size, ids.size
     check_memory(*shape)
     print(f"text      {ids.size:,} token{'' if ids.size == 1 else 's'}")
     print(f"layers    {_listed(chosen[0], model.num_layers)}")
-    print(f"heads     {_listed(chosen[1], model.num_heads)}")
+    print(f"heads     {_listed(chosen[1], num_heads)}")
     print(
         f"memory    {readable(bytes_needed(*shape))} for {shape[0] * shape[1]:,} maps of {ids.size:,} × {ids.size:,} weights"
     )

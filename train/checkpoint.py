@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ from transformer.errors import UserError
 from transformer.pipeline import in_order
 
 RESUMABLE = (
-    *("name:", "run_dir:", "steps:", "max_skipped:", "data.num_workers:", "data.prefetch:", "model.attention:"),
+    *("name:", "run_dir:", "steps:", "max_skipped:", "data.num_workers:", "data.prefetch:"),
     *("evaluation.", "checkpoint.", "log.", "sample.", "mesh."),
 )
 """Config fields that may differ between a checkpoint and the run that goes on from it.
@@ -36,12 +37,19 @@ RESUMABLE = (
 None but `steps` has a part in what is computed; that one may be raised to train on, and its schedule with it.
 """
 
+_BACKEND = re.compile(r"model\.(attention|pattern\.\d+)\.backend:")
+
 _STORED = {"loss": "nll"}
 """Names that metrics have on disk where those are others."""
 _STEP = "step"
 """What stands beside them there."""
 _SMALL = 2**20
 """Bytes below which an array is written by one device."""
+
+
+def is_resumable(difference: str) -> bool:
+    """Whether a difference between two configs may be between a checkpoint and the run that continues it."""
+    return difference.startswith(RESUMABLE) or _BACKEND.match(difference) is not None
 
 
 class Checkpoints:
@@ -209,7 +217,7 @@ class Checkpoints:
             )
         # A field that an older version did not have has its default, which is what that version did.
         stored = to_data(parse(meta["config"], f"{self.directory.parent}: the config of step {step}"))
-        changed = [line for line in difference(stored, to_data(config)) if not line.startswith(RESUMABLE)]
+        changed = [line for line in difference(stored, to_data(config)) if not is_resumable(line)]
         if changed:
             raise UserError(
                 f"{self.directory.parent}: its checkpoint at step {step} was made with another config: "

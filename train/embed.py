@@ -60,7 +60,8 @@ class Embedder:
         batch_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.config, self.tokenizer = config, tokenizer
-        self.pooling, self.normalize = config.pooling if pooling is None else pooling, normalize
+        usual = getattr(config.head, "pooling", "cls")
+        self.pooling, self.normalize = usual if pooling is None else pooling, normalize
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), LARGE_BATCH)
         ends = tokenizer.special(CLS), tokenizer.special(SEP)
         if ends[0] is None or ends[1] is None:

@@ -26,7 +26,8 @@ _OVER_CLASSES = (("pooled_head", "out"), ("token_head", "out"))
 _SHOWN = 5
 """Classes that are named."""
 _OFTEN_ANOTHER = tuple(
-    f"model.{field}:" for field in ("head", "num_labels", "pooling", "dropout", "max_length", "remat", "attention")
+    f"model.{field}"
+    for field in ("head.", "dropout:", "attention_dropout:", "max_length:", "remat:", "attention.backend:")
 )
 """Settings in which fine-tuning usually differs from pretraining."""
 

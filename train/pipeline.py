@@ -20,11 +20,12 @@ from train.objectives import Objective
 from train.state import TrainState
 from train.step import Gradient, Metrics
 from train.trained import ALL, Trained
-from transformer.attention.mask import AttentionMask
 from transformer.errors import ConfigError, require
 from transformer.layers.embedding import Embedding, embed_lookup
+from transformer.mixers.context import Context
 from transformer.models.bert import BertConfig
-from transformer.models.layer_stack import LayerStack, router_loss
+from transformer.models.config import StackConfig
+from transformer.models.layer_stack import LayerStack, StackOutput, layers_of_group
 from transformer.pipeline import (
     Schedule,
     check_microbatches,
@@ -61,7 +62,8 @@ def schedule_of(config: RunConfig, mesh: Mesh) -> Schedule:
         raise ConfigError(MeshConfig, "schedule", "1f1b", allowed)
     if isinstance(config.model, BertConfig):
         require(config.model, "first_norm", config.model.first_norm, "a pipeline's blocks are all alike; allowed: true")
-    check_stages(config.model.num_layers, P, V)
+    assert isinstance(config.model, StackConfig)
+    check_stages(config.model.num_layers, P, V, layers_of_group(config.model))
     check_microbatches(P, M)
     # Beside its own microbatches, each device of the pipeline has its share of the batch.
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches * M // P)
@@ -133,14 +135,13 @@ def one_forward_one_backward(
             def stage(part: nnx.State, given: Array, microbatch: Array) -> tuple[tuple[Array, Array], LossSums]:
                 """What goes on to the next stage, and this stage's part of the loss."""
                 model = nnx.merge(graphdef, part, frozen)
-                layers = _Part(model.layers, given, is_first)
+                layers = _Part(model.layers, given, is_first, index)
                 object.__setattr__(model, "layers", layers)
                 object.__setattr__(model, "embed", _WholeTable(model.embed))
                 own_key = jax.random.fold_in(jax.random.fold_in(key, microbatch), index)
                 sums = objective.loss(model, _at(batches, microbatch), loss, key=own_key)
                 sums = jax.tree.map(lambda x: jnp.where(is_last, x, 0), sums)
-                routed = router_loss(layers.layers.config, layers.outputs)
-                if routed is not None:
+                if (routed := layers.output.router_loss) is not None:
                     sums = dataclasses.replace(sums, loss=sums.loss + routed * share)
                 return (layers.x, sums.loss), sums
 
@@ -229,22 +230,20 @@ class _Ticking:
 class _Part:
     """In the place of a model's stack of layers: one stage of it, between what came in and what goes on."""
 
-    def __init__(self, layers: LayerStack, given: Array, is_first: Array) -> None:
+    def __init__(self, layers: LayerStack, given: Array, is_first: Array, stage: Array) -> None:
         self.layers, self.given, self.is_first = layers, given, is_first
-        self.whole, layers.num_layers = layers.num_layers, jax.tree.leaves(layers.blocks)[0].shape[0]
+        groups = jax.tree.leaves(layers.blocks)[0].shape[0]
+        check_period(layers.num_layers // layers.group, groups, layers.period)
+        layers.take_part(groups * layers.group, stage)
         self.final_norm, layers.final_norm = layers.final_norm, None
         self.x: Any = None
-        self.outputs: Any = None
+        self.output: Any = None
 
-    def __call__(self, x: Array, mask: Any, **options: Any) -> tuple[Array, Any]:
-        if not isinstance(mask, AttentionMask):
-            check_period(self.whole, self.layers.num_layers, len(mask))
-        self.x, self.outputs = self.layers(jnp.where(self.is_first, x, self.given), mask, **options)
+    def __call__(self, x: Array, context: Context, **options: Any) -> tuple[Array, StackOutput]:
+        self.x, self.output = self.layers(jnp.where(self.is_first, x, self.given), context, **options)
         hidden = self.x if self.final_norm is None else self.final_norm(self.x)
         # The routers' losses are every stage's, and the head's the last one's alone.
-        several = isinstance(self.outputs, list)
-        outputs = [dataclasses.replace(output, router=None) for output in (self.outputs if several else [self.outputs])]
-        return hidden, outputs if several else outputs[0]
+        return hidden, dataclasses.replace(self.output, router_loss=None)
 
 
 class _WholeTable(Embedding):

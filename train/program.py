@@ -22,10 +22,12 @@ from train.step import make_eval_step, make_gradient, make_train_step
 from train.trained import ALL, Trained, chosen
 from transformer.errors import ConfigError
 from transformer.functional import ModelFactory, graphdef_of
-from transformer.layers.adapter import plainly
+from transformer.layers.adapter import AdapterConfig, make_merge_fn
+from transformer.mixers.registry import MixerConfig
 from transformer.models.adapted import make_adapted
-from transformer.models.families import ModelConfig
-from transformer.pipeline import in_stages
+from transformer.models.families import Model, ModelConfig
+from transformer.models.layer_stack import with_schedule
+from transformer.pipeline import Schedule, in_stages
 
 
 class Program:
@@ -41,7 +43,7 @@ class Program:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         schedule = schedule_of(config, mesh)
-        make = functools.partial(make_adapted, suited(config.model, config.mesh), config.adapter)
+        make = functools.partial(_make_scheduled, suited(config.model, config.mesh), config.adapter, schedule)
         graphdef = graphdef_of(make)
         self.trained = trained = trained_of(config, make)
         optimizer, self.make_state = _state_of(config, make, trained)
@@ -66,8 +68,10 @@ class Program:
             self.train_step = make_pmap_step(graphdef, optimizer, config.loss, mesh, **options)
         else:
             pipelined = schedule.microbatches is not None
-            of_loss = one_forward_one_backward if pipelined and config.mesh.schedule == "1f1b" else make_gradient
-            gradient = of_loss(graphdef, config.loss, config.objective, schedule, trained)
+            if pipelined and config.mesh.schedule == "1f1b":
+                gradient = one_forward_one_backward(graphdef, config.loss, config.objective, schedule, trained)
+            else:
+                gradient = make_gradient(graphdef, config.loss, config.objective, trained)
             self.train_step = make_train_step(
                 graphdef,
                 optimizer,
@@ -80,8 +84,8 @@ class Program:
             )
             if V > 1:
                 self.train_step = StagedStep(self.train_step, staged, V)
-        self.eval_step = make_eval_step(graphdef, config.objective, schedule)
-        self.plain = plainly(config.adapter)
+        self.eval_step = make_eval_step(graphdef, config.objective)
+        self.plain = make_merge_fn(config.adapter)
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
 
     def init(self, params: nnx.State | None = None) -> Any:
@@ -108,10 +112,28 @@ def suited(model: ModelConfig, mesh: MeshConfig) -> ModelConfig:
         return model
     if model.family == "recurrent":
         raise ConfigError(type(model), "family", model.family, f"mesh.strategy {mesh.strategy} needs a Transformer")
-    if model.attention not in ("auto", wanted):
-        allowed = f"mesh.strategy {mesh.strategy} goes with auto and {wanted}"
-        raise ConfigError(type(model), "attention", model.attention, allowed)
-    return dataclasses.replace(model, attention=wanted)
+
+    def with_backend(mixer: MixerConfig, place: str) -> MixerConfig:
+        if not hasattr(mixer, "backend"):
+            allowed = f"mesh.strategy {mesh.strategy} slices sequences; allowed: softmax, latent, differential"
+            raise ConfigError(type(model), f"{place}.kind", mixer.kind, allowed)
+        if mixer.backend not in ("auto", wanted):
+            allowed = f"mesh.strategy {mesh.strategy} goes with auto and {wanted}"
+            raise ConfigError(type(model), f"{place}.backend", mixer.backend, allowed)
+        return dataclasses.replace(mixer, backend=wanted)
+
+    pattern = tuple(with_backend(mixer, f"pattern.{number}") for number, mixer in enumerate(model.pattern))
+    attention = (
+        model.attention
+        if pattern and not hasattr(model.attention, "backend")
+        else with_backend(model.attention, "attention")
+    )
+    return dataclasses.replace(model, attention=attention, pattern=pattern)
+
+
+def _make_scheduled(model: ModelConfig, adapter: AdapterConfig | None, schedule: Schedule, rngs: nnx.Rngs) -> Model:
+    """The adapted model, whose layers go through a pipeline by the schedule, where the mesh has one."""
+    return with_schedule(make_adapted(model, adapter, rngs), schedule)
 
 
 def described_state(config: RunConfig) -> TrainState:

@@ -17,7 +17,6 @@ from train.objectives import Causal, Objective
 from train.objectives.objective import Outputs
 from train.state import TrainState
 from train.trained import ALL, Trained
-from transformer.pipeline import PLAIN, Schedule, scheduled
 from transformer.types import Array
 
 Metrics = dict[str, Array]
@@ -81,14 +80,11 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_gradient(
-    graphdef: Any, loss: LossConfig, objective: Objective = _CAUSAL, schedule: Schedule = PLAIN, trained: Trained = ALL
-) -> Gradient:
-    """The gradient of an objective's loss, by `jax.grad`; `schedule` is that of the pipeline, where layers lie along one."""
+def make_gradient(graphdef: Any, loss: LossConfig, objective: Objective = _CAUSAL, trained: Trained = ALL) -> Gradient:
+    """The gradient of an objective's loss, by `jax.grad`."""
 
     def loss_sum(part: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[Array, LossSums]:
-        with scheduled(schedule):
-            sums = objective.loss(nnx.merge(graphdef, part, frozen), batch, loss, key=key)
+        sums = objective.loss(nnx.merge(graphdef, part, frozen), batch, loss, key=key)
         return sums.loss, sums
 
     def gradient(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
@@ -160,7 +156,7 @@ def update(
     return changed, metrics
 
 
-def make_eval_step(graphdef: Any, objective: Objective = _CAUSAL, schedule: Schedule = PLAIN) -> jax.stages.Wrapped:
+def make_eval_step(graphdef: Any, objective: Objective = _CAUSAL) -> jax.stages.Wrapped:
     """The jitted `(params, batch) -> (sums, outputs)` without dropout, smoothing, z-loss or class weights.
 
     Every device ends with the outputs of all rows, so that every process reads the same. They have `example` [B] too where the
@@ -168,8 +164,7 @@ def make_eval_step(graphdef: Any, objective: Objective = _CAUSAL, schedule: Sche
     """
 
     def step(params: nnx.State, batch: Batch) -> tuple[LossSums, Outputs]:
-        with scheduled(schedule):
-            sums, outputs = objective.evaluate(nnx.merge(graphdef, params), batch)
+        sums, outputs = objective.evaluate(nnx.merge(graphdef, params), batch)
         if "example" in batch:
             outputs |= {"example": batch["example"]}
         if outputs and not jax.sharding.get_abstract_mesh().empty:

@@ -79,10 +79,11 @@ class Block(nnx.Module):
         keys = (None,) * 5 if context.key is None else jax.random.split(context.key, 5)
         context = dataclasses.replace(context, adapter_key=context.key)
         output: dict[str, object] = {}
-        silent = {} if self.cross is None else {"return_weights": False}
+        # A block with cross-attention gives the weights of that.
+        own_weights = context.return_weights if self.cross is None else False
 
         def attended(x: Array) -> Array:
-            own = dataclasses.replace(context, key=keys[0], **silent)
+            own = dataclasses.replace(context, key=keys[0], return_weights=own_weights)
             out, output["state"], output["weights"] = self.attention(x, own)
             return out
 

@@ -172,13 +172,14 @@ def run_pipeline(
     return x, outputs if V == 1 else jax.tree.map(lambda y: y.reshape(num_layers, *y.shape[2:]), outputs)
 
 
-def check_stages(num_layers: int, num_devices: int, stages_per_device: int) -> None:
-    """Raise a `UserError` unless every stage has as many layers as every other one."""
+def check_stages(num_layers: int, num_devices: int, stages_per_device: int, group: int = 1) -> None:
+    """Raise a `UserError` unless every stage has as many layers, in whole groups of a pattern, as every other one."""
     stages = num_devices * stages_per_device
-    if num_layers % stages:
+    if num_layers % (stages * group):
+        of_pattern = f" × {group} layers of model.pattern" if group > 1 else ""
         raise UserError(
-            f"model.num_layers: got {num_layers}; mesh.pipeline {num_devices} × mesh.stages_per_device {stages_per_device} "
-            f"needs a multiple of {stages}"
+            f"model.num_layers: got {num_layers}; mesh.pipeline {num_devices} × mesh.stages_per_device {stages_per_device}"
+            f"{of_pattern} needs a multiple of {stages * group}"
         )
 
 

@@ -16,17 +16,18 @@ from flax import nnx
 
 from transformer.attention.additive import AdditiveAttention
 from transformer.attention.decomposable import DecomposableAttention
-from transformer.mixers.differential import DifferentialAttention
 from transformer.attention.fast_weights import FORMS, RULES, fast_weights
 from transformer.attention.feature_maps import unit_length
 from transformer.attention.hard import argmax_weights
 from transformer.attention.intra import IntraAttention
-from transformer.mixers.latent import LatentAttention
 from transformer.attention.linear_attention import linear_attention
 from transformer.attention.mask import AttentionMask
 from transformer.attention.multiplicative import LuongAttention
 from transformer.attention.sparse_softmax import sparse_attention
 from transformer.attention.structured import StructuredAttention
+from transformer.mixers.context import CAUSAL, Context
+from transformer.mixers.differential import DifferentialAttention, DifferentialConfig
+from transformer.mixers.latent import LatentAttention, LatentConfig
 
 B, N, H = 2, 4, 32
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
@@ -199,14 +200,18 @@ MECHANISMS: dict[str, Mechanism] = {
         kinked=True,
     ),
     "multi-head latent (DeepSeek-AI 2024)": _module(
-        lambda **kw: LatentAttention(D, N, latent_dim=H, head_dim=H, rotary_dim=16, **_both(**kw)),
-        lambda m, x: m(x, AttentionMask.causal())[0],
+        lambda **kw: LatentAttention(
+            D, LatentConfig(num_heads=N, latent_dim=H, head_dim=H, rotary_dim=16), **_both(**kw)
+        ),
+        lambda m, x: m(x, CAUSAL)[0],
         "BTD",
         spread=1.0,
     ),
     "differential (Ye et al. 2024)": _module(
-        lambda **kw: DifferentialAttention(D, N, num_kv_heads=2, head_dim=H, layer=1, **_both(**kw)),
-        lambda m, x: m(x, AttentionMask.causal())[0],
+        lambda **kw: DifferentialAttention(
+            D, DifferentialConfig(num_heads=N, num_kv_heads=2, head_dim=H), **_both(**kw)
+        ),
+        lambda m, x: m(x, Context(layer=1))[0],
         "BTD",
         spread=1.0,
     ),

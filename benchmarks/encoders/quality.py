@@ -29,6 +29,7 @@ from train.data.store import Prepared
 from train.hf.bring import bring
 from train.hf.source import fetch
 from train.optimizer import make_schedule
+from transformer.hf.encoders import num_labels_of
 from transformer.layers.adapter import AdapterConfig
 from transformer.models.bert import BertConfig
 
@@ -110,7 +111,7 @@ def _theirs(config: RunConfig, prepared: Prepared, source: str) -> dict[str, flo
     torch.manual_seed(config.seed)
     assert isinstance(config.model, BertConfig)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        fetch(source), num_labels=config.model.num_labels, attn_implementation="sdpa"
+        fetch(source), num_labels=num_labels_of(config.model), attn_implementation="sdpa"
     ).train()
     o, schedule = config.optimizer, make_schedule(config.optimizer, config.steps)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]

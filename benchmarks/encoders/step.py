@@ -13,8 +13,10 @@ from benchmarks.workload import OPTIMIZER, our_step, random_batch
 from train.config import RunConfig
 from train.hardware import utilization
 from train.objectives import Classification
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import flops_per_token
+from transformer.models.heads import ClassificationHeadConfig
 
 
 def workload() -> RunConfig:
@@ -22,10 +24,14 @@ def workload() -> RunConfig:
     if jax.default_backend() == "cpu":
         # Few layers compile soon without a scan, and XLA:CPU then copies nothing in and out of stacks.
         small = BertConfig(
-            head="classification", num_layers=6, embed_dim=384, num_heads=12, mlp_dim=1536, scan_layers=False
+            head=ClassificationHeadConfig(),
+            num_layers=6,
+            embed_dim=384,
+            attention=SoftmaxConfig(num_heads=12),
+            scan_layers=False,
         )
         return _of(small, length=48)
-    return _of(BertConfig(head="classification", dtype="bfloat16"), length=128)
+    return _of(BertConfig(head=ClassificationHeadConfig(), dtype="bfloat16"), length=128)
 
 
 def _of(model: BertConfig, length: int) -> RunConfig:
@@ -50,7 +56,8 @@ def run(rounds: int, steps: int, work: RunConfig | None = None) -> dict[str, Any
     speeds = speeds_in_turn(candidates, rounds, steps, work.tokens_per_step)
     flops = 3 * flops_per_token(model, work.sequence_length)
     result: dict[str, Any] = {
-        "workload": f"BERT with a classifier, {model.num_layers} layers, {model.embed_dim} wide, {model.num_heads} heads, "
+        "workload": f"BERT with a classifier, {model.num_layers} layers, {model.embed_dim} wide, "
+        f"{model.attention.num_heads} heads, "
         f"batch {work.batch_size} × {work.sequence_length}, {model.dtype}, dropout {model.dropout:g}, AdamW, clipping",
         "tokens_per_second": {name: summary(speed) for name, speed in speeds.items()},
         "flops_per_token": flops,

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from transformer.errors import UserError, nearest
+from transformer.layers.feed_forward import DenseConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.encoder_decoder import VaswaniConfig
 from transformer.models.families import ModelConfig, count_parameters
 from transformer.models.recurrent import RecurrentConfig
@@ -55,8 +57,9 @@ def _recurrent(style: str, attention: str) -> Callable[..., ModelConfig]:
 def _transformer(width: int, fine: int, *, source_vocab_size: int, vocab_size: int, **options: Any) -> ModelConfig:
     shared = source_vocab_size == vocab_size
     return VaswaniConfig(
-        embed_dim=width, mlp_dim=fine, num_layers=_LAYERS, num_heads=_HEADS, norm_first=True, vocab_size=vocab_size,
-        source_vocab_size=None if shared else source_vocab_size, **options,
+        embed_dim=width, mlp=DenseConfig(dim=fine, activation="relu"), num_layers=_LAYERS,
+        attention=SoftmaxConfig(num_heads=_HEADS), norm_first=True, vocab_size=vocab_size,
+        source_vocab_size=None if shared else source_vocab_size, attention_dropout=options["dropout"], **options,
     )  # fmt: skip
 
 

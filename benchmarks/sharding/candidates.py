@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.sharding import shape
 from benchmarks.sharding.targets import Target
 from train.config import RunConfig
 from train.mesh import MESH_AXES
@@ -55,17 +56,12 @@ def describe(config: RunConfig) -> str:
 def _meshes(config: RunConfig, target: Target) -> Iterator[dict[str, int]]:
     """Devices along each axis, as far as the model's sizes divide by them."""
     model: Any = config.model
-    kv_heads = getattr(model, "kv_heads", 1)
-    experts = getattr(model, "num_experts", 0)
+    heads, mlp, mixture = shape.kv_heads(model), shape.mlp_width(model), shape.experts(model)
+    experts = 0 if mixture is None else mixture.num_experts
     # Tensor parallelism sends so much that it stays on the fast links of a host, or along a dim or two of a torus.
     widest = 16 if target.chip.platform == "tpu" else target.shape[-1]
     for tensor in _divisors(target.num_devices):
-        if (
-            tensor > widest
-            or kv_heads % tensor
-            or model.vocab_size % tensor
-            or getattr(model, "dim_of_mlp", tensor) % tensor
-        ):
+        if tensor > widest or heads % tensor or model.vocab_size % tensor or (mlp or tensor) % tensor:
             continue
         rest = target.num_devices // tensor
         for context in _divisors(rest) if config.sequence_length >= LONG else [1]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.sharding import shape
 from train.config import RunConfig, load
 from train.mesh import STRATEGIES, MeshConfig
 from transformer.errors import UserError, nearest
@@ -88,7 +89,7 @@ def _mesh(name: str, config: RunConfig, n: int) -> MeshConfig:
     model: Any = config.model
     strategy = name.partition("_")[0] if name.startswith("pipeline") else name
     sizes: dict[str, Any] = {"strategy": strategy, "offload_optimizer": config.mesh.offload_optimizer}
-    heads = math.gcd(getattr(model, "kv_heads", 1), n)
+    heads = math.gcd(shape.kv_heads(model), n)
     match strategy:
         case "hsdp":
             sizes |= {"fsdp": _below(n, name)}
@@ -102,11 +103,12 @@ def _mesh(name: str, config: RunConfig, n: int) -> MeshConfig:
             sizes |= {"tensor": 2, "fsdp": n // 2}
         case "context" | "ulysses":
             size = math.gcd(n, config.sequence_length // 2)
-            size = math.gcd(size, model.num_heads) if strategy == "ulysses" and hasattr(model, "num_heads") else size
+            size = math.gcd(size, shape.query_heads(model)) if strategy == "ulysses" else size
             sizes |= {"context": size, "data": n // size}
         case "expert":
-            experts = math.gcd(getattr(model, "num_experts", 0), n)
-            if not getattr(model, "num_experts", 0) or experts == 1:
+            mixture = shape.experts(model)
+            experts = 1 if mixture is None else math.gcd(mixture.num_experts, n)
+            if experts == 1:
                 raise UserError("the model has no mixture of experts that the devices divide")
             sizes |= {"expert": experts, "data": n // experts}
         case "pipeline":

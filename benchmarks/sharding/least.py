@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.sharding.shape import expert_parameters, experts, widths
 from train.config import RunConfig
 from train.mesh import STRATEGIES
 from transformer.models.families import count_parameters
@@ -81,10 +82,9 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
     # Passes that send what a layer's forward pass sends: itself, its gradient, and itself again where it is computed again.
     passes = 3 if getattr(model, "remat", "none") == "full" else 2
     if (n := apart["context"]) > 1:
-        kv = getattr(model, "kv_heads", 1) * getattr(model, "dim_of_head", width) / apart["tensor"]
+        queries, kv = (size / apart["tensor"] for size in widths(model))
         if config.mesh.strategy == "ulysses":
             # Jacobs et al. 2023, section 3.2: q, k, v and the result.
-            queries = model.num_heads * model.dim_of_head / apart["tensor"]
             bytes_ = 2 * passes * share(n) * layers * tokens * (queries + kv) * compute
             formula = f"{2 * passes} (n-1)/n L B T (N + K) H c"
             found.append(Least("context", formula, bytes_, 4 * passes * layers * config.microbatches))
@@ -96,15 +96,15 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
             found.append(Least("context", formula, bytes_, passes * layers * n * config.microbatches))
     if (n := apart["expert"]) > 1:
         # Lepikhin et al. 2020, section 3.2: to the experts and back, as much as they have room for.
-        room = (
-            getattr(model, "expert_capacity", None) or model.num_experts / model.experts_per_token
-        ) * model.experts_per_token
+        mlp = experts(model)
+        assert mlp is not None
+        room = (mlp.capacity_factor or mlp.num_experts / mlp.experts_per_token) * mlp.experts_per_token
         bytes_ = 2 * passes * share(n) * layers * tokens * room * width * compute
         formula = f"{2 * passes} (n-1)/n L B T k C D c"
         found.append(Least("expert", formula, bytes_, 2 * passes * layers * config.microbatches))
         if n * copies > 1:
             # Everything but the experts is on all of its devices.
-            others = whole - _expert_parameters(model)
+            others = whole - expert_parameters(model)
             found.append(
                 Least("expert", "2 (n-1)/n 4 Ψ'", 2 * share(n) * 4 * max(others, 0) / apart["tensor"] / apart["fsdp"])
             )
@@ -114,9 +114,3 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
         ticks = (config.mesh.pipeline_microbatches or n) + n - 1
         found.append(Least("pipeline", f"{ways} B T D c", ways * tokens * width * compute, 2 * ticks))
     return found
-
-
-def _expert_parameters(model: Any) -> float:
-    """Parameters of all experts of all layers."""
-    matrices = 3 if model.activation in ("geglu", "swiglu") else 2
-    return model.num_layers * model.num_experts * matrices * model.embed_dim * model.dim_of_mlp

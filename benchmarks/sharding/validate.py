@@ -26,6 +26,7 @@ from benchmarks.workload import of_model, program_of, random_batch
 from train.config import RunConfig
 from train.mesh import shard_batch, use_mesh
 from transformer.errors import UserError
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
 
 
@@ -45,7 +46,7 @@ class Case:
         """As a run."""
         model = GPTConfig(
             vocab_size=self.vocab_size, max_length=self.length, num_layers=self.num_layers, embed_dim=self.embed_dim,
-            num_heads=self.embed_dim // 64, dtype=self.dtype, remat=self.remat,  # type: ignore[arg-type]
+            attention=SoftmaxConfig(num_heads=self.embed_dim // 64), dtype=self.dtype, remat=self.remat,  # type: ignore[arg-type]
         )  # fmt: skip
         return of_model(model, self.batch_size)
 

@@ -22,7 +22,14 @@ from transformer.models.gpt import GPT, GPTConfig
 
 B, T, S, N, H = 2, 24, 20, 6, 8
 LAYERS, HEADS = (2, 0), (3, 1)
-CONFIG = GPTConfig(vocab_size=40, max_length=32, num_layers=3, embed_dim=32, attention=SoftmaxConfig(num_heads=4, num_kv_heads=2), init_std=0.3)
+CONFIG = GPTConfig(
+    vocab_size=40,
+    max_length=32,
+    num_layers=3,
+    embed_dim=32,
+    attention=SoftmaxConfig(num_heads=4, num_kv_heads=2),
+    init_std=0.3,
+)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (B, T)), jnp.int32)
 
 
@@ -63,7 +70,10 @@ def model(**changes):
     return GPT(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("changes", [{}, {"scan_layers": False}, {"remat": "full"}, {"attention": changed(CONFIG.attention, position=RotaryConfig())}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"scan_layers": False}, {"remat": "full"}, {"attention": changed(CONFIG.attention, position=RotaryConfig())}],
+)
 def test_chosen_layers_and_heads_are_those_among_all(changes):
     plain, every = model(**changes)(TOKENS), model(**changes)(TOKENS, return_weights=True)
     chosen = model(**changes)(TOKENS, return_weights=(LAYERS, HEADS))

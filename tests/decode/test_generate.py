@@ -18,7 +18,8 @@ from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(
-    vocab_size=32, max_length=96, num_layers=2, embed_dim=32, attention=SoftmaxConfig(num_heads=4, num_kv_heads=2, position=RotaryConfig()),
+    vocab_size=32, max_length=96, num_layers=2, embed_dim=32,
+    attention=SoftmaxConfig(num_heads=4, num_kv_heads=2, position=RotaryConfig()),
     norm="rms_norm",
 )  # fmt: skip
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]

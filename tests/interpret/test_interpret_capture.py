@@ -22,7 +22,14 @@ IDS = np.random.default_rng(0).integers(0, 40, T)
 
 @functools.cache
 def model(max_length=16):
-    config = GPTConfig(vocab_size=40, max_length=max_length, num_layers=3, embed_dim=32, attention=SoftmaxConfig(num_heads=4), init_std=0.3)
+    config = GPTConfig(
+        vocab_size=40,
+        max_length=max_length,
+        num_layers=3,
+        embed_dim=32,
+        attention=SoftmaxConfig(num_heads=4),
+        init_std=0.3,
+    )
     return GPT(config, rngs=nnx.Rngs(0))
 
 

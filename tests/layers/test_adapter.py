@@ -23,7 +23,14 @@ from transformer.models.gpt import GPTConfig
 from transformer.models.recurrent import RecurrentConfig
 
 RNG = np.random.default_rng(0)
-MODEL = GPTConfig(vocab_size=32, max_length=8, num_layers=3, embed_dim=16, attention=SoftmaxConfig(num_heads=2), mlp=DenseConfig(activation="swiglu"))
+MODEL = GPTConfig(
+    vocab_size=32,
+    max_length=8,
+    num_layers=3,
+    embed_dim=16,
+    attention=SoftmaxConfig(num_heads=2),
+    mlp=DenseConfig(activation="swiglu"),
+)
 TOKENS = jnp.asarray(RNG.integers(0, 32, (2, 8)), jnp.int32)
 KINDS = pytest.mark.parametrize("kind", ["lora", "dora"])
 
@@ -190,7 +197,14 @@ def test_targets():
 
 
 def test_heads_and_routers_are_no_targets():
-    config = BertConfig(vocab_size=32, max_length=8, num_layers=2, embed_dim=16, attention=SoftmaxConfig(num_heads=2), mlp=ExpertsConfig(num_experts=2))
+    config = BertConfig(
+        vocab_size=32,
+        max_length=8,
+        num_layers=2,
+        embed_dim=16,
+        attention=SoftmaxConfig(num_heads=2),
+        mlp=ExpertsConfig(num_experts=2),
+    )
     model = make_adapted(config, AdapterConfig(), nnx.Rngs(0))
     places = {path for path, module in nnx.iter_modules(model) if isinstance(module, Adapter)}
     assert {path[:3] for path in places} == {("layers", "blocks", "attention")}

@@ -34,9 +34,13 @@ CONFIGS = {
     "softmax, alibi": SoftmaxConfig(num_heads=N, position=AlibiConfig()),
     "softmax, window": SoftmaxConfig(num_heads=N, window=3, sinks=2, soft_cap=5.0),
     "latent": LatentConfig(num_heads=N),
-    "latent, window": LatentConfig(num_heads=N, latent_dim=6, query_latent_dim=10, rotary_dim=4, window=4, scaling=YARN),
+    "latent, window": LatentConfig(
+        num_heads=N, latent_dim=6, query_latent_dim=10, rotary_dim=4, window=4, scaling=YARN
+    ),
     "differential": DifferentialConfig(num_heads=2),
-    "differential, rotary": DifferentialConfig(num_heads=2, num_kv_heads=1, position=RotaryConfig(theta=100.0), window=4),
+    "differential, rotary": DifferentialConfig(
+        num_heads=2, num_kv_heads=1, position=RotaryConfig(theta=100.0), window=4
+    ),
     "differential, alibi": DifferentialConfig(num_heads=2, position=AlibiConfig()),
     "linear": LinearAttentionConfig(num_heads=N, num_kv_heads=2, chunk=4),
     "linear, favor": LinearAttentionConfig(num_heads=N, feature_map="favor", chunk=5),
@@ -153,7 +157,9 @@ def test_every_parameter_learns(name):
 @EVERY
 def test_settings_that_leave_the_parameters_alone(name):
     config = CONFIGS[name]
-    shapes = [[leaf.shape for leaf in jax.tree.leaves(nnx.split(mixer_of(one))[1])] for one in (config, config.structure)]
+    shapes = [
+        [leaf.shape for leaf in jax.tree.leaves(nnx.split(mixer_of(one))[1])] for one in (config, config.structure)
+    ]
     assert shapes[0] == shapes[1] and config.structure.structure == config.structure
 
 
@@ -208,7 +214,10 @@ def test_what_a_state_of_fixed_size_cannot_do(name, context, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: built(FastWeightConfig, kind="hebb"), "kind: got 'hebb'; allowed: 'sum', 'gated_sum', 'delta', or 'gated_delta'"),
+        (
+            lambda: built(FastWeightConfig, kind="hebb"),
+            "kind: got 'hebb'; allowed: 'sum', 'gated_sum', 'delta', or 'gated_delta'",
+        ),
         (lambda: built(FastWeightConfig, feature_norm="l1"), "feature_norm: got 'l1'.* Did you mean 'l2'"),
         (lambda: built(LinearAttentionConfig, feature_map="dfpf"), "feature_map: got 'dfpf'.* Did you mean 'dpfp'"),
         (lambda: built(LinearAttentionConfig, chunk=0), "chunk: got 0; allowed: 1 or more"),

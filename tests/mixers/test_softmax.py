@@ -88,9 +88,7 @@ def test_a_memory_is_remembered_once_for_all_tokens():
         np.testing.assert_allclose(got[:, 0], expected[:, t], atol=1e-5)
     # What is masked has no influence.
     other = jnp.where(valid[..., None], MEMORY, 7.0)
-    np.testing.assert_allclose(
-        attention(X, Context(memory=other, memory_segments_BM=segments))[0], expected, atol=1e-5
-    )
+    np.testing.assert_allclose(attention(X, Context(memory=other, memory_segments_BM=segments))[0], expected, atol=1e-5)
 
 
 def test_joined_projections_compute_the_same():

@@ -295,7 +295,10 @@ def test_flops_are_counted_from_the_shapes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention": {"num_heads": 5}}, r"attention.num_heads: got 5; allowed: a divisor of embed_dim \(32\), or set head_dim"),
+        (
+            {"attention": {"num_heads": 5}},
+            r"attention.num_heads: got 5; allowed: a divisor of embed_dim \(32\), or set head_dim",
+        ),
         (
             {"attention": {"head_dim": 7, "position": RotaryConfig()}},
             "attention.head_dim: got 7; rotary positions turn pairs of features, and would turn 7; allowed: an even number",
@@ -304,7 +307,10 @@ def test_flops_are_counted_from_the_shapes():
         ({"attention_dropout": 1.0}, "attention_dropout: got 1.0"),
         ({"num_layers": 0}, "num_layers: got 0"),
         ({"logit_soft_cap": -1.0}, "logit_soft_cap: got -1.0"),
-        ({"norm": "layernorm"}, "norm: got 'layernorm'; allowed: 'layer_norm', or 'rms_norm'. Did you mean 'layer_norm'"),
+        (
+            {"norm": "layernorm"},
+            "norm: got 'layernorm'; allowed: 'layer_norm', or 'rms_norm'. Did you mean 'layer_norm'",
+        ),
         ({"mlp": {"activation": "swish"}}, "activation: got 'swish'"),
         ({"dtype": "bf16"}, "dtype: got 'bf16'; allowed: 'float32', or 'bfloat16'"),
         ({"position_embedding": "rope"}, "position_embedding: got 'rope'"),

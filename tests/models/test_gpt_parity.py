@@ -25,7 +25,10 @@ def test_logits_equal_those_of_transformers():
         for parameter in peer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     state = {name: value.detach().numpy() for name, value in peer.state_dict().items()}
-    model = GPT(GPTConfig(vocab_size=V, max_length=P, num_layers=L, embed_dim=D, attention=SoftmaxConfig(num_heads=N)), rngs=nnx.Rngs(0))
+    model = GPT(
+        GPTConfig(vocab_size=V, max_length=P, num_layers=L, embed_dim=D, attention=SoftmaxConfig(num_heads=N)),
+        rngs=nnx.Rngs(0),
+    )
 
     def layers(name):
         return np.stack([state[f"transformer.h.{layer}.{name}"] for layer in range(L)])

@@ -28,6 +28,9 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
         before, after, path = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(before, dict) and isinstance(after, dict):
             lines += difference(before, after, f"{path}.")
+        elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after) and before != after:
+            items = [{str(number): item for number, item in enumerate(one)} for one in (before, after)]
+            lines += difference(items[0], items[1], f"{path}.")
         elif before != after:
             lines.append(f"{path}: {before!r} → {after!r}")
     return lines

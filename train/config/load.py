@@ -12,6 +12,7 @@ from train.config.describe import to_data
 from train.config.run import RunConfig
 from train.config.yaml_files import dump_yaml, read_yaml
 from transformer.errors import UserError
+from transformer.models.families import inherit
 
 T = TypeVar("T")
 
@@ -56,6 +57,8 @@ def build(config_type: type[T], data: Any, source: str, overrides: Sequence[str]
     except TypeError as error:
         raise UserError(f"{source}: a value that is no text, number, list or mapping: {error}") from None
     data, changed = flags.apply(config_type, data, overrides)
+    if isinstance(data, dict) and isinstance(model := data.get("model"), dict):
+        data = data | {"model": inherit(model)}
     try:
         adapter: Any = validator(typing.cast(type, config_type))
         return adapter.validate_json(json.dumps(data))

@@ -13,6 +13,7 @@ from train.optimizer import OptimizerConfig
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from transformer.errors import Config, require
 from transformer.layers.adapter import AdapterConfig
+from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.models.families import ModelConfig
 from transformer.models.gpt import GPTConfig
 
@@ -82,8 +83,8 @@ class RunConfig(Config):
             f"layer_decay needs one stack of blocks (gpt, bert), and the model is of family {self.model.family!r}; "
             "allowed: null",
         )  # fmt: skip
-        holds = getattr(self.model, "num_experts", 0) > 0 or self.mesh.expert in (None, 1)
-        require(self.mesh, "expert", holds, "the model has no experts (model.num_experts); allowed: 1 or null")
+        holds = isinstance(getattr(self.model, "mlp", None), ExpertsConfig) or self.mesh.expert in (None, 1)
+        require(self.mesh, "expert", holds, "the model has no experts (model.mlp.kind); allowed: 1 or null")
         longest = self.model.max_length
         require(
             self, "length", self.length is None or 1 <= self.length <= longest,

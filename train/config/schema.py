@@ -1,7 +1,7 @@
 """A pydantic validator of any tree of config dataclasses, made from their annotations alone.
 
-A union of configs is discriminated by its tag: the field that has a Literal of one value in all of them (`kind`, `family`). A
-missing tag is that of the field's default, and so are fields that a mapping leaves out of the default's own kind.
+A union of configs is discriminated by its tag: the field that has a Literal in all of them, of values that no two share (`kind`,
+`family`). A missing tag is that of the field's default, and so are fields that a mapping leaves out of the default's own kind.
 """
 
 from __future__ import annotations
@@ -37,20 +37,18 @@ def configs_in(annotation: Any) -> tuple[type, ...]:
 
 
 def tag_of(config_types: tuple[type, ...]) -> str:
-    """The field that says which of several configs one is."""
+    """The field that says which of several configs one is: a Literal in all of them, of values that no two share."""
     for name in field_types(config_types[0]):
-        if all(tag_value(one, name) is not None for one in config_types):
+        values = [tag_values(one, name) for one in config_types]
+        if all(values) and len({value for own in values for value in own}) == sum(map(len, values)):
             return name
-    raise TypeError(
-        f"no field with a Literal of one value tells {', '.join(one.__name__ for one in config_types)} apart"
-    )
+    raise TypeError(f"no Literal field tells {', '.join(one.__name__ for one in config_types)} apart")
 
 
-def tag_value(config_type: type, name: str) -> str | None:
-    """The only value of a tag; None for a field that is none."""
+def tag_values(config_type: type, name: str) -> tuple[str, ...]:
+    """The values of a tag; none for a field that is not a Literal."""
     annotation = field_types(config_type).get(name)
-    values = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
-    return values[0] if len(values) == 1 else None
+    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
 
 
 def default_of(config_type: type, name: str, base: Any = None) -> Any:
@@ -68,15 +66,15 @@ def chosen(annotation: Any, given: Any, default: Any) -> type | None:
         return configs[0] if configs else None
     tag = tag_of(configs)
     name = given.get(tag) if isinstance(given, dict) and tag in given else default_tag(configs, default)
-    return next((one for one in configs if tag_value(one, tag) == name), None)
+    return next((one for one in configs if name in tag_values(one, tag)), None)
 
 
 def default_tag(config_types: tuple[type, ...], default: Any) -> str | None:
     """The tag of a field's default; where that is no config, of the first of the union."""
     if isinstance(default, tuple):
         default = default[0] if default else None
-    chosen_type = type(default) if type(default) in config_types else config_types[0]
-    return tag_value(chosen_type, tag_of(config_types))
+    tag = tag_of(config_types)
+    return getattr(default, tag) if type(default) in config_types else tag_values(config_types[0], tag)[0]
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -111,12 +109,15 @@ def _any(annotation: Any, default: Any) -> Any:
     if len(configs) > 1:
         tag, usual = tag_of(configs), default_tag(configs, default)
 
-        def choose(value: Any) -> Any:
-            return str(value.get(tag, usual)) if isinstance(value, dict) else None
+        owners = {value: one.__name__ for one in configs for value in tag_values(one, tag)}
 
-        tagged = [
-            Annotated[shape, pydantic.Tag(str(tag_value(one, tag)))] for one, shape in zip(configs, shapes, strict=True)
-        ]
+        def choose(value: Any) -> Any:
+            if not isinstance(value, dict):
+                return None
+            name = value.get(tag, usual)
+            return owners.get(name, str(name)) if isinstance(name, str) else str(name)
+
+        tagged = [Annotated[shape, pydantic.Tag(one.__name__)] for one, shape in zip(configs, shapes, strict=True)]
         found = Annotated[_union(tagged), pydantic.Discriminator(choose)]
     others = [part for part in _members(annotation) if not is_config(part)]
     return _union([found, *others])

@@ -26,6 +26,7 @@ from transformer.hf import checkpoint
 from transformer.hf.checkpoint import Checkpoint, read_mapping
 from transformer.models.bert import BertConfig
 from transformer.models.families import count_parameters, make_model
+from transformer.models.heads import ClassificationHeadConfig, EmbeddingHeadConfig, TokensHeadConfig
 
 _RECORD = "huggingface.json"
 
@@ -88,7 +89,7 @@ def _with_pooling(read: Checkpoint) -> Checkpoint:
     """With the pooling that sentence-transformers keeps beside a checkpoint of embeddings."""
     path = read.folder / "1_Pooling" / "config.json"
     config = read.config
-    if not isinstance(config, BertConfig) or config.head != "embedding" or not path.exists():
+    if not isinstance(config, BertConfig) or not isinstance(config.head, EmbeddingHeadConfig) or not path.exists():
         return read
     about = read_mapping(path)
     lengths = read.folder / "sentence_bert_config.json"
@@ -101,7 +102,9 @@ def _with_pooling(read: Checkpoint) -> Checkpoint:
     if len(on) != 1 or on[0] not in known:
         raise UserError(f"{path}: got {', '.join(on) or 'no pooling'}; supported: one of {', '.join(known)}")
     pooling: Any = known[on[0]]
-    return dataclasses.replace(read, config=dataclasses.replace(config, pooling=pooling))
+    return dataclasses.replace(
+        read, config=dataclasses.replace(config, head=dataclasses.replace(config.head, pooling=pooling))
+    )
 
 
 def _run_config(read: Checkpoint, name: str, directory: Path, tokenizer: Tokenizer | None) -> RunConfig:
@@ -140,8 +143,10 @@ def _write(
 
 def _labels(read: Checkpoint) -> list[str]:
     """The classes' names, where the checkpoint tells classes."""
-    if not isinstance(read.config, BertConfig) or read.config.head not in ("classification", "tokens"):
+    if not isinstance(read.config, BertConfig) or not isinstance(
+        head := read.config.head, ClassificationHeadConfig | TokensHeadConfig
+    ):
         return []
     # What transformers calls those that have none.
-    named = read.data.get("id2label") or {str(number): f"LABEL_{number}" for number in range(read.config.num_labels)}
+    named = read.data.get("id2label") or {str(number): f"LABEL_{number}" for number in range(head.num_labels)}
     return [str(named[key]) for key in sorted(named, key=int)]

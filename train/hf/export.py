@@ -23,6 +23,7 @@ from transformer.errors import UserError
 from transformer.hf import checkpoint
 from transformer.models.bert import BertConfig
 from transformer.models.encoder_decoder import EncoderDecoderConfig
+from transformer.models.heads import EmbeddingHeadConfig, Pooling
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -63,8 +64,8 @@ def export(
         )  # fmt: skip
         files = {} if tokenizer is None else written(tokenizer, config)
         files |= _generation(loaded, extra)
-        if isinstance(config, BertConfig) and config.head == "embedding":
-            files |= _sentence_transformers(config)
+        if isinstance(config, BertConfig) and isinstance(config.head, EmbeddingHeadConfig):
+            files |= _sentence_transformers(config, config.head.pooling)
         files["config.yaml"] = dump(loaded.config)
         files["README.md"] = card.text(loaded, run, name, architecture.model_type)
         for place, text in files.items():
@@ -126,7 +127,7 @@ def _generation(loaded: LoadedRun, extra: dict[str, Any]) -> dict[str, str]:
     return {"generation_config.json": json.dumps(kept, indent=2) + "\n"}
 
 
-def _sentence_transformers(config: BertConfig) -> dict[str, str]:
+def _sentence_transformers(config: BertConfig, pooling: Pooling) -> dict[str, str]:
     """What makes the folder one that sentence-transformers loads too, pooled as here and scaled to length 1."""
     kinds = ["Transformer", "Pooling", "Normalize"]
     modules = [
@@ -138,14 +139,14 @@ def _sentence_transformers(config: BertConfig) -> dict[str, str]:
         }
         for number, kind in enumerate(kinds)
     ]
-    pooling = {
+    modes = {
         "word_embedding_dimension": config.embed_dim,
-        "pooling_mode_cls_token": config.pooling == "cls",
-        "pooling_mode_mean_tokens": config.pooling == "mean",
+        "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_mean_tokens": pooling == "mean",
     }
     length = {"max_seq_length": config.max_length, "do_lower_case": False}
     return {
         "modules.json": json.dumps(modules, indent=2) + "\n",
-        "1_Pooling/config.json": json.dumps(pooling, indent=2) + "\n",
+        "1_Pooling/config.json": json.dumps(modes, indent=2) + "\n",
         "sentence_bert_config.json": json.dumps(length, indent=2) + "\n",
     }

@@ -160,7 +160,7 @@ def _texts(read: Checkpoint, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
 def _encoder(read: Checkpoint, model: Any, theirs: Any, ids: np.ndarray, valid: np.ndarray) -> dict[str, Any]:
     import torch
 
-    head = read.config.head  # type: ignore[union-attr]
+    head = read.config.head.kind  # type: ignore[union-attr]
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(valid)}
     if head == "choice":
         inputs = {name: value[None] for name, value in inputs.items()}

@@ -82,7 +82,7 @@ class Objective(Config, abc.ABC):
             allowed = f"a model of family {model.family!r} goes with {', '.join(suited)}"
             raise ConfigError(type(self), "kind", self.kind, allowed)
         if self.head is not None and isinstance(model, BertConfig):
-            require(model, "head", model.head == self.head, f"objective {self.kind} needs {self.head!r}")
+            require(model.head, "kind", model.head.kind == self.head, f"objective {self.kind} needs {self.head!r}")
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raise a `ConfigError` unless the objective can be trained so."""

@@ -16,11 +16,10 @@ from transformer.hf.fields import (
     name_of,
     only_mixer,
     rotary_fields,
+    rotary_of,
 )
 from transformer.hf.mapping import ByHead, Rule, Tables, Vector, fused, linear, norm, table
-from transformer.errors import UserError
 from transformer.layers.feed_forward import DenseConfig
-from transformer.layers.position import RotaryConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
 
@@ -111,15 +110,9 @@ def _read_neox(theirs: HFConfigReader, head: Any) -> GPTConfig:
     )  # fmt: skip
 
 
-def _rotary_of(mixer: SoftmaxConfig) -> RotaryConfig:
-    if not isinstance(mixer.position, RotaryConfig):
-        raise UserError(f"attention.position of kind {mixer.position.kind!r}")
-    return mixer.position
-
-
 def _neox_fields(c: GPTConfig) -> dict[str, Any]:
     mixer, mlp = only_mixer(c), dense_mlp(c)
-    rotary = _rotary_of(mixer)
+    rotary = rotary_of(mixer)
     return {
         "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers,
         "hidden_size": c.embed_dim, "num_attention_heads": mixer.num_heads, "intermediate_size": mlp.width(c.embed_dim),
@@ -219,7 +212,7 @@ def _window(theirs: HFConfigReader, kind: str, num_layers: int) -> int | None:
 def _llama_fields(kind: str) -> Callable[[GPTConfig], dict[str, Any]]:
     def write(c: GPTConfig) -> dict[str, Any]:
         mixer, mlp = only_mixer(c), dense_mlp(c)
-        rotary, num_kv_heads = _rotary_of(mixer), mixer.num_kv_heads or mixer.num_heads
+        rotary, num_kv_heads = rotary_of(mixer), mixer.num_kv_heads or mixer.num_heads
         fields: dict[str, Any] = {
             "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers,
             "hidden_size": c.embed_dim, "num_attention_heads": mixer.num_heads, "num_key_value_heads": num_kv_heads,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformer.errors import UserError
 from transformer.hf.architecture import Architecture, rules_of
 from transformer.hf.fields import ACTIVATIONS, GATED, UNTIED, HFConfigReader, dense_mlp, name_of, only_mixer
 from transformer.hf.mapping import Row, Rule, Tables, linear, norm, table
-from transformer.errors import UserError
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.position import RelativeConfig
 from transformer.mixers.softmax import SoftmaxConfig

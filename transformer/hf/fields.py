@@ -73,7 +73,7 @@ class HFConfigReader:
         """Something else that is not supported."""
         self._wrong.append(text)
 
-    def dropouts(self, name: str, attention: str, *others: str, default: float = 0.1) -> dict[str, float]:
+    def dropouts(self, name: str, attention: str, *others: str, default: float = 0.1) -> dict[str, Any]:
         """`dropout` and `attention_dropout`, with a note where other rates differ from the first."""
         rate = float(self.get(name, default))
         for other in others:
@@ -156,13 +156,24 @@ def softmax_of(mixer: Any) -> SoftmaxConfig:
     return mixer
 
 
+def rotary_of(mixer: SoftmaxConfig) -> RotaryConfig:
+    """A mixer's rotary positions.
+
+    Raises:
+        UserError: it has others, or none.
+    """
+    if not isinstance(mixer.position, RotaryConfig):
+        raise UserError(f"attention.position of kind {mixer.position.kind!r}")
+    return mixer.position
+
+
 def only_mixer(config: Any) -> SoftmaxConfig:
     """The one that all layers have.
 
     Raises:
         UserError: they differ, or have another kind.
     """
-    first, *others = {mixer: None for mixer in config.mixers()}
+    first, *others = dict.fromkeys(config.mixers())
     if others:
         raise UserError("a pattern of mixers that differ")
     return softmax_of(first)

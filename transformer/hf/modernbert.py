@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transformer.errors import UserError
 from transformer.hf.architecture import Architecture, rules_of
 from transformer.hf.encoders import BLOCKS, head_of, labels_of, num_labels_of
-from transformer.hf.fields import GATED, HFConfigReader, dense_mlp, name_of, rotary_fields, softmax_of
+from transformer.hf.fields import GATED, HFConfigReader, dense_mlp, name_of, rotary_fields, rotary_of, softmax_of
 from transformer.hf.mapping import Rule, Tables, Vector, fused, linear, norm
 from transformer.hf.mapping import Table as TableLayout
 from transformer.layers.feed_forward import DenseConfig
-from transformer.layers.position import RotaryConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.heads import EmbeddingHeadConfig, MaskedHeadConfig, ReplacedHeadConfig
@@ -44,7 +42,9 @@ def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
         if rotary.scaling.kind != "none":
             theirs.wrong(f"rope_parameters.{section}.rope_type: got {rotary.scaling.kind!r}; supported: default")
         attention[section] = SoftmaxConfig(
-            num_heads=theirs.size("num_attention_heads", 12), bias=bool(theirs.get("attention_bias", False)), position=rotary
+            num_heads=theirs.size("num_attention_heads", 12),
+            bias=bool(theirs.get("attention_bias", False)),
+            position=rotary,
         )
     near = dataclasses.replace(attention["sliding_attention"], window=max(theirs.size("local_attention", 128) // 2, 1))
     turn = [attention["full_attention"], *[near] * (every - 1)]
@@ -87,9 +87,7 @@ def _write(c: BertConfig) -> dict[str, Any]:
     kinds = ["full_attention" if mixer.window is None else "sliding_attention" for mixer in mixers]
     every = next((index for index, kind in enumerate(kinds) if index and kind == "full_attention"), len(kinds))
     thetas = {"full_attention": full, "sliding_attention": full if near is None else near}
-    ropes = {name: mixer.position for name, mixer in thetas.items()}
-    if not all(isinstance(rope, RotaryConfig) for rope in ropes.values()):
-        raise UserError("attention without rotary positions")
+    ropes = {name: rotary_of(mixer) for name, mixer in thetas.items()}
     has_bias = getattr(c.head, "bias", c.has_norm_bias)
     return {
         "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers,

@@ -124,7 +124,9 @@ def heads_of(config: StackConfig, layers: Sequence[int]) -> int:
     mixers = config.mixers()
     counts = {mixers[layer].num_heads for layer in layers}
     if len(counts) > 1:
-        raise UserError(f"layers: those chosen have {' and '.join(map(str, sorted(counts)))} heads; choose layers of one kind")
+        raise UserError(
+            f"layers: those chosen have {' and '.join(map(str, sorted(counts)))} heads; choose layers of one kind"
+        )
     return counts.pop()
 
 

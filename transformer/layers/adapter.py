@@ -106,7 +106,9 @@ class Adapter(nnx.Module):
     ) -> Float[Array, "*dims O"]:
         """What the layer gives with the adapter, of one layer. Computed in x's type, from a kernel in the parameters' own; a
         key turns dropout on."""
-        given = x if key is None else dropout(x, self.dropout_rate, jax.random.fold_in(key, _FIRST_NUMBER + self.number))
+        given = (
+            x if key is None else dropout(x, self.dropout_rate, jax.random.fold_in(key, _FIRST_NUMBER + self.number))
+        )
         I, O = kernel_IO.shape  # noqa: E741
         a_Ir, b_rO = self.lora_a[...].reshape(I, -1), self.lora_b[...].reshape(-1, O)
         with jax.named_scope(_NAME):
@@ -161,7 +163,7 @@ def merged(params: nnx.State, scale: float) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
-def plainly(config: AdapterConfig | None) -> Callable[[nnx.State], nnx.State]:
+def make_merge_fn(config: AdapterConfig | None) -> Callable[[nnx.State], nnx.State]:
     """From a model's parameters to those of the plain model, compiled; without adapters they are what they are."""
     if config is None:
         return lambda params: params

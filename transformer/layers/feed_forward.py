@@ -126,9 +126,7 @@ class FeedForward(nnx.Module):
             dtype=dtype, param_dtype=param_dtype, rngs=rngs,
         )  # fmt: skip
 
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], adapter_key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], adapter_key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
         """Each position on its own, [B, T, D] → [B, T, D]; a key turns the dropout of adapters on."""
         function, _ = ACTIVATIONS[self.activation]
         with jax.named_scope("feed_forward"):

@@ -126,9 +126,7 @@ class RelativeConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self, "num_buckets", self.num_buckets >= 4 and self.num_buckets % 4 == 0, "allowed: a multiple of 4"
-        )
+        require(self, "num_buckets", self.num_buckets >= 4 and self.num_buckets % 4 == 0, "allowed: a multiple of 4")
         least = self.num_buckets // 2
         require(self, "max_distance", self.max_distance > least, f"allowed: above {least}")
 

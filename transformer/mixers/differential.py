@@ -145,7 +145,8 @@ class DifferentialAttention(nnx.Module):
             mask = context.self_mask(x_BTD, window=c.window)
             q = constrain(self.query(x_BTD, key), "batch", "seq", "heads", "head_dim")
             k, v = (
-                constrain(linear(x_BTD, key), "batch", "seq", "kv_heads", "head_dim") for linear in (self.key, self.value)
+                constrain(linear(x_BTD, key), "batch", "seq", "kv_heads", "head_dim")
+                for linear in (self.key, self.value)
             )
             if isinstance(c.position, RotaryConfig):
                 positions_BT = context.positions(x_BTD)

@@ -34,7 +34,10 @@ def check_heads(config: Any) -> None:
             require(config, field, given >= 1, "allowed: 1 or more, or null")
     if (kv_heads := getattr(config, "num_kv_heads", None)) is not None:
         require(
-            config, "num_kv_heads", config.num_heads % kv_heads == 0, f"allowed: a divisor of num_heads ({config.num_heads})"
+            config,
+            "num_kv_heads",
+            config.num_heads % kv_heads == 0,
+            f"allowed: a divisor of num_heads ({config.num_heads})",
         )
 
 

@@ -91,13 +91,18 @@ class LatentConfig(Config):
         if self.head_dim is None and embed_dim % self.num_heads:
             return "num_heads", f"allowed: a divisor of embed_dim ({embed_dim}), or set head_dim"
         if (dim := self.sizes(embed_dim).rotary_dim) % 2:
-            return "rotary_dim", f"rotary positions turn pairs of features, and would turn {dim}; allowed: an even number"
+            return (
+                "rotary_dim",
+                f"rotary positions turn pairs of features, and would turn {dim}; allowed: an even number",
+            )
         return None
 
     def sizes(self, embed_dim: int) -> _Sizes:
         """All sizes with their defaults filled in."""
         H = self.head_dim or embed_dim // self.num_heads
-        return _Sizes(self.num_heads, H, self.latent_dim or 4 * H, self.rotary_dim or max(H // 2, 1), self.value_dim or H)
+        return _Sizes(
+            self.num_heads, H, self.latent_dim or 4 * H, self.rotary_dim or max(H // 2, 1), self.value_dim or H
+        )
 
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
         """Of one token in a context of `length`, keys and values expanded: a multiply-add counts as two."""

@@ -94,7 +94,9 @@ class LinearAttention(nnx.Module):
         options: dict[str, Any] = {"use_bias": c.bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def project(heads: int, axis: str) -> Linear:
-            return Linear((embed_dim,), (heads, H), axes=("embed", axis, "head_dim"), kernel_init=kernel_init, **options)
+            return Linear(
+                (embed_dim,), (heads, H), axes=("embed", axis, "head_dim"), kernel_init=kernel_init, **options
+            )
 
         self.query = project(N, "heads")
         self.key = project(K, "kv_heads")

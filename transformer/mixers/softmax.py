@@ -145,7 +145,9 @@ class MultiHeadAttention(nnx.Module):
         self.out = Linear((N, H), (embed_dim,), axes=axes, use_bias=c.bias, kernel_init=init, **types)
 
         def norm() -> RMSNorm | None:
-            return RMSNorm(H, epsilon=norm_eps, axis="head_dim", param_dtype=param_dtype, rngs=rngs) if c.qk_norm else None
+            return (
+                RMSNorm(H, epsilon=norm_eps, axis="head_dim", param_dtype=param_dtype, rngs=rngs) if c.qk_norm else None
+            )
 
         self.query_norm, self.key_norm = norm(), norm()
         ones = with_axes(nnx.initializers.ones, "heads")

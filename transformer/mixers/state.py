@@ -54,7 +54,10 @@ class KVCache:
         return self.v.shape[-2]
 
     def append(
-        self, k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"], valid_BT: Bool[Array, "B T"] | None = None
+        self,
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKH: Float[Array, "B T K H"],
+        valid_BT: Bool[Array, "B T"] | None = None,
     ) -> KVCache:
         """T more positions in each row after those that it holds.
 

@@ -34,7 +34,9 @@ def adapt(model: nnx.Module, config: AdapterConfig, rngs: nnx.Rngs) -> None:
     ]
     names = {str(name) for name, _ in layers}
     if not names:
-        raise UserError(f"adapter: {type(model).__name__} has no blocks whose linear layers could be adapted; set it to null")
+        raise UserError(
+            f"adapter: {type(model).__name__} has no blocks whose linear layers could be adapted; set it to null"
+        )
     for target in config.targets or ():
         if target not in names:
             raise UserError(

@@ -38,8 +38,8 @@ class StackConfig(Config):
     attention: MixerConfig = SoftmaxConfig()
     """The sequence mixer of each block, by its kind."""
     pattern: tuple[MixerConfig, ...] = ()
-    """Mixers that repeat through the layers in place of attention, such as three of gated_delta and one of softmax. In a file, one
-    of attention's kind takes from attention what it leaves out."""
+    """Mixers that repeat through the layers in place of attention, such as three of gated_delta and one of softmax. In a file,
+    one of attention's kind takes from attention what it leaves out."""
     mlp: MlpConfig = DenseConfig()
     """The feed-forward part of each block: dense, or a mixture of experts."""
     position_embedding: PositionEmbedding | None = None
@@ -95,7 +95,9 @@ class StackConfig(Config):
                 type(self), "num_layers", self.num_layers,
                 f"pattern has {len(self.pattern)} mixers, which have to divide the layers ({deep}); allowed: a multiple",
             )  # fmt: skip
-        places = {f"pattern.{number}": mixer for number, mixer in enumerate(self.pattern)} or {"attention": self.attention}
+        places = {f"pattern.{number}": mixer for number, mixer in enumerate(self.pattern)} or {
+            "attention": self.attention
+        }
         for place, mixer in places.items():
             if (wrong := mixer.check(self.embed_dim)) is not None:
                 field, allowed = wrong
@@ -103,7 +105,8 @@ class StackConfig(Config):
             if mixer.causal_only and self.has_encoder:
                 raise ConfigError(
                     type(self), f"{place}.kind", mixer.kind,
-                    "it reads only what came before, and an encoder sees both sides; allowed: softmax, latent, differential, linear",
+                    "it reads only what came before, and an encoder sees both sides; allowed: softmax, latent,"
+                    " differential, linear",
                 )  # fmt: skip
 
     def _check_positions(self) -> None:
@@ -115,14 +118,11 @@ class StackConfig(Config):
             )  # fmt: skip
         if self.embedded_positions in ("sinusoidal", "sinusoidal_halves"):
             require(self, "embed_dim", self.embed_dim % 2 == 0, "sinusoidal positions need an even one")
-        shared = {
-            (mixer.num_heads, mixer.position)
-            for mixer in self.mixers()
-            if isinstance(getattr(mixer, "position", None), RelativeConfig)
-        }
+        positions = [(mixer.num_heads, getattr(mixer, "position", None)) for mixer in self.mixers()]
+        shared = {(heads, position) for heads, position in positions if isinstance(position, RelativeConfig)}
         if len(shared) > 1:
             raise ConfigError(
-                type(self), "pattern", self.pattern, "its layers share one relative bias; allowed: the same num_heads and position"
+                type(self), "pattern", self.pattern, "its layers share one bias by distance; allowed: equal num_heads and position"
             )  # fmt: skip
 
     @property
@@ -185,19 +185,6 @@ def stack_flops(config: StackConfig, length: int, *, causal: bool, num_layers: i
         mixer.flops(config.embed_dim, length, causal=causal) + config.mlp.flops(config.embed_dim)
         for mixer in config.mixers(num_layers)
     )
-
-
-def inherit(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's plain data in which mixers of a pattern have what they leave out from `attention`, if it is of their kind."""
-    base, pattern = model.get("attention", {}), model.get("pattern", [])
-    if not isinstance(base, dict) or not isinstance(pattern, list):
-        return model
-    kind = base.get("kind", SoftmaxConfig.kind)
-    filled = [
-        {**base, "kind": kind, **mixer} if isinstance(mixer, dict) and mixer.get("kind", kind) == kind else mixer
-        for mixer in pattern
-    ]
-    return model | {"pattern": filled} if pattern else model
 
 
 def _position_kind(mixer: MixerConfig) -> str:

@@ -47,6 +47,7 @@ class ElectraConfig(BertConfig):
     @property
     def generator(self) -> BertConfig:
         """The generator's shape: as many layers, and heads as wide, but fewer of them."""
+
         def narrow(mixer: SoftmaxConfig) -> SoftmaxConfig:
             heads = max(1, round(mixer.num_heads * self.generator_size))
             head_dim = mixer.head_dim or self.embed_dim // mixer.num_heads

@@ -230,7 +230,9 @@ class EncoderDecoder(nnx.Module):
         x_BTD, output = self.decoder(x_BTD, context, key=stack_key, return_weights=return_weights)
         losses = [loss for loss in (encoder_loss, output.router_loss) if loss is not None]
         return ModelOutput(
-            logits=self.logits(x_BTD), weights=output.weights, router_loss=sum(losses[1:], losses[0]) if losses else None
+            logits=self.logits(x_BTD),
+            weights=output.weights,
+            router_loss=sum(losses[1:], losses[0]) if losses else None,
         )
 
     def begin(self, memory: Memory, max_length: int) -> DecoderState:
@@ -250,12 +252,10 @@ class EncoderDecoder(nnx.Module):
         x_B1D, positions_B1, _ = self._embed(token_B[:, None], None, start_B, False, None)
         last = self.config.decoder_layers - 1
         chosen = ((last,), tuple(range(self.config.cross_attention.num_heads)))
-        remembered = isinstance(memory.hidden, list)
-        context = Context(
-            positions_BT=positions_B1, memory=None if remembered else memory.hidden, memory_segments_BM=memory.segments_BS
-        )
+        hidden, remembered = (None, memory.hidden) if isinstance(memory.hidden, list) else (memory.hidden, None)
+        context = Context(positions_BT=positions_B1, memory=hidden, memory_segments_BM=memory.segments_BS)
         x_B1D, output = self.decoder(
-            x_B1D, context, memory=memory.hidden if remembered else None, states=state.states,
+            x_B1D, context, memory=remembered, states=state.states,
             return_weights=chosen if return_weights else False,
         )  # fmt: skip
         assert output.states is not None

@@ -64,3 +64,21 @@ def _described(config: ModelConfig) -> nnx.State:
 def count_parameters(config: ModelConfig) -> int:
     """Number of parameters, from the shapes of the model itself."""
     return sum(leaf.size for leaf in jax.tree.leaves(described_parameters(config)))
+
+
+def inherit(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's plain data in which mixers of a pattern have what they leave out from `attention`, or its default in the
+    family, if they are of its kind."""
+    family = FAMILIES.get(model.get("family", "gpt"))
+    given, pattern = model.get("attention", {}), model.get("pattern", [])
+    usual = getattr(family.config, "attention", None) if family is not None else None
+    if not pattern or usual is None or not isinstance(given, dict) or not isinstance(pattern, list):
+        return model
+    base = {"kind": usual.kind, **given}
+    if base["kind"] == usual.kind:
+        base = dataclasses.asdict(usual) | base
+    filled = [
+        {**base, **mixer} if isinstance(mixer, dict) and mixer.get("kind", base["kind"]) == base["kind"] else mixer
+        for mixer in pattern
+    ]
+    return model | {"pattern": filled}

@@ -103,7 +103,9 @@ class TokenHeadConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "bias", self.bias or self.dense is not None, "without a dense layer there is no other; allowed: true")
+        require(
+            self, "bias", self.bias or self.dense is not None, "without a dense layer there is no other; allowed: true"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

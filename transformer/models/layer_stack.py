@@ -86,11 +86,13 @@ class LayerStack(nnx.Module):
                 bidirectional=not causal, init=c.initialisers(L)[0], rngs=rngs,
             )  # fmt: skip
             self.relative = nnx.data(shared)
-        # How many blocks make a group whose parameters repeat.
-        self.group = 1 if len({mixer.structure for mixer in self.mixers}) == 1 else len(c.pattern)
-        makers = [functools.partial(_make_block, c, mixer, num_layers=L, cross=cross) for mixer in self.mixers[: self.group]]
+        # How many blocks make a group whose parameters repeat, and how many layers one whose settings do.
+        self.group, self.period = layers_of_group(c), _period(self.mixers)
+        makers = [
+            functools.partial(_make_block, c, mixer, num_layers=L, cross=cross) for mixer in self.mixers[: self.group]
+        ]
         stacks = [stack(make, L // self.group, rngs) for make in makers]
-        self.blocks: Block | nnx.List = stacks[0] if self.group == 1 else nnx.List(stacks)
+        self.blocks: Any = stacks[0] if self.group == 1 else nnx.List(stacks)
         self.is_unstacked = False
         final_norm = c.norm_first if final_norm is None else final_norm
         self.final_norm: Norm | None = nnx.data(make_norm(c, rngs)) if final_norm else None
@@ -126,15 +128,20 @@ class LayerStack(nnx.Module):
         # One by one where each layer has weights of its own; in groups else.
         single = chosen is not None or self.is_unstacked
         wanted = [_heads_wanted(return_weights, layer) for layer in range(L)]
+        blocks: Any
+        inputs: Any
         numbers = self.first_layer + jnp.arange(L)
         if single:
             blocks = self._single_blocks()
-            inputs = list(zip(numbers, states or [None] * L, memory or [None] * L, strict=True))
+            none = [None] * L
+            inputs = list(
+                zip(numbers, none if states is None else states, none if memory is None else memory, strict=True)
+            )
             calls = [self._call(layer, wanted[layer]) for layer in range(L)]
         elif self.group == 1:
             blocks = self.blocks
             inputs = (numbers, None if states is None else restack(states), None)
-            calls = [self._call(layer, wanted[0]) for layer in range(_period(self.mixers))]
+            calls = [self._call(layer, wanted[0]) for layer in range(self.period)]
         else:
             blocks, count = self.blocks, L // self.group
             by_place = [None if states is None else restack(states[place :: self.group]) for place in range(self.group)]
@@ -193,8 +200,7 @@ class LayerStack(nnx.Module):
             weights = outputs.weights
         else:
             picked = range(L) if chosen is None else chosen[0]
-            given = [layers[layer].weights for layer in picked if layers[layer].weights is not None]
-            weights = _stacked_weights(given)
+            weights = _stacked_weights([found for layer in picked if (found := layers[layer].weights) is not None])
         return StackOutput(states, weights, self._router_loss(routers))
 
     def _router_loss(self, routers: Sequence[RouterLosses | None]) -> Array | None:
@@ -211,6 +217,12 @@ class LayerStack(nnx.Module):
             return unstack(self.blocks, self.num_layers)
         groups = unstack(self.blocks, self.num_layers // self.group)
         return [block for group in groups for block in group]
+
+    def take_part(self, num_layers: int, number: Any) -> None:
+        """Become part `number` of the stack, of `num_layers` layers, whose blocks it has already."""
+        self.num_layers, self.mixers = num_layers, self.mixers[:num_layers]
+        # It may be traced, and is not part of the module's structure.
+        object.__setattr__(self, "first_layer", number * num_layers)
 
     def unstack_layers(self) -> None:
         """Make the blocks a list of single ones, for decoding, which reads each weight once a token.
@@ -232,7 +244,9 @@ class LayerStack(nnx.Module):
         """What decoding carries before the first token, one a layer, with room for `max_length` tokens."""
         several = self.is_unstacked or self.group > 1
         blocks = list(self.blocks) if several else [self.blocks]
-        return [blocks[layer % len(blocks)].attention.make_state(batch_size, max_length) for layer in range(self.num_layers)]
+        return [
+            blocks[layer % len(blocks)].attention.make_state(batch_size, max_length) for layer in range(self.num_layers)
+        ]
 
 
 def make_norm(config: StackConfig, rngs: nnx.Rngs, *, dim: int | None = None) -> Norm:
@@ -241,6 +255,11 @@ def make_norm(config: StackConfig, rngs: nnx.Rngs, *, dim: int | None = None) ->
     if config.norm == "layer_norm":
         return LayerNorm(width, use_bias=config.has_norm_bias, epsilon=config.norm_eps, rngs=rngs)
     return RMSNorm(width, epsilon=config.norm_eps, rngs=rngs)
+
+
+def layers_of_group(config: StackConfig) -> int:
+    """How many blocks of a pattern have parameters of their own; 1 where all layers' have the same shapes."""
+    return 1 if len({mixer.structure for mixer in config.mixers()}) == 1 else len(config.pattern)
 
 
 def cache_lengths(states: Sequence[State]) -> Int[Array, " B"]:
@@ -280,7 +299,9 @@ def _stacked_weights(weights: list[Array]) -> Array | None:
         return None
     if len({one.shape for one in weights}) > 1:
         shapes = ", ".join(str(one.shape[1]) for one in weights)
-        raise ValueError(f"return_weights: the layers have different numbers of heads ({shapes}); choose layers of one kind")
+        raise ValueError(
+            f"return_weights: the layers have different numbers of heads ({shapes}); choose layers of one kind"
+        )
     return jnp.stack(weights)
 
 

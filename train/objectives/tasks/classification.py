@@ -28,6 +28,7 @@ from train.objectives.tasks.task import Labelling, Prediction, Rows, forward, so
 from transformer.errors import require
 from transformer.models.bert import BertConfig
 from transformer.models.families import ModelConfig
+from transformer.models.heads import ClassificationHeadConfig
 from transformer.types import PRNGKeyArray
 
 
@@ -46,13 +47,9 @@ class Classification(WeightedClasses):
 
     def check_model(self, model: ModelConfig) -> None:
         super().check_model(model)
-        if isinstance(model, BertConfig):
-            require(
-                model,
-                "num_labels",
-                model.num_labels >= 2,
-                "allowed: 2 or more classes; for numbers objective.kind: regression",
-            )
+        if isinstance(model, BertConfig) and isinstance(model.head, ClassificationHeadConfig):
+            allowed = "allowed: 2 or more classes; for numbers objective.kind: regression"
+            require(model.head, "num_labels", model.head.num_labels >= 2, allowed)
 
     def for_any_document(self) -> Self:
         return dataclasses.replace(self, too_long="truncate")

@@ -26,6 +26,7 @@ from train.objectives.tasks.task import Labelling, Prediction, Rows, Task, forwa
 from transformer.errors import require
 from transformer.models.bert import BertConfig
 from transformer.models.families import ModelConfig
+from transformer.models.heads import ClassificationHeadConfig
 from transformer.types import PRNGKeyArray
 
 
@@ -46,8 +47,8 @@ class Regression(Task):
 
     def check_model(self, model: ModelConfig) -> None:
         super().check_model(model)
-        if isinstance(model, BertConfig):
-            require(model, "num_labels", model.num_labels == 1, "a number needs 1")
+        if isinstance(model, BertConfig) and isinstance(model.head, ClassificationHeadConfig):
+            require(model.head, "num_labels", model.head.num_labels == 1, "a number needs 1")
 
     def for_any_document(self) -> Self:
         return dataclasses.replace(self, too_long="truncate")

@@ -154,7 +154,7 @@ def forward(model: Any, batch: Batch, key: PRNGKeyArray | None) -> Any:
     )  # fmt: skip
 
 
-def check_labels(prepared: Prepared, num_labels: int, field: str = "model.num_labels") -> None:
+def check_labels(prepared: Prepared, num_labels: int, field: str = "model.head.num_labels") -> None:
     """Raise a `UserError` unless a model of `num_labels` classes has those of the data; `field` is where it says so."""
     labels = prepared.meta.labels
     names = ", ".join(labels)
