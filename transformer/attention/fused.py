@@ -16,6 +16,7 @@ from transformer.attention.shares import on_every_device
 from transformer.attention.terms import Causal, Window
 from transformer.attention.tile import Tile
 from transformer.attention.variant import Variant
+from transformer.differentiation import reverse_mode_only
 from transformer.types import Array, Float
 
 
@@ -43,7 +44,12 @@ def fused(
                 implementation=implementation, **structured,
             )  # fmt: skip
 
-    if implementation == "cudnn":  # noqa: SIM108
+    if implementation == "cudnn":
+        q_BTNH, k_BSKH, v_BSKH = reverse_mode_only(
+            (q_BTNH, k_BSKH, v_BSKH),
+            "attention backend 'cudnn' has a gradient and no derivative in forward mode, nor a second one; "
+            "use 'blockwise' or 'reference' for those",
+        )
         # Its own partitioning fails inside a program that is manual over some of the mesh's axes, such as a pipeline.
         out = on_every_device(call, q_BTNH, k_BSKH, v_BSKH)
     else:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer.differentiation import with_backward
 from transformer.sharding import with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 
@@ -21,15 +22,14 @@ if TYPE_CHECKING:
     from transformer.layers.adapter import Adapter
 
 
-@jax.custom_vjp
 def dense(
     x: Float[Array, "*dims I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, O] | None
 ) -> Float[Array, "*dims O"]:
-    """x · kernel + bias over the last dim. Reverse mode only.
+    """x · kernel + bias over the last dim.
 
     The gradient is the automatic one, in another order of operands: see `_dense_backward`.
     """
-    return _dense_forward(x, kernel_IO, bias_O)[0]
+    return with_backward(_dense_forward, _dense_backward, x, kernel_IO, bias_O)
 
 
 def _dense_forward(x: Array, kernel_IO: Array, bias_O: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
@@ -52,9 +52,6 @@ def _dense_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tupl
         dkernel = contract(x, dy, preferred_element_type=wide(x.dtype))
     dbias = None if bias_O is None else dy.sum(leading, dtype=wide(x.dtype)).astype(bias_O.dtype)
     return dx, dkernel.astype(kernel_IO.dtype), dbias
-
-
-dense.defvjp(_dense_forward, _dense_backward)
 
 
 class Linear(nnx.Module):
