@@ -23,17 +23,28 @@ if TYPE_CHECKING:
 
 
 def dense(
-    x: Float[Array, "*dims I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, O] | None
+    x: Float[Array, "*dims I"],
+    kernel_IO: Float[Array, "I O"],
+    bias_O: Float[Array, O] | None,
+    *,
+    out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "*dims O"]:
     """x · kernel + bias over the last dim.
 
-    The gradient is the automatic one, in another order of operands: see `_dense_backward`.
+    The gradient is the automatic one, in another order of operands: see `_dense_backward`. Under a wider `out_dtype` the backward
+    pass takes the output's gradient in x's type, so that its products are narrow ones too.
+
+    Args:
+        out_dtype: the type of the output, and of the bias; x's by default.
     """
-    return with_backward(_dense_forward, _dense_backward, x, kernel_IO, bias_O)
+    forward = functools.partial(_dense_forward, out_dtype=out_dtype)
+    return with_backward(forward, _dense_backward, x, kernel_IO, bias_O)
 
 
-def _dense_forward(x: Array, kernel_IO: Array, bias_O: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    y = x @ kernel_IO
+def _dense_forward(
+    x: Array, kernel_IO: Array, bias_O: Array | None, *, out_dtype: DTypeLike | None
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    y = jnp.matmul(x, kernel_IO, preferred_element_type=out_dtype)
     if bias_O is not None:
         y = y + jnp.expand_dims(bias_O, range(y.ndim - 1))
     return y, (x, kernel_IO, bias_O)
@@ -42,6 +53,8 @@ def _dense_forward(x: Array, kernel_IO: Array, bias_O: Array | None) -> tuple[Ar
 def _dense_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, Array | None]:
     x, kernel_IO, bias_O = saved
     leading = tuple(range(x.ndim - 1))
+    dbias = None if bias_O is None else dy.sum(leading, dtype=wide(x.dtype)).astype(bias_O.dtype)
+    dy = dy.astype(x.dtype)
     dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())))
     # XLA:CPU turns the first operand round before it multiplies, so the narrower one comes first; in bfloat16 it has no
     # product that it could turn round itself.
@@ -50,7 +63,6 @@ def _dense_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tupl
         dkernel = contract(dy, x, preferred_element_type=wide(x.dtype)).T
     else:
         dkernel = contract(x, dy, preferred_element_type=wide(x.dtype))
-    dbias = None if bias_O is None else dy.sum(leading, dtype=wide(x.dtype)).astype(bias_O.dtype)
     return dx, dkernel.astype(kernel_IO.dtype), dbias
 
 
@@ -92,14 +104,23 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
         """[..., *in_shape] → [..., *out_shape] in `dtype`."""
+        return self._mapped(x)
+
+    def logits(self, x: Float[Array, ...]) -> Float[Array, ...]:
+        """As a call, of operands in `dtype`, but accumulated and returned in float32 (float64 for float64): scores that a softmax
+        takes are not rounded first."""
+        return self._mapped(x, wide(self.dtype))
+
+    def _mapped(self, x: Array, out_dtype: DTypeLike | None = None) -> Array:
         kernel = self.kernel[...].astype(self.dtype)
         # As a matrix: one well-tuned product on every device, whatever the dims mean.
         rows = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.num_in], -1)
-        bias = None if self.bias is None else self.bias[...].astype(self.dtype).reshape(-1)
         if self.adapter is None:
-            y = dense(rows, kernel.reshape(rows.shape[-1], -1), bias)
+            bias = None if self.bias is None else self.bias[...].astype(out_dtype or self.dtype).reshape(-1)
+            y = dense(rows, kernel.reshape(rows.shape[-1], -1), bias, out_dtype=out_dtype)
         else:
-            y = self.adapter(rows, self.kernel[...].reshape(rows.shape[-1], -1), bias)
+            bias = None if self.bias is None else self.bias[...].astype(self.dtype).reshape(-1)
+            y = self.adapter(rows, self.kernel[...].reshape(rows.shape[-1], -1), bias).astype(out_dtype or self.dtype)
         return y.reshape(*y.shape[:-1], *kernel.shape[self.num_in :])
 
     def plain(self) -> Linear:

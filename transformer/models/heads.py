@@ -105,7 +105,7 @@ class ReplacedHead(nnx.Module):
     def __call__(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """Float32 logits; above 0: replaced."""
         with jax.named_scope("replaced_head"):
-            return self.out(self.function(self.dense(hidden_BTD)))[..., 0].astype(jnp.float32)
+            return self.out.logits(self.function(self.dense(hidden_BTD)))[..., 0].astype(jnp.float32)
 
 
 class PooledHead(nnx.Module):
@@ -155,7 +155,7 @@ class PooledHead(nnx.Module):
             pooled_BD = self.function(self.pooler(pool(hidden_BTD, valid_BT, pooling=self.pooling)))
             pooled_BD = pooled_BD if self.norm is None else self.norm(pooled_BD)
             pooled_BD = dropout(pooled_BD, self.dropout_rate, key)
-            return (pooled_BD if self.out is None else self.out(pooled_BD)).astype(jnp.float32)
+            return (pooled_BD if self.out is None else self.out.logits(pooled_BD)).astype(jnp.float32)
 
 
 class TokenHead(nnx.Module):
@@ -194,7 +194,7 @@ class TokenHead(nnx.Module):
         with jax.named_scope("token_head"):
             if self.function is not None and self.dense is not None and self.norm is not None:
                 hidden_BTD = self.norm(self.function(self.dense(hidden_BTD)))
-            return self.out(dropout(hidden_BTD, self.dropout_rate, key)).astype(jnp.float32)
+            return self.out.logits(dropout(hidden_BTD, self.dropout_rate, key)).astype(jnp.float32)
 
 
 def choices(logits_R1: Float[Array, "R 1"], num_choices: int) -> Float[Array, "Q {num_choices}"]:
