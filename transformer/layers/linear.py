@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from transformer.differentiation import with_backward
+from transformer.precision import exact
 from transformer.sharding import with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 
@@ -28,6 +29,7 @@ def dense(
     bias_O: Float[Array, O] | None,
     *,
     out_dtype: DTypeLike | None = None,
+    is_exact: bool = False,
 ) -> Float[Array, "*dims O"]:
     """x · kernel + bias over the last dim.
 
@@ -36,29 +38,36 @@ def dense(
 
     Args:
         out_dtype: the type of the output, and of the bias; x's by default.
+        is_exact: products of float32 keep all bits (`transformer.precision`), the gradient's too.
     """
-    forward = functools.partial(_dense_forward, out_dtype=out_dtype)
-    return with_backward(forward, _dense_backward, x, kernel_IO, bias_O)
+    precision = exact(x, kernel_IO) if is_exact else None
+    forward = functools.partial(_dense_forward, out_dtype=out_dtype, precision=precision)
+    backward = functools.partial(_dense_backward, precision=precision)
+    return with_backward(forward, backward, x, kernel_IO, bias_O)
 
 
 def _dense_forward(
-    x: Array, kernel_IO: Array, bias_O: Array | None, *, out_dtype: DTypeLike | None
+    x: Array, kernel_IO: Array, bias_O: Array | None, *, out_dtype: DTypeLike | None, precision: Any
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    y = jnp.matmul(x, kernel_IO, preferred_element_type=out_dtype)
+    y = jnp.matmul(x, kernel_IO, precision=precision, preferred_element_type=out_dtype)
     if bias_O is not None:
         y = y + jnp.expand_dims(bias_O, range(y.ndim - 1))
     return y, (x, kernel_IO, bias_O)
 
 
-def _dense_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, Array | None]:
+def _dense_backward(
+    saved: tuple[Array, Array, Array | None], dy: Array, *, precision: Any
+) -> tuple[Array, Array, Array | None]:
     x, kernel_IO, bias_O = saved
     leading = tuple(range(x.ndim - 1))
     dbias = None if bias_O is None else dy.sum(leading, dtype=wide(x.dtype)).astype(bias_O.dtype)
     dy = dy.astype(x.dtype)
-    dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())))
+    dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())), precision=precision)
     # XLA:CPU turns the first operand round before it multiplies, so the narrower one comes first; in bfloat16 it has no
     # product that it could turn round itself.
-    contract = functools.partial(jax.lax.dot_general, dimension_numbers=((leading, leading), ((), ())))
+    contract = functools.partial(
+        jax.lax.dot_general, dimension_numbers=((leading, leading), ((), ())), precision=precision
+    )
     if x.shape[-1] > dy.shape[-1] and x.dtype == wide(x.dtype):
         dkernel = contract(dy, x, preferred_element_type=wide(x.dtype)).T
     else:
@@ -74,6 +83,7 @@ class Linear(nnx.Module):
         axes: the logical name of each dim of the kernel, `in_shape` first; None for a dim that is never sharded.
         kernel_init: called on the kernel as a matrix, so that fans are counted right.
         dtype: the type to compute in; parameters are kept in `param_dtype`.
+        is_exact: as of `dense`.
     """
 
     def __init__(
@@ -86,10 +96,11 @@ class Linear(nnx.Module):
         kernel_init: Callable[..., Array],
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        is_exact: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.num_in = len(in_shape)
-        self.dtype = dtype
+        self.dtype, self.is_exact = dtype, is_exact
         matrix = (math.prod(in_shape), math.prod(out_shape))
         shape = (*in_shape, *out_shape)
 
@@ -117,7 +128,7 @@ class Linear(nnx.Module):
         rows = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.num_in], -1)
         if self.adapter is None:
             bias = None if self.bias is None else self.bias[...].astype(out_dtype or self.dtype).reshape(-1)
-            y = dense(rows, kernel.reshape(rows.shape[-1], -1), bias, out_dtype=out_dtype)
+            y = dense(rows, kernel.reshape(rows.shape[-1], -1), bias, out_dtype=out_dtype, is_exact=self.is_exact)
         else:
             bias = None if self.bias is None else self.bias[...].astype(self.dtype).reshape(-1)
             y = self.adapter(rows, self.kernel[...].reshape(rows.shape[-1], -1), bias).astype(out_dtype or self.dtype)

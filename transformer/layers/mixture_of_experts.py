@@ -101,7 +101,7 @@ class MixtureOfExperts(nnx.Module):
         # Routing decides on small differences: in the parameters' type, whatever the experts compute in.
         self.router = Linear(
             (embed_dim,), (num_experts,), axes=("embed", "expert"), use_bias=False, kernel_init=kernel_init,
-            dtype=param_dtype, param_dtype=param_dtype, rngs=rngs,
+            dtype=param_dtype, param_dtype=param_dtype, is_exact=True, rngs=rngs,
         )  # fmt: skip
 
         def make(init: Callable[..., Array], shape: tuple[int, int], *axes: str) -> nnx.Param:

@@ -16,6 +16,7 @@ from transformer.layers.embedding import Embedding
 from transformer.layers.feed_forward import ACTIVATIONS
 from transformer.layers.linear import Linear, dropout
 from transformer.layers.norm import LayerNorm
+from transformer.precision import einsum
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, widen
 
@@ -231,7 +232,7 @@ def contrastive_logits(
         valid_B: rows that are none are nobody's negatives; all are by default.
         temperature: by which cosines are divided.
     """
-    logits_BB = jnp.einsum("AD,BD->AB", widen(a_BD), widen(b_BD)) / temperature
+    logits_BB = einsum("AD,BD->AB", widen(a_BD), widen(b_BD)) / temperature
     # A finite number: a row that is none itself has no likelihood, whose gradient would not be finite.
     return logits_BB if valid_B is None else jnp.where(valid_B, logits_BB, -1e9)
 
