@@ -53,7 +53,8 @@ class Generator:
 
     def __init__(self, config: GPTConfig, *, end_of_text: int | None = None, num_tokens: int | None = None) -> None:
         self.num_tokens = config.vocab_size if num_tokens is None else num_tokens
-        self.config = dataclasses.replace(config, remat="none")
+        # Experts take all tokens: what a row becomes would depend on its own later tokens otherwise.
+        self.config = dataclasses.replace(config, remat="none", expert_capacity=None)
         self.end_of_text = end_of_text
         self._graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs))
         self._apart_graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs).unstacked())

@@ -23,6 +23,7 @@ from transformer.decode.beam import Beams, BeamSearch, Hypothesis, beam_search, 
 from transformer.decode.sampling import Sampling
 from transformer.errors import UserError
 from transformer.functional import ModelFactory, graphdef_of
+from transformer.layers.mixture_of_experts import without_limit
 from transformer.types import Array
 
 LENGTH_MULTIPLE = 16
@@ -58,7 +59,7 @@ class Translator:
             raise ValueError(f"Translator: end_of_text={end_of_text} is none of the {num_tokens} tokens")
         self.start_token, self.end_of_text, self.num_tokens = start_token, end_of_text, num_tokens
         self.batch_size = batch_size
-        self._graphdef = graphdef_of(make_model)
+        self._graphdef = graphdef_of(lambda rngs: without_limit(make_model(rngs)))
         config = getattr(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), "config", None)
         self._max_length: int | None = getattr(config, "max_length", None)
         self._source_vocab: int | None = getattr(config, "source_vocab_size", getattr(config, "vocab_size", None))
