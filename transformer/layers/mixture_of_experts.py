@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from transformer.layers.feed_forward import ACTIVATIONS
 from transformer.layers.linear import Linear
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
 @jax.tree_util.register_dataclass
@@ -158,7 +161,7 @@ class MixtureOfExperts(nnx.Module):
         return np.minimum(np.maximum(np.ceil(self.capacity * even), 1), count).astype(np.int32)
 
 
-def without_limit(model: nnx.Module) -> nnx.Module:
+def without_limit(model: ModuleT) -> ModuleT:
     """The model, changed to let its experts take all tokens that come: what one token becomes then depends on no other one's
     choice of an expert. For inference."""
     for _, module in nnx.iter_modules(model):
