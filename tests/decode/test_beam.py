@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.made import made
 from transformer.decode.beam import MIN_COVERED, BeamSearch, beam_search, sample_translations
 from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
 from transformer.decode.translator import Translator
 from transformer.errors import ConfigError, UserError
+from transformer.layers.mixture_of_experts import ExpertsConfig
+from transformer.layers.position import RelativeConfig
 from transformer.mixers.softmax import SoftmaxConfig
+from transformer.models.encoder_decoder import EncoderDecoder, T5Config
 from transformer.models.gpt import GPT, GPTConfig
 from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
 
@@ -298,6 +302,25 @@ def test_what_cannot_be_translated_is_refused(translator, sources, options, mess
     translate, params = translator
     with pytest.raises(UserError, match=message):
         translate.translate(params, sources, **options)
+
+
+@pytest.mark.parametrize(
+    "how", [{"search": BeamSearch(beams=2)}, {"sampling": Sampling(), "seed": 3}], ids=["search", "sampling"]
+)
+def test_sources_of_a_mixture_of_experts_take_no_room_from_each_other(how):
+    config = T5Config(
+        vocab_size=32, max_length=64, num_layers=2, embed_dim=16,
+        attention=SoftmaxConfig(num_heads=2, head_dim=8, bias=False, scale=1.0, position=RelativeConfig()),
+        mlp=ExpertsConfig(num_experts=4, experts_per_token=2, capacity_factor=0.25, dim=32, activation="geglu"),
+    )  # fmt: skip
+    params = made(lambda rngs: EncoderDecoder(config, rngs=rngs), std=0.4)[1]
+    translate = Translator(lambda rngs: EncoderDecoder(config, rngs=rngs), start_token=0, end_of_text=1)
+    rng = np.random.default_rng(1)
+    # Sampling goes by a source's number, so the order stays.
+    sources = [rng.integers(2, 32, length).tolist() for length in (15, 40, 17)]
+    together = plain(translate.translate(params, sources, max_tokens=12, **how))
+    assert plain(translate.translate(params, sources[:1], max_tokens=12, **how))[0] == together[0]
+    assert plain(translate.translate(params, sources[:2], max_tokens=12, **how)) == together[:2]
 
 
 def test_coverage_without_weights_is_refused():

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.made import made
+from transformer.decode.beam import BeamSearch
 from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
 from transformer.errors import UserError
 from transformer.layers.position import RotaryConfig
 from transformer.mixers.softmax import SoftmaxConfig
+from transformer.layers.mixture_of_experts import ExpertsConfig, without_limit
 from transformer.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(
@@ -103,3 +106,56 @@ def test_learned_positions_generate_too():
     config = dataclasses.replace(CONFIG, attention=SoftmaxConfig(num_heads=4), norm="layer_norm", max_length=16)
     model = GPT(config, rngs=nnx.Rngs(0))
     assert run(Generator(config), model, [[1, 2]], max_tokens=14).shape == (1, 14)
+
+
+EXPERTS = dataclasses.replace(
+    CONFIG, mlp=ExpertsConfig(num_experts=4, experts_per_token=2, capacity_factor=0.25, dim=48)
+)
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    """A mixture of experts that have too little room for all, whose choices are far from even."""
+    graphdef, params = made(lambda rngs: GPT(EXPERTS, rngs=rngs), std=0.4)
+    return nnx.merge(graphdef, params)
+
+
+@pytest.mark.parametrize("how", ["greedy", "drawn", "searched"])
+def test_neighbours_take_no_room_from_a_row(mixture, how):
+    """Of any length, and of which some have long ended."""
+    params = nnx.state(mixture, nnx.Param)
+    rng = np.random.default_rng(0)
+    neighbours = [rng.integers(0, 32, length).tolist() for length in (1, 40, 70)]
+    prompt = rng.integers(0, 32, 24).tolist()
+    first = run(Generator(EXPERTS), mixture, [prompt], sampling=GREEDY, max_tokens=9)
+    # The end of text is what a neighbour writes early.
+    end = int(run(Generator(EXPERTS), mixture, neighbours[1:2], sampling=GREEDY, max_tokens=1)[0, 0])
+    writer = Generator(EXPERTS, end_of_text=end)
+
+    def written(prompts):
+        if how == "searched":
+            found = writer.search(params, prompts, max_tokens=9, search=BeamSearch(beams=3, num_best=2))[0]
+            return [hypothesis.tokens for hypothesis in found]
+        sampling = GREEDY if how == "greedy" else Sampling()
+        return run(writer, mixture, prompts, sampling=sampling, max_tokens=9)[0].tolist()
+
+    alone = written([prompt])
+    for count in range(1, 4):
+        together = written([prompt, *neighbours[:count]])
+        length = len(together) if how != "searched" else None
+        assert together == alone[:length], count
+    assert first.shape == (1, 9)
+
+
+def test_a_mixture_reads_prompts_as_it_reads_single_tokens(mixture):
+    """With a cache and without one, as any other model."""
+    free = nnx.merge(*nnx.split(mixture))
+    without_limit(free)
+    got = run(Generator(EXPERTS), mixture, sampling=GREEDY)
+    forward = nnx.jit(lambda model, tokens: model(tokens).logits)
+    for prompt, tokens in zip(PROMPTS, got, strict=True):
+        text = list(prompt)
+        for token in tokens:
+            padded = jnp.array([text + [0] * (20 - len(text))])
+            assert int(jnp.argmax(forward(free, padded)[0, len(text) - 1])) == token
+            text.append(int(token))

@@ -19,6 +19,7 @@ from flax import nnx
 from transformer.attention.common import Normalizer, check_shapes, context, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
 from transformer.layers.linear import Linear
+from transformer.precision import matmul
 from transformer.types import Array, DTypeLike, Float, widen
 
 
@@ -31,7 +32,7 @@ def additive_scores(
     """
     check_shapes("additive_scores", q=(q_BTA, "B T A"), k=(k_BSA, "B S A"), vector=(vector_A, "A"))
     hidden_BTSA = jnp.tanh(widen(q_BTA)[:, :, None] + widen(k_BSA)[:, None])
-    return hidden_BTSA @ widen(vector_A)
+    return matmul(hidden_BTSA, widen(vector_A))
 
 
 def additive_attention(

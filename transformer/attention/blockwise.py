@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -21,6 +20,7 @@ from transformer.attention.mask import AttentionMask
 from transformer.attention.online import Gradients, Running
 from transformer.attention.tile import Blocks, Grid, Span, Tile, filled
 from transformer.attention.variant import Dropout, Score, Variant
+from transformer.differentiation import with_backward
 from transformer.types import Array, Float, wide
 
 ATTENTION_RESIDUALS = "attention_residuals"
@@ -35,7 +35,7 @@ MAX_BLOCKS = 16
 def blockwise(
     q_BTNH: Float[Array, "B T N H"], k_BSKH: Float[Array, "B S K H"], v_BSKC: Float[Array, "B S K C"], variant: Variant
 ) -> Float[Array, "B T N C"]:
-    """Attention tile by tile. Softmax in float32, the result in v's type. Reverse mode only."""
+    """Attention tile by tile. Softmax in float32, the result in v's type."""
     B, T, N, H = q_BTNH.shape
     S, K, C = v_BSKC.shape[1:]
     q, k, v = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), _heads_first(k_BSKH), _heads_first(v_BSKC)
@@ -55,12 +55,12 @@ Rest = tuple[AttentionMask, Dropout | None]
 """What has no gradient."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(q: Array, k: Array, v: Array, score: Score, rest: Rest, looped: bool) -> Array:
-    return _forward(q, k, v, score, rest, looped)[0]
+    forward, backward = functools.partial(_forward, looped=looped), functools.partial(_backward, looped=looped)
+    return with_backward(forward, backward, q, k, v, score, rest)
 
 
-def _forward(q: Array, k: Array, v: Array, score: Score, rest: Rest, looped: bool) -> tuple[Array, tuple]:
+def _forward(q: Array, k: Array, v: Array, score: Score, rest: Rest, *, looped: bool) -> tuple[Array, tuple]:
     variant = Variant(rest[0], score, rest[1])
     if looped:
         running = Running.start(q.shape[:4], v.shape[-1], wide(q.dtype))
@@ -78,7 +78,7 @@ def _forward(q: Array, k: Array, v: Array, score: Score, rest: Rest, looped: boo
     return out, (q, k, v, variant, out, lse)
 
 
-def _backward(looped: bool, saved: tuple, dout: Array) -> tuple[Array, Array, Array, Score, None]:
+def _backward(saved: tuple, dout: Array, *, looped: bool) -> tuple[Array, Array, Array, Score, None]:
     q, k, v, variant, out, lse = saved
     delta = online.delta(dout, out)
     if looped:
@@ -98,9 +98,6 @@ def _backward(looped: bool, saved: tuple, dout: Array) -> tuple[Array, Array, Ar
             dscore = variant.score.add_gradients(dscore, part.score, tile)
         dq = jnp.concatenate(dq_blocks, axis=3)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), variant.score.cotangent(dscore), None
-
-
-_attention.defvjp(_forward, _backward)
 
 
 def _grid(q: Array, k: Array, size: int) -> Grid:

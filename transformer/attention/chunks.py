@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.attention.tile import filled
+from transformer.differentiation import with_backward
 from transformer.types import Array
 
 Body = Callable[[Array, Any], tuple[Array, Array]]
@@ -44,15 +45,9 @@ def scan_chunks(body: Body, state: Array, tokens: Any, chunk: int) -> tuple[Arra
 
     # What the body closes over, such as the arrays of a feature map, has gradients too.
     converted, captured = jax.closure_convert(over_parts, state, *_cut((floats, others), 0, chunk))
-    state, out = _chunks(converted, chunk, state, floats, others, captured)
+    forward, backward = functools.partial(_forward, converted, chunk), functools.partial(_backward, converted, chunk)
+    state, out = with_backward(forward, backward, state, floats, others, captured)
     return state, out[:, :T]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunks(
-    body: Callable, chunk: int, state: Array, floats: list, others: list, captured: list
-) -> tuple[Array, Array]:
-    return _forward(body, chunk, state, floats, others, captured)[0]
 
 
 def _forward(
@@ -90,9 +85,6 @@ def _backward(body: Callable, chunk: int, saved: tuple, grads: tuple[Array, Arra
     start = dstate, *jax.tree.map(jnp.zeros_like, (floats, captured))
     (dstate, dfloats, dcaptured), _ = jax.lax.scan(step, start, (jnp.arange(len(states)), states), reverse=True)
     return dstate, dfloats, None, dcaptured
-
-
-_chunks.defvjp(_forward, _backward)
 
 
 def _cut(tree: Any, index: Any, chunk: int) -> Any:

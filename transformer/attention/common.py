@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from transformer.attention.mask import AttentionMask
 from transformer.errors import nearest
+from transformer.precision import matmul
 from transformer.types import Array, Bool, Float, widen
 
 Normalizer = Callable[[Array, Array | None], Array]
@@ -31,7 +32,7 @@ def softmax(scores: Float[Array, "*#dims"], allowed: Bool[Array, "*#dims"] | Non
 
 def context(weights_BTS: Float[Array, "B T S"], values_BSV: Float[Array, "B S V"]) -> Float[Array, "B T V"]:
     """Σ_s α_ts v_s, computed in the weights' type, in the values' type."""
-    return (weights_BTS @ values_BSV.astype(weights_BTS.dtype)).astype(values_BSV.dtype)
+    return matmul(weights_BTS, values_BSV.astype(weights_BTS.dtype)).astype(values_BSV.dtype)
 
 
 def headless_mask(

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from transformer.attention.chunks import scan_chunks
 from transformer.attention.common import check_name, check_shapes
 from transformer.attention.feature_maps import FeatureMap, feature_dim, feature_map_of
+from transformer.precision import einsum, matmul
 from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
 
 
@@ -207,9 +208,9 @@ def _step(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erases
     if tokens.log_decay_K is not None:
         state_BKMV = jnp.exp(tokens.log_decay_K)[..., None, None] * state_BKMV
     if erases:
-        v_BKV = v_BKV - jnp.einsum("BKM,BKMV->BKV", k_BKM, state_BKMV)
-    state_BKMV = state_BKMV + jnp.einsum("BKM,BKV->BKMV", k_BKM, tokens.beta_K[..., None] * v_BKV)
-    return state_BKMV, jnp.einsum("BKGM,BKMV->BKGV", q_BKGM, state_BKMV).astype(tokens.v_KV.dtype)
+        v_BKV = v_BKV - einsum("BKM,BKMV->BKV", k_BKM, state_BKMV)
+    state_BKMV = state_BKMV + einsum("BKM,BKV->BKMV", k_BKM, tokens.beta_K[..., None] * v_BKV)
+    return state_BKMV, einsum("BKGM,BKMV->BKGV", q_BKGM, state_BKMV).astype(tokens.v_KV.dtype)
 
 
 def _chunk(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erases: bool) -> tuple[Array, Array]:
@@ -220,16 +221,16 @@ def _chunk(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erase
     beta_BKT = tokens.beta_K.swapaxes(1, 2)
     u_BKTV = beta_BKT[..., None] * tokens.v_KV.astype(wide).swapaxes(1, 2)
     if erases:
-        recalled_BKTV = jnp.einsum("BTKM,BKMV->BKTV", k_BTKM, state_BKMV)
+        recalled_BKTV = einsum("BTKM,BKMV->BKTV", k_BTKM, state_BKMV)
         u_BKTV = u_BKTV - (beta_BKT * carried_BKT)[..., None] * recalled_BKTV
-        overlap_BKTS = jnp.einsum("BTKM,BSKM->BKTS", k_BTKM, k_BTKM) * written_BKTS * beta_BKT[..., None]
-        u_BKTV = unit_lower_inverse(overlap_BKTS) @ u_BKTV
-    scores_BKGTS = jnp.einsum("BTKGM,BSKM->BKGTS", q_BTKGM, k_BTKM) * written_BKTS[:, :, None]
-    out_BTKGV = jnp.einsum("BKGTS,BKSV->BTKGV", scores_BKGTS, u_BKTV)
-    from_state_BTKGV = jnp.einsum("BTKGM,BKMV->BTKGV", q_BTKGM, state_BKMV)
+        overlap_BKTS = einsum("BTKM,BSKM->BKTS", k_BTKM, k_BTKM) * written_BKTS * beta_BKT[..., None]
+        u_BKTV = matmul(unit_lower_inverse(overlap_BKTS), u_BKTV)
+    scores_BKGTS = einsum("BTKGM,BSKM->BKGTS", q_BTKGM, k_BTKM) * written_BKTS[:, :, None]
+    out_BTKGV = einsum("BKGTS,BKSV->BTKGV", scores_BKGTS, u_BKTV)
+    from_state_BTKGV = einsum("BTKGM,BKMV->BTKGV", q_BTKGM, state_BKMV)
     out_BTKGV = out_BTKGV + carried_BKT.swapaxes(1, 2)[..., None, None] * from_state_BTKGV
     u_BKTV = written_BKTS[:, :, -1, :, None] * u_BKTV
-    state_BKMV = carried_BKT[:, :, -1, None, None] * state_BKMV + jnp.einsum("BSKM,BKSV->BKMV", k_BTKM, u_BKTV)
+    state_BKMV = carried_BKT[:, :, -1, None, None] * state_BKMV + einsum("BSKM,BKSV->BKMV", k_BTKM, u_BKTV)
     return state_BKMV, out_BTKGV.astype(tokens.v_KV.dtype)
 
 
@@ -252,7 +253,9 @@ def unit_lower_inverse(lower_TS: Float[Array, "*dims T T"]) -> Float[Array, "*di
         corner = jnp.moveaxis(jnp.diagonal(blocks, axis1=-6, axis2=-3)[..., 1, :, 0, :, :], -1, -3)
         upper, last = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
         top = jnp.concatenate([upper, jnp.zeros_like(corner)], axis=-1)
-        inverse = jnp.concatenate([top, jnp.concatenate([-last @ corner @ upper, last], axis=-1)], axis=-2)
+        inverse = jnp.concatenate(
+            [top, jnp.concatenate([matmul(matmul(-last, corner), upper), last], axis=-1)], axis=-2
+        )
     return inverse[..., 0, :T, :T]
 
 

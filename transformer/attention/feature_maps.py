@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from transformer.attention.common import check_name
+from transformer.precision import matmul
 from transformer.types import Array, Float
 
 FeatureMap = Callable[[Array], Array]
@@ -65,7 +66,7 @@ def positive_random_features(
     """
     w_MH = orthogonal_projection(2 * x.shape[-1] if num_features is None else num_features, x.shape[-1], seed)
     x = x * x.shape[-1] ** -0.25
-    exponent = x @ jnp.asarray(w_MH.T, x.dtype) - jnp.sum(x * x, axis=-1, keepdims=True) / 2
+    exponent = matmul(x, jnp.asarray(w_MH.T, x.dtype)) - jnp.sum(x * x, axis=-1, keepdims=True) / 2
     return jnp.exp(exponent) * len(w_MH) ** -0.5
 
 

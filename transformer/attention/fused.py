@@ -16,6 +16,7 @@ from transformer.attention.shares import on_every_device
 from transformer.attention.terms import Causal, Window
 from transformer.attention.tile import Tile
 from transformer.attention.variant import Variant
+from transformer.differentiation import reverse_mode_only
 from transformer.types import Array, Float
 
 
@@ -43,7 +44,12 @@ def fused(
                 implementation=implementation, **structured,
             )  # fmt: skip
 
-    if implementation == "cudnn":  # noqa: SIM108
+    if implementation == "cudnn":
+        q_BTNH, k_BSKH, v_BSKH = reverse_mode_only(
+            (q_BTNH, k_BSKH, v_BSKH),
+            "attention backend 'cudnn' has a gradient and no derivative in forward mode, nor a second one; "
+            "use 'blockwise' or 'reference' for those",
+        )
         # Its own partitioning fails inside a program that is manual over some of the mesh's axes, such as a pipeline.
         out = on_every_device(call, q_BTNH, k_BSKH, v_BSKH)
     else:
@@ -57,17 +63,28 @@ def fused(
 
 def _structure(mask: AttentionMask, num_queries: int, num_keys: int) -> tuple[dict[str, Any], AttentionMask]:
     """The part of a mask that `jax.nn.dot_product_attention` takes by name, and the rest, which it takes as an array."""
-    structured: dict[str, Any] = {}
+    plain = [
+        isinstance(term, Causal | Window) and isinstance(term.offset, int) and term.offset == 0 for term in mask.terms
+    ]
+    # A window with nothing on the right is a causal one, and cuDNN wants to know it by that name.
+    is_causal = any(
+        here and (isinstance(term, Causal) or (isinstance(term, Window) and term.right == 0))
+        for term, here in zip(mask.terms, plain, strict=True)
+    )
+    structured: dict[str, Any] = {"is_causal": True} if is_causal else {}
     rest = []
-    for term in mask.terms:
-        here = isinstance(term, Causal | Window) and isinstance(term.offset, int) and term.offset == 0
+    for term, here in zip(mask.terms, plain, strict=True):
         if here and isinstance(term, Causal):
-            structured["is_causal"] = True
-        elif here and isinstance(term, Window) and num_queries == num_keys and "local_window_size" not in structured:
-            left, right = (num_keys if width is None else width for width in (term.left, term.right))
-            structured["local_window_size"] = (left, 0 if mask.is_causal else right)
-        else:
-            rest.append(term)
+            continue
+        if here and isinstance(term, Window):
+            right = 0 if is_causal else term.right
+            if term.left is None and (is_causal or right is None):
+                continue
+            if num_queries == num_keys and "local_window_size" not in structured:
+                left, right = (num_keys if width is None else width for width in (term.left, right))
+                structured["local_window_size"] = (left, right)
+                continue
+        rest.append(term)
     return structured, AttentionMask(tuple(rest))
 
 
@@ -96,8 +113,23 @@ def supports_cudnn(request: Request) -> str | None:
         return f"it needs a head_dim that is a multiple of 8 and at most 128, and this is {request.head_dim}"
     if request.variant.score.bias_BNTS is not None:
         return "its bias gradient is not reliable for every shape"
-    if _structure(request.variant.mask, request.num_queries, request.num_keys)[1].terms:
+    if request.num_queries % 2 or request.num_keys % 2:
+        # JAX asks it of a call with a bias, and takes every call for one.
+        return (
+            f"its gradient needs even lengths, and there are {request.num_queries} queries and {request.num_keys} keys"
+        )
+    structured, rest = _structure(request.variant.mask, request.num_queries, request.num_keys)
+    if rest.terms:
         return (
             "it takes causal and window masks only: an array of a mask would become a bias, with a gradient of its own"
         )
+    if "local_window_size" in structured and not structured.get("is_causal"):
+        return (
+            "it has windows on the left of a causal mask only, and this one sees keys on the right "
+            f"({_sides(request.variant.mask)})"
+        )
     return None
+
+
+def _sides(mask: AttentionMask) -> str:
+    return "; ".join(f"left={term.left}, right={term.right}" for term in mask.terms if isinstance(term, Window))

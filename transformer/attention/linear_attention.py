@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from transformer.attention.common import check_name, check_shapes
 from transformer.attention.fast_weights import FORMS, fast_weights
 from transformer.attention.feature_maps import FeatureMap, feature_map_of
+from transformer.precision import einsum
 from transformer.types import Array, Bool, Float, Int, widen
 
 
@@ -102,19 +103,19 @@ def _both_ways(
         if segments_BT is not None:
             same = segments_BT[:, :, None] == segments_BT[:, None, :]
             seen_BTS = seen_BTS & same & (segments_BT != 0)[:, None, :]
-        weights = jnp.einsum("BTKGM,BSKM->BKGTS", q_BTKGM, feature_map(k_BSKH.astype(wide)))
+        weights = einsum("BTKGM,BSKM->BKGTS", q_BTKGM, feature_map(k_BSKH.astype(wide)))
         weights = jnp.where(seen_BTS[:, None, None], weights, 0)
-        return jnp.einsum("BKGTS,BSKV->BTKGV", weights, v_BSKV).reshape(B, T, N, -1)
+        return einsum("BKGTS,BSKV->BTKGV", weights, v_BSKV).reshape(B, T, N, -1)
     if segments_BT is None:
         # Written by all keys while no query reads.
         _, state_BKMV = write(k_BSKH[:, :, :0], k_BSKH, v_BSKV, valid_BT=valid_BS)
-        return jnp.einsum("BTKGM,BKMV->BTKGV", q_BTKGM, state_BKMV).reshape(B, T, N, -1)
+        return einsum("BTKGM,BKMV->BTKGV", q_BTKGM, state_BKMV).reshape(B, T, N, -1)
     written_BS = segments_BT != 0 if valid_BS is None else valid_BS & (segments_BT != 0)
     past, _ = write(q_BTNH, k_BSKH, v_BSKV, valid_BT=written_BS, segments_BT=segments_BT)
     flipped = (jnp.flip(x, axis=1) for x in (q_BTNH, k_BSKH, v_BSKV))
     flags: dict[str, Any] = {"valid_BT": jnp.flip(written_BS, axis=1), "segments_BT": jnp.flip(segments_BT, axis=1)}
     future = jnp.flip(write(*flipped, **flags)[0], axis=1)
     # Both count the position itself.
-    own_BTKG = jnp.einsum("BTKGM,BTKM->BTKG", q_BTKGM, feature_map(k_BSKH.astype(wide)))
+    own_BTKG = einsum("BTKGM,BTKM->BTKG", q_BTKGM, feature_map(k_BSKH.astype(wide)))
     own_BTKGV = jnp.where(written_BS[:, :, None, None], own_BTKG, 0)[..., None] * v_BSKV[:, :, :, None]
     return past + future - own_BTKGV.reshape(past.shape)

@@ -25,6 +25,7 @@ from transformer.attention.additive import additive_scores
 from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
 from transformer.layers.linear import Linear
+from transformer.precision import einsum, matmul
 from transformer.types import Array, DTypeLike, Float, Int, wide, widen
 
 SCORES = ("dot", "general", "concat")
@@ -34,7 +35,7 @@ SCOPES = ("global", "local-m", "local-p")
 def dot_scores(q_BTE: Float[Array, "B T E"], k_BSE: Float[Array, "B S E"]) -> Float[Array, "B T S"]:
     """q_tᵀ k_s in float32 or wider. `general` is the same for the query W_aᵀ h_t."""
     check_shapes("dot_scores", q=(q_BTE, "B T E"), k=(k_BSE, "B S E"))
-    return jnp.einsum("BTE,BSE->BTS", widen(q_BTE), widen(k_BSE))
+    return einsum("BTE,BSE->BTS", widen(q_BTE), widen(k_BSE))
 
 
 def predicted_positions(
@@ -47,7 +48,7 @@ def predicted_positions(
         lengths_B: S, the number of keys of each row.
     """
     check_shapes("predicted_positions", hidden=(hidden_BTA, "B T A"), vector=(vector_A, "A"))
-    share_BT = jax.nn.sigmoid(jnp.tanh(widen(hidden_BTA)) @ widen(vector_A))
+    share_BT = jax.nn.sigmoid(matmul(jnp.tanh(widen(hidden_BTA)), widen(vector_A)))
     return jnp.asarray(lengths_B, share_BT.dtype).reshape(-1, 1) * share_BT
 
 

@@ -42,7 +42,8 @@ class Running:
 
     def finish(self, dtype: DTypeLike) -> tuple[Float[Array, "*chunks B K G T C"], Float[Array, "*chunks B K G T 1"]]:
         """The output, zeros where there was no key, and the log-sum-exp of the logits."""
-        total = jnp.maximum(self.total, jnp.finfo(self.total.dtype).tiny)
+        # Any number will do where there was no key, as long as its inverse has a square: forward mode takes one.
+        total = jnp.where(self.total > 0, self.total, 1)
         return (self.values / total).astype(dtype), self.top + jnp.log(total)
 
 
@@ -73,7 +74,8 @@ def forward(
 ) -> Running:
     """The softmax with one more tile of keys in it."""
     _, logits, allowed = _logits(q, k, variant, tile)
-    top = jnp.maximum(running.top, logits.max(-1, keepdims=True))
+    # What comes out does not depend on it, and in forward mode a maximum's derivative divides by how many reach it.
+    top = jnp.maximum(running.top, jax.lax.stop_gradient(logits).max(-1, keepdims=True))
     powers = jnp.exp(logits - top)
     if allowed is not None:
         # Where a row has no key yet its floor is its maximum, and its powers are all 1.

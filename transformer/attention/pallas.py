@@ -32,6 +32,7 @@ from transformer.attention.shares import on_every_device
 from transformer.attention.terms import Causal, Padding, Prefix, Segments, Term, Window
 from transformer.attention.tile import filled
 from transformer.attention.variant import Variant
+from transformer.differentiation import reverse_mode_only
 from transformer.types import Array, Float
 
 TPU_BLOCKS = (512, 256, 128)
@@ -54,7 +55,7 @@ def pallas(
     platform: str,
     interpret: bool = False,
 ) -> Float[Array, "B T N C"]:
-    """Attention by the kernel of a platform. Softmax in float32, the result in v's type. Reverse mode only.
+    """Attention by the kernel of a platform. Softmax in float32, the result in v's type. Reverse mode only, and once.
 
     Args:
         platform: "tpu" or "gpu": whose kernel it is.
@@ -75,6 +76,11 @@ def pallas(
         _on_tpu if platform == "tpu" else _on_gpu,
         band=band, scale=variant.score.scale, soft_cap=variant.score.soft_cap, interpret=interpret,
     )  # fmt: skip
+    q_BTNH, k_BSKH, v_BSKC = reverse_mode_only(
+        (q_BTNH, k_BSKH, v_BSKC),
+        "attention backend 'pallas' has a gradient and no derivative in forward mode, nor a second one; "
+        "use 'blockwise' or 'reference' for those",
+    )
     # JAX's own functions mix types, whatever stricter rule the program runs under.
     with jax.named_scope(f"pallas_{platform}"), jax.numpy_dtype_promotion("standard"):
         out = on_every_device(kernel, q_BTNH, k_BSKH, v_BSKC, ids)

@@ -34,6 +34,7 @@ from transformer.attention.request import Request
 from transformer.attention.terms import BlockSparse, Either, Explicit, MaskMod, Term
 from transformer.attention.tile import Blocks, Grid, Span
 from transformer.attention.variant import Score, Variant
+from transformer.differentiation import with_backward
 from transformer.sharding import axes_size, mesh_axes
 from transformer.types import Array, Float, wide
 
@@ -161,17 +162,17 @@ def _on_device(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, 
     B, T, N, H = q.shape
     K, C = v.shape[2:]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    pairs = (_to_zigzag(x, axes) for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
-    out = _from_zigzag(_ring(*pairs, score, mask, axes), axes)
+    q, k, v = (_to_zigzag(x, axes) for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+    out = _from_zigzag(_ring(q, k, v, score, mask, axes), axes)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, C)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _ring(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, axes: Axes) -> Array:
-    return _forward(q, k, v, score, mask, axes)[0]
+    forward, backward = functools.partial(_forward, axes=axes), functools.partial(_backward, axes=axes)
+    return with_backward(forward, backward, q, k, v, score, mask)
 
 
-def _forward(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, axes: Axes) -> tuple[Array, tuple]:
+def _forward(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, *, axes: Axes) -> tuple[Array, tuple]:
     variant = Variant(mask, score)
 
     def meet(running: Running, guests: tuple[Array, Array], owner: Array) -> tuple[Running, tuple[Array, Array]]:
@@ -191,7 +192,7 @@ def _forward(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, ax
     return out, (q, k, v, score, mask, out, lse)
 
 
-def _backward(axes: Axes, saved: tuple, dout: Array) -> tuple[Array, Array, Array, Score, None]:
+def _backward(saved: tuple, dout: Array, *, axes: Axes) -> tuple[Array, Array, Array, Score, None]:
     q, k, v, score, mask, out, lse = saved
     variant = Variant(mask, score)
     delta = online.delta(dout, out)
@@ -218,9 +219,6 @@ def _backward(axes: Axes, saved: tuple, dout: Array) -> tuple[Array, Array, Arra
     # After its last meeting a chunk is one step away from its owner.
     dk, dv = _passed_on((dk, dv), axes)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), score.cotangent(dscore), None
-
-
-_ring.defvjp(_forward, _backward)
 
 
 def _around(meet: Callable[..., Any], home: Any, guests: Any, axes: Axes) -> tuple[Any, Any]:

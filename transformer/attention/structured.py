@@ -19,6 +19,7 @@ from flax import nnx
 from transformer.attention.common import check_shapes, context, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
 from transformer.layers.linear import Linear
+from transformer.precision import matmul
 from transformer.types import Array, DTypeLike, Float, widen
 
 
@@ -46,7 +47,7 @@ def redundancy_penalty(weights_BRS: Float[Array, "B R S"]) -> Float[Array, " B"]
     """||A Aᵀ - I||²_F of each row of the batch: small where each hop looks at few positions, and no two at the same ones."""
     check_shapes("redundancy_penalty", weights=(weights_BRS, "B R S"))
     weights_BRS = widen(weights_BRS)
-    gram_BRR = weights_BRS @ weights_BRS.swapaxes(1, 2)
+    gram_BRR = matmul(weights_BRS, weights_BRS.swapaxes(1, 2))
     return jnp.sum((gram_BRR - jnp.eye(gram_BRR.shape[-1], dtype=gram_BRR.dtype)[None]) ** 2, axis=(1, 2))
 
 

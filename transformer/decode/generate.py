@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,11 @@ import numpy as np
 from flax import nnx
 
 from transformer.decode.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses
+from transformer.decode.inputs import check_count, check_rows, check_seed
 from transformer.decode.sampling import Sampling, next_token
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
+from transformer.layers.mixture_of_experts import without_limit
 from transformer.mixers.state import State
 from transformer.models.gpt import GPT, GPTConfig
 from transformer.models.layer_stack import cache_lengths
@@ -55,8 +58,13 @@ class Generator:
         self.num_tokens = config.vocab_size if num_tokens is None else num_tokens
         self.config = dataclasses.replace(config, remat="none")
         self.end_of_text = end_of_text
-        self._graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs))
-        self._unstacked_graphdef = graphdef_of(lambda rngs: GPT(self.config, rngs=rngs).unstacked())
+
+        def make(rngs: nnx.Rngs) -> GPT:
+            # Experts take all tokens: a token would depend on later ones, and on padding, otherwise.
+            return without_limit(GPT(self.config, rngs=rngs))
+
+        self._graphdef = graphdef_of(make)
+        self._unstacked_graphdef = graphdef_of(lambda rngs: make(rngs).unstacked())
         self._unstack = jax.jit(lambda params: nnx.split(nnx.merge(self._graphdef, params).unstacked())[1])
         self._prefill = jax.jit(self._prefill_impl, static_argnames=("max_length", "sampling"))
         self._search = jax.jit(self._search_impl, static_argnames=("max_length", "width", "search"))
@@ -84,15 +92,24 @@ class Generator:
             chunk: tokens between two results, for streaming; all of them at once by default.
 
         Raises:
-            UserError: an empty prompt, a token id outside the vocabulary, or more tokens than the model's context.
+            UserError: no prompts, an empty one, what is no token id of the vocabulary, more tokens than the model's context, or a
+                count or a seed that cannot be.
         """
+        check_seed(seed)
+        if chunk is not None:
+            check_count("chunk", chunk)
         sampling = Sampling() if sampling is None else sampling
         tokens_BT, lengths_B, max_length = self._padded(prompts, max_tokens)
-        state = self._prefill(
-            params, tokens_BT, lengths_B, jax.random.key(seed), max_length=max_length, sampling=sampling
+        key = jax.random.key(seed)
+        state = self._prefill(params, tokens_BT, lengths_B, key, max_length=max_length, sampling=sampling)
+        return self._chunks(
+            params, state, max_tokens, max_tokens if chunk is None else min(chunk, max_tokens), sampling
         )
+
+    def _chunks(
+        self, params: nnx.State, state: DecodeState, max_tokens: int, chunk: int, sampling: Sampling
+    ) -> Iterator[Int[np.ndarray, "B n"]]:
         unstacked = self._unstack(params)
-        chunk = max_tokens if chunk is None else min(chunk, max_tokens)
         for start in range(0, max_tokens, chunk):
             state, tokens_Bn = self._decode(unstacked, state, num_tokens=chunk, sampling=sampling)
             yield np.asarray(tokens_Bn)[:, : max_tokens - start]
@@ -127,9 +144,7 @@ class Generator:
         found = jax.device_get(found)
         return [hypotheses(found, row) for row in range(len(prompts))]
 
-    def _padded(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int
-    ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"], int]:
+    def _padded(self, prompts: Any, max_tokens: Any) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"], int]:
         """Prompts of one width, their lengths, and the length of the cache."""
         self.check(prompts, max_tokens)
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -140,20 +155,19 @@ class Generator:
             row[: len(prompt)] = prompt
         return tokens_BT, lengths_B, max(min(_round_up(longest + max_tokens), limit), width)
 
-    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-        """Raise a `UserError` for what `generate` cannot continue."""
-        for index, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise UserError(f"prompt {index + 1} is empty: a model needs at least one token to go on from")
-            if (worst := max(prompt)) >= self.config.vocab_size or min(prompt) < 0:
-                raise UserError(
-                    f"prompt {index + 1}: token id {worst} is outside the model's vocabulary of {self.config.vocab_size}"
-                )
-        longest = max(map(len, prompts))
-        if longest + max_tokens > self.config.max_length:
+    def check(self, prompts: Any, max_tokens: Any) -> None:
+        """Raise a `UserError` for what `generate` cannot continue, of whatever type it is."""
+        check_rows("prompt", prompts, self.config.vocab_size)
+        if not len(prompts):
+            raise UserError("prompts: got none; expected at least one")
+        check_count("max_tokens", max_tokens)
+        longest, limit = max(map(len, prompts)), self.config.max_length
+        if longest + max_tokens > limit:
+            number = next(index for index, prompt in enumerate(prompts, start=1) if len(prompt) == longest)
+            advice = f"ask for at most {limit - longest}" if longest < limit else f"shorten it to at most {limit - 1}"
             raise UserError(
-                f"a prompt of {longest} tokens and {max_tokens} new ones exceed the model's context of "
-                f"{self.config.max_length}; ask for at most {max(self.config.max_length - longest, 0)}"
+                f"prompt {number} has {longest} tokens; with {max_tokens} new ones they exceed the model's context of {limit}; "
+                f"{advice}"
             )
 
     def _prefill_impl(

@@ -20,9 +20,11 @@ import numpy as np
 from flax import nnx
 
 from transformer.decode.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses, sample_translations
+from transformer.decode.inputs import check_count, check_rows, check_seed
 from transformer.decode.sampling import Sampling
 from transformer.errors import UserError
 from transformer.functional import ModelFactory, graphdef_of
+from transformer.layers.mixture_of_experts import without_limit
 from transformer.types import Array
 
 LENGTH_MULTIPLE = 16
@@ -58,7 +60,7 @@ class Translator:
             raise ValueError(f"Translator: end_of_text={end_of_text} is none of the {num_tokens} tokens")
         self.start_token, self.end_of_text, self.num_tokens = start_token, end_of_text, num_tokens
         self.batch_size = batch_size
-        self._graphdef = graphdef_of(make_model)
+        self._graphdef = graphdef_of(lambda rngs: without_limit(make_model(rngs)))
         config = getattr(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), "config", None)
         self._max_length: int | None = getattr(config, "max_length", None)
         self._source_vocab: int | None = getattr(config, "source_vocab_size", getattr(config, "vocab_size", None))
@@ -90,11 +92,12 @@ class Translator:
             seed: of what is drawn.
 
         Raises:
-            UserError: an empty source, a token id outside the vocabulary, more tokens than the model's context, both a search
-                and a sampling, or a coverage penalty for a model without weights.
+            UserError: an empty source, what is no token id of the vocabulary, more tokens than the model's context, a count or a
+                seed that cannot be, both a search and a sampling, or a coverage penalty for a model without weights.
         """
         if search is not None and sampling is not None:
             raise UserError("search and sampling: give one of them")
+        check_seed(seed)
         how = sampling or search or BeamSearch()
         self._check(sources, max_tokens, max_ratio)
         limits = [self._limit(len(source), max_tokens, max_ratio) for source in sources]
@@ -175,25 +178,24 @@ class Translator:
             limits.append(max(self._max_length - 1, 1))
         return min(limits)
 
-    def _check(self, sources: Sequence[Sequence[int]], max_tokens: int | None, max_ratio: float | None) -> None:
+    def _check(self, sources: Any, max_tokens: Any, max_ratio: Any) -> None:
+        """Raise a `UserError` for what `translate` cannot take, of whatever type it is."""
+        check_rows("source", sources, self._source_vocab)
         for index, source in enumerate(sources):
-            if not len(source):
-                raise UserError(f"source {index + 1} is empty: there is nothing to translate")
-            if self._source_vocab is not None and (max(source) >= self._source_vocab or min(source) < 0):
-                worst = max(source) if max(source) >= self._source_vocab else min(source)
-                raise UserError(
-                    f"source {index + 1}: token id {worst} is outside the model's vocabulary of {self._source_vocab}"
-                )
             if self._max_length is not None and len(source) > self._max_length:
                 raise UserError(
                     f"source {index + 1}: {len(source)} tokens exceed the model's context of {self._max_length}"
                 )
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError(f"max_tokens: got {max_tokens}; allowed: 1 or more")
-        if max_ratio is not None and max_ratio <= 0:
-            raise UserError(f"max_ratio: got {max_ratio}; allowed: above 0")
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens)
+        if max_ratio is not None and not (_is_number(max_ratio) and 0 < max_ratio < math.inf):
+            raise UserError(f"max_ratio: got {max_ratio!r}; allowed: a number above 0")
         if max_tokens is not None and self._max_length is not None and max_tokens >= self._max_length:
             raise UserError(
                 f"max_tokens: got {max_tokens}; a model with a context of {self._max_length} writes at most "
                 f"{self._max_length - 1}"
             )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

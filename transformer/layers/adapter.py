@@ -17,6 +17,7 @@ from flax import nnx
 
 from transformer.errors import require
 from transformer.layers.linear import dense, dropout
+from transformer.precision import matmul
 from transformer.sharding import with_axes
 from transformer.types import Array, DTypeLike, Float, PRNGKeyArray
 
@@ -116,7 +117,7 @@ class Adapter(nnx.Module):
             added = self.scale * dense(dense(given, a_Ir.astype(x.dtype), None), b_rO.astype(x.dtype), None)
             if self.magnitude is None:
                 return dense(x, cast_IO, bias_O) + added
-            norm_O = jax.lax.stop_gradient(_norms(kernel_IO + self.scale * (a_Ir @ b_rO)))
+            norm_O = jax.lax.stop_gradient(_norms(kernel_IO + self.scale * matmul(a_Ir, b_rO)))
             gain_O = (self.magnitude[...].reshape(-1) / norm_O).astype(x.dtype)
             own = dense(given, cast_IO, None)
             y = _spread(gain_O, x.ndim) * (own + added)
@@ -207,7 +208,7 @@ def _total(kernel: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:
     lead = _lead(kernel, lora_a, lora_b)
     r = lora_a.shape[-1]
     a, b = lora_a.reshape(*lead, -1, r), lora_b.reshape(*lead, r, -1)
-    return kernel.reshape(*lead, a.shape[-2], b.shape[-1]) + scale * (a @ b)
+    return kernel.reshape(*lead, a.shape[-2], b.shape[-1]) + scale * matmul(a, b)
 
 
 def _lead(kernel: Array, lora_a: Array, lora_b: Array) -> tuple[int, ...]:

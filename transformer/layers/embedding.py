@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer.differentiation import with_backward
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, DTypeLike, Float, Int, wide
 
@@ -37,9 +38,14 @@ def embed_attend(
 
     Press & Wolf 2017. The backward pass takes the logits' gradient in `dtype` too, so that under bfloat16 all three
     products are bfloat16 with float32 accumulation; automatic differentiation would make two of them float32 ones,
-    off the tensor cores. In float32 the gradient is the automatic one. Reverse mode only.
+    off the tensor cores. In float32 the gradient is the automatic one.
     """
-    return _attend(x, table_VD, jnp.dtype(dtype or x.dtype))
+    dtype = jnp.dtype(dtype or x.dtype)
+    forward, backward = (
+        functools.partial(_attend_forward, dtype=dtype),
+        functools.partial(_attend_backward, dtype=dtype),
+    )
+    return with_backward(forward, backward, x, table_VD)
 
 
 class Embedding(nnx.Module):
@@ -82,26 +88,18 @@ class Embedding(nnx.Module):
         return constrain(self.table[...], self.vocab_axis, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(x: Array, table_VD: Array, dtype: jnp.dtype) -> Array:
-    return _attend_forward(x, table_VD, dtype)[0]
-
-
-def _attend_forward(x: Array, table_VD: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+def _attend_forward(x: Array, table_VD: Array, *, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
     logits = _contract(x.astype(dtype), table_VD.astype(dtype), (x.ndim - 1,), (1,))
     return logits, (x, table_VD)
 
 
-def _attend_backward(dtype: jnp.dtype, saved: tuple[Array, Array], dlogits: Array) -> tuple[Array, Array]:
+def _attend_backward(saved: tuple[Array, Array], dlogits: Array, *, dtype: jnp.dtype) -> tuple[Array, Array]:
     x, table_VD = saved
     dlogits = dlogits.astype(dtype)
     leading = tuple(range(x.ndim - 1))
     dx = _contract(dlogits, table_VD.astype(dtype), (x.ndim - 1,), (0,))
     dtable = _contract(dlogits, x.astype(dtype), leading, leading)
     return dx.astype(x.dtype), dtable.astype(table_VD.dtype)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _contract(a: Array, b: Array, a_dims: tuple[int, ...], b_dims: tuple[int, ...]) -> Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer.differentiation import with_backward
 from transformer.errors import Config, require
 from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.sharding import constrain
@@ -23,21 +24,22 @@ from transformer.types import Array, DTypeLike, Float, PRNGKeyArray
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
-@jax.custom_vjp
 def gelu_tanh(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    """GELU by its tanh approximation (Hendrycks & Gimpel 2016, section 2). Reverse mode only.
+    """GELU by its tanh approximation (Hendrycks & Gimpel 2016, section 2).
 
     Saves its input alone and computes one tanh again backwards; automatic differentiation saves four arrays as large.
     """
-    return 0.5 * x * (1 + jnp.tanh(_SLOPE * (x + _CUBIC * x * x * x)))
+    return with_backward(_gelu_forward, _gelu_backward, x)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return 0.5 * x * (1 + jnp.tanh(_SLOPE * (x + _CUBIC * x * x * x))), x
 
 
 def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
     t = jnp.tanh(_SLOPE * (x + _CUBIC * x * x * x))
     return (dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (_SLOPE * (1 + 3 * _CUBIC * x * x))),)
 
-
-gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_backward)
 
 ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], bool]] = {
     "relu": (jax.nn.relu, False),

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer.differentiation import with_backward
+from transformer.precision import exact
 from transformer.sharding import with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
 
@@ -24,40 +26,56 @@ DEFAULT_INIT = nnx.initializers.normal(0.02)
 """Of kernels, where nothing else is given (Radford et al. 2019)."""
 
 
-@jax.custom_vjp
 def dense(
-    x: Float[Array, "*dims I"], kernel_IO: Float[Array, "I O"], bias_O: Float[Array, O] | None
+    x: Float[Array, "*dims I"],
+    kernel_IO: Float[Array, "I O"],
+    bias_O: Float[Array, O] | None,
+    *,
+    out_dtype: DTypeLike | None = None,
+    is_exact: bool = False,
 ) -> Float[Array, "*dims O"]:
-    """x · kernel + bias over the last dim. Reverse mode only.
+    """x · kernel + bias over the last dim.
 
-    The gradient is the automatic one, in another order of operands: see `_dense_backward`.
+    The gradient is the automatic one, in another order of operands: see `_dense_backward`. Under a wider `out_dtype` the backward
+    pass takes the output's gradient in x's type, so that its products are narrow ones too.
+
+    Args:
+        out_dtype: the type of the output, and of the bias; x's by default.
+        is_exact: products of float32 keep all bits (`transformer.precision`), the gradient's too.
     """
-    return _dense_forward(x, kernel_IO, bias_O)[0]
+    precision = exact(x, kernel_IO) if is_exact else None
+    forward = functools.partial(_dense_forward, out_dtype=out_dtype, precision=precision)
+    backward = functools.partial(_dense_backward, precision=precision)
+    return with_backward(forward, backward, x, kernel_IO, bias_O)
 
 
-def _dense_forward(x: Array, kernel_IO: Array, bias_O: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    y = x @ kernel_IO
+def _dense_forward(
+    x: Array, kernel_IO: Array, bias_O: Array | None, *, out_dtype: DTypeLike | None, precision: Any
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    y = jnp.matmul(x, kernel_IO, precision=precision, preferred_element_type=out_dtype)
     if bias_O is not None:
         y = y + jnp.expand_dims(bias_O, range(y.ndim - 1))
     return y, (x, kernel_IO, bias_O)
 
 
-def _dense_backward(saved: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, Array | None]:
+def _dense_backward(
+    saved: tuple[Array, Array, Array | None], dy: Array, *, precision: Any
+) -> tuple[Array, Array, Array | None]:
     x, kernel_IO, bias_O = saved
     leading = tuple(range(x.ndim - 1))
-    dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())))
+    dbias = None if bias_O is None else dy.sum(leading, dtype=wide(x.dtype)).astype(bias_O.dtype)
+    dy = dy.astype(x.dtype)
+    dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())), precision=precision)
     # XLA:CPU turns the first operand round before it multiplies, so the narrower one comes first; in bfloat16 it has no
     # product that it could turn round itself.
-    contract = functools.partial(jax.lax.dot_general, dimension_numbers=((leading, leading), ((), ())))
+    contract = functools.partial(
+        jax.lax.dot_general, dimension_numbers=((leading, leading), ((), ())), precision=precision
+    )
     if x.shape[-1] > dy.shape[-1] and x.dtype == wide(x.dtype):
         dkernel = contract(dy, x, preferred_element_type=wide(x.dtype)).T
     else:
         dkernel = contract(x, dy, preferred_element_type=wide(x.dtype))
-    dbias = None if bias_O is None else dy.sum(leading, dtype=wide(x.dtype)).astype(bias_O.dtype)
     return dx, dkernel.astype(kernel_IO.dtype), dbias
-
-
-dense.defvjp(_dense_forward, _dense_backward)
 
 
 class Linear(nnx.Module):
@@ -68,6 +86,7 @@ class Linear(nnx.Module):
         axes: the logical name of each dim of the kernel, `in_shape` first; None for a dim that is never sharded.
         kernel_init: called on the kernel as a matrix, so that fans are counted right.
         dtype: the type to compute in; parameters are kept in `param_dtype`.
+        is_exact: as of `dense`.
     """
 
     def __init__(
@@ -80,10 +99,11 @@ class Linear(nnx.Module):
         kernel_init: Callable[..., Array],
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        is_exact: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.num_in = len(in_shape)
-        self.dtype = dtype
+        self.dtype, self.is_exact = dtype, is_exact
         matrix = (math.prod(in_shape), math.prod(out_shape))
         shape = (*in_shape, *out_shape)
 
@@ -98,14 +118,26 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, ...], adapter_key: PRNGKeyArray | None = None) -> Float[Array, ...]:
         """[..., *in_shape] → [..., *out_shape] in `dtype`; a key turns the dropout of an adapter on."""
+        return self._mapped(x, adapter_key=adapter_key)
+
+    def logits(self, x: Float[Array, ...]) -> Float[Array, ...]:
+        """As a call, of operands in `dtype`, but accumulated and returned in float32 (float64 for float64): scores that a softmax
+        takes are not rounded first."""
+        return self._mapped(x, wide(self.dtype))
+
+    def _mapped(
+        self, x: Array, out_dtype: DTypeLike | None = None, adapter_key: PRNGKeyArray | None = None
+    ) -> Array:
         kernel = self.kernel[...].astype(self.dtype)
         # As a matrix: one well-tuned product on every device, whatever the dims mean.
         rows = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.num_in], -1)
-        bias = None if self.bias is None else self.bias[...].astype(self.dtype).reshape(-1)
         if self.adapter is None:
-            y = dense(rows, kernel.reshape(rows.shape[-1], -1), bias)
+            bias = None if self.bias is None else self.bias[...].astype(out_dtype or self.dtype).reshape(-1)
+            y = dense(rows, kernel.reshape(rows.shape[-1], -1), bias, out_dtype=out_dtype, is_exact=self.is_exact)
         else:
+            bias = None if self.bias is None else self.bias[...].astype(self.dtype).reshape(-1)
             y = self.adapter(rows, self.kernel[...].reshape(rows.shape[-1], -1), bias, adapter_key)
+            y = y.astype(out_dtype or self.dtype)
         return y.reshape(*y.shape[:-1], *kernel.shape[self.num_in :])
 
     def plain(self) -> Linear:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from transformer.errors import Config, require
@@ -20,6 +20,8 @@ from transformer.layers.feed_forward import ACTIVATIONS, Activation, mlp_width, 
 from transformer.layers.linear import Linear
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,19 +78,19 @@ class RouterLosses:
 
 
 def route(
-    logits_BTE: Float[Array, "B T E"], valid_BT: Bool[Array, "B T"], *, experts_per_token: int, room: int
+    logits_BTE: Float[Array, "B T E"], valid_BT: Bool[Array, "B T"], room_B: Int[Array, " B"], *, experts_per_token: int
 ) -> tuple[Int[Array, "B T k"], Int[Array, "B T k"], Float[Array, "B T k"], RouterLosses]:
     """Where each token goes: Switch (Fedus et al. 2021, section 2.1) for one expert a token, top-k (Shazeer et al. 2017) beyond.
 
     Each row of the batch fills the experts' room by itself: every token's first choice before any second, and in the
-    row's order.
+    row's order. Padding has no part in it.
 
     Args:
         valid_BT: tokens that are no padding; only these take room and count in the losses.
-        room: tokens of a row that an expert takes.
+        room_B: tokens of each row that an expert takes.
 
     Returns:
-        Each choice's expert; its place in the expert's room, `room` or more where it found none; and its weight: the router's
+        Each choice's expert; its place in the expert's room, -1 where it found none; and its weight: the router's
         probability for one expert, normalised over the choices for several (Mixtral; Jiang et al. 2024); and the losses.
     """
     num_experts = logits_BTE.shape[-1]
@@ -103,7 +105,7 @@ def route(
     in_order = chosen_BTkE.swapaxes(1, 2).reshape(B, k * T, num_experts)
     places = ((jnp.cumsum(in_order, axis=1) - in_order) * in_order).sum(-1)
     places_BTk = places.reshape(B, k, T).swapaxes(1, 2)
-    places_BTk = jnp.where(valid_BT[..., None], places_BTk, room)
+    places_BTk = jnp.where(valid_BT[..., None] & (places_BTk < room_B[:, None, None]), places_BTk, -1)
     count = jnp.maximum(valid_BT.sum(), 1).astype(logits_BTE.dtype)
     share_E = chosen_BTkE.sum((0, 1, 2)).astype(logits_BTE.dtype) / (count * k)
     mean_E = jnp.where(valid_BT[..., None], probabilities_BTE, 0).sum((0, 1)) / count
@@ -117,9 +119,8 @@ class MixtureOfExperts(nnx.Module):
 
     Args:
         experts_per_token: how many of them a token goes to.
-        capacity: room of an expert as a multiple of an even share of a row's tokens; a token beyond it passes the expert by,
-            and with it what the expert would have added. None: room for all, which costs num_experts / experts_per_token
-            times the arithmetic, and is exact.
+        capacity: room of an expert as a multiple of an even share of a row's tokens, padding not counted; a token beyond it
+            passes the expert by, and with it what the expert would have added. None: room for all, which is exact.
         activation: a name of `ACTIVATIONS`.
         kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
     """
@@ -144,7 +145,7 @@ class MixtureOfExperts(nnx.Module):
         # Routing decides on small differences: in the parameters' type, whatever the experts compute in.
         self.router = Linear(
             (embed_dim,), (num_experts,), axes=("embed", "expert"), use_bias=False, kernel_init=kernel_init,
-            dtype=param_dtype, param_dtype=param_dtype, rngs=rngs,
+            dtype=param_dtype, param_dtype=param_dtype, is_exact=True, rngs=rngs,
         )  # fmt: skip
 
         def make(init: Callable[..., Array], shape: tuple[int, int], *axes: str) -> nnx.Param:
@@ -167,11 +168,13 @@ class MixtureOfExperts(nnx.Module):
         B, T, _ = x_BTD.shape
         with jax.named_scope("mixture_of_experts"):
             valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
-            room = self.room(T)
+            rooms = self.rooms(T)
+            room = int(rooms[T])
             experts_BTk, places_BTk, weights_BTk, losses = route(
-                self.router(widen(x_BTD)), valid_BT, experts_per_token=self.experts_per_token, room=room
-            )
-            # A place beyond the room is no column of the one-hot, and so goes nowhere.
+                self.router(widen(x_BTD)), valid_BT, jnp.asarray(rooms)[valid_BT.sum(1)],
+                experts_per_token=self.experts_per_token,
+            )  # fmt: skip
+            # A place outside the room is no column of the one-hot, and so goes nowhere.
             taken = jax.nn.one_hot(experts_BTk, self.num_experts, dtype=self.dtype)[..., :, None]
             taken_BTkEC = taken * jax.nn.one_hot(places_BTk, room, dtype=self.dtype)[..., None, :]
             combine_BTEC = (taken_BTkEC * weights_BTk.astype(self.dtype)[..., None, None]).sum(2)
@@ -191,9 +194,19 @@ class MixtureOfExperts(nnx.Module):
             out_BTD = jnp.einsum("BTEC,EBCD->BTD", combine_BTEC, out_EBCD)
             return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), losses
 
-    def room(self, num_tokens: int) -> int:
-        """Tokens of a row of `num_tokens` that an expert takes."""
+    def rooms(self, num_tokens: int) -> Int[np.ndarray, " {num_tokens}+1"]:
+        """Tokens that an expert takes of a row with 0, 1, ... `num_tokens` tokens that are no padding."""
+        count = np.arange(num_tokens + 1)
         if self.capacity is None:
-            return num_tokens
-        even = num_tokens * self.experts_per_token / self.num_experts
-        return min(max(math.ceil(self.capacity * even), 1), num_tokens)
+            return count.astype(np.int32)
+        even = count * self.experts_per_token / self.num_experts
+        return np.minimum(np.maximum(np.ceil(self.capacity * even), 1), count).astype(np.int32)
+
+
+def without_limit(model: ModuleT) -> ModuleT:
+    """The model, changed to let its experts take all tokens that come: what one token becomes then depends on no other one's
+    choice of an expert. For inference."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, MixtureOfExperts):
+            module.capacity = None
+    return model

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer.differentiation import with_backward
 from transformer.sharding import with_axes
 from transformer.types import Array, DTypeLike, Float, widen
 
@@ -28,17 +29,18 @@ def layer_norm(
     """scale · (x - mean(x)) / sqrt(var(x) + epsilon) + bias, over the last dim (Ba et al. 2016, equation 4).
 
     Statistics and arithmetic are in float32 (float64 for a float64 `x`), the result in `x.dtype`. The variance is
-    the biased one, taken about the mean. Reverse mode only: there is no jvp.
+    the biased one, taken about the mean.
     """
-    return _layer_norm(x, scale, bias, epsilon)
+    forward = functools.partial(_layer_norm_forward, epsilon=epsilon)
+    return with_backward(forward, _layer_norm_backward, x, scale, bias)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], *, epsilon: float) -> Float[Array, "... D"]:
     """scale · x / sqrt(mean(x²) + epsilon), over the last dim (Zhang & Sennrich 2019, equation 4).
 
-    Statistics and arithmetic are in float32 (float64 for a float64 `x`), the result in `x.dtype`. Reverse mode only.
+    Statistics and arithmetic are in float32 (float64 for a float64 `x`), the result in `x.dtype`.
     """
-    return _rms_norm(x, scale, epsilon)
+    return with_backward(functools.partial(_rms_norm_forward, epsilon=epsilon), _rms_norm_backward, x, scale)
 
 
 class LayerNorm(nnx.Module):
@@ -97,12 +99,7 @@ class RMSNorm(nnx.Module):
             return rms_norm(x, self.scale[...], epsilon=self.epsilon)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _layer_norm(x: Array, scale: Array, bias: Array | None, epsilon: float) -> Array:
-    return _layer_norm_forward(x, scale, bias, epsilon)[0]
-
-
-def _layer_norm_forward(x: Array, scale: Array, bias: Array | None, epsilon: float) -> tuple[Array, tuple]:
+def _layer_norm_forward(x: Array, scale: Array, bias: Array | None, *, epsilon: float) -> tuple[Array, tuple]:
     wide = widen(x)
     mean = wide.mean(-1, keepdims=True)
     rstd = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
@@ -112,7 +109,7 @@ def _layer_norm_forward(x: Array, scale: Array, bias: Array | None, epsilon: flo
     return y.astype(x.dtype), (x, scale, bias, mean, rstd)
 
 
-def _layer_norm_backward(epsilon: float, saved: tuple, dy: Array) -> tuple[Array, Array, Array | None]:
+def _layer_norm_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array | None]:
     x, scale, bias, mean, rstd = saved
     unit = (widen(x) - mean) * rstd
     dy = dy.astype(unit.dtype)
@@ -123,30 +120,19 @@ def _layer_norm_backward(epsilon: float, saved: tuple, dy: Array) -> tuple[Array
     return dx.astype(x.dtype), _column_sum(dy * unit).astype(scale.dtype), dbias
 
 
-_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    return _rms_norm_forward(x, scale, epsilon)[0]
-
-
-def _rms_norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple]:
+def _rms_norm_forward(x: Array, scale: Array, *, epsilon: float) -> tuple[Array, tuple]:
     wide = widen(x)
     rstd = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
     return (wide * rstd * _row(scale, wide)).astype(x.dtype), (x, scale, rstd)
 
 
-def _rms_norm_backward(epsilon: float, saved: tuple, dy: Array) -> tuple[Array, Array]:
+def _rms_norm_backward(saved: tuple, dy: Array) -> tuple[Array, Array]:
     x, scale, rstd = saved
     unit = widen(x) * rstd
     dy = dy.astype(unit.dtype)
     dunit = dy * _row(scale, unit)
     dx = rstd * (dunit - unit * (dunit * unit).mean(-1, keepdims=True))
     return dx.astype(x.dtype), _column_sum(dy * unit).astype(scale.dtype)
-
-
-_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def _row(param: Array, like: Array) -> Array:

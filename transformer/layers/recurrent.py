@@ -25,6 +25,7 @@ from transformer.attention.hard import argmax_weights, gumbel_weights
 from transformer.attention.mask import AttentionMask
 from transformer.attention.multiplicative import dot_scores, local_weights, predicted_positions
 from transformer.layers.linear import Linear, dense
+from transformer.precision import einsum
 from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide, widen
 
 KINDS = ("none", "additive", "dot", "general", "concat", "local_m", "local_p", "hard", "linear", "delta")
@@ -363,13 +364,13 @@ class SourceAttention(nnx.Module):
         assert self.query is not None and source.fast_BMV is not None and source.keys_BSA is not None
         fast_BMV = source.fast_BMV
         query_BM = self._features(widen(self.query(query_BD)))
-        read_BV = jnp.einsum("BM,BMV->BV", query_BM, fast_BMV)
+        read_BV = einsum("BM,BMV->BV", query_BM, fast_BMV)
         if self.strength is not None:
             return read_BV.astype(source.states_BSE.dtype), None
         sums_B1 = read_BV[:, -1:] + 1e-6
         weights_BS = None
         if return_weights:
-            scores_BS = jnp.einsum("BM,BSM->BS", query_BM, self._features(widen(source.keys_BSA)))
+            scores_BS = einsum("BM,BSM->BS", query_BM, self._features(widen(source.keys_BSA)))
             weights_BS = jnp.where(source.valid_BS, scores_BS, 0) / sums_B1
         return (read_BV[:, :-1] / sums_B1).astype(source.states_BSE.dtype), weights_BS
 

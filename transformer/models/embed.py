@@ -94,5 +94,5 @@ def embed(
 
 def logits_of(table: Embedding, head: Linear | None, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Scores of each token of the vocabulary, float32: by the output projection, or else by the tied table."""
-    logits = table.attend(hidden_BTD) if head is None else head(hidden_BTD)
+    logits = table.attend(hidden_BTD) if head is None else head.logits(hidden_BTD)
     return constrain(logits.astype("float32"), "batch", "seq", "vocab")

@@ -18,6 +18,7 @@ from transformer.layers.embedding import Embedding
 from transformer.layers.feed_forward import ACTIVATIONS
 from transformer.layers.linear import Linear, dropout
 from transformer.layers.norm import LayerNorm
+from transformer.precision import einsum
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, widen
 
@@ -233,7 +234,7 @@ class ReplacedHead(nnx.Module):
     def __call__(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """Float32 logits; above 0: replaced."""
         with jax.named_scope("replaced_head"):
-            return self.out(self.function(self.dense(hidden_BTD)))[..., 0].astype(jnp.float32)
+            return self.out.logits(self.function(self.dense(hidden_BTD)))[..., 0].astype(jnp.float32)
 
 
 class PooledHead(nnx.Module):
@@ -283,7 +284,7 @@ class PooledHead(nnx.Module):
             pooled_BD = self.function(self.pooler(pool(hidden_BTD, valid_BT, pooling=self.pooling)))
             pooled_BD = pooled_BD if self.norm is None else self.norm(pooled_BD)
             pooled_BD = dropout(pooled_BD, self.dropout_rate, key)
-            return (pooled_BD if self.out is None else self.out(pooled_BD)).astype(jnp.float32)
+            return (pooled_BD if self.out is None else self.out.logits(pooled_BD)).astype(jnp.float32)
 
 
 class TokenHead(nnx.Module):
@@ -322,7 +323,7 @@ class TokenHead(nnx.Module):
         with jax.named_scope("token_head"):
             if self.function is not None and self.dense is not None and self.norm is not None:
                 hidden_BTD = self.norm(self.function(self.dense(hidden_BTD)))
-            return self.out(dropout(hidden_BTD, self.dropout_rate, key)).astype(jnp.float32)
+            return self.out.logits(dropout(hidden_BTD, self.dropout_rate, key)).astype(jnp.float32)
 
 
 def choices(logits_R1: Float[Array, "R 1"], num_choices: int) -> Float[Array, "Q {num_choices}"]:
@@ -359,7 +360,7 @@ def contrastive_logits(
         valid_B: rows that are none are nobody's negatives; all are by default.
         temperature: by which cosines are divided.
     """
-    logits_BB = jnp.einsum("AD,BD->AB", widen(a_BD), widen(b_BD)) / temperature
+    logits_BB = einsum("AD,BD->AB", widen(a_BD), widen(b_BD)) / temperature
     # A finite number: a row that is none itself has no likelihood, whose gradient would not be finite.
     return logits_BB if valid_B is None else jnp.where(valid_B, logits_BB, -1e9)
 

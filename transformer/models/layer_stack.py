@@ -190,17 +190,14 @@ class LayerStack(nnx.Module):
         L = self.num_layers
         alike = not single and self.group == 1
         routers: list[RouterLosses | None] = [outputs.router] if alike else [output.router for output in outputs]
-        if not single:
-            layers = _layers_of([outputs] if alike else outputs, L, self.group)
-        else:
-            layers = outputs
+        layers = outputs if single else _layers_of([outputs] if alike else outputs, L, self.group)
         found = [layer.state for layer in layers if layer.state is not None]
         states = found if len(found) == L else None
         if alike:
             weights = outputs.weights
         else:
             picked = range(L) if chosen is None else chosen[0]
-            weights = _stacked_weights([found for layer in picked if (found := layers[layer].weights) is not None])
+            weights = _stacked_weights([one for layer in picked if (one := layers[layer].weights) is not None])
         return StackOutput(states, weights, self._router_loss(routers))
 
     def _router_loss(self, routers: Sequence[RouterLosses | None]) -> Array | None:

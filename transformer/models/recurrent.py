@@ -377,7 +377,7 @@ class RecurrentTranslator(nnx.Module):
                 hidden, seen = (x.astype(embedded.dtype) for x in features)
                 x = self.combine(jnp.concatenate([hidden, embedded, seen], axis=-1))
                 x = x.reshape(*x.shape[:-1], -1, 2).max(-1) if self.config.readout == "maxout" else jnp.tanh(x)
-            return self.head(dropout(x, self.config.dropout, key)).astype(jnp.float32)
+            return self.head.logits(dropout(x, self.config.dropout, key)).astype(jnp.float32)
 
 
 def flops_per_token(config: RecurrentConfig, length: int) -> float:
