@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.changed import changed
 from train.config import load
 from train.data.prepare import DataConfig
 from train.data.source_config import FilesSource, SourceConfig, SyntheticSource
 from train.data.tokenizer import TokenizerConfig
 from train.loop import train
+from transformer.models.recurrent import RecurrentConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
@@ -47,18 +49,7 @@ def folder(tmp_path_factory):
 )
 def test_it_trains_a_step(path, folder, tmp_path):
     config = load(path)
-    smaller = {
-        "vocab_size": 512, "max_length": 32, "num_layers": 2, "embed_dim": 32, "num_heads": 4, "head_dim": None,
-        "mlp_dim": None, "hidden_dim": 32, "encoder_dim": None, "attention_dim": None, "table_dim": 16,
-        "num_experts": min(getattr(config.model, "num_experts", 0), 4),
-        "num_kv_heads": 2 if getattr(config.model, "num_kv_heads", None) else None,
-    }  # fmt: skip
-    if getattr(config.model, "table_dim", None) is None:
-        del smaller["table_dim"]
-    if getattr(config.model, "source_vocab_size", None) is not None:
-        smaller["source_vocab_size"] = 512
-    known = {field.name for field in dataclasses.fields(config.model)}
-    model = dataclasses.replace(config.model, **{name: size for name, size in smaller.items() if name in known})
+    model = _smaller(config.model)
     small = dataclasses.replace(
         config,
         run_dir=str(tmp_path / "run"),
@@ -86,6 +77,26 @@ def test_it_trains_a_step(path, folder, tmp_path):
     assert finished.scores.loss < 7
 
 
+def _smaller(model):
+    """The same kind of model, whose parts have the same settings and small sizes."""
+    sizes = {"vocab_size": 512, "max_length": 32, "num_layers": 2, "embed_dim": 32}
+    if getattr(model, "source_vocab_size", None) is not None:
+        sizes["source_vocab_size"] = 512
+    if isinstance(model, RecurrentConfig):
+        return dataclasses.replace(model, **sizes, hidden_dim=32, encoder_dim=None, attention_dim=None)
+
+    def mixer(one):
+        known = {"num_heads": 4, "num_kv_heads": 2 if getattr(one, "num_kv_heads", None) else None, "head_dim": None}
+        return changed(one, **{name: size for name, size in known.items() if hasattr(one, name)})
+
+    mlp = {"dim": None} | ({"num_experts": 4} if model.mlp.kind == "experts" else {})
+    if getattr(model, "embedding_size", None) is not None:
+        sizes["embedding_size"] = 16
+    pattern = tuple(map(mixer, model.pattern[:3]))
+    sizes["num_layers"] = max(len(pattern), 2)
+    return changed(model, **sizes, attention=mixer(model.attention), pattern=pattern, mlp=mlp)
+
+
 def _source(config, folder) -> SourceConfig:
     """A small source of the same kind of documents: with the same labels, pairs, or single texts."""
     if config.data.labelled:
@@ -99,7 +110,7 @@ def _labelled_source(config, folder) -> SourceConfig:
     (label,) = {source.label_field for source in config.data.sources}
     first, kind = config.data.sources[0], config.data.label_kind
     choices, rows = first.choice_fields, []
-    classes = len(choices) or getattr(config.model, "num_labels", 0)
+    classes = len(choices) or getattr(getattr(config.model, "head", None), "num_labels", 0)
     for number in range(120):
         row = {"first": f"text {number}", label: number % classes}
         if kind == "number":

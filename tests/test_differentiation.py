@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -23,11 +22,10 @@ from transformer.attention.variant import Score, Variant
 from transformer.differentiation import with_backward
 from transformer.errors import UserError
 from transformer.layers.embedding import embed_attend
-from transformer.layers.feed_forward import gelu_tanh
+from transformer.layers.feed_forward import DenseConfig, gelu_tanh
 from transformer.layers.linear import dense
-from transformer.layers.norm import layer_norm, rms_norm
-from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
+from transformer.layers.norm import layer_norm, rms_norm
 from transformer.layers.position import RotaryConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import Bert, BertConfig
@@ -154,7 +152,13 @@ def test_a_kernel_without_forward_mode_says_what_to_use(compiled):
 
 
 def gpt_loss(**changes):
-    shape = {"vocab_size": 16, "max_length": 8, "num_layers": 2, "embed_dim": 16, "attention": SoftmaxConfig(num_heads=2)}
+    shape = {
+        "vocab_size": 16,
+        "max_length": 8,
+        "num_layers": 2,
+        "embed_dim": 16,
+        "attention": SoftmaxConfig(num_heads=2),
+    }
     return GPT, GPTConfig(**(shape | changes))
 
 
@@ -162,15 +166,23 @@ MODELS = {
     "gpt": gpt_loss(),
     "gpt, scanned and rematerialised": gpt_loss(remat="full", scan_layers=True),
     "gpt, modern": gpt_loss(
-        norm="rms_norm", mlp=DenseConfig(activation="swiglu", bias=False), tie_embeddings=False,
+        norm="rms_norm",
+        mlp=DenseConfig(activation="swiglu", bias=False),
+        tie_embeddings=False,
         attention=SoftmaxConfig(num_heads=2, num_kv_heads=1, bias=False, position=RotaryConfig()),
     ),
     "gpt, experts": gpt_loss(mlp=ExpertsConfig(num_experts=2, experts_per_token=2)),
     "bert": (
         Bert,
         BertConfig(
-            vocab_size=16, max_length=8, num_layers=2, embed_dim=16, attention=SoftmaxConfig(num_heads=2), dropout=0.0,
-            attention_dropout=0.0, mlp=DenseConfig(activation="gelu"),
+            vocab_size=16,
+            max_length=8,
+            num_layers=2,
+            embed_dim=16,
+            attention=SoftmaxConfig(num_heads=2),
+            dropout=0.0,
+            attention_dropout=0.0,
+            mlp=DenseConfig(activation="gelu"),
         ),
     ),
 }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from train.config import RunConfig, difference
+from train.config import RunConfig, difference, fields
 from train.data.store import Prepared
 from train.data.tokenizer import ByteTokenizer, Tokenizer
 from train.run_files import load_run
@@ -134,11 +134,11 @@ def _check_shapes(
     if not (bad := [path for path, shape in mine.items() if their.get(path, shape) != shape]):
         return
     path = bad[0]
-    here, there = dataclasses.asdict(model), dataclasses.asdict(other)
+    here, there = ({field.path: field.value for field in fields(one)} for one in (model, other))
     decides = [
         f"model.{name} to {there[name]!r} (it is {here[name]!r})"
         for name in here.keys() & there.keys() - {"family"}
-        if here[name] != there[name] and _shape_with(model, name, getattr(other, name), path) == their[path]
+        if here[name] != there[name] and _shape_with(model, name, there[name], path) == their[path]
     ]
     raise UserError(
         f"init_from: {len(bad)} parameters have another shape in {run}, the first is {dotted(path)}: "
@@ -149,10 +149,16 @@ def _check_shapes(
 def _shape_with(model: Any, field: str, value: Any, path: ParameterPath) -> tuple[int, ...] | None:
     """The shape of a parameter in a model with one field changed; None if there is no such model or parameter."""
     try:
-        changed = dataclasses.replace(model, **{field: value})
-    except ConfigError:
+        changed = _replaced(model, field.split("."), value)
+    except (ConfigError, TypeError):
         return None
     return _shapes(_by_path(described_parameters(changed))).get(path)
+
+
+def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
+    """A config with the value of one field below it."""
+    name, *rest = path
+    return dataclasses.replace(config, **{name: _replaced(getattr(config, name), rest, value) if rest else value})
 
 
 def _shapes(parameters: Parameters) -> dict[ParameterPath, tuple[int, ...]]:

@@ -11,9 +11,13 @@ from benchmarks.cli import main
 from benchmarks.report import report
 from benchmarks.workload import of_model
 from transformer.errors import UserError
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
 
-TINY = of_model(GPTConfig(vocab_size=32, max_length=160, num_layers=2, embed_dim=16, num_heads=2), batch_size=2)
+TINY = of_model(
+    GPTConfig(vocab_size=32, max_length=160, num_layers=2, embed_dim=16, attention=SoftmaxConfig(num_heads=2)),
+    batch_size=2,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ def results(tmp_path, monkeypatch):
 
 @pytest.mark.torch
 def test_a_step_of_fine_tuning_beside_torch(results):
-    model = dataclasses.replace(BERT, head="classification", pooler=False)
+    model = dataclasses.replace(BERT, head=ClassificationHeadConfig())
     objective = Classification()
     work = RunConfig(name="tiny", batch_size=2, length=8, model=model, objective=objective)
     result = step.run(rounds=1, steps=1, work=work)
@@ -50,7 +50,7 @@ def test_all_arms_are_scored_on_the_same_documents(tmp_path, results, capsys):
         "sources": [{"kind": "files", "path": str(texts), "label_field": "label", "labels": ["bad", "good"]}],
         "validation_fraction": 0.2, "packing": "documents", "tokenizer": {"kind": "file", "path": "none/tokenizer.json"},
     }  # fmt: skip
-    model = dataclasses.asdict(dataclasses.replace(BERT, head="classification", pooler=False))
+    model = dataclasses.asdict(dataclasses.replace(BERT, head=ClassificationHeadConfig()))
     config = {
         "name": "tiny", "steps": 2, "batch_size": 8, "init_from": "none", "model": model, "data": data,
         "objective": {"kind": "classification"},
@@ -76,7 +76,7 @@ def test_embedding_says_what_is_missing(monkeypatch, capsys):
 @pytest.mark.torch
 def test_an_import_in_layouts_beside_transformers(tmp_path, results):
     folder = tmp_path / "bert"
-    written(dataclasses.replace(BERT, max_length=64, num_heads=4), folder, extra={"pad_token_id": 0})
+    written(changed(BERT, max_length=64, attention={"num_heads": 4}), folder, extra={"pad_token_id": 0})
     tokenizer_json(folder, BERT_SPECIAL)
     result = layouts.run(8, str(folder), texts=[" ".join(WORDS[: 1 + n % 9]) for n in range(layouts.TEXTS)])
     for found in result["import_layouts"].values():

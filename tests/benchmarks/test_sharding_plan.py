@@ -21,9 +21,11 @@ from train.config import RunConfig, load
 from train.mesh import MESH_AXES, MeshConfig, make_mesh, use_mesh
 from train.program import Program
 from transformer.errors import UserError
+from transformer.layers.mixture_of_experts import ExpertsConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
 
-MODEL = GPTConfig(vocab_size=64, max_length=32, num_layers=4, embed_dim=32, num_heads=4)
+MODEL = GPTConfig(vocab_size=64, max_length=32, num_layers=4, embed_dim=32, attention=SoftmaxConfig(num_heads=4))
 CONFIG = RunConfig(name="small", batch_size=16, model=MODEL)
 
 
@@ -31,7 +33,7 @@ CONFIG = RunConfig(name="small", batch_size=16, model=MODEL)
 def config_file(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(
-        "name: small\nbatch_size: 16\nmodel: {vocab_size: 64, max_length: 32, num_layers: 4, embed_dim: 32, num_heads: 4}\n"
+        "name: small\nbatch_size: 16\nmodel: {vocab_size: 64, max_length: 32, num_layers: 4, embed_dim: 32, attention: {num_heads: 4}}\n"
     )
     return path
 
@@ -68,7 +70,7 @@ def test_layouts_divide_the_model_and_the_batch():
     assert len(found) == len(set(found)) > 30
     for one in found:
         sizes = dict(zip(MESH_AXES, one.mesh.sizes(8), strict=True))
-        assert MODEL.num_heads % sizes["tensor"] == 0
+        assert MODEL.attention.num_heads % sizes["tensor"] == 0
         parts = one.microbatches if sizes["pipeline"] == 1 else one.mesh.pipeline_microbatches
         assert CONFIG.batch_size % (sizes["data"] * sizes["fsdp"] * parts) == 0
     assert {one.mesh.strategy for one in found} == {"dp", "fsdp", "zero1", "tensor_sequence"}
@@ -100,7 +102,7 @@ def test_every_strategy_has_a_layout_or_a_reason():
     found, refused = layouts({"": CONFIG}, 8)
     assert found.keys() | refused.keys() == set(NAMES)
     assert refused.keys() == {"expert"}
-    mixture = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, num_experts=4, mlp_dim=32))
+    mixture = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, mlp=ExpertsConfig(num_experts=4, dim=32)))
     assert "expert" in layouts({"": mixture}, 8)[0]
     with pytest.raises(UserError, match="got 'fdsp'; allowed: .* Did you mean 'fsdp'"):
         layouts({"": CONFIG}, 8, ["fdsp"])

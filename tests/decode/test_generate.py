@@ -15,9 +15,9 @@ from transformer.decode.beam import BeamSearch
 from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
 from transformer.errors import UserError
+from transformer.layers.mixture_of_experts import ExpertsConfig, without_limit
 from transformer.layers.position import RotaryConfig
 from transformer.mixers.softmax import SoftmaxConfig
-from transformer.layers.mixture_of_experts import ExpertsConfig, without_limit
 from transformer.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(

@@ -17,7 +17,14 @@ from transformer.models.encoder_decoder import EncoderDecoder, T5Config, Vaswani
 from transformer.models.gpt import GPT, GPTConfig
 from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
 
-SMALL = {"vocab_size": 64, "max_length": 8, "num_layers": 1, "embed_dim": 32, "attention": SoftmaxConfig(num_heads=2), "dtype": "bfloat16"}
+SMALL = {
+    "vocab_size": 64,
+    "max_length": 8,
+    "num_layers": 1,
+    "embed_dim": 32,
+    "attention": SoftmaxConfig(num_heads=2),
+    "dtype": "bfloat16",
+}
 BERT = BertConfig(**SMALL, num_labels=64)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 64, (4, 8)))
 PAIR = (TOKENS, TOKENS)

@@ -27,6 +27,8 @@ from train.loss import LossConfig
 from train.objectives import OBJECTIVES, AnyObjective, Contrastive, Objective, Task, objectives
 from train.selection import ranking_key
 from transformer.errors import ConfigError, UserError
+from transformer.hf.encoders import head_of
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import FAMILIES, make_model
 
@@ -172,11 +174,18 @@ def test_a_setting_of_the_loss_has_an_effect_or_is_refused(kind, folder, monkeyp
 def model_of(objective: Objective):
     """A tiny model for an objective."""
     family = objective.families[0]
-    small = {"vocab_size": 320, "max_length": 64, "num_layers": 1, "embed_dim": 16, "num_heads": 2, "dropout": 0.0}
+    small = {
+        "vocab_size": 320,
+        "max_length": 64,
+        "num_layers": 1,
+        "embed_dim": 16,
+        "attention": SoftmaxConfig(num_heads=2),
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
     if objective.head is not None:
-        small |= {"head": objective.head, "norm_first": True, "pooling": "mean"}
-    if family == "bert":
-        small["num_labels"] = {"regression": 1, "classification": 3, "token_classification": 4}.get(objective.kind, 2)
+        labels = {"regression": 1, "classification": 3, "token_classification": 4}.get(objective.kind, 2)
+        small |= {"head": head_of(objective.head, labels), "norm_first": True}
     return FAMILIES[family].config(**small)
 
 
@@ -243,5 +252,5 @@ def test_the_task_of_an_imported_head_is_found():
         ("classification", 3, "classification"), ("classification", 1, "regression"),
         ("tokens", 5, "token_classification"), ("answer", 2, "answer"), ("masked", 2, None),
     ):  # fmt: skip
-        model = BertConfig(head=head, num_labels=labels)
+        model = BertConfig(head=head_of(head, labels))
         assert [one.kind_name() for one in tasks if one().suits(model)] == ([] if kind is None else [kind])

@@ -21,7 +21,7 @@ CONFIG = """
 name: small
 steps: 12
 batch_size: 8
-model: {{vocab_size: 256, max_length: 16, num_layers: 2, embed_dim: 32, num_heads: 2, dropout: 0.1}}
+model: {{vocab_size: 256, max_length: 16, num_layers: 2, embed_dim: 32, attention: {{num_heads: 2}}, dropout: 0.1}}
 data:
   sources: [{{kind: files, path: "{corpus}/*.txt"}}]
   tokenizer: {{kind: bytes}}

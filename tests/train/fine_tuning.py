@@ -17,7 +17,9 @@ from train.objectives import Classification, Masked
 from train.optimizer import OptimizerConfig
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from train.trained import dotted
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
+from transformer.models.heads import ClassificationHeadConfig
 
 SPECIAL = (MASK, CLS, SEP)
 SMALL = {
@@ -25,9 +27,10 @@ SMALL = {
     "max_length": 24,
     "num_layers": 2,
     "embed_dim": 32,
-    "num_heads": 2,
+    "attention": SoftmaxConfig(num_heads=2),
     "norm_first": True,
     "dropout": 0.0,
+    "attention_dropout": 0.0,
 }
 
 
@@ -65,7 +68,7 @@ def classifier_of(texts, folder, **changes) -> RunConfig:
     source = dataclasses.replace(base.data.sources[0], label_field="class")
     tuned = dataclasses.replace(
         base,
-        model=BertConfig(**SMALL, head="classification", pooling="mean"),
+        model=BertConfig(**SMALL, head=ClassificationHeadConfig(pooling="mean")),
         objective=Classification(),
         data=dataclasses.replace(base.data, sources=(source,)),
         # Writing takes longer than the steps.

@@ -15,7 +15,9 @@ from train.data.tokenizer import CLS, SEP, TokenizerConfig
 from train.objectives import OBJECTIVES
 from train.optimizer import OptimizerConfig
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
+from transformer.models.heads import AnswerHeadConfig, ChoiceHeadConfig, ClassificationHeadConfig, TokensHeadConfig
 
 KINDS = ("classification", "regression", "token_classification", "answer", "choice")
 
@@ -35,11 +37,11 @@ SETTINGS = {
     "choice": {"num_choices": 3},
 }
 HEADS = {
-    "classification": {"head": "classification", "num_labels": 3, "pooling": "mean"},
-    "regression": {"head": "classification", "num_labels": 1, "pooling": "mean"},
-    "token_classification": {"head": "tokens", "num_labels": 4},
-    "answer": {"head": "answer"},
-    "choice": {"head": "choice", "pooling": "mean"},
+    "classification": {"head": ClassificationHeadConfig(num_labels=3, pooling="mean")},
+    "regression": {"head": ClassificationHeadConfig(num_labels=1, pooling="mean")},
+    "token_classification": {"head": TokensHeadConfig(num_labels=4)},
+    "answer": {"head": AnswerHeadConfig()},
+    "choice": {"head": ChoiceHeadConfig(pooling="mean")},
 }
 
 
@@ -85,7 +87,7 @@ def run_of(kind: str, path: Path, folder: Path, **changes) -> RunConfig:
     base = RunConfig(
         name=kind, run_dir=str(folder), steps=160, batch_size=16, length=40,
         model=BertConfig(
-            vocab_size=264, max_length=48, num_layers=1, embed_dim=32, num_heads=2, norm_first=True, dropout=0.0,
+            vocab_size=264, max_length=48, num_layers=1, embed_dim=32, attention=SoftmaxConfig(num_heads=2), norm_first=True, dropout=0.0, attention_dropout=0.0,
             **HEADS[kind],
         ),
         objective=OBJECTIVES[kind](**SETTINGS.get(kind, {})),

@@ -24,7 +24,9 @@ from train.program import Program
 from train.run_files import load_run
 from train.sections import CheckpointConfig, EvaluationConfig
 from transformer.layers.adapter import AdapterConfig, merged
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
+from transformer.models.heads import ClassificationHeadConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -129,11 +131,11 @@ def test_exported_for_peft_and_loaded_by_it(tmp_path, capsys):
     import transformers
 
     texts = write_texts(tmp_path / "texts.jsonl")
-    plain = BertConfig(vocab_size=264, max_length=24, num_layers=2, embed_dim=32, num_heads=2)
+    plain = BertConfig(vocab_size=264, max_length=24, num_layers=2, embed_dim=32, attention=SoftmaxConfig(num_heads=2))
     first = config_of(texts, tmp_path / "first", model=plain)
     train(first)
     adapter = AdapterConfig(rank=2, targets=("query", "down"))
-    classifier = dataclasses.replace(plain, head="classification")
+    classifier = dataclasses.replace(plain, head=ClassificationHeadConfig())
     tuned = classifier_of(
         texts, tmp_path / "tuned", model=classifier, adapter=adapter, init_from=str(first.directory), steps=6
     )

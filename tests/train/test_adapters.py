@@ -20,13 +20,15 @@ from train.program import Program
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.layers.adapter import AdapterConfig, merged
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
 from transformer.models.gpt import GPTConfig
+from transformer.models.heads import ClassificationHeadConfig
 from transformer.pipeline import in_order
 
 B, T = 16, 8
-MODEL = GPTConfig(vocab_size=32, max_length=T, num_layers=4, embed_dim=16, num_heads=2)
+MODEL = GPTConfig(vocab_size=32, max_length=T, num_layers=4, embed_dim=16, attention=SoftmaxConfig(num_heads=2))
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 32, (B, T + 1)).astype(np.int32)
 BATCH = {
@@ -127,7 +129,7 @@ def test_dropout_is_of_training_alone():
 def test_what_is_trained_beside_adapters():
     def trained(**options):
         config = RunConfig(
-            name="test", model=BertConfig(**SMALL, head="classification"), adapter=AdapterConfig(**options),
+            name="test", model=BertConfig(**SMALL, head=ClassificationHeadConfig()), adapter=AdapterConfig(**options),
             objective=Classification(),
         )  # fmt: skip
         mesh = make_mesh(config.mesh, jax.devices()[:1])

@@ -22,13 +22,15 @@ from train.state import abstract_state, init_state, state_maker
 from train.step import make_eval_step, make_train_step
 from transformer.errors import ConfigError
 from transformer.functional import graphdef_of
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
 from transformer.models.gpt import GPTConfig
+from transformer.models.heads import ClassificationHeadConfig
 
 B, T, C, V = 8, 6, 3, 16
 MODEL = BertConfig(
-    vocab_size=V, max_length=T, num_layers=1, embed_dim=16, num_heads=2, dropout=0.0, head="classification", num_labels=C
+    vocab_size=V, max_length=T, num_layers=1, embed_dim=16, attention=SoftmaxConfig(num_heads=2), dropout=0.0, attention_dropout=0.0, head=ClassificationHeadConfig(num_labels=C)
 )  # fmt: skip
 
 

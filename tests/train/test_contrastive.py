@@ -27,10 +27,11 @@ from train.program import Program, batch_shapes
 from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from transformer.errors import ConfigError, UserError
 from transformer.models.bert import BertConfig
+from transformer.models.heads import EmbeddingHeadConfig, MaskedHeadConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-MODEL = BertConfig(**SMALL, head="embedding", pooling="mean")
+MODEL = BertConfig(**SMALL, head=EmbeddingHeadConfig(pooling="mean"))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_a_run_learns_and_tells_how_often_it_is_right(pairs, tmp_path, capsys):
 
 def test_what_does_not_go_with_pairs_is_told(pairs, tmp_path):
     with pytest.raises(ConfigError, match="objective contrastive needs 'embedding'"):
-        config_of(pairs, tmp_path, model=dataclasses.replace(MODEL, head="masked"))
+        config_of(pairs, tmp_path, model=dataclasses.replace(MODEL, head=MaskedHeadConfig()))
     with pytest.raises(ConfigError, match="strategy: got 'pmap'; .* any strategy but pmap"):
         config_of(pairs, tmp_path, mesh=MeshConfig(strategy="pmap"))
     single = dataclasses.replace(config_of(pairs, tmp_path).data, sources=(FilesSource(path=str(pairs)),))

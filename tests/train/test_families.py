@@ -12,44 +12,63 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.changed import changed
 from train.loss import LossConfig
 from train.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
 from train.objectives import OBJECTIVES
 from train.objectives.encoder_decoder import EncoderDecoderObjective
 from train.objectives.masked import HiddenTokens
 from transformer.functional import graphdef_of
+from transformer.layers.feed_forward import DenseConfig
+from transformer.layers.mixture_of_experts import ExpertsConfig
+from transformer.layers.position import RelativeConfig, RotaryConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.electra import ElectraConfig
 from transformer.models.encoder_decoder import T5Config, VaswaniConfig
 from transformer.models.families import count_parameters, flops_per_token, make_model
 from transformer.models.gpt import GPTConfig
+from transformer.models.heads import ClassificationHeadConfig, PretrainingHeadConfig
 from transformer.models.recurrent import RecurrentConfig
 
 V, B, T, S = 32, 8, 12, 10
-SMALL = {"vocab_size": V, "max_length": 16, "num_layers": 2, "embed_dim": 16, "num_heads": 2, "dropout": 0.0}
-EXPERTS = {"num_experts": 4, "experts_per_token": 2, "mlp_dim": 32}
+SMALL = {
+    "vocab_size": V,
+    "max_length": 16,
+    "num_layers": 2,
+    "embed_dim": 16,
+    "attention": SoftmaxConfig(num_heads=2),
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+EXPERTS = {"mlp": ExpertsConfig(num_experts=4, experts_per_token=2, dim=32)}
+T5_ATTENTION = SoftmaxConfig(num_heads=2, head_dim=8, bias=False, scale=1.0, position=RelativeConfig())
+ROTARY = SoftmaxConfig(num_heads=2, bias=False, position=RotaryConfig())
 MODELS = {
     "gpt": (GPTConfig(**SMALL), "causal"),
     "gpt, prefix": (GPTConfig(**SMALL), "prefix"),
     "gpt, experts": (GPTConfig(**SMALL, **EXPERTS), "causal"),
     "bert": (BertConfig(**SMALL), "masked"),
-    "bert, sentences": (BertConfig(**SMALL, head="pretraining"), "next_sentence"),
+    "bert, sentences": (BertConfig(**SMALL, head=PretrainingHeadConfig()), "next_sentence"),
     "bert, modern": (
         BertConfig(
-            **SMALL | {"num_layers": 5}, position="rotary", activation="geglu", norm_first=True, local_window=2, global_every=2,
-            token_types=0, use_bias=False,
+            **SMALL | {"num_layers": 6}, norm_first=True, token_types=0, norm_bias=False,
+            pattern=(changed(ROTARY, window=2), ROTARY), mlp=DenseConfig(activation="geglu", bias=False),
         ),
         "masked",
     ),
-    "electra": (ElectraConfig(**SMALL | {"embed_dim": 32, "num_heads": 4}, table_dim=16, generator_size=0.5), "replaced_tokens"),
-    "bert, classes": (BertConfig(**SMALL, head="classification", num_labels=3), "classification"),
+    "electra": (ElectraConfig(**SMALL | {"embed_dim": 32, "attention": SoftmaxConfig(num_heads=4)}, embedding_size=16, generator_size=0.5), "replaced_tokens"),
+    "bert, classes": (BertConfig(**SMALL, head=ClassificationHeadConfig(num_labels=3)), "classification"),
     "bert, classes, experts": (
-        BertConfig(**SMALL | EXPERTS, head="classification", num_labels=3, pooling="mean"), "classification",
+        BertConfig(**SMALL | EXPERTS, head=ClassificationHeadConfig(num_labels=3, pooling="mean")), "classification",
     ),
     "vaswani": (VaswaniConfig(**SMALL), "seq2seq"),
-    "t5": (T5Config(**SMALL | {"head_dim": 8, "mlp_dim": 32, "num_decoder_layers": 1}), "span_corruption"),
+    "t5": (T5Config(**SMALL | {"attention": T5_ATTENTION, "num_decoder_layers": 1}, mlp=DenseConfig(dim=32, activation="geglu", bias=False)), "span_corruption"),
     "t5, experts": (
-        T5Config(**SMALL | {"head_dim": 8} | EXPERTS, tie_embeddings=True, scale_logits=True, expert_capacity=1.5),
+        T5Config(
+            **SMALL | {"attention": T5_ATTENTION}, tie_embeddings=True, scale_logits=True,
+            mlp=ExpertsConfig(num_experts=4, experts_per_token=2, dim=32, activation="geglu", capacity_factor=1.5),
+        ),
         "seq2seq",
     ),
     "recurrent": (RecurrentConfig(vocab_size=V, source_vocab_size=V, embed_dim=16, hidden_dim=16), "seq2seq"),
@@ -157,7 +176,7 @@ def test_padding_has_no_influence(name):
     assert_close(run(params, other), expected)
     fixed = ("predicted", "weights") if "labels" in batch and "targets" not in batch else ("predicted",)
     longer = {key: np.pad(x, ((0, 0), (0, 3))) if x.ndim == 2 and key not in fixed else x for key, x in other.items()}
-    if getattr(MODELS[name][0], "expert_capacity", None) is None:
+    if getattr(getattr(MODELS[name][0], "mlp", None), "capacity_factor", None) is None:
         # Room in proportion to the row's length depends on it.
         assert_close(run(params, longer), expected, atol=2e-6)
 
@@ -184,7 +203,9 @@ def test_eight_devices_are_one(name):
 
 @pytest.mark.parametrize("name", ["vaswani", "t5", "t5, experts"])
 def test_packed_pairs_are_apart(name):
-    config = dataclasses.replace(MODELS[name][0], expert_capacity=None)
+    config = MODELS[name][0]
+    if config.mlp.kind == "experts":
+        config = changed(config, mlp={"capacity_factor": None})
     graphdef, params = make(config)
     run = jax.jit(lambda *tokens, **options: nnx.merge(graphdef, params)(*tokens, **options).logits)
     rng = np.random.default_rng(1)

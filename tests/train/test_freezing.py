@@ -24,14 +24,16 @@ from train.step import make_gradient
 from train.trained import chosen, dotted
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.encoder_decoder import VaswaniConfig
 from transformer.models.families import described_parameters, make_model
 from transformer.models.gpt import GPTConfig
+from transformer.models.heads import ClassificationHeadConfig
 from transformer.pipeline import in_order
 
 B, T = 16, 8
-MODEL = GPTConfig(vocab_size=32, max_length=T, num_layers=4, embed_dim=16, num_heads=2)
+MODEL = GPTConfig(vocab_size=32, max_length=T, num_layers=4, embed_dim=16, attention=SoftmaxConfig(num_heads=2))
 FREEZE = ("embed.*", "layers.blocks.attention*", "positions.table")
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 32, (B, T + 1)).astype(np.int32)
@@ -194,7 +196,14 @@ def test_the_work_of_a_step_is_of_what_is_trained():
 
 
 def test_layer_decay_is_electras():
-    model = BertConfig(vocab_size=32, max_length=8, num_layers=3, embed_dim=8, num_heads=2, head="classification")
+    model = BertConfig(
+        vocab_size=32,
+        max_length=8,
+        num_layers=3,
+        embed_dim=8,
+        attention=SoftmaxConfig(num_heads=2),
+        head=ClassificationHeadConfig(),
+    )
     factors = {
         dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(layer_factors(described_parameters(model), 0.5, 3))
     }  # fmt: skip

@@ -28,7 +28,9 @@ from train.translation import TextTranslator
 from transformer.decode.beam import BeamSearch
 from transformer.errors import UserError
 from transformer.hf import checkpoint
+from transformer.hf.encoders import head_of
 from transformer.models.families import make_model
+from transformer.models.heads import ClassificationHeadConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -86,7 +88,7 @@ def test_a_config_begins_from_an_import_and_not_in_its_folder(imported, tmp_path
     texts = tmp_path / "texts.csv"
     rows = [f"the cat sat on mat {WORDS[n % 15]},{'good' if n % 2 else 'bad'}" for n in range(40)]
     texts.write_text("\n".join(["text,label", *rows]))
-    model = dataclasses.asdict(dataclasses.replace(BERT, head="classification", pooler=False))
+    model = dataclasses.asdict(dataclasses.replace(BERT, head=ClassificationHeadConfig()))
     data = {
         "sources": [{"kind": "files", "path": str(texts), "label_field": "label", "labels": ["bad", "good"]}],
         "validation_fraction": 0.2, "packing": "documents",
@@ -228,7 +230,7 @@ def test_pooling_that_is_kept_beside_it(bert, tmp_path):
     path.write_text(json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}))
     run = bring(str(bert), tmp_path / "run", verify=False)
     again = bring(str(export(run, verify=False)), tmp_path / "again", verify=False)
-    assert [load_run(one).config.model.pooling for one in (run, again)] == ["mean", "mean"]
+    assert [load_run(one).config.model.head.pooling for one in (run, again)] == ["mean", "mean"]
     path.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(UserError, match="got pooling_mode_max_tokens; supported: one of pooling_mode_mean_tokens"):
         bring(str(bert), tmp_path / "other")
@@ -270,7 +272,7 @@ def test_a_byte_model_is_written_with_a_vocabulary_of_bytes(tmp_path):
 
 
 def test_an_imported_classifier_predicts(tmp_path, capsys):
-    config = dataclasses.replace(BERT, head="classification", pooler=False, num_labels=3)
+    config = dataclasses.replace(BERT, head=ClassificationHeadConfig(num_labels=3))
     names = {"0": "sad", "1": "neutral", "2": "glad"}
     params = written(config, tmp_path / "bert", extra={"pad_token_id": 0, "id2label": names})
     tokenizer_json(tmp_path / "bert", BERT_SPECIAL)
@@ -296,7 +298,7 @@ def test_an_imported_tagger_and_an_imported_reader_predict(tmp_path, capsys):
     }
     for head, (name, text) in documents.items():
         folder = tmp_path / head
-        written(dataclasses.replace(BERT, head=head, pooler=False), folder, extra={"pad_token_id": 0})
+        written(dataclasses.replace(BERT, head=head_of(head, 2)), folder, extra={"pad_token_id": 0})
         tokenizer_json(folder, BERT_SPECIAL)
         run = bring(str(folder), tmp_path / f"{head}-run", verify=False)
         (tmp_path / name).write_text(text)

@@ -27,9 +27,11 @@ from train.optimizer import OptimizerConfig
 from train.program import Program
 from train.run_files import load_run
 from transformer.errors import UserError
+from transformer.layers.feed_forward import DenseConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
 from transformer.models.gpt import GPTConfig
+from transformer.models.heads import ClassificationHeadConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -70,10 +72,10 @@ def test_the_encoder_is_taken_and_the_head_begins_afresh(texts, encoder, tmp_pat
 
 
 def test_what_else_is_another_model_is_said(texts, encoder, tmp_path):
-    model = BertConfig(**SMALL, head="classification", norm_epsilon=1e-5, activation="relu")
+    model = BertConfig(**SMALL, head=ClassificationHeadConfig(), norm_eps=1e-5, mlp=DenseConfig(activation="relu"))
     config = classifier_of(texts, tmp_path / "tuned", init_from=str(encoder), model=model)
     assert beginning(config)[2].endswith(
-        "; with model.activation: 'gelu_exact' → 'relu', model.norm_epsilon: 1e-12 → 1e-05"
+        "; with model.mlp.activation: 'gelu_exact' → 'relu', model.norm_eps: 1e-12 → 1e-05"
     )
 
 
@@ -126,11 +128,11 @@ def refusal(config: RunConfig) -> str:
         ({"vocab_size": 300}, "embed.table: [264, 32] there, [300, 32] here; set model.vocab_size to 264 (it is 300)"),
         ({"embed_dim": 64}, "set model.embed_dim to 32 (it is 64)"),
         ({"num_layers": 3}, "set model.num_layers to 2 (it is 3)"),
-        ({"mlp_dim": 64}, "set model.mlp_dim to None (it is 64)"),
+        ({"mlp": DenseConfig(dim=64, activation="gelu_exact")}, "set model.mlp.dim to None (it is 64)"),
     ],
 )  # fmt: skip
 def test_another_shape_names_the_field(texts, encoder, tmp_path, changes, told):
-    model = BertConfig(**SMALL | changes, head="classification")
+    model = BertConfig(**SMALL | changes, head=ClassificationHeadConfig())
     found = refusal(classifier_of(texts, tmp_path / "tuned", init_from=str(encoder), model=model))
     assert found.startswith("init_from: ") and "have another shape" in found and told in found
 
@@ -220,5 +222,5 @@ def test_pretraining_and_fine_tuning_from_the_command_line(texts, tmp_path, caps
     last = next(record for record in reversed(records) if "eval/loss" in record)
     assert last["eval/accuracy"] == 1 and "eval/perplexity" not in last and "eval/bits_per_byte" not in last
     assert main(["train", "tuned.yaml", "--init-from", "encoder", "--model.num-labels", "3", "--run-dir", "other"]) == 2
-    assert "model.num_labels: got 3; the data has 2 classes: bad, good" in capsys.readouterr().err
+    assert "model.head.num_labels: got 3; the data has 2 classes: bad, good" in capsys.readouterr().err
     assert main(["explain", "tuned.yaml"]) == 0

@@ -9,10 +9,15 @@ import pytest
 from flax import nnx
 
 from train.optimizer import OptimizerConfig, decay_mask, make_optimizer, make_schedule
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPT, GPTConfig
 
 PARAMS = nnx.state(
-    GPT(GPTConfig(vocab_size=16, max_length=8, num_layers=2, embed_dim=16, num_heads=2), rngs=nnx.Rngs(0)), nnx.Param
+    GPT(
+        GPTConfig(vocab_size=16, max_length=8, num_layers=2, embed_dim=16, attention=SoftmaxConfig(num_heads=2)),
+        rngs=nnx.Rngs(0),
+    ),
+    nnx.Param,
 )
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.changed import changed
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
@@ -20,13 +21,18 @@ from train.optimizer import OptimizerConfig
 from train.program import Program
 from train.sections import CheckpointConfig
 from transformer.errors import UserError
+from transformer.layers.mixture_of_experts import ExpertsConfig
+from transformer.layers.position import RelativeConfig
+from transformer.mixers.differential import DifferentialConfig
+from transformer.mixers.fast_weights import FastWeightConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import FAMILIES
 from transformer.models.gpt import GPTConfig
 from transformer.pipeline import in_order, in_stages
 
 B, T = 16, 8
-SHAPE = {"vocab_size": 32, "max_length": T, "num_layers": 4, "embed_dim": 16, "num_heads": 2}
+SHAPE = {"vocab_size": 32, "max_length": T, "num_layers": 4, "embed_dim": 16, "attention": SoftmaxConfig(num_heads=2)}
 MODEL = GPTConfig(**SHAPE)
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 32, (B, T + 1)).astype(np.int32)
@@ -103,12 +109,19 @@ def test_every_schedule_computes_what_one_device_does(layout, options):
         assert kernel.addressable_shards[0].data.size * slices == kernel.size
 
 
+LOCAL = SoftmaxConfig(num_heads=2, window=2)
 MODELS = {
     "remat": dataclasses.replace(MODEL, remat="full"),
-    "a loop over layers": dataclasses.replace(MODEL, scan_layers=False, window=3, sinks=1),
-    "relative positions": dataclasses.replace(MODEL, position="relative", relative_buckets=8, relative_distance=8),
+    "a loop over layers": changed(MODEL, scan_layers=False, attention={"window": 3, "sinks": 1}),
+    "relative positions": changed(MODEL, attention={"position": RelativeConfig(num_buckets=8, max_distance=8)}),
     # Balance is each microbatch's own; without it, experts are exact.
-    "experts": dataclasses.replace(MODEL, num_experts=4, experts_per_token=2, mlp_dim=16, balance_loss=0.0),
+    "experts": dataclasses.replace(
+        MODEL, mlp=ExpertsConfig(num_experts=4, experts_per_token=2, dim=16, balance_loss=0.0)
+    ),
+    "differential": dataclasses.replace(MODEL, attention=DifferentialConfig(num_heads=2)),
+    "hybrid": dataclasses.replace(
+        MODEL, pattern=(FastWeightConfig(kind="gated_delta", num_heads=2, chunk=4), SoftmaxConfig(num_heads=2))
+    ),
 }
 
 
@@ -123,7 +136,7 @@ def test_every_model_goes_through_a_pipeline(name, layout):
 
 
 def test_the_balance_of_experts_is_near_that_of_the_whole_batch():
-    model = dataclasses.replace(MODELS["experts"], balance_loss=0.1)
+    model = changed(MODELS["experts"], mlp={"balance_loss": 0.1})
     options = {"model": model, "steps": 1}
     expected = on_one_device(**options)[0]
     for layout in ({}, {"schedule": "1f1b"}):
@@ -134,18 +147,23 @@ def test_the_balance_of_experts_is_near_that_of_the_whole_batch():
 
 @pytest.mark.parametrize("layout", [{}, {"schedule": "1f1b"}], ids=str)
 def test_an_encoder_whose_layers_take_turns(layout):
-    model = BertConfig(**SHAPE, dropout=0.0, local_window=2, global_every=2)
+    model = BertConfig(**SHAPE, dropout=0.0, attention_dropout=0.0, pattern=(SoftmaxConfig(num_heads=2), LOCAL))
     options = {"model": model, "objective": MASKED, "steps": 2}
     config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
     assert_same_run(run(config, 2, **options), on_one_device(**options))
     with pytest.raises(UserError, match="num_layers: got 4, 2 in each stage .* takes turns over 4 layers"):
-        run(config, 2, **options | {"model": dataclasses.replace(model, global_every=4)})
+        run(
+            config,
+            2,
+            **options
+            | {"model": dataclasses.replace(model, pattern=(SoftmaxConfig(num_heads=2), LOCAL, LOCAL, LOCAL))},
+        )
 
 
 @pytest.mark.parametrize("layout", [{"stages_per_device": 2}, {"schedule": "1f1b"}], ids=str)
 def test_dropout_and_a_narrow_type_go_through_a_pipeline(layout):
     config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
-    model = dataclasses.replace(MODEL, dropout=0.2, dtype="bfloat16")
+    model = dataclasses.replace(MODEL, dropout=0.2, attention_dropout=0.2, dtype="bfloat16")
     got, expected = run(config, 2, steps=1, model=model)[0], on_one_device()[0][:1]
     assert not np.allclose(got, expected, rtol=1e-3)
     np.testing.assert_allclose(got[:, 0], expected[:, 0], rtol=0.1)

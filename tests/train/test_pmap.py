@@ -14,9 +14,10 @@ from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
 from train.optimizer import OptimizerConfig
 from train.program import Program, batch_shapes
 from transformer.errors import UserError
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
 
-MODEL = GPTConfig(vocab_size=32, max_length=8, num_layers=1, embed_dim=16, num_heads=2)
+MODEL = GPTConfig(vocab_size=32, max_length=8, num_layers=1, embed_dim=16, attention=SoftmaxConfig(num_heads=2))
 
 
 def program_of(strategy):

@@ -23,7 +23,7 @@ CONFIG = """
 name: several
 steps: 4
 batch_size: 16
-model: {vocab_size: 256, max_length: 16, num_layers: 2, embed_dim: 32, num_heads: 4}
+model: {vocab_size: 256, max_length: 16, num_layers: 2, embed_dim: 32, attention: {num_heads: 4}}
 data: {sources: [{kind: files, path: TEXT}], tokenizer: {kind: bytes}, validation_fraction: 0.2}
 optimizer: {learning_rate: 0.01, schedule: constant}
 evaluation: {every: 2}

@@ -11,16 +11,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.changed import changed
 from train.config import RunConfig
 from train.mesh import MESH_AXES, MeshConfig, batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.program import Program, suited
 from train.state import abstract_state, init_state, state_maker
 from transformer.errors import UserError
+from transformer.layers.mixture_of_experts import ExpertsConfig
+from transformer.mixers.fast_weights import FastWeightConfig
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPT, GPTConfig
 from transformer.models.recurrent import RecurrentConfig
 
-MODEL = GPTConfig(vocab_size=32, max_length=16, num_layers=4, embed_dim=32, num_heads=4)
+MODEL = GPTConfig(vocab_size=32, max_length=16, num_layers=4, embed_dim=32, attention=SoftmaxConfig(num_heads=4))
 B, T = 16, 16
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 32, (B, T + 1)).astype(np.int32)
@@ -119,11 +123,16 @@ def test_a_sliced_sequence_meets_itself_by_the_strategys_route(strategy, route):
 
 
 def test_ulysses_is_a_strategy_of_one_attention():
-    for model in (MODEL, dataclasses.replace(MODEL, attention="ulysses")):
-        assert suited(model, MeshConfig(strategy="ulysses")).attention == "ulysses"
-    assert suited(dataclasses.replace(MODEL, attention="xla"), MeshConfig()).attention == "xla"
-    with pytest.raises(UserError, match="attention: got 'ring'; mesh.strategy ulysses goes with auto and ulysses"):
-        suited(dataclasses.replace(MODEL, attention="ring"), MeshConfig(strategy="ulysses"))
+    for model in (MODEL, changed(MODEL, attention={"backend": "ulysses"})):
+        assert suited(model, MeshConfig(strategy="ulysses")).attention.backend == "ulysses"
+    assert suited(changed(MODEL, attention={"backend": "xla"}), MeshConfig()).attention.backend == "xla"
+    with pytest.raises(
+        UserError, match="attention.backend: got 'ring'; mesh.strategy ulysses goes with auto and ulysses"
+    ):
+        suited(changed(MODEL, attention={"backend": "ring"}), MeshConfig(strategy="ulysses"))
+    hybrid = dataclasses.replace(MODEL, pattern=(FastWeightConfig(num_heads=4), MODEL.attention))
+    with pytest.raises(UserError, match="pattern.0.kind: got 'delta'; mesh.strategy ulysses slices sequences"):
+        suited(hybrid, MeshConfig(strategy="ulysses"))
     with pytest.raises(UserError, match="family: got 'recurrent'; mesh.strategy ulysses needs a Transformer"):
         suited(RecurrentConfig(), MeshConfig(strategy="ulysses"))
 
@@ -132,7 +141,9 @@ def test_ulysses_is_a_strategy_of_one_attention():
     "config", [MeshConfig(strategy="expert", data=2), MeshConfig(strategy="expert", tensor=2)], ids=layout_name
 )
 def test_experts_on_devices_of_their_own_compute_what_one_device_does(config):
-    model = dataclasses.replace(MODEL, num_experts=4, experts_per_token=2, expert_capacity=1.25, mlp_dim=32)
+    model = dataclasses.replace(
+        MODEL, mlp=ExpertsConfig(num_experts=4, experts_per_token=2, capacity_factor=1.25, dim=32)
+    )
     expected = run(MeshConfig(), 1, model=model)[0]
     got, _, state = run(config, 8, model=model)
     np.testing.assert_allclose(got, expected, rtol=2e-5)

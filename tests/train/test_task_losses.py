@@ -20,8 +20,10 @@ from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
 from train.objectives import Answer, TokenClassification
 from train.program import Program, batch_shapes
 from transformer.errors import ConfigError, UserError
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
+from transformer.models.heads import TokensHeadConfig
 
 
 def batches_and_model(kind, tmp_path, **changes):
@@ -60,7 +62,7 @@ def test_shapes_are_known_and_padding_has_no_influence(kind, tmp_path):
 @pytest.mark.parametrize(("kind", "strategy"), [("token_classification", "fsdp"), ("choice", "tensor")])
 def test_eight_devices_are_as_one(kind, strategy, tmp_path):
     config, batch, _ = batches_and_model(kind, tmp_path, microbatches=2)
-    wide = dataclasses.replace(config.model, num_heads=8)
+    wide = dataclasses.replace(config.model, attention=SoftmaxConfig(num_heads=8))
     # A choice's bias has no gradient but rounding, of which Adam would make steps.
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, epsilon=1e-2))
     found = []
@@ -118,14 +120,18 @@ def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):
             {"checkpoint": {"best": "bleu"}},
             r"best: got 'bleu'; objective classification has loss, acc",
         ),
-        ("regression", {"model": {"num_labels": 2}}, "num_labels: got 2; a number needs 1"),
+        ("regression", {"model": {"head": ClassificationHeadConfig()}}, "num_labels: got 2; a number needs 1"),
         ("regression", {"loss": {"z_loss": 0.1}}, "z_loss: got 0.1; not for objective regression"),
-        ("classification", {"model": {"num_labels": 1}}, "num_labels: got 1; allowed: 2 or more"),
+        (
+            "classification",
+            {"model": {"head": ClassificationHeadConfig(num_labels=1)}},
+            "num_labels: got 1; allowed: 2 or more",
+        ),
         ("answer", {"loss": {"label_smoothing": 0.1}}, "label_smoothing: got 0.1; not for objective answer"),
         (
             "choice",
-            {"model": {"head": "classification"}},
-            "head: got 'classification'; objective choice needs 'choice'",
+            {"model": {"head": ClassificationHeadConfig()}},
+            "head.kind: got 'classification'; objective choice needs 'choice'",
         ),
         ("classification", {"evaluation": {"patience": 0}}, "patience: got 0; allowed: 1 or more"),
     ],
@@ -139,7 +145,7 @@ def test_what_does_not_go_together_is_refused(kind, changes, told, tmp_path):
 
 
 def test_an_objective_needs_its_head():
-    assert BertConfig(head="tokens").num_labels == 2
+    assert BertConfig(head=TokensHeadConfig()).head.num_labels == 2
     with pytest.raises(ConfigError, match="needs 'tokens'"):
         RunConfig(name="x", model=BertConfig(), objective=TokenClassification())
 

@@ -22,6 +22,7 @@ from train.run_files import load_run
 from train.translate import alignment
 from train.translation import score, spread
 from transformer.errors import UserError
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.encoder_decoder import VaswaniConfig
 from transformer.models.families import make_model
 from transformer.models.recurrent import RecurrentConfig
@@ -36,7 +37,7 @@ DATA = DataConfig(
 )
 SIZES = {"source_vocab_size": 600, "vocab_size": 700, "max_length": 40, "embed_dim": 32}
 MODELS = {
-    "transformer": VaswaniConfig(**SIZES, num_layers=2, num_heads=2),
+    "transformer": VaswaniConfig(**SIZES, num_layers=2, attention=SoftmaxConfig(num_heads=2)),
     "recurrent": RecurrentConfig(**SIZES, hidden_dim=16),
 }
 

@@ -125,9 +125,7 @@ class Linear(nnx.Module):
         takes are not rounded first."""
         return self._mapped(x, wide(self.dtype))
 
-    def _mapped(
-        self, x: Array, out_dtype: DTypeLike | None = None, adapter_key: PRNGKeyArray | None = None
-    ) -> Array:
+    def _mapped(self, x: Array, out_dtype: DTypeLike | None = None, adapter_key: PRNGKeyArray | None = None) -> Array:
         kernel = self.kernel[...].astype(self.dtype)
         # As a matrix: one well-tuned product on every device, whatever the dims mean.
         rows = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.num_in], -1)
