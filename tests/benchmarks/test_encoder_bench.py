@@ -13,10 +13,12 @@ from benchmarks import record
 from benchmarks.cli import main
 from benchmarks.encoders import layouts, quality, step
 from benchmarks.report import report
+from tests.changed import changed
 from tests.hf.ours import BERT, written
 from tests.train.test_hf_import import BERT_SPECIAL, WORDS, tokenizer_json
 from train.config import RunConfig
 from train.objectives import Classification
+from transformer.models.heads import ClassificationHeadConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -30,7 +30,7 @@ def test_dump_and_load_are_inverse(tmp_path):
     text = """
 name: a
 steps: 7
-model: {num_layers: 2, num_heads: 4, embed_dim: 32, dropout: 0}
+model: {num_layers: 2, attention: {num_heads: 4}, embed_dim: 32, dropout: 0}
 data:
   sources:
     - {kind: files, path: "a/*.txt", weight: 2}
@@ -71,7 +71,7 @@ def test_every_objective_is_dumped_and_loaded_as_it_was(kind):
         ("name: x\nmodel: {num_layers: '2'}", r"model.num_layers: got '2'"),
         ("name: x\nmodel: {num_layers: true}", r"model.num_layers: got True; allowed: an integer"),
         ("name: x\nmodel: {num_layers: 0}", r"model.num_layers: got 0; allowed: 1 or more"),
-        ("name: x\nmodel: {num_heads: 7}", r"model.num_heads: got 7; it must divide embed_dim \(768\)"),
+        ("name: x\nmodel: {attention: {num_heads: 7}}", r"model.attention.num_heads: got 7; allowed: a divisor of embed_dim \(768\)"),
         ("name: x\noptimizer: {b1: 1.0}", r"optimizer.b1: got 1.0; allowed"),
         ("name: x\nbatch_size: 6\nmicrobatches: 4", r"microbatches: got 4; it must divide batch_size \(6\)"),
         ("name: x\nlength: 4096", r"length: got 4096; allowed: 1 to model.max_length \(1024\)"),
@@ -103,14 +103,14 @@ def test_every_objective_is_dumped_and_loaded_as_it_was(kind):
             r"loss.temperature: .* objective.temperature; loss.class_weights is now objective.class_weights$",
         ),
         (
-            "name: x\nmodel: {family: bert, head: classification}\nobjective: {kind: classification, class_weights: blanced}",
+            "name: x\nmodel: {family: bert, head: {kind: classification}}\nobjective: {kind: classification, class_weights: blanced}",
             r"objective.class_weights: got 'blanced'; allowed: a list.*Did you mean 'balanced'",
         ),
         ("name: x\ncheckpoint: {best: f1}", r"checkpoint.best: got 'f1'; objective causal has loss"),
         ("name: x\nmesh: {expert: 2}", r"mesh.expert: got 2; the model has no experts"),
-        ("name: x\nmodel: {family: bert}\nobjective: {kind: choice}", r"model.head: got 'masked'; .* needs 'choice'"),
+        ("name: x\nmodel: {family: bert}\nobjective: {kind: choice}", r"model.head.kind: got 'masked'; .* needs 'choice'"),
         (
-            "name: x\nmodel: {family: bert, head: answer}\nobjective: {kind: answer}\nloss: {label_smoothing: 0.1}",
+            "name: x\nmodel: {family: bert, head: {kind: answer}}\nobjective: {kind: answer}\nloss: {label_smoothing: 0.1}",
             r"loss.label_smoothing: got 0.1; not for objective answer; allowed: 0",
         ),
         ("name: 2020-01-01", r"no text, number, list or mapping"),
@@ -159,12 +159,12 @@ def override(*arguments, **data):
 
 def test_overrides_are_typed():
     config = override(
-        "--model.num-layers", "3", "--optimizer.clip-norm", "null", "--model.qk-norm", "true",
+        "--model.num-layers", "3", "--optimizer.clip-norm", "null", "--model.attention.qk-norm", "true",
         "--data.sources.0.weight", "2.5", "--steps=7", "--optimizer.learning_rate", "1e-3", "--loss.z-loss", "0",
     )  # fmt: skip
     assert config.model.num_layers == 3
     assert config.optimizer.clip_norm is None
-    assert config.model.qk_norm is True
+    assert config.model.attention.qk_norm is True
     assert config.data.sources[0].weight == 2.5
     assert (config.steps, config.optimizer.learning_rate, config.loss.z_loss) == (7, 1e-3, 0.0)
 
@@ -203,7 +203,7 @@ def test_a_list_may_be_several_words_or_one():
     assert override("--optimizer.freeze", "embed.*").optimizer.freeze == ("embed.*",)
     assert override("--optimizer.freeze=[embed.*, x]", "--steps", "3").optimizer.freeze == ("embed.*", "x")
     weights = ["--objective.class-weights", "1", "2.5"]
-    given = {"model": {"family": "bert", "head": "classification"}, "objective": {"kind": "classification"}}
+    given = {"model": {"family": "bert", "head": {"kind": "classification"}}, "objective": {"kind": "classification"}}
     assert override(*weights, **given).objective.class_weights == (1.0, 2.5)
     assert override(weights[0], "balanced", **given).objective.class_weights == "balanced"
 
@@ -215,7 +215,7 @@ def test_a_list_may_be_several_words_or_one():
         (["--model.num-layer", "3"], r"command line: model.num_layer: no such field. Did you mean 'num_layers'\?"),
         (["--modle.num-layers", "3"], r"command line: modle: no such field. Did you mean 'model'\?"),
         (["--model.num-layers", "x"], r"command line: model.num_layers: got 'x'; allowed: an integer"),
-        (["--model.num-heads", "7"], r"model.num_heads: got 7; it must divide"),
+        (["--model.attention.num-heads", "7"], r"model.attention.num_heads: got 7; allowed: a divisor"),
         (["--steps", "0"], r"command line: steps: got 0"),
         (["--steps"], r"command line: --steps: a value is missing"),
         (["--steps", "--seed", "3"], r"command line: --steps: a value is missing"),
@@ -240,7 +240,7 @@ def test_a_wrong_override_is_one_line(arguments, message):
 
 def test_another_kind_takes_no_fields_that_the_file_gives_the_old_one():
     given = {"model": {"family": "bert"}, "objective": {"kind": "masked"}}
-    changed = ["--objective.kind", "contrastive", "--model.head", "embedding"]
+    changed = ["--objective.kind", "contrastive", "--model.head.kind", "embedding"]
     assert override(*changed, **given).objective == Contrastive()
     given["objective"]["mask_rate"] = 0.2
     with pytest.raises(UserError, match=r"test.yaml: objective.mask_rate: .*; this objective is contrastive"):
