@@ -133,7 +133,9 @@ def test_what_has_moved_is_there_no_longer():
         owner = parse(MINIMAL, "test")
         for section in sections:
             owner = getattr(owner, section)
-        assert field not in {one.name for one in dataclasses.fields(owner)}
+        # A field of one value may have become a section.
+        there = {one.name for one in dataclasses.fields(owner)}
+        assert field not in there or dataclasses.is_dataclass(getattr(owner, field))
 
 
 def test_yaml_anchors_can_be_merged(tmp_path):

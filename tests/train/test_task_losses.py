@@ -23,7 +23,7 @@ from transformer.errors import ConfigError, UserError
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
-from transformer.models.heads import TokensHeadConfig
+from transformer.models.heads import ClassificationHeadConfig, TokensHeadConfig
 
 
 def batches_and_model(kind, tmp_path, **changes):

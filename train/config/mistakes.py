@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.config.moved import MOVED
-from train.config.schema import chosen, configs_in, default_of, tag_of, tag_values
+from train.config.schema import chosen, configs_in, default_of, default_tag, tag_of, tag_values
 from transformer.errors import ConfigError, field_types, nearest, what_fits
 
 _NO_MAPPING = ("dict_type", "union_tag_not_found")
@@ -39,6 +39,8 @@ class _Place:
     """The config class around it."""
     siblings: tuple[type, ...] = ()
     """The other classes that the config might be of."""
+    tag: str = ""
+    """The value of the tag that says which of them it is."""
 
 
 def first_mistake(config_type: type, errors: typing.Sequence[Any], data: Any) -> Mistake:
@@ -96,8 +98,7 @@ def _unknown(place: _Place) -> str:
         if having:
             section = "one" if len(place.path) < 2 or place.path[-2].isdecimal() else place.path[-2]
             plural = "families" if tag == "family" else f"{tag}s"
-            own = " or ".join(tag_values(place.owner, tag))
-            return f"{key} is a field of {plural} {', '.join(having)}; this {section} is {own}"
+            return f"{key} is a field of {plural} {', '.join(having)}; this {section} is {place.tag}"
     if near := nearest(key, names):
         return f"no such field.{near}"
     listed = f"; allowed: {', '.join(names)}" if len(names) <= _SHOWN else ""
@@ -120,10 +121,14 @@ def _locate(config_type: type, loc: list[Any], data: Any) -> _Place:
             name = str(loc.pop(0))
             path.append(name)
             base = default if type(default) is owner else None
+            tag = ""
+            if len(configs) > 1:
+                given = value if isinstance(value, dict) else {}
+                tag = str(given.get(tag_of(configs)) or default_tag(configs, default))
             value = value.get(name) if isinstance(value, dict) else None
             assert owner is not None
             if name not in field_types(owner):
-                return _Place(tuple(path), None, value, owner, configs if len(configs) > 1 else ())
+                return _Place(tuple(path), None, value, owner, configs if len(configs) > 1 else (), tag)
             annotation, default = field_types(owner)[name], default_of(owner, name, base)
         elif typing.get_origin(annotation) is tuple:
             index = int(loc.pop(0))
