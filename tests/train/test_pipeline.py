@@ -59,7 +59,7 @@ def run(mesh_config, num_devices, steps=5, **options):
             state, metrics = program.train_step(state, batch)
             seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
             first = jax.device_get(moments(state)) if first is None else first
-        held_out = float(program.eval_step(state.params, batch).nll)
+        held_out = float(program.eval_step(state.params, batch)[0].nll)
     return np.array(seen), in_order(first), state, held_out
 
 
