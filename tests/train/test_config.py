@@ -10,6 +10,7 @@ import pytest
 
 from train.config import MOVED, RunConfig, difference, dump, fields, load, parse, to_data
 from train.config.load import build
+from train.config.mistakes import with_path
 from train.data.source_config import FilesSource, SyntheticSource
 from train.loss import LossConfig
 from train.objectives import OBJECTIVES, AnyObjective, Contrastive, Masked
@@ -402,3 +403,10 @@ def test_every_field_has_a_meaning():
 def test_no_config_has_many_fields_of_its_own():
     kinds = [RunConfig, *OBJECTIVES.values(), FilesSource, SyntheticSource]
     assert not [kind.__name__ for kind in kinds if len(vars(kind).get("__annotations__", {})) > 20]
+
+
+def test_an_error_of_a_config_that_exists_has_its_path_too():
+    error = ConfigError(BertConfig, "head", "masked", "for no reason")
+    assert with_path(RunConfig, error) == "model.head: got 'masked'; for no reason"
+    assert with_path(RunConfig, ConfigError(FilesSource, "path", "", "a path")) == "data.sources.*.path: got ''; a path"
+    assert with_path(RunConfig, ConfigError(Softmax, "num_heads", 3, "allowed")) == "num_heads: got 3; allowed"
