@@ -350,7 +350,6 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _from_flags(kind: type[T], options: argparse.Namespace) -> T:
     """A config of which each field that the command has a flag for is that flag's value."""
-
     names = {field.name for field in dataclasses.fields(kind)} & vars(options).keys()  # type: ignore[arg-type]
     try:
         return kind(**{name: getattr(options, name) for name in names})
