@@ -246,6 +246,7 @@ def test_a_list_may_be_several_words_or_one():
         (["--data.sources.1.weight", "3"], r"command line: data.sources: got item '1'; allowed: 0 to 0"),
         (["--data.sources.x.weight", "3"], r"command line: data.sources: got item 'x'"),
         (["--model.num-layers", "[1"], r"command line: model.num_layers: no valid YAML"),
+        (["--model.num-layers", "2020-01-01"], r"command line: model.num_layers: a value that is no text, number"),
         (["--objective.kind", "ul"], r"command line: objective.kind: got 'ul'; .*Did you mean 'ul2'"),
         (["--objective.temperature", "2"], r"temperature is a field of kinds contrastive; this objective is causal"),
         (["--microbatches", "5"], r"command line: microbatches: got 5; it must divide batch_size \(32\)"),

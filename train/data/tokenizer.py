@@ -36,6 +36,7 @@ _OTHER_NAMES = {CLS: "<s>", SEP: "</s>", MASK: "<mask>"}
 """What RoBERTa's vocabulary, and others after it, call them."""
 _TRAINED_KINDS = ("bpe", "wordpiece", "unigram", "words")
 _BYTES = 256
+_MOST_SENTINELS = 1 << 16
 # Brackets on both sides: so spelled, no token that a vocabulary learns from text can be equal to one of them.
 _SPECIAL_NAME = re.compile(r"\[[^\s\[\]]+\]|<[^\s<>]+>")
 _MODEL_FILE = "tokenizer.json"
@@ -66,7 +67,7 @@ class TokenizerConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         trained = self.kind in _TRAINED_KINDS
-        require(self, "sentinels", self.sentinels >= 0, "0 or more")
+        require(self, "sentinels", 0 <= self.sentinels <= _MOST_SENTINELS, f"0 to {_MOST_SENTINELS:,}")
         for name in self.special_tokens:
             holds = bool(_SPECIAL_NAME.fullmatch(name)) and self.special_tokens.count(name) == 1
             require(self, "special_tokens", holds, "different names in brackets, such as [MASK] or <mask>")
