@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import random
 from pathlib import Path
 from typing import Literal
 
@@ -143,6 +145,48 @@ def test_a_mistake_is_one_line_with_field_and_remedy(tmp_path, text, message):
         load(write(tmp_path, text))
     assert "\n" not in str(caught.value)
     assert "run.yaml" in str(caught.value)
+
+
+def test_whatever_the_data_is_a_mistake_is_one_line():
+    values = [
+        None,
+        3,
+        -1,
+        2.5,
+        "x",
+        True,
+        [],
+        ["a"],
+        [None],
+        {},
+        {"kind": "masked"},
+        {"kind": []},
+        {"a": {"b": 1}},
+        [[{}]],
+    ]
+    draw = random.Random(0)
+    wholes = [to_data(load(path)) for path in CONFIGS[::6]]
+
+    def places(data, path=()):
+        yield path
+        inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+        for key, value in inner:
+            yield from places(value, (*path, key))
+
+    refused = []
+    for _ in range(300):
+        data = copy.deepcopy(draw.choice(wholes))
+        *sections, key = draw.choice([path for path in places(data) if path])
+        owner = data
+        for section in sections:
+            owner = owner[section]
+        owner[f"{key}_" if draw.random() < 0.1 and isinstance(owner, dict) else key] = draw.choice(values)
+        try:
+            parse(data, "test")
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 200
+    assert all(one.startswith("test: ") and "\n" not in one for one in refused)
 
 
 def test_what_has_moved_is_there_no_longer():
