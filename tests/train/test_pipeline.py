@@ -37,6 +37,8 @@ BATCH = {
     "weights": (RNG.random((B, T)) < np.linspace(0.1, 1, B)[:, None]).astype(np.float32),
     "segments": np.ones((B, T), np.int32),
     "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    # What a masked language model scores: all places.
+    "predicted": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
 }
 MASKED = Masked()
 
