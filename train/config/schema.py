@@ -42,7 +42,7 @@ def tag_of(config_types: tuple[type, ...]) -> str:
         if all(tag_value(one, name) is not None for one in config_types):
             return name
     raise TypeError(
-        f"no field with a Literal of one value tells {', '.join(one.__name__ for one in config_types)} apart"
+        f"no field with a Literal of one value distinguishes {', '.join(one.__name__ for one in config_types)}"
     )
 
 

@@ -60,7 +60,7 @@ class TokenizerConfig(Config):
     training_bytes: int = 1 << 28
     """Kinds that are trained: learn the vocabulary from at most this much text, the same share of each source."""
     special_tokens: tuple[str, ...] = ()
-    """Tokens that an objective needs beside text, such as `[MASK]`, `[CLS]`, `[SEP]`; they get ids of their own."""
+    """Tokens that an objective needs in addition to text, such as `[MASK]`, `[CLS]`, `[SEP]`; they get ids of their own."""
     sentinels: int = 0
     """How many of T5's `<extra_id_0>`, `<extra_id_1>`, ... to add: one for each span that is cut out of a sequence."""
 
@@ -122,7 +122,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _content(self) -> bytes:
-        """What tells this tokenizer from any other."""
+        """What distinguishes this tokenizer from any other."""
 
     @abc.abstractmethod
     def save(self, directory: Path) -> None:
