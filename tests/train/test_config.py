@@ -359,12 +359,20 @@ class Latent(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Recurrent(Config):
+    """Two mixers of the same fields."""
+
+    kind: Literal["gru", "lstm"] = "lstm"
+    gates: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Deep(Config):
     """A model of them."""
 
     width: int = 16
     mixer: Softmax | Latent = Softmax(position=Rotary(period=5.0))
-    pattern: tuple[Softmax | Latent, ...] = ()
+    pattern: tuple[Softmax | Latent | Recurrent, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -401,6 +409,9 @@ def test_a_missing_tag_is_the_default_s_and_so_is_what_a_mapping_leaves_out():
     assert deep(mixer={"kind": "latent"}).mixer == Latent()
     assert deep(pattern=[{}, {"kind": "latent", "rank": 3}]).pattern == (Softmax(), Latent(rank=3))
     assert deep(pattern=[{}]).pattern[0].position == Learned()
+    assert deep(pattern=[{"kind": "gru"}, {"kind": "lstm", "gates": 4}]).pattern == (
+        Recurrent(kind="gru"), Recurrent(gates=4),
+    )  # fmt: skip
 
 
 def test_overrides_reach_any_depth():
@@ -422,6 +433,9 @@ def test_overrides_reach_any_depth():
         ({"pattern": [{}, {"position": {"count": 0}}]}, "deep.pattern.1.position.count: got 0; allowed: 1 or more"),
         ({"pattern": [{"position": {"kind": "rotry"}}]}, r"deep.pattern.0.position.kind: .*Did you mean 'rotary'\?"),
         ({"pattern": [{"rank": 3}]}, "deep.pattern.0.rank: rank is a field of kinds latent; this one is softmax"),
+        ({"pattern": [{"gates": 3}]}, "deep.pattern.0.gates: gates is a field of kinds gru, lstm; this one is softmax"),
+        ({"pattern": [{"kind": "gru", "rank": 3}]}, "deep.pattern.0.rank: .* kinds latent; this one is gru or lstm"),
+        ({"pattern": [{"kind": "gruu"}]}, r"deep.pattern.0.kind: got 'gruu'; .*Did you mean 'gru'\?"),
         ({"mixer": {"position": {"count": 3}}}, "deep.mixer.position.count: .* kinds learned; this position is rotary"),
         ({"mixer": {"other": {"kind": "x"}}}, "deep.mixer.other.kind: got 'x'; allowed: rotary, learned"),
         ({"mixer": {"kind": "latent", "rank": None}}, "deep.mixer.rank: got None; allowed: an integer"),
@@ -463,6 +477,9 @@ def test_every_field_has_a_meaning():
     assert not missing
     kinds = {field.path: field.meaning for field in fields(RunConfig(name="x"))}
     assert kinds["objective.kind"].startswith("Each next token is predicted")
+    assert "One of causal, prefix, masked, " in kinds["objective.kind"]
+    assert kinds["data.sources.0.kind"].endswith("One of stdlib, files, hub, wheel, synthetic.")
+    assert "One of gpt, bert, " in kinds["model.family"]
 
 
 def test_no_config_has_many_fields_of_its_own():

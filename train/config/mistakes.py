@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.config.moved import MOVED
-from train.config.schema import chosen, configs_in, default_of, tag_of, tag_value
+from train.config.tags import chosen, configs_in, default_of, tag_of, tag_values
 from transformer.errors import ConfigError, field_types, nearest, what_fits
 
 _NO_MAPPING = ("dict_type", "union_tag_not_found")
@@ -93,7 +93,7 @@ def _mistake(error: Any, place: _Place) -> Mistake:
     configs = configs_in(place.annotation)
     if kind == "union_tag_invalid" and len(configs) > 1:
         tag = tag_of(configs)
-        names = [str(tag_value(one, tag)) for one in configs]
+        names = [value for one in configs for value in tag_values(one, tag)]
         given = value.get(tag)
         near = nearest(given, names) if isinstance(given, str) else ""
         return Mistake((*path, tag), f"got {given!r}; allowed: {', '.join(names)}" + (f".{near}" if near else ""))
@@ -107,11 +107,12 @@ def _unknown(place: _Place) -> str:
     key, names = place.path[-1], list(field_types(place.owner))
     if place.siblings:
         tag = tag_of(place.siblings)
-        having = [str(tag_value(one, tag)) for one in place.siblings if key in field_types(one)]
+        having = [value for one in place.siblings if key in field_types(one) for value in tag_values(one, tag)]
         if having:
             section = "one" if len(place.path) < 2 or place.path[-2].isdecimal() else place.path[-2]
             plural = "families" if tag == "family" else f"{tag}s"
-            return f"{key} is a field of {plural} {', '.join(having)}; this {section} is {tag_value(place.owner, tag)}"
+            own = " or ".join(tag_values(place.owner, tag))
+            return f"{key} is a field of {plural} {', '.join(having)}; this {section} is {own}"
     if near := nearest(key, names):
         return f"no such field.{near}"
     listed = f"; allowed: {', '.join(names)}" if len(names) <= _SHOWN else ""

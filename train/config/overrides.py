@@ -6,13 +6,14 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from train.config.schema import chosen, configs_in, default_of, is_config, tag_value
+from train.config.tags import chosen, configs_in, default_of, is_config
 from train.config.yaml_files import as_json, parse_yaml
 from transformer.errors import UserError, alternatives, field_types
 
 WHERE = "command line"
 
 Path = tuple[str, ...]
+_TAGS = ("kind", "family")
 
 
 def apply(config_type: type, data: Any, arguments: Sequence[str]) -> tuple[Any, list[Path]]:
@@ -84,11 +85,7 @@ def _plain(value: Any) -> Any:
     kind: type = type(value)
     if is_config(kind):
         given = {name: getattr(value, name) for name in field_types(kind)}
-        return {
-            name: _plain(one)
-            for name, one in given.items()
-            if one != default_of(kind, name) or tag_value(kind, name) is not None
-        }
+        return {name: _plain(one) for name, one in given.items() if one != default_of(kind, name) or name in _TAGS}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
