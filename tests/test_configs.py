@@ -50,6 +50,9 @@ def folder(tmp_path_factory):
 def test_it_trains_a_step(path, folder, tmp_path):
     config = load(path)
     model = _smaller(config.model)
+    objective = config.objective
+    if hasattr(objective, "source_length"):
+        objective = dataclasses.replace(objective, source_length=None)
     small = dataclasses.replace(
         config,
         run_dir=str(tmp_path / "run"),
@@ -67,7 +70,7 @@ def test_it_trains_a_step(path, folder, tmp_path):
             ),
             packing=config.data.packing,
         ),
-        objective=dataclasses.replace(config.objective, source_length=None),
+        objective=objective,
         # Samples and translations have tests of their own.
         evaluation=dataclasses.replace(config.evaluation, translations=0),
         sample=dataclasses.replace(config.sample, max_tokens=0),
@@ -123,6 +126,7 @@ def _labelled_source(config, folder) -> SourceConfig:
         rows.append(json.dumps(row) + "\n")
     path = folder / f"{config.name}.jsonl"
     path.write_text("".join(rows))
-    return FilesSource(path=str(path), text_field="first", target_field="second" if first.target_field else "",
+    return FilesSource(
+        path=str(path), text_field="first", target_field="second" if first.target_field else "",
         choice_fields=choices, label_field=label, label_kind=kind,
     )  # fmt: skip

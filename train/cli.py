@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from train.interrupt import leaving_at_once
-from transformer.errors import UserError
+from transformer.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -31,12 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with leaving_at_once("manyheads"):
             options.call(options)
     except UserError as error:
-        print(f"manyheads: {error}", file=sys.stderr)
+        print(f"manyheads: {_message(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader (head, less) has left: nothing more to say, and nothing wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _message(error: UserError) -> str:
+    """The error's message, which names a field by its whole path."""
+    if not isinstance(error, ConfigError):
+        return str(error)
+    from train.config import RunConfig
+    from train.config.mistakes import with_path
+
+    return with_path(RunConfig, error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -340,8 +350,6 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _from_flags(kind: type[T], options: argparse.Namespace) -> T:
     """A config of which each field that the command has a flag for is that flag's value."""
-    from transformer.errors import ConfigError
-
     names = {field.name for field in dataclasses.fields(kind)} & vars(options).keys()  # type: ignore[arg-type]
     try:
         return kind(**{name: getattr(options, name) for name in names})

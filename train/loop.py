@@ -56,7 +56,7 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finis
         profile: first and last step to trace for TensorBoard or Perfetto.
 
     Raises:
-        UserError: whatever the user can mend, before a step where it can be known then.
+        UserError: whatever the user can fix, before a step where it can be known then.
         SystemExit: other processes of the run are lost, and it was said.
     """
     with one_log(), together(config.directory):
@@ -112,8 +112,8 @@ class Run:
     def start(self, checkpoints: Checkpoints) -> TrainState:
         """A fresh state, with another run's weights if the config says so; or that of the newest checkpoint."""
         if checkpoints.latest is not None:
-            told = checkpoints.meta(checkpoints.latest).get("selection")
-            self.selection = Selection.from_data(self.config.checkpoint.best, told)
+            stored = checkpoints.meta(checkpoints.latest).get("selection")
+            self.selection = Selection.from_data(self.config.checkpoint.best, stored)
             return checkpoints.restore(checkpoints.latest, self.program.abstract, self.config)
         state = self.program.init()
         if self.config.init_from is None:

@@ -160,7 +160,7 @@ def array_of(documents: Sequence[Document], tokenizer: Tokenizer, name: str) -> 
 
 
 def _batches(count: int, size: int) -> Iterator[np.ndarray]:
-    """The numbers below `count` in batches of one size, -1 behind the last."""
+    """The numbers below `count` in batches of one size, -1 after the last."""
     for first in range(0, count, size):
         numbers = np.arange(first, first + size)
         yield np.where(numbers < count, numbers, -1)

@@ -98,7 +98,7 @@ def test_numbers_are_classes_and_nothing_is_none(tmp_path: Path) -> None:
     )
     source = source_of(path)
     with pytest.raises(
-        UserError, match=r"rows\.jsonl:3: field 'class' is empty, and the document has no class; mend it"
+        UserError, match=r"rows\.jsonl:3: field 'class' is empty, and the document has no class; fix it"
     ):
         list(documents(source))
     rejects = Rejects("skip")

@@ -135,7 +135,7 @@ def test_numbers_are_numbers_and_else_file_and_row_are_named(tmp_path):
     assert prepared.meta.labels == () and prepared.meta.label_kind == "number"
     for value, said in (("often", "'often'"), (None, "None"), ("nan", "'nan'"), ("inf", "'inf'"), ([1], r"\[1\]")):
         bad = write(tmp_path / "bad.jsonl", [{"text": "a", "y": 1}, {"text": "b", "y": value}])
-        with pytest.raises(UserError, match=rf"bad\.jsonl:2: field 'y' holds {said}, not a number; mend it"):
+        with pytest.raises(UserError, match=rf"bad\.jsonl:2: field 'y' holds {said}, not a number; fix it"):
             list(documents(source_of(bad, label_field="y", label_kind="number")))
 
 

@@ -254,3 +254,11 @@ def test_the_task_of_an_imported_head_is_found():
     ):  # fmt: skip
         model = BertConfig(head=head_of(head, labels))
         assert [one.kind_name() for one in tasks if one().suits(model)] == ([] if kind is None else [kind])
+
+
+def test_data_knows_nothing_of_objectives():
+    for path in (ROOT / "train" / "data").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.startswith(("train.objectives", "train.loss"))], path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import random
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +12,9 @@ import pytest
 
 from train.config import MOVED, RunConfig, difference, dump, fields, load, parse, to_data
 from train.config.load import build
-from train.data.source_config import FilesSource, SyntheticSource
+from train.config.mistakes import with_path
+from train.data.prepare import DataConfig
+from train.data.source_config import FilesSource, HubSource, StdlibSource, SyntheticSource, WheelSource
 from train.loss import LossConfig
 from train.objectives import OBJECTIVES, AnyObjective, Contrastive, Masked
 from transformer.errors import Config, ConfigError, UserError, require
@@ -58,6 +62,22 @@ def test_every_objective_is_dumped_and_loaded_as_it_was(kind):
     (data,) = [to_data(Holder(objective=objective))["objective"]]
     assert build(Holder, {"objective": data}, "test").objective == objective
     assert build(Holder, {"objective": {"kind": kind}}, "test").objective == objective
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        StdlibSource(include_tests=True, limit=3),
+        FilesSource(path="a.csv", target_field="b", label_field="c", labels=("x", "y"), weight=2),
+        HubSource(path="a/b", name="c", split="test", streaming=True, choice_fields=("d", "e"), label_field="f"),
+        WheelSource(path="a.jsonl", package="a==1", sha256="0" * 64, group_field="g", on_error="skip"),
+        SyntheticSource(limit=7),
+    ],
+    ids=lambda source: source.kind,
+)
+def test_every_source_is_dumped_and_loaded_as_it_was(source, tmp_path):
+    config = RunConfig(name="x", data=DataConfig(sources=(source,), packing="pad" if source.gives_pairs else "chunk"))
+    assert load(write(tmp_path, dump(config))) == config
 
 
 @pytest.mark.parametrize(
@@ -127,15 +147,58 @@ def test_a_mistake_is_one_line_with_field_and_remedy(tmp_path, text, message):
     assert "run.yaml" in str(caught.value)
 
 
+def test_whatever_the_data_is_a_mistake_is_one_line():
+    values = [
+        None,
+        3,
+        -1,
+        2.5,
+        "x",
+        True,
+        [],
+        ["a"],
+        [None],
+        {},
+        {"kind": "masked"},
+        {"kind": []},
+        {"a": {"b": 1}},
+        [[{}]],
+    ]
+    draw = random.Random(0)
+    wholes = [to_data(load(path)) for path in CONFIGS[::6]]
+
+    def places(data, path=()):
+        yield path
+        inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+        for key, value in inner:
+            yield from places(value, (*path, key))
+
+    refused = []
+    for _ in range(300):
+        data = copy.deepcopy(draw.choice(wholes))
+        *sections, key = draw.choice([path for path in places(data) if path])
+        owner = data
+        for section in sections:
+            owner = owner[section]
+        owner[f"{key}_" if draw.random() < 0.1 and isinstance(owner, dict) else key] = draw.choice(values)
+        try:
+            parse(data, "test")
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 200
+    assert all(one.startswith("test: ") and "\n" not in one for one in refused)
+
+
 def test_what_has_moved_is_there_no_longer():
     for old in MOVED:
         *sections, field = old.split(".")
         owner = parse(MINIMAL, "test")
         for section in sections:
             owner = getattr(owner, section)
-        # A field of one value may have become a section.
-        there = {one.name for one in dataclasses.fields(owner)}
-        assert field not in there or dataclasses.is_dataclass(getattr(owner, field))
+        # What was a value may be a section now.
+        assert field not in {one.name for one in dataclasses.fields(owner)} or dataclasses.is_dataclass(
+            getattr(owner, field)
+        )
 
 
 def test_yaml_anchors_can_be_merged(tmp_path):
@@ -227,6 +290,7 @@ def test_a_list_may_be_several_words_or_one():
         (["--data.sources.1.weight", "3"], r"command line: data.sources: got item '1'; allowed: 0 to 0"),
         (["--data.sources.x.weight", "3"], r"command line: data.sources: got item 'x'"),
         (["--model.num-layers", "[1"], r"command line: model.num_layers: no valid YAML"),
+        (["--model.num-layers", "2020-01-01"], r"command line: model.num_layers: a value that is no text, number"),
         (["--objective.kind", "ul"], r"command line: objective.kind: got 'ul'; .*Did you mean 'ul2'"),
         (["--objective.temperature", "2"], r"temperature is a field of kinds contrastive; this objective is causal"),
         (["--microbatches", "5"], r"command line: microbatches: got 5; it must divide batch_size \(32\)"),
@@ -295,12 +359,20 @@ class Latent(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Recurrent(Config):
+    """Two mixers of the same fields."""
+
+    kind: Literal["gru", "lstm"] = "lstm"
+    gates: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Deep(Config):
     """A model of them."""
 
     width: int = 16
     mixer: Softmax | Latent = Softmax(position=Rotary(period=5.0))
-    pattern: tuple[Softmax | Latent, ...] = ()
+    pattern: tuple[Softmax | Latent | Recurrent, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -337,6 +409,9 @@ def test_a_missing_tag_is_the_default_s_and_so_is_what_a_mapping_leaves_out():
     assert deep(mixer={"kind": "latent"}).mixer == Latent()
     assert deep(pattern=[{}, {"kind": "latent", "rank": 3}]).pattern == (Softmax(), Latent(rank=3))
     assert deep(pattern=[{}]).pattern[0].position == Learned()
+    assert deep(pattern=[{"kind": "gru"}, {"kind": "lstm", "gates": 4}]).pattern == (
+        Recurrent(kind="gru"), Recurrent(gates=4),
+    )  # fmt: skip
 
 
 def test_overrides_reach_any_depth():
@@ -358,6 +433,9 @@ def test_overrides_reach_any_depth():
         ({"pattern": [{}, {"position": {"count": 0}}]}, "deep.pattern.1.position.count: got 0; allowed: 1 or more"),
         ({"pattern": [{"position": {"kind": "rotry"}}]}, r"deep.pattern.0.position.kind: .*Did you mean 'rotary'\?"),
         ({"pattern": [{"rank": 3}]}, "deep.pattern.0.rank: rank is a field of kinds latent; this one is softmax"),
+        ({"pattern": [{"gates": 3}]}, "deep.pattern.0.gates: gates is a field of kinds gru, lstm; this one is softmax"),
+        ({"pattern": [{"kind": "gru", "rank": 3}]}, "deep.pattern.0.rank: .* kinds latent; this one is gru or lstm"),
+        ({"pattern": [{"kind": "gruu"}]}, r"deep.pattern.0.kind: got 'gruu'; .*Did you mean 'gru'\?"),
         ({"mixer": {"position": {"count": 3}}}, "deep.mixer.position.count: .* kinds learned; this position is rotary"),
         ({"mixer": {"other": {"kind": "x"}}}, "deep.mixer.other.kind: got 'x'; allowed: rotary, learned"),
         ({"mixer": {"kind": "latent", "rank": None}}, "deep.mixer.rank: got None; allowed: an integer"),
@@ -399,8 +477,18 @@ def test_every_field_has_a_meaning():
     assert not missing
     kinds = {field.path: field.meaning for field in fields(RunConfig(name="x"))}
     assert kinds["objective.kind"].startswith("Each next token is predicted")
+    assert "One of causal, prefix, masked, " in kinds["objective.kind"]
+    assert kinds["data.sources.0.kind"].endswith("One of stdlib, files, hub, wheel, synthetic.")
+    assert "One of gpt, bert, " in kinds["model.family"]
 
 
 def test_no_config_has_many_fields_of_its_own():
     kinds = [RunConfig, *OBJECTIVES.values(), FilesSource, SyntheticSource]
     assert not [kind.__name__ for kind in kinds if len(vars(kind).get("__annotations__", {})) > 20]
+
+
+def test_an_error_of_a_config_that_exists_has_its_path_too():
+    error = ConfigError(BertConfig, "head", "masked", "for no reason")
+    assert with_path(RunConfig, error) == "model.head: got 'masked'; for no reason"
+    assert with_path(RunConfig, ConfigError(FilesSource, "path", "", "a path")) == "data.sources.*.path: got ''; a path"
+    assert with_path(RunConfig, ConfigError(Softmax, "num_heads", 3, "allowed")) == "num_heads: got 3; allowed"

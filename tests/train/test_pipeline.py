@@ -43,6 +43,8 @@ BATCH = {
     "weights": (RNG.random((B, T)) < np.linspace(0.1, 1, B)[:, None]).astype(np.float32),
     "segments": np.ones((B, T), np.int32),
     "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    # What a masked language model scores: all places.
+    "predicted": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
 }
 MASKED = Masked()
 
@@ -65,7 +67,7 @@ def run(mesh_config, num_devices, steps=5, **options):
             state, metrics = program.train_step(state, batch)
             seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
             first = jax.device_get(moments(state)) if first is None else first
-        held_out = float(program.eval_step(state.params, batch).nll)
+        held_out = float(program.eval_step(state.params, batch)[0].nll)
     return np.array(seen), in_order(first), state, held_out
 
 

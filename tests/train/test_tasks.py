@@ -20,6 +20,7 @@ from train.config import RunConfig
 from train.data.prepare import prepare
 from train.loop import train
 from train.mesh import make_mesh, use_mesh
+from train.objectives import TokenClassification
 from train.program import Program
 from train.run_files import read_metrics
 from train.sections import CheckpointConfig

@@ -10,9 +10,10 @@ import itertools
 import json
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from train.config.tags import configs_in, default_of, tag_of, tag_values
 from transformer.errors import field_types
 
 
@@ -46,20 +47,28 @@ class Field:
     meaning: str
 
 
-def fields(config: Any, prefix: str = "") -> Iterator[Field]:
-    """Every field below a config, sections opened."""
+def fields(config: Any, prefix: str = "", kinds: Sequence[type] = ()) -> Iterator[Field]:
+    """Every field below a config, sections opened.
+
+    Args:
+        prefix: of the fields' paths.
+        kinds: the classes that the config might be of; the meaning of its tag names them.
+    """
     config_type: type = type(config)
     meanings = _meanings(config_type)
     for field in dataclasses.fields(config):
         value, path = getattr(config, field.name), f"{prefix}{field.name}"
+        annotation = field_types(config_type)[field.name]
         if dataclasses.is_dataclass(value):
-            yield from fields(value, f"{path}.")
+            yield from fields(value, f"{path}.", configs_in(annotation))
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for index, item in enumerate(value):
-                yield from fields(item, f"{path}.{index}.")
+                yield from fields(item, f"{path}.{index}.", configs_in(typing.get_args(annotation)[0]))
         else:
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            yield Field(path, value, default, meanings.get(field.name, ""))
+            meaning = meanings.get(field.name, "")
+            if len(kinds) > 1 and field.name == tag_of(tuple(kinds)):
+                meaning += f" One of {', '.join(value for one in kinds for value in tag_values(one, field.name))}."
+            yield Field(path, value, default_of(config_type, field.name), meaning)
 
 
 @functools.cache

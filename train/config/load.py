@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from train.config.describe import to_data
 from train.config.run import RunConfig
-from train.config.yaml_files import dump_yaml, read_yaml
+from train.config.yaml_files import as_json, dump_yaml, read_yaml
 from transformer.errors import UserError
 from transformer.models.families import inherit
 
@@ -50,13 +50,8 @@ def build(config_type: type[T], data: Any, source: str, overrides: Sequence[str]
     from train.config.mistakes import first_mistake
     from train.config.schema import validator
 
-    try:
-        # As JSON, a list may become a tuple, while every scalar must still have the field's own type; and what YAML's anchors
-        # share becomes several.
-        data = json.loads(json.dumps(data))
-    except TypeError as error:
-        raise UserError(f"{source}: a value that is no text, number, list or mapping: {error}") from None
-    data, changed = flags.apply(config_type, data, overrides)
+    # As JSON, a list may become a tuple, while every scalar must still have the field's own type.
+    data, changed = flags.apply(config_type, as_json(data, source), overrides)
     if isinstance(data, dict) and isinstance(model := data.get("model"), dict):
         data = data | {"model": inherit(model)}
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.config.moved import MOVED
-from train.config.schema import chosen, configs_in, default_of, default_tag, tag_of, tag_values
+from train.config.tags import chosen, configs_in, default_of, default_tag, tag_of, tag_values
 from transformer.errors import ConfigError, field_types, nearest, what_fits
 
 _NO_MAPPING = ("dict_type", "union_tag_not_found")
@@ -62,6 +62,21 @@ def first_mistake(config_type: type, errors: typing.Sequence[Any], data: Any) ->
         return Mistake(first.path, f"this field has moved: it is now {to}{more}")
     error, place = next((one for one in found if one[0]["type"] == "extra_forbidden"), found[0])
     return _mistake(error, place)
+
+
+def with_path(config_type: type, error: ConfigError) -> str:
+    """The message of an error of a config that exists already, with the path of the first field that it may be about."""
+
+    def search(kind: type, prefix: str) -> typing.Iterator[str]:
+        if issubclass(kind, error.owner):
+            yield prefix
+        for name, annotation in field_types(kind).items():
+            items = typing.get_args(annotation)[0] if typing.get_origin(annotation) is tuple else annotation
+            index = "*." if items is not annotation else ""
+            for inner in configs_in(items):
+                yield from search(inner, f"{prefix}{name}.{index}")
+
+    return next(search(config_type, ""), "") + str(error)
 
 
 def _general(path: tuple[str, ...]) -> str:

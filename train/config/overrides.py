@@ -6,8 +6,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from train.config.schema import chosen, configs_in, default_of, is_config
-from train.config.yaml_files import parse_yaml
+from train.config.tags import chosen, configs_in, default_of, is_config
+from train.config.yaml_files import as_json, parse_yaml
 from transformer.errors import UserError, alternatives, field_types
 
 WHERE = "command line"
@@ -111,9 +111,8 @@ def _scalar(text: str, annotation: Any, name: str) -> Any:
     if _is_named(text, annotation):
         return text
     parts = alternatives(annotation)
-    if str not in parts:
-        return parse_yaml(text, f"{WHERE}: {name}")
-    if type(None) in parts and text == "null":
-        return None
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
-    return parse_yaml(text, f"{WHERE}: {name}") if quoted else text
+    if str in parts and not quoted:
+        return None if text == "null" and type(None) in parts else text
+    source = f"{WHERE}: {name}"
+    return as_json(parse_yaml(text, source), source)

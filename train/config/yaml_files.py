@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ def parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, functools.partial(_loader(), source=source))
     except yaml.YAMLError as error:
         raise UserError(f"{source}: no valid YAML: {' '.join(str(error).split())}") from None
+
+
+def as_json(data: Any, source: str) -> Any:
+    """The same data as JSON has it, nothing shared. Raises `UserError` for a value that JSON lacks, such as a date."""
+    try:
+        return json.loads(json.dumps(data))
+    except TypeError as error:
+        raise UserError(f"{source}: a value that is no text, number, list or mapping: {error}") from None
 
 
 def dump_yaml(data: Any) -> str:

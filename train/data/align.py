@@ -28,7 +28,7 @@ def encode_words(tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> list[t
 
 
 def encode_with_places(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The token ids [N] of each text, and the characters [N, 2] that each token is made of: the first, and that behind the
+    """The token ids [N] of each text, and the characters [N, 2] that each token is made of: the first, and the one after the
     last."""
     if isinstance(tokenizer, SubwordTokenizer):
         encodings = tokenizer.model.encode_batch(list(texts), add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Examples of a text and several others, of which one goes on behind it: a row for each of them.
+"""Examples of a text and several others, of which one continues it: a row for each of them.
 
 Axes: B examples asked for at once, Q choices, T positions. Every example holds the arrays of `train.data.rows`, each [B, Q, T],
 and

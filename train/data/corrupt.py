@@ -1,4 +1,4 @@
-"""Corrupting sequences for a model to mend: masking tokens, and cutting spans out. Pure functions of their random numbers.
+"""Corrupting sequences for a model to restore: masking tokens, and cutting spans out. Pure functions of their random numbers.
 
 Axes: B rows, T positions of a masked sequence, L raw tokens, S positions of a corrupted source, K spans. Uniform numbers
 are in [0, 1).

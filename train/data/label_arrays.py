@@ -100,7 +100,7 @@ class Labels:
         if unseen := [name for number, name in enumerate(found) if number not in known]:
             what = ("of class", "set labels of the sources to the classes to read")
             if self._kind == "tags":
-                what = ("with the tag", "mend the tag")
+                what = ("with the tag", "fix the tag")
             raise UserError(
                 f"data: held-out documents are {what[0]} {unseen[0]!r}, training documents only of {', '.join(names)}; hold "
                 f"out fewer, or {what[1]}"

@@ -38,7 +38,7 @@ _FIT_TRIES = 8  # draws of a stretch before one of the same document is given up
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingRule:
-    """Which tokens are hidden, and behind what."""
+    """Which tokens are hidden, and what replaces them."""
 
     rate: float
     """The part of the tokens that is predicted."""
@@ -100,7 +100,7 @@ class Masking:
 
 
 class _Text(Examples):
-    """Text with `[CLS]` before and `[SEP]` behind each piece, and its tokens hidden by `masking`."""
+    """Text with `[CLS]` before and `[SEP]` after each piece, and its tokens hidden by `masking`."""
 
     def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, rule: MaskingRule) -> None:
         super().__init__(array, length)

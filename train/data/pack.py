@@ -97,7 +97,7 @@ class Chunked(Examples):
 class Documents(Examples):
     """Whole documents fitted into examples, longer ones cut into pieces; no target lies in another document.
 
-    Fitting is best-fit decreasing. The index is kept beside the tokens, so that a later run maps it into memory.
+    Fitting is best-fit decreasing. The index is kept next to the tokens, so that a later run maps it into memory.
     """
 
     def __init__(self, array: TokenArray, length: int) -> None:
@@ -251,7 +251,7 @@ def place_in_group(sizes: np.ndarray) -> np.ndarray:
 
 
 def kept_index(array: TokenArray, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `make` returns, from the file `name` beside the tokens if it was made before."""
+    """What `make` returns, from the file `name` next to the tokens if it was made before."""
     if array.index_path is None:
         return make()
     path = Path(f"{array.index_path}.{name}.npy")

@@ -173,7 +173,7 @@ def _check_ids(prepared: Prepared, field: str, largest: int, vocab_size: int, to
 
 
 def _make(target: Path, config: DataConfig, *, shown: bool) -> None:
-    """Prepare into a folder beside `target`, and rename it when all of it is on the disk."""
+    """Prepare into a folder next to `target`, and rename it when all of it is on the disk."""
     partial = target.with_suffix(_PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -43,7 +43,7 @@ class Reader:
 
     format: Literal["auto"] | Format
     records: Records
-    """What becomes of a row; its `rejects` are told of all faults."""
+    """What becomes of a row; its `rejects` get all faults."""
     separator: str = ""
     query: str = ""
 
@@ -92,7 +92,7 @@ class Reader:
 
     def _python(self, path: Path, name: str) -> Iterator[Document]:
         # Python source says its own encoding (PEP 263). The standard library's tests hold a few files that are
-        # broken on purpose: no user can mend those, so they never stop a run.
+        # broken on purpose: no user can fix those, so they never stop a run.
         data = path.read_bytes()
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
@@ -155,7 +155,7 @@ class Reader:
             raise UserError(f"{path}: not a Parquet file that can be read ({_line(error)}); make it again") from error
 
     def _conll(self, path: Path, name: str) -> Iterator[Document]:
-        """Columns apart by white space, a word a line and an empty line behind each text: `words` are the first column,
+        """Columns apart by white space, a word a line and an empty line after each text: `words` are the first column,
         `tags` the last (Tjong Kim Sang & De Meulder 2003). Lines that begin a document are no words."""
         rows: list[list[str]] = []
         with open_bytes(path) as stream:
@@ -174,7 +174,7 @@ class Reader:
                     rows = []
 
     def _sqlite(self, path: Path, name: str) -> Iterator[Document]:
-        # Read-only and immutable: no journal is written beside a file that is not ours. A tokenizer that is trained on
+        # Read-only and immutable: no journal is written next to a file that is not ours. A tokenizer that is trained on
         # these documents asks for them from threads of its own, one at a time.
         uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
         connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
@@ -196,7 +196,7 @@ class Reader:
 
 
 def format_of(path: Path) -> Format:
-    """The format that a file's name tells: `pages.jsonl.gz` is `jsonl`, whatever is not known is `text`."""
+    """The format that a file's name implies: `pages.jsonl.gz` is `jsonl`, whatever is not known is `text`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()

@@ -38,11 +38,11 @@ class Document(NamedTuple):
     group: str = ""
     """What this document belongs to, such as a chapter; empty: nothing but itself."""
     label: Label | None = None
-    """What is to be told of the document."""
+    """What is to be predicted of the document."""
     words: tuple[str, ...] | None = None
     """The text's words, where each has a tag."""
     choices: tuple[str, ...] = ()
-    """The texts that may go on behind the text, of which one does."""
+    """The texts of which one continues the text."""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -111,12 +111,12 @@ class Rejects:
     on_error: Literal["stop", "skip"] = "stop"
     count: int = 0
     first: str = ""
-    advice: str = ", or leave such documents out with on_error: skip"
+    advice: str = ", or set on_error: skip"
 
     def add(self, place: str, reason: str) -> None:
         """Count the document at `place` (`FILE:LINE`), or raise a `UserError` that says what is wrong with it."""
         if self.on_error == "stop":
-            raise UserError(f"{place}: {reason}; mend it{self.advice}")
+            raise UserError(f"{place}: {reason}; fix it{self.advice}")
         self.skip(place, reason)
 
     def skip(self, place: str, reason: str) -> None:

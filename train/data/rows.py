@@ -1,4 +1,4 @@
-"""Rows for the tasks of an encoder: one text, or two, with `[CLS]` in front and `[SEP]` behind each.
+"""Rows for the tasks of an encoder: one text, or two, with `[CLS]` in front and `[SEP]` after each.
 
 Axes: B examples asked for at once, T positions, N examples there are. Every row holds
 

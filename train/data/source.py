@@ -45,7 +45,7 @@ def documents(config: SourceConfig, rejects: Rejects | None = None) -> Iterator[
 def identity(config: SourceConfig) -> dict[str, Any]:
     """What the prepared tokens of this source depend on, as JSON values: settings, and each file's size and time.
 
-    The standard library is told by its Python version and file sizes, a wheel by its SHA-256, a hub data set by its
+    The standard library is identified by its Python version and file sizes, a wheel by its SHA-256, a hub data set by its
     revision. The mixture weight is left out: it changes which examples are drawn, not the tokens.
     """
     settings = {
@@ -62,7 +62,7 @@ def identity(config: SourceConfig) -> dict[str, Any]:
 
 
 def text_size(config: SourceConfig) -> int | None:
-    """Bytes of text to expect, for a progress bar; None where nothing tells before reading."""
+    """Bytes of text to expect, for a progress bar; None where that is not known before reading."""
     if not isinstance(config, StdlibSource | FilesSource) or config.limit is not None:
         return None
     paths = [path for _, path in source_files(config)]

@@ -141,7 +141,7 @@ class FileFormatSource(RecordSource):
 
     @property
     def file_format(self) -> Format:
-        """How the files are written, as far as `path` tells it."""
+        """How the files are written, as far as `path` says."""
         return format_of(Path(self.path)) if self.format == "auto" else self.format
 
 

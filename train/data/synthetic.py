@@ -1,10 +1,10 @@
 """A translation task between two invented languages whose word alignment is known.
 
 A lexicon turns each source word into 0 to 3 target words, always the same ones; where there are several, each of them
-belongs to several source words too, so that none tells the next one and all come from the source alone. A translation
+belongs to several source words too, so that none predicts the next one and all come from the source alone. A translation
 also moves words: an adjective follows its noun, and what comes after the subject of a clause is said in the opposite
 order of blocks, so that the verb ends the clause. Both follow from the source sentence alone, so that a model can learn
-them, and `alignment` tells for any sentence which target word came from which source word.
+them, and `alignment` says of any sentence which target word came from which source word.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ _OTHER_NAMES = {CLS: "<s>", SEP: "</s>", MASK: "<mask>"}
 """What RoBERTa's vocabulary, and others after it, call them."""
 _TRAINED_KINDS = ("bpe", "wordpiece", "unigram", "words")
 _BYTES = 256
+_MOST_SENTINELS = 1 << 16
 # Brackets on both sides: so spelled, no token that a vocabulary learns from text can be equal to one of them.
 _SPECIAL_NAME = re.compile(r"\[[^\s\[\]]+\]|<[^\s<>]+>")
 _MODEL_FILE = "tokenizer.json"
@@ -59,14 +60,14 @@ class TokenizerConfig(Config):
     training_bytes: int = 1 << 28
     """Kinds that are trained: learn the vocabulary from at most this much text, the same share of each source."""
     special_tokens: tuple[str, ...] = ()
-    """Tokens that an objective needs beside text, such as `[MASK]`, `[CLS]`, `[SEP]`; they get ids of their own."""
+    """Tokens that an objective needs in addition to text, such as `[MASK]`, `[CLS]`, `[SEP]`; they get ids of their own."""
     sentinels: int = 0
     """How many of T5's `<extra_id_0>`, `<extra_id_1>`, ... to add: one for each span that is cut out of a sequence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         trained = self.kind in _TRAINED_KINDS
-        require(self, "sentinels", self.sentinels >= 0, "0 or more")
+        require(self, "sentinels", 0 <= self.sentinels <= _MOST_SENTINELS, f"0 to {_MOST_SENTINELS:,}")
         for name in self.special_tokens:
             holds = bool(_SPECIAL_NAME.fullmatch(name)) and self.special_tokens.count(name) == 1
             require(self, "special_tokens", holds, "different names in brackets, such as [MASK] or <mask>")
@@ -121,7 +122,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _content(self) -> bytes:
-        """What tells this tokenizer from any other."""
+        """What distinguishes this tokenizer from any other."""
 
     @abc.abstractmethod
     def save(self, directory: Path) -> None:

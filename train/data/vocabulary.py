@@ -109,7 +109,7 @@ def _words(vocab_size: int, added: Sequence[str], texts: Iterable[str]) -> token
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
     # A word is looked up as it stands: what the model itself does not know, no text can give. So special tokens are
-    # added behind the words.
+    # added after the words.
     special = [name for name in (END_OF_TEXT, *added) if name != UNKNOWN]
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))  # pyright: ignore[reportCallIssue]
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -156,7 +156,7 @@ def usual_end(model: tokenizers.Tokenizer) -> str | None:
 
 
 def _existing(path: Path, end_of_text: str, added: Sequence[str]) -> Tokenizer:
-    # In a run's folder it stands beside the file which end it has.
+    # A run's folder records its end-of-text token.
     ends = [end_of_text or end_beside(path)] if end_of_text or end_beside(path) else _USUAL_ENDS
     reasons = []
     for end in ends:

@@ -1,4 +1,9 @@
-"""What a model is trained to predict: one file for each objective, and one line here."""
+"""What a model is trained to predict: one file for each objective, and one line here.
+
+A new objective is a class derived from `Objective`, or from what several have in common (`HiddenTokens`,
+`EncoderDecoderObjective`, `Task`), in a file of its own; it is imported here and added to `AnyObjective`. Configs, the loop,
+evaluation, plans and messages know it then.
+"""
 
 from __future__ import annotations
 

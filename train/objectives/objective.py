@@ -54,6 +54,7 @@ class Objective(Config, abc.ABC):
     label_kind: ClassVar[LabelKind | None] = None
     """The labels that its documents must have."""
     packings: ClassVar[tuple[Packing, ...]] = ("chunk", "documents")
+    """How `data.packing` may lay its examples out."""
     least_length: ClassVar[int] = 1
     """The fewest tokens of a sequence."""
     loss_settings: ClassVar[tuple[str, ...]] = ("z_loss", "label_smoothing")
@@ -101,7 +102,7 @@ class Objective(Config, abc.ABC):
                 f"objective.kind: {kind!r} needs pairs, the sources give single texts; set their target_field"
             )
         if self.takes_pairs is False and prepared.pairs:
-            paired = " or ".join(one.kind_name() for one in objectives() if one.takes_pairs and one.label_kind is None)
+            paired = " or ".join(sorted(one.kind_name() for one in objectives() if one.takes_pairs))
             raise UserError(f"objective.kind: {kind!r} is for single texts, the sources give pairs; set it to {paired}")
         if not self.own_target_tokenizer and prepared.own_target_tokenizer is not None:
             raise UserError(f"data.target_tokenizer: one encoder reads both sides of a {kind} pair; set it to null")

@@ -83,7 +83,7 @@ class Task(Objective):
                 "label_field"
             )
         if given != wanted:
-            fitting = " or ".join(repr(one.kind_name()) for one in objectives() if one.label_kind == given)
+            fitting = " or ".join(sorted(repr(one.kind_name()) for one in objectives() if one.label_kind == given))
             raise UserError(
                 f"objective.kind: {self.kind!r} needs documents with {_LABELS[wanted]} (label_kind {wanted!r}), the sources "
                 f"give {_LABELS[given]}; set their label_kind, or the objective to {fitting}"
