@@ -60,11 +60,11 @@ def choose_backend(backend: str, request: Request) -> str:
     """
     if backend == "auto":
         if ring.slices_sequence(request):
-            # Anything else would gather the sequence on every device, which nobody asked for.
+            # Any other backend gathers the whole sequence on every device: it has to be named.
             if reason := BACKENDS["ring"].supports(request):
                 raise BackendError(
-                    f"attention: the sequence lies along an axis of the mesh, where 'auto' is 'ring', and that cannot do this: "
-                    f"{reason}. Or name a backend that gathers the sequence on every device, such as 'blockwise'"
+                    "attention: the sequence is sharded over the mesh, so backend 'auto' means 'ring', which cannot do this: "
+                    f"{reason}. Or name a backend that gathers the whole sequence on every device, such as 'blockwise'"
                 )
             return "ring"
         return _on_one_device(request)

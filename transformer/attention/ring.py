@@ -45,7 +45,7 @@ def ring(
 ) -> Float[Array, "B T N C"]:
     """Exact attention with keys and values passed from device to device. Softmax in float32, the result in v's type.
 
-    A batch or heads that do not divide among their devices are computed by each of them in whole; a sequence is filled up.
+    A batch or heads that are not divisible by their devices are computed in whole on each of them; a sequence is padded.
     """
     (B, T, N, _), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     axes = _axes(B, N)
@@ -108,9 +108,9 @@ def supports_ring(request: Request) -> str | None:
 
 
 def slices_sequence(request: Request) -> bool:
-    """Whether this call's sequence lies along an axis of the mesh, and is long enough for every device to have a part of it.
+    """Whether this call's sequence is sharded over the mesh, and long enough for each device to hold a pair of chunks.
 
-    One or a few queries, as in decoding, are not.
+    One or a few queries, as in decoding, are not sharded.
     """
     devices = axes_size(mesh_axes("seq"))
     return devices > 1 and request.num_queries >= 2 * devices
@@ -181,7 +181,7 @@ def _on_device(
     q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, dropout: Dropout | None, *, axes: Axes
 ) -> Array:
     if dropout is not None:
-        # A tile's weights are drawn by its place in the plane, which says nothing of the device's rows and heads.
+        # A tile's mask is drawn by its queries and keys; the key makes it differ by the device's share of batch and heads.
         key = jax.random.fold_in(jax.random.fold_in(dropout.key, _index(axes.batch)), _index(axes.heads))
         dropout = dataclasses.replace(dropout, key=key)
     B, T, N, H = q.shape

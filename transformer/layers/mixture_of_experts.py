@@ -76,8 +76,8 @@ def route(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """Which choice of a token has which slot of the experts of its row, read both ways: neither direction, nor the gradient of
-    either, needs more than a gather, and nothing is as large as tokens times slots."""
+    """The mapping between the tokens' choices and the experts' slots, in both directions. Dispatch, combination and their
+    gradients are gathers, and no array has a size of tokens times slots."""
 
     of_choice_BTk: Int[Array, "B T k"]
     """The slot of each choice; `size` where it has none."""
@@ -138,7 +138,7 @@ def taken_from_experts(
 
 
 def _of_choices(x_BSD: Array, slots: Slots) -> Array:
-    """What stands in the slot of each choice, [B, T, k, D]."""
+    """The vector in the slot of each choice, [B, T, k, D]."""
     B, T, k = slots.of_choice_BTk.shape
     return _rows(x_BSD, slots.of_choice_BTk.reshape(B, T * k)).reshape(B, T, k, -1)
 
@@ -227,7 +227,7 @@ class MixtureOfExperts(nnx.Module):
             return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), losses
 
     def rooms(self, num_tokens: int) -> Int[np.ndarray, " {num_tokens}+1"]:
-        """Tokens that an expert takes of a row with 0, 1, ... `num_tokens` tokens that are no padding."""
+        """How many tokens an expert takes from a row of 0, 1, ... `num_tokens` tokens, padding not counted."""
         count = np.arange(num_tokens + 1)
         if self.capacity is None:
             return count.astype(np.int32)
@@ -236,8 +236,8 @@ class MixtureOfExperts(nnx.Module):
 
 
 def without_limit(model: ModuleT) -> ModuleT:
-    """The model, changed to let its experts take all tokens that come: what one token becomes then depends on no other one's
-    choice of an expert. For inference."""
+    """The model, changed in place: its experts take every token (dropless), so that a token's output does not depend on which
+    experts other tokens choose. For inference."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, MixtureOfExperts):
             module.capacity = None
