@@ -1,8 +1,8 @@
 """Functions with a backward pass of their own that keep forward mode.
 
-`jax.custom_vjp` gives a function a backward pass and takes `jax.jvp` from it, and with that Hessian-vector products by
-`jax.jvp` of `jax.grad`. Here the function is a `jax.custom_jvp` instead, whose tangent is one opaque linear operation: in reverse
-mode it is transposed by the backward pass that was given, in forward mode it is the derivative of the forward pass.
+A function with a `jax.custom_vjp` cannot be differentiated by `jax.jvp`, so it has no Hessian-vector products by `jax.jvp` of
+`jax.grad` either. Here the function is a `jax.custom_jvp` whose tangent is one opaque linear operation: reverse mode transposes
+it by the given backward pass, forward mode evaluates it as the derivative of the forward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def with_backward(forward: Callable[..., tuple[Any, Any]], backward: Callable[..
     Args:
         forward: from the arguments to the output and what the backward pass needs of it (residuals).
         backward: from residuals and the output's gradient to a tuple with the gradient of each argument, of its structure;
-            None, for an argument or a leaf of it, is no gradient.
+            None, for an argument or a leaf of it, means no gradient.
         args: pytrees of arrays. Only those of floats have gradients.
 
     Returns:
@@ -35,7 +35,7 @@ def with_backward(forward: Callable[..., tuple[Any, Any]], backward: Callable[..
         can: a loop whose length is found as it runs has forward mode alone.
     """
     leaves, structure = jax.tree.flatten(args)
-    # Where each argument has a leaf, and where a None, which is no leaf.
+    # Where each argument has a leaf, and where a None, which JAX does not count as a leaf.
     layouts = [[leaf is not None for leaf in _with_none(arg)] for arg in args]
     is_float = [bool(jnp.issubdtype(leaf.dtype, jnp.floating)) for leaf in leaves]
 

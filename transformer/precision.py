@@ -1,8 +1,9 @@
-"""Products whose operands keep all of their bits.
+"""Float32 products at full precision.
 
-By default a float32 product runs in bfloat16 passes on a TPU and in TF32 on a GPU. That is right for a network's layers and wrong
-where small differences decide or errors add up: a router's choice, a state that thousands of positions write to, an inverse.
-What is in bfloat16 already is multiplied as it is.
+By default a float32 product runs in bfloat16 passes on a TPU and in TF32 on a GPU. This suits a network's layers, but not
+products where small differences decide or errors accumulate: a router's logits, a state that thousands of
+positions write to, an inverse. Operands in bfloat16 are multiplied at the default precision, which is exact for
+them.
 """
 
 from __future__ import annotations

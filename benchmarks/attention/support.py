@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 
 from benchmarks.attention.cases import MASKS
 from transformer.attention.dispatch import BACKENDS
+from transformer.attention.mask import AttentionMask
 from transformer.attention.mods import Mod
 from transformer.attention.request import Request
 from transformer.attention.variant import Dropout, Score, Variant
@@ -51,6 +52,8 @@ def _features() -> dict[str, dict[str, Any]]:
         "float32": {"dtype": jnp.dtype(jnp.float32)},
         "head_dim 256": {"head_dim": 256, "value_dim": 256},
         "values of another width": {"value_dim": 32},
+        "a window on both sides": {"mask": AttentionMask.window(left=64, right=64)},
+        "an odd length": {"num_queries": 1001, "num_keys": 1001, "mask": MASKS["causal"](1001)},
         "a length of 1000": {"num_queries": 1000, "num_keys": 1000, "mask": MASKS["causal"](1000)},
     }
 

@@ -115,18 +115,6 @@ def test_a_cache_with_no_room():
         cache.append(Q, Q)
 
 
-@pytest.mark.parametrize(("rows", "heads"), [(1, 4), (3, 4), (2, 3)])
-def test_auto_avoids_a_ring_that_does_not_divide(rows, heads):
-    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    rules = (("batch", "data"), ("seq", "sequence"), ("heads", "tensor"), ("kv_heads", "tensor"))
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(rows, 8, heads, 4)), jnp.float32)
-    truth = attend(x, x, x, AttentionMask.causal())[0]
-    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
-        np.testing.assert_allclose(jax.jit(lambda x: attend(x, x, x, AttentionMask.causal())[0])(x), truth, atol=2e-6)
-        with pytest.raises(ValueError, match="do not divide"):
-            attend(x, x, x, backend="ring")
-
-
 def test_a_mesh_of_another_kind_is_named():
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh), nnx.logical_axis_rules((("seq", "sequence"),)), pytest.raises(ValueError, match="Auto"):

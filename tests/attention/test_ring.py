@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tests.attention.test_blockwise import MASKS
 from transformer.attention import loops
 from transformer.attention.dispatch import BackendError, attend
+from transformer.attention.mask import AttentionMask
 
 B, T, N, K, H = 2, 64, 4, 4, 8
 RULES = (("batch", "data"), ("seq", "sequence"), ("heads", "tensor"), ("kv_heads", "tensor"))
@@ -129,9 +130,126 @@ def test_no_sequence_axis(backend):
 
 def test_what_a_ring_cannot_do_is_said():
     with mesh_of(sequence=8):
-        with pytest.raises(BackendError, match="16 chunks"):
-            attend(*(x[:, :40] for x in inputs()), backend="ring")
         with pytest.raises(BackendError, match="mask_mod"):
             attend(*inputs(), MASKS["explicit"](T, T), backend="ring")
         with pytest.raises(BackendError, match="heads"):
             attend(*(x[:, :, :1] for x in inputs()), backend="ulysses")
+
+
+def draw(*shapes):
+    rng = np.random.default_rng(3)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("rows", "queries", "keys", "heads", "kv_heads"),
+    [
+        (1, 64, 64, 4, 4),
+        (3, 64, 64, 4, 2),
+        (2, 64, 64, 3, 3),
+        (2, 64, 64, 4, 1),
+        (3, 61, 61, 3, 1),
+        (2, 30, 77, 4, 2),
+        (1, 9, 5, 4, 4),
+    ],
+)
+def test_what_does_not_divide(monkeypatch, rows, queries, keys, heads, kv_heads):
+    """Rows and heads that are no multiple of their devices, and a sequence that is none of theirs."""
+    monkeypatch.setattr(loops, "BLOCK", 8)
+    arrays = draw((rows, queries, heads, H), (rows, keys, kv_heads, H), (rows, keys, kv_heads, H))
+    slopes = jnp.linspace(0.1, 0.5, heads)
+    numbers = jnp.asarray(np.random.default_rng(1).integers(1, 3, (rows, max(queries, keys))))
+    segments = AttentionMask.segments(jnp.sort(numbers[:, :queries]), jnp.sort(numbers[:, :keys]))
+    for mask in (AttentionMask.none(), AttentionMask.causal(), AttentionMask.causal() & segments):
+        truth = values_and_gradients("reference", arrays, mask, slopes)
+        with mesh_of(data=2, sequence=2, tensor=2):
+            # A choice of its own, and by name.
+            for backend in ("ring", "auto"):
+                ours = values_and_gradients(backend, arrays, mask, slopes)
+                jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5, rtol=3e-5), ours, truth)
+
+
+def dropped(q, k, v, **options):
+    return jax.jit(
+        lambda q, k, v: attend(
+            q, k, v, AttentionMask.causal(), dropout_rate=0.25, dropout_key=jax.random.key(0), **options
+        )[0]
+    )(q, k, v)
+
+
+def test_dropout_in_a_ring(monkeypatch):
+    """Each weight is dropped or scaled up, by a draw of its own, the same one forwards and backwards."""
+    monkeypatch.setattr(loops, "BLOCK", 8)
+    length = 64
+    q, k = draw((4, length, 2, length), (4, length, 2, length))
+    # Of values that are the identity the output is the weights.
+    v = jnp.broadcast_to(jnp.eye(length)[:, None], (4, length, 2, length))
+    whole = np.asarray(attend(q, k, v, AttentionMask.causal(), backend="reference")[0])
+    with mesh_of(data=2, sequence=2, tensor=2):
+        got = np.asarray(dropped(q, k, v))
+        np.testing.assert_array_equal(got, dropped(q, k, v))
+        text = jax.jit(lambda q, k, v: dropped(q, k, v)).lower(q, k, v).as_text()
+        gradient = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(dropped(*x))), (0, 1, 2)))(q, k, v)
+    assert "collective_permute" in text
+    seen = np.broadcast_to(np.tril(np.ones((length, length), bool))[:, None], whole.shape) & (whole > 1e-6)
+    kept = got[seen] > 0
+    assert abs(kept.mean() - 0.75) < 0.01
+    np.testing.assert_allclose(got[seen][kept], whole[seen][kept] / 0.75, rtol=1e-4)
+    # No two rows or heads, on whatever devices, have one draw.
+    patterns = {(got[b, :, h] > 0).tobytes() for b in range(4) for h in range(2)}
+    assert len(patterns) == 8
+    # The draw is a constant of the gradient: that of the same weights, multiplied by it.
+    factor = jnp.where(got > 0, 1 / 0.75, 0).transpose(0, 2, 1, 3)
+
+    def expected(q, k, v):
+        logits = jnp.einsum("btnh,bsnh->bnts", q, k) * length**-0.5
+        weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((length, length), bool)), logits, -1e30))
+        return jnp.sum(jnp.sin(jnp.einsum("bnts,bsnh->btnh", weights * factor, v)))
+
+    wanted = jax.jit(jax.grad(expected, (0, 1, 2)))(q, k, v)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-3), gradient, wanted)
+
+
+def collectives(function, *arrays):
+    text = jax.jit(function).lower(*arrays).as_text()
+    return "collective_permute" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_soft_cap": 5.0}, {"scale": 0.3}, {"dropout_rate": 0.1, "dropout_key": 0},
+        {"score_mod": lambda score, b, h, q, k: score - (q - k).astype(score.dtype)},
+    ],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+@pytest.mark.parametrize("mask", [name for name in MASKS if name != "explicit"])
+def test_auto_never_leaves_the_ring(mask, options):
+    if "dropout_key" in options:
+        options = options | {"dropout_key": jax.random.key(0)}
+    with mesh_of(sequence=4, data=2):
+        assert collectives(lambda *x: attend(*x, MASKS[mask](T, T), **options)[0], *inputs())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bias_BNTS": jnp.zeros((1, 1, T, T))}, "bias: write it as a score_mod.*'blockwise'"),
+        ({"mask": MASKS["explicit"](T, T)}, "explicit mask: write it as a mask_mod.*'blockwise'"),
+    ],
+)
+def test_auto_says_what_it_cannot_do_on_a_sequence_that_lies_apart(given, message):
+    with mesh_of(sequence=4, data=2):
+        with pytest.raises(BackendError, match=message):
+            attend(*inputs(), **given)
+        # By name it is gathered.
+        attend(*inputs(), **given, backend="blockwise")
+
+
+def test_a_few_queries_need_no_ring():
+    """As in decoding: there is nothing to lay apart."""
+    q, k, v = inputs()
+    with mesh_of(sequence=4, data=2):
+        assert not collectives(lambda *x: attend(*x, AttentionMask.causal(offset=20))[0], q[:, :1], k, v)
+        # Whatever the mask is.
+        attend(q[:, :1], k, v, MASKS["explicit"](1, T))

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from transformer.layers.feed_forward import ACTIVATIONS
-from transformer.layers.mixture_of_experts import MixtureOfExperts, without_limit
+from transformer.layers.mixture_of_experts import MixtureOfExperts, route, without_limit
 
 D, F, E = 8, 16, 4
 
@@ -105,3 +106,75 @@ def test_without_a_limit_no_token_depends_on_another():
     assert np.abs(np.asarray(limited - whole)).max() > 1e-2
     for t in range(8):
         np.testing.assert_allclose(free(x[:, t : t + 1])[0], whole[:, t : t + 1], atol=1e-6)
+
+
+def by_arrays(moe, x_BTD, valid_BT):
+    """Tokens brought to experts and back by one-hot products, an array of all pairs of a token and a slot."""
+    T = x_BTD.shape[1]
+    rooms = moe.rooms(T)
+    experts, places, weights, _ = route(
+        moe.router(x_BTD), valid_BT, jnp.asarray(rooms)[valid_BT.sum(1)], experts_per_token=moe.experts_per_token
+    )
+    taken = jax.nn.one_hot(experts, moe.num_experts)[..., :, None] * jax.nn.one_hot(places, int(rooms[T]))[..., None, :]
+    given = jnp.einsum("BTkEC,BTD->BECD", taken, x_BTD)
+    hidden = ACTIVATIONS[moe.activation][0](jnp.einsum("BECD,EDF->BECF", given, moe.up_EDF[...]))
+    out = jnp.einsum("BECF,EFD->BECD", hidden, moe.down_EFD[...])
+    return jnp.einsum("BTkEC,BTk,BECD->BTD", taken, weights, out)
+
+
+@pytest.mark.parametrize("experts_per_token", [1, 2])
+@pytest.mark.parametrize("capacity", [None, 0.5, 1.25])
+def test_gradients_are_those_of_one_hot_products(capacity, experts_per_token):
+    graphdef, params = nnx.split(layer(capacity=capacity, experts_per_token=experts_per_token))
+    x, valid = draw(3, 10, D), jnp.arange(10) < jnp.array([10, 7, 0])[:, None]
+
+    def loss(apply):
+        return lambda params, x: jnp.sum(jnp.sin(3 * apply(nnx.merge(graphdef, params), x, valid)))
+
+    got = jax.jit(jax.value_and_grad(loss(lambda moe, *arrays: moe(*arrays)[0]), (0, 1)))(params, x)
+    expected = jax.jit(jax.value_and_grad(loss(by_arrays), (0, 1)))(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("capacity", [None, 1.25])
+def test_memory_is_linear_in_the_length(capacity):
+    graphdef, params = nnx.split(layer(capacity=capacity))
+
+    def largest(length):
+        """Numbers in the largest array of the training step, with what is inside of other operations."""
+
+        def sizes(jaxpr):
+            for equation in jaxpr.eqns:
+                yield from (var.aval.size for var in equation.outvars)
+                for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+                    inner = getattr(value, "jaxpr", value)
+                    if hasattr(inner, "eqns"):
+                        yield from sizes(inner)
+
+        step = jax.grad(lambda params, x: nnx.merge(graphdef, params)(x)[0].sum(), (0, 1))
+        return max(sizes(jax.make_jaxpr(step)(params, jnp.zeros((1, length, D))).jaxpr))
+
+    # Each slot's hidden layer, which is as large as the experts have room.
+    assert largest(512) <= 2.1 * largest(256) and largest(512) <= E * 512 * F
+
+
+@pytest.mark.parametrize("capacity", [None, 1.25])
+@pytest.mark.parametrize("sizes", [{"data": 2, "expert": 4}, {"expert": 2, "tensor": 2, "data": 2}], ids=str)
+def test_experts_on_devices_of_their_own(capacity, sizes):
+    graphdef, params = nnx.split(layer(capacity=capacity, activation="swiglu"))
+    x, valid = draw(4, 12, D), jnp.arange(12) < jnp.array([12, 7, 0, 9])[:, None]
+
+    def run(params, x):
+        return jax.value_and_grad(lambda params, x: jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x, valid)[0])), (0, 1))(
+            params, x
+        )
+
+    expected = jax.jit(lambda *arrays: run(*arrays))(params, x)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    rules = (("batch", "data"), ("expert", "expert"), ("mlp", "tensor" if "tensor" in sizes else None))
+    rules += tuple((axis, None) for axis in ("embed", "stream", "seq"))
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+        placed = jax.device_put(params, nnx.get_named_sharding(params, mesh))
+        assert placed["up_EDF"].get_value().addressable_shards[0].data.shape[0] == E // sizes["expert"]
+        got = jax.jit(run)(placed, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)

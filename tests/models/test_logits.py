@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 
 from tests.made import made
+from transformer.hf.encoders import head_of
 from transformer.layers.linear import Linear
+from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import Bert, BertConfig
 from transformer.models.encoder_decoder import EncoderDecoder, T5Config, VaswaniConfig
 from transformer.models.gpt import GPT, GPTConfig
@@ -25,7 +27,7 @@ SMALL = {
     "attention": SoftmaxConfig(num_heads=2),
     "dtype": "bfloat16",
 }
-BERT = BertConfig(**SMALL, num_labels=64)
+BERT = BertConfig(**SMALL)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 64, (4, 8)))
 PAIR = (TOKENS, TOKENS)
 
@@ -40,7 +42,7 @@ MODELS = {
         RecurrentConfig(vocab_size=64, max_length=8, embed_dim=32, hidden_dim=32, dtype="bfloat16"), PAIR,
     ),
 } | {
-    f"bert, {head}": (Bert, dataclasses.replace(BERT, head=head), (TOKENS,))
+    f"bert, {head}": (Bert, dataclasses.replace(BERT, head=head_of(head, 64)), (TOKENS,))
     for head in ("masked", "pretraining", "replaced", "classification", "tokens", "answer", "choice")
 }  # fmt: skip
 

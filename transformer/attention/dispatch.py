@@ -20,7 +20,6 @@ from transformer.attention.reference import attention_weights, reference
 from transformer.attention.request import Request
 from transformer.attention.variant import Dropout, Score, Variant
 from transformer.errors import UserError, nearest
-from transformer.sharding import axes_size, mesh_axes
 from transformer.types import Array, Float, PRNGKeyArray, wide
 
 
@@ -60,8 +59,13 @@ def choose_backend(backend: str, request: Request) -> str:
         BackendError: an unknown name, or a named backend that cannot serve the request, and why.
     """
     if backend == "auto":
-        if axes_size(mesh_axes("seq")) > 1 and BACKENDS["ring"].supports(request) is None:
-            # The sequence lies apart, and anything else would gather it.
+        if ring.slices_sequence(request):
+            # Any other backend gathers the whole sequence on every device: it has to be named.
+            if reason := BACKENDS["ring"].supports(request):
+                raise BackendError(
+                    "attention: the sequence is sharded over the mesh, so backend 'auto' means 'ring', which cannot do this: "
+                    f"{reason}. Or name a backend that gathers the whole sequence on every device, such as 'blockwise'"
+                )
             return "ring"
         return _on_one_device(request)
     if backend not in BACKENDS:

@@ -66,7 +66,7 @@ def _structure(mask: AttentionMask, num_queries: int, num_keys: int) -> tuple[di
     plain = [
         isinstance(term, Causal | Window) and isinstance(term.offset, int) and term.offset == 0 for term in mask.terms
     ]
-    # A window with nothing on the right is a causal one, and cuDNN wants to know it by that name.
+    # A window with nothing on the right is causal, and cuDNN needs it named so.
     is_causal = any(
         here and (isinstance(term, Causal) or (isinstance(term, Window) and term.right == 0))
         for term, here in zip(mask.terms, plain, strict=True)
@@ -114,7 +114,7 @@ def supports_cudnn(request: Request) -> str | None:
     if request.variant.score.bias_BNTS is not None:
         return "its bias gradient is not reliable for every shape"
     if request.num_queries % 2 or request.num_keys % 2:
-        # JAX asks it of a call with a bias, and takes every call for one.
+        # JAX requires this of calls with a bias, and takes every call for one.
         return (
             f"its gradient needs even lengths, and there are {request.num_queries} queries and {request.num_keys} keys"
         )

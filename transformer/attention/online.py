@@ -42,7 +42,7 @@ class Running:
 
     def finish(self, dtype: DTypeLike) -> tuple[Float[Array, "*chunks B K G T C"], Float[Array, "*chunks B K G T 1"]]:
         """The output, zeros where there was no key, and the log-sum-exp of the logits."""
-        # Any number will do where there was no key, as long as its inverse has a square: forward mode takes one.
+        # Without any key the divisor is 1: forward mode squares its inverse, which overflows for a tiny one.
         total = jnp.where(self.total > 0, self.total, 1)
         return (self.values / total).astype(dtype), self.top + jnp.log(total)
 
@@ -74,7 +74,8 @@ def forward(
 ) -> Running:
     """The softmax with one more tile of keys in it."""
     _, logits, allowed = _logits(q, k, variant, tile)
-    # What comes out does not depend on it, and in forward mode a maximum's derivative divides by how many reach it.
+    # The output does not depend on it; in forward mode a maximum's derivative divides by the number of maxima, which may be 0
+    # where a compiler computes the logits twice.
     top = jnp.maximum(running.top, jax.lax.stop_gradient(logits).max(-1, keepdims=True))
     powers = jnp.exp(logits - top)
     if allowed is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from transformer.attention import loops, online
-from transformer.attention.blockwise import ATTENTION_RESIDUALS
+from transformer.attention.blockwise import ATTENTION_RESIDUALS, Rest
 from transformer.attention.mask import AttentionMask
 from transformer.attention.online import Gradients, Running
 from transformer.attention.request import Request
 from transformer.attention.terms import BlockSparse, Either, Explicit, MaskMod, Term
-from transformer.attention.tile import Blocks, Grid, Span
-from transformer.attention.variant import Score, Variant
+from transformer.attention.tile import Blocks, Grid, Span, filled
+from transformer.attention.variant import Dropout, Score, Variant
 from transformer.differentiation import with_backward
 from transformer.sharding import axes_size, mesh_axes
 from transformer.types import Array, Float, wide
@@ -42,17 +43,32 @@ from transformer.types import Array, Float, wide
 def ring(
     q_BTNH: Float[Array, "B T N H"], k_BSKH: Float[Array, "B S K H"], v_BSKC: Float[Array, "B S K C"], variant: Variant
 ) -> Float[Array, "B T N C"]:
-    """Exact attention with keys and values passed from device to device. Softmax in float32, the result in v's type."""
-    axes = Axes(mesh_axes("seq"), mesh_axes("batch"), _head_axes())
+    """Exact attention with keys and values passed from device to device. Softmax in float32, the result in v's type.
+
+    A batch or heads that are not divisible by their devices are computed in whole on each of them; a sequence is padded.
+    """
+    (B, T, N, _), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    axes = _axes(B, N)
+    # Fewer key/value heads than devices: as many copies as give each device those of its queries.
+    copies = math.lcm(K, axes_size(axes.heads)) // K
+    if copies > 1:
+        k_BSKH, v_BSKC = (jnp.repeat(x, copies, axis=2) for x in (k_BSKH, v_BSKC))
+    chunks = 2 * axes_size(axes.seq)
+    rows, columns = (-(-size // chunks) * chunks for size in (T, S))
+    q_BTNH, k_BSKH, v_BSKC = filled(q_BTNH, rows, 1), filled(k_BSKH, columns, 1), filled(v_BSKC, columns, 1)
+    mask = variant.mask.padded(rows, columns)
+    if columns > S:
+        mask &= AttentionMask.prefix(S)
     layout = PartitionSpec(axes.batch or None, axes.seq, axes.heads or None, None)
     # The mask's arrays are small beside keys and values: every device has them whole along the sequence.
-    mask_layout = AttentionMask(tuple(_layout(term, PartitionSpec(axes.batch or None)) for term in variant.mask.terms))
-    return jax.shard_map(
+    mask_layout = AttentionMask(tuple(_layout(term, PartitionSpec(axes.batch or None)) for term in mask.terms))
+    out = jax.shard_map(
         functools.partial(_on_device, axes=axes),
-        in_specs=(layout, layout, layout, PartitionSpec(), mask_layout),
+        in_specs=(layout, layout, layout, PartitionSpec(), mask_layout, PartitionSpec()),
         out_specs=layout,
         check_vma=False,
-    )(q_BTNH, k_BSKH, v_BSKC, variant.score, variant.mask)
+    )(q_BTNH, k_BSKH, v_BSKC, variant.score, mask, variant.dropout)
+    return out[:, :T]
 
 
 def ulysses(
@@ -84,24 +100,20 @@ def supports_ring(request: Request) -> str | None:
     """Why a ring cannot serve this call, or None."""
     if reason := _no_sequence_axis("ring"):
         return reason
-    for size, axes, name in (
-        (request.batch_size, mesh_axes("batch"), "rows"),
-        (request.num_heads, _head_axes(), "heads"),
-        (request.num_kv_heads, _head_axes(), "key/value heads"),
-    ):
-        if size % axes_size(axes):
-            return f"it gives each device as much as every other, and {axes_size(axes)} do not divide {size} {name}"
-    chunks = 2 * axes_size(mesh_axes("seq"))
-    if request.num_queries % chunks or request.num_keys % chunks:
-        return (
-            f"it cuts the sequence into {chunks} chunks, two a device, and {request.num_queries} queries and "
-            f"{request.num_keys} keys are not both a multiple of that"
-        )
-    if request.variant.dropout is not None:
-        return "it has no dropout"
-    if request.variant.score.bias_BNTS is not None or any(map(_has_plane, request.variant.mask.terms)):
-        return "it takes no T×S arrays; write the mask as a mask_mod, the bias as a score_mod"
+    if request.variant.score.bias_BNTS is not None:
+        return "it takes no T×S arrays, and there is a bias: write it as a score_mod"
+    if any(map(_has_plane, request.variant.mask.terms)):
+        return "it takes no T×S arrays, and there is an explicit mask: write it as a mask_mod"
     return None
+
+
+def slices_sequence(request: Request) -> bool:
+    """Whether this call's sequence is sharded over the mesh, and long enough for each device to hold a pair of chunks.
+
+    One or a few queries, as in decoding, are not sharded.
+    """
+    devices = axes_size(mesh_axes("seq"))
+    return devices > 1 and request.num_queries >= 2 * devices
 
 
 def supports_ulysses(request: Request) -> str | None:
@@ -128,6 +140,13 @@ def _no_sequence_axis(name: str) -> str | None:
 def _head_axes() -> tuple[str, ...]:
     """Heads lie apart where key/value heads lie with their query heads."""
     return mesh_axes("heads") if mesh_axes("heads") == mesh_axes("kv_heads") else ()
+
+
+def _axes(batch_size: int, num_heads: int) -> Axes:
+    """The axes of the mesh that a call's dims are divided along."""
+    batch, heads = mesh_axes("batch"), _head_axes()
+    batch = () if batch_size % axes_size(batch) else batch
+    return Axes(mesh_axes("seq"), batch, () if num_heads % axes_size(heads) else heads)
 
 
 def _has_plane(term: Term) -> bool:
@@ -158,22 +177,28 @@ class Axes:
     heads: tuple[str, ...]
 
 
-def _on_device(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, *, axes: Axes) -> Array:
+def _on_device(
+    q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, dropout: Dropout | None, *, axes: Axes
+) -> Array:
+    if dropout is not None:
+        # A tile's mask is drawn by its queries and keys; the key makes it differ by the device's share of batch and heads.
+        key = jax.random.fold_in(jax.random.fold_in(dropout.key, _index(axes.batch)), _index(axes.heads))
+        dropout = dataclasses.replace(dropout, key=key)
     B, T, N, H = q.shape
     K, C = v.shape[2:]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     q, k, v = (_to_zigzag(x, axes) for x in (q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
-    out = _from_zigzag(_ring(q, k, v, score, mask, axes), axes)
+    out = _from_zigzag(_ring(q, k, v, score, (mask, dropout), axes), axes)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, C)
 
 
-def _ring(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, axes: Axes) -> Array:
+def _ring(q: Array, k: Array, v: Array, score: Score, rest: Rest, axes: Axes) -> Array:
     forward, backward = functools.partial(_forward, axes=axes), functools.partial(_backward, axes=axes)
-    return with_backward(forward, backward, q, k, v, score, mask)
+    return with_backward(forward, backward, q, k, v, score, rest)
 
 
-def _forward(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, *, axes: Axes) -> tuple[Array, tuple]:
-    variant = Variant(mask, score)
+def _forward(q: Array, k: Array, v: Array, score: Score, rest: Rest, *, axes: Axes) -> tuple[Array, tuple]:
+    variant = Variant(rest[0], score, rest[1])
 
     def meet(running: Running, guests: tuple[Array, Array], owner: Array) -> tuple[Running, tuple[Array, Array]]:
         def pair(number: Array, running: Running) -> Running:
@@ -189,12 +214,12 @@ def _forward(q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, *,
     running, _ = _around(meet, start, (k, v), axes)
     out, lse = running.finish(v.dtype)
     out, lse = checkpoint_name(out, ATTENTION_RESIDUALS), checkpoint_name(lse, ATTENTION_RESIDUALS)
-    return out, (q, k, v, score, mask, out, lse)
+    return out, (q, k, v, variant, out, lse)
 
 
 def _backward(saved: tuple, dout: Array, *, axes: Axes) -> tuple[Array, Array, Array, Score, None]:
-    q, k, v, score, mask, out, lse = saved
-    variant = Variant(mask, score)
+    q, k, v, variant, out, lse = saved
+    score = variant.score
     delta = online.delta(dout, out)
 
     def meet(home: tuple, guests: tuple, owner: Array) -> tuple[tuple, tuple]:

@@ -60,7 +60,7 @@ class Generator:
         self.end_of_text = end_of_text
 
         def make(rngs: nnx.Rngs) -> GPT:
-            # Experts take all tokens: a token would depend on later ones, and on padding, otherwise.
+            # Dropless experts: with a capacity limit a token would depend on later ones, and on padding.
             return without_limit(GPT(self.config, rngs=rngs))
 
         self._graphdef = graphdef_of(make)
@@ -92,8 +92,8 @@ class Generator:
             chunk: tokens between two results, for streaming; all of them at once by default.
 
         Raises:
-            UserError: no prompts, an empty one, what is no token id of the vocabulary, more tokens than the model's context, or a
-                count or a seed that cannot be.
+            UserError: no prompts, an empty one, a value that is not a token id, more tokens than the model's context, or an
+                invalid count or seed.
         """
         check_seed(seed)
         if chunk is not None:

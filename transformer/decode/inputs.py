@@ -1,5 +1,7 @@
-"""Checks of what a caller gives to decoding, before any program is compiled: every error names the prompt, the value and what is
-allowed."""
+"""Checks of the arguments of decoding, before any program is compiled.
+
+Each error names the prompt, the value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_seed(value: Any) -> None:
-    """Raise a `UserError` unless `value` is a seed that no other one equals."""
+    """Raise a `UserError` unless `value` is a seed; JAX would map others to one of these."""
     if not _is_whole(value) or not 0 <= value <= MAX_SEED:
         raise UserError(f"seed: got {_shown(value)}; allowed: a whole number, 0 to 2**32 - 1")
 
@@ -66,7 +68,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _ids(row: Any) -> Sequence[Any] | None:
-    """One number after another; None where it is no such thing."""
+    """The row as a sequence; None where it is not one."""
     if isinstance(row, list | tuple | range):
         return row
     try:

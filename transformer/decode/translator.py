@@ -92,8 +92,8 @@ class Translator:
             seed: of what is drawn.
 
         Raises:
-            UserError: an empty source, what is no token id of the vocabulary, more tokens than the model's context, a count or a
-                seed that cannot be, both a search and a sampling, or a coverage penalty for a model without weights.
+            UserError: an empty source, a value that is not a token id, more tokens than the model's context, an invalid count or
+                seed, both a search and a sampling, or a coverage penalty for a model without weights.
         """
         if search is not None and sampling is not None:
             raise UserError("search and sampling: give one of them")

@@ -1,6 +1,6 @@
 """A mixture of experts: many feed-forward networks, of which each token goes to a few.
 
-B batch, T position, D embed, F mlp, E experts, C room of an expert in a row, k experts a token.
+B batch, T position, D embed, F mlp, E experts, C room of an expert in a row, S = E C slots, k experts a token.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from transformer.differentiation import with_backward
 from transformer.errors import Config, require
 from transformer.layers.feed_forward import ACTIVATIONS, Activation, mlp_width, num_matrices
 from transformer.layers.linear import Linear
@@ -114,6 +115,81 @@ def route(
     return experts_BTk, places_BTk, weights_BTk, RouterLosses(num_experts * jnp.sum(share_E * mean_E), z)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The mapping between the tokens' choices and the experts' slots, in both directions. Dispatch, combination and their
+    gradients are gathers, and no array has a size of tokens times slots."""
+
+    of_choice_BTk: Int[Array, "B T k"]
+    """The slot of each choice; `size` where it has none."""
+    choice_BS: Int[Array, "B S"]
+    """The choice in each slot, counted token by token; T k where the slot is empty."""
+
+    @staticmethod
+    def of(experts_BTk: Int[Array, "B T k"], places_BTk: Int[Array, "B T k"], num_experts: int, room: int) -> Slots:
+        """From each choice's expert and its place in the expert's room, -1 where it has none."""
+        B, T, k = experts_BTk.shape
+        size = num_experts * room
+        slots_BTk = jnp.where(places_BTk < 0, size, experts_BTk * room + places_BTk)
+
+        def inverse(slots_N: Array) -> Array:
+            return jnp.full(size, T * k, jnp.int32).at[slots_N].set(jnp.arange(T * k, dtype=jnp.int32), mode="drop")
+
+        return Slots(slots_BTk, jax.vmap(inverse)(slots_BTk.reshape(B, T * k)))
+
+    @property
+    def size(self) -> int:
+        """S: slots of all experts in a row."""
+        return self.choice_BS.shape[1]
+
+
+def given_to_experts(x_BTD: Float[Array, "B T D"], slots: Slots) -> Float[Array, "B S D"]:
+    """The token in each slot; zeros in an empty one."""
+
+    def forward(x_BTD: Array, slots: Slots) -> tuple[Array, Slots]:
+        tokens_BS = slots.choice_BS // slots.of_choice_BTk.shape[2]
+        return _rows(x_BTD, tokens_BS), slots
+
+    def backward(slots: Slots, dgiven_BSD: Array) -> tuple[Array, None]:
+        return _of_choices(dgiven_BSD, slots).sum(2), None
+
+    return with_backward(forward, backward, x_BTD, slots)
+
+
+def taken_from_experts(
+    out_BSD: Float[Array, "B S D"], weights_BTk: Float[Array, "B T k"], slots: Slots
+) -> Float[Array, "B T D"]:
+    """Each token's choices, weighted and summed in the weights' type; zeros for a choice without a slot."""
+
+    def forward(out_BSD: Array, weights_BTk: Array, slots: Slots) -> tuple[Array, tuple[Array, Array, Slots]]:
+        parts_BTkD = _of_choices(out_BSD, slots).astype(weights_BTk.dtype)
+        total_BTD = (weights_BTk[..., None] * parts_BTkD).sum(2)
+        return total_BTD.astype(out_BSD.dtype), (out_BSD, weights_BTk, slots)
+
+    def backward(saved: tuple[Array, Array, Slots], dy_BTD: Array) -> tuple[Array, Array, None]:
+        out_BSD, weights_BTk, slots = saved
+        B, T, k = weights_BTk.shape
+        weights_BS1 = _rows(weights_BTk.reshape(B, T * k, 1), slots.choice_BS)
+        dout_BSD = _rows(dy_BTD, slots.choice_BS // k).astype(weights_BTk.dtype) * weights_BS1
+        dy_BT1D = dy_BTD[:, :, None].astype(weights_BTk.dtype)
+        dweights_BTk = (dy_BT1D * _of_choices(out_BSD, slots).astype(weights_BTk.dtype)).sum(-1)
+        return dout_BSD.astype(out_BSD.dtype), dweights_BTk, None
+
+    return with_backward(forward, backward, out_BSD, weights_BTk, slots)
+
+
+def _of_choices(x_BSD: Array, slots: Slots) -> Array:
+    """The vector in the slot of each choice, [B, T, k, D]."""
+    B, T, k = slots.of_choice_BTk.shape
+    return _rows(x_BSD, slots.of_choice_BTk.reshape(B, T * k)).reshape(B, T, k, -1)
+
+
+def _rows(x_BND: Array, index_BM: Array) -> Array:
+    """Of each row of the batch the vectors at these places; zeros for a place beyond the last."""
+    return jnp.take_along_axis(x_BND, index_BM[..., None], axis=1, mode="fill", fill_value=0)
+
+
 class MixtureOfExperts(nnx.Module):
     """Feed-forward networks side by side, along the logical axis `expert`, and a router.
 
@@ -174,11 +250,9 @@ class MixtureOfExperts(nnx.Module):
                 self.router(widen(x_BTD)), valid_BT, jnp.asarray(rooms)[valid_BT.sum(1)],
                 experts_per_token=self.experts_per_token,
             )  # fmt: skip
-            # A place outside the room is no column of the one-hot, and so goes nowhere.
-            taken = jax.nn.one_hot(experts_BTk, self.num_experts, dtype=self.dtype)[..., :, None]
-            taken_BTkEC = taken * jax.nn.one_hot(places_BTk, room, dtype=self.dtype)[..., None, :]
-            combine_BTEC = (taken_BTkEC * weights_BTk.astype(self.dtype)[..., None, None]).sum(2)
-            given_EBCD = jnp.einsum("BTEC,BTD->EBCD", taken_BTkEC.sum(2), x_BTD.astype(self.dtype))
+            slots = Slots.of(experts_BTk, places_BTk, self.num_experts, room)
+            given_BSD = given_to_experts(x_BTD.astype(self.dtype), slots)
+            given_EBCD = given_BSD.reshape(B, self.num_experts, room, -1).swapaxes(0, 1)
             # First where the tokens are, then where the experts are: between the two lies one all-to-all.
             given_EBCD = constrain(given_EBCD, None, "batch", None, None)
             given_EBCD = constrain(given_EBCD, "expert", "batch", None, None)
@@ -191,11 +265,11 @@ class MixtureOfExperts(nnx.Module):
             hidden = constrain(hidden, "expert", "batch", None, "mlp")
             out_EBCD = jnp.einsum("EBCF,EFD->EBCD", hidden, self.down_EFD[...].astype(self.dtype))
             out_EBCD = constrain(constrain(out_EBCD, "expert", "batch", None, None), None, "batch", None, None)
-            out_BTD = jnp.einsum("BTEC,EBCD->BTD", combine_BTEC, out_EBCD)
+            out_BTD = taken_from_experts(out_EBCD.swapaxes(0, 1).reshape(B, slots.size, -1), weights_BTk, slots)
             return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), losses
 
     def rooms(self, num_tokens: int) -> Int[np.ndarray, " {num_tokens}+1"]:
-        """Tokens that an expert takes of a row with 0, 1, ... `num_tokens` tokens that are no padding."""
+        """How many tokens an expert takes from a row of 0, 1, ... `num_tokens` tokens, padding not counted."""
         count = np.arange(num_tokens + 1)
         if self.capacity is None:
             return count.astype(np.int32)
@@ -204,8 +278,8 @@ class MixtureOfExperts(nnx.Module):
 
 
 def without_limit(model: ModuleT) -> ModuleT:
-    """The model, changed to let its experts take all tokens that come: what one token becomes then depends on no other one's
-    choice of an expert. For inference."""
+    """The model, changed in place: its experts take every token (dropless), so that a token's output does not depend on which
+    experts other tokens choose. For inference."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, MixtureOfExperts):
             module.capacity = None
