@@ -108,7 +108,7 @@ def test_microbatches_give_the_gradient_of_the_whole():
 
 
 def test_the_mean_of_a_row_leaves_padding_out():
-    model = make_model(dataclasses.replace(MODEL, pooling="mean"), nnx.Rngs(0))
+    model = make_model(dataclasses.replace(MODEL, head=dataclasses.replace(MODEL.head, pooling="mean")), nnx.Rngs(0))
     batch = jax.tree.map(jnp.asarray, batch_of())
     expected = model(batch["tokens"], segments_BT=batch["segments"]).logits
     other = jnp.where(batch["segments"] > 0, batch["tokens"], 5)
@@ -120,7 +120,7 @@ def test_the_mean_of_a_row_leaves_padding_out():
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        (BertConfig(), r"head: got 'masked'; objective classification needs 'classification'"),
+        (BertConfig(), r"kind: got 'masked'; objective classification needs 'classification'"),
         (GPTConfig(), r"kind: got 'classification'; a model of family 'gpt' goes with causal, prefix"),
     ],
 )

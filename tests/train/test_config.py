@@ -91,7 +91,10 @@ def test_every_source_is_dumped_and_loaded_as_it_was(source, tmp_path):
         ("name: x\nmodel: {num_layers: '2'}", r"model.num_layers: got '2'"),
         ("name: x\nmodel: {num_layers: true}", r"model.num_layers: got True; allowed: an integer"),
         ("name: x\nmodel: {num_layers: 0}", r"model.num_layers: got 0; allowed: 1 or more"),
-        ("name: x\nmodel: {attention: {num_heads: 7}}", r"model.attention.num_heads: got 7; allowed: a divisor of embed_dim \(768\)"),
+        (
+            "name: x\nmodel: {attention: {num_heads: 7}}",
+            r"model.attention.num_heads: got 7; allowed: a divisor of embed_dim \(768\)",
+        ),
         ("name: x\noptimizer: {b1: 1.0}", r"optimizer.b1: got 1.0; allowed"),
         ("name: x\nbatch_size: 6\nmicrobatches: 4", r"microbatches: got 4; it must divide batch_size \(6\)"),
         ("name: x\nlength: 4096", r"length: got 4096; allowed: 1 to model.max_length \(1024\)"),
@@ -128,7 +131,10 @@ def test_every_source_is_dumped_and_loaded_as_it_was(source, tmp_path):
         ),
         ("name: x\ncheckpoint: {best: f1}", r"checkpoint.best: got 'f1'; objective causal has loss"),
         ("name: x\nmesh: {expert: 2}", r"mesh.expert: got 2; the model has no experts"),
-        ("name: x\nmodel: {family: bert}\nobjective: {kind: choice}", r"model.head.kind: got 'masked'; .* needs 'choice'"),
+        (
+            "name: x\nmodel: {family: bert}\nobjective: {kind: choice}",
+            r"model.head.kind: got 'masked'; .* needs 'choice'",
+        ),
         (
             "name: x\nmodel: {family: bert, head: {kind: answer}}\nobjective: {kind: answer}\nloss: {label_smoothing: 0.1}",
             r"loss.label_smoothing: got 0.1; not for objective answer; allowed: 0",

@@ -131,7 +131,7 @@ def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):
         (
             "choice",
             {"model": {"head": ClassificationHeadConfig()}},
-            "head.kind: got 'classification'; objective choice needs 'choice'",
+            "kind: got 'classification'; objective choice needs 'choice'",
         ),
         ("classification", {"evaluation": {"patience": 0}}, "patience: got 0; allowed: 1 or more"),
     ],
