@@ -21,7 +21,8 @@ TARGETS = {"tpu": "v5e:2x2", "gpu": "h100:4"}
 def config_file(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(
-        "name: small\nbatch_size: 8\nmodel: {vocab_size: 64, max_length: 32, num_layers: 2, embed_dim: 64, attention: {num_heads: 2}}\n"
+        "name: small\nbatch_size: 8\n"
+        "model: {vocab_size: 64, max_length: 32, num_layers: 2, embed_dim: 64, attention: {num_heads: 2}}\n"
     )
     return path
 

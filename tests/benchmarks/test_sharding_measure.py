@@ -15,7 +15,8 @@ from transformer.errors import UserError
 def config_file(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(
-        "name: small\nbatch_size: 16\nmodel: {vocab_size: 64, max_length: 16, num_layers: 2, embed_dim: 32, attention: {num_heads: 4}}\n"
+        "name: small\nbatch_size: 16\n"
+        "model: {vocab_size: 64, max_length: 16, num_layers: 2, embed_dim: 32, attention: {num_heads: 4}}\n"
     )
     return path
 

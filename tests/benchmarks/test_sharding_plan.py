@@ -33,7 +33,8 @@ CONFIG = RunConfig(name="small", batch_size=16, model=MODEL)
 def config_file(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(
-        "name: small\nbatch_size: 16\nmodel: {vocab_size: 64, max_length: 32, num_layers: 4, embed_dim: 32, attention: {num_heads: 4}}\n"
+        "name: small\nbatch_size: 16\n"
+        "model: {vocab_size: 64, max_length: 32, num_layers: 4, embed_dim: 32, attention: {num_heads: 4}}\n"
     )
     return path
 

@@ -87,8 +87,8 @@ def run_of(kind: str, path: Path, folder: Path, **changes) -> RunConfig:
     base = RunConfig(
         name=kind, run_dir=str(folder), steps=160, batch_size=16, length=40,
         model=BertConfig(
-            vocab_size=264, max_length=48, num_layers=1, embed_dim=32, attention=SoftmaxConfig(num_heads=2), norm_first=True, dropout=0.0, attention_dropout=0.0,
-            **HEADS[kind],
+            vocab_size=264, max_length=48, num_layers=1, embed_dim=32, attention=SoftmaxConfig(num_heads=2), norm_first=True,
+            dropout=0.0, attention_dropout=0.0, **HEADS[kind],
         ),
         objective=OBJECTIVES[kind](**SETTINGS.get(kind, {})),
         data=DataConfig(

@@ -30,8 +30,15 @@ from transformer.models.heads import ClassificationHeadConfig
 
 B, T, C, V = 8, 6, 3, 16
 MODEL = BertConfig(
-    vocab_size=V, max_length=T, num_layers=1, embed_dim=16, attention=SoftmaxConfig(num_heads=2), dropout=0.0, attention_dropout=0.0, head=ClassificationHeadConfig(num_labels=C)
-)  # fmt: skip
+    vocab_size=V,
+    max_length=T,
+    num_layers=1,
+    embed_dim=16,
+    attention=SoftmaxConfig(num_heads=2),
+    dropout=0.0,
+    attention_dropout=0.0,
+    head=ClassificationHeadConfig(num_labels=C),
+)
 
 
 def batch_of(seed: int = 0, padding: int = 0) -> dict[str, np.ndarray]:

@@ -126,7 +126,8 @@ def test_every_source_is_dumped_and_loaded_as_it_was(source, tmp_path):
             r"loss.temperature: .* objective.temperature; loss.class_weights is now objective.class_weights$",
         ),
         (
-            "name: x\nmodel: {family: bert, head: {kind: classification}}\nobjective: {kind: classification, class_weights: blanced}",
+            "name: x\nmodel: {family: bert, head: {kind: classification}}\n"
+            "objective: {kind: classification, class_weights: blanced}",
             r"objective.class_weights: got 'blanced'; allowed: a list.*Did you mean 'balanced'",
         ),
         ("name: x\ncheckpoint: {best: f1}", r"checkpoint.best: got 'f1'; objective causal has loss"),

@@ -57,13 +57,24 @@ MODELS = {
         ),
         "masked",
     ),
-    "electra": (ElectraConfig(**SMALL | {"embed_dim": 32, "attention": SoftmaxConfig(num_heads=4)}, embedding_size=16, generator_size=0.5), "replaced_tokens"),
+    "electra": (
+        ElectraConfig(
+            **SMALL | {"embed_dim": 32, "attention": SoftmaxConfig(num_heads=4)}, embedding_size=16, generator_size=0.5
+        ),
+        "replaced_tokens",
+    ),
     "bert, classes": (BertConfig(**SMALL, head=ClassificationHeadConfig(num_labels=3)), "classification"),
     "bert, classes, experts": (
         BertConfig(**SMALL | EXPERTS, head=ClassificationHeadConfig(num_labels=3, pooling="mean")), "classification",
     ),
     "vaswani": (VaswaniConfig(**SMALL), "seq2seq"),
-    "t5": (T5Config(**SMALL | {"attention": T5_ATTENTION, "num_decoder_layers": 1}, mlp=DenseConfig(dim=32, activation="geglu", bias=False)), "span_corruption"),
+    "t5": (
+        T5Config(
+            **SMALL | {"attention": T5_ATTENTION, "num_decoder_layers": 1},
+            mlp=DenseConfig(dim=32, activation="geglu", bias=False),
+        ),
+        "span_corruption",
+    ),
     "t5, experts": (
         T5Config(
             **SMALL | {"attention": T5_ATTENTION}, tie_embeddings=True, scale_logits=True,

@@ -210,7 +210,11 @@ def test_one_folder_is_for_one_process(config_file, start, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--model.attention", "cudnn"), ("--model.attention-soft-cap", "5", "--model.attention", "xla")]
+    "arguments",
+    [
+        ("--model.attention.backend", "cudnn"),
+        ("--model.attention.soft-cap", "5", "--model.attention.backend", "xla"),
+    ],
 )
 def test_a_named_backend_that_cannot_run_is_one_line(config_file, tmp_path, capsys, arguments):
     assert cli(config_file, tmp_path / "run", *arguments) == 2
@@ -221,7 +225,7 @@ def test_a_refused_run_leaves_no_folder(config_file, tmp_path, capsys):
     for options in (
         ("--mesh.tensor", "3"),
         ("--data.packing", "pad"),
-        ("--model.num-heads", "4", "--mesh.tensor", "8"),
+        ("--model.attention.num-heads", "4", "--mesh.tensor", "8"),
     ):
         assert cli(config_file, tmp_path / "new", *options) == 2
         assert not (tmp_path / "new").exists(), one_line(capsys)

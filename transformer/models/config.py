@@ -121,9 +121,8 @@ class StackConfig(Config):
         positions = [(mixer.num_heads, getattr(mixer, "position", None)) for mixer in self.mixers()]
         shared = {(heads, position) for heads, position in positions if isinstance(position, RelativeConfig)}
         if len(shared) > 1:
-            raise ConfigError(
-                type(self), "pattern", self.pattern, "its layers share one bias by distance; allowed: equal num_heads and position"
-            )  # fmt: skip
+            allowed = "its layers share one bias by distance; allowed: equal num_heads and position"
+            raise ConfigError(type(self), "pattern", self.pattern, allowed)
 
     @property
     def decoder_layers(self) -> int:
