@@ -86,7 +86,8 @@ def _smaller(model):
     if getattr(model, "source_vocab_size", None) is not None:
         sizes["source_vocab_size"] = 512
     if isinstance(model, RecurrentConfig):
-        return dataclasses.replace(model, **sizes, hidden_dim=32, encoder_dim=None, attention_dim=None)
+        attention = changed(model.attention, **({"dim": None} if hasattr(model.attention, "dim") else {}))
+        return dataclasses.replace(model, **sizes, hidden_dim=32, encoder_dim=None, attention=attention)
 
     def mixer(one):
         known = {"num_heads": 4, "num_kv_heads": 2 if getattr(one, "num_kv_heads", None) else None, "head_dim": None}

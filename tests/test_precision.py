@@ -48,10 +48,10 @@ def is_highest(precision):
     return precision is not None and set(precision) == {jax.lax.Precision.HIGHEST}
 
 
-def memories(rule, form):
+def memories(rule, chunk):
     def run(q, k, v, beta, decay):
         return fast_weights(
-            q, k, v, beta, -jnp.exp(decay) if RULES[rule].decays else None, rule=rule, form=form, chunk=4,
+            q, k, v, beta, -jnp.exp(decay) if RULES[rule].decays else None, rule=rule, chunk=chunk,
             feature_map="favor",
         )  # fmt: skip
 
@@ -63,11 +63,11 @@ def linear(**options):
 
 
 SEGMENTS = jnp.array([[1] * 3 + [2] * 5])
-CASES = {f"{rule}, {form}": memories(rule, form) for rule in RULES for form in ("recurrent", "chunked", "parallel")} | {
+CASES = {f"{rule}, {chunk}": memories(rule, chunk) for rule in RULES for chunk in (1, 4, None)} | {
     "inverse": (unit_lower_inverse, (2, 8, 8)),
     "linear": linear(),
     "linear, both ways": linear(causal=False),
-    "linear, both ways at once": linear(causal=False, form="parallel"),
+    "linear, both ways at once": linear(causal=False, chunk=None),
     "linear, both ways in documents": linear(causal=False, segments_BT=SEGMENTS),
     "context": (context, (1, 3, 4), (1, 4, 5)),
     "dot scores": (dot_scores, (1, 3, 4), (1, 5, 4)),

@@ -60,12 +60,13 @@ class Program:
         with nnx.logical_axis_rules(config.mesh.optimizer_rules):
             summed = lay_out(trained.of(staged.params), mesh)
         options: dict[str, Any] = {
-            "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "objective": config.objective,
-            "trained": trained,
+            "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "trained": trained,
         }  # fmt: skip
         self.train_step: Any
         if config.mesh.strategy == "pmap":
-            self.train_step = make_pmap_step(graphdef, optimizer, config.loss, mesh, **options)
+            self.train_step = make_pmap_step(
+                graphdef, optimizer, config.loss, mesh, objective=config.objective, **options
+            )
         else:
             pipelined = schedule.microbatches is not None
             if pipelined and config.mesh.schedule == "1f1b":
@@ -73,14 +74,7 @@ class Program:
             else:
                 gradient = make_gradient(graphdef, config.loss, config.objective, trained)
             self.train_step = make_train_step(
-                graphdef,
-                optimizer,
-                config.loss,
-                staged,
-                gradients=gradients,
-                summed=summed,
-                gradient=gradient,
-                **options,
+                gradient, optimizer, staged, gradients=gradients, summed=summed, **options
             )
             if V > 1:
                 self.train_step = StagedStep(self.train_step, staged, V)

@@ -28,17 +28,14 @@ Gradient = Callable[[nnx.State, Batch, Array], tuple[nnx.State, LossSums]]
 
 
 def make_train_step(
-    graphdef: Any,
+    gradient: Gradient,
     optimizer: optax.GradientTransformation,
-    loss: LossConfig,
     abstract: TrainState,
     *,
     microbatches: int = 1,
     ema_decay: float | None = None,
-    objective: Objective = _CAUSAL,
     gradients: nnx.State | None = None,
     summed: nnx.State | None = None,
-    gradient: Gradient | None = None,
     trained: Trained = ALL,
 ) -> jax.stages.Wrapped:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
@@ -47,21 +44,18 @@ def make_train_step(
     whose loss or gradient is not finite is left out: parameters and optimiser stay as they were, and `skipped` is 1.
 
     Args:
-        graphdef: the model without arrays (`graphdef_of`).
+        gradient: what computes the gradients: `make_gradient`, or a pipeline.
         abstract: shapes and shardings of the state (`abstract_state`).
         microbatches: into how many parts the batch is cut, one after the other, to save memory.
         ema_decay: of the parameters' moving average, where the state keeps one.
-        objective: what is predicted.
         gradients: shapes and shardings of the gradients of each of several parts; by default the compiler lays them out.
         summed: the same of their sum over all parts, as the optimiser takes it.
-        gradient: what computes them, such as a pipeline; by default `jax.grad` of the objective's loss.
         trained: which parameters have gradients and are updated.
 
     Returns:
         A function whose metrics are float32 scalars: loss, nll (nats per token), grad_norm (before clipping), tokens,
         skipped.
     """
-    gradient = make_gradient(graphdef, loss, objective, trained=trained) if gradient is None else gradient
     compute = accumulated(gradient, microbatches, _layout(gradients))
 
     # Without its layout written out, the state would leave the first step laid out in other words than it came in with,

@@ -16,7 +16,7 @@ from flax import nnx
 
 from transformer.attention.additive import AdditiveAttention
 from transformer.attention.decomposable import DecomposableAttention
-from transformer.attention.fast_weights import FORMS, RULES, fast_weights
+from transformer.attention.fast_weights import RULES, fast_weights
 from transformer.attention.feature_maps import unit_length
 from transformer.attention.hard import argmax_weights
 from transformer.attention.intra import IntraAttention
@@ -95,23 +95,27 @@ class Mechanism:
     """Its ReLUs turn on and off with a rounding in bfloat16, so that its gradient there is no measure of exactness."""
 
 
+CHUNKS: dict[str, int | None] = {"parallel": None, "chunked": 64, "recurrent": 1}
+"""How many positions of linear attention and fast weights are computed at once."""
+
+
 def normal(*shapes: tuple[int, ...]) -> list[np.ndarray]:
     """Standard normal float64 arrays, always the same ones."""
     return [np.random.default_rng(seed).normal(size=shape) for seed, shape in enumerate(shapes)]
 
 
-def _fast(rule: str, form: str) -> Callable[..., jax.Array]:
+def _fast(rule: str, chunk: int | None) -> Callable[..., jax.Array]:
     def run(q, k, v, beta, decay):
         k = unit_length(k)
         beta = jax.nn.sigmoid(beta) if RULES[rule].erases else None
         decay = jax.nn.log_sigmoid(decay + 4) if RULES[rule].decays else None
-        return fast_weights(q, k, v, beta, decay, rule=rule, form=form)[0]
+        return fast_weights(q, k, v, beta, decay, rule=rule, chunk=chunk)[0]
 
     return run
 
 
-def _linear(feature_map: str, form: str) -> Callable[..., jax.Array]:
-    return lambda q, k, v: linear_attention(q, k, v, feature_map=feature_map, form=form)[0]
+def _linear(feature_map: str, chunk: int | None) -> Callable[..., jax.Array]:
+    return lambda q, k, v: linear_attention(q, k, v, feature_map=feature_map, chunk=chunk)[0]
 
 
 def _module(
@@ -216,11 +220,15 @@ MECHANISMS: dict[str, Mechanism] = {
         spread=1.0,
     ),
     **{
-        f"linear attention, {name}": Mechanism(_QKV, {form: _linear(name, form) for form in FORMS}, linear_time=True)
+        f"linear attention, {name}": Mechanism(
+            _QKV, {form: _linear(name, chunk) for form, chunk in CHUNKS.items()}, linear_time=True
+        )
         for name in ("elu", "dpfp", "favor")
     },
     **{
-        f"fast weights, {rule}": Mechanism(_GATED, {form: _fast(rule, form) for form in FORMS}, linear_time=True)
+        f"fast weights, {rule}": Mechanism(
+            _GATED, {form: _fast(rule, chunk) for form, chunk in CHUNKS.items()}, linear_time=True
+        )
         for rule in RULES
     },
 }

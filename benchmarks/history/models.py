@@ -13,6 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from transformer.alignment.fast_weights import FastMemoryConfig
+from transformer.alignment.registry import AlignmentConfig
+from transformer.alignment.scored import (
+    AdditiveConfig,
+    HardConfig,
+    LocalConfig,
+    MultiplicativeConfig,
+    NoAlignmentConfig,
+)
 from transformer.errors import UserError, nearest
 from transformer.layers.feed_forward import DenseConfig
 from transformer.mixers.softmax import SoftmaxConfig
@@ -46,7 +55,7 @@ class Entry:
     """The second width that goes with a first one."""
 
 
-def _recurrent(style: str, attention: str) -> Callable[..., ModelConfig]:
+def _recurrent(style: str, attention: AlignmentConfig) -> Callable[..., ModelConfig]:
     def make(width: int, fine: int, *, source_vocab_size: int, **options: Any) -> ModelConfig:
         extra: dict[str, Any] = {"source_vocab_size": source_vocab_size, "style": style, "attention": attention}
         return RecurrentConfig(hidden_dim=width, embed_dim=fine, encoder_dim=width // 2, **extra, **options)
@@ -63,7 +72,7 @@ def _transformer(width: int, fine: int, *, source_vocab_size: int, vocab_size: i
     )  # fmt: skip
 
 
-def _entry(title: str, paper: str, style: str, attention: str) -> Entry:
+def _entry(title: str, paper: str, style: str, attention: AlignmentConfig) -> Entry:
     return Entry(
         title=title, paper=paper, learning_rate=2e-3, make=_recurrent(style, attention), step=2,
         fine=lambda width: max(width // 2, 1),
@@ -71,15 +80,15 @@ def _entry(title: str, paper: str, style: str, attention: str) -> Entry:
 
 
 ENTRIES: dict[str, Entry] = {
-    "none": _entry("No attention", "Cho et al. 2014", "bahdanau", "none"),
-    "bahdanau": _entry("Bahdanau (additive)", "Bahdanau et al. 2014", "bahdanau", "additive"),
-    "luong-dot": _entry("Luong, dot", "Luong et al. 2015", "luong", "dot"),
-    "luong-general": _entry("Luong, general", "Luong et al. 2015", "luong", "general"),
-    "luong-concat": _entry("Luong, concat", "Luong et al. 2015", "luong", "concat"),
-    "luong-local-p": _entry("Luong, local-p", "Luong et al. 2015", "luong", "local_p"),
-    "hard": _entry("Hard", "Xu et al. 2015; Jang et al. 2016", "bahdanau", "hard"),
-    "linear": _entry("Linear", "Katharopoulos et al. 2020", "bahdanau", "linear"),
-    "delta": _entry("Delta rule", "Schlag et al. 2021", "bahdanau", "delta"),
+    "none": _entry("No attention", "Cho et al. 2014", "bahdanau", NoAlignmentConfig()),
+    "bahdanau": _entry("Bahdanau (additive)", "Bahdanau et al. 2014", "bahdanau", AdditiveConfig()),
+    "luong-dot": _entry("Luong, dot", "Luong et al. 2015", "luong", MultiplicativeConfig(kind="dot")),
+    "luong-general": _entry("Luong, general", "Luong et al. 2015", "luong", MultiplicativeConfig(kind="general")),
+    "luong-concat": _entry("Luong, concat", "Luong et al. 2015", "luong", AdditiveConfig(kind="concat")),
+    "luong-local-p": _entry("Luong, local-p", "Luong et al. 2015", "luong", LocalConfig(kind="local_p")),
+    "hard": _entry("Hard", "Xu et al. 2015; Jang et al. 2016", "bahdanau", HardConfig()),
+    "linear": _entry("Linear", "Katharopoulos et al. 2020", "bahdanau", FastMemoryConfig(kind="linear")),
+    "delta": _entry("Delta rule", "Schlag et al. 2021", "bahdanau", FastMemoryConfig(kind="delta")),
     "transformer": Entry(
         title="Transformer", paper="Vaswani et al. 2017", learning_rate=2e-3, make=_transformer, step=2 * _HEADS,
         fine=lambda width: 4 * width,

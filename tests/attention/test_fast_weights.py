@@ -12,7 +12,6 @@ import pytest
 from jax.test_util import check_grads
 
 from transformer.attention.fast_weights import (
-    FORMS,
     RULES,
     fast_weights,
     fast_weights_step,
@@ -22,7 +21,7 @@ from transformer.attention.fast_weights import (
 B, T, N, K, H, V = 2, 13, 4, 2, 3, 5
 
 
-run = jax.jit(fast_weights, static_argnames=("rule", "feature_map", "form", "chunk"))
+run = jax.jit(fast_weights, static_argnames=("rule", "feature_map", "chunk"))
 run_step = jax.jit(fast_weights_step, static_argnames="rule")
 
 
@@ -36,7 +35,7 @@ def inputs(rule, dtype=jnp.float32, length=T):
     return tuple(jnp.asarray(x, dtype) for x in arrays)
 
 
-def naive(rule, q, k, v, beta, log_decay=None, *, feature_map="identity", valid=None, segments=None, state=None):
+def naive(rule, q, k, v, beta, log_decay=None, *, feature_map="identity", segments=None, state=None):
     """The equations, one position and one head at a time."""
     phi = {"identity": lambda x: x, "elu": lambda x: np.where(x > 0, x + 1, np.exp(x))}[feature_map]
     q, k, v, beta = (np.asarray(x, np.float64) for x in (q, k, v, beta))
@@ -45,10 +44,12 @@ def naive(rule, q, k, v, beta, log_decay=None, *, feature_map="identity", valid=
     for b, n in np.ndindex(B, N):
         head = n // (N // K)
         w = np.zeros((H, V)) if state is None else np.array(state, np.float64)[b, head]
+        document = None
         for t in range(length):
-            if segments is not None and t > 0 and segments[b, t] != segments[b, t - 1]:
-                w = np.zeros((H, V))
-            if (valid is None or valid[b, t]) and (segments is None or segments[b, t] != 0):
+            segment = 1 if segments is None else segments[b, t]
+            if segment != 0:
+                w = w if document in (None, segment) else np.zeros((H, V))
+                document = segment
                 key, value = phi(k[b, t, head]), v[b, t, head]
                 w = w if log_decay is None else w * np.exp(float(log_decay[b, t, head]))
                 value = value - w.T @ key if RULES[rule].erases else value
@@ -61,14 +62,15 @@ def naive(rule, q, k, v, beta, log_decay=None, *, feature_map="identity", valid=
 DOCUMENTS = np.array([[1] * 3 + [2] * 1 + [3] * 7 + [0] * 2, [4] * 5 + [0] * 1 + [4] * 7])
 VALID = np.random.default_rng(5).random((B, T)) > 0.3
 
+CHUNKS = (None, 4, 1)
 CONDITIONS: dict[str, dict] = {
     "plain": {},
     "everything": {
-        "feature_map": "elu", "valid": VALID, "segments": DOCUMENTS,
+        "feature_map": "elu", "segments": np.where(VALID, DOCUMENTS, 0),
         "state": np.random.default_rng(6).normal(size=(B, K, H, V)),
     },
 }  # fmt: skip
-NAMES = {"valid": "valid_BT", "segments": "segments_BT", "state": "state_BKMV"}
+NAMES = {"segments": "segments_BT", "state": "state_BKMV"}
 
 
 def as_arguments(condition, dtype=jnp.float32):
@@ -81,11 +83,11 @@ def as_arguments(condition, dtype=jnp.float32):
     }
 
 
-@pytest.mark.parametrize(("form", "condition"), [*((form, "everything") for form in FORMS), ("chunked", "plain")])
+@pytest.mark.parametrize(("chunk", "condition"), [*((chunk, "everything") for chunk in CHUNKS), (4, "plain")])
 @pytest.mark.parametrize("rule", RULES)
-def test_values_are_those_of_the_equations(rule, form, condition):
+def test_values_are_those_of_the_equations(rule, chunk, condition):
     arrays = inputs(rule)
-    out, state = run(*arrays, rule=rule, form=form, chunk=4, **as_arguments(CONDITIONS[condition]))
+    out, state = run(*arrays, rule=rule, chunk=chunk, **as_arguments(CONDITIONS[condition]))
     expected, expected_state = naive(rule, *arrays, **CONDITIONS[condition])
     size = 1 + np.abs(expected).max()
     np.testing.assert_allclose(out / size, expected / size, atol=3e-6)
@@ -99,14 +101,14 @@ def test_forms_have_equal_gradients(rule):
         arguments = as_arguments(CONDITIONS["everything"], jnp.float64)
         start = arguments.pop("state_BKMV")
 
-        def loss(form, start, *arrays):
-            out, state = run(*arrays, rule=rule, form=form, chunk=4, state_BKMV=start, **arguments)
+        def loss(chunk, start, *arrays):
+            out, state = run(*arrays, rule=rule, chunk=chunk, state_BKMV=start, **arguments)
             return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(state))
 
         grad = jax.jit(jax.grad(loss, tuple(range(1, len(arrays) + 2))), static_argnums=0)
-        expected = grad("recurrent", start, *arrays)
-        for form in ("parallel", "chunked"):
-            for got, wanted in zip(grad(form, start, *arrays), expected, strict=True):
+        expected = grad(1, start, *arrays)
+        for chunk in (None, 4):
+            for got, wanted in zip(grad(chunk, start, *arrays), expected, strict=True):
                 np.testing.assert_allclose(got, wanted, atol=1e-10)
 
 
@@ -126,7 +128,7 @@ def test_gradients_are_those_of_the_equations():
 )
 def test_any_chunk_gives_what_one_position_after_another_gives(length, chunk, rule):
     arrays = inputs(rule, length=length)
-    expected = run(*arrays, rule=rule, form="recurrent")
+    expected = run(*arrays, rule=rule, chunk=1)
     for got, wanted in zip(run(*arrays, rule=rule, chunk=chunk), expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=5e-6)
 
@@ -167,13 +169,13 @@ def test_documents_are_apart(rule):
     np.testing.assert_allclose(state, last, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rule", "form"), [("gated_delta", form) for form in FORMS] + [("sum", "chunked")])
-def test_a_masked_key_has_no_influence(rule, form):
+@pytest.mark.parametrize(("rule", "chunk"), [("gated_delta", chunk) for chunk in CHUNKS] + [("sum", 4)])
+def test_a_masked_key_has_no_influence(rule, chunk):
     arrays = inputs(rule)
-    valid = jnp.asarray(VALID)
+    valid = jnp.asarray(VALID, jnp.int32)
 
     def write(k, v):
-        return run(arrays[0], k, v, *arrays[3:], rule=rule, form=form, chunk=4, valid_BT=valid)[0]
+        return run(arrays[0], k, v, *arrays[3:], rule=rule, chunk=chunk, segments_BT=valid)[0]
 
     k, v = arrays[1:3]
     hidden = ~VALID[..., None, None]
@@ -187,7 +189,7 @@ def test_a_masked_key_has_no_influence(rule, form):
 @pytest.mark.parametrize("rule", ["sum", "gated_delta"])
 def test_nothing_valid_gives_zeros_and_no_nan(rule):
     def loss(*arrays):
-        return jnp.sum(run(*arrays, rule=rule, chunk=4, valid_BT=jnp.zeros((B, T), bool))[0])
+        return jnp.sum(run(*arrays, rule=rule, chunk=4, segments_BT=jnp.zeros((B, T), jnp.int32))[0])
 
     arrays = inputs(rule)
     value, gradients = jax.jit(jax.value_and_grad(loss, tuple(range(len(arrays)))))(*arrays)
@@ -218,7 +220,7 @@ def test_strong_decay_over_a_long_sequence_stays_finite():
     q, k, v, beta, log_decay = inputs("gated_delta", length=100)
 
     def loss(log_decay):
-        return jnp.sum(run(q, k, v, beta, log_decay, rule="gated_delta", form="parallel")[0])
+        return jnp.sum(run(q, k, v, beta, log_decay, rule="gated_delta", chunk=None)[0])
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(log_decay * 50)
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -249,13 +251,15 @@ def test_types():
             {"rule": "dellta"},
             "rule='dellta' does not exist; there are sum, gated_sum, delta, gated_delta. Did you mean 'delta'",
         ),
-        ({"form": "chunks"}, "form='chunks' does not exist"),
         ({"feature_map": "elu1"}, "Did you mean 'elu'"),
         ({"chunk": 0}, "chunk=0; expected 1 or more"),
         ({"rule": "gated_delta"}, "log_decay is None; the gated rules alone take it"),
         ({"log_decay_BTK": jnp.zeros((B, T, K))}, r"log_decay is of shape \(2, 13, 2\)"),
         ({"state_BKMV": jnp.zeros((B, K, H + 1, V))}, r"state has shape .* expected \[B, K, M, V\] = \(2, 2, 3, 5\)"),
-        ({"valid_BT": jnp.ones((B, T + 1), bool)}, r"valid is bool \(2, 14\); expected bool \[B=2, T=13\]"),
+        (
+            {"segments_BT": jnp.ones((B, T + 1), jnp.int32)},
+            r"segments is int32 \(2, 14\); expected integer \[B=2, T=13\]",
+        ),
         ({"segments_BT": jnp.ones((B, T))}, "segments is float32"),
         ({"q_BTNH": jnp.zeros((B, T, 3, H))}, r"q has 3 heads \(2, 13, 3, 3\), no multiple of k's 2"),
         (
@@ -277,12 +281,12 @@ def test_arrays_that_a_feature_map_captures_have_gradients_in_chunks():
 
     @functools.partial(jax.jit, static_argnums=1)
     @jax.grad
-    def gradient(matrix, form):
-        out, state = fast_weights(q, k, v, feature_map=lambda x: jnp.tanh(x @ matrix), rule="sum", form=form, chunk=4)
+    def gradient(matrix, chunk):
+        out, state = fast_weights(q, k, v, feature_map=lambda x: jnp.tanh(x @ matrix), rule="sum", chunk=chunk)
         return jnp.sum(out**2) + jnp.sum(state)
 
     matrix = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
-    grads = [np.asarray(gradient(matrix, form)) for form in ("chunked", "recurrent")]
+    grads = [np.asarray(gradient(matrix, chunk)) for chunk in (4, 1)]
     np.testing.assert_allclose(*grads, rtol=1e-4)
     assert np.abs(grads[0]).min() > 0
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from transformer.attention.fast_weights import FORMS
 from transformer.attention.feature_maps import (
     FEATURE_MAPS,
     dpfp,
@@ -28,13 +27,14 @@ from transformer.attention.linear_attention import linear_attention
 B, T, N, K, H, V = 2, 11, 4, 2, 3, 5
 DOCUMENTS = np.array([[1] * 3 + [2] * 6 + [0] * 2, [4] * 5 + [0] * 1 + [5] * 5])
 VALID = np.random.default_rng(5).random((B, T)) > 0.3
+CHUNKS = (None, 4, 1)
 CONDITIONS = {
     "plain": {},
     "padding and documents": {"valid_BS": VALID, "segments_BT": DOCUMENTS},
 }
 
 
-run = jax.jit(linear_attention, static_argnames=("causal", "feature_map", "form", "chunk"))
+run = jax.jit(linear_attention, static_argnames=("causal", "feature_map", "chunk"))
 
 
 def inputs(dtype=jnp.float32, num_keys=T):
@@ -61,20 +61,20 @@ def naive(q, k, v, causal, valid_BS=None, segments_BT=None):
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_values_are_those_of_the_equation(causal, form, condition):
+def test_values_are_those_of_the_equation(causal, chunk, condition):
     arrays = inputs()
     arguments = {name: jnp.asarray(x) for name, x in CONDITIONS[condition].items()}
-    out, state = run(*arrays, causal=causal, form=form, chunk=4, **arguments)
+    out, state = run(*arrays, causal=causal, chunk=chunk, **arguments)
     np.testing.assert_allclose(out, naive(*arrays, causal, **CONDITIONS[condition]), atol=1e-5)
     assert (state is not None) == causal
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_cross_attention(form):
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_cross_attention(chunk):
     arrays = inputs(num_keys=7)
-    np.testing.assert_allclose(run(*arrays, causal=False, form=form, chunk=4)[0], naive(*arrays, False), atol=1e-5)
+    np.testing.assert_allclose(run(*arrays, causal=False, chunk=chunk)[0], naive(*arrays, False), atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -84,24 +84,24 @@ def test_gradients(causal):
         arguments = {name: jnp.asarray(x) for name, x in CONDITIONS["padding and documents"].items()}
 
         @functools.partial(jax.jit, static_argnums=0)
-        def attend(form, *arrays):
-            return run(*arrays, causal=causal, form=form, chunk=4, **arguments)[0]
+        def attend(chunk, *arrays):
+            return run(*arrays, causal=causal, chunk=chunk, **arguments)[0]
 
-        check_grads(lambda *x: attend("chunked", *map(jnp.asarray, x)), arrays, order=1, modes=["rev"], rtol=1e-4)
-        grad = jax.jit(jax.grad(lambda form, *x: jnp.sum(jnp.sin(attend(form, *x))), (1, 2, 3)), static_argnums=0)
-        for form in ("parallel", "recurrent"):
-            for got, wanted in zip(grad(form, *arrays), grad("chunked", *arrays), strict=True):
+        check_grads(lambda *x: attend(4, *map(jnp.asarray, x)), arrays, order=1, modes=["rev"], rtol=1e-4)
+        grad = jax.jit(jax.grad(lambda chunk, *x: jnp.sum(jnp.sin(attend(chunk, *x))), (1, 2, 3)), static_argnums=0)
+        for chunk in (None, 1):
+            for got, wanted in zip(grad(chunk, *arrays), grad(4, *arrays), strict=True):
                 np.testing.assert_allclose(got, wanted, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_masked_key_has_no_influence_and_an_empty_row_is_zero(causal, form):
+def test_a_masked_key_has_no_influence_and_an_empty_row_is_zero(causal, chunk):
     q, k, v = inputs()
     valid = jnp.asarray(VALID).at[1].set(False)
 
     def attend(k, v):
-        return run(q, k, v, causal=causal, form=form, chunk=4, valid_BS=valid)[0]
+        return run(q, k, v, causal=causal, chunk=chunk, valid_BS=valid)[0]
 
     hidden = ~valid[..., None, None]
     np.testing.assert_array_equal(attend(jnp.where(hidden, 3.0, k), jnp.where(hidden, -9.0, v)), attend(k, v))
@@ -141,7 +141,6 @@ def test_types():
             lambda q, k, v: ((q, k, v[:, 1:]), {}),
             r"v is float32 \(2, 10, 2, 5\); expected floating \[B=2, S=11, K=2, V\]",
         ),
-        (lambda q, k, v: ((q, k, v), {"form": "paralel"}), "Did you mean 'parallel'"),
         (lambda q, k, v: ((q, k, v), {"feature_map": "softmax"}), "name='softmax' does not exist"),
         (lambda q, k, v: ((q, k, v), {"chunk": -1}), "chunk=-1"),
         (lambda q, k, v: ((q, k, v), {"valid_BS": jnp.ones((B, T))}), "valid is float32"),

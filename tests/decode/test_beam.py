@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 
 from tests.made import made
+from transformer.alignment.fast_weights import FastMemoryConfig
+from transformer.alignment.scored import AdditiveConfig, HardConfig
 from transformer.decode.beam import MIN_COVERED, BeamSearch, beam_search, sample_translations
 from transformer.decode.generate import Generator
 from transformer.decode.sampling import Sampling
@@ -27,7 +29,8 @@ from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
 
 START, END = 0, 1
 CONFIG = RecurrentConfig(
-    source_vocab_size=11, vocab_size=12, embed_dim=8, hidden_dim=16, encoder_dim=8, attention_dim=8, init_std=0.9,
+    source_vocab_size=11, vocab_size=12, embed_dim=8, hidden_dim=16, encoder_dim=8, init_std=0.9,
+    attention=AdditiveConfig(dim=8),
     max_length=40,
 )  # fmt: skip
 SOURCES = [[3, 4, 5], [6, 7, 8, 9, 10, 2, 3, 4, 5, 6, 7, 8, 9, 10, 2, 3, 4], [2], [9, 9, 4, 4]]
@@ -223,7 +226,7 @@ def test_coverage_prefers_a_translation_of_every_source_token(translator):
 
 
 def test_coverage_of_hard_attention_is_finite():
-    config = dataclasses.replace(CONFIG, attention="hard")
+    config = dataclasses.replace(CONFIG, attention=HardConfig(dim=8))
     translate, params = setting(config)
     for row in translate.translate(params, SOURCES, max_tokens=4, search=BeamSearch(coverage_penalty=0.2, num_best=4)):
         assert all(math.isfinite(one.score) for one in row)
@@ -324,7 +327,7 @@ def test_sources_of_a_mixture_of_experts_take_no_room_from_each_other(how):
 
 
 def test_coverage_without_weights_is_refused():
-    translate, params = setting(dataclasses.replace(CONFIG, attention="delta"))
+    translate, params = setting(dataclasses.replace(CONFIG, attention=FastMemoryConfig(kind="delta", dim=8)))
     with pytest.raises(UserError, match="coverage_penalty"):
         translate.translate(params, SOURCES, search=BeamSearch(coverage_penalty=0.1))
 

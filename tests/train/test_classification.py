@@ -19,7 +19,7 @@ from train.loss import LossConfig
 from train.mesh import MeshConfig, make_mesh, use_mesh
 from train.objectives import Classification
 from train.state import abstract_state, init_state, state_maker
-from train.step import make_eval_step, make_train_step
+from train.step import make_eval_step, make_gradient, make_train_step
 from transformer.errors import ConfigError
 from transformer.functional import graphdef_of
 from transformer.mixers.softmax import SoftmaxConfig
@@ -105,9 +105,8 @@ def test_microbatches_give_the_gradient_of_the_whole():
         make_state = state_maker(make, optimizer)
         abstract = abstract_state(make_state, mesh)
         for parts in (1, 4):
-            step = make_train_step(
-                graphdef_of(make), optimizer, LossConfig(), abstract, microbatches=parts, objective=Classification()
-            )
+            gradient = make_gradient(graphdef_of(make), LossConfig(), Classification())
+            step = make_train_step(gradient, optimizer, abstract, microbatches=parts)
             state, metrics = step(init_state(make_state, abstract, 0), batch)
             found.append((state.params, metrics))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *found)

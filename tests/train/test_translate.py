@@ -21,6 +21,7 @@ from train.objectives import Seq2Seq
 from train.run_files import load_run
 from train.translate import alignment
 from train.translation import score, spread
+from transformer.alignment.scored import NoAlignmentConfig
 from transformer.errors import UserError
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.encoder_decoder import VaswaniConfig
@@ -89,7 +90,7 @@ def test_translations_and_the_page(trained, tmp_path, capsys):
 
 def test_without_attention_there_is_nothing_to_look_at(trained):
     loaded = load_run(trained[1])
-    blind = RecurrentConfig(**SIZES, hidden_dim=16, attention="none")
+    blind = RecurrentConfig(**SIZES, hidden_dim=16, attention=NoAlignmentConfig())
     params = nnx.state(make_model(blind, nnx.Rngs(0)), nnx.Param)
     loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=blind), params=params)
     with pytest.raises(UserError, match="no attention"):

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,9 +47,6 @@ RULES: dict[str, Rule] = {
     "gated_delta": Rule(erases=True, decays=True),
 }
 
-FORMS = ("parallel", "chunked", "recurrent")
-"""All positions at once, in O(T²); chunk by chunk; one by one. Equal up to rounding."""
-
 
 def fast_weights(
     q_BTNH: Float[Array, "B T N H"],
@@ -61,30 +57,24 @@ def fast_weights(
     *,
     rule: str = "delta",
     feature_map: str | FeatureMap = "identity",
-    form: str = "chunked",
-    chunk: int = 64,
-    valid_BT: Bool[Array, "B T"] | None = None,
+    chunk: int | None = 64,
     segments_BT: Int[Array, "B T"] | None = None,
-    state_BKMV: Float[Array, "B K M V_"] | None = None,
-    epsilon: float | None = None,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B K M V_"]]:
+    state_BKMV: Float[Array, "B K M V"] | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B K M V"]]:
     """Write and read a whole sequence, causally: position t reads what was written up to t.
 
-    The chunked form takes O(T · chunk) time, and memory for one chunk's work beside inputs, outputs and (to differentiate)
-    one state a chunk; the backward pass computes each chunk again.
+    The result does not depend on `chunk`, up to rounding. It takes O(T · chunk) time, and memory for one chunk's work beside
+    inputs, outputs and (to differentiate) one state a chunk; the backward pass computes each chunk again.
 
     Args:
         beta_BTK: β, 1 by default. The delta rules are stable for β |φ(k)|² from 0 to 2.
         log_decay_BTK: log α, finite and at most 0; for the gated rules, which need it, alone.
         rule: a name of `RULES`.
         feature_map: φ, of both queries and keys; a name of `FEATURE_MAPS` or a function.
-        form: one of `FORMS`.
-        chunk: positions a chunk.
-        valid_BT: a position that is not valid writes nothing and fades nothing.
-        segments_BT: document numbers; the state restarts where the number changes, and 0 is padding that writes nothing.
+        chunk: positions that are computed at once: 1 is the definition, one after another; None is all of them.
+        segments_BT: document numbers. The state restarts where a number follows another one; 0 is padding, which writes nothing
+            and fades nothing, and over which a document and what it started from go on.
         state_BKMV: what to start from, as an earlier call returned it; zeros by default.
-        epsilon: where given, what is read is divided by φ(q) · z + epsilon, with z the sum of the features of keys, written
-            and kept as one more value feature: V_ is V + 1 then, else V.
 
     Returns:
         What each query read, in v's type, and the state after the last position, in float32 (float64 for float64 values).
@@ -98,32 +88,24 @@ def fast_weights(
         "v": (v_BTKV, "B T K V"),
         "beta": (beta_BTK, "B T K"),
         "log_decay": (log_decay_BTK, "B T K"),
-        "valid": (valid_BT, "B T", jnp.bool_),
         "segments": (segments_BT, "B T", jnp.integer),
-        "state": (state_BKMV, "B K M V_"),
+        "state": (state_BKMV, "B K M V"),
     }
     check_shapes("fast_weights", **shapes)
-    check_name("fast_weights", "form", form, FORMS)
-    if chunk < 1:
-        raise ValueError(f"fast_weights: chunk={chunk}; expected 1 or more")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"fast_weights: chunk={chunk}; expected 1 or more, or None")
     phi = feature_map_of(feature_map)
-    state = _state_or_zeros(state_BKMV, k_BTKH, v_BTKV.shape[-1] + (epsilon is not None), phi, widen(v_BTKV).dtype)
-    valid, starts = valid_BT, None
-    if segments_BT is not None:
-        starts = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
-        valid = segments_BT != 0 if valid is None else valid & (segments_BT != 0)
-    tokens = _tokens(q_BTNH, k_BTKH, v_BTKV, beta_BTK, log_decay_BTK, rule, valid, starts)
-    with jax.named_scope(f"fast_weights_{form}"):
-        T = q_BTNH.shape[1]
-        one_by_one = form == "recurrent" or T == 1
-        body = functools.partial(_step if one_by_one else _chunk, feature_map=phi, erases=RULES[rule].erases)
-        if epsilon is not None:
-            body = functools.partial(_normalised, body=body, epsilon=epsilon)
-        if one_by_one:
+    state = _state_or_zeros(state_BKMV, k_BTKH, v_BTKV.shape[-1], phi, widen(v_BTKV).dtype)
+    tokens = _tokens(q_BTNH, k_BTKH, v_BTKV, beta_BTK, log_decay_BTK, rule, segments_BT)
+    T = q_BTNH.shape[1]
+    chunk = max(T, 1) if chunk is None else min(chunk, max(T, 1))
+    with jax.named_scope("fast_weights"):
+        body = functools.partial(_step if chunk == 1 else _chunk, feature_map=phi, erases=RULES[rule].erases)
+        if chunk == 1:
             state, out_TBKGV = jax.lax.scan(body, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
             out_BTKGV = jnp.moveaxis(out_TBKGV, 0, 1)
         else:
-            state, out_BTKGV = scan_chunks(body, state, tokens, T if form == "parallel" else min(chunk, T))
+            state, out_BTKGV = scan_chunks(body, state, tokens, chunk)
     return out_BTKGV.reshape(*q_BTNH.shape[:3], v_BTKV.shape[-1]), state
 
 
@@ -146,7 +128,8 @@ def fast_weights_step(
 
     out_B1NV, state_BKMV = fast_weights(
         one(q_BNH), one(k_BKH), one(v_BKV), one(beta_BK), one(log_decay_BK),
-        rule=rule, feature_map=feature_map, valid_BT=one(valid_B), state_BKMV=state_BKMV,
+        rule=rule, feature_map=feature_map, state_BKMV=state_BKMV,
+        segments_BT=None if valid_B is None else valid_B[:, None].astype(jnp.int32),
     )  # fmt: skip
     return out_B1NV[:, 0], state_BKMV
 
@@ -163,8 +146,7 @@ class _Tokens(NamedTuple):
 
 
 def _tokens(
-    q: Array, k: Array, v: Array, beta: Array | None, log_decay: Array | None, rule: str, valid: Array | None,
-    starts: Array | None,
+    q: Array, k: Array, v: Array, beta: Array | None, log_decay: Array | None, rule: str, segments: Array | None
 ) -> _Tokens:  # fmt: skip
     check_name("fast_weights", "rule", rule, RULES)
     if RULES[rule].decays != (log_decay is not None):
@@ -176,9 +158,11 @@ def _tokens(
     wide = widen(v).dtype
     beta = jnp.ones(k.shape[:-1], wide) if beta is None else beta.astype(wide)
     log_decay = None if log_decay is None else log_decay.astype(wide)
-    if valid is not None:
-        beta = jnp.where(valid[..., None], beta, 0)
-        log_decay = None if log_decay is None else jnp.where(valid[..., None], log_decay, 0)
+    if segments is not None:
+        valid_BT1 = (segments != 0)[..., None]
+        beta = jnp.where(valid_BT1, beta, 0)
+        log_decay = None if log_decay is None else jnp.where(valid_BT1, log_decay, 0)
+    starts = None if segments is None else _starts(segments)
     return _Tokens(q.reshape(*k.shape[:-1], N // K, q.shape[-1]), k, v, beta, log_decay, starts)
 
 
@@ -191,11 +175,12 @@ def _state_or_zeros(state: Array | None, k: Array, num_values: int, feature_map:
     return state.astype(dtype)
 
 
-def _normalised(state: Array, tokens: _Tokens, *, body: Callable, epsilon: float) -> tuple[Array, Array]:
-    """`body` with a value of 1 beside the others, whose sum divides them."""
-    v = widen(tokens.v_KV)
-    state, sums = body(state, tokens._replace(v_KV=jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)))
-    return state, (sums[..., :-1] / (sums[..., -1:] + epsilon)).astype(tokens.v_KV.dtype)
+def _starts(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Where a document begins that is not the first of its row, padding left out."""
+    places_BT = jnp.where(segments_BT != 0, jnp.arange(segments_BT.shape[1]), -1)
+    before_BT = jnp.pad(jax.lax.cummax(places_BT, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    last_BT = jnp.take_along_axis(segments_BT, jnp.maximum(before_BT, 0), axis=1)
+    return (segments_BT != 0) & (before_BT >= 0) & (segments_BT != last_BT)
 
 
 def _step(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erases: bool) -> tuple[Array, Array]:

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from transformer.attention.common import check_name, check_shapes
-from transformer.attention.fast_weights import FORMS, fast_weights
+from transformer.attention.common import check_shapes
+from transformer.attention.fast_weights import fast_weights
 from transformer.attention.feature_maps import FeatureMap, feature_map_of
 from transformer.precision import einsum
 from transformer.types import Array, Bool, Float, Int, widen
@@ -31,8 +31,7 @@ def linear_attention(
     *,
     causal: bool = True,
     feature_map: str | FeatureMap = "elu",
-    form: str = "chunked",
-    chunk: int = 64,
+    chunk: int | None = 64,
     valid_BS: Bool[Array, "B S"] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
     state_BKMV: Float[Array, "B K M V+1"] | None = None,
@@ -43,8 +42,8 @@ def linear_attention(
     Args:
         causal: position t sees keys up to t. Otherwise every key, and T and S may differ.
         feature_map: φ, of both queries and keys; a name of `FEATURE_MAPS` or a function.
-        form: `parallel` computes all weights, O(T S); `chunked` and `recurrent` sum keys and values first, O(T + S).
-        chunk: positions a chunk.
+        chunk: positions that are computed at once. A number sums keys and values first, O(T + S); None computes all weights,
+            O(T S). The result is the same.
         valid_BS: keys that are seen.
         segments_BT: document numbers (0 is padding) of queries and keys, each document in one piece: attention stays in it.
         state_BKMV: what to start from, as an earlier causal call returned it.
@@ -64,7 +63,6 @@ def linear_attention(
         "segments": (segments_BT, "B T", jnp.integer),
     }
     check_shapes("linear_attention", **shapes)
-    check_name("linear_attention", "form", form, FORMS)
     if (causal or segments_BT is not None) and q_BTNH.shape[1] != k_BSKH.shape[1]:
         raise ValueError(
             f"linear_attention: q is {q_BTNH.shape} and k {k_BSKH.shape}; when causal or with segments, T and S are equal"
@@ -77,45 +75,53 @@ def linear_attention(
         raise ValueError(
             f"linear_attention: state has shape {state_BKMV.shape}; only causal attention goes on from one"
         )
-    options: dict[str, Any] = {"feature_map": feature_map_of(feature_map), "form": form, "chunk": chunk}
+    phi = feature_map_of(feature_map)
     with jax.named_scope("linear_attention"):
-        if causal:
-            return fast_weights(
-                q_BTNH, k_BSKH, v_BSKV, rule="sum", valid_BT=valid_BS, segments_BT=segments_BT,
-                state_BKMV=state_BKMV, epsilon=epsilon, **options,
-            )  # fmt: skip
+        # A value of 1 beside the others sums what the weights are divided by; a key that is not seen adds to neither.
         v = widen(v_BSKV)
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        sums_BTNV = _both_ways(q_BTNH, k_BSKH, v, valid_BS, segments_BT, **options)
-        return (sums_BTNV[..., :-1] / (sums_BTNV[..., -1:] + epsilon)).astype(v_BSKV.dtype), None
+        for seen_BS in (valid_BS, None if segments_BT is None else segments_BT != 0):
+            v = v if seen_BS is None else jnp.where(seen_BS[:, :, None, None], v, 0)
+        if causal:
+            sums_BTNV, state_BKMV = fast_weights(
+                q_BTNH, k_BSKH, v, rule="sum", feature_map=phi, chunk=chunk, segments_BT=segments_BT,
+                state_BKMV=state_BKMV,
+            )  # fmt: skip
+        else:
+            sums_BTNV = _both_ways(q_BTNH, k_BSKH, v, segments_BT, feature_map=phi, chunk=chunk)
+        if segments_BT is not None:
+            sums_BTNV = jnp.where((segments_BT != 0)[..., None, None], sums_BTNV, 0)
+        out_BTNV = sums_BTNV[..., :-1] / (sums_BTNV[..., -1:] + epsilon)
+        return out_BTNV.astype(v_BSKV.dtype), state_BKMV
 
 
 def _both_ways(
-    q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, valid_BS: Array | None, segments_BT: Array | None, *,
-    feature_map: FeatureMap, form: str, chunk: int,
-) -> Array:  # fmt: skip
-    """Σ_s φ(q_t)·φ(k_s) v_s over all keys that are seen, [B, T, N, V] in v's type."""
-    (B, T, N, _), (S, K), wide = q_BTNH.shape, k_BSKH.shape[1:3], v_BSKV.dtype
-    write = functools.partial(fast_weights, rule="sum", feature_map=feature_map, form=form, chunk=chunk)
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKV: Array,
+    segments_BT: Array | None,
+    *,
+    feature_map: FeatureMap,
+    chunk: int | None,
+) -> Array:
+    """Σ_s φ(q_t)·φ(k_s) v_s over all keys of the query's document, [B, T, N, V] in v's type."""
+    (B, T, N, _), K, wide = q_BTNH.shape, k_BSKH.shape[2], v_BSKV.dtype
+    write = functools.partial(fast_weights, rule="sum", feature_map=feature_map, chunk=chunk)
     q_BTKGM = feature_map(q_BTNH.astype(wide)).reshape(B, T, K, N // K, -1)
-    if form == "parallel":
-        seen_BTS = jnp.ones((1, 1, S), bool) if valid_BS is None else valid_BS[:, None]
-        if segments_BT is not None:
-            same = segments_BT[:, :, None] == segments_BT[:, None, :]
-            seen_BTS = seen_BTS & same & (segments_BT != 0)[:, None, :]
+    if chunk is None:
         weights = einsum("BTKGM,BSKM->BKGTS", q_BTKGM, feature_map(k_BSKH.astype(wide)))
-        weights = jnp.where(seen_BTS[:, None, None], weights, 0)
+        if segments_BT is not None:
+            same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+            weights = jnp.where(same_BTS[:, None, None], weights, 0)
         return einsum("BKGTS,BSKV->BTKGV", weights, v_BSKV).reshape(B, T, N, -1)
     if segments_BT is None:
         # Written by all keys while no query reads.
-        _, state_BKMV = write(k_BSKH[:, :, :0], k_BSKH, v_BSKV, valid_BT=valid_BS)
+        _, state_BKMV = write(k_BSKH[:, :, :0], k_BSKH, v_BSKV)
         return einsum("BTKGM,BKMV->BTKGV", q_BTKGM, state_BKMV).reshape(B, T, N, -1)
-    written_BS = segments_BT != 0 if valid_BS is None else valid_BS & (segments_BT != 0)
-    past, _ = write(q_BTNH, k_BSKH, v_BSKV, valid_BT=written_BS, segments_BT=segments_BT)
+    past, _ = write(q_BTNH, k_BSKH, v_BSKV, segments_BT=segments_BT)
     flipped = (jnp.flip(x, axis=1) for x in (q_BTNH, k_BSKH, v_BSKV))
-    flags: dict[str, Any] = {"valid_BT": jnp.flip(written_BS, axis=1), "segments_BT": jnp.flip(segments_BT, axis=1)}
-    future = jnp.flip(write(*flipped, **flags)[0], axis=1)
+    future = jnp.flip(write(*flipped, segments_BT=jnp.flip(segments_BT, axis=1))[0], axis=1)
     # Both count the position itself.
     own_BTKG = einsum("BTKGM,BTKM->BTKG", q_BTKGM, feature_map(k_BSKH.astype(wide)))
-    own_BTKGV = jnp.where(written_BS[:, :, None, None], own_BTKG, 0)[..., None] * v_BSKV[:, :, :, None]
+    own_BTKGV = own_BTKG[..., None] * v_BSKV[:, :, :, None]
     return past + future - own_BTKGV.reshape(past.shape)

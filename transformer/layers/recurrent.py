@@ -1,7 +1,6 @@
-"""What recurrent encoders and decoders are made of: GRU and LSTM cells, a scan over a sequence, attention step by step.
+"""What recurrent encoders and decoders are made of: GRU and LSTM cells, and a scan over a sequence.
 
-B batch, T position, S source position, I input features, D hidden_dim, G all gates' features (3 D of a GRU, 4 D of an LSTM),
-E features of an encoder state, A alignment features, M features and V value features of fast weights.
+B batch, T position, I input features, D hidden_dim, G all gates' features (3 D of a GRU, 4 D of an LSTM).
 
 What depends on the input alone is one product for the whole sequence, before the scan; inside it are only the products
 with the state, which is kept in float32 or wider, whatever the products are computed in.
@@ -9,7 +8,6 @@ with the state, which is kept in float32 or wider, whatever the products are com
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,25 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.additive import additive_scores
-from transformer.attention.common import check_name, context, softmax
-from transformer.attention.fast_weights import fast_weights
-from transformer.attention.feature_maps import dpfp, elu_plus_one, unit_length
-from transformer.attention.hard import argmax_weights, gumbel_weights
-from transformer.attention.mask import AttentionMask
-from transformer.attention.multiplicative import dot_scores, local_weights, predicted_positions
 from transformer.layers.linear import Linear, dense
-from transformer.precision import einsum
-from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide, widen
-
-KINDS = ("none", "additive", "dot", "general", "concat", "local_m", "local_p", "hard", "linear", "delta")
-"""How a decoder may look at its source."""
-ADDITIVE = ("additive", "concat", "hard")
-"""Kinds of attention whose score is vᵀ tanh(W q + U k)."""
-GENERAL = ("general", "local_m", "local_p")
-"""Kinds whose score is qᵀ W k."""
-FAST = ("linear", "delta")
-"""Kinds that read a memory of fixed size."""
+from transformer.types import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide, widen
 
 CellState = tuple[Array, ...]
 """[B, D] each: (h,) of a GRU, (h, c) of an LSTM. The first is the cell's output."""
@@ -217,166 +198,6 @@ def where_valid(valid_B: Bool[Array, " B"] | None, new: Any, old: Any) -> Any:
     if valid_B is None:
         return new
     return jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(valid_B, range(1, a.ndim)), a, b), new, old)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """An encoder's states, and what attention made of them once for all queries."""
-
-    valid_BS: Bool[Array, "B S"]
-    states_BSE: Float[Array, "B S E"]
-    """The annotations of Bahdanau et al. 2014."""
-    summary_BE: Float[Array, "B E"]
-    """The last state: of each direction, the one that has read everything."""
-    keys_BSA: Float[Array, "B S A"] | None
-    """What scores the states, where that depends on no query."""
-    fast_BMV: Float[Array, "B M V"] | None
-    """Fast weights that all the states have written."""
-
-
-class SourceAttention(nnx.Module):
-    """A recurrent decoder's attention to its encoder's states, one query at a time.
-
-    Args:
-        kind: one of `KINDS`: `none` gives the last state to every query, `local_m` and `local_p` score as `general` does, `hard`
-            as `additive`; `linear` and `delta` read a memory of fixed size that the states have written.
-        query_dim, memory_dim, attention_dim: D, E and A.
-        window: to each side, of local attention.
-        temperature: of the relaxed draw whose gradient hard attention takes.
-
-    Raises:
-        ValueError: an unknown kind, or `dot` of a query and states of different widths.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        query_dim: int,
-        memory_dim: int,
-        attention_dim: int,
-        *,
-        window: int = 10,
-        temperature: float = 1.0,
-        kernel_init: Callable[..., Array],
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        check_name("SourceAttention", "kind", kind, KINDS)
-        if kind == "dot" and query_dim != memory_dim:
-            raise ValueError(
-                f"SourceAttention: query_dim={query_dim} and memory_dim={memory_dim}; dot needs them equal"
-            )
-        self.kind, self.window, self.temperature = kind, window, temperature
-        D, E, A = query_dim, memory_dim, attention_dim
-
-        def project(size: int, *out_shape: int, use_bias: bool = False, dtype: DTypeLike = dtype) -> Linear:
-            return Linear(
-                (size,), out_shape, axes=("embed", "mlp") if out_shape else ("mlp",), use_bias=use_bias,
-                kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
-            )  # fmt: skip
-
-        keyed = kind in ADDITIVE + FAST
-        self.query = (
-            project(D, A, use_bias=kind in ("additive", "hard"))
-            if keyed
-            else project(D, E) if kind in GENERAL else None
-        )  # fmt: skip
-        self.key = project(E, A) if keyed else None
-        self.vector = project(A) if kind in ADDITIVE else None
-        # Among hundreds of states a position in a narrow type would be off by a good part of the window.
-        self.position = project(D, A, dtype=wide(dtype)) if kind == "local_p" else None
-        self.position_vector = project(A) if kind == "local_p" else None
-        self.strength = project(E, 1, use_bias=True) if kind == "delta" else None
-
-    def prepare(
-        self, states_BSE: Float[Array, "B S E"], valid_BS: Bool[Array, "B S"], summary_BE: Float[Array, "B E"]
-    ) -> Source:
-        """What the decoder reads at each step, with everything that depends on no query."""
-        if self.key is None:
-            return Source(valid_BS, states_BSE, summary_BE, None, None)
-        keys_BSA = self.key(states_BSE)
-        if self.kind not in FAST:
-            return Source(valid_BS, states_BSE, summary_BE, keys_BSA, None)
-        values_BS1V, strength_BS1, rule = widen(states_BSE)[:, :, None], None, "delta"
-        if self.strength is None:
-            # A value of 1 beside the others sums what the weights are divided by.
-            rule = "sum"
-            values_BS1V = jnp.concatenate([values_BS1V, jnp.ones_like(values_BS1V[..., :1])], axis=-1)
-        else:
-            strength_BS1 = jax.nn.sigmoid(widen(self.strength(states_BSE)))
-        keys_BS1A = keys_BSA[:, :, None]
-        # Every state writes, and no query reads yet.
-        _, fast_B1MV = fast_weights(
-            keys_BS1A[:, :, :0], keys_BS1A, values_BS1V, strength_BS1, rule=rule, feature_map=self._features,
-            valid_BT=valid_BS,
-        )  # fmt: skip
-        return Source(valid_BS, states_BSE, summary_BE, keys_BSA, fast_B1MV[:, 0])
-
-    def __call__(
-        self,
-        query_BD: Float[Array, "B D"],
-        source: Source,
-        step_B: Int[Array, " B"],
-        *,
-        key: PRNGKeyArray | None = None,
-        return_weights: bool = False,
-    ) -> tuple[Float[Array, "B E"], Float[Array, "B S"] | None]:
-        """The context, and the weights where they are asked for and exist.
-
-        Args:
-            step_B: the number of the query, for local_m.
-            key: draws the state that hard attention takes; without one it is the likeliest.
-        """
-        if self.kind == "none":
-            return source.summary_BE, None
-        with jax.named_scope("source_attention"):
-            if source.fast_BMV is not None:
-                return self._recall(query_BD, source, return_weights)
-            query_B1D, states_BSE, allowed_B1S = query_BD[:, None], source.states_BSE, source.valid_BS[:, None]
-            queries = query_B1D if self.query is None else self.query(query_B1D)
-            if source.keys_BSA is not None and self.vector is not None:
-                scores_B1S = additive_scores(queries, source.keys_BSA, self.vector.kernel[...])
-            else:
-                scores_B1S = dot_scores(queries, states_BSE)
-            if self.kind == "hard":
-                weights_B1S = (
-                    argmax_weights(scores_B1S, allowed_B1S)
-                    if key is None
-                    else gumbel_weights(scores_B1S, allowed_B1S, key=key, temperature=self.temperature)
-                )
-            elif self.kind == "local_m":
-                mask = AttentionMask.padding(source.valid_BS)
-                weights_B1S = local_weights(scores_B1S, step_B[:, None], self.window, mask)
-            elif self.position is not None and self.position_vector is not None:
-                centres_B1 = predicted_positions(
-                    self.position(widen(query_B1D)), self.position_vector.kernel[...], source.valid_BS.sum(-1)
-                )
-                mask = AttentionMask.padding(source.valid_BS)
-                weights_B1S = local_weights(scores_B1S, centres_B1, self.window, mask, gaussian=True)
-            else:
-                weights_B1S = softmax(scores_B1S, allowed_B1S)
-            return context(weights_B1S, states_BSE)[:, 0], weights_B1S[:, 0] if return_weights else None
-
-    def _recall(self, query_BD: Array, source: Source, return_weights: bool) -> tuple[Array, Array | None]:
-        """What the query reads from the fast weights. Only linear attention's weights are a distribution."""
-        assert self.query is not None and source.fast_BMV is not None and source.keys_BSA is not None
-        fast_BMV = source.fast_BMV
-        query_BM = self._features(widen(self.query(query_BD)))
-        read_BV = einsum("BM,BMV->BV", query_BM, fast_BMV)
-        if self.strength is not None:
-            return read_BV.astype(source.states_BSE.dtype), None
-        sums_B1 = read_BV[:, -1:] + 1e-6
-        weights_BS = None
-        if return_weights:
-            scores_BS = einsum("BM,BSM->BS", query_BM, self._features(widen(source.keys_BSA)))
-            weights_BS = jnp.where(source.valid_BS, scores_BS, 0) / sums_B1
-        return (read_BV[:, :-1] / sums_B1).astype(source.states_BSE.dtype), weights_BS
-
-    def _features(self, x: Array) -> Array:
-        # The scale before the map goes out behind it; what starts small is not to fall below the guard of the division there.
-        return unit_length(dpfp(unit_length(x))) if self.kind == "delta" else elu_plus_one(x)
 
 
 def _product(x_BD: Array, kernel_DG: Array) -> Array:

@@ -20,7 +20,7 @@ from transformer.errors import Config, require
 from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.layers.norm import RMSNorm
 from transformer.mixers.context import CAUSAL, Context
-from transformer.mixers.heads import FeatureMap, Form, check_heads, head_sizes, projection_flops, refuse_masks
+from transformer.mixers.heads import FeatureMap, check_heads, head_sizes, projection_flops, refuse_masks
 from transformer.mixers.state import MatrixState
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, DTypeLike, Float, widen
@@ -46,22 +46,20 @@ class FastWeightConfig(Config):
     """How the features are normalised."""
     output_norm: bool = True
     """RMS-normalise what each head reads, whose size would grow with the position."""
-    form: Form = "chunked"
-    """How it is computed: chunk by chunk, all pairs at once, or token by token. The result is the same."""
-    chunk: int = 64
-    """Tokens of a chunk."""
+    chunk: int | None = 64
+    """Tokens that are computed at once; 1: token by token; null: all of them. The result is the same."""
     bias: bool = False
     """Biases in the linear layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_heads(self)
-        require(self, "chunk", self.chunk >= 1, "allowed: 1 or more")
+        require(self, "chunk", self.chunk is None or self.chunk >= 1, "allowed: 1 or more, or null")
 
     @property
     def structure(self) -> FastWeightConfig:
         """What decides the parameters: layers in which this is equal can be stacked."""
-        return dataclasses.replace(self, feature_map="dpfp", feature_norm="l2", form="chunked", chunk=64)
+        return dataclasses.replace(self, feature_map="dpfp", feature_norm="l2", chunk=64)
 
     def check(self, embed_dim: int) -> tuple[str, str] | None:
         """The field that does not suit `embed_dim` and what is allowed, or None."""
@@ -140,9 +138,8 @@ class FastWeightAttention(nnx.Module):
             v = constrain(self.value(x_BTD, key), "batch", "seq", "kv_heads", "head_dim")
             strengths = self._strengths(x_BTD, key)
             options: dict[str, Any] = {
-                "rule": c.kind, "feature_map": c.features, "form": c.form, "chunk": c.chunk,
-                # A state goes on over padding; without one each document begins with none.
-                "valid_BT": context.valid_BT, "segments_BT": context.segments_BT if state is None else None,
+                "rule": c.kind, "feature_map": c.features, "chunk": c.chunk,
+                "segments_BT": context.segments_BT,
             }  # fmt: skip
             weights = None
             if context.return_weights:

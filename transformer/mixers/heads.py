@@ -14,7 +14,6 @@ Backend = Literal["auto", "reference", "xla", "cudnn", "pallas", "blockwise", "r
 """Implementations of softmax attention (`transformer.attention.dispatch`)."""
 FeatureMap = Literal["identity", "relu", "elu", "dpfp", "favor"]
 """Names of `transformer.attention.feature_maps.FEATURE_MAPS`."""
-Form = Literal["parallel", "chunked", "recurrent"]
 """Names of `transformer.attention.fast_weights.FORMS`."""
 
 

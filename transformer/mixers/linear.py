@@ -18,7 +18,7 @@ from transformer.attention.linear_attention import linear_attention
 from transformer.errors import Config, require
 from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.mixers.context import NO_CONTEXT, Context
-from transformer.mixers.heads import FeatureMap, Form, check_heads, head_sizes, projection_flops, refuse_masks
+from transformer.mixers.heads import FeatureMap, check_heads, head_sizes, projection_flops, refuse_masks
 from transformer.mixers.state import MatrixState
 from transformer.sharding import constrain
 from transformer.types import Array, DTypeLike, Float
@@ -40,22 +40,20 @@ class LinearAttentionConfig(Config):
     """Features of a head. null: embed_dim / num_heads."""
     feature_map: FeatureMap = "elu"
     """The features φ of queries and keys."""
-    form: Form = "chunked"
-    """How it is computed: chunk by chunk, all pairs at once, or token by token. The result is the same."""
-    chunk: int = 64
-    """Tokens of a chunk."""
+    chunk: int | None = 64
+    """Tokens that are computed at once; 1: token by token; null: all of them. The result is the same."""
     bias: bool = True
     """Biases in the linear layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_heads(self)
-        require(self, "chunk", self.chunk >= 1, "allowed: 1 or more")
+        require(self, "chunk", self.chunk is None or self.chunk >= 1, "allowed: 1 or more, or null")
 
     @property
     def structure(self) -> LinearAttentionConfig:
         """What decides the parameters: layers in which this is equal can be stacked."""
-        return dataclasses.replace(self, feature_map="elu", form="chunked", chunk=64)
+        return dataclasses.replace(self, feature_map="elu", chunk=64)
 
     def check(self, embed_dim: int) -> tuple[str, str] | None:
         """The field that does not suit `embed_dim` and what is allowed, or None."""
@@ -120,9 +118,8 @@ class LinearAttention(nnx.Module):
             k = constrain(self.key(x_BTD, key), "batch", "seq", "kv_heads", "head_dim")
             v = constrain(self.value(x_BTD, key), "batch", "seq", "kv_heads", "head_dim")
             options: dict[str, Any] = {
-                "causal": context.is_causal, "feature_map": c.feature_map, "form": c.form, "chunk": c.chunk,
-                # A state goes on over padding; without one each document begins with none.
-                "valid_BS": context.valid_BT, "segments_BT": context.segments_BT if context.state is None else None,
+                "causal": context.is_causal, "feature_map": c.feature_map, "chunk": c.chunk,
+                "segments_BT": context.segments_BT,
             }  # fmt: skip
             state = context.state
             assert state is None or isinstance(state, MatrixState)

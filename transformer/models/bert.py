@@ -6,7 +6,7 @@ B batch, T position, K predicted position, E table, D embed, V vocab, L layers, 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,6 @@ from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArr
 class BertConfig(StackConfig):
     """The defaults are BERT's base model (Devlin et al. 2018); `configs/` has RoBERTa's shape and a modern encoder's."""
 
-    has_encoder: ClassVar[bool] = True
-
     family: Literal["bert"] = "bert"
     """Kind of model."""
     vocab_size: int = 30_522
@@ -82,6 +80,11 @@ class BertConfig(StackConfig):
         require(self, "embedding_size", width is None or width >= 1, "allowed: 1 or more, or null")
         holds = self.first_norm or (self.norm_first and self.embed_norm)
         require(self, "first_norm", holds, "it needs norm_first and embed_norm; allowed: true")
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether some of the layers see what comes after a token."""
+        return True
 
     @property
     def dim_of_embedding(self) -> int:

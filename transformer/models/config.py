@@ -24,8 +24,6 @@ class StackConfig(Config):
 
     usual_positions: ClassVar[PositionEmbedding] = "learned"
     """What `position_embedding: null` stands for where attention has no positions of its own."""
-    has_encoder: ClassVar[bool] = False
-    """Whether some of the layers see what comes after a token."""
 
     vocab_size: int = 50257
     """Number of token ids; at least the tokenizer's. A multiple of 128 runs faster on accelerators."""
@@ -123,6 +121,11 @@ class StackConfig(Config):
         if len(shared) > 1:
             allowed = "its layers share one bias by distance; allowed: equal num_heads and position"
             raise ConfigError(type(self), "pattern", self.pattern, allowed)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether some of the layers see what comes after a token."""
+        return False
 
     @property
     def decoder_layers(self) -> int:

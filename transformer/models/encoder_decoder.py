@@ -31,8 +31,6 @@ from transformer.types import Array, Float, Int, ModelOutput, PRNGKeyArray
 class EncoderDecoderConfig(StackConfig):
     """What both families have beyond a stack. `num_layers` is the encoder's depth, `vocab_size` the target's vocabulary."""
 
-    has_encoder: ClassVar[bool] = True
-
     num_decoder_layers: int | None = None
     """Number of decoder blocks; null: as many as the encoder has."""
     source_vocab_size: int | None = None
@@ -57,6 +55,11 @@ class EncoderDecoderConfig(StackConfig):
             require(self, field, given is None or given >= 1, "allowed: 1 or more, or null")
         start = self.start_token
         require(self, "start_token", start is None or 0 <= start < self.vocab_size, "allowed: a token id, or null")
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether some of the layers see what comes after a token."""
+        return True
 
     @property
     def decoder_layers(self) -> int:

@@ -3,7 +3,7 @@
 B batch, T target position, S source position, I embed_dim, D hidden_dim, E features of an encoder state, A alignment features,
 G all gates' features of a cell, V vocab.
 
-    Cho et al. 2014, Sutskever et al. 2014: the source is one vector (attention: none)
+    Cho et al. 2014, Sutskever et al. 2014: the source is one vector (attention of kind none)
     Bahdanau et al. 2014: the decoder's state before a step looks at the source (style: bahdanau)
     Luong et al. 2015: its state after the step does (style: luong)
 
@@ -20,27 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from transformer.alignment.registry import AlignmentConfig, make_alignment
+from transformer.alignment.scored import AdditiveConfig
+from transformer.alignment.source import Source
 from transformer.attention.multiplicative import attentional_state
-from transformer.errors import require
+from transformer.errors import Config, ConfigError, require
 from transformer.layers.embedding import Embedding
 from transformer.layers.linear import Linear, dropout
-from transformer.layers.recurrent import (
-    ADDITIVE,
-    CELLS,
-    FAST,
-    GENERAL,
-    CellState,
-    Source,
-    SourceAttention,
-    scan_cell,
-    where_valid,
-)
+from transformer.layers.recurrent import CELLS, CellState, scan_cell, where_valid
 from transformer.sharding import constrain
 from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray, wide, widen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecurrentConfig:
+class RecurrentConfig(Config):
     """The defaults are near RNNsearch-50 (Bahdanau et al. 2014)."""
 
     family: Literal["recurrent"] = "recurrent"
@@ -56,20 +49,14 @@ class RecurrentConfig:
     style: Literal["bahdanau", "luong"] = "bahdanau"
     """What looks at the source: the decoder's state before a step, whose input the context then is; or its state after it,
     with which the context makes an attentional state."""
-    attention: Literal[
-        "none", "additive", "dot", "general", "concat", "local_m", "local_p", "hard", "linear", "delta"
-    ] = "additive"
-    """How it looks: not at all (the source is its last state); Bahdanau's score; Luong's three; Luong's local attention about
-    the step's own number (m) or a predicted position (p); one state alone; linear attention; or fast weights that the
-    source's states write by the delta rule."""
+    attention: AlignmentConfig = AdditiveConfig()
+    """How it looks at the source, by its kind."""
     embed_dim: int = 620
     """Width of the embeddings, and of the maxout or tanh layer before the output in style bahdanau."""
     hidden_dim: int = 1000
     """Width of the decoder's state."""
     encoder_dim: int | None = None
     """Width of the encoder's state, in each direction; null: hidden_dim, but half of it for both directions in style luong."""
-    attention_dim: int | None = None
-    """Width of the layer that scores, or of the keys of linear and delta; null: hidden_dim."""
     num_layers: int = 1
     """Number of recurrent layers, in the encoder and in the decoder."""
     bidirectional: bool = True
@@ -78,10 +65,6 @@ class RecurrentConfig:
     """In style luong, the attentional state is a part of the next step's input."""
     readout: Literal["maxout", "tanh"] = "maxout"
     """In style bahdanau, the layer before the output."""
-    local_window: int = 10
-    """Local attention sees this many states to each side."""
-    hard_temperature: float = 1.0
-    """Temperature of the relaxed draw whose gradient hard attention takes."""
     dropout: float = 0.0
     """Drop rate of embeddings, between layers and before the output; nothing is dropped from step to step."""
     init_std: float = 0.05
@@ -92,26 +75,19 @@ class RecurrentConfig:
     """What the backward pass computes again to save memory: nothing; each step of the decoder."""
 
     def __post_init__(self) -> None:
-        for field in (
-            "source_vocab_size", "vocab_size", "max_length", "embed_dim", "hidden_dim", "num_layers", "local_window",
-        ):  # fmt: skip
+        super().__post_init__()
+        for field in ("source_vocab_size", "vocab_size", "max_length", "embed_dim", "hidden_dim", "num_layers"):
             require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
-        for field in ("encoder_dim", "attention_dim"):
-            require(
-                self, field, getattr(self, field) is None or getattr(self, field) >= 1, "allowed: 1 or more, or null"
-            )
-        for field in ("hard_temperature", "init_std"):
-            require(self, field, getattr(self, field) > 0, "allowed: above 0")
+        holds = self.encoder_dim is None or self.encoder_dim >= 1
+        require(self, "encoder_dim", holds, "allowed: 1 or more, or null")
+        require(self, "init_std", self.init_std > 0, "allowed: above 0")
         require(self, "dropout", 0 <= self.dropout < 1, "allowed: 0 or more, below 1")
         require(
             self, "hidden_dim", self.encoder_dim is not None or self.style == "bahdanau" or not self.bidirectional
             or self.hidden_dim % 2 == 0, "the two directions share it, so it is even, or set encoder_dim",
         )  # fmt: skip
-        require(
-            self, "attention", self.attention != "dot" or self.memory_dim == self.hidden_dim,
-            f"it needs the encoder's states ({self.memory_dim} wide) as wide as hidden_dim ({self.hidden_dim}); "
-            "encoder_dim sets their width in each direction",
-        )  # fmt: skip
+        if (wrong := self.attention.check(self.hidden_dim, self.memory_dim)) is not None:
+            raise ConfigError(type(self), "attention.kind", self.attention.kind, wrong)
 
     @property
     def dim_of_encoder(self) -> int:
@@ -124,11 +100,6 @@ class RecurrentConfig:
     def memory_dim(self) -> int:
         """Width of an encoder state, both directions taken together."""
         return self.dim_of_encoder * (2 if self.bidirectional else 1)
-
-    @property
-    def dim_of_attention(self) -> int:
-        """`attention_dim` with its default filled in."""
-        return self.hidden_dim if self.attention_dim is None else self.attention_dim
 
 
 @jax.tree_util.register_dataclass
@@ -182,10 +153,7 @@ class RecurrentTranslator(nnx.Module):
                 (_bridge_dim(c),), (c.num_layers * cell.num_states * c.hidden_dim,), axes=("embed", "mlp"), **options
             )
         )
-        self.attention = SourceAttention(
-            c.attention, c.hidden_dim, c.memory_dim, c.dim_of_attention, window=c.local_window,
-            temperature=c.hard_temperature, **options,
-        )  # fmt: skip
+        self.attention = make_alignment(c.attention, c.hidden_dim, c.memory_dim, **options)
         self.cells = nnx.List(
             [cell(c.embed_dim if layer == 0 else c.hidden_dim, c.hidden_dim, **options) for layer in layers]
         )
@@ -389,26 +357,17 @@ def flops_per_token(config: RecurrentConfig, length: int) -> float:
     decoder's first state, and whatever rematerialisation repeats.
     """
     c = config
-    gates, kind = CELLS[c.cell].num_gates, c.attention
-    D, E, A, H, embed = c.hidden_dim, c.memory_dim, c.dim_of_attention, c.dim_of_encoder, c.embed_dim
+    gates = CELLS[c.cell].num_gates
+    D, E, H, embed = c.hidden_dim, c.memory_dim, c.dim_of_encoder, c.embed_dim
     directions = 2 if c.bidirectional else 1
     encoder = directions * gates * H * (embed + (c.num_layers - 1) * E + c.num_layers * H)
     decoder = gates * D * (embed + _fed_dim(c) + (c.num_layers - 1) * D + c.num_layers * D)
-    seen = min(2 * c.local_window + 1, length) if kind in ("local_m", "local_p") else length
-    attention = 0.0
-    if kind in ADDITIVE:
-        attention = E * A + D * A + seen * (A + E)
-    elif kind == "dot" or kind in GENERAL:
-        attention = (0 if kind == "dot" else D * E) + 2 * seen * E + (D * A + A if kind == "local_p" else 0)
-    elif kind in FAST:
-        # Each source state writes and each query reads; the delta rule also recalls, to erase.
-        values, features, passes = (E + 1, A, 2) if kind == "linear" else (E, 2 * A, 3)
-        attention = E * A + D * A + passes * features * values + (E if kind == "delta" else 0)
     if c.style == "luong":
         out, head_dim = D, D
     else:
         out, head_dim = embed * (2 if c.readout == "maxout" else 1), embed
-    return 2.0 * (encoder + decoder + attention + _combined_dim(c) * out + head_dim * c.vocab_size)
+    attention = c.attention.flops(D, E, length)
+    return 2.0 * (encoder + decoder + _combined_dim(c) * out + head_dim * c.vocab_size) + attention
 
 
 def _copies_states(c: RecurrentConfig) -> bool:

@@ -1,0 +1,305 @@
+"""Alignments that score each state: the context is the mean of the states, weighted by normalised scores.
+
+B batch, S source position, D features of the query, E features of an encoder state, A alignment features.
+
+    additive, concat    e = vᵀ tanh(W q + U k)     Bahdanau et al. 2014, appendix A.1.2; Luong et al. 2015, equation 8
+    dot, general        e = qᵀ k, e = qᵀ W k       Luong et al. 2015, equation 8
+    local_m, local_p    general, near a position   Luong et al. 2015, section 3.2
+    hard                one state alone            Xu et al. 2015; its gradient as in Jang et al. 2017
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from transformer.alignment.source import Alignment, AlignmentBase, Source, projection
+from transformer.attention.additive import additive_scores
+from transformer.attention.common import context
+from transformer.attention.hard import argmax_weights, gumbel_weights
+from transformer.attention.mask import AttentionMask
+from transformer.attention.multiplicative import dot_scores, local_weights, predicted_positions
+from transformer.attention.sparse_softmax import NORMALIZERS
+from transformer.errors import require
+from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide, widen
+
+Normalizer = Literal["softmax", "sparsemax", "entmax15"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoAlignmentConfig(AlignmentBase):
+    """The source is one vector, its last state (Cho et al. 2014; Sutskever et al. 2014)."""
+
+    kind: Literal["none"] = "none"
+    """No attention."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdditiveConfig(AlignmentBase):
+    """A layer of tanh units scores the query with each state."""
+
+    kind: Literal["additive", "concat"] = "additive"
+    """Bahdanau's score; or Luong's concat, which has no bias."""
+    dim: int | None = None
+    """Width of the layer that scores. null: hidden_dim."""
+    normalizer: Normalizer = "softmax"
+    """From scores to weights. sparsemax and entmax15 give most states a weight of exactly zero."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "dim", self.dim is None or self.dim >= 1, "allowed: 1 or more, or null")
+
+    def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
+        """Of one query, and of one state's key."""
+        return _additive_flops(self.dim, query_dim, memory_dim, length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiplicativeConfig(AlignmentBase):
+    """A product scores the query with each state."""
+
+    kind: Literal["dot", "general"] = "dot"
+    """As they are, which takes equal widths; or with a matrix between them."""
+    normalizer: Normalizer = "softmax"
+    """From scores to weights. sparsemax and entmax15 give most states a weight of exactly zero."""
+
+    def check(self, query_dim: int, memory_dim: int) -> str | None:
+        """What keeps this kind from queries and states of these widths, or None."""
+        if self.kind == "general" or query_dim == memory_dim:
+            return None
+        return (
+            f"it needs the encoder's states ({memory_dim} wide) as wide as hidden_dim ({query_dim}); "
+            "encoder_dim sets their width in each direction"
+        )
+
+    def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
+        """Of one query: its projection, the scores and the mean."""
+        return 2.0 * ((query_dim * memory_dim if self.kind == "general" else 0) + 2 * length * memory_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalConfig(AlignmentBase):
+    """A window of states, with the score of general."""
+
+    kind: Literal["local_m", "local_p"] = "local_m"
+    """About the step's own number; or about a position that is predicted from the query, fading with the distance from it."""
+    window: int = 10
+    """States that are seen to each side."""
+    dim: int | None = None
+    """In local_p, the width of the layer that predicts the position. null: hidden_dim."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "window", self.window >= 1, "allowed: 1 or more")
+        require(self, "dim", self.dim is None or self.dim >= 1, "allowed: 1 or more, or null")
+        require(self, "dim", self.dim is None or self.kind == "local_p", "local_m predicts nothing; allowed: null")
+
+    def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
+        """Of one query, over the window at its width."""
+        D, E, A = query_dim, memory_dim, query_dim if self.dim is None else self.dim
+        seen = min(2 * self.window + 1, length)
+        return 2.0 * (D * E + 2 * seen * E + (D * A + A if self.kind == "local_p" else 0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HardConfig(AlignmentBase):
+    """One state alone, with the score of additive: drawn in training, the likeliest one otherwise."""
+
+    kind: Literal["hard"] = "hard"
+    """One state alone."""
+    dim: int | None = None
+    """Width of the layer that scores. null: hidden_dim."""
+    temperature: float = 1.0
+    """Of the relaxed draw whose gradient is taken."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "dim", self.dim is None or self.dim >= 1, "allowed: 1 or more, or null")
+        require(self, "temperature", self.temperature > 0, "allowed: above 0")
+
+    def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
+        """Of one query, and of one state's key."""
+        return _additive_flops(self.dim, query_dim, memory_dim, length)
+
+
+class LastState(Alignment):
+    """Gives the encoder's last state to every query."""
+
+    def __init__(self, query_dim: int, memory_dim: int, config: NoAlignmentConfig, **options: Any) -> None:
+        pass
+
+    def __call__(
+        self,
+        query_BD: Float[Array, "B D"],
+        source: Source,
+        step_B: Int[Array, " B"],
+        *,
+        key: PRNGKeyArray | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Float[Array, "B E"], None]:
+        """The last state, and no weights."""
+        return source.summary_BE, None
+
+
+class ScoredAlignment(Alignment):
+    """Scores, then weights, then their mean of the states; a kind says how the first two are made."""
+
+    def scores(self, query_B1D: Float[Array, "B 1 D"], source: Source) -> Float[Array, "B 1 S"]:
+        """The query with each state."""
+        raise NotImplementedError
+
+    def weights(
+        self,
+        query_B1D: Float[Array, "B 1 D"],
+        source: Source,
+        step_B: Int[Array, " B"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B 1 S"]:
+        """What each state counts, in float32 or wider."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        query_BD: Float[Array, "B D"],
+        source: Source,
+        step_B: Int[Array, " B"],
+        *,
+        key: PRNGKeyArray | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Float[Array, "B E"], Float[Array, "B S"] | None]:
+        """The context, and the weights where they are asked for."""
+        with jax.named_scope("source_attention"):
+            weights_B1S = self.weights(query_BD[:, None], source, step_B, key)
+            return context(weights_B1S, source.states_BSE)[:, 0], weights_B1S[:, 0] if return_weights else None
+
+
+class AdditiveAlignment(ScoredAlignment):
+    """vᵀ tanh(W q + U k), with U k computed once a source.
+
+    Args:
+        query_dim, memory_dim: D and E.
+        options: kernel_init, dtype, param_dtype and rngs of the linear layers.
+    """
+
+    def __init__(self, query_dim: int, memory_dim: int, config: AdditiveConfig | HardConfig, **options: Any) -> None:
+        self.config = config
+        A = query_dim if config.dim is None else config.dim
+        self.query = projection(query_dim, A, use_bias=config.kind != "concat", **options)
+        self.key = projection(memory_dim, A, **options)
+        self.vector = projection(A, **options)
+
+    def prepare(
+        self, states_BSE: Float[Array, "B S E"], valid_BS: Bool[Array, "B S"], summary_BE: Float[Array, "B E"]
+    ) -> Source:
+        """The states, and U k of each."""
+        return Source(valid_BS, states_BSE, summary_BE, self.key(states_BSE))
+
+    def scores(self, query_B1D: Float[Array, "B 1 D"], source: Source) -> Float[Array, "B 1 S"]:
+        """vᵀ tanh(W q + U k)."""
+        assert source.keys_BSA is not None
+        return additive_scores(self.query(query_B1D), source.keys_BSA, self.vector.kernel[...])
+
+    def weights(
+        self,
+        query_B1D: Float[Array, "B 1 D"],
+        source: Source,
+        step_B: Int[Array, " B"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B 1 S"]:
+        """A distribution over the states."""
+        assert isinstance(self.config, AdditiveConfig)
+        return NORMALIZERS[self.config.normalizer](self.scores(query_B1D, source), source.valid_BS[:, None])
+
+
+class HardAlignment(AdditiveAlignment):
+    """One state alone, scored as `AdditiveAlignment` does."""
+
+    def weights(
+        self,
+        query_B1D: Float[Array, "B 1 D"],
+        source: Source,
+        step_B: Int[Array, " B"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B 1 S"]:
+        """1 for a drawn state, or with no key for the likeliest."""
+        assert isinstance(self.config, HardConfig)
+        scores_B1S, allowed_B1S = self.scores(query_B1D, source), source.valid_BS[:, None]
+        if key is None:
+            return argmax_weights(scores_B1S, allowed_B1S)
+        return gumbel_weights(scores_B1S, allowed_B1S, key=key, temperature=self.config.temperature)
+
+
+class MultiplicativeAlignment(ScoredAlignment):
+    """qᵀ k, or qᵀ W k.
+
+    Args:
+        query_dim, memory_dim: D and E.
+        options: kernel_init, dtype, param_dtype and rngs of the linear layers.
+    """
+
+    def __init__(
+        self, query_dim: int, memory_dim: int, config: MultiplicativeConfig | LocalConfig, **options: Any
+    ) -> None:
+        self.config = config
+        self.query = None if config.kind == "dot" else projection(query_dim, memory_dim, **options)
+
+    def scores(self, query_B1D: Float[Array, "B 1 D"], source: Source) -> Float[Array, "B 1 S"]:
+        """The products of the query with each state."""
+        return dot_scores(query_B1D if self.query is None else self.query(query_B1D), source.states_BSE)
+
+    def weights(
+        self,
+        query_B1D: Float[Array, "B 1 D"],
+        source: Source,
+        step_B: Int[Array, " B"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B 1 S"]:
+        """A distribution over the states."""
+        assert isinstance(self.config, MultiplicativeConfig)
+        return NORMALIZERS[self.config.normalizer](self.scores(query_B1D, source), source.valid_BS[:, None])
+
+
+class LocalAlignment(MultiplicativeAlignment):
+    """A window of states, about the step's number or a predicted position."""
+
+    def __init__(
+        self,
+        query_dim: int,
+        memory_dim: int,
+        config: LocalConfig,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        super().__init__(query_dim, memory_dim, config, dtype=dtype, rngs=rngs, **options)
+        A = query_dim if config.dim is None else config.dim
+        predicts = config.kind == "local_p"
+        # Among hundreds of states a position in a narrow type would be off by a good part of the window.
+        self.position = projection(query_dim, A, dtype=wide(dtype), rngs=rngs, **options) if predicts else None
+        self.position_vector = projection(A, dtype=dtype, rngs=rngs, **options) if predicts else None
+
+    def weights(
+        self,
+        query_B1D: Float[Array, "B 1 D"],
+        source: Source,
+        step_B: Int[Array, " B"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B 1 S"]:
+        """Over the states of the window; in local_p they fade with the distance and sum to less than 1."""
+        assert isinstance(self.config, LocalConfig)
+        scores_B1S, mask = self.scores(query_B1D, source), AttentionMask.padding(source.valid_BS)
+        if self.position is None or self.position_vector is None:
+            return local_weights(scores_B1S, step_B[:, None], self.config.window, mask)
+        centres_B1 = predicted_positions(
+            self.position(widen(query_B1D)), self.position_vector.kernel[...], source.valid_BS.sum(-1)
+        )
+        return local_weights(scores_B1S, centres_B1, self.config.window, mask, gaussian=True)
+
+
+def _additive_flops(dim: int | None, query_dim: int, memory_dim: int, length: int) -> float:
+    A = query_dim if dim is None else dim
+    return 2.0 * (memory_dim * A + query_dim * A + length * (A + memory_dim))
