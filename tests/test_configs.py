@@ -114,7 +114,8 @@ def _labelled_source(config, folder) -> SourceConfig:
     (label,) = {source.label_field for source in config.data.sources}
     first, kind = config.data.sources[0], config.data.label_kind
     choices, rows = first.choice_fields, []
-    classes = len(choices) or getattr(getattr(config.model, "head", None), "num_labels", 0)
+    # The answer of a question has no class.
+    classes = len(choices) or getattr(config.model.head, "num_labels", 1)
     for number in range(120):
         row = {"first": f"text {number}", label: number % classes}
         if kind == "number":

@@ -87,8 +87,7 @@ def apply_stack(
     A layer may be a group of blocks that repeats: then L counts the groups.
 
     Args:
-        calls: gone through again and again, such as one for global and two for local attention. As many as there are layers
-            may give outputs that differ in kind, and are run one by one.
+        calls: gone through again and again, such as one for global and two for local attention; their outputs are alike in kind.
         blocks: what `stack` made, or a list of single blocks (`unstack`), which are always run one by one.
         keys: one a layer, [L, ...].
         per_layer: a pytree whose leaves have a leading L, of which each layer gets its slice; for a list of blocks a
@@ -102,7 +101,7 @@ def apply_stack(
         remat: `none` or a name of `REMAT_POLICIES`.
 
     Returns:
-        The last x, and the layers' outputs with a leading L; a list of outputs for a list of blocks, or of L calls.
+        The last x, and the layers' outputs with a leading L; a list of outputs for a list of blocks.
 
     Raises:
         UserError: a pipeline that does not fit.
@@ -114,19 +113,17 @@ def apply_stack(
 
     def stage(blocks: nnx.Module, x: Array, keys: Array | None, inputs: Any, context: Any) -> tuple[Array, Any]:
         check_period(num_layers, _leading(blocks), len(calls))
-        return through(blocks, x, keys, inputs, context, alike=True)
+        return through(blocks, x, keys, inputs, context)
 
     with jax.named_scope("layers"):
         if isinstance(blocks, list):
-            return through(blocks, x, keys, per_layer, context, alike=False)
+            return through(blocks, x, keys, per_layer, context)
         num_layers = _leading(in_order(blocks))
         if schedule is not None and devices_of_layers() > 1:
             if first is not None:
                 raise ValueError("a first layer that differs from the others is not supported with pipelining")
             return run_pipeline(stage, blocks, x, keys=keys, per_layer=per_layer, context=context, schedule=schedule)
-        # One call a layer: their outputs need not be alike.
-        alike = len(calls) == 1 or len(calls) < num_layers
-        return through(in_order(blocks), x, keys, per_layer, context, alike=alike)
+        return through(in_order(blocks), x, keys, per_layer, context)
 
 
 def _through(
@@ -140,10 +137,9 @@ def _through(
     first: Callable[..., tuple[Array, Any]] | None,
     scan: bool,
     remat: str,
-    alike: bool,
 ) -> tuple[Array, Any]:
-    """The layers one after the other; `alike` where their outputs are, and can be stacked."""
-    period, scan = len(calls), scan and alike
+    """The layers one after the other."""
+    period = len(calls)
 
     def body_of(call: Callable[..., tuple[Array, Any]]) -> Callable[..., tuple[Array, Any]]:
         def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
@@ -172,7 +168,7 @@ def _through(
     layers, num_layers = (blocks, keys, per_layer), _leading(blocks)
     if not scan:
         x, outputs = one_by_one(x, unstack(layers, num_layers))
-        return x, restack(outputs) if alike else outputs
+        return x, restack(outputs)
     if first is None and period == 1:
         return jax.lax.scan(bodies[0], x, layers)
 

@@ -127,8 +127,11 @@ def test_a_model_of_pairs_neither_writes_nor_shows_itself(trained, capsys):
         ("model: {family: bert}", "objective.kind: got 'causal'; a model of family 'bert' goes with answer, choice"),
         ("model: {family: bert, num_layer: 2}", "Did you mean 'num_layers'?"),
         ("model: {family: bert, num_layers: two}", "model.num_layers: got 'two'"),
-        ("model: {family: t5, window: 3}", "model.window: window is a field of families gpt"),
-        ("model: {family: bert}\nobjective: {kind: next_sentence}", "model.head: got 'masked'"),
+        (
+            "model: {family: t5, embedding_size: 3}",
+            "embedding_size: embedding_size is a field of families bert, electra",
+        ),
+        ("model: {family: bert}\nobjective: {kind: next_sentence}", "model.head.kind: got 'masked'"),
         ("objective: {kind: seq2seq}", "a model of family 'gpt' goes with causal, prefix"),
     ],
 )
