@@ -233,7 +233,8 @@ class _Part:
     def __init__(self, layers: LayerStack, given: Array, is_first: Array, stage: Array) -> None:
         self.layers, self.given, self.is_first = layers, given, is_first
         groups = jax.tree.leaves(layers.blocks)[0].shape[0]
-        check_period(layers.num_layers // layers.group, groups, layers.period)
+        # A group of blocks holds a whole pattern.
+        check_period(layers.num_layers, groups * layers.group, max(layers.period, layers.group))
         layers.take_part(groups * layers.group, stage)
         self.final_norm, layers.final_norm = layers.final_norm, None
         self.x: Any = None

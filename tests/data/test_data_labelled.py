@@ -276,7 +276,7 @@ def test_what_does_not_suit_is_one_line(reviews: Path, tmp_path: Path) -> None:
     assert "length: got 2; classification needs at least 3 tokens" in told(config, length=2)
     prepared = prepare(config, progress=False)
     check_labels(prepared, 3)
-    with pytest.raises(UserError, match=r"model\.num_labels: got 2; the data has 3 classes: bad, fine, good"):
+    with pytest.raises(UserError, match=r"model\.head\.num_labels: got 2; the data has 3 classes: bad, fine, good"):
         check_labels(prepared, 2)
     one = config_of(write_rows(tmp_path / "one.jsonl", ROWS[:1]), validation_fraction=0.0)
     with pytest.raises(UserError, match="all documents are of one class, good"):

@@ -191,7 +191,8 @@ def test_targets():
     assert names() == {"query", "key", "value", "out", "up", "gate", "down"}
     assert names(targets=("query", "value")) == {"query", "value"}
     with pytest.raises(
-        UserError, match=r"adapter.targets: 'valu' is no map .* there are down, gate, .*Did you mean 'value'"
+        UserError,
+        match=r"adapter.targets: 'valu' is not a linear layer .* there are down, gate, .*Did you mean 'value'",
     ):
         names(targets=("valu",))
 

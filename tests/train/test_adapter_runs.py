@@ -121,7 +121,7 @@ def test_a_language_model_writes_with_its_adapters(whole, config_file, tmp_path,
         main(["train", str(tmp_path / "tuned.yaml"), "--adapter.targets", "querry", "--run-dir", str(tmp_path / "no")])
         == 2
     )
-    assert "adapter.targets: 'querry' is no map" in capsys.readouterr().err
+    assert "adapter.targets: 'querry' is not a linear layer" in capsys.readouterr().err
 
 
 @pytest.mark.torch
@@ -160,6 +160,7 @@ def test_exported_for_peft_and_loaded_by_it(tmp_path, capsys):
     assert transformers.AutoTokenizer.from_pretrained(f"{run}/peft")("good")["input_ids"]
     card = (tuned.directory / "peft" / "README.md").read_text()
     assert "library_name: peft" in card and "num_labels=2" in card
+    assert "pipeline_tag: text-classification" in card
 
     assert main(["export", run, "--format", "peft"]) == 2
     assert "it exists already" in capsys.readouterr().err

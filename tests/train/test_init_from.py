@@ -221,6 +221,9 @@ def test_pretraining_and_fine_tuning_from_the_command_line(texts, tmp_path, caps
     records = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
     last = next(record for record in reversed(records) if "eval/loss" in record)
     assert last["eval/accuracy"] == 1 and "eval/perplexity" not in last and "eval/bits_per_byte" not in last
-    assert main(["train", "tuned.yaml", "--init-from", "encoder", "--model.num-labels", "3", "--run-dir", "other"]) == 2
+    assert (
+        main(["train", "tuned.yaml", "--init-from", "encoder", "--model.head.num-labels", "3", "--run-dir", "other"])
+        == 2
+    )
     assert "model.head.num_labels: got 3; the data has 2 classes: bad, good" in capsys.readouterr().err
     assert main(["explain", "tuned.yaml"]) == 0

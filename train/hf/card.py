@@ -27,8 +27,13 @@ def text(loaded: LoadedRun, run: Path, name: str, model_type: str, *, base: str 
         base: of adapters, what they belong on; None: the model is whole.
     """
     config = loaded.config
-    tag = _TAGS.get(
-        getattr(config.model, "head", ""), "text-generation" if config.model.family == "gpt" else "translation"
+    head = getattr(config.model, "head", None)
+    tag = (
+        "text-generation"
+        if config.model.family == "gpt"
+        else "translation"
+        if head is None
+        else _TAGS.get(head.kind, "feature-extraction")
     )
     sources = "\n".join(f"- {source.title}" for source in config.data.sources)
     use = _USES.get(
@@ -39,11 +44,7 @@ def text(loaded: LoadedRun, run: Path, name: str, model_type: str, *, base: str 
     if base is not None:
         what, library = f"Low-rank adapters of a `{name}`", f"peft\nbase_model: {base}"
         imports = "import peft\nimport transformers"
-        labels = (
-            f", num_labels={getattr(getattr(config.model, 'head', None), 'num_labels', 2)}"
-            if tag.endswith("classification")
-            else ""
-        )
+        labels = f", num_labels={head.num_labels}" if head is not None and tag.endswith("classification") else ""
         load = (
             f"base = transformers.{name}.from_pretrained({base!r}{labels})\n"
             "model = peft.PeftModel.from_pretrained(base, FOLDER)"

@@ -90,7 +90,7 @@ def to_peft(
         if (module := rule.theirs.rpartition(".")[0]) in modules:
             held = rule.layout.give([np.asarray(jax.device_get(ours[path])) for path in rule.paths])
             tensors[_PREFIX + rule.theirs] = np.ascontiguousarray(held)
-    task = _TASKS.get(getattr(model, "head", model.family))
+    task = _TASKS.get(model.head.kind if hasattr(model, "head") else model.family)
     if task in _OWN_MODULES and not modules:
         task = None
     is_conv1d = any(isinstance(rule.layout, Matrix) and not rule.layout.transposed for rule in tables.rules)

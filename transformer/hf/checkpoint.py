@@ -15,7 +15,7 @@ from flax import nnx
 from transformer.errors import UserError, nearest
 from transformer.hf import decoders, encoder_decoders, encoders, modernbert
 from transformer.hf.architecture import OTHER_KIND, Architecture
-from transformer.hf.fields import UNTIED
+from transformer.hf.fields import A_PATTERN, UNTIED
 from transformer.hf.mapping import Tables, check, described_theirs, to_ours, to_theirs
 from transformer.hf.tensors import open_folder, write_folder
 from transformer.models.families import ModelConfig, described_parameters
@@ -172,7 +172,9 @@ def architecture_of(config: ModelConfig, model_type: str | None = None) -> Archi
         if not (why := one.differences(config)):
             return one
         reasons[one.model_type] = why
-    closest = min(reasons, key=lambda name: (OTHER_KIND in reasons[name], len(reasons[name])))
+    closest = min(
+        reasons, key=lambda name: (OTHER_KIND in reasons[name], A_PATTERN in reasons[name], len(reasons[name]))
+    )
     settings = ", ".join(reasons[closest])
     if OTHER_KIND in reasons[closest]:
         head = f" and head {config.head.kind!r}" if hasattr(config, "head") else ""

@@ -69,7 +69,8 @@ def count_parameters(config: ModelConfig) -> int:
 def inherit(model: dict[str, Any]) -> dict[str, Any]:
     """A model's plain data in which mixers of a pattern have what they leave out from `attention`, or its default in the
     family, if they are of its kind."""
-    family = FAMILIES.get(model.get("family", "gpt"))
+    name = model.get("family", "gpt")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
     given, pattern = model.get("attention", {}), model.get("pattern", [])
     usual = getattr(family.config, "attention", None) if family is not None else None
     if not pattern or usual is None or not isinstance(given, dict) or not isinstance(pattern, list):
