@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformer.errors import UserError
 from transformer.hf.fields import HFConfigReader
@@ -13,6 +13,16 @@ from transformer.hf.mapping import Rule, Tables
 from transformer.mixers.heads import head_sizes
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.families import ModelConfig
+
+OTHER_SETTINGS, NO_FIELD, OTHER_MODEL = range(3)
+"""How an architecture differs from a model: in settings; in one that its config has no field for; altogether."""
+
+
+class Differences(NamedTuple):
+    """Why a model cannot be written as an architecture."""
+
+    kind: int
+    settings: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,20 +93,17 @@ class Architecture:
         head = config.head.kind if hasattr(config, "head") else ""
         return next((name for name, ours in self.classes.items() if ours == head), None)
 
-    def differences(self, config: ModelConfig) -> list[str]:
-        """Why a model cannot be written as this architecture: what would not be read back as it is. Empty where it can."""
+    def differences(self, config: ModelConfig) -> Differences | None:
+        """Why a model cannot be written as this architecture: what would not be read back as it is. None where it can."""
         if not isinstance(config, self.family) or (name := self.class_of(config)) is None:
-            return [OTHER_KIND]
+            return Differences(OTHER_MODEL, ("a model of this family and head",))
         try:
             back, _ = self.config({"model_type": self.model_type} | self.write(config), name, self.model_type)
         except UserError as error:
-            return str(error).removeprefix(f"{self.model_type}: ").split("; ")
+            return Differences(NO_FIELD, tuple(str(error).removeprefix(f"{self.model_type}: ").split("; ")))
         ours, theirs = _computes(config), _computes(back)
-        return [f"{field} {ours.get(field)!r}" for field in ours | theirs if ours.get(field) != theirs.get(field)]
-
-
-OTHER_KIND = "a model of this family and head"
-"""Why an architecture is nothing for a model, whatever its settings."""
+        found = tuple(f"{field} {ours.get(field)!r}" for field in ours | theirs if ours.get(field) != theirs.get(field))
+        return Differences(OTHER_SETTINGS, found) if found else None
 
 
 def rules_of(*parts: Any) -> tuple[Rule, ...]:

@@ -14,8 +14,8 @@ from flax import nnx
 
 from transformer.errors import UserError, nearest
 from transformer.hf import decoders, encoder_decoders, encoders, modernbert
-from transformer.hf.architecture import OTHER_KIND, Architecture
-from transformer.hf.fields import A_PATTERN, UNTIED
+from transformer.hf.architecture import OTHER_MODEL, Architecture
+from transformer.hf.fields import UNTIED
 from transformer.hf.mapping import Tables, check, described_theirs, to_ours, to_theirs
 from transformer.hf.tensors import open_folder, write_folder
 from transformer.models.families import ModelConfig, described_parameters
@@ -169,14 +169,13 @@ def architecture_of(config: ModelConfig, model_type: str | None = None) -> Archi
     tried = [ARCHITECTURES[model_type]] if model_type is not None else list(ARCHITECTURES.values())
     reasons = {}
     for one in tried:
-        if not (why := one.differences(config)):
+        if (why := one.differences(config)) is None:
             return one
         reasons[one.model_type] = why
-    closest = min(
-        reasons, key=lambda name: (OTHER_KIND in reasons[name], A_PATTERN in reasons[name], len(reasons[name]))
-    )
-    settings = ", ".join(reasons[closest])
-    if OTHER_KIND in reasons[closest]:
+    # One whose fields have no place for the model is further away than one of other settings.
+    closest = min(reasons, key=lambda name: (reasons[name].kind, len(reasons[name].settings)))
+    settings = ", ".join(reasons[closest].settings)
+    if reasons[closest].kind == OTHER_MODEL:
         head = f" and head {config.head.kind!r}" if hasattr(config, "head") else ""
         said = f"no Hugging Face architecture matches family {config.family!r}{head}"
     else:

@@ -10,9 +10,6 @@ from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.position import RotaryConfig, RotaryScaling
 from transformer.mixers.softmax import SoftmaxConfig
 
-A_PATTERN = "a pattern of mixers that differ"
-"""Why an architecture of layers that are alike is nothing for a model."""
-
 ACTIVATIONS = {
     "gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "relu": "relu",
     "silu": "silu", "swish": "silu",
@@ -178,7 +175,7 @@ def only_mixer(config: Any) -> SoftmaxConfig:
     """
     first, *others = dict.fromkeys(config.mixers())
     if others:
-        raise UserError(A_PATTERN)
+        raise UserError("a pattern of mixers that differ")
     return softmax_of(first)
 
 
