@@ -28,13 +28,8 @@ def text(loaded: LoadedRun, run: Path, name: str, model_type: str, *, base: str 
     """
     config = loaded.config
     head = getattr(config.model, "head", None)
-    tag = (
-        "text-generation"
-        if config.model.family == "gpt"
-        else "translation"
-        if head is None
-        else _TAGS.get(head.kind, "feature-extraction")
-    )
+    without = "text-generation" if config.model.family == "gpt" else "translation"
+    tag = without if head is None else _TAGS.get(head.kind, "feature-extraction")
     sources = "\n".join(f"- {source.title}" for source in config.data.sources)
     use = _USES.get(
         config.model.family, "ids = tokenizer('A text.', return_tensors='pt').input_ids\nprint(model.generate(ids))"
