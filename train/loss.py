@@ -117,8 +117,8 @@ def of_rows(
     return of_classes(logits_BC[:, None], labels_B[:, None], weights_B1, config, class_weights)
 
 
-def with_router_loss(sums: LossSums, output: Any) -> LossSums:
-    """The sums with a mixture's own loss, where the model's output has one."""
-    if output.router_loss is None:
+def with_added_loss(sums: LossSums, output: Any) -> LossSums:
+    """The sums with the loss that the model itself adds, where its output has one."""
+    if output.added_loss is None:
         return sums
-    return dataclasses.replace(sums, loss=sums.loss + output.router_loss * sums.weight)
+    return dataclasses.replace(sums, loss=sums.loss + output.added_loss * sums.weight)

@@ -141,7 +141,7 @@ def one_forward_one_backward(
                 own_key = jax.random.fold_in(jax.random.fold_in(key, microbatch), index)
                 sums = objective.loss(model, _at(batches, microbatch), loss, key=own_key)
                 sums = jax.tree.map(lambda x: jnp.where(is_last, x, 0), sums)
-                if (routed := layers.output.router_loss) is not None:
+                if (routed := layers.output.added_loss) is not None:
                     sums = dataclasses.replace(sums, loss=sums.loss + routed * share)
                 return (layers.x, sums.loss), sums
 
@@ -244,7 +244,7 @@ class _Part:
         self.x, self.output = self.layers(jnp.where(self.is_first, x, self.given), context, **options)
         hidden = self.x if self.final_norm is None else self.final_norm(self.x)
         # The routers' losses are every stage's, and the head's the last one's alone.
-        return hidden, dataclasses.replace(self.output, router_loss=None)
+        return hidden, dataclasses.replace(self.output, added_loss=None)
 
 
 class _WholeTable(Embedding):

@@ -52,5 +52,5 @@ class ModelOutput:
     """What decoding carries after these tokens, one state a layer, when states were given."""
     weights: Array | None = None
     """[L, B, N, T, S] attention weights, when they were asked for."""
-    router_loss: Array | None = None
-    """A scalar to add to the mean loss a token, for a model with mixtures of experts."""
+    added_loss: Array | None = None
+    """A scalar to add to the mean loss: what the routers of experts, or a head, ask for besides."""

@@ -183,9 +183,9 @@ def model_of(objective: Objective):
         "dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    if objective.head is not None:
+    if objective.heads:
         labels = {"regression": 1, "classification": 3, "token_classification": 4}.get(objective.kind, 2)
-        small |= {"head": head_of(objective.head, labels), "norm_first": True}
+        small |= {"head": head_of(objective.heads[0], labels), "norm_first": True}
     return FAMILIES[family].config(**small)
 
 

@@ -60,7 +60,7 @@ def batch_of(seed: int = 0, padding: int = 0) -> dict[str, np.ndarray]:
 def test_loss_and_count_by_definition(smoothing, padding):
     batch = batch_of(padding=padding)
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(B, C)), jnp.float32)
-    output = types.SimpleNamespace(logits=logits, router_loss=None)
+    output = types.SimpleNamespace(logits=logits, added_loss=None)
     config = LossConfig(label_smoothing=smoothing)
     sums = Classification().loss(lambda *_, **__: output, batch, config)
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)

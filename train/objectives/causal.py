@@ -14,7 +14,7 @@ from train.data.pack import Examples, Packing, examples
 from train.data.prepare import DataConfig
 from train.data.store import Prepared, TokenArray
 from train.data.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_router_loss
+from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_added_loss
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
 from transformer.types import PRNGKeyArray
 
@@ -55,4 +55,4 @@ class Causal(Objective):
 def token_loss(output: Any, batch: Batch, config: LossConfig) -> LossSums:
     """The cross-entropy of `targets` by `weights` [B, T], with a mixture's own loss."""
     with jax.named_scope("loss"):
-        return with_router_loss(cross_entropy(output.logits, batch["targets"], batch["weights"], config), output)
+        return with_added_loss(cross_entropy(output.logits, batch["targets"], batch["weights"], config), output)

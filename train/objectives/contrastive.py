@@ -17,7 +17,7 @@ from train.data.prepare import DataConfig
 from train.data.rows import TooLong
 from train.data.store import Prepared, TokenArray
 from train.data.tokenizer import CLS, SEP, Tokenizer
-from train.loss import Batch, LossConfig, LossSums, of_rows, with_router_loss
+from train.loss import Batch, LossConfig, LossSums, of_rows, with_added_loss
 from train.mesh import MeshConfig
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
 from transformer.errors import require
@@ -37,7 +37,7 @@ class Contrastive(Objective):
     said."""
 
     families = ("bert",)
-    head = "embedding"
+    heads = ("embedding",)
     takes_pairs = True
     packings = ("documents",)
     least_length = 3
@@ -84,7 +84,7 @@ class Contrastive(Objective):
             valid_B = batch["weights"][:, 0] > 0
             logits_BB = contrastive_logits(sides[0].logits, sides[1].logits, valid_B, temperature=self.temperature)
             sums = of_rows(logits_BB, jnp.arange(logits_BB.shape[0]), batch["weights"], config)
-            return with_router_loss(with_router_loss(sums, sides[0]), sides[1])
+            return with_added_loss(with_added_loss(sums, sides[0]), sides[1])
 
     def tokens_per_prediction(self, prepared: Prepared, tokens_per_example: int) -> float:
         return float(tokens_per_example)

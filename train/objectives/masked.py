@@ -89,7 +89,7 @@ class Masked(HiddenTokens):
 
     kind: Literal["masked"] = "masked"
 
-    head = "masked"
+    heads = ("masked",)
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
         """The mean over the hidden tokens, where `weights` [B, T] is 1. They are all among `predicted` [B, K]; no others are

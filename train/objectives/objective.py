@@ -47,8 +47,8 @@ class Objective(Config, abc.ABC):
 
     families: ClassVar[tuple[str, ...]]
     """The model families that it suits."""
-    head: ClassVar[str | None] = None
-    """The head that it trains of a `bert` model; None: any."""
+    heads: ClassVar[tuple[str, ...]] = ()
+    """Kinds of head of a `bert` model that it trains; empty: any."""
     takes_pairs: ClassVar[bool | None] = False
     """Whether it takes pairs of texts (True), single texts (False), or either (None)."""
     label_kind: ClassVar[LabelKind | None] = None
@@ -82,8 +82,9 @@ class Objective(Config, abc.ABC):
             suited = sorted(one.kind_name() for one in objectives() if model.family in one.families)
             allowed = f"a model of family {model.family!r} goes with {', '.join(suited)}"
             raise ConfigError(type(self), "kind", self.kind, allowed)
-        if self.head is not None and isinstance(model, BertConfig):
-            require(model.head, "kind", model.head.kind == self.head, f"objective {self.kind} needs {self.head!r}")
+        if self.heads and isinstance(model, BertConfig):
+            needed = " or ".join(map(repr, self.heads))
+            require(model.head, "kind", model.head.kind in self.heads, f"objective {self.kind} needs {needed}")
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raise a `ConfigError` unless the objective can be trained so."""

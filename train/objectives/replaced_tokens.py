@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from train.data.store import Prepared
-from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_router_loss
+from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_added_loss
 from train.objectives.masked import HiddenTokens, at_places
 from transformer.types import PRNGKeyArray
 
@@ -58,7 +58,7 @@ class ReplacedTokens(HiddenTokens):
             signed = jnp.where(is_replaced_BT, output.logits, -output.logits)
             nll, weight = -jnp.sum(jax.nn.log_sigmoid(signed) * valid_BT), jnp.sum(valid_BT)
             loss = model.config.replaced_weight * nll + generator * weight
-            return with_router_loss(LossSums(loss, nll, weight), output)
+            return with_added_loss(LossSums(loss, nll, weight), output)
 
     def tokens_per_prediction(self, prepared: Prepared, tokens_per_example: int) -> float:
         return 1.0

@@ -31,7 +31,7 @@ class TwoStretches(HiddenTokens):
 
     swaps: ClassVar[bool]
     """Whether the two stretches change places, instead of the second coming from another document."""
-    head = "pretraining"
+    heads = ("pretraining",)
     least_length = 5
 
     def _examples(

@@ -72,7 +72,7 @@ class StructuredAttention(nnx.Module):
     ) -> None:
         options: dict[str, Any] = {"kernel_init": kernel_init, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.hidden = Linear((embed_dim,), (attention_dim,), axes=("embed", "mlp"), use_bias=False, **options)
-        self.hops = Linear((attention_dim,), (num_hops,), axes=("mlp", "heads"), use_bias=False, **options)
+        self.hops = Linear((attention_dim,), (num_hops,), axes=("mlp", None), use_bias=False, **options)
 
     def __call__(
         self, x_BSD: Float[Array, "B S D"], mask: AttentionMask | None = None

@@ -14,6 +14,7 @@ from transformer.layers.feed_forward import DenseConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.heads import EmbeddingHeadConfig, MaskedHeadConfig, ReplacedHeadConfig
+from transformer.models.sentence_heads import DecomposableHeadConfig, StructuredHeadConfig
 
 _THETAS = {"full_attention": ("global_rope_theta", 160_000.0), "sliding_attention": ("local_rope_theta", 10_000.0)}
 
@@ -110,7 +111,8 @@ def _tables(c: BertConfig) -> Tables:
     attention = f"{BLOCKS}.attention"
     heads: list[Rule] = []
     copies = {}
-    if not isinstance(c.head, EmbeddingHeadConfig | ReplacedHeadConfig):
+    without = EmbeddingHeadConfig | ReplacedHeadConfig | StructuredHeadConfig | DecomposableHeadConfig
+    if not isinstance(c.head, without):
         head, dense = _HEADS[c.head.kind]
         heads += linear("head.dense", f"{head}.{dense}", use_bias=c.head.bias)
         heads += norm("head.norm", f"{head}.norm", use_bias=c.head.bias)

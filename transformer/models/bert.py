@@ -37,6 +37,12 @@ from transformer.models.heads import (
     linear_options,
 )
 from transformer.models.layer_stack import Chosen, LayerStack, StackOutput, make_norm
+from transformer.models.sentence_heads import (
+    DecomposableHead,
+    DecomposableHeadConfig,
+    StructuredHead,
+    StructuredHeadConfig,
+)
 from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
 
 
@@ -71,7 +77,7 @@ class BertConfig(StackConfig):
     (ModernBERT)."""
     head: HeadConfig = MaskedHeadConfig()
     """What the hidden states are turned into: by its kind masked, pretraining, replaced, classification, tokens, answer,
-    choice or embedding."""
+    choice, embedding, structured or decomposable."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +119,13 @@ class Bert(nnx.Module):
         self.pooled_head: PooledHead | None = None
         self.token_head: TokenHead | None = None
         self.replaced_head: ReplacedHead | None = None
+        self.structured_head: StructuredHead | None = None
+        self.decomposable_head: DecomposableHead | None = None
         head = c.head
+        if isinstance(head, StructuredHeadConfig):
+            self.structured_head = nnx.data(StructuredHead(c.embed_dim, head, dropout_rate=c.dropout, **options))
+        if isinstance(head, DecomposableHeadConfig):
+            self.decomposable_head = nnx.data(DecomposableHead(c.embed_dim, head, **options))
         if isinstance(head, ReplacedHeadConfig):
             self.replaced_head = nnx.data(ReplacedHead(c.embed_dim, activation=c.mlp.activation, **options))
         if isinstance(head, MaskedHeadConfig | PretrainingHeadConfig):
@@ -200,12 +212,14 @@ class Bert(nnx.Module):
             return_weights: also give the attention weights, as in `GPT`.
 
         Returns:
-            Float32 logits: [B, K, V] (masked, pretraining; K is T without `predicted_BK`), [B, C] (classification, choice),
-            [B, T, C] (tokens, answer), [B, T] (replaced), or the vectors of length 1 [B, D] (embedding). `pooled_logits`
-            [B, 2] are the next sentence's (pretraining), or the pooler's vectors [B, D] (embedding with pooler).
+            Float32 logits: [B, K, V] (masked, pretraining; K is T without `predicted_BK`), [B, C] (classification, choice,
+            structured, decomposable), [B, T, C] (tokens, answer), [B, T] (replaced), or the vectors of length 1 [B, D]
+            (embedding). `pooled_logits` [B, 2] are the next sentence's (pretraining), or the pooler's vectors [B, D]
+            (embedding with pooler).
 
         Raises:
-            ValueError: more tokens than learned positions, or a layer or head that does not exist.
+            ValueError: more tokens than learned positions, a layer or head that does not exist, or a decomposable head without
+                token types.
         """
         head = self.config.head
         key, head_key = (None, None) if key is None else jax.random.split(key)
@@ -215,7 +229,13 @@ class Bert(nnx.Module):
         )  # fmt: skip
         valid_BT = None if segments_BT is None else segments_BT != 0
         pooled = None if self.pooled_head is None else self.pooled_head(hidden_BTD, valid_BT, key=head_key)
-        if self.masked_head is not None:
+        added = output.added_loss
+        if self.structured_head is not None:
+            logits, penalty = self.structured_head(hidden_BTD, valid_BT, key=head_key)
+            added = penalty if added is None else added + penalty
+        elif self.decomposable_head is not None:
+            logits = self.decomposable_head(hidden_BTD, token_types_BT, valid_BT)
+        elif self.masked_head is not None:
             logits = self.masked_head(hidden_BTD, self.embed, predicted_BK)
         elif self.replaced_head is not None:
             logits = self.replaced_head(hidden_BTD)
@@ -230,7 +250,7 @@ class Bert(nnx.Module):
             logits=logits,
             pooled_logits=pooled if head.kind in ("pretraining", "embedding") else None,
             weights=output.weights,
-            router_loss=output.router_loss,
+            added_loss=added,
         )
 
 

@@ -231,11 +231,11 @@ class EncoderDecoder(nnx.Module):
             positions_BT=positions_BT, segments_BT=segments_BT, memory=hidden_BSD, memory_segments_BM=source_segments_BS
         )
         x_BTD, output = self.decoder(x_BTD, context, key=stack_key, return_weights=return_weights)
-        losses = [loss for loss in (encoder_loss, output.router_loss) if loss is not None]
+        losses = [loss for loss in (encoder_loss, output.added_loss) if loss is not None]
         return ModelOutput(
             logits=self.logits(x_BTD),
             weights=output.weights,
-            router_loss=sum(losses[1:], losses[0]) if losses else None,
+            added_loss=sum(losses[1:], losses[0]) if losses else None,
         )
 
     def begin(self, memory: Memory, max_length: int) -> DecoderState:
@@ -289,7 +289,7 @@ class EncoderDecoder(nnx.Module):
         x_BSD, positions_BS, stack_key = self._embed(tokens_BS, positions_BS, 0, True, key)
         context = Context(positions_BT=positions_BS, segments_BT=segments_BS)
         hidden_BSD, output = self.encoder(x_BSD, context, key=stack_key)
-        return hidden_BSD, segments_BS, output.router_loss
+        return hidden_BSD, segments_BS, output.added_loss
 
     def _embed(
         self, tokens: Array, positions: Array | None, start: int | Array, is_source: bool, key: PRNGKeyArray | None

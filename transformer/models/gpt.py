@@ -117,7 +117,7 @@ class GPT(nnx.Module):
             key=key, return_weights=return_weights,
         )  # fmt: skip
         return ModelOutput(
-            logits=self.logits(hidden_BTD), states=output.states, weights=output.weights, router_loss=output.router_loss
+            logits=self.logits(hidden_BTD), states=output.states, weights=output.weights, added_loss=output.added_loss
         )
 
     def unstacked(self) -> GPT:

@@ -18,6 +18,7 @@ from transformer.layers.embedding import Embedding
 from transformer.layers.feed_forward import ACTIVATIONS
 from transformer.layers.linear import Linear, dropout
 from transformer.layers.norm import LayerNorm
+from transformer.models.sentence_heads import DecomposableHeadConfig, StructuredHeadConfig
 from transformer.precision import einsum
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, widen
@@ -153,8 +154,12 @@ HeadConfig = (
     | AnswerHeadConfig
     | ChoiceHeadConfig
     | EmbeddingHeadConfig
+    | StructuredHeadConfig
+    | DecomposableHeadConfig
 )
 """What an encoder's hidden states are turned into."""
+CLASSES = (ClassificationHeadConfig, StructuredHeadConfig, DecomposableHeadConfig)
+"""Those that give scores of classes for a whole row."""
 
 
 def pool(

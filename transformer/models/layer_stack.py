@@ -41,7 +41,7 @@ class StackOutput:
     """One a layer, where the call had some."""
     weights: Float[Array, "L B N T S"] | None
     """Of all layers that have weights, or of those chosen, in their order."""
-    router_loss: Float[Array, ""] | None
+    added_loss: Float[Array, ""] | None
     """The routers' losses by the config's weights, summed over the layers; None without a mixture of experts."""
 
 

@@ -24,7 +24,7 @@ from train.data.rows import TaskRows
 from train.data.store import TokenArray
 from train.data.tokenizer import Tokenizer
 from train.data.windows import AnswerWindows
-from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_router_loss
+from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_added_loss
 from train.objectives.objective import BatchShapes, Outputs, label_shape
 from train.objectives.tasks.task import Labelling, Prediction, Rows, Task, forward, with_gold
 from transformer.errors import require
@@ -54,7 +54,7 @@ class Answer(Task):
     no_answer_margin: float = 0.0
     """By how much; the best margin on the held-out questions is reported at the end of a run."""
 
-    head = "answer"
+    heads = ("answer",)
     label_kind = "answers"
     least_length = 5
     loss_settings = ("z_loss",)
@@ -97,7 +97,7 @@ class Answer(Task):
             allowed_BT = (types_BT == 1) & (jnp.roll(types_BT, -1, axis=1) == 1)
             first_B, last_B, score_B = best_span(output.logits, allowed_BT, max_tokens=self.answer_length)
         spans = {"first": first_B, "last": last_B, "score": score_B, "null_score": output.logits[:, 0].sum(-1)}
-        return with_router_loss(sums, output), spans
+        return with_added_loss(sums, output), spans
 
     def predictions(
         self, examples: TaskRows, documents: Sequence[Document], indices: np.ndarray, rows: Rows, names: Labelling

@@ -20,7 +20,7 @@ from train.data.records import Document
 from train.data.rows import TaskRows, TooLong
 from train.data.store import Prepared, TokenArray
 from train.data.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums, of_rows, with_router_loss
+from train.loss import Batch, LossConfig, LossSums, of_rows, with_added_loss
 from train.mesh import MeshConfig
 from train.objectives.objective import BatchShapes, Outputs, label_shape, weight_shape
 from train.objectives.tasks.classification import both, class_predictions
@@ -44,7 +44,7 @@ class Choice(Task):
     """What happens to a document that is longer than a row, with any choice: it is left out, or its end is. Both are counted
     and said."""
 
-    head = "choice"
+    heads = ("choice",)
     label_kind = "class"
     least_length = 5
     metrics = ("accuracy",)
@@ -96,7 +96,7 @@ class Choice(Task):
         with jax.named_scope("loss"):
             logits_BQ = choices(output.logits, Q)
             sums = of_rows(logits_BQ, batch["labels"], batch["weights"], config)
-        return with_router_loss(sums, output), {"logits": logits_BQ}
+        return with_added_loss(sums, output), {"logits": logits_BQ}
 
     def predictions(
         self, examples: TaskRows, documents: Sequence[Document], indices: np.ndarray, rows: Rows, names: Labelling

@@ -14,7 +14,7 @@ from train.objectives.tasks.task import Task, check_labels
 from transformer.errors import UserError, require
 from transformer.models.bert import BertConfig
 from transformer.models.families import ModelConfig
-from transformer.models.heads import ClassificationHeadConfig, TokensHeadConfig
+from transformer.models.heads import CLASSES, TokensHeadConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class WeightedClasses(Task):
             require(self, "class_weights", holds, "allowed: numbers, 0 or more, not all 0; balanced; or null")
 
     def check_classes(self, prepared: Prepared, model: ModelConfig) -> None:
-        if isinstance(model, BertConfig) and isinstance(model.head, ClassificationHeadConfig | TokensHeadConfig):
+        if isinstance(model, BertConfig) and isinstance(model.head, (*CLASSES, TokensHeadConfig)):
             check_labels(prepared, model.head.num_labels)
 
     def with_data(self, prepared: Prepared) -> Self:

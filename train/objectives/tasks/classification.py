@@ -18,17 +18,17 @@ from train.data.labelled import LabelledDocuments, commonest_share
 from train.data.prepare import DataConfig
 from train.data.records import Document
 from train.data.rows import TaskRows, TooLong
-from train.data.store import TokenArray
+from train.data.store import Prepared, TokenArray
 from train.data.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums, of_rows, with_router_loss
+from train.loss import Batch, LossConfig, LossSums, of_rows, with_added_loss
 from train.objectives.objective import BatchShapes, Outputs, label_shape
 from train.objectives.tasks.classes import WeightedClasses
 from train.objectives.tasks.report import ClassScores, class_table, draw_classes, draw_confusion
 from train.objectives.tasks.task import Labelling, Prediction, Rows, forward, softmax, with_gold
-from transformer.errors import require
+from transformer.errors import UserError, require
 from transformer.models.bert import BertConfig
 from transformer.models.families import ModelConfig
-from transformer.models.heads import ClassificationHeadConfig
+from transformer.models.heads import CLASSES, DecomposableHeadConfig
 from transformer.types import PRNGKeyArray
 
 
@@ -40,16 +40,24 @@ class Classification(WeightedClasses):
     too_long: TooLong = "drop"
     """What happens to a document that is longer than a row: it is left out, or its end is. Both are counted and said."""
 
-    head = "classification"
+    heads = ("classification", "structured", "decomposable")
     label_kind = "class"
     metrics = ("accuracy", "f1", "matthews")
     document_fields = ()
 
     def check_model(self, model: ModelConfig) -> None:
         super().check_model(model)
-        if isinstance(model, BertConfig) and isinstance(model.head, ClassificationHeadConfig):
+        if isinstance(model, BertConfig) and isinstance(model.head, CLASSES):
             allowed = "allowed: 2 or more classes; for numbers objective.kind: regression"
             require(model.head, "num_labels", model.head.num_labels >= 2, allowed)
+
+    def check_classes(self, prepared: Prepared, model: ModelConfig) -> None:
+        super().check_classes(prepared, model)
+        if isinstance(model, BertConfig) and isinstance(model.head, DecomposableHeadConfig) and not prepared.pairs:
+            raise UserError(
+                "model.head.kind: got 'decomposable', which compares two texts; the sources give single ones; set their "
+                "target_field"
+            )
 
     def for_any_document(self) -> Self:
         return dataclasses.replace(self, too_long="truncate")
@@ -75,7 +83,7 @@ class Classification(WeightedClasses):
         output = forward(model, batch, key)
         with jax.named_scope("loss"):
             sums = of_rows(output.logits, batch["labels"], batch["weights"], config, weights)
-        return with_router_loss(sums, output), {"logits": output.logits}
+        return with_added_loss(sums, output), {"logits": output.logits}
 
     def predictions(
         self, examples: TaskRows, documents: Sequence[Document], indices: np.ndarray, rows: Rows, names: Labelling

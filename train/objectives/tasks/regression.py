@@ -20,7 +20,7 @@ from train.data.records import Document
 from train.data.rows import TaskRows, TooLong
 from train.data.store import TokenArray
 from train.data.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums, with_router_loss
+from train.loss import Batch, LossConfig, LossSums, with_added_loss
 from train.objectives.objective import BatchShapes, Outputs, label_shape
 from train.objectives.tasks.task import Labelling, Prediction, Rows, Task, forward, with_gold
 from transformer.errors import require
@@ -38,7 +38,7 @@ class Regression(Task):
     too_long: TooLong = "drop"
     """What happens to a document that is longer than a row: it is left out, or its end is. Both are counted and said."""
 
-    head = "classification"
+    heads = ("classification",)
     label_kind = "number"
     loss_settings = ()
     metrics = ("pearson", "spearman", "mse")
@@ -68,7 +68,7 @@ class Regression(Task):
             values_B, weights_B = output.logits[:, 0], batch["weights"][:, 0]
             error = jnp.sum(jnp.square(values_B - batch["labels"]) * weights_B)
             sums = LossSums(error, error, jnp.sum(weights_B))
-        return with_router_loss(sums, output), {"values": values_B}
+        return with_added_loss(sums, output), {"values": values_B}
 
     def predictions(
         self, examples: TaskRows, documents: Sequence[Document], indices: np.ndarray, rows: Rows, names: Labelling

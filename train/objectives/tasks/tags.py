@@ -22,7 +22,7 @@ from train.data.rows import TaskRows, TooLong
 from train.data.store import Prepared, TokenArray
 from train.data.tagged import TaggedWords, tokens_per_word
 from train.data.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums, of_classes, with_router_loss
+from train.loss import Batch, LossConfig, LossSums, of_classes, with_added_loss
 from train.objectives.objective import BatchShapes, Outputs, row_shapes, weight_shape
 from train.objectives.tasks.classes import WeightedClasses
 from train.objectives.tasks.report import ClassScores, class_table, draw_classes
@@ -42,7 +42,7 @@ class TokenClassification(WeightedClasses):
     too_long: TooLong = "drop"
     """What happens to a text that is longer than a row: it is left out, or its last words are. Both are counted and said."""
 
-    head = "tokens"
+    heads = ("tokens",)
     takes_pairs = False
     label_kind = "tags"
     metrics = ("accuracy", "precision", "recall", "f1")
@@ -75,7 +75,7 @@ class TokenClassification(WeightedClasses):
         with jax.named_scope("loss"):
             sums = of_classes(output.logits, batch["targets"], batch["weights"], config, weights)
         likely_BTC = jax.nn.softmax(output.logits)
-        return with_router_loss(sums, output), {"classes": likely_BTC.argmax(-1), "probabilities": likely_BTC.max(-1)}
+        return with_added_loss(sums, output), {"classes": likely_BTC.argmax(-1), "probabilities": likely_BTC.max(-1)}
 
     def tokens_per_prediction(self, prepared: Prepared, tokens_per_example: int) -> float:
         return float(np.mean([tokens_per_word(array) for array in prepared.train]))

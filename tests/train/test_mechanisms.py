@@ -1,0 +1,143 @@
+"""Every mechanism trains from plain data of a config: sequence mixers, alignments of a translator, heads that attend."""
+
+from __future__ import annotations
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from train.config import parse
+from train.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
+from train.program import batch_shapes
+from transformer.alignment.registry import ALIGNMENTS
+from transformer.functional import graphdef_of
+from transformer.mixers.registry import MIXERS
+from transformer.models.families import make_model
+
+V, T, B = 24, 12, 8
+SMALL = {"vocab_size": V, "max_length": 16, "embed_dim": 32}
+STACK = SMALL | {"num_layers": 2, "dropout": 0.0, "attention_dropout": 0.0}
+MIXER_KINDS = [kind for config in MIXERS for kind in typing.get_args(typing.get_type_hints(config)["kind"])]
+ALIGNMENT_KINDS = [kind for config in ALIGNMENTS for kind in typing.get_args(typing.get_type_hints(config)["kind"])]
+
+
+def encoder(**head):
+    data = {"model": STACK | {"family": "bert", "attention": {"num_heads": 4}, "norm_first": True, "head": head}}
+    source = {"kind": "files", "path": "texts.csv", "label_field": "label"}
+    return data | {"objective": {"kind": "classification"}, "data": {"sources": [source], "packing": "documents"}}
+
+
+def translator(**attention):
+    sizes = {"family": "recurrent", "source_vocab_size": V, "hidden_dim": 32, "encoder_dim": 16, "attention": attention}
+    data = {"sources": [{"kind": "synthetic", "limit": 64}], "packing": "pad"}
+    return {"model": SMALL | sizes, "objective": {"kind": "seq2seq"}, "data": data}
+
+
+CONFIGS = {
+    **{kind: {"model": STACK | {"attention": {"kind": kind, "num_heads": 4}}} for kind in MIXER_KINDS},
+    "hybrid": {
+        "model": STACK | {"attention": {"num_heads": 4}, "pattern": [{"kind": "gated_delta", "num_heads": 4}, {}]},
+    },
+    **{f"translator, {kind}": translator(kind=kind) for kind in ALIGNMENT_KINDS},
+    "translator, sparsemax": translator(kind="additive", normalizer="sparsemax"),
+    "translator, entmax15": translator(kind="general", normalizer="entmax15"),
+    "structured": encoder(kind="structured", num_labels=3, hops=3),
+    "decomposable": encoder(kind="decomposable", num_labels=3),
+    "decomposable, intra": encoder(kind="decomposable", num_labels=3, intra=True),
+}  # fmt: skip
+STACKS = [name for name in CONFIGS if not name.startswith("translator")]
+EVERY = pytest.mark.parametrize("name", CONFIGS)
+
+
+@functools.cache
+def config_of(name, **changes):
+    data = CONFIGS[name] | {"name": "x", "length": T, "batch_size": B}
+    return parse(data | {"model": data["model"] | changes}, "test.yaml")
+
+
+def batch_of(name, shapes=None):
+    """Random rows of the shapes that a run has, with padding behind half of them; of a pair, where it is one."""
+    rng, batch = np.random.default_rng(0), {}
+    valid = np.arange(T) < np.where(np.arange(B) % 2, T, T - 4)[:, None]
+    for field, shape in batch_shapes(config_of(name)).items():
+        rows, *_ = shape.shape
+        if field == "labels":
+            batch[field] = rng.integers(0, 3, rows).astype(np.int32)
+        elif field == "weights":
+            batch[field] = np.ones(shape.shape, np.float32) * (1 if shape.shape[1:] != (T,) else valid)
+        elif field.endswith("segments"):
+            batch[field] = valid.astype(np.int32)
+        elif field.endswith("positions"):
+            batch[field] = np.where(valid, np.arange(T), 0).astype(np.int32)
+        elif field == "token_types":
+            batch[field] = np.broadcast_to(np.arange(T) >= T // 2, (B, T)).astype(np.int32)
+        else:
+            batch[field] = np.where(valid, rng.integers(1, V, (B, T)), 0).astype(np.int32)
+    if name.startswith("decomposable"):
+        batch["token_types"] = np.broadcast_to(np.arange(T) >= T // 2, (B, T)).astype(np.int32)
+    return batch
+
+
+def loss_of(name, **changes):
+    """The parameters, and the mean loss of a batch."""
+    config = config_of(name, **changes)
+    make = functools.partial(make_model, config.model)
+    graphdef = graphdef_of(make)
+    params = jax.jit(lambda: nnx.state(make(nnx.Rngs(0)), nnx.Param))()
+
+    def mean(params, batch):
+        sums = config.objective.loss(nnx.merge(graphdef, params), batch, config.loss)
+        return sums.loss / sums.weight
+
+    return params, mean
+
+
+@EVERY
+def test_it_overfits_a_batch(name):
+    params, mean = loss_of(name)
+    batch, optimizer = batch_of(name), optax.adam(0.01)
+
+    @jax.jit
+    def train(params, batch):
+        def step(carry, _):
+            params, state = carry
+            loss, gradient = jax.value_and_grad(mean)(params, batch)
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=200)[1]
+
+    losses = np.asarray(train(params, jax.tree.map(jnp.asarray, batch)))
+    assert losses[0] > (1 if "labels" in batch else 2)
+    # What keeps the hops of a structured head apart does not go to zero.
+    assert losses[-1] < (0.5 if name == "structured" else 0.2)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_scan_is_a_loop(name):
+    params, mean = loss_of(name)
+    _, loop = loss_of(name, scan_layers=False)
+    batch = batch_of(name)
+    expected, got = (jax.jit(jax.value_and_grad(one))(params, batch) for one in (mean, loop))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
+
+
+@EVERY
+def test_eight_devices_are_one(name):
+    params, mean = loss_of(name)
+    batch = batch_of(name)
+    expected = jax.jit(jax.value_and_grad(mean))(params, batch)
+    config = MeshConfig(strategy="fsdp_tensor", tensor=2)
+    mesh = make_mesh(config)
+    with use_mesh(mesh, config.rules):
+        # Made under the mesh, so that every parameter has a layout there.
+        params, again = loss_of(name)
+        got = jax.jit(jax.value_and_grad(again))(params, shard_batch(batch, batch_sharding(mesh, config.rules)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
