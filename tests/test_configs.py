@@ -16,15 +16,16 @@ from train.data.tokenizer import TokenizerConfig
 from train.loop import train
 from transformer.models.recurrent import RecurrentConfig
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_opens_with_command_hardware_time_and_result(path):
     opening = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     # What no machine at hand could train is there to plan with.
-    command = "manyheads-bench plan configs/scale" if path.parent.name == "scale" else "manyheads train configs"
-    assert f"{command}/{path.name}" in opening
+    command = "manyheads-bench plan" if path.parent.name == "scale" else "manyheads train"
+    assert f"{command} {path.relative_to(FOLDER.parent)}" in opening
     for word in ("Hardware:", "Time:", "Expected:"):
         assert word in opening
 

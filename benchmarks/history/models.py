@@ -1,7 +1,7 @@
 """The models that are compared, each brought to the same number of parameters.
 
-All recurrent ones have a GRU encoder in both directions and a GRU decoder, so that what differs is how the decoder looks at
-the source. Widths are solved for: one width decides the others, and a second one takes up what is left.
+What a model is stands in its config, `configs/history/NAME.yaml`; its sizes are solved for: one width decides the others, and a
+second one takes up what is left.
 """
 
 from __future__ import annotations
@@ -9,91 +9,82 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from transformer.alignment.fast_weights import FastMemoryConfig
-from transformer.alignment.registry import AlignmentConfig
-from transformer.alignment.scored import (
-    AdditiveConfig,
-    HardConfig,
-    LocalConfig,
-    MultiplicativeConfig,
-    NoAlignmentConfig,
-)
+from train.config import RunConfig, load
 from transformer.errors import UserError, nearest
-from transformer.layers.feed_forward import DenseConfig
-from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.encoder_decoder import VaswaniConfig
 from transformer.models.families import ModelConfig, count_parameters
 from transformer.models.recurrent import RecurrentConfig
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "history"
 TOLERANCE = 0.03
 """How far a model's parameters may be from the budget, as a part of it."""
-DROPOUT = 0.1
 _LARGEST = 1 << 13
 _PROBED = (8, 32, 128)
-_HEADS = 4
-_LAYERS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
     """A model of the comparison."""
 
+    name: str
     title: str
     """What the report calls it."""
     paper: str
-    learning_rate: float
-    """Of its family, the highest of the schedule."""
-    make: Callable[..., ModelConfig]
-    """(width, fine, **options) -> config; parameters grow with both widths."""
-    step: int
-    """`width` comes in multiples of this."""
-    fine: Callable[[int], int]
-    """The second width that goes with a first one."""
 
+    @functools.cached_property
+    def config(self) -> RunConfig:
+        """Its file."""
+        return load(CONFIGS / f"{self.name.replace('-', '_')}.yaml")
 
-def _recurrent(style: str, attention: AlignmentConfig) -> Callable[..., ModelConfig]:
-    def make(width: int, fine: int, *, source_vocab_size: int, **options: Any) -> ModelConfig:
-        extra: dict[str, Any] = {"source_vocab_size": source_vocab_size, "style": style, "attention": attention}
-        return RecurrentConfig(hidden_dim=width, embed_dim=fine, encoder_dim=width // 2, **extra, **options)
+    @property
+    def learning_rate(self) -> float:
+        """The highest of the schedule."""
+        return self.config.optimizer.learning_rate
 
-    return make
+    @property
+    def step(self) -> int:
+        """The first width comes in multiples of this."""
+        model = self.config.model
+        return 2 if isinstance(model, RecurrentConfig) else 2 * model.attention.num_heads
 
+    def sized(self, width: int, fine: int | None, sizes: dict[str, Any]) -> ModelConfig:
+        """Its model with other widths and sizes; parameters grow with both widths.
 
-def _transformer(width: int, fine: int, *, source_vocab_size: int, vocab_size: int, **options: Any) -> ModelConfig:
-    shared = source_vocab_size == vocab_size
-    return VaswaniConfig(
-        embed_dim=width, mlp=DenseConfig(dim=fine, activation="relu"), num_layers=_LAYERS,
-        attention=SoftmaxConfig(num_heads=_HEADS), norm_first=True, vocab_size=vocab_size,
-        source_vocab_size=None if shared else source_vocab_size, attention_dropout=options["dropout"], **options,
-    )  # fmt: skip
-
-
-def _entry(title: str, paper: str, style: str, attention: AlignmentConfig) -> Entry:
-    return Entry(
-        title=title, paper=paper, learning_rate=2e-3, make=_recurrent(style, attention), step=2,
-        fine=lambda width: max(width // 2, 1),
-    )  # fmt: skip
+        Args:
+            fine: the second width; by default the one that goes with the first.
+            sizes: vocab_size, source_vocab_size and max_length.
+        """
+        model = self.config.model
+        if isinstance(model, RecurrentConfig):
+            fine = max(width // 2, 1) if fine is None else fine
+            return dataclasses.replace(model, hidden_dim=width, embed_dim=fine, encoder_dim=width // 2, **sizes)
+        assert isinstance(model, VaswaniConfig)
+        mlp = dataclasses.replace(model.mlp, dim=4 * width if fine is None else fine)
+        # One table serves both sides where their vocabularies are one.
+        shared = {"source_vocab_size": None} if sizes["source_vocab_size"] == sizes["vocab_size"] else {}
+        return dataclasses.replace(model, embed_dim=width, mlp=mlp, **sizes | shared)
 
 
 ENTRIES: dict[str, Entry] = {
-    "none": _entry("No attention", "Cho et al. 2014", "bahdanau", NoAlignmentConfig()),
-    "bahdanau": _entry("Bahdanau (additive)", "Bahdanau et al. 2014", "bahdanau", AdditiveConfig()),
-    "luong-dot": _entry("Luong, dot", "Luong et al. 2015", "luong", MultiplicativeConfig(kind="dot")),
-    "luong-general": _entry("Luong, general", "Luong et al. 2015", "luong", MultiplicativeConfig(kind="general")),
-    "luong-concat": _entry("Luong, concat", "Luong et al. 2015", "luong", AdditiveConfig(kind="concat")),
-    "luong-local-p": _entry("Luong, local-p", "Luong et al. 2015", "luong", LocalConfig(kind="local_p")),
-    "hard": _entry("Hard", "Xu et al. 2015; Jang et al. 2016", "bahdanau", HardConfig()),
-    "linear": _entry("Linear", "Katharopoulos et al. 2020", "bahdanau", FastMemoryConfig(kind="linear")),
-    "delta": _entry("Delta rule", "Schlag et al. 2021", "bahdanau", FastMemoryConfig(kind="delta")),
-    "transformer": Entry(
-        title="Transformer", paper="Vaswani et al. 2017", learning_rate=2e-3, make=_transformer, step=2 * _HEADS,
-        fine=lambda width: 4 * width,
-    ),
-}  # fmt: skip
+    entry.name: entry
+    for entry in (
+        Entry(name="none", title="No attention", paper="Cho et al. 2014"),
+        Entry(name="bahdanau", title="Bahdanau (additive)", paper="Bahdanau et al. 2014"),
+        Entry(name="luong-dot", title="Luong, dot", paper="Luong et al. 2015"),
+        Entry(name="luong-general", title="Luong, general", paper="Luong et al. 2015"),
+        Entry(name="luong-concat", title="Luong, concat", paper="Luong et al. 2015"),
+        Entry(name="luong-local-p", title="Luong, local-p", paper="Luong et al. 2015"),
+        Entry(name="hard", title="Hard", paper="Xu et al. 2015; Jang et al. 2016"),
+        Entry(name="linear", title="Linear", paper="Katharopoulos et al. 2020"),
+        Entry(name="delta", title="Delta rule", paper="Schlag et al. 2021"),
+        Entry(name="transformer", title="Transformer", paper="Vaswani et al. 2017"),
+    )
+}
 
 
 def chosen(names: Sequence[str] | None) -> tuple[str, ...]:
@@ -118,12 +109,10 @@ def solve(name: str, budget: int, *, source_vocab_size: int, vocab_size: int, ma
         UserError: no size of this model comes within `TOLERANCE` of it.
     """
     entry = ENTRIES[name]
-    options: dict[str, Any] = {
-        "source_vocab_size": source_vocab_size, "vocab_size": vocab_size, "max_length": max_length, "dropout": DROPOUT
-    }  # fmt: skip
+    sizes = {"source_vocab_size": source_vocab_size, "vocab_size": vocab_size, "max_length": max_length}
 
     def config(width: int, fine: int | None = None) -> ModelConfig:
-        return entry.make(width, entry.fine(width) if fine is None else fine, **options)
+        return entry.sized(width, fine, sizes)
 
     width = entry.step * _nearest(lambda size: count_parameters(config(entry.step * size)) - budget)
     fine = _nearest(lambda size: count_parameters(config(width, size)) - budget)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.history import measure
-from benchmarks.history.models import DROPOUT, ENTRIES, TOLERANCE, solve
+from benchmarks.history.models import ENTRIES, TOLERANCE, solve
 from benchmarks.history.tasks import SHAPES, Task
 from benchmarks.stage import keep, kept, train_silently
-from train.config import RunConfig
+from train.config import RunConfig, to_data
 from train.data.loader import train_batches
 from train.data.prepare import fingerprint
 from train.data.store import Prepared
@@ -62,8 +62,8 @@ class Settings:
             "seed": self.seed,
             "batch_size": BATCH_SIZE,
             "shapes": SHAPES,
-            "dropout": DROPOUT,
             "tolerance": TOLERANCE,
+            "models": {name: to_data(entry.config.model) for name, entry in ENTRIES.items()},
             "learning_rates": {name: entry.learning_rate for name, entry in ENTRIES.items()},
         }
 
