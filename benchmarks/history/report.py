@@ -59,12 +59,13 @@ def write(result: dict[str, Any], path: Path) -> None:
 def introduction(result: dict[str, Any]) -> list[str]:
     """What was done, alike for all models."""
     settings = result["settings"]
+    dropouts = sorted({model["dropout"] for model in settings["models"].values()})
     rates = sorted({one["learning_rate"] for task in result["tasks"].values() for one in task["stages"]})
     return [
         f"Made by `{result['command']}`. Each model has {settings['parameters']:,} parameters, give or take "
         f"{settings['tolerance']:.0%}, and takes {settings['steps']:,} steps of {settings['batch_size']} pairs: the same "
         "pairs in the same batches and the same order, by the same tokenizer. AdamW, cosine schedule with a tenth of "
-        f"warm-up, dropout {settings['dropout']:g}; the highest learning rate is "
+        f"warm-up, dropout {' or '.join(f'{rate:g}' for rate in dropouts)}; the highest learning rate is "
         f"{' or '.join(f'{rate:g}' for rate in rates)}. Seed {settings['seed']}.",
         "Recurrent models have a GRU encoder in both directions and a GRU decoder, so that they differ in how the decoder "
         "looks at the source; Bahdanau's, hard, linear and delta look before a step, Luong's after it. The Transformer is "
