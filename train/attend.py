@@ -13,7 +13,15 @@ from train.mesh import use_mesh
 from train.run_files import load_run
 from transformer.errors import UserError, check_text
 from transformer.functional import graphdef_of
-from transformer.interpret.capture import attention_maps, bytes_needed, check_memory, choose, heads_of, readable
+from transformer.interpret.capture import (
+    attention_maps,
+    bytes_needed,
+    check_memory,
+    choose,
+    choose_layers,
+    heads_of,
+    readable,
+)
 from transformer.interpret.plot import save_plots
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
@@ -50,7 +58,7 @@ def attend(
         around = [np.array([tokenizer.special(name)], ids.dtype) for name in (CLS, SEP)]
         ids = np.concatenate([around[0], ids, around[1]]) if ids.size else ids
     _check(ids, model.max_length, model.vocab_size)
-    picked = choose("--layer", layers, model.num_layers)
+    picked = choose_layers("--layer", layers, model)
     num_heads = heads_of(model, picked)
     chosen = picked, choose("--head", heads, num_heads)
     shape = len(chosen[0]), len(chosen[1]), ids.size, ids.size

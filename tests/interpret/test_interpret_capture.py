@@ -13,6 +13,9 @@ from transformer.errors import UserError
 from transformer.interpret import AttentionMaps, attention_maps
 from transformer.interpret.capture import bytes_needed, check_memory, readable
 from transformer.interpret.labels import visible
+from transformer.mixers.differential import DifferentialConfig
+from transformer.mixers.fast_weights import FastWeightConfig
+from transformer.mixers.linear import LinearAttentionConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPT, GPTConfig
 
@@ -47,6 +50,25 @@ def test_some_of_them_with_labels():
     assert (maps.layers, maps.heads, maps.rows) == ((0, 2), (3,), tuple(labels))
     expected = attention_maps(model(), IDS).weights_LNTS[[0, 2]][:, [3]]
     np.testing.assert_allclose(maps.weights_LNTS, expected, atol=1e-5)
+
+
+def of_kinds(*mixers):
+    config = GPTConfig(vocab_size=40, max_length=16, num_layers=len(mixers), embed_dim=32, pattern=mixers)
+    return GPT(config, rngs=nnx.Rngs(0))
+
+
+def test_layers_whose_weights_are_no_distributions_are_left_out():
+    delta = FastWeightConfig(kind="delta", num_heads=4)
+    hybrid = of_kinds(delta, SoftmaxConfig(num_heads=4), delta, LinearAttentionConfig(num_heads=4))
+    maps = attention_maps(hybrid, IDS)
+    assert maps.layers == (1, 3)
+    np.testing.assert_allclose(maps.weights_LNTS.sum(-1), 1, atol=1e-4)
+    with pytest.raises(
+        UserError, match="layers: got 2; weights of delta attention are no distributions; allowed: 1, 3"
+    ):
+        attention_maps(hybrid, IDS, layers=[1, 2])
+    with pytest.raises(UserError, match="weights of differential and delta attention are no distributions"):
+        attention_maps(of_kinds(DifferentialConfig(num_heads=4), delta), IDS)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,15 @@ def test_every_source_is_dumped_and_loaded_as_it_was(source, tmp_path):
             r"data.sources.1.path: path is a field of kinds files, hub, wheel; this one is stdlib",
         ),
         ("name: x\ndata: {sources: [{kind: files}]}", r"data.sources.0.path: it is missing"),
+        (
+            "name: x\nmodel: {head: {kind: masked}}",
+            r"model.head: head is a field of families bert.*; this model is gpt",
+        ),
+        ("name: x\nmodel: {attention: []}", r"model.attention: got \[\]; expected a mapping"),
+        (
+            "name: x\nmodel: {attention: cudnn}",
+            r"model.attention: this field has moved: it is now model.attention.backend",
+        ),
         ("name: x\nobjective: {qqqq: 1}", r"objective.qqqq: no such field; allowed: kind$"),
         (
             "name: x\nloss: {temperature: 0.1}",

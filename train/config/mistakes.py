@@ -55,6 +55,8 @@ def first_mistake(config_type: type, errors: typing.Sequence[Any], data: Any) ->
         for error, place in found
         if (error["type"] == "extra_forbidden" or error["type"] in _NO_MAPPING)
         and (key := _general(place.path)) in MOVED
+        # A field that is a section now was a single value.
+        and not (MOVED[key].startswith(f"{key}.") and isinstance(place.value, dict | list))
     ]
     if moved:
         (first, to), *others = moved

@@ -88,15 +88,16 @@ def attention_maps(
     Args:
         tokens: the text's token ids.
         labels: what to call each token; its id by default.
-        layers, heads: from 0; all of them by default.
+        layers, heads: from 0; all of them by default, but of the layers only those whose weights are distributions.
         max_bytes: the most memory that the weights may need.
 
     Raises:
-        UserError: a layer or head that does not exist, no tokens, or weights beyond `max_bytes`: nothing is computed then.
+        UserError: a layer or head that does not exist, a layer whose weights are no distributions, no tokens, or weights beyond
+            `max_bytes`: nothing is computed then.
         ValueError: more or fewer labels than tokens.
     """
     c = model.config
-    chosen_layers = choose("layer", layers, c.num_layers)
+    chosen_layers = choose_layers("layer", layers, c)
     num_heads = heads_of(c, chosen_layers)
     chosen_heads = choose("head", heads, num_heads)
     ids = np.asarray(tokens, np.int32)
@@ -117,6 +118,30 @@ def attention_maps(
 
     weights = np.asarray(weights_of(params, jnp.asarray(ids)[None]))[:, 0]
     return AttentionMaps(names, names, chosen_layers, chosen_heads, weights, title)
+
+
+def choose_layers(name: str, layers: Sequence[int] | None, config: StackConfig) -> tuple[int, ...]:
+    """The layers that can be shown: those asked for, or all whose weights are distributions.
+
+    Args:
+        name: what the layers are called where they cannot be.
+
+    Raises:
+        UserError: a layer that does not exist, or whose weights are no distributions; or no layer's are.
+    """
+    mixers = config.mixers()
+    shown = [layer for layer, mixer in enumerate(mixers) if mixer.has_distributions]
+    if not shown:
+        kinds = " and ".join(dict.fromkeys(mixer.kind for mixer in mixers))
+        raise UserError(f"this model cannot be shown: weights of {kinds} attention are no distributions")
+    chosen = choose(name, shown if layers is None else layers, config.num_layers)
+    for layer in chosen:
+        if layer not in shown:
+            raise UserError(
+                f"{name}s: got {layer}; weights of {mixers[layer].kind} attention are no distributions; allowed: "
+                f"{', '.join(map(str, shown))}"
+            )
+    return chosen
 
 
 def heads_of(config: StackConfig, layers: Sequence[int]) -> int:

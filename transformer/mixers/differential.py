@@ -40,6 +40,7 @@ class DifferentialConfig(Config):
     """Differential attention: the difference of two softmax maps (Ye et al. 2024)."""
 
     causal_only: ClassVar[bool] = False
+    has_distributions: ClassVar[bool] = False
 
     kind: Literal["differential"] = "differential"
     """A difference of two softmax maps, in which what both see by accident cancels."""

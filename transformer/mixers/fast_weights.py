@@ -31,6 +31,7 @@ class FastWeightConfig(Config):
     """Fast weights (Schmidhuber 1992; Schlag et al. 2021; Yang et al. 2024): attention with a state of fixed size."""
 
     causal_only: ClassVar[bool] = True
+    has_distributions: ClassVar[bool] = False
 
     kind: Literal["sum", "gated_sum", "delta", "gated_delta"] = "delta"
     """How a token changes the matrix: it adds; the past also fades (gated); it first erases what its key recalls (delta)."""

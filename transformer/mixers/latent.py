@@ -48,6 +48,7 @@ class LatentConfig(Config):
     """Multi-head latent attention: keys and values of all heads from one small vector a token (DeepSeek-AI 2024)."""
 
     causal_only: ClassVar[bool] = False
+    has_distributions: ClassVar[bool] = True
 
     kind: Literal["latent"] = "latent"
     """Softmax attention whose cache holds a small vector for each token."""

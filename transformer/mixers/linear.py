@@ -51,6 +51,11 @@ class LinearAttentionConfig(Config):
         require(self, "chunk", self.chunk is None or self.chunk >= 1, "allowed: 1 or more, or null")
 
     @property
+    def has_distributions(self) -> bool:
+        """Whether weights are positive and sum to 1."""
+        return self.feature_map != "identity"
+
+    @property
     def structure(self) -> LinearAttentionConfig:
         """What decides the parameters: layers in which this is equal can be stacked."""
         return dataclasses.replace(self, feature_map="elu", chunk=64)

@@ -30,6 +30,7 @@ class SoftmaxConfig(Config):
     """Softmax attention in heads (Vaswani et al. 2017): multi-head, grouped-query or multi-query by num_kv_heads."""
 
     causal_only: ClassVar[bool] = False
+    has_distributions: ClassVar[bool] = True
 
     kind: Literal["softmax"] = "softmax"
     """A weighted mean of values, by a softmax of products of queries and keys."""
