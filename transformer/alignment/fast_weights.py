@@ -12,10 +12,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from transformer.alignment.source import Alignment, AlignmentBase, Source, projection
+from transformer.alignment.source import Alignment, AlignmentBase, Source, check_dim, dim_of, projection
 from transformer.attention.fast_weights import fast_weights
 from transformer.attention.feature_maps import dpfp, elu_plus_one, unit_length
-from transformer.errors import require
 from transformer.precision import einsum
 from transformer.types import Array, Bool, Float, Int, PRNGKeyArray, widen
 
@@ -31,11 +30,11 @@ class FastMemoryConfig(AlignmentBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "dim", self.dim is None or self.dim >= 1, "allowed: 1 or more, or null")
+        check_dim(self)
 
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
         """Of one query that reads and one state that writes; the delta rule also recalls, to erase."""
-        D, E, A = query_dim, memory_dim, query_dim if self.dim is None else self.dim
+        D, E, A = query_dim, memory_dim, dim_of(self, query_dim)
         is_delta = self.kind == "delta"
         values, features, passes = (E, 2 * A, 3) if is_delta else (E + 1, A, 2)
         return 2.0 * (E * A + D * A + passes * features * values + (E if is_delta else 0))
@@ -50,7 +49,7 @@ class FastMemoryAlignment(Alignment):
     """
 
     def __init__(self, query_dim: int, memory_dim: int, config: FastMemoryConfig, **options: Any) -> None:
-        A = query_dim if config.dim is None else config.dim
+        A = dim_of(config, query_dim)
         self.query = projection(query_dim, A, **options)
         self.key = projection(memory_dim, A, **options)
         self.strength = projection(memory_dim, 1, use_bias=True, **options) if config.kind == "delta" else None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from transformer.alignment.source import Alignment, AlignmentBase, Source, projection
+from transformer.alignment.source import Alignment, AlignmentBase, Source, check_dim, dim_of, projection
 from transformer.attention.additive import additive_scores
 from transformer.attention.common import context
 from transformer.attention.hard import argmax_weights, gumbel_weights
@@ -50,11 +50,11 @@ class AdditiveConfig(AlignmentBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "dim", self.dim is None or self.dim >= 1, "allowed: 1 or more, or null")
+        check_dim(self)
 
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
         """Of one query, and of one state's key."""
-        return _additive_flops(self.dim, query_dim, memory_dim, length)
+        return _additive_flops(dim_of(self, query_dim), query_dim, memory_dim, length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,12 +94,12 @@ class LocalConfig(AlignmentBase):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "window", self.window >= 1, "allowed: 1 or more")
-        require(self, "dim", self.dim is None or self.dim >= 1, "allowed: 1 or more, or null")
+        check_dim(self)
         require(self, "dim", self.dim is None or self.kind == "local_p", "local_m predicts nothing; allowed: null")
 
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
         """Of one query, over the window at its width."""
-        D, E, A = query_dim, memory_dim, query_dim if self.dim is None else self.dim
+        D, E, A = query_dim, memory_dim, dim_of(self, query_dim)
         seen = min(2 * self.window + 1, length)
         return 2.0 * (D * E + 2 * seen * E + (D * A + A if self.kind == "local_p" else 0))
 
@@ -117,12 +117,12 @@ class HardConfig(AlignmentBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "dim", self.dim is None or self.dim >= 1, "allowed: 1 or more, or null")
+        check_dim(self)
         require(self, "temperature", self.temperature > 0, "allowed: above 0")
 
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
         """Of one query, and of one state's key."""
-        return _additive_flops(self.dim, query_dim, memory_dim, length)
+        return _additive_flops(dim_of(self, query_dim), query_dim, memory_dim, length)
 
 
 class LastState(Alignment):
@@ -145,7 +145,9 @@ class LastState(Alignment):
 
 
 class ScoredAlignment(Alignment):
-    """Scores, then weights, then their mean of the states; a kind says how the first two are made."""
+    """Scores, then weights, then their mean of the states; a kind says how scores are made, and may make other weights."""
+
+    config: Any
 
     def scores(self, query_B1D: Float[Array, "B 1 D"], source: Source) -> Float[Array, "B 1 S"]:
         """The query with each state."""
@@ -158,8 +160,8 @@ class ScoredAlignment(Alignment):
         step_B: Int[Array, " B"],
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B 1 S"]:
-        """What each state counts, in float32 or wider."""
-        raise NotImplementedError
+        """What each state counts, in float32 or wider: the scores, by the config's `normalizer`."""
+        return NORMALIZERS[self.config.normalizer](self.scores(query_B1D, source), source.valid_BS[:, None])
 
     def __call__(
         self,
@@ -186,7 +188,7 @@ class AdditiveAlignment(ScoredAlignment):
 
     def __init__(self, query_dim: int, memory_dim: int, config: AdditiveConfig | HardConfig, **options: Any) -> None:
         self.config = config
-        A = query_dim if config.dim is None else config.dim
+        A = dim_of(config, query_dim)
         self.query = projection(query_dim, A, use_bias=config.kind != "concat", **options)
         self.key = projection(memory_dim, A, **options)
         self.vector = projection(A, **options)
@@ -201,17 +203,6 @@ class AdditiveAlignment(ScoredAlignment):
         """vᵀ tanh(W q + U k)."""
         assert source.keys_BSA is not None
         return additive_scores(self.query(query_B1D), source.keys_BSA, self.vector.kernel[...])
-
-    def weights(
-        self,
-        query_B1D: Float[Array, "B 1 D"],
-        source: Source,
-        step_B: Int[Array, " B"],
-        key: PRNGKeyArray | None,
-    ) -> Float[Array, "B 1 S"]:
-        """A distribution over the states."""
-        assert isinstance(self.config, AdditiveConfig)
-        return NORMALIZERS[self.config.normalizer](self.scores(query_B1D, source), source.valid_BS[:, None])
 
 
 class HardAlignment(AdditiveAlignment):
@@ -250,17 +241,6 @@ class MultiplicativeAlignment(ScoredAlignment):
         """The products of the query with each state."""
         return dot_scores(query_B1D if self.query is None else self.query(query_B1D), source.states_BSE)
 
-    def weights(
-        self,
-        query_B1D: Float[Array, "B 1 D"],
-        source: Source,
-        step_B: Int[Array, " B"],
-        key: PRNGKeyArray | None,
-    ) -> Float[Array, "B 1 S"]:
-        """A distribution over the states."""
-        assert isinstance(self.config, MultiplicativeConfig)
-        return NORMALIZERS[self.config.normalizer](self.scores(query_B1D, source), source.valid_BS[:, None])
-
 
 class LocalAlignment(MultiplicativeAlignment):
     """A window of states, about the step's number or a predicted position."""
@@ -276,7 +256,7 @@ class LocalAlignment(MultiplicativeAlignment):
         **options: Any,
     ) -> None:
         super().__init__(query_dim, memory_dim, config, dtype=dtype, rngs=rngs, **options)
-        A = query_dim if config.dim is None else config.dim
+        A = dim_of(config, query_dim)
         predicts = config.kind == "local_p"
         # Among hundreds of states a position in a narrow type would be off by a good part of the window.
         self.position = projection(query_dim, A, dtype=wide(dtype), rngs=rngs, **options) if predicts else None
@@ -300,6 +280,5 @@ class LocalAlignment(MultiplicativeAlignment):
         return local_weights(scores_B1S, centres_B1, self.config.window, mask, gaussian=True)
 
 
-def _additive_flops(dim: int | None, query_dim: int, memory_dim: int, length: int) -> float:
-    A = query_dim if dim is None else dim
-    return 2.0 * (memory_dim * A + query_dim * A + length * (A + memory_dim))
+def _additive_flops(dim: int, query_dim: int, memory_dim: int, length: int) -> float:
+    return 2.0 * (memory_dim * dim + query_dim * dim + length * (dim + memory_dim))

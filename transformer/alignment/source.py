@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.errors import Config
+from transformer.errors import Config, require
 from transformer.layers.linear import Linear
 from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
 
@@ -48,6 +49,16 @@ class AlignmentBase(Config):
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
         """Of one query, and of one state's key: a multiply-add counts as two."""
         return 0.0
+
+
+def check_dim(config: Any) -> None:
+    """Raise a `ConfigError` for a layer of no features."""
+    require(config, "dim", config.dim is None or config.dim >= 1, "allowed: 1 or more, or null")
+
+
+def dim_of(config: Any, query_dim: int) -> int:
+    """A config's `dim` with its default filled in."""
+    return query_dim if config.dim is None else config.dim
 
 
 class Alignment(nnx.Module):

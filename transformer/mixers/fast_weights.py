@@ -16,11 +16,20 @@ from flax import nnx
 
 from transformer.attention.fast_weights import RULES, fast_weights
 from transformer.attention.feature_maps import FEATURE_NORMS, feature_dim, feature_map_of
-from transformer.errors import Config, require
+from transformer.errors import Config
 from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.layers.norm import RMSNorm
 from transformer.mixers.context import CAUSAL, Context
-from transformer.mixers.heads import FeatureMap, check_heads, head_sizes, projection_flops, refuse_masks
+from transformer.mixers.heads import (
+    FeatureMap,
+    check_chunk,
+    check_heads,
+    check_width,
+    head_sizes,
+    projection_flops,
+    refuse_masks,
+    weights_of_reading,
+)
 from transformer.mixers.state import MatrixState
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, DTypeLike, Float, widen
@@ -55,7 +64,7 @@ class FastWeightConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_heads(self)
-        require(self, "chunk", self.chunk is None or self.chunk >= 1, "allowed: 1 or more, or null")
+        check_chunk(self)
 
     @property
     def structure(self) -> FastWeightConfig:
@@ -64,9 +73,7 @@ class FastWeightConfig(Config):
 
     def check(self, embed_dim: int) -> tuple[str, str] | None:
         """The field that does not suit `embed_dim` and what is allowed, or None."""
-        if self.head_dim is None and embed_dim % self.num_heads:
-            return "num_heads", f"allowed: a divisor of embed_dim ({embed_dim}), or set head_dim"
-        return None
+        return check_width(self, embed_dim)
 
     def features(self, x: Float[Array, "*dims H"]) -> Float[Array, "*dims M"]:
         """φ, normalised."""
@@ -144,7 +151,10 @@ class FastWeightAttention(nnx.Module):
             }  # fmt: skip
             weights = None
             if context.return_weights:
-                weights = self._weights(q, k, strengths, options, context)
+                weights = weights_of_reading(
+                    lambda one_hot: fast_weights(q, k, one_hot, *strengths, **options)[0], self.sizes[1], x_BTD,
+                    context.return_weights,
+                )  # fmt: skip
             before = None if state is None else state.matrix
             out_BTNH, matrix = fast_weights(q, k, v, *strengths, state_BKMV=before, **options)
             if state is not None:
@@ -156,15 +166,6 @@ class FastWeightAttention(nnx.Module):
         """The state before the first token, whatever `max_length` is."""
         _, K, H = self.sizes
         return MatrixState.empty(batch_size, K, feature_dim(self.config.features, H), H)
-
-    def _weights(self, q: Array, k: Array, strengths: Any, options: dict[str, Any], context: Context) -> Array:
-        """Of the tokens of this call to each other, [B, n, T, T]: what is read of values that are one-hot."""
-        _, K, _ = self.sizes
-        B, T = q.shape[:2]
-        one_hot = jnp.broadcast_to(jnp.eye(T, dtype=jnp.float32)[:, None], (B, T, K, T))
-        weights_BTNS, _ = fast_weights(q, k, one_hot, *strengths, **options)
-        heads = context.return_weights
-        return weights_BTNS[:, :, list(heads) if isinstance(heads, tuple) else slice(None)].swapaxes(1, 2)
 
     def _strengths(self, x: Array, key: Any) -> tuple[Array | None, Array | None]:
         """β in (0, 1), and log α < 0: where the gate is 0, α halves a memory's past within its half-life."""

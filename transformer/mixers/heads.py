@@ -5,16 +5,19 @@ N query heads, K key/value heads, H head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
+
+import jax.numpy as jnp
 
 from transformer.errors import require
 from transformer.layers.position import RotaryConfig
+from transformer.types import Array, Float
 
 Backend = Literal["auto", "reference", "xla", "cudnn", "pallas", "blockwise", "ring", "ulysses"]
 """Implementations of softmax attention (`transformer.attention.dispatch`)."""
 FeatureMap = Literal["identity", "relu", "elu", "dpfp", "favor"]
 """Names of `transformer.attention.feature_maps.FEATURE_MAPS`."""
-"""Names of `transformer.attention.fast_weights.FORMS`."""
 
 
 def head_sizes(config: Any, embed_dim: int) -> tuple[int, int, int]:
@@ -38,6 +41,18 @@ def check_heads(config: Any) -> None:
             config.num_heads % kv_heads == 0,
             f"allowed: a divisor of num_heads ({config.num_heads})",
         )
+
+
+def check_width(config: Any, embed_dim: int) -> tuple[str, str] | None:
+    """The field that keeps heads from sharing `embed_dim` and what is allowed, or None."""
+    if config.head_dim is None and embed_dim % config.num_heads:
+        return "num_heads", f"allowed: a divisor of embed_dim ({embed_dim}), or set head_dim"
+    return None
+
+
+def check_chunk(config: Any) -> None:
+    """Raise a `ConfigError` for a chunk of no tokens."""
+    require(config, "chunk", config.chunk is None or config.chunk >= 1, "allowed: 1 or more, or null")
 
 
 def check_rotary(position: Any, head_dim: int) -> tuple[str, str] | None:
@@ -64,6 +79,22 @@ def seen_keys(config: Any, length: int, *, causal: bool) -> float:
     if window is not None and (width := window + 1 + sinks) < length:
         return width - width * (width - 1) / (2 * length)
     return (length + 1) / 2
+
+
+def weights_of_reading(
+    read: Callable[[Float[Array, "B T K T"]], Float[Array, "B T N T"]],
+    num_kv_heads: int,
+    x_BTD: Float[Array, "B T D"],
+    heads: bool | tuple[int, ...],
+) -> Float[Array, "B n T T"]:
+    """Of the tokens of one call to each other: what each query reads of values that are one-hot.
+
+    Args:
+        heads: all of them (True), or those named.
+    """
+    B, T, _ = x_BTD.shape
+    one_hot = jnp.broadcast_to(jnp.eye(T, dtype=jnp.float32)[:, None], (B, T, num_kv_heads, T))
+    return read(one_hot)[:, :, list(heads) if isinstance(heads, tuple) else slice(None)].swapaxes(1, 2)
 
 
 def refuse_masks(name: str, context: Any, *, causal_only: bool = False) -> None:

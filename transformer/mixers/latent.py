@@ -29,7 +29,7 @@ from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.layers.norm import RMSNorm
 from transformer.layers.position import NO_SCALING, RotaryScaling, rotary
 from transformer.mixers.context import NO_CONTEXT, Context
-from transformer.mixers.heads import Backend, check_heads, seen_keys
+from transformer.mixers.heads import Backend, check_heads, check_width, seen_keys
 from transformer.mixers.state import LatentCache, nan_on_overflow
 from transformer.sharding import constrain
 from transformer.types import Array, DTypeLike, Float
@@ -89,8 +89,8 @@ class LatentConfig(Config):
 
     def check(self, embed_dim: int) -> tuple[str, str] | None:
         """The field that does not suit `embed_dim` and what is allowed, or None."""
-        if self.head_dim is None and embed_dim % self.num_heads:
-            return "num_heads", f"allowed: a divisor of embed_dim ({embed_dim}), or set head_dim"
+        if (wrong := check_width(self, embed_dim)) is not None:
+            return wrong
         if (dim := self.sizes(embed_dim).rotary_dim) % 2:
             return (
                 "rotary_dim",

@@ -15,10 +15,19 @@ from flax import nnx
 
 from transformer.attention.feature_maps import feature_dim, feature_map_of
 from transformer.attention.linear_attention import linear_attention
-from transformer.errors import Config, require
+from transformer.errors import Config
 from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.mixers.context import NO_CONTEXT, Context
-from transformer.mixers.heads import FeatureMap, check_heads, head_sizes, projection_flops, refuse_masks
+from transformer.mixers.heads import (
+    FeatureMap,
+    check_chunk,
+    check_heads,
+    check_width,
+    head_sizes,
+    projection_flops,
+    refuse_masks,
+    weights_of_reading,
+)
 from transformer.mixers.state import MatrixState
 from transformer.sharding import constrain
 from transformer.types import Array, DTypeLike, Float
@@ -48,7 +57,7 @@ class LinearAttentionConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_heads(self)
-        require(self, "chunk", self.chunk is None or self.chunk >= 1, "allowed: 1 or more, or null")
+        check_chunk(self)
 
     @property
     def has_distributions(self) -> bool:
@@ -62,9 +71,7 @@ class LinearAttentionConfig(Config):
 
     def check(self, embed_dim: int) -> tuple[str, str] | None:
         """The field that does not suit `embed_dim` and what is allowed, or None."""
-        if self.head_dim is None and embed_dim % self.num_heads:
-            return "num_heads", f"allowed: a divisor of embed_dim ({embed_dim}), or set head_dim"
-        return None
+        return check_width(self, embed_dim)
 
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
         """Of one token, projections included, in the recurrent form: a multiply-add counts as two."""
@@ -130,7 +137,10 @@ class LinearAttention(nnx.Module):
             assert state is None or isinstance(state, MatrixState)
             weights = None
             if context.return_weights:
-                weights = self._weights(q, k, options, context)
+                weights = weights_of_reading(
+                    lambda one_hot: linear_attention(q, k, one_hot, **options)[0], self.sizes[1], x_BTD,
+                    context.return_weights,
+                )  # fmt: skip
             before = None if state is None else state.matrix
             out_BTNH, matrix = linear_attention(q, k, v, state_BKMV=before, **options)
             if state is not None and matrix is not None:
@@ -141,12 +151,3 @@ class LinearAttention(nnx.Module):
         """The state before the first token, whatever `max_length` is."""
         _, K, H = self.sizes
         return MatrixState.empty(batch_size, K, feature_dim(feature_map_of(self.config.feature_map), H), H + 1)
-
-    def _weights(self, q: Array, k: Array, options: dict[str, Any], context: Context) -> Array:
-        """Of the tokens of this call to each other, [B, n, T, T]: what is read of values that are one-hot."""
-        _, K, _ = self.sizes
-        B, T = q.shape[:2]
-        one_hot = jnp.broadcast_to(jnp.eye(T, dtype=jnp.float32)[:, None], (B, T, K, T))
-        weights_BTNS, _ = linear_attention(q, k, one_hot, **options)
-        heads = context.return_weights
-        return weights_BTNS[:, :, list(heads) if isinstance(heads, tuple) else slice(None)].swapaxes(1, 2)

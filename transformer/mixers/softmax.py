@@ -19,7 +19,15 @@ from transformer.layers.linear import DEFAULT_INIT, Linear, join
 from transformer.layers.norm import RMSNorm
 from transformer.layers.position import NoPositionConfig, PositionConfig, RotaryConfig, rotary
 from transformer.mixers.context import NO_CONTEXT, Context
-from transformer.mixers.heads import Backend, check_heads, check_rotary, head_sizes, projection_flops, seen_keys
+from transformer.mixers.heads import (
+    Backend,
+    check_heads,
+    check_rotary,
+    check_width,
+    head_sizes,
+    projection_flops,
+    seen_keys,
+)
 from transformer.mixers.state import KVCache, nan_on_overflow
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, DTypeLike, Float
@@ -86,9 +94,7 @@ class SoftmaxConfig(Config):
     def check(self, embed_dim: int) -> tuple[str, str] | None:
         """The field that does not suit `embed_dim` and what is allowed, or None."""
         _, _, H = head_sizes(self, embed_dim)
-        if self.head_dim is None and embed_dim % self.num_heads:
-            return "num_heads", f"allowed: a divisor of embed_dim ({embed_dim}), or set head_dim"
-        return check_rotary(self.position, H)
+        return check_width(self, embed_dim) or check_rotary(self.position, H)
 
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
         """Of one token in a context of `length`, projections included: a multiply-add counts as two."""
