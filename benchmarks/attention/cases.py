@@ -14,22 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer.attention.additive import AdditiveAttention
+from transformer.alignment.registry import AlignmentConfig, make_alignment
+from transformer.alignment.scored import AdditiveConfig, LocalConfig, MultiplicativeConfig
 from transformer.attention.decomposable import DecomposableAttention
 from transformer.attention.fast_weights import RULES, fast_weights
 from transformer.attention.feature_maps import unit_length
 from transformer.attention.hard import argmax_weights
-from transformer.attention.intra import IntraAttention
 from transformer.attention.linear_attention import linear_attention
 from transformer.attention.mask import AttentionMask
-from transformer.attention.multiplicative import LuongAttention
 from transformer.attention.sparse_softmax import sparse_attention
 from transformer.attention.structured import StructuredAttention
 from transformer.mixers.context import CAUSAL, Context
 from transformer.mixers.differential import DifferentialAttention, DifferentialConfig
 from transformer.mixers.latent import LatentAttention, LatentConfig
+from transformer.mixers.lstmn import LSTMN, LSTMNConfig
 
 B, N, H = 2, 4, 32
+D = N * H
 HEADS = {"MHA": 4, "GQA": 2, "MQA": 1}
 
 Masks = dict[str, Callable[[int], AttentionMask]]
@@ -136,7 +137,7 @@ def _module(
 
     def arrays(length: int) -> list[np.ndarray]:
         params = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(split(jnp.float32)[1])]
-        sizes = {"T": length, "S": length * 2 // 3, "B": B, "D": N * H}
+        sizes = {"T": length, "S": length * 2 // 3, "B": B, "D": D}
         inputs = normal(*(tuple(sizes[letter] for letter in shape) for shape in shapes))
         return params + [spread * x for x in inputs]
 
@@ -148,6 +149,18 @@ def _module(
     return Mechanism(arrays, {"module": run}, kinked=kinked)
 
 
+def _alignment(config: AlignmentConfig) -> Mechanism:
+    """An alignment, asked once for each of T queries."""
+
+    def run(module: Any, query_BTD: jax.Array, states_BSD: jax.Array) -> jax.Array:
+        source = module.prepare(states_BSD, jnp.ones(states_BSD.shape[:2], bool), states_BSD[:, 0])
+        steps_T = jnp.arange(query_BTD.shape[1], dtype=jnp.int32)
+        one = lambda query_BD, step: module(query_BD, source, jnp.broadcast_to(step, B))[0]  # noqa: E731
+        return jax.vmap(one, in_axes=(1, 0), out_axes=1)(query_BTD, steps_T)
+
+    return _module(lambda **kw: make_alignment(config, D, D, **_options(**kw)), run, "BTD", "BSD")
+
+
 def _options(**fixed: Any) -> dict[str, Any]:
     return {"kernel_init": nnx.initializers.lecun_normal()} | fixed
 
@@ -156,31 +169,16 @@ def _both(**fixed: Any) -> dict[str, Any]:
     return _options(out_init=nnx.initializers.lecun_normal(), **fixed)
 
 
-D = N * H
 _QKV = lambda T: normal(*[(B, T, N, H)] * 3)  # noqa: E731
 _GATED = lambda T: normal(*[(B, T, N, H)] * 3, *[(B, T, N)] * 2)  # noqa: E731
 
 MECHANISMS: dict[str, Mechanism] = {
-    "additive (Bahdanau 2014)": _module(
-        lambda **kw: AdditiveAttention(D, D, H, **_options(**kw)), lambda m, q, k: m(q, k)[0], "BTD", "BSD"
-    ),
-    **{
-        f"{score}, {scope} (Luong 2015)": _module(
-            lambda score=score, scope=scope, **kw: LuongAttention(
-                D, D, score=score, scope=scope, window=4, attention_dim=H, **_options(**kw)
-            ),
-            lambda m, q, k: m(q, k)[0],
-            "BTD",
-            "BSD",
-        )
-        for score, scope in [
-            ("dot", "global"),
-            ("general", "global"),
-            ("concat", "global"),
-            ("general", "local-m"),
-            ("general", "local-p"),
-        ]
-    },
+    "additive (Bahdanau 2014)": _alignment(AdditiveConfig(dim=H)),
+    "dot, global (Luong 2015)": _alignment(MultiplicativeConfig(kind="dot")),
+    "general, global (Luong 2015)": _alignment(MultiplicativeConfig(kind="general")),
+    "concat, global (Luong 2015)": _alignment(AdditiveConfig(kind="concat", dim=H)),
+    "general, local-m (Luong 2015)": _alignment(LocalConfig(kind="local_m", window=4)),
+    "general, local-p (Luong 2015)": _alignment(LocalConfig(kind="local_p", window=4, dim=H)),
     "hard, argmax": Mechanism(
         _QKV,
         {"function": lambda q, k, v: argmax_weights(q[:, :, 0] @ k[:, :, 0].mT) @ v[:, :, 0]},
@@ -191,7 +189,7 @@ MECHANISMS: dict[str, Mechanism] = {
         for name in ("sparsemax", "entmax15")
     },
     "LSTMN intra-attention (Cheng 2016)": _module(
-        lambda **kw: IntraAttention(D, H, H, **_options(**kw)), lambda m, x: m(x)[0], "BTD"
+        lambda **kw: LSTMN(D, LSTMNConfig(hidden_dim=H), **_both(**kw)), lambda m, x: m(x, CAUSAL)[0], "BTD"
     ),
     "structured (Lin 2017)": _module(
         lambda **kw: StructuredAttention(D, H, 4, **_options(**kw)), lambda m, x: m(x)[0], "BTD"

@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.test_util import check_grads
 
-from transformer.attention.additive import AdditiveAttention, additive_attention, additive_scores
+from transformer.attention.additive import additive_attention, additive_scores
 from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
-from transformer.attention.sparse_softmax import sparsemax
 
 B, T, S, A, V = 2, 3, 5, 4, 6
 
@@ -41,10 +39,6 @@ def masks():
     allowed = np.random.default_rng(1).random((B, T, S)) > 0.4
     allowed[0, 1] = False
     return allowed, AttentionMask.explicit(jnp.asarray(allowed)[:, None])
-
-
-def make(**options):
-    return AdditiveAttention(7, 8, A, kernel_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0), **options)
 
 
 def test_values_are_those_of_the_equations():
@@ -107,32 +101,6 @@ def test_types():
     with jax.enable_x64(True):
         out, weights = additive_attention(*inputs(jnp.float64))
         assert (out.dtype, weights.dtype) == (jnp.float64, jnp.float64)
-
-
-def test_module_is_the_function_of_its_projections():
-    attention = make()
-    rng = np.random.default_rng(3)
-    query, keys = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, 7), (B, S, 8)))
-    out, weights = attention(query, keys)
-    w, bias, u = attention.query.kernel[...], attention.query.bias[...], attention.key.kernel[...]
-    projected = additive_attention(query @ w + bias, keys @ u, keys, attention.vector.kernel[...])
-    np.testing.assert_allclose(out, projected[0], atol=1e-5)
-    np.testing.assert_allclose(weights, projected[1], atol=1e-5)
-    reused = attention(query, keys, projected_BSA=attention.project(keys))
-    np.testing.assert_array_equal(reused[0], out)
-    np.testing.assert_allclose(jax.nn.softmax(attention.scores(query, keys)), weights, atol=1e-6)
-
-
-def test_module_takes_another_normalizer_and_other_values():
-    attention = make(normalize=sparsemax)
-    rng = np.random.default_rng(3)
-    query, keys, values = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, 7), (B, S, 8), (B, S, V))
-    )
-    out, weights = attention(query, keys, values)
-    assert out.shape == (B, T, V)
-    assert (np.asarray(weights) == 0).any()
-    np.testing.assert_allclose(out, np.asarray(weights) @ np.asarray(values), atol=1e-5)
 
 
 def test_softmax_and_context_alone():

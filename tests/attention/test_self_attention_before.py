@@ -12,7 +12,7 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from transformer.attention.decomposable import DecomposableAttention, attend_both_ways, distance_bias
-from transformer.attention.intra import IntraAttention, LSTMNWeights, lstmn
+from transformer.attention.intra import LSTMNWeights, Tape, lstmn
 from transformer.attention.mask import AttentionMask
 from transformer.attention.structured import StructuredAttention, redundancy_penalty, structured_attention
 
@@ -78,15 +78,42 @@ def test_lstmn_is_the_equations(masked):
     x, w = draw(B, T, D), lstmn_weights()
     mask = AttentionMask.padding(jnp.asarray(VALID_T)) if masked else None
     allowed = np.broadcast_to(VALID_T[:, None] if masked else True, (B, T, T))
-    for got, wanted in zip(jax.jit(lstmn)(x, w, mask), naive_lstmn(x, w, allowed), strict=True):
+    hidden, tape, weights = jax.jit(lstmn)(x, w, mask)
+    np.testing.assert_array_equal(hidden, tape.hidden_BSF)
+    for got, wanted in zip((hidden, tape.memory_BSF, weights), naive_lstmn(x, w, allowed), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 def test_lstmn_gradients():
     with jax.enable_x64(True):
         mask = AttentionMask.padding(jnp.asarray(VALID_T))
-        run = jax.jit(lambda x, w: lstmn(x, w, mask)[0])
-        check_grads(run, (draw(B, T, D, dtype=jnp.float64), lstmn_weights(jnp.float64)), order=1, modes=["rev"])
+        exact_weights = lstmn_weights(jnp.float64)
+        lengths, valid = jnp.array([2, 0], jnp.int32), jnp.arange(T) < jnp.array([[3], [T]])
+
+        def whole(x, w):
+            hidden, tape, weights = lstmn(x, w, mask)
+            return hidden, tape, weights
+
+        def further(x, w, tape):
+            """From a tape that holds other positions, with padding in a row."""
+            return lstmn(x, w, tape=tape, lengths_B=lengths, valid_BT=valid)
+
+        x = draw(B, T, D, dtype=jnp.float64)
+        check_grads(jax.jit(whole), (x, exact_weights), order=2, modes=["rev"])
+        check_grads(jax.jit(whole), (x, exact_weights), order=1, modes=["fwd"])
+        tape = Tape(*(draw(*shape, dtype=jnp.float64) for shape in ((B, T + 3, F), (B, T + 3, F), (B, F))))
+        check_grads(jax.jit(further), (x, exact_weights, tape), order=1, modes=["rev"])
+
+
+def test_lstmn_takes_memory_for_one_tape():
+    w, length = lstmn_weights(), 512
+
+    def loss(x):
+        return jnp.sum(lstmn(x, w)[0])
+
+    needed = jax.jit(jax.grad(loss)).lower(draw(1, length, D)).compile().memory_analysis().temp_size_in_bytes
+    # Of which a mask, weights and their gradients are of length², as bytes and float32; a tape a position would be 17 MB.
+    assert needed < 6 * 4 * length**2
 
 
 def test_lstmn_sees_its_past_alone_and_nothing_hidden():
@@ -102,17 +129,6 @@ def test_lstmn_sees_its_past_alone_and_nothing_hidden():
     nothing = AttentionMask.padding(jnp.zeros((B, T), bool))
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(lstmn(x, w, nothing)[0])))(x)
     assert np.isfinite(gradient).all() and not np.asarray(run(x, nothing)[2]).any()
-
-
-def test_lstmn_module():
-    module = IntraAttention(D, F, A, kernel_init=NORMAL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    hidden, memory, weights = call(module, draw(B, T, D))
-    assert (hidden.shape, memory.shape, weights.shape) == ((B, T, F), (B, T, F), (B, T, T))
-    assert (hidden.dtype, weights.dtype) == (jnp.bfloat16, jnp.float32)
-    module = IntraAttention(D, F, A, kernel_init=NORMAL, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(module)
-    gradients = jax.jit(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(draw(B, T, D))[0])))(params)
-    assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
 
 
 def test_lstmn_inputs_that_do_not_fit():

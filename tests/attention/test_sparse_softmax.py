@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from transformer.attention.dispatch import attend
 from transformer.attention.mask import AttentionMask
-from transformer.attention.sparse_softmax import NORMALIZERS, SparseAttention, entmax15, sparse_attention, sparsemax
+from transformer.attention.sparse_softmax import NORMALIZERS, entmax15, sparse_attention, sparsemax
 
 SPARSE = {"sparsemax": jax.jit(sparsemax), "entmax15": jax.jit(entmax15)}
 SCORES = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=9)
@@ -132,20 +131,6 @@ def test_attention_by_softmax_is_the_reference():
     q, k, v = inputs()
     got = sparse_attention(q, k, v, AttentionMask.causal(2), normalizer="softmax")[0]
     np.testing.assert_allclose(got, attend(q, k, v, AttentionMask.causal(2), backend="reference")[0], atol=1e-6)
-
-
-def test_module():
-    options = {"kernel_init": nnx.initializers.normal(0.5), "out_init": nnx.initializers.normal(0.5)}
-    attention = SparseAttention(8, 2, normalizer="sparsemax", rngs=nnx.Rngs(0), **options)
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 8)), jnp.float32)
-    run = jax.jit(lambda x, memory, mask: attention(x, memory, mask))
-    out, weights = run(x, None, AttentionMask.causal())
-    assert out.shape == x.shape
-    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
-    np.testing.assert_allclose(run(x[:, :4], None, AttentionMask.causal())[0], out[:, :4], atol=1e-5)
-    np.testing.assert_allclose(run(x, x, None)[0], run(x, None, None)[0], atol=1e-6)
-    with pytest.raises(ValueError, match="Did you mean 'sparsemax'"):
-        SparseAttention(8, 2, normalizer="sparsmax", rngs=nnx.Rngs(0), **options)
 
 
 def test_inputs_that_do_not_fit():

@@ -21,6 +21,7 @@ from transformer.mixers.differential import DifferentialConfig
 from transformer.mixers.fast_weights import FastWeightConfig
 from transformer.mixers.latent import LatentConfig
 from transformer.mixers.linear import LinearAttentionConfig
+from transformer.mixers.lstmn import LSTMNConfig
 from transformer.mixers.registry import MIXERS, MixerConfig, make_mixer
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.mixers.state import MatrixState
@@ -48,6 +49,7 @@ CONFIGS = {
     "gated_sum": FastWeightConfig(kind="gated_sum", num_heads=N, num_kv_heads=2, chunk=4),
     "delta": FastWeightConfig(kind="delta", num_heads=N, chunk=4),
     "gated_delta": FastWeightConfig(kind="gated_delta", num_heads=N, num_kv_heads=2, output_norm=False, chunk=5),
+    "lstmn": LSTMNConfig(hidden_dim=24, attention_dim=8),
 }
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
@@ -134,8 +136,9 @@ def test_weights_are_what_reads_the_values(name):
     assert weights.shape == (B, heads, T, T)
     np.testing.assert_allclose(np.triu(weights[0, 0], 1), 0, atol=1e-6)
     np.testing.assert_allclose(run(config, X)[0], out, atol=1e-6)
-    few = run(config, X, return_weights=(1, 0))[2]
-    np.testing.assert_allclose(few, weights[:, [1, 0]], atol=1e-6)
+    chosen = (heads - 1, 0)
+    few = run(config, X, return_weights=chosen)[2]
+    np.testing.assert_allclose(few, weights[:, list(chosen)], atol=1e-6)
     if config.kind in ("softmax", "latent") or name == "linear":
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-4)
 
@@ -163,7 +166,7 @@ def test_settings_that_leave_the_parameters_alone(name):
     assert shapes[0] == shapes[1] and config.structure.structure == config.structure
 
 
-@pytest.mark.parametrize("name", ["softmax", "latent", "differential"])
+@pytest.mark.parametrize("name", ["softmax", "latent", "differential", "lstmn"])
 def test_a_state_without_room(name):
     config = CONFIGS[name]
     with pytest.raises(ValueError, match="12 more positions do not fit; it has room for 8 in all"):
@@ -203,6 +206,9 @@ def test_a_mask_of_ones_own(name):
     [
         ("delta", {"mask": AttentionMask.causal()}, "delta attention: it takes no mask in addition to"),
         ("linear", {"prefix_B": jnp.array([1, 2])}, "linear attention: it takes no prefix that all tokens see"),
+        ("lstmn", {"mask": AttentionMask.causal()}, "lstmn attention: it takes no mask in addition to"),
+        ("lstmn", {"prefix_B": jnp.array([1, 2])}, "lstmn attention: it takes no prefix that all tokens see"),
+        ("lstmn", {"is_causal": False}, "lstmn attention: it reads only what came before"),
         ("gated_delta", {"is_causal": False}, "gated_delta attention: it reads only what came before"),
     ],
 )
@@ -221,6 +227,7 @@ def test_what_a_state_of_fixed_size_cannot_do(name, context, message):
         (lambda: built(FastWeightConfig, feature_norm="l1"), "feature_norm: got 'l1'.* Did you mean 'l2'"),
         (lambda: built(LinearAttentionConfig, feature_map="dfpf"), "feature_map: got 'dfpf'.* Did you mean 'dpfp'"),
         (lambda: built(LinearAttentionConfig, chunk=0), "chunk: got 0; allowed: 1 or more"),
+        (lambda: built(LSTMNConfig, hidden_dim=0), "hidden_dim: got 0; allowed: 1 or more, or null"),
         (lambda: built(LatentConfig, rotary_dim=3), "rotary_dim: got 3; allowed: an even number"),
         (lambda: built(DifferentialConfig, window=0), "window: got 0"),
         (lambda: built(RotaryConfig, theta=0.0), "theta: got 0.0; allowed: above 0"),

@@ -40,7 +40,10 @@ def translator(**attention):
 
 
 CONFIGS = {
-    **{kind: {"model": STACK | {"attention": {"kind": kind, "num_heads": 4}}} for kind in MIXER_KINDS},
+    **{
+        kind: {"model": STACK | {"attention": {"kind": kind} | ({} if kind == "lstmn" else {"num_heads": 4})}}
+        for kind in MIXER_KINDS
+    },
     "hybrid": {
         "model": STACK | {"attention": {"num_heads": 4}, "pattern": [{"kind": "gated_delta", "num_heads": 4}, {}]},
     },

@@ -1,6 +1,6 @@
 """Additive attention (Bahdanau et al. 2014), the first of all.
 
-B batch, T query position, S key position, D query features, E key features, V value features, A alignment features.
+B batch, T query position, S key position, V value features, A alignment features.
 
     e_ts = vᵀ tanh(W q_t + U k_s)                     Bahdanau et al. 2014, appendix A.1.2
     α_ts = exp(e_ts) / Σ_s' exp(e_ts')                equation 6
@@ -9,18 +9,12 @@ B batch, T query position, S key position, D query features, E key features, V v
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from transformer.attention.common import Normalizer, check_shapes, context, headless_mask, softmax
 from transformer.attention.mask import AttentionMask
-from transformer.layers.linear import Linear
 from transformer.precision import matmul
-from transformer.types import Array, DTypeLike, Float, widen
+from transformer.types import Array, Float, widen
 
 
 def additive_scores(
@@ -60,65 +54,3 @@ def additive_attention(
     allowed_BTS = headless_mask(mask, q_BTA.shape[0], q_BTA.shape[1], k_BSA.shape[1])
     weights_BTS = (normalize or softmax)(additive_scores(q_BTA, k_BSA, vector_A), allowed_BTS)
     return context(weights_BTS, values_BSV), weights_BTS
-
-
-class AdditiveAttention(nnx.Module):
-    """`additive_attention` with learned W, U and v. The decoder's state is the query, the encoder's the keys.
-
-    Args:
-        query_dim, key_dim, attention_dim: D, E and A.
-        normalize: makes weights of scores; softmax by default.
-    """
-
-    def __init__(
-        self,
-        query_dim: int,
-        key_dim: int,
-        attention_dim: int,
-        *,
-        normalize: Normalizer | None = None,
-        kernel_init: Callable[..., Array],
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.normalize = normalize
-        options: dict[str, Any] = {"kernel_init": kernel_init, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.query = Linear((query_dim,), (attention_dim,), axes=("embed", "mlp"), **options)
-        self.key = Linear((key_dim,), (attention_dim,), axes=("embed", "mlp"), use_bias=False, **options)
-        self.vector = Linear((attention_dim,), (), axes=("mlp",), use_bias=False, **options)
-
-    def __call__(
-        self,
-        query_BTD: Float[Array, "B T D"],
-        keys_BSE: Float[Array, "B S E"],
-        values_BSV: Float[Array, "B S V"] | None = None,
-        mask: AttentionMask | None = None,
-        *,
-        projected_BSA: Float[Array, "B S A"] | None = None,
-    ) -> tuple[Float[Array, "B T V"], Float[Array, "B T S"]]:
-        """Context and weights.
-
-        Args:
-            values_BSV: what is averaged; the keys by default, as in the paper.
-            projected_BSA: `project(keys)`, which a recurrent decoder computes once for all of its steps.
-        """
-        with jax.named_scope("additive_attention"):
-            projected_BSA = self.project(keys_BSE) if projected_BSA is None else projected_BSA
-            values_BSV = keys_BSE if values_BSV is None else values_BSV
-            return additive_attention(
-                self.query(query_BTD),
-                projected_BSA,
-                values_BSV,
-                self.vector.kernel[...],
-                mask,
-                normalize=self.normalize,
-            )
-
-    def project(self, keys_BSE: Float[Array, "B S E"]) -> Float[Array, "B S A"]:
-        """U k_s, which depends on no query."""
-        return self.key(keys_BSE)
-
-    def scores(self, query_BTD: Float[Array, "B T D"], keys_BSE: Float[Array, "B S E"]) -> Float[Array, "B T S"]:
-        """e_ts alone."""
-        return additive_scores(self.query(query_BTD), self.project(keys_BSE), self.vector.kernel[...])

@@ -11,19 +11,13 @@ B batch, T query position, S key position, D query features, E key features, V v
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from transformer.attention.additive import AdditiveAttention
-from transformer.attention.common import check_name, check_shapes, context, headless_mask, softmax
-from transformer.attention.mask import AttentionMask
-from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, widen
-
-ESTIMATORS = ("soft", "argmax", "gumbel", "reinforce")
+from transformer.attention.common import check_shapes, softmax
+from transformer.types import Array, Bool, Float, Int, PRNGKeyArray, widen
 
 
 class HardSample(NamedTuple):
@@ -131,73 +125,6 @@ def temperature_at(step: int | Int[Array, ""], *, start: float, end: float, num_
         raise ValueError(f"temperature_at: num_steps={num_steps}; expected 1 or more")
     share = jnp.clip(jnp.asarray(step, jnp.float32) / num_steps, 0, 1)
     return start * (end / start) ** share
-
-
-class HardAttention(nnx.Module):
-    """Additive scores (as in Xu et al. 2015), and one key for each query.
-
-    Args:
-        query_dim, key_dim, attention_dim: D, E and A of the scores.
-        estimator: one of `ESTIMATORS`.
-    """
-
-    def __init__(
-        self,
-        query_dim: int,
-        key_dim: int,
-        attention_dim: int,
-        *,
-        estimator: str = "gumbel",
-        kernel_init: Callable[..., Array],
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        check_name("HardAttention", "estimator", estimator, ESTIMATORS)
-        self.estimator = estimator
-        self.score = AdditiveAttention(
-            query_dim, key_dim, attention_dim, kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-
-    def __call__(
-        self,
-        query_BTD: Float[Array, "B T D"],
-        keys_BSE: Float[Array, "B S E"],
-        values_BSV: Float[Array, "B S V"] | None = None,
-        mask: AttentionMask | None = None,
-        *,
-        key: PRNGKeyArray | None = None,
-        temperature: float | Float[Array, ""] = 1.0,
-    ) -> tuple[Float[Array, "B T V"], Float[Array, "B T S"], HardSample | None]:
-        """Context and weights, and with `reinforce` the draw, for `reinforce_loss`.
-
-        Args:
-            values_BSV: what is chosen from; the keys by default.
-            key: for the estimators that draw; without one they take the greatest score, as in evaluation.
-            temperature: τ of `soft` and `gumbel`.
-
-        Raises:
-            ValueError: a temperature that is not positive, or shapes that do not fit.
-        """
-        values_BSV = keys_BSE if values_BSV is None else values_BSV
-        check_shapes(
-            "HardAttention", query=(query_BTD, "B T D"), keys=(keys_BSE, "B S E"), values=(values_BSV, "B S V")
-        )
-        check_temperature("HardAttention", temperature)
-        with jax.named_scope("hard_attention"):
-            scores_BTS = self.score.scores(query_BTD, keys_BSE)
-            allowed_BTS = headless_mask(mask, query_BTD.shape[0], query_BTD.shape[1], keys_BSE.shape[1])
-            sample = None
-            if self.estimator == "soft":
-                weights_BTS = softmax(scores_BTS / temperature, allowed_BTS)
-            elif self.estimator == "argmax" or key is None:
-                weights_BTS = argmax_weights(scores_BTS, allowed_BTS)
-            elif self.estimator == "gumbel":
-                weights_BTS = gumbel_weights(scores_BTS, allowed_BTS, key=key, temperature=temperature)
-            else:
-                sample = sample_weights(scores_BTS, allowed_BTS, key=key)
-                weights_BTS = sample.weights_BTS
-            return context(weights_BTS, values_BSV), weights_BTS, sample
 
 
 def check_temperature(caller: str, temperature: float | Array) -> None:

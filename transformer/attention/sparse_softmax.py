@@ -14,13 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from transformer.attention.common import Normalizer, check_name, check_shapes, softmax
 from transformer.attention.mask import AttentionMask
-from transformer.layers.linear import Linear
-from transformer.sharding import constrain
-from transformer.types import Array, Bool, DTypeLike, Float, widen
+from transformer.types import Array, Bool, Float, widen
 
 
 def sparsemax(scores: Float[Array, "*#dims"], allowed: Bool[Array, "*#dims"] | None = None) -> Float[Array, "*#dims"]:
@@ -89,50 +86,6 @@ def sparse_attention(
     weights = weights_BNTS.astype(v_BSKH.dtype).reshape(B, K, N // K, T, S)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, preferred_element_type=wide).astype(v_BSKH.dtype)
     return out.reshape(B, T, N, H), weights_BNTS
-
-
-class SparseAttention(nnx.Module):
-    """`sparse_attention` in N heads, with projections in and out: self-attention, or cross-attention over `memory`."""
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        normalizer: str = "entmax15",
-        head_dim: int | None = None,
-        use_bias: bool = True,
-        kernel_init: Callable[..., Array],
-        out_init: Callable[..., Array],
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        check_name("SparseAttention", "normalizer", normalizer, NORMALIZERS)
-        self.normalizer = normalizer
-        heads = (num_heads, embed_dim // num_heads if head_dim is None else head_dim)
-        options: dict[str, Any] = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        into = {"axes": ("embed", "heads", "head_dim"), "kernel_init": kernel_init, **options}
-        self.query = Linear((embed_dim,), heads, **into)
-        self.key = Linear((embed_dim,), heads, **into)
-        self.value = Linear((embed_dim,), heads, **into)
-        self.out = Linear(heads, (embed_dim,), axes=("heads", "head_dim", "embed"), kernel_init=out_init, **options)
-
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        memory_BSD: Float[Array, "B S D"] | None = None,
-        mask: AttentionMask | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T S"]]:
-        """The output and the weights; keys and values come from `memory_BSD`, or from x itself."""
-        with jax.named_scope("sparse_attention"):
-            memory = x_BTD if memory_BSD is None else memory_BSD
-            q, k, v = (
-                constrain(project(x), "batch", "seq", "heads", "head_dim")
-                for project, x in ((self.query, x_BTD), (self.key, memory), (self.value, memory))
-            )
-            out_BTNH, weights = sparse_attention(q, k, v, mask, normalizer=self.normalizer)
-            return constrain(self.out(out_BTNH), "batch", "stream", None), weights
 
 
 def _masked(solve: Callable[[Array], Array], scores: Array, allowed: Array | None) -> Array:

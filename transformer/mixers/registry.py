@@ -11,10 +11,11 @@ from transformer.mixers.differential import DifferentialAttention, DifferentialC
 from transformer.mixers.fast_weights import FastWeightAttention, FastWeightConfig
 from transformer.mixers.latent import LatentAttention, LatentConfig
 from transformer.mixers.linear import LinearAttention, LinearAttentionConfig
+from transformer.mixers.lstmn import LSTMN, LSTMNConfig
 from transformer.mixers.softmax import MultiHeadAttention, SoftmaxConfig
 
-MixerConfig = SoftmaxConfig | LatentConfig | DifferentialConfig | LinearAttentionConfig | FastWeightConfig
-Mixer = MultiHeadAttention | LatentAttention | DifferentialAttention | LinearAttention | FastWeightAttention
+MixerConfig = SoftmaxConfig | LatentConfig | DifferentialConfig | LinearAttentionConfig | FastWeightConfig | LSTMNConfig
+Mixer = MultiHeadAttention | LatentAttention | DifferentialAttention | LinearAttention | FastWeightAttention | LSTMN
 
 MIXERS: dict[type, type] = {
     SoftmaxConfig: MultiHeadAttention,
@@ -22,6 +23,7 @@ MIXERS: dict[type, type] = {
     DifferentialConfig: DifferentialAttention,
     LinearAttentionConfig: LinearAttention,
     FastWeightConfig: FastWeightAttention,
+    LSTMNConfig: LSTMN,
 }
 
 DROPS_WEIGHTS = (SoftmaxConfig, LatentConfig, DifferentialConfig)

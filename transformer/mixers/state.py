@@ -1,7 +1,8 @@
-"""What decoding carries from token to token: keys and values, the latents that they are made of, or a matrix of fixed size.
+"""What decoding carries from token to token: keys and values, the latents that they are made of, the states of a recurrent
+cell, or a matrix of fixed size.
 
 B batch, S cache position, K key/value heads, H head_dim, T new positions, R latent dim with the rotary key, M features,
-V value features.
+V value features, F features of a recurrent cell.
 
 Each kind has `length` [B], the number of tokens that a row has read, and a mixer makes (`make_state`) and fills it. A state is
 of one layer; a model has a list with one for each layer, and a scan stacks them, with a leading L.
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from transformer.attention.intra import Tape
 from transformer.types import Array, Bool, DTypeLike, Float, Int
 
 
@@ -114,6 +116,37 @@ class LatentCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class TapeState:
+    """Hidden states and memories of all positions, of one layer of a long short-term memory-network.
+
+    Rows fill independently, as in `KVCache`.
+    """
+
+    hidden: Float[Array, "*L B S F"]
+    memory: Float[Array, "*L B S F"]
+    summary: Float[Array, "*L B F"]
+    """What the last position has read of the hidden states."""
+    length: Int[Array, "*L B"]
+
+    @staticmethod
+    def empty(batch_size: int, max_length: int, num_features: int) -> TapeState:
+        """Room for `max_length` positions in each row, in float32."""
+        zeros = jnp.zeros((batch_size, max_length, num_features), jnp.float32)
+        summary = jnp.zeros((batch_size, num_features), jnp.float32)
+        return TapeState(zeros, zeros, summary, jnp.zeros(batch_size, jnp.int32))
+
+    @property
+    def room(self) -> int:
+        """Positions that a row can hold."""
+        return self.hidden.shape[-2]
+
+    def advanced(self, tape: Tape, num_tokens: int, valid_BT: Bool[Array, "B T"] | None) -> TapeState:
+        """The state after `num_tokens` more, which `tape` holds, and of which padding does not count."""
+        return TapeState(*tape, grown(self.length, num_tokens, valid_BT, self.room))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class MatrixState:
     """The fast weights of one layer, whose size does not depend on the number of tokens read."""
 
@@ -133,7 +166,7 @@ class MatrixState:
         return MatrixState(matrix, grown(self.length, num_tokens, valid_BT, None))
 
 
-State = KVCache | LatentCache | MatrixState
+State = KVCache | LatentCache | TapeState | MatrixState
 """What one layer carries."""
 
 
@@ -157,6 +190,6 @@ def grown(
     return after_B
 
 
-def nan_on_overflow(out_BTNV: Float[Array, "B T N V"], state: KVCache | LatentCache) -> Float[Array, "B T N V"]:
+def nan_on_overflow(out: Float[Array, "B ..."], state: KVCache | LatentCache | TapeState) -> Float[Array, "B ..."]:
     """NaN in rows that hold more than there is room for: inside a compiled program nothing can raise."""
-    return jnp.where((state.length > state.room)[:, None, None, None], jnp.nan, out_BTNV)
+    return jnp.where(jnp.expand_dims(state.length > state.room, range(1, out.ndim)), jnp.nan, out)
