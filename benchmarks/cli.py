@@ -12,7 +12,7 @@ from transformer.errors import UserError
 
 OVERRIDABLE = ("plan", "sharding")
 """Commands with a config, whose fields can be changed: --model.num-layers 8."""
-RESUMABLE = ("plan", "history", "pretraining", "finetuning")
+RESUMABLE = ("plan", "history", "mechanisms", "pretraining", "finetuning")
 """Commands that keep what there is when they are interrupted."""
 
 
@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", metavar="DATA", help="verses, synthetic, or the path of a config of pairs (verses)")
     sub.add_argument("--seed", type=int, metavar="N", help="of weights, dropout and the order of the data (0)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/history)")
+    text = "every mechanism of attention, trained from a config for the same time on the same data: one table"
+    sub = commands.add_parser("mechanisms", help=text, description=text)
+    sub.set_defaults(call=_mechanisms)
+    sub.add_argument("--minutes", type=_amount, metavar="N", help="of training for each mechanism (2)")
+    sub.add_argument("--tasks", metavar="A,B,C", help="of language, translation, reviews and pairs (all)")
+    sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/mechanisms)")
     text = "a classifier that begins with a pretrained encoder's weights, beside one that begins with random ones"
     sub = commands.add_parser("pretraining", help=text, description=text)
     sub.set_defaults(call=_pretraining)
@@ -215,6 +221,15 @@ def _history(options: argparse.Namespace) -> None:
     }  # fmt: skip
     given["models"] = _names(given["models"])
     run.run(**{name: value for name, value in given.items() if value is not None})
+
+
+def _mechanisms(options: argparse.Namespace) -> None:
+    from benchmarks import mechanisms
+    from train.runtime import set_up_devices
+
+    set_up_devices()
+    given = {"minutes": options.minutes, "tasks": _names(options.tasks), "directory": options.directory}
+    mechanisms.run(**{name: value for name, value in given.items() if value is not None})
 
 
 def _pretraining(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.mechanisms import written
 from benchmarks.record import RESULTS
 from transformer.errors import UserError
 
@@ -49,6 +50,10 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             what = f"{case['length']} tokens, {'causal' if case['causal'] else 'all pairs'}"
             figure = _figure(case["blockwise_over_reference"], "{:.2f}×")
             yield f"blockwise attention, both passes, {what}, speed over the plain equation", *figure
+    for part in result.get("mechanisms", {}).values():
+        for title, row in part["rows"].items():
+            what = f"{part['title']}, {title}, after {result['minutes']:g} minutes"
+            yield what, written(part["figure"], row["figure"]), ""
     for arm, values in result.get("accuracy", {}).items():
         what = f"{result['classifier']}, held-out accuracy from {arm} weights"
         yield what, f"{values['mean']:.1%}", f"{values['min']:.1%} to {values['max']:.1%}, {values['seeds']} seeds"

@@ -49,6 +49,7 @@ def train_silently(config: RunConfig) -> None:
 def keep(path: Path, figures: Any) -> None:
     """Write figures whole or not at all: where the file is, its stage is finished."""
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
@@ -95,7 +96,12 @@ def train_to_the_end(config: RunConfig, benchmark: str) -> dict[str, Any]:
         train_silently(config)
     except Interrupted:
         raise UserError(f"{benchmark}: stopped in {config.directory}; run the same command again to go on") from None
-    return json.loads((config.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return metrics_of(config.directory)[-1]
+
+
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    """All that a run has recorded, in its order."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def classify(config: RunConfig, benchmark: str) -> dict[str, float]:

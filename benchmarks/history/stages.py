@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.history import measure
 from benchmarks.history.models import ENTRIES, TOLERANCE, solve
 from benchmarks.history.tasks import SHAPES, Task
-from benchmarks.stage import keep, kept, train_silently
+from benchmarks.stage import keep, kept, metrics_of, train_silently
 from train.config import RunConfig, to_data
 from train.data.loader import train_batches
 from train.data.prepare import fingerprint
@@ -138,8 +138,7 @@ def tokens_of(settings: Settings, task: Task, prepared: Prepared) -> dict[str, i
 
 
 def _figures(name: str, task: Task, prepared: Prepared, config: RunConfig, directory: Path) -> dict[str, Any]:
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = metrics_of(directory)
 
     def course(field: str) -> list[tuple[int, float]]:
         return [(record["step"], record[field]) for record in records if field in record]

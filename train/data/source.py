@@ -36,7 +36,7 @@ def documents(config: SourceConfig, rejects: Rejects | None = None) -> Iterator[
     be read.
     """
     if isinstance(config, SyntheticSource):
-        return synthetic.documents(config.limit or 0)
+        return synthetic.documents(config.limit or 0, config.mismatched)
     rejects = Rejects(config.on_error) if rejects is None else rejects
     found = _hub_documents(config, rejects) if isinstance(config, HubSource) else _file_documents(config, rejects)
     return itertools.islice(found, config.limit)

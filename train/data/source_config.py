@@ -207,14 +207,21 @@ class SyntheticSource(BaseSource):
     """`limit` pairs of sentences in two invented languages, whose word alignment is known."""
 
     kind: Literal["synthetic"] = "synthetic"
+    mismatched: float = 0.0
+    """The part of the pairs whose second sentence translates another one. Above 0, pairs have a label: translation, or other."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "limit", self.limit is not None, "kind 'synthetic' needs a number of pairs")
+        require(self, "mismatched", 0 <= self.mismatched < 1, "0 or more, below 1")
 
     @property
     def gives_pairs(self) -> bool:
         return True
+
+    @property
+    def document_labels(self) -> LabelKind | None:
+        return "class" if self.mismatched else None
 
 
 SourceConfig = StdlibSource | FilesSource | HubSource | WheelSource | SyntheticSource

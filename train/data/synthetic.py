@@ -27,6 +27,10 @@ VERSION = 2
 Kind = Literal["noun", "adjective", "verb", "adverb", "particle", "joint"]
 
 _SEED = 20
+_OTHERS = 1 << 40
+"""Sentences from this number on take the place of translations in mismatched pairs."""
+_CANDIDATES = 3
+"""Of which the one whose length is nearest is taken, so that lengths say little."""
 _SIZES: dict[Kind, int] = {"noun": 160, "adjective": 80, "verb": 80, "adverb": 40, "particle": 4, "joint": 6}
 # How many target words a source word gives: particles have no counterpart, joints keep the clauses recognisable.
 _FERTILITY: dict[Kind, tuple[float, float, float, float]] = {
@@ -77,21 +81,35 @@ def lexicon() -> Lexicon:
     return Lexicon(words, {word: kind for kind, known in words.items() for word in known}, translation)
 
 
-def documents(count: int) -> Iterator[Document]:
-    """The first `count` pairs; document n is the same however many are asked for."""
+def documents(count: int, mismatched: float = 0.0) -> Iterator[Document]:
+    """The first `count` pairs; document n is the same however many are asked for.
+
+    Args:
+        mismatched: the part of the pairs whose target translates another sentence, of about the same length. Above 0, each
+            pair has a label.
+    """
     for number in range(count):
         source = sentence(number)
-        yield Document(f"synthetic:{number}", source, translate(source))
+        target, label = translate(source), "translation" if mismatched else None
+        if mismatched and np.random.Generator(np.random.Philox(key=_key(number, 1))).random() < mismatched:
+            others = (translate(sentence(_OTHERS + _CANDIDATES * number + n)) for n in range(_CANDIDATES))
+            length = len(target.split(" "))
+            target, label = min(others, key=lambda other: abs(len(other.split(" ")) - length)), "other"
+        yield Document(f"synthetic:{number}", source, target, label=label)
 
 
 def sentence(number: int) -> str:
     """Source sentence `number`: one to three clauses, words drawn by Zipf's law (the r-th word as often as 1/r)."""
-    random = np.random.Generator(np.random.Philox(key=np.array([_SEED, number], np.uint64)))
+    random = np.random.Generator(np.random.Philox(key=_key(number)))
     clauses = [_clause(random) for _ in range(int(random.choice([1, 2, 3], p=[0.6, 0.3, 0.1])))]
     words = clauses[0]
     for clause in clauses[1:]:
         words += [_drawn(random, "joint"), *clause]
     return " ".join(words)
+
+
+def _key(number: int, stream: int = 0) -> np.ndarray:
+    return np.array([_SEED + stream, number], np.uint64)
 
 
 def translate(source_text: str) -> str:
