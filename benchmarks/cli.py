@@ -146,7 +146,7 @@ def _finetuning_step(options: argparse.Namespace) -> None:
 
 
 def _import_layouts(options: argparse.Namespace) -> None:
-    from train.runtime import set_up_devices
+    from train.parallel.runtime import set_up_devices
 
     set_up_devices(options.devices)
     from benchmarks.encoders import layouts
@@ -156,7 +156,7 @@ def _import_layouts(options: argparse.Namespace) -> None:
 
 def _embedding(options: argparse.Namespace) -> None:
     from benchmarks.encoders import embedding
-    from train.runtime import set_up_devices
+    from train.parallel.runtime import set_up_devices
 
     set_up_devices()
     embedding.run(options.rounds)
@@ -213,7 +213,7 @@ def _attention(options: argparse.Namespace) -> None:
 
 def _history(options: argparse.Namespace) -> None:
     from benchmarks.history import run
-    from train.runtime import set_up_devices
+    from train.parallel.runtime import set_up_devices
 
     set_up_devices()
     given = {
@@ -225,7 +225,7 @@ def _history(options: argparse.Namespace) -> None:
 
 def _mechanisms(options: argparse.Namespace) -> None:
     from benchmarks import mechanisms
-    from train.runtime import set_up_devices
+    from train.parallel.runtime import set_up_devices
 
     set_up_devices()
     given = {"minutes": options.minutes, "tasks": _names(options.tasks), "directory": options.directory}
@@ -234,7 +234,7 @@ def _mechanisms(options: argparse.Namespace) -> None:
 
 def _pretraining(options: argparse.Namespace) -> None:
     from benchmarks import pretraining
-    from train.runtime import set_up_devices
+    from train.parallel.runtime import set_up_devices
 
     set_up_devices()
     pretraining.run(options.seeds, options.directory or pretraining.DIRECTORY)
@@ -242,7 +242,7 @@ def _pretraining(options: argparse.Namespace) -> None:
 
 def _finetuning(options: argparse.Namespace) -> None:
     from benchmarks.encoders import quality
-    from train.runtime import set_up_devices
+    from train.parallel.runtime import set_up_devices
 
     set_up_devices()
     quality.run(options.seeds, options.directory or quality.DIRECTORY)
@@ -262,7 +262,7 @@ def _sharding(options: argparse.Namespace) -> None:
         )  # fmt: skip
         return
     from benchmarks.sharding import measure
-    from train.runtime import set_up_devices
+    from train.parallel.runtime import set_up_devices
 
     set_up_devices(options.devices)
     measure.run(

@@ -12,7 +12,7 @@ import jax
 from benchmarks.record import in_turn, ratio, save, summary
 from benchmarks.workload import program_of, workload
 from train.config import RunConfig
-from train.mesh import use_mesh
+from train.parallel.mesh import use_mesh
 
 DEPTHS = (6, 48)
 

@@ -15,7 +15,7 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from train.data.cache import cache_dir, writing
+from train.files import cache_dir, writing
 from transformer.errors import UserError
 
 PACKAGES = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}

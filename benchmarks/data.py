@@ -16,7 +16,7 @@ from benchmarks.workload import our_step, workload
 def run(rounds: int) -> dict[str, Any]:
     """Tokens per second of the loader alone, over the running Python's library as bytes, and of the step, in turn."""
     from train.data.loader import train_batches
-    from train.data.prepare import DataConfig, prepare
+    from train.data.prepared.prepare import DataConfig, prepare
 
     work = workload()
     config = DataConfig()

@@ -13,8 +13,8 @@ from benchmarks import peer
 from benchmarks.record import ratio, save, speeds_in_turn, summary
 from benchmarks.workload import gpt_of, workload
 from train.config import RunConfig
-from transformer.decode.generate import Generator
-from transformer.decode.sampling import Sampling
+from transformer.generation.generate import Generator
+from transformer.generation.sampling import Sampling
 from transformer.models.gpt import GPT, GPTConfig
 
 PROMPT_TOKENS = 16

@@ -1,7 +1,8 @@
 """`manyheads-bench mechanisms`: every mechanism of attention that a config can name, trained for the same time on the same data.
 
 Each is a shipped config with a field or two changed, so the same command line trains it alone. A mechanism takes as many steps as
-fit into the time, by a measurement of its step before; compiling, preparing the data and scoring it do not count.
+fit into the time, by a measurement of its step before; compiling, preparing the data and scoring it do not count. Tokens a second
+are positions of a whole batch, padding included, by that measurement.
 
     DIRECTORY/TASK/NAME/FINGERPRINT/             the run, of these settings and no others
     DIRECTORY/TASK/NAME/FINGERPRINT.steps.json   what a step takes, and how many there are
@@ -11,9 +12,9 @@ fit into the time, by a measurement of its step before; compiling, preparing the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ FIGURES = {
     "eval/accuracy": ("accuracy", ".1%"),
 }
 """What each is called, and how it is written. More accuracy is better, and less of the others."""
-_TIMED_STEPS = 3
+_TIMED_STEPS = 5
 
 Fields = Mapping[str, Any]
 """Fields of the model's config, as a file gives them."""
@@ -52,8 +53,6 @@ class Task:
     """A file of configs/."""
     figure: str
     """What is compared, by its name in metrics.jsonl; one of `FIGURES`."""
-    speed: str = "tokens/s"
-    """What a step's speed counts."""
     mechanisms: Mapping[str, Fields]
     overrides: tuple[str, ...] = ()
     """Of every mechanism."""
@@ -116,7 +115,7 @@ TASKS: dict[str, Task] = {
     ),
     "reviews": Task(
         title="a classifier of film reviews", config="classify_reviews.yaml",
-        figure="eval/accuracy", speed="rows/s",
+        figure="eval/accuracy",
         overrides=(
             "--init-from=null",
             "--data.tokenizer={kind: bpe, vocab_size: 4096, special_tokens: ['[MASK]', '[CLS]', '[SEP]']}",
@@ -128,7 +127,7 @@ TASKS: dict[str, Task] = {
     ),
     "pairs": Task(
         title="a classifier of pairs of sentences", config="classify_pairs.yaml",
-        figure="eval/accuracy", speed="rows/s",
+        figure="eval/accuracy",
         mechanisms={
             "mean of the states": {"head": {"kind": "classification", "num_labels": 2, "pooling": "mean"}},
             "decomposable": {},
@@ -163,9 +162,11 @@ def run(
     total = sum(len(chosen[name].mechanisms) for name in names)
     print(f"{total} mechanisms, {minutes:g} minutes of training each", flush=True)
     result: dict[str, Any] = {"minutes": minutes, "mechanisms": {}}
+    # All are timed first, so that whatever else the machine does later gives none of them more steps than another.
+    runs = {name: _timed_runs(chosen[name], Path(directory) / name, minutes) for name in names}
     for name in names:
         task = chosen[name]
-        rows = {title: _figures(task, title, Path(directory) / name, minutes) for title in task.mechanisms}
+        rows = {title: _figures(task, title, run) for title, run in runs[name].items()}
         result["mechanisms"][name] = {
             "title": task.title, "config": f"configs/{task.config}", "figure": task.figure, "rows": rows,
         }  # fmt: skip
@@ -176,44 +177,25 @@ def run(
     return result
 
 
-def _figures(task: Task, title: str, folder: Path, minutes: float) -> dict[str, Any]:
-    """The figures of one mechanism: trained now, or read if it was before."""
-    arguments = task.arguments(task.mechanisms[title])
-    config = scored_at_the_end(load(CONFIGS / task.config, arguments))
-    place = folder / "".join(letter if letter.isalnum() else "-" for letter in title)
-    directory = folder_of(str(place), minutes, to_data(config))
-    config = dataclasses.replace(config, run_dir=str(directory))
-    timed = once(Path(f"{directory}.steps.json"), lambda: _steps(config, minutes))
-    config = _for_steps(config, int(timed["steps"]))
-
-    def work() -> dict[str, Any]:
-        train_to_the_end(config, "mechanisms")
-        shutil.rmtree(config.directory / "checkpoints")
-        records = metrics_of(config.directory)
-        speeds = [one["train/tokens_per_second"] for one in records if one.get("train/tokens_per_second")]
-        last = {name: value for one in records for name, value in one.items()}
-        return {
-            "arguments": arguments,
-            "model": dict(task.mechanisms[title]),
-            "parameters": count_parameters(config.model),
-            "steps": config.steps,
-            "tokens_per_second": statistics.median(speeds) if speeds else None,
-            "loss": last["eval/loss"],
-            "figure": last[task.figure],
-        }
-
-    figures = once(Path(f"{directory}.json"), work)
-    print(
-        f"{task.title}, {title}: {written(task.figure, figures['figure'])} after {figures['steps']} steps", flush=True
-    )
-    return figures
+def _timed_runs(task: Task, folder: Path, minutes: float) -> dict[str, tuple[RunConfig, dict[str, float]]]:
+    """The run of each mechanism, as long as the time allows, and how it was timed: now, or before."""
+    runs = {}
+    for title, fields in task.mechanisms.items():
+        config = scored_at_the_end(load(CONFIGS / task.config, task.arguments(fields)))
+        place = folder / "".join(letter if letter.isalnum() else "-" for letter in title)
+        directory = folder_of(str(place), minutes, to_data(config))
+        config = dataclasses.replace(config, run_dir=str(directory))
+        timed = once(Path(f"{directory}.steps.json"), functools.partial(_timed, config, minutes))
+        print(f"{task.title}, {title}: {timed['seconds_a_step']:.3f} s a step, {timed['steps']} steps", flush=True)
+        runs[title] = _for_steps(config, int(timed["steps"])), timed
+    return runs
 
 
-def _steps(config: RunConfig, minutes: float) -> dict[str, float]:
-    """How many steps fit into the time, by a few over a whole batch."""
+def _timed(config: RunConfig, minutes: float) -> dict[str, float]:
+    """How many steps over a whole batch fit into the time: by the fastest of a few, which other work disturbs least."""
     take = our_step(config)
     record.seconds_per_call(take, 1)
-    seconds = record.seconds_per_call(take, _TIMED_STEPS)
+    seconds = min(record.seconds_per_call(take, 1) for _ in range(_TIMED_STEPS))
     jax.clear_caches()
     return {"seconds_a_step": seconds, "steps": max(math.floor(60 * minutes / seconds), 1)}
 
@@ -225,6 +207,31 @@ def _for_steps(config: RunConfig, steps: int) -> RunConfig:
     )
     log = dataclasses.replace(config.log, every=max(steps // 20, 1))
     return dataclasses.replace(config, steps=steps, optimizer=optimizer, log=log)
+
+
+def _figures(task: Task, title: str, timed_run: tuple[RunConfig, dict[str, float]]) -> dict[str, Any]:
+    """The figures of one mechanism: trained now, or read if it was before."""
+    config, timed = timed_run
+
+    def work() -> dict[str, Any]:
+        train_to_the_end(config, "mechanisms")
+        shutil.rmtree(config.directory / "checkpoints")
+        last = {name: value for one in metrics_of(config.directory) for name, value in one.items()}
+        return {
+            "arguments": task.arguments(task.mechanisms[title]),
+            "model": dict(task.mechanisms[title]),
+            "parameters": count_parameters(config.model),
+            "steps": config.steps,
+            "tokens_per_second": config.batch_size * config.sequence_length / timed["seconds_a_step"],
+            "loss": last["eval/loss"],
+            "figure": last[task.figure],
+        }
+
+    figures = once(Path(f"{config.directory}.json"), work)
+    print(
+        f"{task.title}, {title}: {written(task.figure, figures['figure'])} after {figures['steps']} steps", flush=True
+    )
+    return figures
 
 
 def written(figure: str, value: float) -> str:
@@ -244,14 +251,13 @@ def markdown(part: dict[str, Any], task: Task) -> str:
     """The rows of one task as a Markdown table, the best first."""
     (name, form), sign = FIGURES[task.figure], -1 if task.figure == "eval/accuracy" else 1
     lines = [
-        f"| mechanism | in the model | parameters | {name} | steps | {task.speed} |",
+        f"| mechanism | in the model | parameters | {name} | steps | tokens/s |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for title, row in sorted(part["rows"].items(), key=lambda item: sign * item[1]["figure"]):
         fields = ", ".join(f"{field}: {_flow(value)}" for field, value in row["model"].items() if value != [])
-        speed = "–" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}"
         lines.append(
             f"| {title} | {f'`{fields}`' if fields else 'as it is'} | {row['parameters']:,} | "
-            f"{row['figure']:{form}} | {row['steps']:,} | {speed} |"
+            f"{row['figure']:{form}} | {row['steps']:,} | {row['tokens_per_second']:,.0f} |"
         )
     return "\n".join(lines)

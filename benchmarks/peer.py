@@ -30,7 +30,7 @@ def bert_classifier(config: Any) -> Any:
     import torch
     import transformers
 
-    from transformer.hf.encoders import BERT
+    from transformer.huggingface.encoders import BERT
 
     torch.manual_seed(0)
     theirs = transformers.BertConfig(**BERT.write(config))

@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks import record
 from benchmarks.stage import classify, folder_of, once, over_seeds, scored_at_the_end, train_to_the_end
 from train.config import RunConfig, load, to_data
-from train.data.labelled import commonest_share
-from train.data.prepare import prepare
+from train.data.examples.labelled import commonest_share
+from train.data.prepared.prepare import prepare
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ENCODER = CONFIGS / "encoder_reviews_small.yaml"

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from train.data.cache import writing
+from train.files import writing
 from train.versions import versions
 
 RESULTS = Path(__file__).parent / "results"

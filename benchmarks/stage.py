@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
-from train.data.cache import writing
-from train.loop import train
-from train.sections import CheckpointConfig, EvaluationConfig, LogConfig
+from train.config.sections import CheckpointConfig, EvaluationConfig, LogConfig
+from train.files import writing
+from train.run.loop import train
 from transformer.errors import UserError
 
 

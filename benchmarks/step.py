@@ -11,7 +11,7 @@ from benchmarks import peer
 from benchmarks.record import ratio, save, seconds_per_call, speeds_in_turn, summary
 from benchmarks.workload import gpt_of, our_step, random_batch, workload
 from train.config import RunConfig
-from train.hardware import utilization
+from train.parallel.hardware import utilization
 from transformer.models.gpt import flops_per_token
 
 

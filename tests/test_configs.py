@@ -10,10 +10,10 @@ import pytest
 
 from tests.changed import changed
 from train.config import load
-from train.data.prepare import DataConfig
-from train.data.source_config import FilesSource, SourceConfig, SyntheticSource
-from train.data.tokenizer import TokenizerConfig
-from train.loop import train
+from train.data.prepared.prepare import DataConfig
+from train.data.sources.source_config import FilesSource, SourceConfig, SyntheticSource
+from train.data.tokenization.tokenizer import TokenizerConfig
+from train.run.loop import train
 from transformer.models.recurrent import RecurrentConfig
 
 FOLDER = Path(__file__).parent.parent / "configs"

@@ -13,12 +13,12 @@ from flax import nnx
 from tests.attention.test_ring import mesh_of
 from tests.changed import changed
 from tests.made import made
-from transformer.attention import blockwise, loops
+from transformer.attention.backends import blockwise, loops
+from transformer.attention.backends.pallas import pallas_interpret
 from transformer.attention.dispatch import attend
-from transformer.attention.fast_weights import fast_weights
-from transformer.attention.mask import AttentionMask
-from transformer.attention.pallas import pallas_interpret
-from transformer.attention.variant import Score, Variant
+from transformer.attention.linear.fast_weights import fast_weights
+from transformer.attention.spec.mask import AttentionMask
+from transformer.attention.spec.variant import Score, Variant
 from transformer.differentiation import with_backward
 from transformer.errors import UserError
 from transformer.layers.embedding import embed_attend

@@ -37,8 +37,9 @@ import {modules}
 @pytest.mark.parametrize(
     "modules",
     [
-        "transformer.models.gpt, transformer.decode.generate",
-        "train.step, train.state, train.optimizer, train.mesh, train.hardware, train.data.prepare, train.runtime",
+        "transformer.models.gpt, transformer.generation.generate",
+        "train.run.step, train.run.state, train.optimizer, train.parallel.mesh, train.parallel.hardware, "
+        "train.data.prepared.prepare, train.parallel.runtime",
         "benchmarks.cli, benchmarks.step, benchmarks.decode, benchmarks.compile_time, benchmarks.gpu",
     ],
 )

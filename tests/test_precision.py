@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from transformer.attention.additive import additive_scores
+from transformer.alignment.additive import additive_scores
+from transformer.alignment.multiplicative import dot_scores
+from transformer.alignment.structured import redundancy_penalty
 from transformer.attention.common import context
-from transformer.attention.fast_weights import RULES, fast_weights, unit_lower_inverse
-from transformer.attention.linear_attention import linear_attention
-from transformer.attention.multiplicative import dot_scores
-from transformer.attention.structured import redundancy_penalty
+from transformer.attention.linear.fast_weights import RULES, fast_weights, unit_lower_inverse
+from transformer.attention.linear.linear_attention import linear_attention
 from transformer.layers.adapter import merged_kernel
 from transformer.layers.mixture_of_experts import MixtureOfExperts
 from transformer.models.heads import contrastive_logits

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from flax import nnx
 
 from train.config import RunConfig
-from train.data.tokenizer import Tokenizer
-from transformer.decode.beam import BeamSearch, Hypothesis
-from transformer.decode.translator import Translator
+from train.data.tokenization.tokenizer import Tokenizer
 from transformer.errors import UserError
+from transformer.generation.beam import BeamSearch, Hypothesis
+from transformer.generation.translator import Translator
 from transformer.models.encoder_decoder import EncoderDecoderConfig
 from transformer.models.families import make_model
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.blockwise import ATTENTION_RESIDUALS
+from transformer.attention.backends.blockwise import ATTENTION_RESIDUALS
 from transformer.errors import nearest
 from transformer.pipeline import Schedule, check_period, devices_of_layers, in_order, run_pipeline
 from transformer.types import Array

@@ -141,7 +141,7 @@ def _compile(platform: str, topology_name: str, tensor: int, call: Call) -> str:
 
 def _loss(call: Call) -> Any:
     from transformer.attention.dispatch import attend
-    from transformer.attention.mask import AttentionMask
+    from transformer.attention.spec.mask import AttentionMask
 
     def loss(q: Any, k: Any, v: Any, segments: Any) -> Any:
         mask = AttentionMask.causal() if call.causal else AttentionMask.none()

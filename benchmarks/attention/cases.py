@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from transformer.alignment.decomposable import DecomposableAttention
+from transformer.alignment.hard import argmax_weights
 from transformer.alignment.registry import AlignmentConfig, make_alignment
 from transformer.alignment.scored import AdditiveConfig, LocalConfig, MultiplicativeConfig
-from transformer.attention.decomposable import DecomposableAttention
-from transformer.attention.fast_weights import RULES, fast_weights
-from transformer.attention.feature_maps import unit_length
-from transformer.attention.hard import argmax_weights
-from transformer.attention.linear_attention import linear_attention
-from transformer.attention.mask import AttentionMask
-from transformer.attention.sparse_softmax import sparse_attention
-from transformer.attention.structured import StructuredAttention
+from transformer.alignment.sparse_softmax import sparse_attention
+from transformer.alignment.structured import StructuredAttention
+from transformer.attention.linear.fast_weights import RULES, fast_weights
+from transformer.attention.linear.feature_maps import unit_length
+from transformer.attention.linear.linear_attention import linear_attention
+from transformer.attention.spec.mask import AttentionMask
 from transformer.mixers.context import CAUSAL, Context
 from transformer.mixers.differential import DifferentialAttention, DifferentialConfig
 from transformer.mixers.latent import LatentAttention, LatentConfig

@@ -20,11 +20,11 @@ from jax.sharding import AxisType
 from benchmarks.attention.ahead import Call, compile_ahead
 from benchmarks.attention.cases import HEADS, MASKS, MECHANISMS, SCORES, B, H, N, normal
 from benchmarks.record import save
-from transformer.attention import blockwise
+from transformer.attention.backends import blockwise
+from transformer.attention.backends.pallas import pallas_interpret
 from transformer.attention.dispatch import BACKENDS, attend
-from transformer.attention.mask import AttentionMask
-from transformer.attention.pallas import pallas_interpret
-from transformer.attention.variant import Score, Variant
+from transformer.attention.spec.mask import AttentionMask
+from transformer.attention.spec.variant import Score, Variant
 from transformer.types import wide
 
 LENGTH = 208

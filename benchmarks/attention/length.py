@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from benchmarks.attention.cases import RULES
 from benchmarks.record import save, seconds_per_call
 from transformer.attention.dispatch import BACKENDS, BackendError, attend
-from transformer.attention.fast_weights import fast_weights
-from transformer.attention.feature_maps import unit_length
-from transformer.attention.linear_attention import linear_attention
-from transformer.attention.mask import AttentionMask
+from transformer.attention.linear.fast_weights import fast_weights
+from transformer.attention.linear.feature_maps import unit_length
+from transformer.attention.linear.linear_attention import linear_attention
+from transformer.attention.spec.mask import AttentionMask
 
 HEAD_DIM = 64
 FIRST, LAST = 64, 1 << 20

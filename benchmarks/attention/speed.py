@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks.record import in_turn, ratio, save, seconds_per_call, summary
 from transformer.attention.dispatch import BACKENDS, BackendError, attend
-from transformer.attention.mask import AttentionMask
+from transformer.attention.spec.mask import AttentionMask
 
 TOKENS = {"cpu": 8192, "gpu": 32_768}
 """Rows times length, so that a call does a like amount of work at each length until one row is left."""

@@ -17,10 +17,10 @@ from jax.sharding import AxisType
 
 from benchmarks.attention.cases import MASKS
 from transformer.attention.dispatch import BACKENDS
-from transformer.attention.mask import AttentionMask
-from transformer.attention.mods import Mod
-from transformer.attention.request import Request
-from transformer.attention.variant import Dropout, Score, Variant
+from transformer.attention.spec.mask import AttentionMask
+from transformer.attention.spec.mods import Mod
+from transformer.attention.spec.request import Request
+from transformer.attention.spec.variant import Dropout, Score, Variant
 
 LENGTH = 1024
 

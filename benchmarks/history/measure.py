@@ -14,13 +14,13 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.history.tasks import Task
-from train.data import synthetic
-from train.data.tokenizer import Tokenizer
-from train.run_files import LoadedRun
-from train.translate import words as words_of
+from train.data.sources import synthetic
+from train.data.tokenization.tokenizer import Tokenizer
+from train.inference.translate import words as words_of
+from train.run.run_files import LoadedRun
 from train.translation import TextTranslator, score, spread
-from transformer.decode.beam import BeamSearch
 from transformer.functional import graphdef_of
+from transformer.generation.beam import BeamSearch
 from transformer.interpret.alignment import (
     Alignment,
     Span,

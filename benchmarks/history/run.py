@@ -14,8 +14,8 @@ from benchmarks.history.models import ENTRIES, chosen
 from benchmarks.history.stages import Settings, result_path, run_stage, tokens_of
 from benchmarks.history.tasks import tasks_of
 from benchmarks.stage import Interrupted
-from train.data.cache import writing
-from train.display import clock
+from train.files import writing
+from train.report.display import clock
 from transformer.errors import UserError
 
 PARAMETERS = 1_000_000

@@ -19,13 +19,13 @@ from benchmarks.history.models import ENTRIES, TOLERANCE, solve
 from benchmarks.history.tasks import SHAPES, Task
 from benchmarks.stage import keep, kept, metrics_of, train_silently
 from train.config import RunConfig, to_data
+from train.config.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from train.data.loader import train_batches
-from train.data.prepare import fingerprint
-from train.data.store import Prepared
-from train.mesh import use_mesh
+from train.data.prepared.prepare import fingerprint
+from train.data.prepared.store import Prepared
 from train.optimizer import OptimizerConfig
-from train.run_files import load_run
-from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from train.parallel.mesh import use_mesh
+from train.run.run_files import load_run
 from transformer.models.families import count_parameters
 
 BATCH_SIZE = 32
@@ -145,7 +145,7 @@ def _figures(name: str, task: Task, prepared: Prepared, config: RunConfig, direc
 
     # The first readings are of compiling.
     speeds = [speed for step, speed in course("train/tokens_per_second") if step > config.steps // 4]
-    loaded = load_run(directory)
+    loaded = load_run(directory, "latest")
     with use_mesh(loaded.mesh, loaded.config.mesh.rules):
         asked = measure.figures(loaded, task, prepared.validation_pairs())
     return {

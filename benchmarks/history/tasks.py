@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from train.config import load
-from train.data.prepare import DataConfig, prepare
-from train.data.source_config import SyntheticSource
-from train.data.store import Prepared
-from train.data.tokenizer import TokenizerConfig
+from train.data.prepared.prepare import DataConfig, prepare
+from train.data.prepared.store import Prepared
+from train.data.sources.source_config import SyntheticSource
+from train.data.tokenization.tokenizer import TokenizerConfig
 from train.objectives import Seq2Seq
 from transformer.errors import UserError, nearest
 

@@ -32,8 +32,8 @@ from benchmarks.sharding.roofline import predict
 from benchmarks.sharding.targets import Target
 from benchmarks.workload import program_of
 from train.config import RunConfig
-from train.mesh import use_mesh
-from train.program import Program
+from train.parallel.mesh import use_mesh
+from train.run.program import Program
 from transformer.errors import UserError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.sharding import shape
 from benchmarks.sharding.targets import Target
 from train.config import RunConfig
-from train.mesh import MESH_AXES
+from train.parallel.mesh import MESH_AXES
 from transformer.errors import ConfigError
 
 REMATS = ("none", "light", "full")

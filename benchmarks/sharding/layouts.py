@@ -10,14 +10,14 @@ from typing import Any
 
 from benchmarks.sharding import shape
 from train.config import RunConfig, load
-from train.mesh import STRATEGIES, MeshConfig
+from train.parallel.mesh import STRATEGIES, MeshConfig
 from transformer.errors import UserError, nearest
 
 NAMES = (
     "pmap", "dp", "zero1", "zero2", "fsdp", "hsdp", "tensor", "tensor_sequence", "fsdp_tensor", "context", "ulysses",
     "expert", "pipeline", "pipeline_interleaved", "pipeline_1f1b",
 )  # fmt: skip
-"""The strategies of `train/mesh.py`, and the schedules of a pipeline."""
+"""The strategies of `train/parallel/mesh.py`, and the schedules of a pipeline."""
 
 
 def variants(path: str, overrides: Sequence[str] = (), vary: Sequence[str] = ()) -> dict[str, RunConfig]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.sharding.shape import expert_parameters, experts, widths
 from train.config import RunConfig
-from train.mesh import STRATEGIES
+from train.parallel.mesh import STRATEGIES
 from transformer.models.families import count_parameters
 
 SYMBOLS = (

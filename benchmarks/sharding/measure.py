@@ -28,12 +28,12 @@ from benchmarks.sharding.least import least
 from benchmarks.units import duration
 from benchmarks.workload import program_of, random_batch
 from train.config import RunConfig, load
-from train.data.cache import writing
-from train.display import console
-from train.hardware import utilization
-from train.mesh import MESH_AXES, MeshConfig, shard_batch, use_mesh
+from train.files import writing
 from train.optimizer import OptimizerConfig
-from train.program import Program
+from train.parallel.hardware import utilization
+from train.parallel.mesh import MESH_AXES, MeshConfig, shard_batch, use_mesh
+from train.report.display import console
+from train.run.program import Program
 from transformer.errors import UserError
 from transformer.models.families import flops_per_token
 

@@ -28,9 +28,9 @@ from benchmarks.sharding.candidates import candidates, describe
 from benchmarks.sharding.targets import Target, parse_target
 from benchmarks.units import duration
 from train.config import RunConfig, dump, load, to_data
-from train.data.cache import cache_dir, writing
-from train.display import console
-from train.mesh import MESH_AXES
+from train.files import cache_dir, writing
+from train.parallel.mesh import MESH_AXES
+from train.report.display import console
 from transformer.errors import UserError
 from transformer.interpret.capture import readable
 from transformer.models.families import flops_per_token

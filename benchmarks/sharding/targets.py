@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from train.hardware import PEAK_TFLOPS
+from train.parallel.hardware import PEAK_TFLOPS
 from transformer.errors import UserError, nearest
 
 GB = 1e9

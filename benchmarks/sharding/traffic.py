@@ -22,10 +22,10 @@ from benchmarks.sharding.least import SYMBOLS, least
 from benchmarks.sharding.targets import parse_target
 from benchmarks.units import amount, duration
 from train.config import load
-from train.data.cache import writing
-from train.display import console
-from train.mesh import MESH_AXES, MeshConfig, Rules
-from train.program import described_state
+from train.files import writing
+from train.parallel.mesh import MESH_AXES, MeshConfig, Rules
+from train.report.display import console
+from train.run.program import described_state
 from transformer.errors import UserError
 
 HEADS = ("strategy", "mesh", "formula", "least", "compiled", "ratio", "state", "ideal", "temporary", "step", "compile")

@@ -24,7 +24,7 @@ from benchmarks.record import RESULTS
 from benchmarks.sharding.targets import CHIPS, Chip, Target, chip_name
 from benchmarks.workload import of_model, program_of, random_batch
 from train.config import RunConfig
-from train.mesh import shard_batch, use_mesh
+from train.parallel.mesh import shard_batch, use_mesh
 from transformer.errors import UserError
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformer.alignment.fast_weights import FastMemoryConfig
+from transformer.alignment.fast_memory import FastMemoryConfig
 from transformer.alignment.registry import AlignmentConfig
 from transformer.alignment.scored import (
     AdditiveConfig,

@@ -13,12 +13,12 @@ from flax import nnx
 
 from tests.alignment.kinds import KINDS
 from tests.changed import built
+from transformer.alignment.additive import additive_attention
 from transformer.alignment.registry import ALIGNMENTS, AlignmentConfig, make_alignment
 from transformer.alignment.scored import AdditiveConfig, LocalConfig, MultiplicativeConfig
-from transformer.attention.additive import additive_attention
-from transformer.attention.fast_weights import fast_weights
-from transformer.attention.linear_attention import linear_attention
-from transformer.attention.mask import AttentionMask
+from transformer.attention.linear.fast_weights import fast_weights
+from transformer.attention.linear.linear_attention import linear_attention
+from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import ConfigError
 
 B, D, S, E, A = 3, 6, 8, 6, 4

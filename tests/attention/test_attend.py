@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from transformer.attention.dispatch import attend, choose_backend
-from transformer.attention.mask import AttentionMask
-from transformer.attention.mods import Mod
-from transformer.attention.request import Request
-from transformer.attention.variant import Dropout, Score, Variant
+from transformer.attention.spec.mask import AttentionMask
+from transformer.attention.spec.mods import Mod
+from transformer.attention.spec.request import Request
+from transformer.attention.spec.variant import Dropout, Score, Variant
 
 B, T, N, H = 2, 8, 4, 16
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from transformer.alignment.sparse_softmax import sparse_attention
 from transformer.attention.common import headless_mask
 from transformer.attention.dispatch import attend
-from transformer.attention.mask import AttentionMask
-from transformer.attention.sparse_softmax import sparse_attention
+from transformer.attention.spec.mask import AttentionMask
 from transformer.mixers.state import KVCache
 
 Q = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 2, 4)), jnp.float32)

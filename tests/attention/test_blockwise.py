@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from transformer.attention import blockwise, loops
+from transformer.attention.backends import blockwise, loops
 from transformer.attention.dispatch import attend
-from transformer.attention.mask import AttentionMask
-from transformer.attention.tile import Blocks, Grid, Span
+from transformer.attention.spec.mask import AttentionMask
+from transformer.attention.spec.tile import Blocks, Grid, Span
 
 B, N, K, H, C = 2, 4, 2, 8, 6
 LENGTHS = [(40, 40), (1, 1), (1, 40), (33, 17), (40, 1)]

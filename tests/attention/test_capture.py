@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from tests.changed import changed
 from transformer.attention.dispatch import attend
-from transformer.attention.mask import AttentionMask
+from transformer.attention.spec.mask import AttentionMask
 from transformer.layers.position import RotaryConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.mixers.state import KVCache

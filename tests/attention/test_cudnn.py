@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as kernel
 
-from transformer.attention import fused
+from transformer.attention.backends import fused
 from transformer.attention.dispatch import BACKENDS, PREFERENCE, choose_backend
-from transformer.attention.mask import AttentionMask
-from transformer.attention.mods import Mod
-from transformer.attention.request import Request
-from transformer.attention.variant import Dropout, Score, Variant
+from transformer.attention.spec.mask import AttentionMask
+from transformer.attention.spec.mods import Mod
+from transformer.attention.spec.request import Request
+from transformer.attention.spec.variant import Dropout, Score, Variant
 
 B, T, N, H = 2, 16, 2, 16
 causal, window = AttentionMask.causal, AttentionMask.window

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from transformer.attention.fast_weights import (
+from transformer.attention.linear.fast_weights import (
     RULES,
     fast_weights,
     fast_weights_step,

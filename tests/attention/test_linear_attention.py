@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from transformer.attention.feature_maps import (
+from transformer.attention.linear.feature_maps import (
     FEATURE_MAPS,
     dpfp,
     elu_plus_one,
@@ -22,7 +22,7 @@ from transformer.attention.feature_maps import (
     unit_length,
     unit_sum,
 )
-from transformer.attention.linear_attention import linear_attention
+from transformer.attention.linear.linear_attention import linear_attention
 
 B, T, N, K, H, V = 2, 11, 4, 2, 3, 5
 DOCUMENTS = np.array([[1] * 3 + [2] * 6 + [0] * 2, [4] * 5 + [0] * 1 + [5] * 5])

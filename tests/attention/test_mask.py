@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from transformer.attention.mask import AttentionMask
+from transformer.attention.spec.mask import AttentionMask
 
 T = 6
 

@@ -13,14 +13,14 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from benchmarks.attention import ahead
-from transformer.attention import pallas
+from transformer.attention.backends import pallas
+from transformer.attention.backends.pallas import Band, pallas_interpret, supports_pallas
+from transformer.attention.backends.reference import reference
 from transformer.attention.dispatch import BackendError, attend, choose_backend
-from transformer.attention.mask import AttentionMask
-from transformer.attention.mods import Mod
-from transformer.attention.pallas import Band, pallas_interpret, supports_pallas
-from transformer.attention.reference import reference
-from transformer.attention.request import Request
-from transformer.attention.variant import Dropout, Score, Variant
+from transformer.attention.spec.mask import AttentionMask
+from transformer.attention.spec.mods import Mod
+from transformer.attention.spec.request import Request
+from transformer.attention.spec.variant import Dropout, Score, Variant
 
 B, N, H = 2, 4, 8
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from transformer.attention import blockwise, loops
+from transformer.attention.backends import blockwise, loops
 from transformer.attention.dispatch import attend
-from transformer.attention.mask import AttentionMask
+from transformer.attention.spec.mask import AttentionMask
 
 B, T, N, K, H = 2, 24, 4, 2, 8
 BACKENDS = ["reference", "xla", "blockwise", "blockwise in loops"]

@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.attention.test_blockwise import MASKS
-from transformer.attention import loops
+from transformer.attention.backends import loops
 from transformer.attention.dispatch import BackendError, attend
-from transformer.attention.mask import AttentionMask
+from transformer.attention.spec.mask import AttentionMask
 
 B, T, N, K, H = 2, 64, 4, 4, 8
 RULES = (("batch", "data"), ("seq", "sequence"), ("heads", "tensor"), ("kv_heads", "tensor"))

@@ -14,7 +14,7 @@ from benchmarks.cli import main
 from benchmarks.encoders import layouts, quality, step
 from benchmarks.report import report
 from tests.changed import changed
-from tests.hf.ours import BERT, written
+from tests.huggingface.ours import BERT, written
 from tests.train.test_hf_import import BERT_SPECIAL, WORDS, tokenizer_json
 from train.config import RunConfig
 from train.objectives import Classification

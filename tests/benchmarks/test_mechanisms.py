@@ -52,7 +52,7 @@ def test_every_kind_is_compared():
 
 def test_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(mechanisms, "_steps", lambda config, minutes: {"steps": 3, "seconds_a_step": 0.1})
+    monkeypatch.setattr(mechanisms, "_timed", lambda config, minutes: {"steps": 3, "seconds_a_step": 0.1})
     chosen = {"translation": small("translation", "additive", "none"), "pairs": small("pairs", "decomposable")}
     result = mechanisms.run(0.01, directory=str(tmp_path / "runs"), chosen=chosen)
     said = capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
 def test_steps_follow_from_the_time():
     task = small("translation", "dot")
     config = load(CONFIGS / task.config, task.arguments(task.mechanisms["dot"]))
-    found = mechanisms._steps(config, 1.0)
+    found = mechanisms._timed(config, 1.0)
     assert found["steps"] == max(int(60 / found["seconds_a_step"]), 1)
     assert mechanisms._for_steps(config, 30).optimizer.warmup_steps == 3
 

@@ -12,7 +12,7 @@ from benchmarks.cli import main
 from benchmarks.report import report
 from tests.train.fine_tuning import classifier_of, config_of, write_texts
 from train.config import dump
-from train.data.tokenizer import TokenizerConfig
+from train.data.tokenization.tokenizer import TokenizerConfig
 from transformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")

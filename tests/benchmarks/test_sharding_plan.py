@@ -18,8 +18,8 @@ from benchmarks.sharding.targets import parse_target
 from benchmarks.units import amount, duration
 from benchmarks.workload import program_of
 from train.config import RunConfig, load
-from train.mesh import MESH_AXES, MeshConfig, make_mesh, use_mesh
-from train.program import Program
+from train.parallel.mesh import MESH_AXES, MeshConfig, make_mesh, use_mesh
+from train.run.program import Program
 from transformer.errors import UserError
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.mixers.softmax import SoftmaxConfig

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.corrupt import (
+from train.data.examples.corrupt import (
     UL2_DENOISERS,
     choose_runs,
     cut_spans,
@@ -19,7 +19,7 @@ from train.data.corrupt import (
     span_lengths,
     span_mask,
 )
-from train.data.draws import Draws, draw_key
+from train.data.examples.draws import Draws, draw_key
 
 END = 0
 SENTINELS = 1000 + np.arange(400)

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.data.labelled import LabelledDocuments, commonest_share
+from train.data.examples.labelled import LabelledDocuments, commonest_share
 from train.data.loader import Batches, evaluation_batches, train_batches
-from train.data.prepare import DataConfig, fingerprint, prepare
-from train.data.records import Rejects
-from train.data.source import documents
-from train.data.source_config import FilesSource, SourceConfig
-from train.data.store import Prepared
-from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
+from train.data.prepared.prepare import DataConfig, fingerprint, prepare
+from train.data.prepared.store import Prepared
+from train.data.sources.records import Rejects
+from train.data.sources.source import documents
+from train.data.sources.source_config import FilesSource, SourceConfig
+from train.data.tokenization.tokenizer import CLS, MASK, SEP, TokenizerConfig
 from train.objectives import Classification, Masked
 from train.objectives.tasks.task import check_labels
 from transformer.errors import ConfigError, UserError

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.loader import Batches, evaluation_batches, prefetch_to_device, train_batches
-from train.data.prepare import DataConfig, prepare
-from train.data.source_config import FilesSource, StdlibSource
-from train.data.store import Meta, Prepared, TokenArray
-from train.data.tokenizer import ByteTokenizer
+from train.data.prepared.prepare import DataConfig, prepare
+from train.data.prepared.store import Meta, Prepared, TokenArray
+from train.data.sources.source_config import FilesSource, StdlibSource
+from train.data.tokenization.tokenizer import ByteTokenizer
 from train.objectives import Causal
 from transformer.errors import UserError
 

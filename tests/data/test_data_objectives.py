@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train.data.examples.spans import MODES
 from train.data.loader import Batches, evaluation_batches, train_batches
-from train.data.prepare import DataConfig, check_vocabulary, prepare
-from train.data.source_config import FilesSource
-from train.data.spans import MODES
-from train.data.store import Prepared
-from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
+from train.data.prepared.prepare import DataConfig, check_vocabulary, prepare
+from train.data.prepared.store import Prepared
+from train.data.sources.source_config import FilesSource
+from train.data.tokenization.tokenizer import CLS, MASK, SEP, TokenizerConfig
 from train.objectives import OBJECTIVES, Causal, Masked, Objective, Seq2Seq, SpanCorruption, Ul2
 from transformer.errors import ConfigError, UserError
 

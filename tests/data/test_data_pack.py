@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.pack import Chunked, Documents, examples, fit_documents
-from train.data.store import TokenArray
+from train.data.examples.pack import Chunked, Documents, examples, fit_documents
+from train.data.prepared.store import TokenArray
 from transformer.errors import UserError
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from train.data.examples.pairs import choose_widths, fit_pairs
 from train.data.loader import Batches, EvaluationBatches, evaluation_batches, train_batches
-from train.data.pairs import choose_widths, fit_pairs
-from train.data.prepare import DataConfig, check_vocabulary, fingerprint, prepare
-from train.data.records import Document, Rejects
-from train.data.source import documents
-from train.data.source_config import FilesSource, HubSource, SourceConfig, StdlibSource
-from train.data.store import Prepared
-from train.data.tokenizer import TokenizerConfig
+from train.data.prepared.prepare import DataConfig, check_vocabulary, fingerprint, prepare
+from train.data.prepared.store import Prepared
+from train.data.sources.records import Document, Rejects
+from train.data.sources.source import documents
+from train.data.sources.source_config import FilesSource, HubSource, SourceConfig, StdlibSource
+from train.data.tokenization.tokenizer import TokenizerConfig
 from train.objectives import Seq2Seq
 from transformer.errors import ConfigError, UserError
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data.prepare import DataConfig, check_vocabulary, fingerprint, prepare
-from train.data.source import documents, validation_position
-from train.data.source_config import FilesSource
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import TokenizerConfig
+from train.data.prepared.prepare import DataConfig, check_vocabulary, fingerprint, prepare
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.sources.source import documents, validation_position
+from train.data.sources.source_config import FilesSource
+from train.data.tokenization.tokenizer import TokenizerConfig
 from transformer.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +29,8 @@ LARGE_DOCUMENTS = 150
 # Prepares the files of argv[1] as `config_of` does, no file larger than argv[2] bytes; or says what the mistake is.
 PROGRAM = """
 import resource, sys
-from train.data.prepare import DataConfig, prepare
-from train.data.source_config import FilesSource
+from train.data.prepared.prepare import DataConfig, prepare
+from train.data.sources.source_config import FilesSource
 from transformer.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 source = FilesSource(path=sys.argv[1])
@@ -275,7 +275,8 @@ def test_two_at_once_make_it_once(large: Path, cache: Path) -> None:
 def test_configs_need_none_of_the_data_packages() -> None:
     program = """
 import sys
-import train.data.loader, train.data.prepare, train.data.source, train.data.tokenizer, train.data.vocabulary
+import train.data.loader, train.data.prepared.prepare, train.data.sources.source
+import train.data.tokenization.tokenizer, train.data.tokenization.vocabulary
 heavy = {"datasets", "filelock", "grain", "jax", "pandas", "pyarrow", "rich", "tokenizers"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """

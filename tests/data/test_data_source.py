@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from train.config import parse
-from train.data.records import Document, Rejects
-from train.data.source import documents, identity, text_size, validation_position
-from train.data.source_config import FilesSource, HubSource, SourceConfig, StdlibSource
+from train.data.sources.records import Document, Rejects
+from train.data.sources.source import documents, identity, text_size, validation_position
+from train.data.sources.source_config import FilesSource, HubSource, SourceConfig, StdlibSource
 from transformer.errors import UserError
 
 ROWS = ["first", "second\nwith a line end", "drittes: Grüße"]

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.data.tokenizer import CLS, END_OF_TEXT, MASK, SEP, Tokenizer, TokenizerConfig, sentinel
-from train.data.vocabulary import make_tokenizer
-from train.data.words import WordPieces
+from train.data.tokenization.tokenizer import CLS, END_OF_TEXT, MASK, SEP, Tokenizer, TokenizerConfig, sentinel
+from train.data.tokenization.vocabulary import make_tokenizer
+from train.data.tokenization.words import WordPieces
 from transformer.errors import ConfigError, UserError
 
 NAMES = (MASK, CLS, SEP)

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 
-from train.data.prepare import DataConfig, prepare
-from train.data.source import documents
-from train.data.source_config import SyntheticSource
-from train.data.synthetic import alignment, lexicon, sentence, translate
-from train.data.tokenizer import TokenizerConfig
+from train.data.prepared.prepare import DataConfig, prepare
+from train.data.sources.source import documents
+from train.data.sources.source_config import SyntheticSource
+from train.data.sources.synthetic import alignment, lexicon, sentence, translate
+from train.data.tokenization.tokenizer import TokenizerConfig
 from transformer.errors import ConfigError, UserError
 
 

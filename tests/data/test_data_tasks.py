@@ -11,19 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from train.data.align import encode_with_places, encode_words, tokens_of_answer
-from train.data.choices import Choices
-from train.data.labelled import LabelledDocuments
+from train.data.examples.choices import Choices
+from train.data.examples.labelled import LabelledDocuments
+from train.data.examples.rows import longest_first
+from train.data.examples.tagged import TaggedWords
+from train.data.examples.windows import AnswerWindows
 from train.data.loader import evaluation_batches, train_batches
-from train.data.prepare import DataConfig, prepare
-from train.data.records import Answers, Document, Rejects
-from train.data.rows import longest_first
-from train.data.source import documents
-from train.data.source_config import FilesSource, HubSource, SourceConfig
-from train.data.tagged import TaggedWords
-from train.data.tokenizer import CLS, SEP, TokenizerConfig
-from train.data.vocabulary import make_tokenizer
-from train.data.windows import AnswerWindows
+from train.data.prepared.prepare import DataConfig, prepare
+from train.data.sources.records import Answers, Document, Rejects
+from train.data.sources.source import documents
+from train.data.sources.source_config import FilesSource, HubSource, SourceConfig
+from train.data.tokenization.align import encode_with_places, encode_words, tokens_of_answer
+from train.data.tokenization.tokenizer import CLS, SEP, TokenizerConfig
+from train.data.tokenization.vocabulary import make_tokenizer
 from train.objectives import OBJECTIVES, Answer
 from transformer.errors import UserError
 

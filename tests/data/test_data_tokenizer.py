@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.tokenizer import (
+from train.data.tokenization.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
     StreamDecoder,
@@ -23,7 +23,7 @@ from train.data.tokenizer import (
     TokenizerConfig,
     byte_of_letter,
 )
-from train.data.vocabulary import make_tokenizer
+from train.data.tokenization.vocabulary import make_tokenizer
 from transformer.errors import ConfigError, UserError
 
 REVERSIBLE = ["bytes", "bpe", "unigram"]

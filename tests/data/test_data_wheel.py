@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from train.data.records import Document
-from train.data.source import documents
-from train.data.source_config import SourceConfig, WheelSource
+from train.data.sources.records import Document
+from train.data.sources.source import documents
+from train.data.sources.source_config import SourceConfig, WheelSource
 from transformer.errors import UserError
 
 

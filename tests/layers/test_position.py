@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from transformer.attention.dispatch import attend
-from transformer.attention.mask import AttentionMask
+from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import ConfigError
 from transformer.layers.position import (
     Alibi,

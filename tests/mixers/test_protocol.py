@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from tests.changed import built
-from transformer.attention.mask import AttentionMask
+from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import ConfigError
 from transformer.layers.position import AlibiConfig, RotaryConfig, RotaryScaling
 from transformer.mixers.context import Context

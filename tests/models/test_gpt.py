@@ -14,8 +14,8 @@ from flax import nnx
 
 from tests.changed import changed
 from tests.made import made
-from train.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
-from transformer.attention.mask import AttentionMask
+from train.parallel.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
+from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import ConfigError
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.position import AlibiConfig, RelativeConfig, RotaryConfig, RotaryScaling

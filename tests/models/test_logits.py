@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from tests.made import made
-from transformer.hf.encoders import head_of
+from transformer.huggingface.encoders import head_of
 from transformer.layers.linear import Linear
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import Bert, BertConfig

@@ -17,7 +17,7 @@ from flax import nnx
 from tests.alignment.kinds import KINDS
 from tests.changed import changed as with_fields
 from tests.made import made
-from train.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
+from train.parallel.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
 from transformer.errors import ConfigError
 from transformer.models.families import count_parameters, make_model
 from transformer.models.recurrent import RecurrentConfig, flops_per_token

@@ -18,16 +18,16 @@ from flax import nnx
 import train.objectives
 from tests.train.task_runs import KINDS, SETTINGS, SOURCES, write_rows
 from train.config import RunConfig, to_data
+from train.data.examples.spans import MODES
 from train.data.loader import evaluation_batches, train_batches
-from train.data.prepare import DataConfig, prepare
-from train.data.source_config import FilesSource, SyntheticSource
-from train.data.spans import MODES
-from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
+from train.data.prepared.prepare import DataConfig, prepare
+from train.data.sources.source_config import FilesSource, SyntheticSource
+from train.data.tokenization.tokenizer import CLS, MASK, SEP, TokenizerConfig
 from train.loss import LossConfig
 from train.objectives import OBJECTIVES, AnyObjective, Contrastive, Objective, Task, objectives
-from train.selection import ranking_key
+from train.run.selection import ranking_key
 from transformer.errors import ConfigError, UserError
-from transformer.hf.encoders import head_of
+from transformer.huggingface.encoders import head_of
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import FAMILIES, make_model

@@ -57,7 +57,7 @@ def texts(tmp_path_factory):
 def encoder(texts, tmp_path_factory):
     """The folder of a masked language model of these texts."""
     from tests.train.fine_tuning import config_of
-    from train.loop import train
+    from train.run.loop import train
 
     folder = tmp_path_factory.mktemp("runs") / "encoder"
     with on_one_device():
@@ -78,7 +78,16 @@ def start(config_file):
     started = []
 
     def run(run_dir, *arguments, **options):
-        command = [sys.executable, "-m", "train.cli", "train", str(config_file), "--run-dir", str(run_dir), *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "train.commands.cli",
+            "train",
+            str(config_file),
+            "--run-dir",
+            str(run_dir),
+            *arguments,
+        ]
         process = subprocess.Popen(
             command, cwd=ROOT, env=surroundings(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
         )
@@ -97,7 +106,7 @@ def start(config_file):
 def whole(config_file, tmp_path_factory):
     """The folder of a run that nothing interrupted, in a process of its own."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    command = [sys.executable, "-m", "train.cli", "train", str(config_file), "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "train.commands.cli", "train", str(config_file), "--run-dir", str(folder)]
     result = subprocess.run(command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     (folder / "output.txt").write_text(result.stdout, encoding="utf-8")

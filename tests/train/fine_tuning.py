@@ -10,12 +10,12 @@ import numpy as np
 from flax import nnx
 
 from train.config import RunConfig
-from train.data.prepare import DataConfig
-from train.data.source_config import FilesSource
-from train.data.tokenizer import CLS, MASK, SEP, TokenizerConfig
+from train.config.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from train.data.prepared.prepare import DataConfig
+from train.data.sources.source_config import FilesSource
+from train.data.tokenization.tokenizer import CLS, MASK, SEP, TokenizerConfig
 from train.objectives import Classification, Masked
 from train.optimizer import OptimizerConfig
-from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from train.trained import dotted
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig

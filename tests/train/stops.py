@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from train import loop
+from train.run import loop
 
 
 @contextlib.contextmanager

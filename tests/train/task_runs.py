@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from train.config import RunConfig
-from train.data.prepare import DataConfig
-from train.data.source_config import FilesSource
-from train.data.tokenizer import CLS, SEP, TokenizerConfig
+from train.config.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from train.data.prepared.prepare import DataConfig
+from train.data.sources.source_config import FilesSource
+from train.data.tokenization.tokenizer import CLS, SEP, TokenizerConfig
 from train.objectives import OBJECTIVES
 from train.optimizer import OptimizerConfig
-from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.heads import AnswerHeadConfig, ChoiceHeadConfig, ClassificationHeadConfig, TokensHeadConfig

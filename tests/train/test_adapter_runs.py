@@ -12,17 +12,17 @@ import pytest
 
 from tests.train.fine_tuning import by_path, classifier_of, config_of, write_texts
 from tests.train.stops import asked_to_stop
-from train.checkpoint import Checkpoints
-from train.cli import main
+from train.commands.cli import main
 from train.config import dump, load
-from train.data.prepare import prepare
-from train.init_from import begin_from
-from train.loop import train
-from train.mesh import make_mesh, use_mesh
+from train.config.sections import CheckpointConfig, EvaluationConfig
+from train.data.prepared.prepare import prepare
 from train.optimizer import OptimizerConfig
-from train.program import Program
-from train.run_files import load_run
-from train.sections import CheckpointConfig, EvaluationConfig
+from train.parallel.mesh import make_mesh, use_mesh
+from train.run.checkpoint import Checkpoints
+from train.run.init_from import begin_from
+from train.run.loop import train
+from train.run.program import Program
+from train.run.run_files import load_run
 from transformer.layers.adapter import AdapterConfig, merged
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
@@ -74,7 +74,7 @@ def test_a_run_learns_goes_on_bitwise_and_is_a_plain_model_afterwards(texts, enc
     with asked_to_stop(looks=6):
         assert train(half).interrupted
     assert train(half).step == 30
-    loaded = load_run(tmp_path / "tuned")
+    loaded = load_run(tmp_path / "tuned", "latest")
     assert loaded.config.adapter is None
     one, other = by_path(loaded.params), stored(tmp_path / "half")
     assert not any(".adapter." in name for name in one)

@@ -13,10 +13,10 @@ from flax import nnx
 
 from tests.train.fine_tuning import SMALL, by_path
 from train.config import RunConfig
-from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
 from train.objectives import Classification
 from train.optimizer import OptimizerConfig
-from train.program import Program
+from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.run.program import Program
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.layers.adapter import AdapterConfig, merged

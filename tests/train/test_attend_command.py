@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from train.cli import main
-from train.data.tokenizer import ByteTokenizer
-from train.labels import labels
+from train.commands.cli import main
+from train.data.tokenization.tokenizer import ByteTokenizer
+from train.inference.labels import labels
 from transformer.interpret.capture import readable
 
 pytestmark = pytest.mark.usefixtures("one_device")

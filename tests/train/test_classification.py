@@ -14,12 +14,12 @@ import pytest
 from flax import nnx
 
 from train.config import RunConfig
-from train.evaluate import evaluate, scores_of
 from train.loss import LossConfig
-from train.mesh import MeshConfig, make_mesh, use_mesh
 from train.objectives import Classification
-from train.state import abstract_state, init_state, state_maker
-from train.step import make_eval_step, make_gradient, make_train_step
+from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from train.run.evaluate import evaluate, scores_of
+from train.run.state import abstract_state, init_state, state_maker
+from train.run.step import make_eval_step, make_gradient, make_train_step
 from transformer.errors import ConfigError
 from transformer.functional import graphdef_of
 from transformer.mixers.softmax import SoftmaxConfig

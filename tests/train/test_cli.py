@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from train.cli import main
-from train.runtime import set_up_devices
+from train.commands.cli import main
+from train.parallel.runtime import set_up_devices
 
 
 def test_generate_streams_one_prompt(whole, capsys):

@@ -13,8 +13,8 @@ import pytest
 from train.config import MOVED, RunConfig, difference, dump, fields, load, parse, to_data
 from train.config.load import build
 from train.config.mistakes import with_path
-from train.data.prepare import DataConfig
-from train.data.source_config import FilesSource, HubSource, StdlibSource, SyntheticSource, WheelSource
+from train.data.prepared.prepare import DataConfig
+from train.data.sources.source_config import FilesSource, HubSource, StdlibSource, SyntheticSource, WheelSource
 from train.loss import LossConfig
 from train.objectives import OBJECTIVES, AnyObjective, Contrastive, Masked
 from transformer.errors import Config, ConfigError, UserError, require

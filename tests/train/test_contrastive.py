@@ -14,17 +14,17 @@ import pytest
 
 from tests.train.fine_tuning import SMALL, SPECIAL
 from train.config import RunConfig, load
+from train.config.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
 from train.data.loader import train_batches
-from train.data.prepare import DataConfig, prepare
-from train.data.source_config import FilesSource
-from train.data.tokenizer import CLS, SEP, TokenizerConfig
-from train.loop import train
+from train.data.prepared.prepare import DataConfig, prepare
+from train.data.sources.source_config import FilesSource
+from train.data.tokenization.tokenizer import CLS, SEP, TokenizerConfig
 from train.loss import LossConfig
-from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
 from train.objectives import Contrastive
 from train.optimizer import OptimizerConfig
-from train.program import Program, batch_shapes
-from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.run.loop import train
+from train.run.program import Program, batch_shapes
 from transformer.errors import ConfigError, UserError
 from transformer.models.bert import BertConfig
 from transformer.models.heads import EmbeddingHeadConfig, MaskedHeadConfig

@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from tests.train.run_records import records
-from train.cli import main
-from train.run_files import read_origin
+from train.commands.cli import main
+from train.run.run_files import read_origin
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

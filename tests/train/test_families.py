@@ -14,10 +14,10 @@ from flax import nnx
 
 from tests.changed import changed
 from train.loss import LossConfig
-from train.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
 from train.objectives import OBJECTIVES
 from train.objectives.encoder_decoder import EncoderDecoderObjective
 from train.objectives.masked import HiddenTokens
+from train.parallel.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
 from transformer.functional import graphdef_of
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig

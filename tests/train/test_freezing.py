@@ -12,15 +12,15 @@ import pytest
 from flax import nnx
 
 from tests.train.fine_tuning import by_path
-from train.cli import main
+from train.commands.cli import main
 from train.config import RunConfig
-from train.explain import cost
 from train.loss import LossConfig
-from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
 from train.objectives import Seq2Seq
 from train.optimizer import OptimizerConfig, layer_factors, make_optimizer
-from train.program import Program
-from train.step import make_gradient
+from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.run.explain import cost
+from train.run.program import Program
+from train.run.step import make_gradient
 from train.trained import chosen, dotted
 from transformer.errors import UserError
 from transformer.functional import graphdef_of

@@ -14,21 +14,21 @@ import yaml
 from flax import nnx
 from pyarrow import parquet
 
-from tests.hf.ours import BERT, GPT, T5, params_of, written
-from train.cli import main
-from train.data.tokenizer import ByteTokenizer
-from train.embed import Embedder
-from train.hf import vocabulary
-from train.hf.bring import bring
-from train.hf.export import export
-from train.hf.source import fetch
-from train.mesh import use_mesh
-from train.run_files import load_run
+from tests.huggingface.ours import BERT, GPT, T5, params_of, written
+from train.commands.cli import main
+from train.data.tokenization.tokenizer import ByteTokenizer
+from train.huggingface import vocabulary
+from train.huggingface.export import export
+from train.huggingface.import_checkpoint import import_checkpoint
+from train.huggingface.source import fetch
+from train.inference.embed import Embedder
+from train.parallel.mesh import use_mesh
+from train.run.run_files import load_run
 from train.translation import TextTranslator
-from transformer.decode.beam import BeamSearch
 from transformer.errors import UserError
-from transformer.hf import checkpoint
-from transformer.hf.encoders import head_of
+from transformer.generation.beam import BeamSearch
+from transformer.huggingface import checkpoint
+from transformer.huggingface.encoders import head_of
 from transformer.models.families import make_model
 from transformer.models.heads import ClassificationHeadConfig
 
@@ -66,7 +66,7 @@ def bert(tmp_path):
 
 @pytest.fixture
 def imported(bert, tmp_path):
-    return bring(str(bert), tmp_path / "run", verify=False)
+    return import_checkpoint(str(bert), tmp_path / "run", verify=False)
 
 
 def test_an_import_is_a_run(bert, tmp_path, capsys):
@@ -173,7 +173,7 @@ def test_out_and_in_again(imported, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["export", str(imported), "--out", str(out), "--no-verify"]) == 0
     assert f"written to {out}: transformers.BertModel.from_pretrained" in capsys.readouterr().out
-    again = load_run(bring(str(out), tmp_path / "again", verify=False))
+    again = load_run(import_checkpoint(str(out), tmp_path / "again", verify=False))
     first = load_run(imported)
     assert again.config.model == first.config.model
     assert jax.tree.all(jax.tree.map(np.array_equal, first.params, again.params))
@@ -193,22 +193,22 @@ def test_out_and_in_again(imported, tmp_path, capsys):
 
 def test_verified_without_the_other_framework(bert, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    run = bring(str(bert), tmp_path / "run")
+    run = import_checkpoint(str(bert), tmp_path / "run")
     assert "every tensor comes out bit for bit" in capsys.readouterr().out
     assert json.loads((run / "parity.json").read_text())["round_trip_bit_for_bit"] is True
     with pytest.raises(UserError, match="--verify: it needs torch and transformers"):
-        bring(str(bert), tmp_path / "other", verify=True)
+        import_checkpoint(str(bert), tmp_path / "other", verify=True)
     assert not (tmp_path / "other").exists()
 
 
 def test_generators_that_were_imported_generate(tmp_path, capsys):
     written(GPT, tmp_path / "gpt", extra={"eos_token_id": 0})
     tokenizer_json(tmp_path / "gpt", ("<|endoftext|>", "<unk>"))
-    run = bring(str(tmp_path / "gpt"), tmp_path / "gpt-run", verify=False)
+    run = import_checkpoint(str(tmp_path / "gpt"), tmp_path / "gpt-run", verify=False)
     assert main(["generate", str(run), "--prompt", "the cat", "--max-tokens", "4", "--temperature", "0"]) == 0
     written(T5, tmp_path / "t5", extra={"eos_token_id": 1})
     tokenizer_json(tmp_path / "t5", ("<pad>", "</s>", "<unk>"))
-    run = bring(str(tmp_path / "t5"), tmp_path / "t5-run", verify=False)
+    run = import_checkpoint(str(tmp_path / "t5"), tmp_path / "t5-run", verify=False)
     capsys.readouterr()
     assert main(["translate", str(run), "--text", "the cat sat"]) == 0
     assert capsys.readouterr().out
@@ -217,10 +217,10 @@ def test_generators_that_were_imported_generate(tmp_path, capsys):
 def test_a_tokenizer_of_another_model(bert, tmp_path):
     tokenizer_json(bert, BERT_SPECIAL, size=60)
     with pytest.raises(UserError, match="its ids go up to 59, and the model's vocabulary has 50 tokens"):
-        bring(str(bert), tmp_path / "run")
+        import_checkpoint(str(bert), tmp_path / "run")
     (bert / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json: no tokenizer"):
-        bring(str(bert), tmp_path / "run")
+        import_checkpoint(str(bert), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -228,12 +228,12 @@ def test_pooling_that_is_kept_beside_it(bert, tmp_path):
     (bert / "1_Pooling").mkdir()
     path = bert / "1_Pooling" / "config.json"
     path.write_text(json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}))
-    run = bring(str(bert), tmp_path / "run", verify=False)
-    again = bring(str(export(run, verify=False)), tmp_path / "again", verify=False)
+    run = import_checkpoint(str(bert), tmp_path / "run", verify=False)
+    again = import_checkpoint(str(export(run, verify=False)), tmp_path / "again", verify=False)
     assert [load_run(one).config.model.head.pooling for one in (run, again)] == ["mean", "mean"]
     path.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(UserError, match="got pooling_mode_max_tokens; supported: one of pooling_mode_mean_tokens"):
-        bring(str(bert), tmp_path / "other")
+        import_checkpoint(str(bert), tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_an_imported_classifier_predicts(tmp_path, capsys):
     names = {"0": "sad", "1": "neutral", "2": "glad"}
     params = written(config, tmp_path / "bert", extra={"pad_token_id": 0, "id2label": names})
     tokenizer_json(tmp_path / "bert", BERT_SPECIAL)
-    run = bring(str(tmp_path / "bert"), tmp_path / "run", verify=False)
+    run = import_checkpoint(str(tmp_path / "bert"), tmp_path / "run", verify=False)
     texts = ["the cat sat on a mat", "dogs run"]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     capsys.readouterr()
@@ -300,7 +300,7 @@ def test_an_imported_tagger_and_an_imported_reader_predict(tmp_path, capsys):
         folder = tmp_path / head
         written(dataclasses.replace(BERT, head=head_of(head, 2)), folder, extra={"pad_token_id": 0})
         tokenizer_json(folder, BERT_SPECIAL)
-        run = bring(str(folder), tmp_path / f"{head}-run", verify=False)
+        run = import_checkpoint(str(folder), tmp_path / f"{head}-run", verify=False)
         (tmp_path / name).write_text(text)
         capsys.readouterr()
         assert main(["predict", str(run), "--file", str(tmp_path / name)]) == 0
@@ -335,7 +335,7 @@ def test_marians_padding_is_read_and_never_written(tmp_path, capsys):
     (tmp_path / "marian").mkdir()
     checkpoint.write(tmp_path / "marian", config, params, extra=fields)
     tokenizer_json(tmp_path / "marian", ("<unk>", "</s>"), size)
-    run = bring(str(tmp_path / "marian"), tmp_path / "run")
+    run = import_checkpoint(str(tmp_path / "marian"), tmp_path / "run")
     assert "the same greedy tokens" in capsys.readouterr().out
     loaded = load_run(run)
     translator = TextTranslator(loaded.config, loaded.tokenizer, loaded.target_tokenizer)
@@ -354,7 +354,7 @@ def test_the_comparison_runs_whatever_the_mesh_and_the_type(bert, tmp_path, caps
     import transformers
 
     assert jax.device_count() == 8
-    run = bring(str(bert), tmp_path / "run", verify=True)
+    run = import_checkpoint(str(bert), tmp_path / "run", verify=True)
     assert load_run(run).config.mesh.strategy == "fsdp"
     out = export(run, dtype="bfloat16", verify=True)
     assert capsys.readouterr().out.count("verified beside transformers") == 2

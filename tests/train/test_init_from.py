@@ -14,18 +14,18 @@ from flax import nnx
 
 from tests.train.fine_tuning import SMALL, SPECIAL, classifier_of, config_of
 from tests.train.stops import asked_to_stop
-from train.cli import main
+from train.commands.cli import main
 from train.config import RunConfig, dump
-from train.data.prepare import prepare
-from train.data.tokenizer import CLS, SEP, TokenizerConfig
-from train.data.vocabulary import make_tokenizer
-from train.init_from import begin_from
-from train.loop import train
-from train.mesh import MeshConfig, make_mesh, use_mesh
+from train.data.prepared.prepare import prepare
+from train.data.tokenization.tokenizer import CLS, SEP, TokenizerConfig
+from train.data.tokenization.vocabulary import make_tokenizer
 from train.objectives import Causal
 from train.optimizer import OptimizerConfig
-from train.program import Program
-from train.run_files import load_run
+from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from train.run.init_from import begin_from
+from train.run.loop import train
+from train.run.program import Program
+from train.run.run_files import load_run
 from transformer.errors import UserError
 from transformer.layers.feed_forward import DenseConfig
 from transformer.models.bert import BertConfig
@@ -158,7 +158,7 @@ def test_a_head_over_classes_has_them_in_the_order_of_the_data(texts, tmp_path, 
         def load(run, step="latest", **options):
             return dataclasses.replace(load_run(run, step, **options), labels=labels)
 
-        monkeypatch.setattr("train.init_from.load_run", load)
+        monkeypatch.setattr("train.run.init_from.load_run", load)
         return beginning(again)
 
     _, begun, said = telling("bad", "good")

@@ -17,14 +17,14 @@ import pytest
 
 from tests.train.run_records import records, surroundings
 from tests.train.stops import asked_to_stop
-from train.checkpoint import Checkpoints
-from train.cli import main
+from train.commands.cli import main
 from train.config import load
-from train.run_files import load_run
+from train.run.checkpoint import Checkpoints
+from train.run.run_files import load_run
 
 
 def params_of(run_dir):
-    return jax.device_get(load_run(Path(run_dir)).params)
+    return jax.device_get(load_run(Path(run_dir), "latest").params)
 
 
 def wait_until(holds, process, seconds=120):
@@ -241,7 +241,7 @@ def test_a_full_disk_loses_nothing(start, tmp_path):
     """A limit on file sizes stands in for the full disk: a write beyond it fails in the same way."""
     process = start(tmp_path / "run", "--steps", "4")
     assert process.wait() == 0
-    limited = f'ulimit -f 40; exec {sys.executable} -m train.cli "$@"'
+    limited = f'ulimit -f 40; exec {sys.executable} -m train.commands.cli "$@"'
     result = subprocess.run(
         ["bash", "-c", limited, "bash", "train", str(tmp_path / "run" / "config.yaml"), "--steps", "12"],
         cwd=Path(__file__).parents[2], env=surroundings(JAX_ENABLE_COMPILATION_CACHE="false"),

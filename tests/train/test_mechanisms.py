@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 from train.config import parse
-from train.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
-from train.program import batch_shapes
+from train.parallel.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
+from train.run.program import batch_shapes
 from transformer.alignment.registry import ALIGNMENTS
 from transformer.functional import graphdef_of
 from transformer.mixers.registry import MIXERS

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import meter as module
-from train.meter import Meter
+from train.report import meter as module
+from train.report.meter import Meter
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from tests.changed import changed
-from train.checkpoint import Checkpoints
 from train.config import RunConfig
-from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.config.sections import CheckpointConfig
 from train.objectives import OBJECTIVES, Masked
 from train.optimizer import OptimizerConfig
-from train.program import Program
-from train.sections import CheckpointConfig
+from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.run.checkpoint import Checkpoints
+from train.run.program import Program
 from transformer.errors import UserError
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.layers.position import RelativeConfig

@@ -9,10 +9,10 @@ import pytest
 
 from tests.train.run_records import records
 from train.config import RunConfig, load
-from train.loop import train
-from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
 from train.optimizer import OptimizerConfig
-from train.program import Program, batch_shapes
+from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.run.loop import train
+from train.run.program import Program, batch_shapes
 from transformer.errors import UserError
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig

@@ -17,7 +17,7 @@ from tests.devices import on_one_device
 from tests.train.run_records import surroundings
 from tests.train.task_runs import run_of, write_rows
 from train.config import dump
-from train.loop import train
+from train.run.loop import train
 
 CONFIG = """
 name: several
@@ -53,7 +53,7 @@ def start(config, run, *options, processes=1, devices=4, wait=True):
     for index in range(processes):
         own = [*several, "--process-id", str(index)] if processes > 1 else []
         mine = [option[index] if isinstance(option, tuple) else option for option in options]
-        command = [sys.executable, "-m", "train.cli", "train", str(config), "--run-dir", str(run)]
+        command = [sys.executable, "-m", "train.commands.cli", "train", str(config), "--run-dir", str(run)]
         command += ["--devices", str(devices), *own, *mine]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, **pipes, text=True, env=surroundings()))

@@ -10,8 +10,8 @@ import pytest
 
 from tests.train.run_records import records
 from tests.train.stops import asked_to_stop
-from train import seeds
-from train.cli import main
+from train.commands import seeds
+from train.commands.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

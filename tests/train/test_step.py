@@ -13,10 +13,10 @@ import pytest
 
 from tests.changed import changed
 from train.config import RunConfig
-from train.mesh import MESH_AXES, MeshConfig, batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
 from train.optimizer import OptimizerConfig, make_optimizer
-from train.program import Program, suited
-from train.state import abstract_state, init_state, state_maker
+from train.parallel.mesh import MESH_AXES, MeshConfig, batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
+from train.run.program import Program, suited
+from train.run.state import abstract_state, init_state, state_maker
 from transformer.errors import UserError
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.mixers.fast_weights import FastWeightConfig

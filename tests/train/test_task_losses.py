@@ -14,11 +14,11 @@ from flax import nnx
 from tests.train.task_runs import KINDS, run_of, write_rows
 from train.config import RunConfig
 from train.data.loader import train_batches
-from train.data.prepare import prepare
+from train.data.prepared.prepare import prepare
 from train.loss import LossConfig, LossSums, of_classes
-from train.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
 from train.objectives import Answer, TokenClassification
-from train.program import Program, batch_shapes
+from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.run.program import Program, batch_shapes
 from transformer.errors import ConfigError, UserError
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig

@@ -14,16 +14,16 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from tests.train.run_records import records
 from tests.train.task_runs import KINDS, rows_of, run_of, write_rows
-from train.checkpoint import Checkpoints
-from train.cli import main
+from train.commands.cli import main
 from train.config import RunConfig
-from train.data.prepare import prepare
-from train.loop import train
-from train.mesh import make_mesh, use_mesh
+from train.config.sections import CheckpointConfig
+from train.data.prepared.prepare import prepare
 from train.objectives import TokenClassification
-from train.program import Program
-from train.run_files import read_metrics
-from train.sections import CheckpointConfig
+from train.parallel.mesh import make_mesh, use_mesh
+from train.run.checkpoint import Checkpoints
+from train.run.loop import train
+from train.run.program import Program
+from train.run.run_files import read_metrics
 from transformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -10,16 +10,16 @@ from flax import nnx
 
 from tests.devices import on_one_device
 from tests.train.run_records import records
-from train.cli import main
+from train.commands.cli import main
 from train.config import RunConfig, load
-from train.data.prepare import DataConfig
-from train.data.source_config import SyntheticSource
-from train.data.synthetic import sentence
-from train.data.tokenizer import TokenizerConfig
-from train.loop import train
+from train.data.prepared.prepare import DataConfig
+from train.data.sources.source_config import SyntheticSource
+from train.data.sources.synthetic import sentence
+from train.data.tokenization.tokenizer import TokenizerConfig
+from train.inference.translate import alignment
 from train.objectives import Seq2Seq
-from train.run_files import load_run
-from train.translate import alignment
+from train.run.loop import train
+from train.run.run_files import load_run
 from train.translation import score, spread
 from transformer.alignment.scored import NoAlignmentConfig
 from transformer.errors import UserError

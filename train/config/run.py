@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from train.data.prepare import DataConfig
+from train.config.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from train.data.prepared.prepare import DataConfig
 from train.loss import LossConfig
-from train.mesh import MeshConfig
 from train.objectives import AnyObjective, Causal
 from train.optimizer import OptimizerConfig
-from train.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
+from train.parallel.mesh import MeshConfig
 from transformer.errors import Config, require
 from transformer.layers.adapter import AdapterConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig

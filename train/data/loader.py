@@ -17,17 +17,17 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from train.data.buckets import Buckets
-from train.data.draws import Draws, draw_key
-from train.data.pack import Examples, Packing
-from train.data.prepare import DataConfig
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.examples.buckets import Buckets
+from train.data.examples.draws import Draws, draw_key
+from train.data.examples.pack import Examples, Packing
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.tokenization.tokenizer import Tokenizer
 from transformer.errors import UserError
 
 Batch = dict[str, np.ndarray]
-"""The arrays of the objective, as `train.data.pack`, `masked`, `spans`, `pairs` and `labelled` describe them, and `example`
-[B] int64: which example a row is, -1 for a row of padding, whose weights are 0 and whose label is -1."""
+"""The arrays of the objective, as the modules of `train.data.examples` describe them, and `example` [B] int64: which example a
+row is, -1 for a row of padding, whose weights are 0 and whose label is -1."""
 
 _VALIDATION_KEY = draw_key(0, "validation")  # one seed for all runs: they are scored on the same
 _ENDLESS = 1 << 62

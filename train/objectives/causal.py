@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import jax
 
-from train.data.pack import Examples, Packing, examples
-from train.data.prepare import DataConfig
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.examples.pack import Examples, Packing, examples
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_added_loss
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
 from transformer.types import PRNGKeyArray

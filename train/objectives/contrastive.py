@@ -11,15 +11,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from train.data.contrast import TextPairs
-from train.data.pack import Examples, Packing
-from train.data.prepare import DataConfig
-from train.data.rows import TooLong
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import CLS, SEP, Tokenizer
+from train.data.examples.contrast import TextPairs
+from train.data.examples.pack import Examples, Packing
+from train.data.examples.rows import TooLong
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.tokenization.tokenizer import CLS, SEP, Tokenizer
 from train.loss import Batch, LossConfig, LossSums, of_rows, with_added_loss
-from train.mesh import MeshConfig
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
+from train.parallel.mesh import MeshConfig
 from transformer.errors import require
 from transformer.models.heads import contrastive_logits
 from transformer.types import PRNGKeyArray

@@ -9,11 +9,11 @@ import abc
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from train.data.corrupt import SpanLengths
-from train.data.prepare import DataConfig
-from train.data.spans import sentinels
-from train.data.store import Prepared
-from train.data.tokenizer import Tokenizer
+from train.data.examples.corrupt import SpanLengths
+from train.data.examples.spans import sentinels
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared
+from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums
 from train.objectives.causal import token_loss
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape

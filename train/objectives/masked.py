@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from train.data.masked import MaskedChunks, MaskedDocuments, MaskingRule
-from train.data.pack import Examples, Packing
-from train.data.prepare import DataConfig
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import CLS, MASK, SEP, Tokenizer
-from train.data.words import WordPieces
+from train.data.examples.masked import MaskedChunks, MaskedDocuments, MaskingRule
+from train.data.examples.pack import Examples, Packing
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.tokenization.tokenizer import CLS, MASK, SEP, Tokenizer
+from train.data.tokenization.words import WordPieces
 from train.loss import Batch, LossConfig, LossSums
 from train.objectives.causal import token_loss
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from train.data.pack import Examples, Packing
-from train.data.prepare import DataConfig
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.examples.pack import Examples, Packing
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums
 from train.objectives.objective import BatchShapes, Objective
 from transformer.errors import UserError

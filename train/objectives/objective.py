@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.data.buckets import Buckets
-from train.data.pack import Examples, Packing
-from train.data.prepare import DataConfig
-from train.data.records import LabelKind
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.examples.buckets import Buckets
+from train.data.examples.pack import Examples, Packing
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.sources.records import LabelKind
+from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums
-from train.mesh import MeshConfig
+from train.parallel.mesh import MeshConfig
 from transformer.errors import Config, ConfigError, UserError, require
 from transformer.models.bert import BertConfig
 from transformer.models.families import ModelConfig

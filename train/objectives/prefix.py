@@ -11,11 +11,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from train.data import spans
-from train.data.pack import Examples, Packing
-from train.data.prepare import DataConfig
-from train.data.store import TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.examples import spans
+from train.data.examples.pack import Examples, Packing
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import TokenArray
+from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums
 from train.objectives.causal import token_loss
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape

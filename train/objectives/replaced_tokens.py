@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from train.data.store import Prepared
+from train.data.prepared.store import Prepared
 from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_added_loss
 from train.objectives.masked import HiddenTokens, at_places
 from transformer.types import PRNGKeyArray

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from train.data.masked import SentencePairs
-from train.data.pack import Examples, Packing
-from train.data.prepare import DataConfig
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.examples.masked import SentencePairs
+from train.data.examples.pack import Examples, Packing
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, cross_entropy
 from train.objectives.causal import token_loss
 from train.objectives.masked import HiddenTokens, at_places

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from train.data.buckets import Buckets
-from train.data.pack import Examples, Packing
-from train.data.pairs import PackedPairs, PairLimits
-from train.data.rows import TooLong
-from train.data.store import TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.examples.buckets import Buckets
+from train.data.examples.pack import Examples, Packing
+from train.data.examples.pairs import PackedPairs, PairLimits
+from train.data.examples.rows import TooLong
+from train.data.prepared.store import TokenArray
+from train.data.tokenization.tokenizer import Tokenizer
 from train.objectives.encoder_decoder import EncoderDecoderObjective
 from transformer.errors import require
 

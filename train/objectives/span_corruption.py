@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from train.data.corrupt import SpanLengths, lengths_filling
-from train.data.pack import Examples, Packing
-from train.data.spans import SpanCorruption as CorruptedText
-from train.data.store import TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.examples.corrupt import SpanLengths, lengths_filling
+from train.data.examples.pack import Examples, Packing
+from train.data.examples.spans import SpanCorruption as CorruptedText
+from train.data.prepared.store import TokenArray
+from train.data.tokenization.tokenizer import Tokenizer
 from train.objectives.encoder_decoder import Denoising
 from transformer.errors import UserError, require
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer.alignment.fast_weights import FastMemoryAlignment, FastMemoryConfig
+from transformer.alignment.fast_memory import FastMemoryAlignment, FastMemoryConfig
 from transformer.alignment.scored import (
     AdditiveAlignment,
     AdditiveConfig,

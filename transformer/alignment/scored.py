@@ -16,13 +16,13 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
+from transformer.alignment.additive import additive_scores
+from transformer.alignment.hard import argmax_weights, gumbel_weights
+from transformer.alignment.multiplicative import dot_scores, local_weights, predicted_positions
 from transformer.alignment.source import Alignment, AlignmentBase, Source, check_dim, dim_of, projection
-from transformer.attention.additive import additive_scores
+from transformer.alignment.sparse_softmax import NORMALIZERS
 from transformer.attention.common import context
-from transformer.attention.hard import argmax_weights, gumbel_weights
-from transformer.attention.mask import AttentionMask
-from transformer.attention.multiplicative import dot_scores, local_weights, predicted_positions
-from transformer.attention.sparse_softmax import NORMALIZERS
+from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import require
 from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide, widen
 

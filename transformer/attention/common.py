@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from transformer.attention.mask import AttentionMask
+from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import nearest
 from transformer.precision import matmul
 from transformer.types import Array, Bool, Float, widen

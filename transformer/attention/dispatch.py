@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.attention import blockwise, fused, pallas, ring
-from transformer.attention.mask import AttentionMask
-from transformer.attention.reference import attention_weights, reference
-from transformer.attention.request import Request
-from transformer.attention.variant import Dropout, Score, Variant
+from transformer.attention.backends import blockwise, fused, pallas, ring
+from transformer.attention.backends.reference import attention_weights, reference
+from transformer.attention.spec.mask import AttentionMask
+from transformer.attention.spec.request import Request
+from transformer.attention.spec.variant import Dropout, Score, Variant
 from transformer.errors import UserError, nearest
 from transformer.types import Array, Float, PRNGKeyArray, wide
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from transformer.attention.mask import AttentionMask
-from transformer.layers.position import Alibi, RelativePosition, token_positions
+from transformer.attention.spec.mask import AttentionMask
+from transformer.layers.position import Alibi, RelativePosition, ScoreMod, token_positions
 from transformer.mixers.state import KVCache, State
 from transformer.types import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -46,6 +46,9 @@ class Context:
     """As `segments_BT`, of the memory."""
     mask: AttentionMask | None = None
     """A mask in addition to all of these, of any mixer that computes softmax weights."""
+    score_mod: ScoreMod | None = _static(None)
+    """A change of each score, `(score, row, head, query, key) -> score`, of any mixer that computes softmax weights; queries and
+    keys count from the start of the row, also after a state."""
     relative: RelativePosition | None = None
     """The learned bias by distance that the layers share."""
     state: State | None = None
@@ -114,14 +117,23 @@ class Context:
             return AttentionMask.padding(self.memory_segments_BM != 0)
         return AttentionMask.segments(self.segments_BT, self.memory_segments_BM)
 
-    def distance_bias(self, position: Any, num_heads: int) -> Any:
-        """The `score_mod` of a mixer's positions, or None."""
-        if position.kind == "alibi":
-            return Alibi(num_heads).score_mod(self.start)
-        if position.kind == "relative":
+    def scores(self, position: Any, num_heads: int) -> ScoreMod | None:
+        """The `score_mod` of a mixer: the bias of its positions, followed by the context's own; None without both."""
+        bias: ScoreMod | None = None
+        if position is not None and position.kind == "alibi":
+            bias = Alibi(num_heads).score_mod(self.start)
+        elif position is not None and position.kind == "relative":
             assert self.relative is not None, "the stack of layers makes the shared bias"
-            return self.relative.score_mod(self.start)
-        return None
+            bias = self.relative.score_mod(self.start)
+        if self.score_mod is None:
+            return bias
+        change, start = self.score_mod, self.start
+
+        def both(score: Array, row: Array, head: Array, query: Array, key: Array) -> Array:
+            before = start if isinstance(start, int) else start[row]
+            return change(score if bias is None else bias(score, row, head, query, key), row, head, query + before, key)
+
+        return both
 
     def batch_leaves(self) -> list[bool]:
         """Which of the leaves, in the order of `jax.tree.leaves`, have a leading B."""

@@ -157,7 +157,7 @@ class DifferentialAttention(nnx.Module):
                 state = state.append(k, v, context.valid_BT)
                 mask = context.cached_mask(mask, state)
                 k, v = state.keys_and_values(q.dtype)
-            score_mod = context.distance_bias(c.position, self.sizes[0])
+            score_mod = context.scores(c.position, self.sizes[0])
             maps = zip(jnp.split(q, 2, -1), jnp.split(k, 2, -1), _two_keys(context.key), strict=True)
             (first, first_weights), (second, second_weights) = (
                 attend(

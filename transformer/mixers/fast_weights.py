@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.fast_weights import RULES, fast_weights
-from transformer.attention.feature_maps import FEATURE_NORMS, feature_dim, feature_map_of
+from transformer.attention.linear.fast_weights import RULES, fast_weights
+from transformer.attention.linear.feature_maps import FEATURE_NORMS, feature_dim, feature_map_of
 from transformer.errors import Config
 from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.layers.norm import RMSNorm

@@ -17,7 +17,7 @@ from transformer.types import Array, Float
 Backend = Literal["auto", "reference", "xla", "cudnn", "pallas", "blockwise", "ring", "ulysses"]
 """Implementations of softmax attention (`transformer.attention.dispatch`)."""
 FeatureMap = Literal["identity", "relu", "elu", "dpfp", "favor"]
-"""Names of `transformer.attention.feature_maps.FEATURE_MAPS`."""
+"""Names of `transformer.attention.linear.feature_maps.FEATURE_MAPS`."""
 
 
 def head_sizes(config: Any, embed_dim: int) -> tuple[int, int, int]:
@@ -98,9 +98,11 @@ def weights_of_reading(
 
 
 def refuse_masks(name: str, context: Any, *, causal_only: bool = False) -> None:
-    """Raise a `ValueError` for a mask that a mixer with a state of fixed size cannot apply."""
+    """Raise a `ValueError` for a mask or a change of scores that a mixer cannot apply."""
     if context.mask is not None:
         raise ValueError(f"{name}: it takes no mask in addition to causality, documents and padding")
+    if context.score_mod is not None:
+        raise ValueError(f"{name}: it takes no score_mod; use softmax attention")
     if context.prefix_B is not None:
         raise ValueError(f"{name}: it takes no prefix that all tokens see; use softmax attention")
     if causal_only and not context.is_causal:

@@ -204,6 +204,7 @@ class LatentAttention(nnx.Module):
                 v = constrain(v, "batch", "seq", "heads", "head_dim")
             out_BTNC, weights = attend(
                 jnp.concatenate([q_BTNH, turned_BTNP], axis=-1), k, v, mask, scale=(H + P) ** -0.5,
+                score_mod=context.scores(None, c.num_heads),
                 dropout_rate=self.dropout_rate, dropout_key=context.key, backend=c.backend,
                 return_weights=context.return_weights,
             )  # fmt: skip

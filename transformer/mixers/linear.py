@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.feature_maps import feature_dim, feature_map_of
-from transformer.attention.linear_attention import linear_attention
+from transformer.attention.linear.feature_maps import feature_dim, feature_map_of
+from transformer.attention.linear.linear_attention import linear_attention
 from transformer.errors import Config
 from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.mixers.context import NO_CONTEXT, Context

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.intra import LSTMNWeights, Tape, lstmn
+from transformer.alignment.intra import LSTMNWeights, Tape, lstmn
 from transformer.errors import Config, require
 from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.mixers.context import CAUSAL, Context

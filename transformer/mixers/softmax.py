@@ -205,7 +205,7 @@ class MultiHeadAttention(nnx.Module):
         c = self.config
         return attend(
             q, k, v, mask, scale=c.scale, logit_soft_cap=c.soft_cap, backend=c.backend,
-            score_mod=None if self.is_cross else context.distance_bias(c.position, self.sizes[0]),
+            score_mod=None if self.is_cross else context.scores(c.position, self.sizes[0]),
             dropout_rate=self.dropout_rate, dropout_key=context.key, return_weights=context.return_weights,
         )  # fmt: skip
 

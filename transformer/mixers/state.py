@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.attention.intra import Tape
+from transformer.alignment.intra import Tape
 from transformer.types import Array, Bool, DTypeLike, Float, Int
 
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.mask import AttentionMask
+from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import require
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.linear import Linear
+from transformer.layers.position import ScoreMod
 from transformer.mixers.context import Context
 from transformer.models.config import MlpConfig, StackConfig, stack_flops
 from transformer.models.embed import embed, make_positions, make_table
@@ -155,6 +156,7 @@ class Bert(nnx.Module):
         segments_BT: Int[Array, "B T"] | None = None,
         token_types_BT: Int[Array, "B T"] | None = None,
         mask: AttentionMask | None = None,
+        score_mod: ScoreMod | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool | Chosen = False,
     ) -> tuple[Float[Array, "B T D"], StackOutput]:
@@ -163,7 +165,7 @@ class Bert(nnx.Module):
             tokens_BT, positions_BT=positions_BT, token_types_BT=token_types_BT, key=key
         )
         x_BTD = x_BTE if self.embedding_projection is None else self.embedding_projection(x_BTE)
-        context = Context(positions_BT=positions_BT, segments_BT=segments_BT, mask=mask)
+        context = Context(positions_BT=positions_BT, segments_BT=segments_BT, mask=mask, score_mod=score_mod)
         return self.layers(x_BTD, context, key=key, return_weights=return_weights)
 
     def embedded(
@@ -196,6 +198,7 @@ class Bert(nnx.Module):
         token_types_BT: Int[Array, "B T"] | None = None,
         predicted_BK: Int[Array, "B K"] | None = None,
         mask: AttentionMask | None = None,
+        score_mod: ScoreMod | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool | Chosen = False,
     ) -> ModelOutput:
@@ -208,6 +211,7 @@ class Bert(nnx.Module):
             token_types_BT: which sentence of a pair a token belongs to; 0 by default.
             predicted_BK: the places that the masked head scores, which saves the others' products; all by default.
             mask: in addition to windows, documents and padding; for softmax attention.
+            score_mod: a change of each score, `(score, row, head, query, key) -> score`, in softmax attention.
             key: turns dropout on.
             return_weights: also give the attention weights, as in `GPT`.
 
@@ -225,7 +229,7 @@ class Bert(nnx.Module):
         key, head_key = (None, None) if key is None else jax.random.split(key)
         hidden_BTD, output = self.hidden(
             tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, token_types_BT=token_types_BT, mask=mask,
-            key=key, return_weights=return_weights,
+            score_mod=score_mod, key=key, return_weights=return_weights,
         )  # fmt: skip
         valid_BT = None if segments_BT is None else segments_BT != 0
         pooled = None if self.pooled_head is None else self.pooled_head(hidden_BTD, valid_BT, key=head_key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from flax import nnx
 
 from transformer.layers.embedding import Embedding
@@ -70,8 +71,10 @@ def embed(
         key: turns dropout on.
 
     Raises:
-        ValueError: more tokens than learned positions.
+        ValueError: tokens that are not [B, T], ids beyond the vocabulary (as far as they are known before the program runs), or
+            more tokens than learned positions.
     """
+    check_tokens("tokens", tokens_BT, table.table.shape[0])
     B, T = tokens_BT.shape
     if positions is not None and config.max_length < T:
         raise ValueError(f"{T} tokens, but there are {config.max_length} learned positions (max_length)")
@@ -90,6 +93,28 @@ def embed(
         if finish is not None:
             x_BTD = finish(x_BTD)
         return dropout(constrain(x_BTD, "batch", "stream", None), config.dropout, embed_key), positions_BT, layers_key
+
+
+def check_tokens(name: str, tokens: Array, vocab_size: int) -> None:
+    """Raise a `ValueError` for tokens that are not [B, T], and for ids that are known while tracing and have no embedding."""
+    if tokens.ndim != 2:
+        raise ValueError(
+            f"{name}: got shape {tokens.shape}; expected [batch, tokens], such as {name}[None] for one text"
+        )
+    if isinstance(tokens, jax.core.Tracer) or not tokens.size:
+        return
+    ids = np.asarray(tokens)
+    if (least := int(ids.min())) < 0 or int(ids.max()) >= vocab_size:
+        wrong = least if least < 0 else int(ids.max())
+        raise ValueError(f"{name}: got id {wrong}; the vocabulary has 0 to {vocab_size - 1}")
+
+
+def check_segments(segments: Array | None) -> None:
+    """Raise a `ValueError` for segments that make all tokens padding, as far as they are known while tracing."""
+    if segments is None or isinstance(segments, jax.core.Tracer) or not segments.size:
+        return
+    if not np.asarray(segments).any():
+        raise ValueError("segments: all are 0, which is padding; number the documents of a row from 1")
 
 
 def logits_of(table: Embedding, head: Linear | None, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.mask import AttentionMask
+from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import require
+from transformer.layers.position import ScoreMod
 from transformer.mixers.context import Context
 from transformer.mixers.state import State
 from transformer.models.config import StackConfig, stack_flops
@@ -62,6 +63,7 @@ class GPT(nnx.Module):
         segments_BT: Int[Array, "B T"] | None = None,
         prefix_B: Int[Array, " B"] | None = None,
         mask: AttentionMask | None = None,
+        score_mod: ScoreMod | None = None,
         states: list[State] | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool | Chosen = False,
@@ -71,7 +73,9 @@ class GPT(nnx.Module):
             self.config, self.embed, self.positions, tokens_BT, positions_BT=positions_BT,
             start=0 if states is None else cache_lengths(states), key=key,
         )  # fmt: skip
-        context = Context(positions_BT=positions_BT, segments_BT=segments_BT, prefix_B=prefix_B, mask=mask)
+        context = Context(
+            positions_BT=positions_BT, segments_BT=segments_BT, prefix_B=prefix_B, mask=mask, score_mod=score_mod
+        )
         return self.layers(x_BTD, context, states=states, key=key, return_weights=return_weights)
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -90,6 +94,7 @@ class GPT(nnx.Module):
         segments_BT: Int[Array, "B T"] | None = None,
         prefix_B: Int[Array, " B"] | None = None,
         mask: AttentionMask | None = None,
+        score_mod: ScoreMod | None = None,
         states: list[State] | None = None,
         key: PRNGKeyArray | None = None,
         return_weights: bool | Chosen = False,
@@ -104,6 +109,7 @@ class GPT(nnx.Module):
             prefix_B: how many first tokens of each row all of its tokens see (a prefix language model; Liu et al. 2018); none
                 by default. A row is one document then.
             mask: in addition to causality, windows, documents and prefix; for softmax attention.
+            score_mod: a change of each score, `(score, row, head, query, key) -> score`, in softmax attention.
             states: what the tokens before these have left in each layer; `make_states` makes empty ones.
             key: turns dropout on.
             return_weights: also give every layer's attention weights, recomputed next to the fast kernels; or those of some
@@ -113,8 +119,8 @@ class GPT(nnx.Module):
             ValueError: more tokens than learned positions, a layer or head that does not exist, or states without room.
         """
         hidden_BTD, output = self.hidden(
-            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, prefix_B=prefix_B, mask=mask, states=states,
-            key=key, return_weights=return_weights,
+            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, prefix_B=prefix_B, mask=mask, score_mod=score_mod,
+            states=states, key=key, return_weights=return_weights,
         )  # fmt: skip
         return ModelOutput(
             logits=self.logits(hidden_BTD), states=output.states, weights=output.weights, added_loss=output.added_loss

@@ -24,6 +24,7 @@ from transformer.mixers.registry import MixerConfig, make_mixer
 from transformer.mixers.softmax import MultiHeadAttention
 from transformer.mixers.state import KVCache, State
 from transformer.models.config import StackConfig
+from transformer.models.embed import check_segments
 from transformer.pipeline import Schedule
 from transformer.stack import apply_stack, restack, stack, unstack
 from transformer.types import DTYPES, Array, Float, Int, PRNGKeyArray
@@ -117,8 +118,9 @@ class LayerStack(nnx.Module):
             return_weights: of all layers and heads, or of those chosen; for a choice the layers are run one by one.
 
         Raises:
-            ValueError: a layer that does not exist or has no weights.
+            ValueError: a layer that does not exist or has no weights; or segments that make all tokens padding.
         """
+        check_segments(context.segments_BT)
         c, L = self.config, self.num_layers
         chosen = return_weights if isinstance(return_weights, tuple) else None
         if chosen is not None and not all(0 <= layer < L for layer in chosen[0]):

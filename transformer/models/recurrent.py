@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from transformer.alignment.multiplicative import attentional_state
 from transformer.alignment.registry import AlignmentConfig, make_alignment
 from transformer.alignment.scored import AdditiveConfig
 from transformer.alignment.source import Source
-from transformer.attention.multiplicative import attentional_state
 from transformer.errors import Config, ConfigError, require
 from transformer.layers.embedding import Embedding
 from transformer.layers.linear import Linear, dropout

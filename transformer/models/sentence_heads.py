@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.attention.decomposable import DecomposableAttention
-from transformer.attention.mask import AttentionMask
-from transformer.attention.structured import StructuredAttention, redundancy_penalty
+from transformer.alignment.decomposable import DecomposableAttention
+from transformer.alignment.structured import StructuredAttention, redundancy_penalty
+from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import Config, require
 from transformer.layers.linear import Linear, dropout
 from transformer.types import Array, Bool, Float, Int, PRNGKeyArray

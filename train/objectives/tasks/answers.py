@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.data.align import encode_with_places
-from train.data.prepare import DataConfig
-from train.data.records import Answers, Document
-from train.data.rows import TaskRows
-from train.data.store import TokenArray
-from train.data.tokenizer import Tokenizer
-from train.data.windows import AnswerWindows
+from train.data.examples.rows import TaskRows
+from train.data.examples.windows import AnswerWindows
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import TokenArray
+from train.data.sources.records import Answers, Document
+from train.data.tokenization.align import encode_with_places
+from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_added_loss
 from train.objectives.objective import BatchShapes, Outputs, label_shape
 from train.objectives.tasks.task import Labelling, Prediction, Rows, Task, forward, with_gold

@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.data.choices import Choices
-from train.data.prepare import DataConfig
-from train.data.records import Document
-from train.data.rows import TaskRows, TooLong
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.examples.choices import Choices
+from train.data.examples.rows import TaskRows, TooLong
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.sources.records import Document
+from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, of_rows, with_added_loss
-from train.mesh import MeshConfig
 from train.objectives.objective import BatchShapes, Outputs, label_shape, weight_shape
 from train.objectives.tasks.classification import both, class_predictions
 from train.objectives.tasks.task import Labelling, Prediction, Rows, Task, check_labels, forward
+from train.parallel.mesh import MeshConfig
 from transformer.errors import UserError, require
 from transformer.models.heads import choices
 from transformer.sharding import constrain

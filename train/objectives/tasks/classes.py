@@ -8,8 +8,8 @@ from typing import Literal, Self
 
 import numpy as np
 
-from train.data.label_arrays import NONE
-from train.data.store import Prepared
+from train.data.prepared.label_arrays import NONE
+from train.data.prepared.store import Prepared
 from train.objectives.tasks.task import Task, check_labels
 from transformer.errors import UserError, require
 from transformer.models.bert import BertConfig

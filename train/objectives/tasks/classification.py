@@ -14,12 +14,12 @@ from typing import Any, Literal, Self
 import jax
 import numpy as np
 
-from train.data.labelled import LabelledDocuments, commonest_share
-from train.data.prepare import DataConfig
-from train.data.records import Document
-from train.data.rows import TaskRows, TooLong
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import Tokenizer
+from train.data.examples.labelled import LabelledDocuments, commonest_share
+from train.data.examples.rows import TaskRows, TooLong
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.sources.records import Document
+from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, of_rows, with_added_loss
 from train.objectives.objective import BatchShapes, Outputs, label_shape
 from train.objectives.tasks.classes import WeightedClasses

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.cache import writing
-from train.data.records import Document
-from train.data.rows import TaskRows
-from train.data.store import Prepared
+from train.data.examples.rows import TaskRows
+from train.data.prepared.store import Prepared
+from train.data.sources.records import Document
+from train.files import writing
 from train.objectives.tasks.task import Labelling, Prediction, Rows, Task
 
 

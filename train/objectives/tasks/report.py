@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.cache import writing
+from train.files import writing
 
 _MOST_NUMBERED = 30
 """Of more classes than this the fields of a matrix are too small for numbers."""

@@ -15,13 +15,13 @@ from typing import Any, Literal, Self
 import jax
 import numpy as np
 
-from train.data.align import encode_words
-from train.data.prepare import DataConfig
-from train.data.records import Document
-from train.data.rows import TaskRows, TooLong
-from train.data.store import Prepared, TokenArray
-from train.data.tagged import TaggedWords, tokens_per_word
-from train.data.tokenizer import Tokenizer
+from train.data.examples.rows import TaskRows, TooLong
+from train.data.examples.tagged import TaggedWords, tokens_per_word
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.sources.records import Document
+from train.data.tokenization.align import encode_words
+from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, of_classes, with_added_loss
 from train.objectives.objective import BatchShapes, Outputs, row_shapes, weight_shape
 from train.objectives.tasks.classes import WeightedClasses

@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from train.data.pack import Examples, Packing
-from train.data.prepare import DataConfig
-from train.data.records import Document, LabelKind
-from train.data.rows import TaskRows
-from train.data.store import Prepared, TokenArray
-from train.data.tokenizer import CLS, SEP, Tokenizer
+from train.data.examples.pack import Examples, Packing
+from train.data.examples.rows import TaskRows
+from train.data.prepared.prepare import DataConfig
+from train.data.prepared.store import Prepared, TokenArray
+from train.data.sources.records import Document, LabelKind
+from train.data.tokenization.tokenizer import CLS, SEP, Tokenizer
 from train.loss import Batch, LossConfig, LossSums
 from train.objectives.objective import BatchShapes, Objective, Outputs, objectives, row_shapes, weight_shape
 from transformer.errors import ConfigError, UserError

@@ -1,0 +1,58 @@
+"""Transformers in JAX and Flax, from attention up: what a notebook or a script needs.
+
+    import manyheads as mh
+
+    run = mh.train("configs/stdlib_small.yaml")
+    run.generate("def read(path):")
+    mh.load("runs/minilm").embed(["a text", "another one"])
+
+Nothing is imported before it is used, so that `import manyheads` takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from manyheads.run import Run, load, train
+    from train.config import RunConfig
+    from transformer.attention.dispatch import attend
+    from transformer.attention.spec.mask import AttentionMask
+    from transformer.models.bert import Bert, BertConfig
+    from transformer.models.encoder_decoder import EncoderDecoder, T5Config, VaswaniConfig
+    from transformer.models.gpt import GPT, GPTConfig
+    from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
+
+_PLACES = {
+    "Run": "manyheads.run",
+    "load": "manyheads.run",
+    "train": "manyheads.run",
+    "RunConfig": "train.config",
+    "attend": "transformer",
+    "AttentionMask": "transformer",
+    "GPT": "transformer",
+    "GPTConfig": "transformer",
+    "Bert": "transformer",
+    "BertConfig": "transformer",
+    "EncoderDecoder": "transformer",
+    "T5Config": "transformer",
+    "VaswaniConfig": "transformer",
+    "RecurrentTranslator": "transformer",
+    "RecurrentConfig": "transformer",
+}
+
+__all__ = [
+    "GPT", "AttentionMask", "Bert", "BertConfig", "EncoderDecoder", "GPTConfig", "RecurrentConfig", "RecurrentTranslator",
+    "Run", "RunConfig", "T5Config", "VaswaniConfig", "attend", "load", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'manyheads' has no attribute {name!r}; there are {', '.join(sorted(_PLACES))}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_PLACES)

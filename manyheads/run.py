@@ -1,0 +1,292 @@
+"""A trained model in Python: load a run, an import, or a folder of Hugging Face's, and use it.
+
+S source position, T target position, D embed, L layers, N heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from flax import nnx
+
+from train.config import RunConfig, parse
+from train.config import load as load_config
+from train.data.sources.records import Document
+from train.data.tokenization.tokenizer import Tokenizer
+from train.files import cache_dir
+from train.huggingface.import_checkpoint import import_checkpoint
+from train.inference.attend import maps_of
+from train.inference.embed import Embedder
+from train.inference.generate import DEFAULT_TOKENS
+from train.inference.predict import as_task_run, predictions
+from train.inference.translate import alignment
+from train.objectives.tasks.task import Prediction
+from train.parallel.mesh import use_mesh
+from train.run.loop import train as train_run
+from train.run.run_files import LoadedRun, load_run
+from train.translation import TextTranslator
+from transformer.errors import UserError
+from transformer.functional import graphdef_of
+from transformer.generation.beam import BeamSearch
+from transformer.generation.generate import Generator, until_end
+from transformer.generation.sampling import Sampling
+from transformer.interpret.capture import AttentionMaps
+from transformer.models.bert import BertConfig
+from transformer.models.families import make_model
+from transformer.models.gpt import GPTConfig
+from transformer.types import Float
+
+
+def train(config: RunConfig | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
+    """Train, or continue where the run stopped, and give the run.
+
+    Args:
+        config: a config, its fields as plain data, or the path of a YAML file.
+        overrides: as on the command line, such as `["--steps=500", "--model.num-layers=8"]`; of a path or plain data.
+
+    Raises:
+        UserError: as of `manyheads train`.
+    """
+    if isinstance(config, str | Path):
+        config = load_config(config, overrides)
+    elif not isinstance(config, RunConfig):
+        config = parse(dict(config), "the config", overrides)
+    train_run(config)
+    return load(config.directory)
+
+
+def load(folder: str | Path, step: str | int = "best") -> Run:
+    """A run, an import, or a folder with a Hugging Face checkpoint, with its parameters on the devices that are here.
+
+    Args:
+        step: of a run: `best` by its scores (the latest where none was scored), `latest`, or a number.
+
+    Raises:
+        UserError: no such folder or checkpoint.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; give a run's, an import's, or a Hugging Face checkpoint's")
+    if (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
+        folder = _imported(folder)
+    return Run(folder, load_run(folder, str(step)))
+
+
+def _imported(folder: Path) -> Path:
+    """The import of a Hugging Face folder, kept in the cache for as long as the folder's files stay the same."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    name = hashlib.blake2b(repr((str(folder.resolve()), files)).encode(), digest_size=8).hexdigest()
+    place = cache_dir() / "imports" / name
+    return place if place.is_dir() else import_checkpoint(str(folder), place, verify=False)
+
+
+class Run:
+    """A trained model with its config and tokenizer.
+
+    Attributes:
+        directory: its folder.
+        config: of the run; `config.model` of the model.
+        tokenizer, target_tokenizer: of what is read, and of what is predicted: the same but for pairs with two vocabularies.
+        params: the model's parameters, as `nnx.State`.
+        labels: the names of its classes or tags, in the order of their numbers.
+        step: the checkpoint's.
+    """
+
+    def __init__(self, directory: Path, loaded: LoadedRun) -> None:
+        self.directory = directory
+        self._loaded = loaded
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r}, step={self.step}, family={self.config.model.family!r})"
+
+    @property
+    def config(self) -> RunConfig:
+        return self._loaded.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._loaded.tokenizer
+
+    @property
+    def target_tokenizer(self) -> Tokenizer:
+        return self._loaded.target_tokenizer
+
+    @property
+    def params(self) -> nnx.State:
+        return self._loaded.params
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self._loaded.labels
+
+    @property
+    def step(self) -> int:
+        return self._loaded.step
+
+    @functools.cached_property
+    def model(self) -> nnx.Module:
+        """The model as a module, with these parameters."""
+        return nnx.merge(graphdef_of(functools.partial(make_model, self.config.model)), self.params)
+
+    @overload
+    def generate(
+        self, prompts: str, *, max_tokens: int | None = None, seed: int = 0, beams: int | None = None, **options: Any
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self, prompts: Sequence[str], *, max_tokens: int | None = None, seed: int = 0, beams: int | None = None,
+        **options: Any,
+    ) -> list[str]: ...  # fmt: skip
+
+    def generate(
+        self, prompts: str | Sequence[str], *, max_tokens: int | None = None, seed: int = 0, beams: int | None = None,
+        **options: Any,
+    ) -> str | list[str]:  # fmt: skip
+        """The continuation of a prompt, or of each of several.
+
+        Args:
+            max_tokens: of each continuation; 256, or what the context leaves, by default.
+            seed: another one gives another text.
+            beams: search for the likeliest text with that many beams, in place of sampling.
+            options: of `Sampling` (temperature, top_k, top_p, min_p, repetition_penalty), or with beams of `BeamSearch`.
+
+        Raises:
+            UserError: the model is not a language model, or a prompt does not fit it.
+        """
+        model = self.config.model
+        if not isinstance(model, GPTConfig):
+            raise self._cannot("generate", "a language model (gpt)")
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self.tokenizer.encode(text).tolist() for text in texts]
+        if max_tokens is None:
+            max_tokens = max(min(DEFAULT_TOKENS, model.max_length - max(map(len, ids), default=0)), 1)
+        with self._on_mesh():
+            if beams is not None:
+                search = BeamSearch(beams=beams, **options)
+                found = self._generator.search(self.params, ids, max_tokens=max_tokens, search=search)
+                written = [list(ranked[0].tokens) for ranked in found]
+            else:
+                chunks = self._generator.generate(
+                    self.params, ids, max_tokens=max_tokens, sampling=Sampling(**options), seed=seed
+                )
+                written = until_end(chunks, self.tokenizer.end_of_text)
+        continuations = [self.tokenizer.decode(tokens) for tokens in written]
+        return continuations[0] if isinstance(prompts, str) else continuations
+
+    @overload
+    def translate(self, texts: str, **options: Any) -> str: ...
+
+    @overload
+    def translate(self, texts: Sequence[str], **options: Any) -> list[str]: ...
+
+    def translate(self, texts: str | Sequence[str], **options: Any) -> str | list[str]:
+        """The best translation of a text, or of each of several.
+
+        Args:
+            options: of `BeamSearch` (beams, length_penalty, coverage_penalty).
+
+        Raises:
+            UserError: the model was not trained on pairs, or a text does not fit it.
+        """
+        with self._on_mesh():
+            given = [texts] if isinstance(texts, str) else list(texts)
+            found = self._translator.translate(self.params, given, BeamSearch(**options))
+        return found[0] if isinstance(texts, str) else found
+
+    def embed(
+        self, texts: str | Sequence[str], *, pooling: Any = None, normalize: bool = True
+    ) -> Float[np.ndarray, "*texts D"]:
+        """The vector of a text, or those of several, in float32.
+
+        Args:
+            pooling: `mean` or `cls`; the model's own way by default.
+            normalize: scale vectors to length 1.
+
+        Raises:
+            UserError: the model is not an encoder.
+        """
+        if not isinstance(self.config.model, BertConfig):
+            raise self._cannot("embed", "an encoder (bert)")
+        embedder = self._embedders.setdefault(
+            (pooling, normalize), Embedder(self.config.model, self.tokenizer, pooling=pooling, normalize=normalize)
+        )
+        with self._on_mesh():
+            vectors = embedder(self.params, [texts] if isinstance(texts, str) else list(texts))
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def predict(self, documents: Sequence[str | tuple[str, str] | Document]) -> list[Prediction]:
+        """What the model predicts of each document: its label and scores.
+
+        Args:
+            documents: texts; pairs of texts, for a model of pairs; or documents with words or choices.
+
+        Raises:
+            UserError: the model was not fine-tuned on a task, or takes other documents.
+        """
+        loaded, task, source = as_task_run(self._loaded, str(self.directory))
+        made = [_document(document, number) for number, document in enumerate(documents)]
+        for document in made:
+            if (document.target is not None or bool(document.choices)) != source.gives_pairs:
+                wanted = "pairs of texts" if source.gives_pairs else "single texts"
+                raise UserError(f"document {document.id}: this model takes {wanted}")
+        if source.document_labels == "tags":
+            made = [one if one.words else one._replace(words=tuple(one.text.split())) for one in made]
+        return predictions(loaded, task, made, "documents")
+
+    def attention(
+        self, text: str, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
+    ) -> AttentionMaps:
+        """The attention weights of a text, which a notebook shows; of a translator those between a text and its translation.
+
+        Args:
+            layers, heads: numbers from 0; all of them by default.
+
+        Raises:
+            UserError: a layer or head that does not exist, or a text that does not fit.
+        """
+        with self._on_mesh():
+            if not self.config.objective.translates:
+                return maps_of(self._loaded, text, layers, heads, str(self.directory))
+            best = self._translator.hypotheses(self.params, [text], BeamSearch())[0]
+            source = self._translator.tokens_of(text)
+            return alignment(self._loaded, source, list(best[0].tokens) if best else [])
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        model = self.config.model
+        assert isinstance(model, GPTConfig)
+        return Generator(model, end_of_text=self.tokenizer.end_of_text, num_tokens=self.tokenizer.vocab_size)
+
+    @functools.cached_property
+    def _translator(self) -> TextTranslator:
+        if not self.config.objective.translates:
+            raise self._cannot("translate", "a model trained on pairs of texts")
+        return TextTranslator(self.config, self.tokenizer, self.target_tokenizer)
+
+    @functools.cached_property
+    def _embedders(self) -> dict[Any, Embedder]:
+        return {}
+
+    def _on_mesh(self) -> Any:
+        return use_mesh(self._loaded.mesh, self.config.mesh.rules)
+
+    def _cannot(self, what: str, wanted: str) -> UserError:
+        model, objective = self.config.model.family, self.config.objective.kind
+        return UserError(
+            f"{self.directory}: {what} needs {wanted}; this is a model of family {model}, objective {objective}"
+        )
+
+
+def _document(given: str | tuple[str, str] | Document, number: int) -> Document:
+    if isinstance(given, Document):
+        return given
+    if isinstance(given, str):
+        return Document(str(number), given)
+    text, target = given
+    return Document(str(number), text, target)

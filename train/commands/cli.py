@@ -1,0 +1,68 @@
+"""`manyheads`: the commands, and how a user's mistake ends one: a single line, and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from train.commands import (
+    attend,
+    diff,
+    embed,
+    explain,
+    export,
+    generate,
+    import_checkpoint,
+    predict,
+    prepare,
+    train,
+    translate,
+)
+from train.interrupt import leaving_at_once
+from transformer.errors import ConfigError, UserError
+
+COMMANDS = tuple(
+    module.COMMAND
+    for module in (
+        train, import_checkpoint, export, embed, prepare, explain, diff, generate, attend, translate, predict
+    )
+)  # fmt: skip
+"""A new command is one new file and one name here."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="manyheads", description="Train and use Transformers from a config.")
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_to(parsers)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.command.takes_config:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides = rest
+    try:
+        with leaving_at_once("manyheads"):
+            options.command.run(options)
+    except UserError as error:
+        print(f"manyheads: {_message(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader (head, less) has left: nothing more to say, and nothing wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _message(error: UserError) -> str:
+    """The error's message, which names a field by its whole path."""
+    if not isinstance(error, ConfigError):
+        return str(error)
+    from train.config import RunConfig
+    from train.config.mistakes import with_path
+
+    return with_path(RunConfig, error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What the commands of `manyheads` have in common: how one is described, and arguments that several take.
+
+Nothing here or at the top of a command's file imports JAX, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from transformer.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+    from train.parallel.processes import Peers
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: its arguments, and what it does with them."""
+
+    name: str
+    help: str
+    run: Callable[[argparse.Namespace], None]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    takes_config: bool = False
+    """It reads a config, whose fields further flags override."""
+
+    def add_to(self, commands: argparse._SubParsersAction) -> None:
+        """Its parser, among those of the others."""
+        listed = "`manyheads explain CONFIG` lists them"
+        overrides = f"\n\nAny field can be overridden: --model.num-layers 8 --steps 500; {listed}."
+        parser = commands.add_parser(
+            self.name, help=self.help, description=self.help + (overrides if self.takes_config else ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        )  # fmt: skip
+        if self.takes_config:
+            parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+        self.add_arguments(parser)
+        parser.set_defaults(command=self)
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Which devices to run on."""
+    parser.add_argument("--devices", type=int, metavar="N", help="make N virtual CPU devices and run on them")
+    parser.add_argument("--platform", metavar="NAME", help="cpu, gpu or tpu; JAX's own choice by default")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Which run, and which of its checkpoints."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--step", default="best", metavar="STEP", help="checkpoint: best, latest, or a step (best)")
+
+
+def set_up(options: argparse.Namespace, peers: Peers | None = None) -> None:
+    """Start JAX on the devices that were asked for."""
+    from train.parallel.runtime import set_up_devices
+
+    set_up_devices(getattr(options, "devices", None), getattr(options, "platform", None), peers)
+
+
+def load_config(options: argparse.Namespace) -> RunConfig:
+    """The config with its overrides. Raises `UserError`."""
+    from train.config import load
+
+    return load(options.config, options.overrides)
+
+
+def from_flags(kind: type[T], options: argparse.Namespace) -> T:
+    """A config of which each field that the command has a flag for is that flag's value. Raises `UserError`."""
+    names = {field.name for field in dataclasses.fields(kind)} & vars(options).keys()  # type: ignore[arg-type]
+    try:
+        return kind(**{name: getattr(options, name) for name in names})
+    except ConfigError as error:
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+
+
+def read_lines(name: str) -> list[str]:
+    """The lines of a file, or of standard input (`-`), without empty ones. Raises `UserError`."""
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: cannot be read: {error}") from None
+    return [line for line in text.splitlines() if line]

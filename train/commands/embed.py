@@ -1,0 +1,35 @@
+"""`manyheads embed`: a vector for each text of a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from train.commands.command import Command, add_devices, add_run, set_up
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_devices(parser)
+    add_run(parser)
+    texts = "texts: .txt, .jsonl, .csv, .parquet (- for standard input)"
+    parser.add_argument("--file", required=True, metavar="FILE", help=texts)
+    parser.add_argument("--field", default="text", metavar="NAME", help="of records: the field with the text (text)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write: .npy or .parquet")
+    parser.add_argument("--pooling", choices=["mean", "cls"], help="how tokens become one vector (the model's own way)")
+    normalize = "scale vectors to length 1 (yes)"
+    parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help=normalize)
+
+
+def run(options: argparse.Namespace) -> None:
+    set_up(options)
+    from train.inference.embed import embed
+
+    embed(
+        options.run, options.file, options.out, field=options.field, pooling=options.pooling,
+        normalize=options.normalize, step=options.step,
+    )  # fmt: skip
+
+
+COMMAND = Command(
+    name="embed", help="compute a vector for each text of a file, with an encoder", run=run, add_arguments=add_arguments
+)

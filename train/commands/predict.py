@@ -1,0 +1,32 @@
+"""`manyheads predict`: labels of new documents."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from train.commands.command import Command, add_devices, add_run, set_up
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_devices(parser)
+    add_run(parser)
+    documents = (
+        "a text a line (.txt), or .jsonl, .csv, .parquet, .conll with the fields of the run's source; - for standard input: "
+        "a text a line, or JSON lines where a document has several fields"
+    )
+    parser.add_argument("--file", required=True, metavar="FILE", help=documents)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines here (standard output)")
+
+
+def run(options: argparse.Namespace) -> None:
+    set_up(options)
+    from train.inference.predict import predict
+
+    predict(options.run, options.file, options.out, options.step)
+
+
+COMMAND = Command(
+    name="predict", help="predict the labels of documents with a model that was fine-tuned on a task", run=run,
+    add_arguments=add_arguments,
+)  # fmt: skip

@@ -1,0 +1,69 @@
+"""`manyheads train`: train from a config."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from train.commands.command import Command, add_devices, load_config, set_up
+from transformer.errors import UserError
+
+if TYPE_CHECKING:
+    from train.parallel.processes import Peers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_devices(parser)
+    several = "one of several processes, found by Slurm, MPI, a pod, ..."
+    parser.add_argument("--distributed", action="store_true", help=several)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes: where process 0 is")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    silent = "a process that is silent for this long counts as dead (60)"
+    parser.add_argument("--heartbeat-seconds", type=int, default=60, metavar="S", help=silent)
+    parser.add_argument("--profile", metavar="A:B", help="trace steps A to B for TensorBoard or Perfetto")
+    seeds = "train with N seeds, from the config's seed up, and summarise their scores"
+    parser.add_argument("--seeds", type=int, metavar="N", help=seeds)
+
+
+def run(options: argparse.Namespace) -> None:
+    profile = _profile_range(options.profile)
+    config = load_config(options)
+    if options.seeds is not None and profile is not None:
+        raise UserError("--profile: it traces a single run; leave out --seeds")
+    set_up(options, _peers(options))
+    if options.seeds is not None:
+        from train.run.seeds import train_seeds
+
+        train_seeds(config, options.seeds)
+        return
+    from train.run.loop import train
+
+    train(config, profile=profile)
+
+
+def _peers(options: argparse.Namespace) -> Peers | None:
+    """The other processes of the run, where flags name them."""
+    given: dict[str, Any] = {
+        name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")
+    }  # fmt: skip
+    if not options.distributed and set(given.values()) == {None}:
+        return None
+    from train.parallel.processes import Peers
+
+    return Peers(**given, heartbeat_seconds=options.heartbeat_seconds)
+
+
+def _profile_range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile: got {text!r}; allowed: FIRST:LAST, two steps from 1 up, such as 10:20")
+    return int(first), int(last)
+
+
+COMMAND = Command(
+    name="train", help="train from a config, or continue where the run stopped", run=run, add_arguments=add_arguments,
+    takes_config=True,
+)  # fmt: skip

@@ -1,0 +1,63 @@
+"""Examples of documents with a class or a number: one document, or one pair, a row.
+
+Axes: B examples asked for at once. Every example holds the arrays of `train.data.examples.rows` and
+
+    labels            [B] int32       the class, by its number in `Meta.labels`; or
+                          float32     the number
+    weights           [B, 1] float32  1: a row is one thing to predict
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from train.data.examples.draws import Draws
+from train.data.examples.rows import Stretches, TaskRows, TooLong, fitting, longest_first, one_each, text_sizes
+from train.data.prepared.label_arrays import NONE
+from train.data.prepared.store import TokenArray
+from train.data.tokenization.tokenizer import Tokenizer
+
+
+class LabelledDocuments(TaskRows):
+    """The documents of an array, in its order; those that are too long for a row are left out, or their ends are.
+
+    Of a pair the longer side is cut first, as Hugging Face's `longest_first`.
+    """
+
+    def __init__(
+        self,
+        array: TokenArray,
+        tokenizer: Tokenizer,
+        length: int,
+        too_long: TooLong,
+        *,
+        numbers: bool = False,
+        shown: bool = False,
+    ) -> None:
+        """`numbers`: the labels are numbers, not classes; `shown` says how many documents are too long.
+
+        Raises `UserError` if no document is short enough.
+        """
+        super().__init__(array, tokenizer, length)
+        sides = [array] if array.target is None else [array, array.target]
+        sizes = [text_sizes(side) for side in sides]
+        self.documents = fitting(array, np.sum(sizes, axis=0) + self.frame(len(sides)), length, too_long, shown=shown)
+        sizes = [side[self.documents] for side in sizes]
+        room = length - self.frame(len(sides))
+        taken = [np.minimum(sizes[0], room)] if len(sides) == 1 else longest_first(sizes[0], sizes[1], room)
+        self.sides = [Stretches.of(side, self.documents, size) for side, size in zip(sides, taken, strict=True)]
+        kind = np.float32 if numbers else np.int32
+        labels = np.full(array.documents, NONE, kind) if array.labels is None else np.asarray(array.labels)
+        self._labels = labels[self.documents]
+
+    def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
+        labels = {"labels": self._labels[indices], "weights": one_each(len(indices))}
+        return self.rows(self.sides, indices) | labels
+
+
+def commonest_share(arrays: Sequence[TokenArray]) -> float | None:
+    """The part of the documents that are of their commonest class, which a guess would reach; None without classes."""
+    labels = [array.labels for array in arrays if array.labels is not None]
+    return float(np.bincount(np.concatenate(labels)).max() / sum(map(len, labels))) if labels else None

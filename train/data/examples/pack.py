@@ -1,0 +1,275 @@
+"""Cutting a token array into examples of one length, each found by its index alone.
+
+Axes: B examples asked for at once, T positions. Every example holds
+
+    tokens   [B, T] int32    the inputs
+    targets  [B, T] int32    the token after each input
+    weights  [B, T] float32  1 where the target counts, 0 at padding
+
+and, where documents are kept apart,
+
+    segments  [B, T] int32   which piece a position belongs to: 1, 2, ...; 0 at padding
+    positions [B, T] int32   its place in the piece, from 0
+
+Over all examples, every predicted token of the array is a target once; packed documents begin with an end of text.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from train.data.examples.draws import Draws
+from train.data.prepared.store import TokenArray
+from train.files import sync
+from transformer.errors import UserError
+
+Packing = Literal["chunk", "documents", "pad"]
+
+_WINDOW = 1 << 20  # document remainders that are fitted together: bounds the memory that packing takes
+_INDEX_VERSION = 1
+
+
+class Examples(abc.ABC):
+    """The examples of one token array. `len` is their number."""
+
+    def __init__(self, array: TokenArray, length: int) -> None:
+        self.length = length
+        self._tokens = np.asarray(array.tokens)  # a plain view: indexing a memmap costs several times as much
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
+        """The examples at `indices` [B] int64, each in [0, len): arrays [B, T] as the module describes.
+
+        `draws` has a stream of random numbers for each row, for an objective that takes any.
+        """
+
+    @property
+    @abc.abstractmethod
+    def efficiency(self) -> float:
+        """The part of all positions that hold a token of text; the rest is padding."""
+
+    @property
+    def source_efficiency(self) -> float | None:
+        """The same of the source, where there is one."""
+        return None
+
+
+class Chunked(Examples):
+    """Example i is `length` tokens from i * length on, wherever documents begin and end.
+
+    What is left at the end is dropped for training; with `keep_rest` it is one more example, padded.
+    """
+
+    def __init__(self, array: TokenArray, length: int, *, keep_rest: bool = False) -> None:
+        super().__init__(array, length)
+        self._targets = len(self._tokens) - 1
+        self._len = -(-self._targets // length) if keep_rest else self._targets // length
+
+    def __len__(self) -> int:
+        return self._len
+
+    def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
+        places = indices[:, None] * self.length + np.arange(self.length + 1)
+        window = self._tokens[np.minimum(places, self._targets)].astype(np.int32)
+        weights = (places[:, 1:] <= self._targets).astype(np.float32)
+        return {
+            "tokens": np.ascontiguousarray(window[:, :-1]),
+            "targets": np.ascontiguousarray(window[:, 1:]),
+            "weights": weights,
+        }
+
+    @property
+    def efficiency(self) -> float:
+        return min(1.0, self._targets / max(1, len(self) * self.length))
+
+
+class Documents(Examples):
+    """Whole documents fitted into examples, longer ones cut into pieces; no target lies in another document.
+
+    Fitting is best-fit decreasing. The index is kept next to the tokens, so that a later run maps it into memory.
+    """
+
+    def __init__(self, array: TokenArray, length: int) -> None:
+        super().__init__(array, length)
+        name = f"fit{_INDEX_VERSION}-{length}"
+        index = kept_index(array, name, lambda: fit_documents(array.offsets, length))
+        self._starts, self._lengths = index[:, 0], index[:, 1]
+        count = int(index[-1, 2]) + 1 if len(index) else 0
+        self._bounds = np.searchsorted(index[:, 2], np.arange(count + 1))
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
+        placed = Placed.at(self._bounds, self._lengths, indices, self.length)
+        source = np.repeat(self._starts[placed.pieces], placed.sizes) + placed.positions
+        return {
+            "tokens": placed.spread(self._tokens[source]),
+            "targets": placed.spread(self._tokens[source + 1]),
+            "weights": placed.spread(np.float32(1)),
+            **placed.places(),
+        }
+
+    @property
+    def efficiency(self) -> float:
+        return int(self._lengths.sum()) / max(1, len(self) * self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Where in the rows of a batch the tokens of its pieces go. P pieces in B rows of T positions, N tokens in all."""
+
+    pieces: np.ndarray
+    """[P], row by row."""
+    sizes: np.ndarray
+    """[P], in tokens."""
+    segments: np.ndarray
+    """[N], from 1 in each row."""
+    positions: np.ndarray
+    """[N], from 0 in each piece."""
+    flat: np.ndarray
+    """[N], each token's place in [B · T]."""
+    shape: tuple[int, int]
+    """(B, T)."""
+
+    @classmethod
+    def at(cls, bounds: np.ndarray, sizes: np.ndarray, rows: np.ndarray, length: int) -> Placed:
+        """Rows r of `rows` [B] hold the pieces `bounds[r]` to `bounds[r + 1]`, whose sizes are in `sizes`."""
+        first, counts = bounds[rows], bounds[rows + 1] - bounds[rows]
+        return cls.of(np.repeat(first, counts) + place_in_group(counts), counts, sizes, length)
+
+    @classmethod
+    def of(cls, pieces: np.ndarray, counts: np.ndarray, sizes: np.ndarray, length: int) -> Placed:
+        """The first `counts[0]` of `pieces` [P] are in row 0, and so on; `sizes` has those of all pieces there are."""
+        # From rows to pieces, then from pieces to tokens, each time by repeating what a group shares and adding
+        # the place within the group: no Python loop, however short the documents are.
+        rows = np.repeat(np.arange(len(counts)), counts)
+        sizes = sizes[pieces]
+        before = np.cumsum(sizes) - sizes  # tokens of all pieces before, whose first in the row is the row's own start
+        row_starts = (np.cumsum(counts) - counts)[counts > 0]
+        columns = before - np.repeat(before[row_starts], counts[counts > 0])
+        positions = place_in_group(sizes)
+        flat = np.repeat(rows * length + columns, sizes) + positions
+        segments = np.repeat(place_in_group(counts) + 1, sizes)
+        return cls(pieces, sizes, segments, positions, flat, (len(counts), length))
+
+    def spread(self, values: np.ndarray | np.float32) -> np.ndarray:
+        """Values [N] of the tokens at their places: [B, T], 0 elsewhere; float32 for floats, else int32."""
+        rows = np.zeros(self.shape, np.float32 if values.dtype == np.float32 else np.int32)
+        rows.reshape(-1)[self.flat] = values
+        return rows
+
+    def places(self, prefix: str = "") -> dict[str, np.ndarray]:
+        """The arrays `segments` and `positions`."""
+        return {
+            f"{prefix}segments": self.spread(self.segments),
+            f"{prefix}positions": self.spread(self.positions),
+        }
+
+
+def examples(array: TokenArray, packing: Packing, length: int, *, training: bool) -> Examples:
+    """The examples of an array. Raises `UserError` if there is too little text to train on sequences of `length`."""
+    predicted = len(array.tokens) - 1
+    if training and predicted < length:
+        raise UserError(
+            f"{array.name}: {predicted} tokens are fewer than one sequence of {length}; "
+            "give it more text or make the sequences shorter"
+        )
+    return Documents(array, length) if packing == "documents" else Chunked(array, length, keep_rest=not training)
+
+
+def fit_documents(offsets: np.ndarray, length: int) -> np.ndarray:
+    """Fit documents into examples: [P, 3] int64, for each piece its first input, its size and its example.
+
+    `offsets` [documents + 1] is `TokenArray.offsets`. Pieces are sorted by example.
+    """
+    return fit_pieces(offsets[:-1] - 1, np.diff(offsets), length)
+
+
+def fit_pieces(starts: np.ndarray, sizes: np.ndarray, length: int, *, extra: int = 0) -> np.ndarray:
+    """Fit texts of these `starts` and `sizes` [documents] into examples of `length`: [P, 3] as `fit_documents`.
+
+    A text longer than an example gives full examples and a remainder; remainders and shorter texts are fitted
+    together, largest first, each into the fullest example that still has room. Each piece takes `extra` positions
+    besides its own tokens.
+    """
+    room = length - extra
+    full = sizes // room
+    full_starts = np.repeat(starts, full) + room * place_in_group(full)
+    parts = [np.stack([full_starts, np.full_like(full_starts, room), np.arange(len(full_starts))], axis=1)]
+    count = len(full_starts)
+
+    rest = sizes % room
+    rest_starts, rest = (starts + full * room)[rest > 0], rest[rest > 0]
+    for begin in range(0, len(rest), _WINDOW):
+        window = slice(begin, begin + _WINDOW)
+        bins = best_fit_decreasing(rest[window] + extra, length)
+        order = np.argsort(bins, kind="stable")
+        parts.append(np.stack([rest_starts[window], rest[window], bins + count], axis=1)[order])
+        count += int(bins.max()) + 1
+    return np.concatenate(parts).astype(np.int64)
+
+
+def best_fit_decreasing(sizes: np.ndarray, room: int) -> np.ndarray:
+    """A bin for each of `sizes` [P], all in [1, room], such that no bin holds more than `room`."""
+    bins = np.empty(len(sizes), np.int64)
+    bins_with: list[list[int]] = [[] for _ in range(room + 1)]  # by the room that they have left
+    occupied = 0  # bit r is set where bins_with[r] is not empty: the lowest bit from `size` on is the best fit
+    count = 0
+    for item in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[item])
+        fitting = occupied >> size
+        if fitting:
+            left = size + (fitting & -fitting).bit_length() - 1
+            chosen = bins_with[left].pop()
+            if not bins_with[left]:
+                occupied ^= 1 << left
+        else:
+            left, chosen, count = room, count, count + 1
+        bins[item] = chosen
+        left -= size
+        bins_with[left].append(chosen)
+        occupied |= 1 << left if left else 0
+    return bins
+
+
+def place_in_group(sizes: np.ndarray) -> np.ndarray:
+    """0, 1, ... within each of consecutive groups of these sizes: [2, 3] gives 0 1 0 1 2."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)
+
+
+def kept_index(array: TokenArray, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` returns, from the file `name` next to the tokens if it was made before."""
+    if array.index_path is None:
+        return make()
+    path = Path(f"{array.index_path}.{name}.npy")
+    if not path.is_file():
+        index = make()
+        # Keeping the index only saves time: where the folder cannot be written, it is made anew each run.
+        with contextlib.suppress(OSError):
+            _save_whole(path, index)
+        return index
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def _save_whole(path: Path, index: np.ndarray) -> None:
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as stream:
+            np.save(stream, index)
+        sync(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,368 @@
+"""Prepared data on disk: token arrays with document offsets, a tokenizer and the counts, written whole or not at all.
+
+    <fingerprint>/
+      meta.json                     counts, sizes, the largest id
+      tokenizer/
+      train/0.tokens                little-endian ids of source 0, uint16 or uint32
+      train/0.offsets.npy           where each document begins, int64 [documents + 1]
+      validation/0.tokens ...
+
+Of pairs, such as a text and its translation, there is besides
+
+      target_tokenizer/             where the other side has a vocabulary of its own
+      train/0.target.tokens         the other side, document by document
+      train/0.target.offsets.npy
+
+where a text has several others, its choices, they follow each other as documents of the other side; of documents with labels
+
+      train/0.labels.npy            as `train.data.prepared.label_arrays` describes them, classes by their number in meta.json
+
+and of both
+
+      validation/0.documents.jsonl  the held-out documents as they were read, one a line
+
+An array begins with one end of text, and each document is followed by one. So every token of every document has a
+token before it to be predicted from, and `offsets[d] - 1` is where the inputs of document d begin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from train.data.sources.records import Document, LabelKind
+from train.data.tokenization.tokenizer import Tokenizer
+from train.files import sync
+from transformer.errors import UserError
+
+Split = Literal["train", "validation"]
+
+FORMAT_VERSION = 4
+_META_FILE = "meta.json"
+_SIDES = ("", ".target")
+_TOKENIZER_FOLDERS = ("tokenizer", "target_tokenizer")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one source put into one split; of pairs, the side that is read."""
+
+    name: str
+    """The source's title."""
+    documents: int
+    tokens: int
+    """Token ids that are predicted: each document's own and one end of text a document."""
+    bytes: int
+    """The text in UTF-8, in bytes."""
+    skipped: int
+    """Documents left out as unreadable. With a split by document id they are counted under `train`."""
+    largest_id: int
+    """The largest token id, the end of text included."""
+    target: Counts | None = None
+    """Of pairs, the counts of the other side: the one that is predicted."""
+
+    @property
+    def predicted(self) -> Counts:
+        """The counts of the side that a model predicts."""
+        return self.target or self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What `meta.json` holds."""
+
+    format_version: int
+    fingerprint: str
+    python: str
+    """The Python that prepared the data: the `stdlib` source is its library."""
+    dtype: str
+    vocab_size: int
+    end_of_text: int
+    train: tuple[Counts, ...]
+    validation: tuple[Counts, ...]
+    gzip_bytes: int | None
+    """The validation documents, joined, after `gzip -9`; None where there is too much of them."""
+    xz_bytes: int | None
+    """The same after `xz`."""
+    target_vocab_size: int | None = None
+    """Of pairs: the vocabulary size of the other side, whether its own or the same; None where there are no pairs."""
+    labels: tuple[str, ...] = ()
+    """The classes of the training documents, or the tags of their words, sorted; empty where there are none."""
+    label_kind: LabelKind | None = None
+    """What the documents' labels are; None where they have none."""
+
+    def counts(self, split: Split) -> tuple[Counts, ...]:
+        """The counts of a split, one per source."""
+        return self.train if split == "train" else self.validation
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the documents have two sides."""
+        return self.target_vocab_size is not None
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all that is read: a model's vocabulary must be larger."""
+        return max(counts.largest_id for counts in (*self.train, *self.validation))
+
+    @property
+    def largest_target_id(self) -> int:
+        """The largest token id of what is predicted: of pairs, the other side."""
+        return max(counts.predicted.largest_id for counts in (*self.train, *self.validation))
+
+    def tokens(self, split: Split) -> int:
+        """Predicted tokens of a split; of pairs, the other side's."""
+        return sum(counts.predicted.tokens for counts in self.counts(split))
+
+    def bytes(self, split: Split) -> int:
+        """UTF-8 bytes of a split's text; of pairs, the other side's."""
+        return sum(counts.predicted.bytes for counts in self.counts(split))
+
+    def bytes_per_token(self, split: Split) -> float:
+        """UTF-8 bytes of text per predicted token: a loss of x nats a token is x / ln 2 / this in bits per byte."""
+        return self.bytes(split) / max(1, self.tokens(split))
+
+    def bits_per_byte(self, compressor: Literal["gzip", "xz"]) -> float | None:
+        """What a compressor makes of the validation text; None where it was not tried."""
+        size = self.gzip_bytes if compressor == "gzip" else self.xz_bytes
+        return None if size is None else 8 * size / max(1, self.bytes("validation"))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenArray:
+    """The tokens of one source in one split, memory-mapped."""
+
+    name: str
+    tokens: np.ndarray
+    """[1 + tokens], uint16 or uint32: an end of text, then each document with its own."""
+    offsets: np.ndarray
+    """[documents + 1], int64: document d is `tokens[offsets[d]:offsets[d + 1]]`, its end of text included."""
+    index_path: Path | None = None
+    """Beginning of the names of files in which an index over this array may be kept; None to keep none."""
+    target: TokenArray | None = None
+    """Of pairs, the other side, document by document; None for single texts."""
+    labels: np.ndarray | None = None
+    """The label of each document, or token, as `train.data.prepared.label_arrays` describes them; None where there are none."""
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
+        return len(self.offsets) - 1
+
+    @property
+    def others(self) -> int:
+        """How many texts of the other side belong to each document: 0, 1 in pairs, or the number of its choices."""
+        return 0 if self.target is None or not self.documents else self.target.documents // self.documents
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Data that is ready to be packed and drawn."""
+
+    directory: Path
+    meta: Meta
+    tokenizer: Tokenizer
+    train: tuple[TokenArray, ...]
+    """One per source of the config, in its order."""
+    validation: tuple[TokenArray, ...]
+    """Only sources that have validation documents."""
+
+    own_target_tokenizer: Tokenizer | None = None
+    """The tokenizer of a pair's other side, if that has a vocabulary of its own."""
+
+    @classmethod
+    def load(cls, directory: Path) -> Prepared:
+        """Open what `finish` wrote. Raises `UserError` if it is missing or damaged."""
+        own, other = (directory / folder for folder in _TOKENIZER_FOLDERS)
+        tokenizer = Tokenizer.load(own)
+        target_tokenizer = Tokenizer.load(other) if other.is_dir() else None
+        dtypes = (tokenizer.dtype, (target_tokenizer or tokenizer).dtype)
+        try:
+            meta = _read_meta(directory)
+            train = tuple(_open(directory, "train", i, meta, dtypes) for i in range(len(meta.train)))
+            held_out = [i for i, counts in enumerate(meta.validation) if counts.documents]
+            validation = tuple(_open(directory, "validation", i, meta, dtypes) for i in held_out)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{directory}: damaged ({error}); delete this folder and prepare the data again") from error
+        return cls(directory, meta, tokenizer, train, validation, target_tokenizer)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether every array has another side."""
+        return bool(self.train) and self.train[0].target is not None
+
+    @property
+    def target_tokenizer(self) -> Tokenizer:
+        """The tokenizer of what is predicted: of pairs, the other side's."""
+        return self.own_target_tokenizer or self.tokenizer
+
+    def held_out(self, array: TokenArray) -> list[Document]:
+        """The documents of an array of `validation` as they were read; kept of pairs, and of documents with labels.
+
+        Raises `UserError` if the file is missing or damaged.
+        """
+        path = Path(f"{array.index_path}.documents.jsonl")
+        try:
+            with path.open(encoding="utf-8") as stream:
+                return [Document.from_json(line) for line in stream]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"damaged ({error}); delete its folder and prepare the data again"
+            raise UserError(f"{path}: {reason}") from error
+
+    def validation_pairs(self) -> list[tuple[str, str]]:
+        """The held-out pairs as they were written, in the order of the `validation` arrays; none for single texts.
+
+        Raises `UserError` if a file is missing or damaged.
+        """
+        arrays = self.validation if self.pairs else ()
+        return [(document.text, document.sides[1]) for array in arrays for document in self.held_out(array)]
+
+
+class _TokenWriter:
+    """Writes one token array, a document at a time."""
+
+    def __init__(self, path: Path, side: str, name: str, tokenizer: Tokenizer) -> None:
+        self._path = Path(f"{path}{side}.tokens")
+        self._offsets_path = Path(f"{path}{side}.offsets.npy")
+        self._end = np.array([tokenizer.end_of_text], tokenizer.dtype).tobytes()
+        self._offsets = array("q", [1])
+        self._name = name
+        self._bytes = 0
+        self._largest_id = tokenizer.end_of_text
+        self._file = self._path.open("wb")
+        self._file.write(self._end)
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        self._file.write(ids.tobytes())
+        self._file.write(self._end)
+        self._offsets.append(self._offsets[-1] + len(ids) + 1)
+        self._bytes += text_bytes
+        self._largest_id = max(self._largest_id, int(ids.max(initial=0)))
+
+    def finish(self) -> Counts:
+        self._file.close()
+        np.save(self._offsets_path, np.frombuffer(self._offsets, np.int64))
+        sync(self._path)
+        sync(self._offsets_path)
+        documents, tokens = len(self._offsets) - 1, self._offsets[-1] - 1
+        return Counts(self._name, documents, tokens, self._bytes, skipped=0, largest_id=self._largest_id)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class DocumentWriter:
+    """Writes the token arrays of one source and split: of each side of its documents, and the held-out ones themselves.
+
+    A context manager, which closes its files.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        split: Split,
+        source: int,
+        name: str,
+        tokenizers: Sequence[Tokenizer],
+        *,
+        labelled: bool = False,
+    ) -> None:
+        """Creates the files under `directory`, one tokenizer for each side. Raises `OSError`, as do the methods."""
+        path = _array_path(directory, split, source)
+        path.parent.mkdir(exist_ok=True)
+        self._sides = [
+            _TokenWriter(path, side, name, tokenizer) for side, tokenizer in zip(_SIDES, tokenizers, strict=False)
+        ]
+        self._texts_path = Path(f"{path}.documents.jsonl")
+        keeps_texts = split == "validation" and (labelled or len(tokenizers) == 2)
+        self._texts = self._texts_path.open("w", encoding="utf-8") if keeps_texts else None
+
+    def add(self, document: Document, ids: Sequence[np.ndarray]) -> None:
+        """Append one document, and of each of its texts the ids [n], without end of text."""
+        for place, (side_ids, text) in enumerate(zip(ids, document.sides, strict=True)):
+            self._sides[min(place, 1)].add(side_ids, len(text.encode()))
+        if self._texts:
+            self._texts.write(document.to_json() + "\n")
+
+    def finish(self) -> Counts:
+        """Write what is left and wait for the disk."""
+        if self._texts:
+            self._texts.close()
+            sync(self._texts_path)
+        own, *other = (side.finish() for side in self._sides)
+        return dataclasses.replace(own, target=other[0] if other else None)
+
+    def __enter__(self) -> DocumentWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for side in self._sides:
+            side.close()
+        if self._texts:
+            self._texts.close()
+
+
+def write_tokenizers(directory: Path, tokenizers: Sequence[Tokenizer]) -> None:
+    """Save the tokenizer, and that of a pair's other side if there is one. Raises `OSError`."""
+    for folder, tokenizer in zip(_TOKENIZER_FOLDERS, tokenizers, strict=False):
+        tokenizer.save(directory / folder)
+        for path in (directory / folder).iterdir():
+            sync(path)
+
+
+def write_meta(directory: Path, meta: Meta) -> None:
+    """Write the counts, on the disk when this returns. Raises `OSError`."""
+    path = directory / _META_FILE
+    path.write_text(json.dumps(dataclasses.asdict(meta), indent=2) + "\n", "utf-8")
+    for written in (path, *(folder for folder in directory.iterdir() if folder.is_dir()), directory):
+        sync(written)
+
+
+def _read_meta(directory: Path) -> Meta:
+    fields = json.loads((directory / _META_FILE).read_text("utf-8"))
+    for split in ("train", "validation"):
+        fields[split] = tuple(_read_counts(counts) for counts in fields[split])
+    return Meta(**fields | {"labels": tuple(fields["labels"])})
+
+
+def _read_counts(fields: dict[str, Any]) -> Counts:
+    target = fields.pop("target")
+    return Counts(**fields, target=None if target is None else _read_counts(target))
+
+
+def _open(directory: Path, split: Split, source: int, meta: Meta, dtypes: tuple[np.dtype, np.dtype]) -> TokenArray:
+    path = _array_path(directory, split, source)
+    counts = meta.counts(split)[source]
+    target = None if counts.target is None else _open_side(path, _SIDES[1], counts.target, dtypes[1])
+    labels = None
+    if meta.label_kind is not None and counts.documents:
+        labels = np.load(labels_path(directory, split, source), mmap_mode="r")
+        of_tokens = meta.label_kind == "tags"
+        wanted, what = (counts.tokens + 1, "tokens") if of_tokens else (counts.documents, "documents")
+        if len(labels) != wanted:
+            raise ValueError(f"{path.name}: {len(labels)} labels where meta.json counts {wanted} {what}")
+    return dataclasses.replace(_open_side(path, _SIDES[0], counts, dtypes[0]), target=target, labels=labels)
+
+
+def _open_side(path: Path, side: str, counts: Counts, dtype: np.dtype) -> TokenArray:
+    tokens = np.memmap(f"{path}{side}.tokens", dtype, "r")
+    offsets = np.load(f"{path}{side}.offsets.npy", mmap_mode="r")
+    if len(tokens) != counts.tokens + 1 or len(offsets) != counts.documents + 1:
+        raise ValueError(f"{path.name}{side}: {len(tokens)} tokens where meta.json counts {counts.tokens + 1}")
+    return TokenArray(counts.name, tokens, offsets, Path(f"{path}{side}"))
+
+
+def labels_path(directory: Path, split: Split, source: int) -> Path:
+    """The file of the classes of one source's documents."""
+    return Path(f"{_array_path(directory, split, source)}.labels.npy")
+
+
+def _array_path(directory: Path, split: Split, source: int) -> Path:
+    return directory / split / str(source)

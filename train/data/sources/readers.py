@@ -1,0 +1,241 @@
+"""File formats: from one file, compressed or not, to documents. Every fault is named by file and line."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import sqlite3
+import sys
+import tokenize
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+from train.data.sources.records import Document, Records
+from transformer.errors import UserError
+
+Format = Literal["text", "python", "jsonl", "csv", "parquet", "sqlite", "conll"]
+
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+_FORMATS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".db": "sqlite",
+    ".sqlite": "sqlite",
+    ".sqlite3": "sqlite",
+    ".conll": "conll",
+}
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """How to turn files into documents. `read` is the only entrance; the rest is one method per format."""
+
+    format: Literal["auto"] | Format
+    records: Records
+    """What becomes of a row; its `rejects` get all faults."""
+    separator: str = ""
+    query: str = ""
+
+    def read(self, path: Path, name: str) -> Iterator[Document]:
+        """The documents of the file at `path`, in its order, none of them empty.
+
+        `name` begins each document's id. Raises `UserError` for a file that cannot be opened or is damaged, and for
+        a faulty document if `rejects` is set to stop.
+        """
+        form = format_of(path) if self.format == "auto" else self.format
+        readers: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+            "text": self._text,
+            "python": self._python,
+            "jsonl": self._jsonl,
+            "csv": self._csv,
+            "parquet": self._parquet,
+            "sqlite": self._sqlite,
+            "conll": self._conll,
+        }
+        try:
+            for document in readers[form](path, name):
+                if document.text:
+                    yield document
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise UserError(f"{path}: damaged or cut short ({error}); fetch or compress it again") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error}); check path and disk") from error
+
+    def _text(self, path: Path, name: str) -> Iterator[Document]:
+        line = 1
+        with open_bytes(path) as stream:
+            for number, data in enumerate(_split(stream, self.separator.encode())):
+                # A line may end as Windows ends it.
+                text = self._decode(data.removesuffix(b"\r") if self.separator == "\n" else data, path, line)
+                line += data.count(b"\n") + self.separator.count("\n")
+                if text:
+                    yield Document(f"{name}#{number}" if self.separator else name, text)
+
+    def _decode(self, data: bytes, path: Path, line: int) -> str:
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            line += data.count(b"\n", 0, error.start)
+            self.records.rejects.add(f"{path}:{line}", f"not valid UTF-8 (byte 0x{data[error.start]:02x})")
+            return ""
+
+    def _python(self, path: Path, name: str) -> Iterator[Document]:
+        # Python source says its own encoding (PEP 263). The standard library's tests hold a few files that are
+        # broken on purpose: no user can fix those, so they never stop a run.
+        data = path.read_bytes()
+        try:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+            yield Document(name, data.decode(encoding))
+        except (SyntaxError, UnicodeDecodeError) as error:
+            self.records.rejects.skip(str(path), f"not valid Python source text ({error})")
+
+    def _jsonl(self, path: Path, name: str) -> Iterator[Document]:
+        with open_bytes(path) as stream:
+            for line, data in enumerate(stream, start=1):
+                if data.isspace():
+                    continue
+                place = f"{path}:{line}"
+                try:
+                    row = json.loads(data.decode("utf-8", "surrogateescape"))
+                except (json.JSONDecodeError, RecursionError) as error:
+                    self.records.rejects.add(place, f"malformed JSON ({error})")
+                    continue
+                if not isinstance(row, dict):
+                    self.records.rejects.add(place, f"expected a JSON object, got {type(row).__name__}")
+                elif document := self.records.document(row, f"{name}:{line}", place):
+                    yield document
+
+    def _csv(self, path: Path, name: str) -> Iterator[Document]:
+        csv.field_size_limit(sys.maxsize)  # a document may well be longer than the module's 128 KiB
+        with open_bytes(path) as stream:
+            rows = csv.DictReader(data.decode("utf-8", "surrogateescape") for data in stream)
+            fields = [field.removeprefix("\ufeff") for field in rows.fieldnames or ()]
+            if fields:
+                self.records.columns(fields, f"{path}:1")
+            rows.fieldnames = fields
+            while True:
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    self.records.rejects.add(f"{path}:{rows.line_num}", f"malformed CSV ({error})")
+                    continue
+                place = f"{path}:{rows.line_num}"
+                if None in row or None in row.values():
+                    self.records.rejects.add(place, f"malformed CSV (not the header's {len(fields)} fields)")
+                elif document := self.records.document(row, f"{name}:{rows.line_num}", place):
+                    yield document
+
+    def _parquet(self, path: Path, name: str) -> Iterator[Document]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(path) as file:
+                columns = self.records.columns(file.schema_arrow.names, str(path))
+                number = 0
+                for batch in file.iter_batches(columns=columns):
+                    for row in batch.to_pylist():
+                        number += 1
+                        if document := self.records.document(row, f"{name}:{number}", f"{path}:{number}"):
+                            yield document
+        except pa.ArrowException as error:
+            raise UserError(f"{path}: not a Parquet file that can be read ({_line(error)}); make it again") from error
+
+    def _conll(self, path: Path, name: str) -> Iterator[Document]:
+        """Columns apart by white space, a word a line and an empty line after each text: `words` are the first column,
+        `tags` the last (Tjong Kim Sang & De Meulder 2003). Lines that begin a document are no words."""
+        rows: list[list[str]] = []
+        with open_bytes(path) as stream:
+            for line, data in enumerate(itertools.chain(stream, [b""]), start=1):
+                columns = data.decode("utf-8", "surrogateescape").split()
+                if columns and columns[0] != "-DOCSTART-":
+                    rows.append(columns)
+                elif not columns and rows:
+                    place, first = f"{path}:{line - len(rows)}", f"{name}:{line - len(rows)}"
+                    if min(map(len, rows)) < 2:
+                        self.records.rejects.add(place, "a line of this text has a word and no tag")
+                    else:
+                        row = {"words": [row[0] for row in rows], "tags": [row[-1] for row in rows]}
+                        if document := self.records.document(row, first, place):
+                            yield document
+                    rows = []
+
+    def _sqlite(self, path: Path, name: str) -> Iterator[Document]:
+        # Read-only and immutable: no journal is written next to a file that is not ours. A tokenizer that is trained on
+        # these documents asks for them from threads of its own, one at a time.
+        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+        try:
+            rows = connection.execute(self.query)
+            columns = [column[0] for column in rows.description or ()]
+            if len(columns) == 1 and len(self.records.fields.by_setting()) == 1:
+                columns = [self.records.fields.text]  # the only column is the text, whatever its name
+            self.records.columns(columns, f"{path}: query")
+            for number, values in enumerate(rows, start=1):
+                row = dict(zip(columns, values, strict=True))
+                if document := self.records.document(row, f"{name}:{number}", f"{path}: row {number}"):
+                    yield document
+        except sqlite3.Error as error:
+            raise UserError(f"{path}: query: {error}; check the query and that this is a SQLite database") from error
+        finally:
+            connection.close()
+
+
+def format_of(path: Path) -> Format:
+    """The format that a file's name implies: `pages.jsonl.gz` is `jsonl`, whatever is not known is `text`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return _FORMATS.get(suffixes[-1], "text") if suffixes else "text"
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the file's size says nothing about the size of its text."""
+    return path.suffix.lower() in _COMPRESSED
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open a file for reading, decompressed by its suffix: .gz, .bz2, .xz, .zst. Raises `OSError`."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return cast("IO[bytes]", gzip.open(path, "rb"))
+    if suffix == ".bz2":
+        return bz2.open(path, "rb")
+    if suffix == ".xz":
+        return lzma.open(path, "rb")
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(cast("Any", pa.input_stream(str(path), compression="zstd")))
+    return path.open("rb")
+
+
+def _split(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
+    """The pieces of a stream between separators, never holding more than one piece and one chunk in memory."""
+    if not separator:
+        yield stream.read()
+        return
+    rest = b""
+    while chunk := stream.read(_CHUNK_BYTES):
+        *pieces, rest = (rest + chunk).split(separator)
+        yield from pieces
+    yield rest
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an exception's message."""
+    return str(error).strip().partition("\n")[0]

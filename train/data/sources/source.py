@@ -1,0 +1,176 @@
+"""Sources of text: the standard library, local files, the Hugging Face hub, files inside a wheel, an invented language.
+
+Whatever the kind, a source is an ordered stream of `Document`s with stable ids, and an `identity` by which to tell,
+before reading it all, that it is still the one that was prepared earlier.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import itertools
+import os
+import platform
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from train.data.sources import synthetic
+from train.data.sources.readers import Reader, format_of, is_compressed
+from train.data.sources.records import Document, Fields, Records, Rejects
+from train.data.sources.source_config import (
+    FilesSource,
+    HubSource,
+    SourceConfig,
+    StdlibSource,
+    SyntheticSource,
+    WheelSource,
+)
+from train.data.sources.wheel import wheel_files
+from transformer.errors import UserError
+
+_TEST_FOLDERS = {"test", "tests", "idle_test"}
+_NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
+_GENERATED = ("config-", "_sysconfigdata")  # made when this Python was built: they hold the paths of one machine
+
+
+def documents(config: SourceConfig, rejects: Rejects | None = None) -> Iterator[Document]:
+    """The source's documents, always in the same order, none of them empty.
+
+    `rejects` counts what `on_error: skip` leaves out. Raises `UserError`, naming file and line, for whatever cannot
+    be read.
+    """
+    if isinstance(config, SyntheticSource):
+        return synthetic.documents(config.limit or 0, config.mismatched)
+    rejects = Rejects(config.on_error) if rejects is None else rejects
+    found = _hub_documents(config, rejects) if isinstance(config, HubSource) else _file_documents(config, rejects)
+    return itertools.islice(found, config.limit)
+
+
+def identity(config: SourceConfig) -> dict[str, Any]:
+    """What the prepared tokens of this source depend on, as JSON values: settings, and each file's size and time.
+
+    The standard library is identified by its Python version and file sizes, a wheel by its SHA-256, a hub data set by its
+    revision. The mixture weight is left out: it changes which examples are drawn, not the tokens.
+    """
+    settings = {
+        name: value for name, value in dataclasses.asdict(config).items() if name not in ("weight", "streaming")
+    }
+    if isinstance(config, HubSource | WheelSource):
+        return settings
+    if isinstance(config, SyntheticSource):
+        return settings | {"language": synthetic.VERSION}
+    stats = [(name, path.stat()) for name, path in source_files(config)]
+    if isinstance(config, StdlibSource):
+        return settings | {"python": platform.python_version(), "files": [[name, s.st_size] for name, s in stats]}
+    return settings | {"files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]}
+
+
+def text_size(config: SourceConfig) -> int | None:
+    """Bytes of text to expect, for a progress bar; None where that is not known before reading."""
+    if not isinstance(config, StdlibSource | FilesSource) or config.limit is not None:
+        return None
+    paths = [path for _, path in source_files(config)]
+    if any(is_compressed(path) or format_of(path) != "text" for path in paths):
+        return None
+    return sum(path.stat().st_size for path in paths)
+
+
+def source_files(config: StdlibSource | FilesSource | WheelSource) -> list[tuple[str, Path]]:
+    """The files of a source that has files, sorted by name; a name is the path below the source's own folder."""
+    if isinstance(config, StdlibSource):
+        return _library_files(config.include_tests)
+    if isinstance(config, WheelSource):
+        return wheel_files(config.package, config.sha256, config.path)
+    return _local_files(config.path)
+
+
+def validation_position(split_by: str) -> float:
+    """Where in [0, 1) a document stands, by its id or group alone: what is below the validation fraction is held out."""
+    digest = hashlib.blake2b(split_by.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _file_documents(config: StdlibSource | FilesSource | WheelSource, rejects: Rejects) -> Iterator[Document]:
+    if isinstance(config, StdlibSource):
+        reader = Reader(format="python", records=Records(fields=Fields("text"), rejects=rejects))
+    else:
+        reader = Reader(
+            format=config.format, records=config.records(rejects), separator=config.separator, query=config.query
+        )
+    for name, path in source_files(config):
+        yield from reader.read(path, name)
+
+
+def _library_files(include_tests: bool) -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = _NOT_LIBRARY if include_tests else _NOT_LIBRARY | _TEST_FOLDERS
+    files: list[tuple[str, Path]] = []
+    for folder, folders, names in os.walk(root):
+        below = Path(folder).relative_to(root)
+        # Pruned while walking: installed packages lie inside and may be many times larger than the library.
+        folders[:] = [name for name in folders if name not in left_out and not name.startswith(_GENERATED)]
+        modules = [name for name in names if name.endswith(".py") and not name.startswith(_GENERATED)]
+        files.extend(((below / name).as_posix(), Path(folder, name)) for name in modules)
+    if not files:
+        raise UserError(f"{root}: this Python has no library in source form; choose kind: files")
+    return sorted(files)
+
+
+def _local_files(pattern: str) -> list[tuple[str, Path]]:
+    expanded = Path(pattern).expanduser()
+    if expanded.is_dir():
+        raise UserError(f"{pattern}: a folder; name its files, such as {pattern.rstrip('/')}/**/*.txt")
+    if expanded.is_file():  # before globbing: a name may hold brackets
+        return [(expanded.name, expanded)]
+    paths = [Path(path) for path in glob.glob(str(expanded), recursive=True)]
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), expanded.parts))
+    root = Path(*fixed)
+    files = sorted((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
+    if not files:
+        raise UserError(f"{pattern}: no such file (looked in {Path.cwd()}); correct path")
+    return files
+
+
+def _class_names(features: Mapping[str, Any], field: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Puts the names of classes in the place of their numbers, in a row whose data set has names for them."""
+    feature = features.get(field)
+    feature = getattr(feature, "feature", feature)  # of a list of classes
+    names = getattr(feature, "names", None)
+    if names is None:
+        return lambda row: row
+
+    def name(number: Any) -> Any:
+        if isinstance(number, list):
+            return [name(one) for one in number]
+        # A test set's rows are often of class -1.
+        return names[number] if isinstance(number, int) and 0 <= number < len(names) else None
+
+    return lambda row: row | {field: name(row[field])}
+
+
+def _hub_documents(config: HubSource, rejects: Rejects) -> Iterator[Document]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            config.path,
+            config.name or None,
+            split=config.split,
+            revision=config.revision or None,
+            streaming=config.streaming,
+        )
+        fields = list(rows.column_names or ())
+        records = config.records(rejects)
+        if fields:
+            rows = rows.select_columns(records.columns(fields, config.path))
+        named = _class_names(rows.features or {}, config.label_field)
+        for number, row in enumerate(rows):
+            name = f"{config.path}:{number}"
+            if document := records.document(named(row), name, name):
+                yield document
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{config.path}: cannot be read from the hub ({reason}); check name, split, network") from error

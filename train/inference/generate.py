@@ -1,0 +1,104 @@
+"""Write with the model of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from train.data.tokenization.tokenizer import StreamDecoder, Tokenizer
+from train.parallel.mesh import use_mesh
+from train.run.run_files import load_run
+from transformer.errors import UserError, check_text
+from transformer.generation.beam import BeamSearch, Hypothesis
+from transformer.generation.generate import Generator
+from transformer.generation.sampling import Sampling
+from transformer.models.gpt import GPTConfig
+
+DEFAULT_TOKENS = 256
+STREAM_CHUNK = 8
+"""Tokens between two flushes of the text: often enough to read along, seldom enough not to slow the device."""
+
+
+def generate(
+    run: Path, prompts: list[str], step: str, max_tokens: int | None, how: Sampling | BeamSearch, seed: int
+) -> None:
+    """Print a continuation of each prompt, as it comes for one prompt, one after the other for several; of a search the
+    best ones.
+
+    Args:
+        max_tokens: of each continuation; by default 256, or what the model's context leaves.
+        how: to draw, by `seed`, or to search.
+
+    Raises:
+        UserError: no such run or checkpoint, or a prompt that does not fit the model.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"--max-tokens: got {max_tokens}; allowed: 1 or more")
+    loaded = load_run(run, step)
+    model, tokenizer = loaded.config.model, loaded.tokenizer
+    if not isinstance(model, GPTConfig):
+        raise UserError(f"{run}: a model of family {model.family!r} continues no text; generate is for gpt")
+    generator = Generator(model, end_of_text=tokenizer.end_of_text, num_tokens=tokenizer.vocab_size)
+    for prompt in prompts:
+        check_text("--prompt", prompt)
+    ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+    if max_tokens is None:
+        max_tokens = max(min(DEFAULT_TOKENS, model.max_length - max(map(len, ids))), 1)
+    generator.check(ids, max_tokens)
+    if isinstance(how, BeamSearch):
+        with use_mesh(loaded.mesh, loaded.config.mesh.rules):
+            found = generator.search(loaded.params, ids, max_tokens=max_tokens, search=how)
+        _show(prompts, found, tokenizer)
+        return
+    decoders = [StreamDecoder(tokenizer) for _ in prompts]
+    texts = [""] * len(prompts)
+    alone = len(prompts) == 1
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with use_mesh(loaded.mesh, loaded.config.mesh.rules):
+        if alone:
+            console.print(prompts[0], end="")
+        chunks = generator.generate(
+            loaded.params,
+            ids,
+            max_tokens=max_tokens,
+            sampling=how,
+            seed=seed,
+            chunk=STREAM_CHUNK if alone else None,
+        )
+        ended = np.zeros(len(prompts), bool)
+        for chunk in chunks:
+            for row, tokens in enumerate(chunk):
+                fresh = _until(tokens, tokenizer.end_of_text, ended, row)
+                text = "".join(decoders[row].push(int(token)) for token in fresh)
+                texts[row] += text
+                if alone:
+                    console.print(text, end="")
+                    console.file.flush()
+    for row, decoder in enumerate(decoders):
+        texts[row] += decoder.flush()
+    if alone:
+        console.print(decoders[0].flush())
+        return
+    for prompt, text in zip(prompts, texts, strict=True):
+        console.rule()
+        console.print(prompt + text)
+
+
+def _show(prompts: list[str], found: list[list[Hypothesis]], tokenizer: Tokenizer) -> None:
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for prompt, ranked in zip(prompts, found, strict=True):
+        for hypothesis in ranked:
+            if len(prompts) > 1 or len(ranked) > 1:
+                console.rule(f"score {hypothesis.score:.3f}, log-probability {hypothesis.log_probability:.2f}")
+            console.print(prompt + tokenizer.decode(hypothesis.tokens))
+
+
+def _until(tokens: np.ndarray, end_of_text: int, ended: np.ndarray, row: int) -> np.ndarray:
+    """The tokens before the end of the text, which is noted in `ended`."""
+    if ended[row]:
+        return tokens[:0]
+    ends = np.flatnonzero(tokens == end_of_text)
+    ended[row] = ends.size > 0
+    return tokens[: ends[0]] if ends.size else tokens

@@ -1,0 +1,21 @@
+"""What tokens are called where people read them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from train.data.tokenization.tokenizer import CLS, MASK, SEP, Tokenizer
+
+
+def labels(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
+    """What each token reads as by itself; a part of a character as its bytes, such as \\xe4."""
+
+    names = {tokenizer.special(name): name for name in (MASK, CLS, SEP)}
+
+    def label(token: int) -> str:
+        if name := names.get(token):
+            return name
+        data = tokenizer.token_bytes(token)
+        return tokenizer.decode([token]) if data is None else data.decode("utf-8", "backslashreplace")
+
+    return [label(int(token)) for token in ids]

@@ -1,0 +1,83 @@
+"""The process around a run: devices, the compilation cache, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+
+from train.files import cache_dir
+from train.parallel.processes import Peers, join
+from transformer.errors import UserError
+
+
+def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = None, peers: Peers | None = None) -> None:
+    """Choose the devices. Call it before anything runs on one.
+
+    Args:
+        num_cpu_devices: virtual devices to make of the CPU, to try a sharding without the hardware.
+        platform: cpu, gpu, tpu; JAX's own choice by default.
+        peers: the other processes of the run, if it has any.
+
+    Raises:
+        UserError: there is no such device here, or the processes do not come together.
+    """
+    if num_cpu_devices is not None:
+        if num_cpu_devices < 1:
+            raise UserError(f"--devices: got {num_cpu_devices}; allowed: 1 or more")
+        if platform not in (None, "cpu"):
+            raise UserError(f"--devices makes virtual CPU devices; it does not go with --platform {platform}")
+        platform = "cpu"
+        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+    if platform is not None:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
+    # What orbax says of its own workings is no news for a user.
+    orbax = logging.getLogger("absl")
+    orbax.setLevel(logging.ERROR)
+    orbax.addFilter(_without_traceback)
+    if peers is not None:
+        join(peers)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = platform or os.environ.get("JAX_PLATFORMS", "the default platform")
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise UserError(
+            f"no device of platform {asked!r} here{reason}; choose another with --platform "
+            "(cpu, gpu, tpu), or install jax for it: manyheads[cuda13], manyheads[tpu]"
+        ) from None
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Orbax logs with their tracebacks exceptions that it raises as well, and whoever catches those says what to do."""
+    record.exc_info = None
+    return True
+
+
+class GracefulStop:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the step; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> GracefulStop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            # Not sys.exit: whatever hangs would be waited for.
+            os._exit(128 + number)
+        self.requested = True

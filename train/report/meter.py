@@ -1,0 +1,86 @@
+"""A step's metrics on their way to the host, and the speed of a run.
+
+Metrics are read one step late, so that the devices never wait for the host to look at them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+import optax
+
+from train.parallel.hardware import utilization
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Metrics of a step, on the host."""
+
+    step: int
+    values: dict[str, float | None]
+    skipped_in_row: int
+    examples: np.ndarray
+
+
+class Meter:
+    """Holds metrics until they may be read without making the devices wait, and times the steps.
+
+    Args:
+        schedule: step → learning rate.
+        flops_per_target: of a training step, for each token or row that it predicts.
+        devices: that share the work.
+        dtype: the type that they compute in.
+    """
+
+    def __init__(
+        self, schedule: optax.Schedule, flops_per_target: float, devices: list[jax.Device], dtype: str
+    ) -> None:
+        self._schedule, self._flops_per_target = schedule, flops_per_target
+        self._devices, self._dtype = devices, dtype
+        self._pending: collections.deque[tuple[int, Mapping[str, jax.Array], np.ndarray]] = collections.deque()
+        self._in_row = 0
+        self._clock: float | None = None
+        self._seconds_per_token: float | None = None
+
+    def push(self, step: int, metrics: Mapping[str, jax.Array], examples: np.ndarray) -> None:
+        """Take the metrics of a step that was just given to the devices."""
+        self._pending.append((step, metrics, examples))
+
+    def pause(self) -> None:
+        """Leave the time until the next step out of the speed."""
+        self._clock = None
+
+    def ready(self, keep: int) -> Iterator[Reading]:
+        """Readings of all but the last `keep` steps."""
+        while len(self._pending) > keep:
+            step, metrics, examples = self._pending.popleft()
+            values: dict[str, float | None] = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            self._in_row = self._in_row + 1 if values.pop("skipped") else 0
+            values["learning_rate"] = float(self._schedule(step - 1))
+            # Read while the next step runs, one step's metrics follow another's after a step's time. The last ones before a
+            # pause are read at once, and tell nothing.
+            if keep:
+                self._time(values["tokens"] or 0.0)
+            values |= self._speeds()
+            yield Reading(step, values, self._in_row, examples)
+
+    def _time(self, tokens: float) -> None:
+        now = time.monotonic()
+        if self._clock is not None and tokens:
+            latest = (now - self._clock) / tokens
+            # Smoothed over about ten steps; times, not speeds, so that a hasty reading counts for little.
+            known = self._seconds_per_token
+            self._seconds_per_token = latest if known is None else 0.9 * known + 0.1 * latest
+        self._clock = now
+
+    def _speeds(self) -> dict[str, float | None]:
+        if not self._seconds_per_token:
+            return {"tokens_per_second": None, "mfu": None}
+        speed = 1 / self._seconds_per_token
+        mfu = utilization(speed * self._flops_per_target, self._devices, self._dtype)
+        return {"tokens_per_second": speed, "mfu": mfu}

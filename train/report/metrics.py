@@ -1,0 +1,113 @@
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard and Weights & Biases by config."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from train.config import RunConfig, to_data
+from train.config.sections import LogConfig
+from train.parallel.processes import is_first
+from transformer.errors import UserError
+
+
+class Writer(Protocol):
+    """A place for scalars."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Record the values of one step."""
+
+    def close(self) -> None:
+        """Write what is still held back."""
+
+
+class JsonlWriter:
+    """One JSON object a line. What a run wrote beyond the step it resumes from is dropped: it will be written again."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start_step]
+            fresh = path.with_suffix(".tmp")
+            fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(fresh, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Event files under the run's folder."""
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """A Weights & Biases run that continues under the same id when the run resumes."""
+
+    def __init__(self, config: RunConfig) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise UserError("log.wandb_project: wandb is not installed; pip install 'manyheads[wandb]'") from None
+        self._run = wandb.init(
+            project=config.log.wandb_project, name=config.name, id=config.name, resume="allow", config=to_data(config)
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MetricLog:
+    """All writers of a run as one, as a context manager. Names are `train/loss`, `eval/bits_per_byte` and so on."""
+
+    def __init__(self, config: RunConfig, directory: Path, start_step: int) -> None:
+        log: LogConfig = config.log
+        self._writers: list[Writer] = []
+        if not is_first():
+            return
+        self._writers.append(JsonlWriter(directory / "metrics.jsonl", start_step))
+        if log.tensorboard:
+            self._writers.append(TensorBoardWriter(directory / "tensorboard", start_step))
+        if log.wandb_project:
+            self._writers.append(WandbWriter(config))
+
+    def write(self, step: int, group: str, values: dict[str, Any]) -> None:
+        """Record `values` as `group/name`; None is left out."""
+        named = {f"{group}/{name}": float(value) for name, value in values.items() if value is not None}
+        for writer in self._writers:
+            writer.write(step, named)
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def _step_of(line: str) -> float:
+    """A record's step; infinite for a line that a kill cut short, so that it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

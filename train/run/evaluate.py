@@ -1,0 +1,185 @@
+"""Scores on held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from train.config import RunConfig
+from train.data.loader import evaluation_batches, prefetch_to_device
+from train.data.prepared.store import Prepared
+from train.loss import Batch, LossSums
+from train.objectives import Task
+from train.objectives.tasks.documents import TaskDocuments
+from train.objectives.tasks.task import Prediction
+from train.parallel.mesh import shard_batch
+from train.run.program import Program
+from train.translation import Quality, TextTranslator, spread
+
+T = TypeVar("T")
+
+_UNDER_WAY = 2
+"""Batches whose sums are waited for no sooner than this many later."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a model makes of a text it has not seen."""
+
+    loss: float
+    """Negative log-likelihood, nats per token, or per row; of numbers the mean squared error."""
+    perplexity: float | None
+    """Of tokens; None for classes of rows."""
+    bits_per_byte: float | None
+    """Bits per byte of UTF-8 text, comparable across tokenizers and with file compressors; None where bytes are unknown."""
+    tokens: int
+    """What was predicted: tokens, or rows."""
+    accuracy: float | None = None
+    """The part of the rows, or words, whose likeliest class is theirs; None for tokens."""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Those of the objective, by name."""
+
+    def __str__(self) -> str:
+        """The scores that there are, for people."""
+        parts = {
+            "perplexity": (self.perplexity, ".2f"), "bits per byte": (self.bits_per_byte, ".4f"),
+            "accuracy": (self.metrics.get("accuracy", self.accuracy), ".2%"),
+        }  # fmt: skip
+        known = "".join(f"  {name} {value:{form}}" for name, (value, form) in parts.items() if value is not None)
+        own = "".join(f"  {name} {value:.4f}" for name, value in self.metrics.items() if name != "accuracy")
+        return f"loss {self.loss:.4f}{known}{own}"
+
+    def values(self) -> dict[str, float | None]:
+        """All of them by name."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "metrics"} | {**self.metrics}
+
+
+def evaluate(step: Callable[[nnx.State, Batch], T], params: nnx.State, batches: Iterable[Batch]) -> list[T]:
+    """Run `step`, which `make_eval_step` made, over all batches; what it gives of each, on the host."""
+    parts: list[T] = []
+    for batch in batches:
+        parts.append(step(params, batch))
+        # Reading each would wait for it. More than a few under way gain nothing, and on virtual devices, which share the
+        # threads of one processor, they can wait for each other until the collectives give up.
+        if len(parts) > _UNDER_WAY:
+            jax.block_until_ready(parts[-_UNDER_WAY - 1])
+    return jax.device_get(parts)
+
+
+def scores_of(parts: Sequence[LossSums], bytes_per_token: float | None) -> Scores:
+    """The mean over tokens, or rows, not over batches.
+
+    Args:
+        bytes_per_token: of the held-out text as a whole.
+    """
+    # Python floats: the sums add in float64.
+    weight = sum(float(part.weight) for part in parts)
+    loss = sum(float(part.nll) for part in parts) / max(weight, 1.0)
+    bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+    correct = [float(part.correct) for part in parts if part.correct is not None]
+    if correct:
+        return Scores(loss, None, None, int(weight), sum(correct) / max(weight, 1.0))
+    return Scores(loss, math.exp(min(loss, 700.0)), bits, int(weight))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What came out when the held-out text was scored."""
+
+    scores: Scores
+    selection: dict[str, float]
+    """Loss and metrics on the batches on which all evaluations are compared, however many this one took."""
+    predictions: Sequence[Prediction]
+    """Of the documents of a task; none of other objectives."""
+    quality: Quality | None
+    """Of translations, where checkpoints are compared by it."""
+
+
+class Evaluator:
+    """The held-out text of a run, to be scored again and again.
+
+    Args:
+        translator: of a run on pairs of texts, in one process.
+    """
+
+    def __init__(
+        self, config: RunConfig, prepared: Prepared, program: Program, translator: TextTranslator | None
+    ) -> None:
+        self.config, self._prepared, self._program, self._translator = config, prepared, program, translator
+        objective = config.objective
+        self.task = (
+            TaskDocuments.held_out(objective, prepared, config.sequence_length) if isinstance(objective, Task) else None
+        )
+        self._baseline = objective.baseline(prepared.validation)
+        self._bytes = prepared.meta.bytes_per_token("validation") if objective.predicts_all_text else None
+
+    def evaluate(
+        self, params: nnx.State, batches: int | None, stopped: Callable[[], bool]
+    ) -> Evaluation | tuple[int, int]:
+        """Score the first `batches` batches (None: all); where `stopped` says so in between, how many of how many were."""
+        config = self.config
+        host = evaluation_batches(
+            self._prepared,
+            config.data,
+            batch_size=config.batch_size,
+            length=config.sequence_length,
+            objective=config.objective,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            max_batches=batches,
+        )
+        device = prefetch_to_device(iter(host), self._to_device)
+        found = evaluate(self._program.eval_step, params, itertools.takewhile(lambda _: not stopped(), device))
+        if len(found) < len(host):
+            return len(found), len(host)
+        few = slice(config.evaluation.batches)
+        if self.task is None:
+            quality = self._quality(params)
+            sums = [sums for sums, _ in found]
+            scores, selected = (scores_of(part, self._bytes) for part in (sums, sums[few]))
+            return Evaluation(scores, _selection(selected) | _metrics_of(quality), (), quality)
+        scores, predictions = self._scores_of_task(found)
+        selected = scores if len(found[few]) == len(found) else self._scores_of_task(found[few])[0]
+        return Evaluation(scores, _selection(selected), predictions, None)
+
+    def say(self, scores: Scores) -> str:
+        """The scores, for people."""
+        return f"held-out {scores}{self._baseline}"
+
+    def quality(self, params: nnx.State) -> Quality | None:
+        """That of the translations of as many held-out pairs as the config says."""
+        if self._translator is None or not (count := self.config.evaluation.translations):
+            return None
+        return self._translator.quality(self._program.plain(params), spread(self._prepared.validation_pairs(), count))
+
+    def _quality(self, params: nnx.State) -> Quality | None:
+        return self.quality(params) if self.config.checkpoint.best in _metrics_of(Quality(0, 0, 0)) else None
+
+    def _scores_of_task(self, found: Sequence[tuple[LossSums, Any]]) -> tuple[Scores, list[Prediction]]:
+        assert self.task is not None
+        predictions = self.task.predictions([outputs for _, outputs in found])
+        # Not of tokens.
+        scores = dataclasses.replace(scores_of([sums for sums, _ in found], None), perplexity=None)
+        return dataclasses.replace(scores, metrics=self.task.metrics(predictions)), predictions
+
+    def _to_device(self, batch: dict[str, np.ndarray]) -> Batch:
+        batch = batch | {"example": batch["example"].astype(np.int32)}
+        if self.task is None:
+            del batch["example"]
+        return shard_batch(batch, self._program.batch_sharding)
+
+
+def _selection(scores: Scores) -> dict[str, float]:
+    own = {} if scores.accuracy is None else {"accuracy": scores.accuracy}
+    return {"loss": scores.loss} | own | {**scores.metrics}
+
+
+def _metrics_of(quality: Quality | None) -> dict[str, float]:
+    return {} if quality is None else {"bleu": quality.bleu, "chrf": quality.chrf}

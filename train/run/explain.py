@@ -1,0 +1,151 @@
+"""`manyheads explain`: a config's fields with their meanings, and what the run will cost, before anything is run."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from rich import box
+from rich.table import Table
+
+from train.config import RunConfig, fields
+from train.loss import LossConfig
+from train.parallel.mesh import MESH_AXES
+from train.report.display import console
+from train.run.program import batch_shapes, described_state, trained_of
+from train.trained import ALL, Trained, size
+from transformer.functional import graphdef_of
+from transformer.interpret.capture import readable
+from transformer.models.adapted import make_adapted
+from transformer.models.families import flops_per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a run takes. Bytes are of the whole run, before any sharding."""
+
+    parameters: int
+    trained: int
+    """How many of them are not frozen."""
+    tokens_per_step: int
+    flops_per_token: float
+    """Of a training step: forward and backward."""
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    """What the forward pass of one microbatch leaves for the backward pass, remat taken into account."""
+
+
+def cost(config: RunConfig) -> Cost:
+    """Count from the shapes of the real model, optimiser and loss; no array is made."""
+    state = described_state(config)
+    make = functools.partial(make_adapted, config.model, config.adapter)
+    trained = trained_of(config, make)
+    length = config.sequence_length
+    batch = batch_shapes(config, config.batch_size // config.microbatches)
+    return Cost(
+        parameters=size(state.params),
+        trained=size(trained.of(state.params)),
+        tokens_per_step=config.tokens_per_step,
+        flops_per_token=trained.passes(state.params) * flops_per_token(config.model, length),
+        parameter_bytes=_bytes(state.params),
+        gradient_bytes=_bytes(trained.of(state.params)),
+        optimizer_bytes=_bytes(state.opt_state) + _bytes(state.ema),
+        activation_bytes=saved_bytes(graphdef_of(make), state.params, batch, config, trained),
+    )
+
+
+def explain(config: RunConfig) -> None:
+    """Print it."""
+    out = console()
+    table = Table(title=f"{config.name}: every field", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("field", "value", "default"):
+        table.add_column(column, overflow="fold", no_wrap=column == "field")
+    table.add_column("meaning")
+    for field in fields(config):
+        default = "required" if field.default is dataclasses.MISSING else _plain(field.default)
+        value = _plain(field.value)
+        table.add_row(field.path, value if value == default else f"[bold]{value}[/bold]", default, field.meaning)
+    out.print(table)
+    total = cost(config)
+    costs = Table(title="what it costs", title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    costs.add_column("what")
+    costs.add_column("how much", justify="right")
+    costs.add_column("meaning")
+    for row in _cost_rows(config, total):
+        costs.add_row(*row)
+    out.print(costs)
+
+
+def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
+    tokens = total.tokens_per_step * config.steps
+    sharded = [axis for axis in MESH_AXES if getattr(config.mesh, axis) not in (None, 1)]
+    spread = f" (over the devices of {', '.join(sharded)}, divide)" if sharded else ""
+    memory = total.parameter_bytes + total.gradient_bytes + total.optimizer_bytes + total.activation_bytes
+    frozen = total.trained < total.parameters
+    share = [
+        ("trained", f"{total.trained:,} ({total.trained / total.parameters:.1%})", "of them; the others are frozen")
+    ]
+    return [
+        ("parameters", f"{total.parameters:,}", "float32"),
+        *(share if frozen else []),
+        ("tokens per step", f"{total.tokens_per_step:,}", "batch_size × length, of all rows of an example"),
+        ("tokens in all", f"{tokens:,}", "over all steps"),
+        (
+            "FLOPs per token",
+            f"{total.flops_per_token:.3e}",
+            "forward and backward; matrix products only, the causal half of attention counted once",
+        ),
+        ("FLOPs in all", f"{total.flops_per_token * tokens:.3e}", "over all steps"),
+        ("memory, parameters", readable(total.parameter_bytes), "whole run" + spread),
+        ("memory, gradients", readable(total.gradient_bytes), "as the parameters that are trained"),
+        ("memory, optimiser", readable(total.optimizer_bytes), f"{config.optimizer.name}'s moments, moving average"),
+        ("memory, activations", readable(total.activation_bytes), "kept for the backward pass of one microbatch"),
+        ("memory, together", readable(memory), "without the compiler's own temporaries"),
+    ]
+
+
+def saved_bytes(
+    graphdef: Any, params: nnx.State, batch: dict[str, Any], config: RunConfig, trained: Trained = ALL
+) -> int:
+    """Bytes of the arrays that the loss's forward pass saves, other than the parameters and the batch themselves."""
+
+    def residuals(params: nnx.State, batch: dict[str, Any]) -> Any:
+        drops = config.model.dropout or (config.adapter is not None and config.adapter.dropout)
+        key = jax.random.key(0) if drops else None
+
+        part, frozen = trained.split(params)
+
+        def loss(part: nnx.State) -> Any:
+            model = nnx.merge(graphdef, part, frozen)
+            return config.objective.loss(model, batch, LossConfig(), key=key).loss
+
+        return jax.vjp(loss, part)[1]
+
+    saved = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
+    # What has the shape and type of a parameter is that parameter, which is in memory anyway.
+    known = collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((params, batch)))
+    total = 0
+    for leaf in saved:
+        kind = (leaf.shape, leaf.dtype)
+        if known[kind] > 0:
+            known[kind] -= 1
+        else:
+            total += _bytes(leaf)
+    return total
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    return repr(value) if isinstance(value, str) else str(value).replace("True", "true").replace("False", "false")

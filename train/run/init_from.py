@@ -1,0 +1,165 @@
+"""Beginning with another run's weights: fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from train.config import RunConfig, difference, fields
+from train.data.prepared.store import Prepared
+from train.data.tokenization.tokenizer import ByteTokenizer, Tokenizer
+from train.run.run_files import load_run
+from train.trained import ParameterPath, dotted, size
+from transformer.errors import ConfigError, UserError
+from transformer.layers.adapter import fitted, is_adapter
+from transformer.models.families import ModelConfig, described_parameters
+
+Parameters = dict[ParameterPath, nnx.Variable]
+
+_OVER_CLASSES = (("pooled_head", "out"), ("token_head", "out"))
+"""Maps with a column for each class."""
+_SHOWN = 5
+"""Classes that are named."""
+_OFTEN_ANOTHER = tuple(
+    f"model.{field}"
+    for field in ("head.", "dropout:", "attention_dropout:", "max_length:", "remat:", "attention.backend:")
+)
+"""Settings in which fine-tuning usually differs from pretraining."""
+
+
+def check_begin(config: RunConfig) -> None:
+    """Raise a `UserError` where a run that is yet to begin has nothing to begin with: before its data, which may be told by
+    the vocabulary of the run that is missing."""
+    if config.init_from is None or (config.directory / "checkpoints").exists():
+        return
+    if not Path(config.init_from).is_dir():
+        raise UserError(
+            f"init_from: {config.init_from}: there is no such run; train it first, or set init_from to null"
+        )
+
+
+def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple[nnx.State, str]:
+    """`fresh` parameters with those of the run `config.init_from` where it has any of the same path; and a line that says so.
+
+    Read from its best checkpoint, or from its newest where none was scored.
+
+    Raises:
+        UserError: no such run, one with another tokenizer, a parameter of another shape, or none of the same path.
+    """
+    assert config.init_from is not None
+    run = Path(config.init_from)
+    try:
+        loaded = load_run(run, "best", like=config)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    _check_tokenizer("tokenizer", run / "tokenizer", loaded.tokenizer, prepared.tokenizer)
+    if prepared.pairs:
+        folder = run / "tokenizer" / "target"
+        _check_tokenizer("target_tokenizer", folder, loaded.target_tokenizer, prepared.target_tokenizer)
+    ours, theirs = _by_path(fresh), _by_path(loaded.params)
+    theirs, of_classes = _same_classes(theirs, loaded.labels, prepared.meta.labels)
+    _check_shapes(run, ours, theirs, config.model, loaded.config.model)
+    taken = {path: parameter.replace(theirs[path].get_value()) for path, parameter in ours.items() if path in theirs}
+    if not taken:
+        raise UserError(
+            f"init_from: {run}, of model.family {loaded.config.model.family!r}, has no parameter in common with this model, "
+            f"of family {config.model.family!r}; name a run of a like model"
+        )
+    said = f"weights from {run}, step {loaded.step}: {size(taken):,} of {size(ours):,} parameters"
+    called = {path: "adapters" if is_adapter(path) else str(path[0]) for path in ours | theirs}
+    for what, paths in (
+        ("beginning afresh", ours.keys() - taken.keys()),
+        ("left behind", theirs.keys() - taken.keys()),
+    ):
+        if paths:
+            said += f"; {what}: {', '.join(sorted({called[path] for path in paths}))}"
+    said += of_classes
+    changed = difference(
+        {"model": dataclasses.asdict(loaded.config.model)}, {"model": dataclasses.asdict(config.model)}
+    )
+    if changed := [line for line in changed if not line.startswith(_OFTEN_ANOTHER)]:
+        said += f"; with {', '.join(changed)}"
+    params = nnx.from_flat_state(ours | taken)
+    return params if config.adapter is None else fitted(params), said
+
+
+def _same_classes(theirs: Parameters, before: Sequence[str], now: Sequence[str]) -> tuple[Parameters, str]:
+    """Parameters whose head has the classes, or tags, of the data in their order, and what to say about it.
+
+    The head of a model that tells others begins afresh.
+    """
+    heads = {path for path in theirs if path[:-1] in _OVER_CLASSES}
+    if not heads or not before or not now or tuple(before) == tuple(now):
+        return theirs, ""
+    if sorted(before) == sorted(now):
+        order = np.array([before.index(name) for name in now])
+        moved = {path: theirs[path].replace(theirs[path].get_value()[..., order]) for path in heads}
+        return theirs | moved, "; its classes were put in the order of the data"
+    if all(name == f"LABEL_{number}" for number, name in enumerate(before)):
+        return theirs, "; its classes have no names, and were taken by their numbers"
+    left = {path: value for path, value in theirs.items() if path not in heads}
+    return left, f"; it tells other classes ({', '.join(before[:_SHOWN])}{', ...' if len(before) > _SHOWN else ''})"
+
+
+def _by_path(params: nnx.State) -> Parameters:
+    return dict(nnx.to_flat_state(params))
+
+
+def _check_tokenizer(field: str, folder: Path, theirs: Tokenizer, ours: Tokenizer) -> None:
+    if theirs.fingerprint() == ours.fingerprint():
+        return
+    names = ", ".join(f'"{name}"' for name, id in theirs.special_ids.items() if id != theirs.end_of_text)
+    is_bytes = isinstance(theirs, ByteTokenizer)
+    same = f"kind: bytes, special_tokens: [{names}]" if is_bytes else f"kind: file, path: {folder / 'tokenizer.json'}"
+    raise UserError(
+        f"data.{field}: it gives other ids than that of init_from, to which the weights belong; set it to {{{same}}}"
+    )
+
+
+def _check_shapes(
+    run: Path,
+    ours: Parameters,
+    theirs: Parameters,
+    model: ModelConfig,
+    other: ModelConfig,
+) -> None:
+    """Raise a `UserError` for parameters of the same path and another shape, with the field of the model that makes them so."""
+
+    mine, their = _shapes(ours), _shapes(theirs)
+    if not (bad := [path for path, shape in mine.items() if their.get(path, shape) != shape]):
+        return
+    path = bad[0]
+    here, there = ({field.path: field.value for field in fields(one)} for one in (model, other))
+    decides = [
+        f"model.{name} to {there[name]!r} (it is {here[name]!r})"
+        for name in here.keys() & there.keys() - {"family"}
+        if here[name] != there[name] and _shape_with(model, name, there[name], path) == their[path]
+    ]
+    raise UserError(
+        f"init_from: {len(bad)} parameters have another shape in {run}, the first is {dotted(path)}: "
+        f"{list(their[path])} there, {list(mine[path])} here; set {' or '.join(sorted(decides)) or 'model as it is there'}"
+    )
+
+
+def _shape_with(model: Any, field: str, value: Any, path: ParameterPath) -> tuple[int, ...] | None:
+    """The shape of a parameter in a model with one field changed; None if there is no such model or parameter."""
+    try:
+        changed = _replaced(model, field.split("."), value)
+    except (ConfigError, TypeError):
+        return None
+    return _shapes(_by_path(described_parameters(changed))).get(path)
+
+
+def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
+    """A config with the value of one field below it."""
+    name, *rest = path
+    return dataclasses.replace(config, **{name: _replaced(getattr(config, name), rest, value) if rest else value})
+
+
+def _shapes(parameters: Parameters) -> dict[ParameterPath, tuple[int, ...]]:
+    return {path: parameter.get_value().shape for path, parameter in parameters.items()}

@@ -1,0 +1,388 @@
+"""The loop of a run: the one place with side effects. Everything that it calls is a function or a thing of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from train.config import RunConfig, difference, dump, to_data
+from train.data.loader import Batches, prefetch_to_device, train_batches
+from train.data.prepared.prepare import check_vocabulary, prepare
+from train.data.prepared.store import Prepared
+from train.files import writing
+from train.loss import Batch
+from train.optimizer import make_schedule
+from train.parallel.mesh import check_batch, make_mesh, shard_batch, use_mesh
+from train.parallel.processes import any_process, first_alone, gathered, is_first, one_log, together
+from train.parallel.runtime import GracefulStop
+from train.report.display import Display
+from train.report.meter import Meter, Reading
+from train.report.metrics import MetricLog
+from train.report.sample import make_sampler
+from train.run.checkpoint import Checkpoints
+from train.run.evaluate import Evaluation, Evaluator, Scores
+from train.run.init_from import begin_from, check_begin
+from train.run.program import Program, flops_per_prediction
+from train.run.run_files import tokenizer_files, write_origin
+from train.run.selection import Selection, check_selection, is_selective
+from train.run.state import TrainState
+from train.translation import TextTranslator
+from transformer.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """How a run ended."""
+
+    directory: Path
+    step: int
+    scores: Scores | None
+    """On all of the held-out text; None without such text, and for a run that was interrupted or ended before."""
+    interrupted: bool
+
+
+def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finished:
+    """Train from a config, or go on from the newest checkpoint in the run's folder.
+
+    Args:
+        profile: first and last step to trace for TensorBoard or Perfetto.
+
+    Raises:
+        UserError: whatever the user can fix, before a step where it can be known then.
+        SystemExit: other processes of the run are lost, and it was said.
+    """
+    with one_log(), together(config.directory):
+        _agree_on(config)
+        with _alone_in(config.directory):
+            return _train(config, profile)
+
+
+def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
+    if profile is not None and profile[0] > config.steps:
+        raise UserError(f"--profile: step {profile[0]} is beyond the last one, {config.steps}")
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
+    check_begin(config)
+    with first_alone("prepare"):
+        prepared = prepare(config.data)
+    check_data(config, prepared)
+    with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop:
+        run = Run(config, prepared, mesh)
+        with Checkpoints(config.directory, config.checkpoint) as checkpoints:
+            if (done := checkpoints.latest) is not None and done > config.steps:
+                raise UserError(f"{config.directory}: this run is at step {done} already, and steps is {config.steps}")
+            state = run.start(checkpoints)
+            if done == config.steps or (done is not None and run.selection.is_over(config.evaluation.patience)):
+                more = "steps" if done == config.steps else "evaluation.patience"
+                print(f"{config.directory}: finished before, at step {done}. Raise {more} to train on, or use it")
+                return Finished(config.directory, done, None, False)
+            if is_first():
+                with writing(config.directory):
+                    (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
+                    write_origin(config.directory, prepared)
+            return run.loop(state, checkpoints, stop, profile)
+
+
+class Run:
+    """What stays the same from step to step."""
+
+    def __init__(self, config: RunConfig, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
+        self.config, self.prepared, self.mesh = config, prepared, mesh
+        self.program = Program(dataclasses.replace(config, objective=config.objective.with_data(prepared)), mesh)
+        self.schedule: optax.Schedule = make_schedule(config.optimizer, config.steps)
+        self.translator = self.sampler = None
+        # Writing is for one process, which may not have all of the parameters.
+        if jax.process_count() == 1:
+            if config.objective.translates and prepared.validation:
+                self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
+            self.sampler = make_sampler(config, prepared, self.translator)
+        self.tokenizer_files = tokenizer_files(prepared, config.directory / "tokenizer")
+        self.held_out = Evaluator(config, prepared, self.program, self.translator) if prepared.validation else None
+        self.selection = Selection(config.checkpoint.best)
+        self.flops_per_prediction = flops_per_prediction(config, prepared, self.program)
+
+    def start(self, checkpoints: Checkpoints) -> TrainState:
+        """A fresh state, with another run's weights if the config says so; or that of the newest checkpoint."""
+        if checkpoints.latest is not None:
+            stored = checkpoints.meta(checkpoints.latest).get("selection")
+            self.selection = Selection.from_data(self.config.checkpoint.best, stored)
+            return checkpoints.restore(checkpoints.latest, self.program.abstract, self.config)
+        state = self.program.init()
+        if self.config.init_from is None:
+            return state
+        params, said = begin_from(state.params, self.config, self.prepared)
+        print(f"{self.config.name}: {said}")
+        return self.program.init(params)
+
+    def loop(
+        self, state: TrainState, checkpoints: Checkpoints, stop: GracefulStop, profile: tuple[int, int] | None
+    ) -> Finished:
+        """Step until the end, a signal, or too many skipped updates."""
+        config, start = self.config, int(state.step)
+        host = self._host_batches()
+        batches = prefetch_to_device(host.iterate(start), self._to_device)
+        meter = Meter(self.schedule, self.flops_per_prediction, list(self.mesh.devices.flat), config.model.dtype)
+        values, step = None, start
+        with (
+            MetricLog(config, config.directory, start) as log,
+            contextlib.closing(batches),
+            Display(config.steps, start, unit=config.objective.unit) as display,
+        ):
+            display.say(self._headline(state, start))
+            if padding := _padding(host):
+                display.say(padding)
+            for step in range(start + 1, config.steps + 1):
+                examples, batch = next(batches)
+                if profile is not None and start < profile[0]:
+                    _trace(profile, step, config.directory, display)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = self.program.train_step(state, batch)
+                # The host reads a step's metrics while the devices work on the next one.
+                meter.push(step, metrics, examples)
+                for done in meter.ready(keep=1):
+                    self._record(done, display, log, checkpoints)
+                values = None
+                if step == config.steps:
+                    break
+                evaluates = self.held_out is not None and _due(step, config.evaluation.every)
+                samples = _due(step, config.sample.every)
+                saves = _due(step, config.checkpoint.every)
+                if evaluates or samples or saves:
+                    # Before a step is built upon, its own update must be known to be finite.
+                    self._drain(meter, display, log, checkpoints)
+                    meter.pause()
+                if evaluates:
+                    found = self._evaluate(state, step, display, log, config.evaluation.batches, stop)
+                    values = None if found is None else found.selection
+                    # What is asked for is the best of all evaluations, not of those that a checkpoint happens to follow.
+                    saves |= is_selective(config) and self.selection.step == step
+                if samples:
+                    self.sample(state, display)
+                if self.selection.is_over(config.evaluation.patience):
+                    break
+                if saves:
+                    self._save(checkpoints, state, step, values)
+                if any_process(stop.requested, step):
+                    break
+            self._drain(meter, display, log, checkpoints)
+            if profile is not None and start < profile[0] <= step <= profile[1]:
+                jax.profiler.stop_trace()
+                display.say(f"profile from step {profile[0]}: {config.directory / 'profile'}")
+            found = None
+            interrupted = step < config.steps and not self.selection.is_over(config.evaluation.patience)
+            try:
+                if self.held_out is not None and not interrupted:
+                    found = self._evaluate(state, step, display, log, None, stop)
+                    interrupted, values = found is None, values if found is None else found.selection
+            finally:
+                # Whatever happens to the last evaluation, the steps are not lost.
+                if checkpoints.latest != step:
+                    self._save(checkpoints, state, step, values)
+                    checkpoints.wait()
+            self._farewell(state, step, found, interrupted, display, log)
+        return Finished(config.directory, step, None if found is None else found.scores, interrupted)
+
+    def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, values: Mapping[str, float] | None) -> None:
+        labels, selection = self.prepared.meta.labels, self.selection
+        checkpoints.save(state, step, self.config, self.tokenizer_files, values, labels=labels, selection=selection)
+
+    def sample(self, state: TrainState, display: Display) -> None:
+        """Show what the model makes of the config's prompt, or of held-out sentences, as it is now."""
+        if self.sampler is not None:
+            text = self.sampler(self.program.plain(_used(state)))
+            display.say(f"── sample ──\n{text}\n────────────")
+
+    def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
+        """A batch's example ids, which stay on the host, and its arrays on the devices."""
+        arrays = {name: rows for name, rows in batch.items() if name != "example"}
+        return batch["example"], shard_batch(arrays, self.program.batch_sharding)
+
+    def _host_batches(self) -> Batches:
+        config = self.config
+        return train_batches(
+            self.prepared,
+            config.data,
+            batch_size=config.batch_size,
+            length=config.sequence_length,
+            seed=config.seed,
+            objective=config.objective,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def _evaluate(
+        self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None, stop: GracefulStop
+    ) -> Evaluation | None:
+        """Scores on the first `batches` batches (None: all); None where it was left for a signal."""
+        assert self.held_out is not None
+        # Several processes would leave it at different batches, and wait for each other.
+        alone = jax.process_count() == 1
+        found = self.held_out.evaluate(_used(state), batches, lambda: alone and stop.requested)
+        if isinstance(found, tuple):
+            display.say(f"step {step}: the evaluation was left after {found[0]} of {found[1]} batches")
+            return None
+        own = {f"selection_{name}": found.selection[name] for name in dict.fromkeys(("loss", self.selection.name))}
+        log.write(step, "eval", found.scores.values() | own)
+        display.say(f"step {step}  {self.held_out.say(found.scores)}")
+        # That of the last step is one more if it was not due anyway.
+        if self.selection.counted < step:
+            self.selection = self.selection.after(step, found.selection[self.selection.name])
+        return found
+
+    def _drain(self, meter: Meter, display: Display, log: MetricLog, checkpoints: Checkpoints) -> None:
+        for done in meter.ready(keep=0):
+            self._record(done, display, log, checkpoints)
+
+    def _record(self, done: Reading, display: Display, log: MetricLog, checkpoints: Checkpoints) -> None:
+        record = done.step % self.config.log.every == 0 or done.step == self.config.steps
+        display.step(done.step, done.values, record=record)
+        if record:
+            log.write(done.step, "train", done.values)
+        if done.skipped_in_row:
+            display.say(
+                f"step {done.step}: loss {done.values['loss']} or gradient norm {done.values['grad_norm']} is not finite; "
+                f"update skipped ({done.skipped_in_row} in a row)"
+            )
+        if done.skipped_in_row >= self.config.max_skipped:
+            good = checkpoints.latest
+            kept = (
+                "no checkpoint was written yet" if good is None else f"the last good checkpoint is that of step {good}"
+            )
+            raise UserError(
+                f"step {done.step}: {done.skipped_in_row} updates in a row were not finite, the last on examples "
+                f"{_compact(done.examples)}; {kept} in {self.config.directory}. Lower optimizer.learning_rate or set "
+                "optimizer.clip_norm"
+            )
+
+    def _headline(self, state: TrainState, start: int) -> str:
+        devices = self.mesh.devices.size
+        kind = self.mesh.devices.flat[0].device_kind
+        begins = f"resuming after step {start}" if start else "starting"
+        counted = self.program.trained.counted(state.params)
+        return (
+            f"{self.config.name}: {begins}; {counted} on {devices} × {kind} ({self.config.mesh.strategy}); "
+            f"{self.config.tokens_per_step:,} tokens a step"
+        )
+
+    def _farewell(
+        self,
+        state: TrainState,
+        step: int,
+        found: Evaluation | None,
+        interrupted: bool,
+        display: Display,
+        log: MetricLog,
+    ) -> None:
+        config, directory = self.config, self.config.directory
+        if interrupted:
+            how = "Run the same command again to go on" if step < config.steps else "All steps are done"
+            display.say(f"stopped after step {step}; the state is saved in {directory}. {how}")
+            return
+        if step < config.steps:
+            display.say(f"stopped early: {self.selection}")
+        self.sample(state, display)
+        for line in () if found is None else config.objective.report(self.prepared, found.scores.bits_per_byte):
+            display.say(line)
+        if found is not None and self.held_out is not None:
+            if quality := found.quality or self.held_out.quality(_used(state)):
+                log.write(step, "eval", dataclasses.asdict(quality))
+                display.say(f"{quality.pairs} held-out translations: BLEU {quality.bleu:.2f}, chrF {quality.chrf:.2f}")
+            if self.held_out.task is not None and is_first():
+                for line in self.held_out.task.finish(found.predictions, directory):
+                    display.say(line)
+        display.say(f"finished; {config.objective.next_step(directory)}")
+
+
+def _used(state: TrainState) -> nnx.State:
+    """The parameters to use: their moving average, where the run keeps one."""
+    return state.params if state.ema is None else state.ema
+
+
+def _padding(batches: Batches) -> str | None:
+    """What part of all positions holds nothing, for people; None for none to speak of."""
+    parts = {"source": batches.source_efficiency, "target": batches.efficiency}
+    wastes = {side: 1 - part for side, part in parts.items() if part is not None}
+    if max(wastes.values()) < 0.001:
+        return None
+    if len(wastes) == 1:
+        return f"padding: {wastes['target']:.1%} of all positions"
+    return f"padding: {wastes['source']:.1%} of the source's positions, {wastes['target']:.1%} of the target's"
+
+
+def check_data(config: RunConfig, prepared: Prepared) -> None:
+    """Raise a `UserError` unless the data suits the model and the objective."""
+    source_vocab_size = getattr(config.model, "source_vocab_size", None)
+    inserted = config.objective.largest_inserted(prepared.tokenizer)
+    if source_vocab_size is None:
+        check_vocabulary(prepared, config.model.vocab_size, inserted=inserted)
+    else:
+        check_vocabulary(prepared, source_vocab_size, target_vocab_size=config.model.vocab_size, inserted=inserted)
+    config.objective.check_data(prepared, config.sequence_length)
+    config.objective.check_classes(prepared, config.model)
+    check_selection(config, prepared)
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Make the folder, and keep a second process from training in it; a run that is refused leaves none behind."""
+    import filelock
+
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(directory / f".lock-{jax.process_index()}")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{directory}: another process is training here; choose another --run-dir") from None
+    try:
+        yield
+    finally:
+        refused = not (directory / "config.yaml").exists()
+        if refused:
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        if refused:
+            # Neither goes that holds something.
+            for folder in (directory / "checkpoints", directory):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _trace(profile: tuple[int, int], step: int, directory: Path, display: Display) -> None:
+    if step == profile[0]:
+        jax.profiler.start_trace(str(directory / "profile"), create_perfetto_trace=True)
+    elif step == profile[1] + 1:
+        jax.profiler.stop_trace()
+        display.say(f"profile of steps {profile[0]} to {profile[1]}: {directory / 'profile'}")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _compact(examples: np.ndarray) -> str:
+    ids = examples.tolist()
+    return ", ".join(map(str, ids[:16])) + (" ..." if len(ids) > 16 else "")
+
+
+def _agree_on(config: RunConfig) -> None:
+    """Raise a `UserError` in every process unless all have the same config."""
+    if jax.process_count() == 1:
+        return
+    texts = gathered(json.dumps(to_data(config), sort_keys=True))
+    others = {index: text for index, text in enumerate(texts) if text != texts[0]}
+    if others:
+        index, text = next(iter(others.items()))
+        changed = difference(json.loads(texts[0]), json.loads(text))
+        raise UserError(
+            f"processes {', '.join(map(str, others))} have another config than process 0; of process {index}: "
+            f"{'; '.join(changed)}. Start all with the same config and overrides"
+        )

@@ -1,0 +1,265 @@
+"""Training steps whose layers lie on devices one after the other; the forward schedules are in `transformer/pipeline.py`.
+
+B batch, M microbatches, R rows of a microbatch, T position, D embed, L layers, P devices of the pipeline, V stages of a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from train.config import RunConfig
+from train.loss import Batch, LossConfig, LossSums
+from train.objectives import Objective
+from train.parallel.mesh import MeshConfig, check_batch
+from train.run.state import TrainState
+from train.run.step import Gradient, Metrics
+from train.trained import ALL, Trained
+from transformer.errors import ConfigError, require
+from transformer.layers.embedding import Embedding, embed_lookup
+from transformer.mixers.context import Context
+from transformer.models.bert import BertConfig
+from transformer.models.config import StackConfig
+from transformer.models.layer_stack import LayerStack, StackOutput, layers_of_group
+from transformer.pipeline import (
+    Schedule,
+    check_microbatches,
+    check_period,
+    check_stages,
+    in_stages,
+    is_in_stages,
+    is_stacked,
+    is_variable,
+    microbatched,
+)
+from transformer.sharding import axes_size, constrain, mesh_axes
+from transformer.types import DTYPES, Array
+
+
+def schedule_of(config: RunConfig, mesh: Mesh) -> Schedule:
+    """How a config's batches go through the pipeline of `mesh`, which may be one device long.
+
+    Raises:
+        UserError: a model, a number of layers or a batch that it does not suit.
+    """
+    P, V = mesh.shape["pipeline"], config.mesh.stages_per_device
+    if P == 1:
+        return Schedule()
+    M = P * V if config.mesh.pipeline_microbatches is None else config.mesh.pipeline_microbatches
+    family = config.model.family
+    if family not in ("gpt", "bert", "electra"):
+        allowed = "a pipeline (mesh.pipeline) is for one stack of layers, which gpt, bert and electra have"
+        raise ConfigError(type(config.model), "family", family, allowed)
+    if config.mesh.schedule == "1f1b" and family == "electra":
+        allowed = (
+            "it cuts a model into embedding, layers and head, and electra has two stacks of layers; allowed: gpipe"
+        )
+        raise ConfigError(MeshConfig, "schedule", "1f1b", allowed)
+    if isinstance(config.model, BertConfig):
+        require(config.model, "first_norm", config.model.first_norm, "a pipeline's blocks are all alike; allowed: true")
+    assert isinstance(config.model, StackConfig)
+    check_stages(config.model.num_layers, P, V, layers_of_group(config.model))
+    check_microbatches(P, M)
+    # Beside its own microbatches, each device of the pipeline has its share of the batch.
+    check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches * M // P)
+    return Schedule(V, M)
+
+
+@dataclasses.dataclass(frozen=True)
+class StagedStep:
+    """A step over a state with several stages a device (`in_stages`), to which a state with its layers in order is brought
+    once, by the first step. The state that comes out is in stages; `in_order` makes it one like all others.
+    """
+
+    step: Any
+    abstract: TrainState
+    """The state in stages."""
+    stages_per_device: int
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if not is_in_stages(state):
+            layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+            bring = jax.jit(lambda state: in_stages(state, self.stages_per_device), out_shardings=layout)
+            state = bring(state)
+        return self.step(state, batch)
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The step, traced for descriptions; that of the state is its own."""
+        return self.step.lower(self.abstract, batch)
+
+
+def one_forward_one_backward(
+    graphdef: Any, loss: LossConfig, objective: Objective, schedule: Schedule, trained: Trained = ALL
+) -> Gradient:
+    """The gradient of an objective's loss by the schedule 1F1B (Narayanan et al. 2019, section 3.2; 2021, section 2.2.1).
+
+    On every tick each device runs its stage forward on one microbatch and backward on an earlier one, which is on its way
+    back; on the first P - 1 ticks forward alone, on the last P - 1 backward alone. At most 2P - 1 microbatches are under way,
+    however many there are, and of each of them a device keeps its stage's input alone: the backward pass computes the stage
+    again. Time is M + P - 1 times a forward and a backward, as GPipe's.
+
+    The loss is computed behind the last stage, and the embedding before the first. All devices compute both, and those at
+    other stages throw them away: a tick is as long as its slowest stage, so that this costs no time.
+
+    A mixture's balance is each microbatch's own; their mean is taken.
+
+    Args:
+        graphdef: of a model that is an embedding, one `LayerStack` named `layers`, and a head.
+        schedule: with one stage a device.
+    """
+
+    def gradient(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+        axes = mesh_axes("layers")
+        P = axes_size(axes)
+        M = P if schedule.microbatches is None else schedule.microbatches
+        slots = 2 * P - 1
+        part, frozen = trained.split(params)
+        part_layout, frozen_layout = (
+            jax.tree.map(
+                lambda leaf: PartitionSpec(axes) if is_stacked(leaf) else PartitionSpec(), tree, is_leaf=is_variable
+            )
+            for tree in (part, frozen)
+        )
+
+        def on_device(part: nnx.State, frozen: nnx.State, batches: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+            index = jax.lax.axis_index(axes)
+            is_first, is_last = index == 0, index == P - 1
+            # A router's loss is a mean over the microbatches, as it is by the other schedule.
+            share = jnp.sum(batches["weights"]) / M
+
+            def stage(part: nnx.State, given: Array, microbatch: Array) -> tuple[tuple[Array, Array], LossSums]:
+                """What goes on to the next stage, and this stage's part of the loss."""
+                model = nnx.merge(graphdef, part, frozen)
+                layers = _Part(model.layers, given, is_first, index)
+                object.__setattr__(model, "layers", layers)
+                object.__setattr__(model, "embed", _WholeTable(model.embed))
+                own_key = jax.random.fold_in(jax.random.fold_in(key, microbatch), index)
+                sums = objective.loss(model, _at(batches, microbatch), loss, key=own_key)
+                sums = jax.tree.map(lambda x: jnp.where(is_last, x, 0), sums)
+                if (routed := layers.output.added_loss) is not None:
+                    sums = dataclasses.replace(sums, loss=sums.loss + routed * share)
+                return (layers.x, sums.loss), sums
+
+            def forward(state: _Ticking, time: Array) -> tuple[_Ticking, Array]:
+                microbatch = jnp.clip(time - index, 0, M - 1)
+                (x, _), _ = stage(part, state.ahead, microbatch)
+                # A slot is free again when the microbatch that had it is back.
+                inputs = jax.lax.dynamic_update_index_in_dim(state.inputs, state.ahead, (time - index) % slots, 0)
+                return dataclasses.replace(state, inputs=inputs), x
+
+            def backward(state: _Ticking, time: Array) -> tuple[_Ticking, Array]:
+                turn = time - 2 * (P - 1) + index
+                microbatch = jnp.clip(turn, 0, M - 1)
+                given = _at(state.inputs, turn % slots)
+                outs, pull, sums = jax.vjp(
+                    lambda part, given: stage(part, given, microbatch), part, given, has_aux=True
+                )
+                arrived = jnp.where(is_last, 0, state.back)
+                grads, back = pull((arrived, jnp.ones_like(outs[1])))
+                is_real = (turn >= 0) & (turn < M)
+                grads, sums = jax.tree.map(
+                    lambda total, x: total + jnp.where(is_real, x, 0), (state.grads, state.sums), (grads, sums)
+                )
+                return dataclasses.replace(state, grads=grads, sums=sums), back
+
+            def ticks(state: _Ticking, first: int, last: int, *, ahead: bool, back: bool) -> _Ticking:
+                """Those before `last`, on which all devices go ahead, or back, or both."""
+
+                def tick(state: _Ticking, time: Array) -> tuple[_Ticking, None]:
+                    # Both work on what was sent before this tick; nothing is sent that no stage will read.
+                    sent: dict[str, Any] = {}
+                    if ahead:
+                        with jax.named_scope("forward"):
+                            state, x = forward(state, time)
+                        sent["ahead"] = jax.lax.ppermute(x, axes, [(device, device + 1) for device in range(P - 1)])
+                    if back:
+                        with jax.named_scope("backward"):
+                            state, x = backward(state, time)
+                        sent["back"] = jax.lax.ppermute(x, axes, [(device + 1, device) for device in range(P - 1)])
+                    return dataclasses.replace(state, **sent), None
+
+                return jax.lax.scan(tick, state, jnp.arange(first, last))[0]
+
+            R, T = batches["tokens"].shape[1:]
+            c = nnx.merge(graphdef, part, frozen).config
+            given = jnp.zeros((R, T, c.embed_dim), DTYPES[c.dtype])
+            _, sums = jax.eval_shape(stage, part, given, jnp.zeros((), jnp.int32))
+            grads, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (part, sums))
+            start = _Ticking(given, given, jnp.zeros((slots, *given.shape), given.dtype), grads, sums)
+            full = ticks(start, 0, P - 1, ahead=True, back=False)
+            steady = ticks(full, P - 1, M + P - 1, ahead=True, back=True)
+            end = ticks(steady, M + P - 1, M + 2 * (P - 1), ahead=False, back=True)
+            # What all stages have, such as the embedding, some of them used.
+            grads = jax.tree.map(
+                lambda leaf: leaf if is_stacked(leaf) else jax.lax.psum(leaf, axes), end.grads, is_leaf=is_variable
+            )
+            return grads, jax.lax.psum(end.sums, axes)
+
+        with jax.named_scope("pipeline"):
+            return jax.shard_map(
+                on_device,
+                in_specs=(part_layout, frozen_layout, PartitionSpec(), PartitionSpec()),
+                out_specs=(part_layout, PartitionSpec()),
+                axis_names=set(axes),
+                check_vma=False,
+            )(part, frozen, microbatched(batch, M), key)
+
+    return gradient
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Ticking:
+    """What a device takes from one tick to the next."""
+
+    ahead: Array
+    """From the stage before: [R, T, D]."""
+    back: Array
+    """From the stage behind: the gradient of what was sent to it."""
+    inputs: Array
+    """Of the microbatches under way: [2P - 1, R, T, D]."""
+    grads: nnx.State
+    sums: LossSums
+
+
+class _Part:
+    """In the place of a model's stack of layers: one stage of it, between what came in and what goes on."""
+
+    def __init__(self, layers: LayerStack, given: Array, is_first: Array, stage: Array) -> None:
+        self.layers, self.given, self.is_first = layers, given, is_first
+        groups = jax.tree.leaves(layers.blocks)[0].shape[0]
+        # A group of blocks holds a whole pattern.
+        check_period(layers.num_layers, groups * layers.group, max(layers.period, layers.group))
+        layers.take_part(groups * layers.group, stage)
+        self.final_norm, layers.final_norm = layers.final_norm, None
+        self.x: Any = None
+        self.output: Any = None
+
+    def __call__(self, x: Array, context: Context, **options: Any) -> tuple[Array, StackOutput]:
+        self.x, self.output = self.layers(jnp.where(self.is_first, x, self.given), context, **options)
+        hidden = self.x if self.final_norm is None else self.final_norm(self.x)
+        # The routers' losses are every stage's, and the head's the last one's alone.
+        return hidden, dataclasses.replace(self.output, added_loss=None)
+
+
+class _WholeTable(Embedding):
+    """In the place of a model's embedding: the same, but whole where tokens are looked up in it.
+
+    XLA's partitioner (jax 0.11 and 0.12) fails on a lookup in rows that lie apart, by tokens that lie apart too, inside of a
+    stage.
+    """
+
+    def __init__(self, table: Embedding) -> None:
+        self.table, self.dtype, self.vocab_axis = table.table, table.dtype, table.vocab_axis
+
+    def __call__(self, tokens: Array) -> Array:
+        return embed_lookup(constrain(self.table[...], None, None), tokens, dtype=self.dtype)
+
+
+def _at(tree: Any, index: Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)

@@ -1,0 +1,172 @@
+"""A config's training step on a mesh: what a run executes, what a benchmark measures, what a plan compiles ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from train.config import RunConfig
+from train.data.prepared.store import Prepared
+from train.objectives.objective import BatchShapes
+from train.optimizer import make_optimizer
+from train.parallel.mesh import STRATEGIES, MeshConfig, batch_sharding
+from train.run.pipeline import StagedStep, one_forward_one_backward, schedule_of
+from train.run.pmap import make_pmap_step
+from train.run.state import StateMaker, TrainState, abstract_state, described_key, init_state, lay_out, state_maker
+from train.run.step import make_eval_step, make_gradient, make_train_step
+from train.trained import ALL, Trained, chosen
+from transformer.errors import ConfigError
+from transformer.functional import ModelFactory, graphdef_of
+from transformer.layers.adapter import AdapterConfig, make_merge_fn
+from transformer.mixers.registry import MixerConfig
+from transformer.models.adapted import make_adapted
+from transformer.models.families import Model, ModelConfig, flops_per_token
+from transformer.models.layer_stack import with_schedule
+from transformer.pipeline import Schedule, in_stages
+
+
+class Program:
+    """Made under the config's rules (`use_mesh`), from descriptions alone: no array exists before `init`.
+
+    Args:
+        mesh: of devices that are here, or of a topology to compile for.
+
+    Raises:
+        UserError: a dim that its mesh axis does not divide, or a model that the strategy does not suit.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        schedule = schedule_of(config, mesh)
+        make = functools.partial(_make_scheduled, suited(config.model, config.mesh), config.adapter, schedule)
+        graphdef = graphdef_of(make)
+        self.trained = trained = trained_of(config, make)
+        optimizer, self.make_state = _state_of(config, make, trained)
+        described = functools.partial(
+            abstract_state, mesh=mesh, optimizer_rules=config.mesh.optimizer_rules,
+            offload_optimizer=config.mesh.offload_optimizer,
+        )  # fmt: skip
+        self.abstract = described(self.make_state)
+        staged, V = self.abstract, schedule.stages_per_device
+        if V > 1:
+            staged = described(lambda key, params: in_stages(self.make_state(key, params), V))
+        with nnx.logical_axis_rules(config.mesh.gradient_rules):
+            gradients = lay_out(trained.of(staged.params), mesh)
+        with nnx.logical_axis_rules(config.mesh.optimizer_rules):
+            summed = lay_out(trained.of(staged.params), mesh)
+        options: dict[str, Any] = {
+            "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "trained": trained,
+        }  # fmt: skip
+        self.train_step: Any
+        if config.mesh.strategy == "pmap":
+            self.train_step = make_pmap_step(
+                graphdef, optimizer, config.loss, mesh, objective=config.objective, **options
+            )
+        else:
+            pipelined = schedule.microbatches is not None
+            if pipelined and config.mesh.schedule == "1f1b":
+                gradient = one_forward_one_backward(graphdef, config.loss, config.objective, schedule, trained)
+            else:
+                gradient = make_gradient(graphdef, config.loss, config.objective, trained)
+            self.train_step = make_train_step(
+                gradient, optimizer, staged, gradients=gradients, summed=summed, **options
+            )
+            if V > 1:
+                self.train_step = StagedStep(self.train_step, staged, V)
+        self.eval_step = make_eval_step(graphdef, config.objective)
+        self.plain = make_merge_fn(config.adapter)
+        self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
+
+    def init(self, params: nnx.State | None = None) -> Any:
+        """A fresh state on the devices, by the config's seed; beginning with `params` where they are given."""
+        return init_state(self.make_state, self.abstract, self.config.seed, params)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The training step over a whole batch, traced for the mesh's devices."""
+        batch = {
+            name: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=self.batch_sharding)
+            for name, rows in batch_shapes(self.config).items()
+        }
+        return self.train_step.lower(self.abstract, batch)
+
+
+def suited(model: ModelConfig, mesh: MeshConfig) -> ModelConfig:
+    """The model's config as the strategy wants it: with its attention, where it is about one.
+
+    Raises:
+        UserError: a model that the strategy does not suit.
+    """
+    wanted: Any = STRATEGIES[mesh.strategy].attention
+    if wanted is None:
+        return model
+    if model.family == "recurrent":
+        raise ConfigError(type(model), "family", model.family, f"mesh.strategy {mesh.strategy} needs a Transformer")
+
+    def with_backend(mixer: MixerConfig, place: str) -> MixerConfig:
+        if not hasattr(mixer, "backend"):
+            allowed = f"mesh.strategy {mesh.strategy} slices sequences; allowed: softmax, latent, differential"
+            raise ConfigError(type(model), f"{place}.kind", mixer.kind, allowed)
+        if mixer.backend not in ("auto", wanted):
+            allowed = f"mesh.strategy {mesh.strategy} goes with auto and {wanted}"
+            raise ConfigError(type(model), f"{place}.backend", mixer.backend, allowed)
+        return dataclasses.replace(mixer, backend=wanted)
+
+    pattern = tuple(with_backend(mixer, f"pattern.{number}") for number, mixer in enumerate(model.pattern))
+    attention = (
+        model.attention
+        if pattern and not hasattr(model.attention, "backend")
+        else with_backend(model.attention, "attention")
+    )
+    return dataclasses.replace(model, attention=attention, pattern=pattern)
+
+
+def _make_scheduled(model: ModelConfig, adapter: AdapterConfig | None, schedule: Schedule, rngs: nnx.Rngs) -> Model:
+    """The adapted model, whose layers go through a pipeline by the schedule, where the mesh has one."""
+    return with_schedule(make_adapted(model, adapter, rngs), schedule)
+
+
+def described_state(config: RunConfig) -> TrainState:
+    """Shapes of a config's whole state, wherever it will lie."""
+    make = functools.partial(make_adapted, config.model, config.adapter)
+    _, make_state = _state_of(config, make, trained_of(config, make))
+    return jax.eval_shape(make_state, described_key(), None)
+
+
+def trained_of(config: RunConfig, make: ModelFactory) -> Trained:
+    """Which parameters of its model a config trains.
+
+    Raises:
+        UserError: a pattern that matches no parameter, or nothing that is left to train.
+    """
+    if not config.optimizer.freeze and config.adapter is None:
+        return ALL
+    params = jax.eval_shape(lambda: nnx.state(make(nnx.Rngs(0)), nnx.Param))
+    return chosen(params, config.optimizer.freeze, config.adapter)
+
+
+def _state_of(
+    config: RunConfig, make: ModelFactory, trained: Trained
+) -> tuple[optax.GradientTransformation, StateMaker]:
+    """The config's optimiser, and what makes the state of a model and it from a key."""
+    optimizer = make_optimizer(config.optimizer, config.steps, getattr(config.model, "num_layers", None))
+    keep_ema = config.optimizer.ema_decay is not None
+    return optimizer, state_maker(make, optimizer, keep_ema=keep_ema, trained=trained)
+
+
+def batch_shapes(config: RunConfig, rows: int | None = None) -> BatchShapes:
+    """The arrays of a batch of `rows` examples (`config.batch_size`), padding included."""
+    rows = config.batch_size if rows is None else rows
+    return config.objective.batch(rows, config.sequence_length, config.data)
+
+
+def flops_per_prediction(config: RunConfig, prepared: Prepared, program: Program) -> float:
+    """Floating-point operations of a training step for each thing that it predicts: a token, a hidden token, a word, a row."""
+    passes = program.trained.passes(program.abstract.params)
+    tokens = config.objective.tokens_per_prediction(prepared, config.tokens_per_example)
+    return passes * tokens * flops_per_token(config.model, config.sequence_length)

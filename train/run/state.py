@@ -1,0 +1,121 @@
+"""The state of a run: described abstractly, laid out, then made on the devices that will hold it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from train.parallel.mesh import Rules, check_divisible, shardings_of
+from train.trained import ALL, Trained
+from transformer.functional import ModelFactory
+from transformer.types import Array, Int, PRNGKeyArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes. `key` is constant: step s draws from `fold_in(key, s)`."""
+
+    step: Int[Array, ""]
+    params: nnx.State
+    opt_state: optax.OptState
+    key: PRNGKeyArray
+    ema: nnx.State | None = None
+    """Exponential moving average of the parameters, when the optimiser keeps one."""
+
+
+HOST = "pinned_host"
+"""JAX's name for a host's memory that its devices can reach."""
+
+StateMaker = Callable[..., TrainState]
+"""(key, params=None) -> TrainState"""
+
+
+def state_maker(
+    make_model: ModelFactory,
+    optimizer: optax.GradientTransformation,
+    *,
+    keep_ema: bool = False,
+    trained: Trained = ALL,
+) -> StateMaker:
+    """A pure function from a key, and from parameters where there are any, to a state that begins.
+
+    The optimiser has statistics of the trained parameters alone.
+    """
+
+    def make(key: PRNGKeyArray, params: nnx.State | None = None) -> TrainState:
+        init_key, train_key = jax.random.split(key)
+        if params is None:
+            params = nnx.state(make_model(nnx.Rngs(params=init_key)), nnx.Param)
+        ema = jax.tree.map(jnp.copy, params) if keep_ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained.of(params)), train_key, ema)
+
+    return make
+
+
+def describe(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
+    """Shapes, types and shardings of what `make` returns, under the logical rules in force, with no array made.
+
+    Raises:
+        UserError: a dim that its mesh axis does not divide.
+    """
+    return lay_out(jax.eval_shape(make, *arguments), mesh)
+
+
+def lay_out(abstract: Any, mesh: Mesh) -> Any:
+    """A description with the shardings of the logical rules in force, whatever it had; raises as `describe`."""
+    shardings = shardings_of(abstract, mesh)
+    check_divisible(abstract, shardings)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+def abstract_state(
+    make_state: StateMaker, mesh: Mesh, optimizer_rules: Rules | None = None, *, offload_optimizer: bool = False
+) -> TrainState:
+    """The description of a state before it exists.
+
+    Args:
+        optimizer_rules: by which the optimiser's statistics and the moving average are laid out; those in force by default.
+        offload_optimizer: the statistics are in the host's memory.
+    """
+    # A described key, because the mesh's devices may be absent, and making a real one would run on them.
+    abstract = describe(make_state, mesh, described_key(), None)
+    if optimizer_rules is not None:
+        with nnx.logical_axis_rules(optimizer_rules):
+            opt_state, ema = lay_out((abstract.opt_state, abstract.ema), mesh)
+        abstract = dataclasses.replace(abstract, opt_state=opt_state, ema=ema)
+    if offload_optimizer:
+        abstract = dataclasses.replace(abstract, opt_state=jax.tree.map(_on_host, abstract.opt_state))
+    return abstract
+
+
+def described_key() -> jax.ShapeDtypeStruct:
+    """The shape and type of a random key, with no array made."""
+    return jax.eval_shape(jax.random.key, 0)
+
+
+def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The same in the host's memory; a counter stays, which is no size at all."""
+    return leaf.update(sharding=leaf.sharding.with_memory_kind(HOST)) if leaf.ndim else leaf
+
+
+def abstract_params(make_model: ModelFactory, mesh: Mesh) -> nnx.State:
+    """The description of a model's parameters alone."""
+    return describe(lambda: nnx.state(make_model(nnx.Rngs(0)), nnx.Param), mesh)
+
+
+def init_state(make_state: StateMaker, abstract: TrainState, seed: int, params: nnx.State | None = None) -> TrainState:
+    """A fresh state, each array made where it will live. The values depend on `seed` alone, not on the mesh.
+
+    Args:
+        params: what training begins with; None: random ones.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(make_state, out_shardings=shardings)(jax.random.key(seed), params)

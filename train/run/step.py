@@ -1,0 +1,177 @@
+"""The training step and the evaluation step: pure functions of state and batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from train.loss import Batch, LossConfig, LossSums
+from train.objectives import Causal, Objective
+from train.objectives.objective import Outputs
+from train.run.state import TrainState
+from train.trained import ALL, Trained
+from transformer.types import Array
+
+Metrics = dict[str, Array]
+
+_CAUSAL = Causal()
+
+Gradient = Callable[[nnx.State, Batch, Array], tuple[nnx.State, LossSums]]
+"""(params, batch, key) -> the gradient of the batch's summed loss with regard to the trained parameters, and the sums."""
+
+
+def make_train_step(
+    gradient: Gradient,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    *,
+    microbatches: int = 1,
+    ema_decay: float | None = None,
+    gradients: nnx.State | None = None,
+    summed: nnx.State | None = None,
+    trained: Trained = ALL,
+) -> jax.stages.Wrapped:
+    """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
+
+    The gradient is that of the mean over all target tokens of the global batch, whatever `microbatches` is. An update
+    whose loss or gradient is not finite is left out: parameters and optimiser stay as they were, and `skipped` is 1.
+
+    Args:
+        gradient: what computes the gradients: `make_gradient`, or a pipeline.
+        abstract: shapes and shardings of the state (`abstract_state`).
+        microbatches: into how many parts the batch is cut, one after the other, to save memory.
+        ema_decay: of the parameters' moving average, where the state keeps one.
+        gradients: shapes and shardings of the gradients of each of several parts; by default the compiler lays them out.
+        summed: the same of their sum over all parts, as the optimiser takes it.
+        trained: which parameters have gradients and are updated.
+
+    Returns:
+        A function whose metrics are float32 scalars: loss, nll (nats per token), grad_norm (before clipping), tokens,
+        skipped.
+    """
+    compute = accumulated(gradient, microbatches, _layout(gradients))
+
+    # Without its layout written out, the state would leave the first step laid out in other words than it came in with,
+    # and the second step would be compiled anew.
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    at_hand = jax.tree.map(lambda one: one.with_memory_kind("device"), shardings.opt_state)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if at_hand != shardings.opt_state:
+            state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, at_hand))
+        grads, sums = compute(state.params, batch, jax.random.fold_in(state.key, state.step))
+        if summed is not None:
+            grads = jax.lax.with_sharding_constraint(grads, _layout(summed))
+        return update(state, grads, sums, optimizer, ema_decay, trained)
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_gradient(graphdef: Any, loss: LossConfig, objective: Objective = _CAUSAL, trained: Trained = ALL) -> Gradient:
+    """The gradient of an objective's loss, by `jax.grad`."""
+
+    def loss_sum(part: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[Array, LossSums]:
+        sums = objective.loss(nnx.merge(graphdef, part, frozen), batch, loss, key=key)
+        return sums.loss, sums
+
+    def gradient(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+        return jax.grad(loss_sum, has_aux=True)(*trained.split(params), batch, key)
+
+    return gradient
+
+
+def accumulated(gradient: Gradient, microbatches: int, layout: nnx.State | None = None) -> Gradient:
+    """`gradient` of a batch in parts, one after the other.
+
+    Args:
+        layout: shardings of the gradients of each of several parts; None leaves them to the compiler.
+    """
+    if microbatches == 1:
+        return gradient
+
+    def laid_out(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+        grads, sums = gradient(params, batch, key)
+        return grads if layout is None else jax.lax.with_sharding_constraint(grads, layout), sums
+
+    def accumulate(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+        def add(total: tuple[nnx.State, LossSums], part: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, laid_out(params, *part)), None
+
+        parts = jax.tree.map(lambda x: _cut(x, microbatches), batch)
+        keys = jax.random.split(key, microbatches)
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(laid_out, params, *first))
+        return jax.lax.scan(add, zero, (parts, keys))[0]
+
+    return accumulate
+
+
+def update(
+    state: TrainState,
+    grads: nnx.State,
+    sums: LossSums,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | None = None,
+    trained: Trained = ALL,
+) -> tuple[TrainState, Metrics]:
+    """The state after a step, and its metrics, from the gradient of the global batch's summed loss."""
+    before, ema = trained.of(state.params), None if state.ema is None else trained.of(state.ema)
+    # optax relies on JAX's default promotion, whatever stricter rule the program runs under.
+    with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
+        weight = jnp.maximum(sums.weight, 1)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, before)
+        params = optax.apply_updates(before, updates)
+        kept = (before, state.opt_state, ema)
+        if ema is not None and ema_decay is not None:
+            ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, params)
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), kept
+        )
+        params = trained.put(params, state.params)
+        ema = None if ema is None or state.ema is None else trained.put(ema, state.ema)
+    metrics = {
+        "loss": sums.loss / weight,
+        "nll": sums.nll / weight,
+        "grad_norm": grad_norm,
+        "tokens": sums.weight if sums.count is None else sums.count,
+        "skipped": 1 - finite.astype(jnp.float32),
+    }
+    changed = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+    return changed, metrics
+
+
+def make_eval_step(graphdef: Any, objective: Objective = _CAUSAL) -> jax.stages.Wrapped:
+    """The jitted `(params, batch) -> (sums, outputs)` without dropout, smoothing, z-loss or class weights.
+
+    Every device ends with the outputs of all rows, so that every process reads the same. They have `example` [B] too where the
+    batch has it.
+    """
+
+    def step(params: nnx.State, batch: Batch) -> tuple[LossSums, Outputs]:
+        sums, outputs = objective.evaluate(nnx.merge(graphdef, params), batch)
+        if "example" in batch:
+            outputs |= {"example": batch["example"]}
+        if outputs and not jax.sharding.get_abstract_mesh().empty:
+            outputs = jax.lax.with_sharding_constraint(outputs, PartitionSpec())
+        return sums, outputs
+
+    return jax.jit(step)
+
+
+def _layout(described: nnx.State | None) -> nnx.State | None:
+    return None if described is None else jax.tree.map(lambda leaf: leaf.sharding, described)
+
+
+def _cut(x: Array, parts: int) -> Array:
+    """[B, ...] → [parts, B / parts, ...], row b going to part b mod parts, so that each device keeps its own rows."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

@@ -1,0 +1,92 @@
+"""Exact attention as two nested loops over tiles, of which only those run that the mask may allow.
+
+B batch, T query position, S key position, K key/value heads, G query heads a group.
+
+The inner loop's length is found out while the program runs, from one table of visible tiles a call: causal halves, windows,
+packed documents and a user's own empty blocks cost nothing. T and S must be multiples of the grid's blocks.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer.attention.backends import online
+from transformer.attention.backends.online import Gradients, Running
+from transformer.attention.spec.tile import Grid
+from transformer.attention.spec.variant import Variant
+from transformer.types import Array
+
+BLOCK = 512
+"""Queries and keys in a tile: wide enough for a product to fill a core, small enough for its cache."""
+
+
+def forward(running: Running, q: Array, k: Array, v: Array, variant: Variant, grid: Grid) -> Running:
+    """The softmax over these keys too, on top of those that `running` has seen. Shapes as in `online.forward`."""
+    order, count = _schedule(variant, grid)
+
+    def over_queries(block: Array, running: Running) -> Running:
+        queries = grid.queries.part(block)
+        q_block = queries.cut(q, 3)
+
+        def over_keys(step: Array, row: Running) -> Running:
+            index = order[block, step]
+            keys = grid.keys.part(index)
+            return online.forward(row, q_block, keys.cut(k, 2), keys.cut(v, 2), variant, grid.tile(block, index))
+
+        row = jax.tree.map(lambda x: queries.cut(x, 3), running)
+        row = jax.lax.fori_loop(0, count[block], over_keys, row)
+        return jax.tree.map(lambda x, part: _put(x, part, queries.start, 3), running, row)
+
+    return jax.lax.fori_loop(0, grid.queries.count, over_queries, running)
+
+
+def backward(
+    gradients: Gradients,
+    q: Array,
+    k: Array,
+    v: Array,
+    lse: Array,
+    delta: Array,
+    dout: Array,
+    variant: Variant,
+    grid: Grid,
+) -> Gradients:
+    """The gradients with these tiles' parts in them. Shapes as in `online.backward`."""
+    order, count = _schedule(variant, grid)
+
+    def over_queries(block: Array, gradients: Gradients) -> Gradients:
+        queries = grid.queries.part(block)
+        q_block, lse_block, delta_block, dout_block = (queries.cut(x, 3) for x in (q, lse, delta, dout))
+
+        def over_keys(step: Array, carry: Gradients) -> Gradients:
+            index = order[block, step]
+            keys, tile = grid.keys.part(index), grid.tile(block, index)
+            part = online.backward(
+                q_block, keys.cut(k, 2), keys.cut(v, 2), lse_block, delta_block, dout_block, variant, tile
+            )
+            return Gradients(
+                carry.q + part.q,
+                _put(carry.k, keys.cut(carry.k, 2) + part.k, keys.start, 2),
+                _put(carry.v, keys.cut(carry.v, 2) + part.v, keys.start, 2),
+                variant.score.add_gradients(carry.score, part.score, tile),
+            )
+
+        row = Gradients(queries.cut(gradients.q, 3), gradients.k, gradients.v, gradients.score)
+        row = jax.lax.fori_loop(0, count[block], over_keys, row)
+        return Gradients(_put(gradients.q, row.q, queries.start, 3), row.k, row.v, row.score)
+
+    return jax.lax.fori_loop(0, grid.queries.count, over_queries, gradients)
+
+
+def _schedule(variant: Variant, grid: Grid) -> tuple[Array, Array]:
+    """Of each block of queries the visible blocks of keys, in order and before all others, and how many they are."""
+    visible = variant.mask.visible(grid)
+    # What is known beforehand is sorted here, once, and not by the compiler as a constant of the program.
+    order = (np if isinstance(visible, np.ndarray) else jnp).argsort(~visible, axis=1, stable=True)
+    return jnp.asarray(order, jnp.int32), jnp.asarray(visible.sum(1), jnp.int32)
+
+
+def _put(x: Array, part: Array, start: int | Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part, start, axis)

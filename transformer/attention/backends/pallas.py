@@ -1,0 +1,316 @@
+"""The attention kernels that ship with JAX, written in Pallas: splash attention on TPUs, Triton's on GPUs.
+
+B batch, T query position, S key position, N query heads, K key/value heads, H head_dim, C value dim.
+
+tpu     `splash_attention`: a band of the T×S plane (causal, windows, offsets), packed segments, padding, grouped and
+        multi-query heads, logit soft-cap, values of another width than keys. Blocks outside the band are never touched.
+gpu     `attention.mha`: causal or none, packed segments of self-attention. JAX 0.12 calls it deprecated; a JAX without
+        it is a reason why this backend cannot serve.
+
+The kernels know whole blocks, and rows that see something. Here lengths are padded up to blocks, and the padding is hidden by
+the band where it can be, else by segment numbers; a row that sees nothing gives zeros. A kernel cannot be partitioned by the
+compiler, so that under a mesh it runs in `jax.shard_map` on each device's share of the batch and the heads.
+
+Neither the T×S array nor a mask of that size exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from transformer.attention.backends.blockwise import ATTENTION_RESIDUALS
+from transformer.attention.backends.shares import on_every_device
+from transformer.attention.spec.mask import AttentionMask
+from transformer.attention.spec.request import Request
+from transformer.attention.spec.terms import Causal, Padding, Prefix, Segments, Term, Window
+from transformer.attention.spec.tile import filled
+from transformer.attention.spec.variant import Variant
+from transformer.differentiation import reverse_mode_only
+from transformer.types import Array, Float
+
+TPU_BLOCKS = (512, 256, 128)
+"""Blocks of positions for splash attention; the largest one that pads a length by no more than an eighth is taken."""
+GPU_BLOCK = 128
+"""What the GPU kernel's lengths are a multiple of; shorter ones are one block of a power of two."""
+GPU_BLOCKS = {64: (128, 128), 128: (128, 64), 256: (64, 32)}
+"""Queries and keys in a block of the GPU kernel's forward pass, by the largest head_dim that they leave shared memory for."""
+
+NO_LOGIT = -1e30
+"""The logit of a key that is always seen and has no value: nothing beside any real logit, everything beside none."""
+
+
+def pallas(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKC: Float[Array, "B S K C"],
+    variant: Variant,
+    *,
+    platform: str,
+    interpret: bool = False,
+) -> Float[Array, "B T N C"]:
+    """Attention by the kernel of a platform. Softmax in float32, the result in v's type. Reverse mode only, and once.
+
+    Args:
+        platform: "tpu" or "gpu": whose kernel it is.
+        interpret: run the kernel's program step by step on any platform, to test it; slow. Types and lengths that the hardware
+            would refuse are then allowed.
+
+    Raises:
+        ValueError: the platform has no kernel, or its kernel does not compute this variant.
+    """
+    (B, T, N, _), S, C = q_BTNH.shape, k_BSKH.shape[1], v_BSKC.shape[3]
+    request = Request.of(q_BTNH, v_BSKC, variant, platform)
+    if reason := _not_computed(request):
+        raise ValueError(f"pallas: {reason}")
+    band, ids = Band.of(variant.mask), _segment_ids(variant.mask, B, T, S)
+    if band.is_empty(T, S):
+        return jnp.zeros((B, T, N, C), v_BSKC.dtype)
+    kernel = functools.partial(
+        _on_tpu if platform == "tpu" else _on_gpu,
+        band=band, scale=variant.score.scale, soft_cap=variant.score.soft_cap, interpret=interpret,
+    )  # fmt: skip
+    q_BTNH, k_BSKH, v_BSKC = reverse_mode_only(
+        (q_BTNH, k_BSKH, v_BSKC),
+        "attention backend 'pallas' has a gradient and no derivative in forward mode, nor a second one; "
+        "use 'blockwise' or 'reference' for those",
+    )
+    # JAX's own functions mix types, whatever stricter rule the program runs under.
+    with jax.named_scope(f"pallas_{platform}"), jax.numpy_dtype_promotion("standard"):
+        out = on_every_device(kernel, q_BTNH, k_BSKH, v_BSKC, ids)
+    return out.astype(v_BSKC.dtype)
+
+
+pallas_interpret = functools.partial(pallas, interpret=True)
+"""`pallas` on any platform, to hold a kernel to the reference: `pallas_interpret(q, k, v, variant, platform="tpu")`."""
+
+
+def supports_pallas(request: Request) -> str | None:
+    """Why the platform's kernel cannot serve this call, or None."""
+    return _not_computed(request) or _refused_by_hardware(request)
+
+
+def _not_computed(request: Request) -> str | None:
+    """Why the kernel does not compute this variant, on whatever machine."""
+    if request.platform not in ("gpu", "tpu"):
+        return f"it has kernels for GPUs and TPUs, and this is {request.platform}"
+    score, where = request.variant.score, request.platform.upper()
+    if request.variant.dropout is not None:
+        return "it has no dropout"
+    if score.bias_BNTS is not None:
+        return "it has no bias"
+    if score.mod is not None:
+        return "it has no score_mod"
+    if reason := _mask_not_computed(request.variant.mask):
+        return reason
+    if request.platform == "tpu":
+        return None
+    if _gpu_kernel() is None:
+        return f"the installed JAX {jax.__version__} no longer ships the {where} kernel"
+    if score.soft_cap is not None:
+        return f"its {where} kernel has no logit soft-cap"
+    if request.value_dim != request.head_dim:
+        return (
+            f"its {where} kernel needs values as wide as keys, and they are {request.value_dim} and {request.head_dim}"
+        )
+    if request.head_dim > max(GPU_BLOCKS):
+        return f"its {where} kernel needs a head_dim of at most {max(GPU_BLOCKS)}, and this is {request.head_dim}"
+    if request.num_queries != request.num_keys:
+        return (
+            f"its {where} kernel needs as many keys as queries, and there are {request.num_keys} and "
+            f"{request.num_queries}"
+        )
+    if Band.of(request.variant.mask) not in (Band(), Band(None, 0)):
+        return f"its {where} kernel knows causal attention without an offset, and no window"
+    for term in request.variant.mask.terms:
+        if not isinstance(term, Causal | Window | Segments):
+            return f"its {where} kernel cannot hide keys by {type(term).__name__.lower()} from queries that it keeps"
+        if isinstance(term, Segments) and term.q_BT is not term.k_BS:
+            return (
+                f"its {where} kernel takes one array of segment numbers for queries and keys: "
+                "AttentionMask.segments(ids), made where attend is called"
+            )
+    return None
+
+
+def _mask_not_computed(mask: AttentionMask) -> str | None:
+    for term in mask.terms:
+        name = type(term).__name__
+        if not isinstance(term, Causal | Window | Segments | Padding | Prefix):
+            return f"it takes causal, window, segment, padding and prefix masks, and this one has {name}"
+        if isinstance(term, Causal | Window) and not isinstance(term.offset, int):
+            return f"it needs a {name.lower()} mask's offset as a plain number, and this one is an array"
+    if sum(isinstance(term, Segments) for term in mask.terms) > 1:
+        return "it takes one array of segment numbers, and this mask has several"
+    return None
+
+
+def _refused_by_hardware(request: Request) -> str | None:
+    types = (jnp.bfloat16, jnp.float32) if request.platform == "tpu" else (jnp.bfloat16, jnp.float16)
+    if request.dtype not in types:
+        names = " or ".join(jnp.dtype(dtype).name for dtype in types)
+        return f"it needs {names} on a {request.platform.upper()}, and q is {request.dtype}"
+    if request.platform == "tpu":
+        shortest = min(request.num_queries, request.num_keys)
+        if shortest < TPU_BLOCKS[-1]:
+            return f"its blocks are at least {TPU_BLOCKS[-1]} positions, and {shortest} would be mostly padding"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """The pairs of a query t and a key s with t - left ≤ s ≤ t + right; None leaves a side open. Widths may be negative."""
+
+    left: int | None = None
+    right: int | None = None
+
+    @staticmethod
+    def of(mask: AttentionMask) -> Band:
+        """What a mask's terms of positions leave together."""
+        lefts: list[int] = []
+        rights: list[int] = []
+        for term in mask.terms:
+            if not isinstance(term, Causal | Window):
+                continue
+            assert isinstance(term.offset, int)
+            if isinstance(term, Causal):
+                rights.append(term.offset)
+            else:
+                lefts += [] if term.left is None else [term.left - term.offset]
+                rights += [] if term.right is None else [term.right + term.offset]
+        return Band(min(lefts, default=None), min(rights, default=None))
+
+    def is_empty(self, num_queries: int, num_keys: int) -> bool:
+        """Whether no query sees any key."""
+        left, right = (math.inf if width is None else width for width in (self.left, self.right))
+        return left + right < 0 or num_queries - 1 + right < 0 or -left > num_keys - 1
+
+    def hides_behind(self, num_queries: int, num_keys: int) -> bool:
+        """Whether no query sees a key behind the last one."""
+        return self.right is not None and num_queries - 1 + self.right < num_keys
+
+
+Ids = tuple[Array, Array]
+"""Segment numbers of queries, int32 [B, T], and of keys, [B, S]. Equal ones see each other, and key 0 is seen by no real
+query: a query with number 0 gives zeros."""
+
+
+def _segment_ids(mask: AttentionMask, B: int, T: int, S: int) -> Ids | None:
+    """What a mask's terms of content leave together."""
+    segments = [term for term in mask.terms if isinstance(term, Segments)]
+    hidden = [_valid(term, S) for term in mask.terms if isinstance(term, Padding | Prefix)]
+    if not segments and not hidden:
+        return None
+    if segments:
+        q_ids, k_ids = _rows(segments[0].q_BT, B), _rows(segments[0].k_BS, B)
+    else:
+        q_ids, k_ids = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
+    for valid_BS in hidden:
+        k_ids = jnp.where(valid_BS, k_ids, 0)
+    return q_ids, k_ids
+
+
+def _valid(term: Term, S: int) -> Array:
+    if isinstance(term, Padding):
+        return term.valid_BS
+    assert isinstance(term, Prefix)
+    length = term.length if isinstance(term.length, int) else term.length[:, None]
+    return jnp.arange(S)[None] < length
+
+
+def _rows(ids: Array, B: int) -> Array:
+    return jnp.broadcast_to(ids.astype(jnp.int32), (B, ids.shape[1]))
+
+
+# What follows runs on one device.
+
+
+def _on_tpu(
+    q: Array, k: Array, v: Array, ids: Ids | None, *, band: Band, scale: float, soft_cap: float | None, interpret: bool
+) -> Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (B, T, N, _), S = q.shape, k.shape[1]
+    rows, columns = _tpu_block(T), _tpu_block(S)
+    T_padded, S_padded = _up_to(T, rows), _up_to(S, columns)
+    if ids is None and S_padded > S and not band.hides_behind(T, S):
+        ids = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
+    full = band == Band()
+    shape = (T_padded, S_padded)
+    plane = masks.FullMask(shape) if full else masks.LocalMask(shape, (band.left, band.right), offset=0)
+    attention = splash.make_splash_mha(
+        masks.MultiHeadMask([plane] * N),
+        block_sizes=splash.BlockSizes(
+            block_q=rows, block_kv=columns, block_kv_compute=columns,
+            block_q_dkv=rows, block_kv_dkv=columns, block_kv_dkv_compute=columns,
+            block_q_dq=rows, block_kv_dq=columns,
+        ),
+        attn_logits_soft_cap=soft_cap,
+        residual_checkpoint_name=ATTENTION_RESIDUALS,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )  # fmt: skip
+    # The kernel has no scale of its own.
+    scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q, k, v = (
+        filled(x, length, 1).transpose(0, 2, 1, 3) for x, length in ((scaled, T_padded), (k, S_padded), (v, S_padded))
+    )
+    of_rows = None if ids is None else splash.SegmentIds(filled(ids[0], T_padded, 1), filled(ids[1], S_padded, 1))
+    # A row that sees nothing has this key to see, and so zeros for its output and gradients in the place of NaN.
+    sinks = jnp.full((N,), max(NO_LOGIT, float(jnp.finfo(q.dtype).min)), q.dtype)
+    out = jax.vmap(attention, in_axes=(0, 0, 0, 0, None))(q, k, v, of_rows, sinks)
+    return _real(out.transpose(0, 2, 1, 3)[:, :T], ids)
+
+
+def _on_gpu(
+    q: Array, k: Array, v: Array, ids: Ids | None, *, band: Band, scale: float, soft_cap: float | None, interpret: bool
+) -> Array:
+    kernel = _gpu_kernel()
+    assert kernel is not None and soft_cap is None
+    B, T, N, _ = q.shape
+    length = max(16, 1 << (T - 1).bit_length()) if T <= GPU_BLOCK else _up_to(T, GPU_BLOCK)
+    is_causal = band.right == 0
+    # Queries and keys have one array of numbers between them, as `supports_pallas` sees to.
+    shared = None if ids is None else ids[0]
+    if shared is None and length > T and not is_causal:
+        shared = jnp.ones((B, T), jnp.int32)
+    k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
+    q, k, v = (filled(x, length, 1) for x in (q, k, v))
+    numbers = None if shared is None else filled(shared, length, 1)
+    block_q, block_k = next(blocks for widest, blocks in GPU_BLOCKS.items() if q.shape[3] <= widest)
+    blocks = dataclasses.replace(kernel.BlockSizes.get_default(), block_q=block_q, block_k=block_k)
+    out = kernel.mha(q, k, v, numbers, sm_scale=scale, causal=is_causal, block_sizes=blocks, interpret=interpret)
+    return _real(out[:, :T], ids)
+
+
+def _gpu_kernel() -> Any:
+    """JAX's module of the GPU kernel, or None where it no longer has it."""
+    with warnings.catch_warnings():
+        # JAX 0.12 warns that it will go.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            from jax.experimental.pallas.ops.gpu import attention
+        except ImportError:
+            return None
+    return attention
+
+
+def _real(out: Array, ids: Ids | None) -> Array:
+    """Zeros for queries of no segment, whose gradients then are zero too."""
+    return out if ids is None else jnp.where((ids[0] != 0)[:, :, None, None], out, 0)
+
+
+def _tpu_block(length: int) -> int:
+    return next((size for size in TPU_BLOCKS if _up_to(length, size) * 8 <= length * 9), TPU_BLOCKS[-1])
+
+
+def _up_to(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

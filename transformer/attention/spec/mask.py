@@ -1,0 +1,239 @@
+"""Which query may look at which key, as a structure rather than as an array.
+
+B batch, T query position, S key position, N query heads.
+
+A mask is a conjunction of terms (`terms.py`). A kernel that understands all of them never needs the T×S array; one that
+does not asks for `materialize`, or for one tile after another. Masks are pytrees: they pass through `jax.jit`, and what
+shapes a program (the kinds of terms, a window's width) is static.
+
+    mask = AttentionMask.causal() & AttentionMask.segments(segments_BT) & AttentionMask.window(left=128)
+    longformer = AttentionMask.window(left=64, right=64) | AttentionMask.global_tokens(4)
+    streaming = AttentionMask.causal() & (AttentionMask.window(left=1024) | AttentionMask.sinks(4))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from transformer.attention.spec import terms
+from transformer.attention.spec.mods import Mod
+from transformer.attention.spec.terms import Term
+from transformer.attention.spec.tile import Grid, Tile
+from transformer.types import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+    """A conjunction of terms; with none of them, every query sees every key."""
+
+    terms: tuple[Term, ...] = ()
+
+    @staticmethod
+    def none() -> AttentionMask:
+        """Every query sees every key."""
+        return AttentionMask()
+
+    @staticmethod
+    def causal(offset: int | Int[Array, " B"] = 0) -> AttentionMask:
+        """Query t, standing at position offset + t, sees the keys up to its own position."""
+        return AttentionMask((terms.Causal(offset=_whole("causal", "offset", offset)),))
+
+    @staticmethod
+    def window(left: int | None = None, right: int | None = None) -> AttentionMask:
+        """Query t sees from `left` keys before it to `right` keys after it; None leaves a side open.
+
+        Raises:
+            ValueError: a negative width, or widths with which a query sees itself alone.
+        """
+        for name, width in (("left", left), ("right", right)):
+            if width is not None and (not isinstance(width, int) or width < 0):
+                raise ValueError(
+                    f"window: {name}={width}; expected 1 or more, 0 for nothing on that side, or None for all"
+                )
+        if left == 0 and not right:
+            raise ValueError(
+                f"window: left=0, right={right} has no width: a causal query would see itself alone; expected 1 or more"
+            )
+        return AttentionMask((terms.Window(left, right),))
+
+    @staticmethod
+    def dilated(step: int) -> AttentionMask:
+        """Query t sees the keys at a distance that is a multiple of `step` (Beltagy et al. 2020; with a window around it).
+
+        Raises:
+            ValueError: a step below 1.
+        """
+        _at_least_one("dilated", "step", step)
+        return AttentionMask((terms.Dilated(step),))
+
+    @staticmethod
+    def prefix(length: int | Int[Array, " B"]) -> AttentionMask:
+        """Every query sees the first `length` keys; `causal() | prefix(n)` is a prefix language model's mask."""
+        return AttentionMask((terms.Prefix(_whole("prefix", "length", length)),))
+
+    @staticmethod
+    def sinks(count: int) -> AttentionMask:
+        """Every query sees the first `count` keys, the attention sinks (Xiao et al. 2023), whatever a window hides.
+
+        Raises:
+            ValueError: a count below 1.
+        """
+        _at_least_one("sinks", "count", count)
+        return AttentionMask((terms.Prefix(int(count)),))
+
+    @staticmethod
+    def global_tokens(count: int) -> AttentionMask:
+        """The first `count` positions see everything and are seen by everything (Beltagy et al. 2020, section 3.1).
+
+        Raises:
+            ValueError: a count below 1.
+        """
+        _at_least_one("global_tokens", "count", count)
+        return AttentionMask((terms.Prefix(count),)) | AttentionMask((terms.FirstQueries(count),))
+
+    @staticmethod
+    def block_sparse(layout_QK: Bool[Array | np.ndarray, "Q K"], size: int) -> AttentionMask:
+        """Blocks of `size` queries see blocks of `size` keys where the layout is true (Child et al. 2019; Zaheer et al. 2020).
+
+        Raises:
+            ValueError: a layout that is no matrix of booleans, or a size below 1.
+        """
+        _check("block_sparse", layout_QK, 2, jnp.bool_)
+        _at_least_one("block_sparse", "size", size)
+        return AttentionMask((terms.BlockSparse(jnp.asarray(layout_QK), size),))
+
+    @staticmethod
+    def padding(valid_BS: Bool[Array, "B S"]) -> AttentionMask:
+        """Only keys where `valid_BS` is true are seen."""
+        _check("padding", valid_BS, 2, jnp.bool_)
+        return AttentionMask((terms.Padding(valid_BS),))
+
+    @staticmethod
+    def segments(q_BT: Int[Array, "B T"], k_BS: Int[Array, "B S"] | None = None) -> AttentionMask:
+        """Query and key must carry the same segment number, which is not 0."""
+        k_BS = q_BT if k_BS is None else k_BS
+        for array in (q_BT, k_BS):
+            _check("segments", array, 2, jnp.integer)
+        if q_BT.shape[0] != k_BS.shape[0] and 1 not in (q_BT.shape[0], k_BS.shape[0]):
+            raise ValueError(f"mask: segments of {q_BT.shape[0]} rows of queries and {k_BS.shape[0]} of keys")
+        return AttentionMask((terms.Segments(q_BT, k_BS),))
+
+    @staticmethod
+    def explicit(mask_BNTS: Bool[Array, "B_ N_ T_ S_"]) -> AttentionMask:
+        """Exactly the pairs where the array is true."""
+        _check("explicit", mask_BNTS, 4, jnp.bool_)
+        return AttentionMask((terms.Explicit(mask_BNTS),))
+
+    @staticmethod
+    def mod(mask_mod: Callable[..., Any]) -> AttentionMask:
+        """The pairs for which `mask_mod(b, h, q, k)`, a function of four integers, is true (Dong et al. 2024).
+
+        Raises:
+            ValueError: the function gives anything but one boolean.
+        """
+        return AttentionMask((terms.MaskMod(Mod.mask(mask_mod)),))
+
+    def __and__(self, other: AttentionMask) -> AttentionMask:
+        """The pairs that both allow."""
+        extra = tuple(term for term in other.terms if not (_is_plain_causal(term) and self.is_causal))
+        return AttentionMask(self.terms + extra)
+
+    def __or__(self, other: AttentionMask) -> AttentionMask:
+        """The pairs that one of the two allows."""
+        if not self.terms or not other.terms:
+            return AttentionMask()
+        return AttentionMask((terms.Either(self.terms, other.terms),))
+
+    def moved(self, offset: int | Int[Array, " B"]) -> AttentionMask:
+        """The mask of queries that stand `offset` positions further along the keys (decoding with a cache)."""
+        offset = _whole("moved", "offset", offset)
+        return AttentionMask(tuple(term.moved(offset) for term in self.terms))
+
+    def padded(self, num_queries: int, num_keys: int) -> AttentionMask:
+        """The mask with its arrays filled up to so many queries and keys, which nothing sees."""
+        return AttentionMask(tuple(term.padded(num_queries, num_keys) for term in self.terms))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a causal term with no offset is among the terms."""
+        return any(map(_is_plain_causal, self.terms))
+
+    def check(self, *sizes: int) -> None:
+        """Raise a `ValueError` for a term that is made for other numbers of rows, heads, queries or keys."""
+        for term in self.terms:
+            for given, wanted, name in zip(term.extent(), sizes, ("rows", "heads", "queries", "keys"), strict=True):
+                if given not in (None, wanted):
+                    raise ValueError(f"mask: {type(term).__name__} is made for {given} {name}; this call has {wanted}")
+
+    def materialize(
+        self, num_queries: int, num_keys: int, *, batch_size: int | None = None, num_heads: int | None = None
+    ) -> Bool[Array, "B_ N_ T_ S_"] | None:
+        """The array, as small as broadcasting allows; None when everything is allowed.
+
+        Args:
+            batch_size, num_heads: those that the terms are made for, by default; a `mask_mod` that looks at the row or the
+                head needs them.
+
+        Raises:
+            ValueError: a term is made for other numbers of rows, heads, queries or keys.
+        """
+        made_for = [
+            [size for size in sizes if size is not None]
+            for sizes in zip(*(t.extent() for t in self.terms), strict=True)
+        ]
+        rows, heads = (max(sizes, default=1) for sizes in made_for[:2]) if made_for else (1, 1)
+        for axis, (given, name) in enumerate(((batch_size, "batch_size"), (num_heads, "num_heads"))):
+            if given is None and any(term.looks_at()[axis] for term in self.terms):
+                raise ValueError(f"materialize: a mask_mod looks at the row or the head; {name} must be given")
+        rows, heads = rows if batch_size is None else batch_size, heads if num_heads is None else num_heads
+        self.check(rows, heads, num_queries, num_keys)
+        return self.allowed(Tile.whole(rows, heads, num_queries, num_keys))
+
+    def allowed(self, tile: Tile) -> Bool[Array, "B_ N_ T_ S_"] | None:
+        """As `materialize`, for one tile."""
+        return terms.all_allowed(self.terms, tile) if self.terms else None
+
+    def visible(self, grid: Grid) -> Any:
+        """Which tiles of a grid may have an allowed pair; numpy where that is known before the program runs."""
+        return terms.all_visible(self.terms, grid)
+
+    def visible_beforehand(self, grid: Grid) -> Bool[np.ndarray, "Q K"]:
+        """As `visible`, as far as it is known before the program runs: terms with arrays count as allowing all."""
+        known = [term.visible(grid) for term in self.terms if not jax.tree.leaves(term)]
+        visible = np.ones((grid.queries.count, grid.keys.count), bool)
+        for table in known:
+            visible = visible & np.asarray(table)
+        return visible
+
+
+def _is_plain_causal(term: Term) -> bool:
+    return isinstance(term, terms.Causal) and isinstance(term.offset, int) and term.offset == 0
+
+
+def _whole(name: str, argument: str, value: Any) -> int | Array:
+    """A plain whole number, or one for each row."""
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if not hasattr(value, "ndim") or value.ndim > 1 or not jnp.issubdtype(value.dtype, jnp.integer):
+        given = f"{value.dtype} {value.shape}" if hasattr(value, "ndim") else repr(value)
+        raise ValueError(f"{name}: {argument} is {given}; expected a whole number, or one for each row")
+    return jnp.asarray(value).reshape(-1)
+
+
+def _at_least_one(name: str, argument: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}: {argument}={value}; expected 1 or more")
+
+
+def _check(name: str, array: Any, ndim: int, dtype: type) -> None:
+    if not hasattr(array, "ndim"):
+        raise ValueError(f"mask: {name} takes an array with {ndim} dims; got {type(array).__name__}")
+    if array.ndim != ndim or not jnp.issubdtype(array.dtype, dtype):
+        raise ValueError(f"mask: {name} takes {dtype.__name__} with {ndim} dims; got {array.dtype} {array.shape}")

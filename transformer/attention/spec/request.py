@@ -1,0 +1,34 @@
+"""What a call of `attend` asks for, as far as the choice of a backend depends on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformer.attention.spec.variant import Variant
+from transformer.types import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """Shapes, types and the variant of one call, known before the program runs."""
+
+    platform: str
+    dtype: Any
+    batch_size: int
+    num_queries: int
+    num_keys: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    variant: Variant
+
+    @staticmethod
+    def of(q_BTNH: Array, v_BSKC: Array, variant: Variant, platform: str) -> Request:
+        """The request of a call with these queries and values."""
+        (B, T, N, H), (_, S, K, C) = q_BTNH.shape, v_BSKC.shape
+        return Request(
+            platform=platform, dtype=q_BTNH.dtype, batch_size=B, num_queries=T, num_keys=S, num_heads=N, num_kv_heads=K,
+            head_dim=H, value_dim=C, variant=variant,
+        )  # fmt: skip

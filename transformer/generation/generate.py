@@ -1,0 +1,272 @@
+"""Generation: one jitted prefill over the prompts, then jitted steps over states of fixed shapes.
+
+B batch, T prompt position, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transformer.errors import UserError
+from transformer.functional import graphdef_of
+from transformer.generation.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses
+from transformer.generation.inputs import check_count, check_rows, check_seed
+from transformer.generation.sampling import Sampling, next_token
+from transformer.layers.mixture_of_experts import without_limit
+from transformer.mixers.state import State
+from transformer.models.gpt import GPT, GPTConfig
+from transformer.models.layer_stack import cache_lengths
+from transformer.types import Array, Bool, Float, Int, Key
+
+PREFILL_MULTIPLE = 32
+"""Prompts and caches are rounded up to this, so that a program compiled once serves many lengths."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What a batch carries from one token to the next."""
+
+    states: list[State]
+    """One a layer."""
+    logits_BV: Float[Array, "B V"]
+    """Scores of the token to come."""
+    done_B: Bool[Array, " B"]
+    seen_BV: Bool[Array, "B V"] | None
+    """Tokens that the row holds already, where a repetition penalty asks."""
+    keys_B: Key[Array, " B"]
+
+
+class Generator:
+    """Compiled generation for one model; the parameters are given at each call.
+
+    Args:
+        config: the model's.
+        end_of_text: the token that ends a row, or None for no such token.
+        num_tokens: how many token ids mean something, where the model's vocabulary is padded; no other is written.
+    """
+
+    def __init__(self, config: GPTConfig, *, end_of_text: int | None = None, num_tokens: int | None = None) -> None:
+        self.num_tokens = config.vocab_size if num_tokens is None else num_tokens
+        self.config = dataclasses.replace(config, remat="none")
+        self.end_of_text = end_of_text
+
+        def make(rngs: nnx.Rngs) -> GPT:
+            # Dropless experts: with a capacity limit a token would depend on later ones, and on padding.
+            return without_limit(GPT(self.config, rngs=rngs))
+
+        self._graphdef = graphdef_of(make)
+        self._unstacked_graphdef = graphdef_of(lambda rngs: make(rngs).unstacked())
+        self._unstack = jax.jit(lambda params: nnx.split(nnx.merge(self._graphdef, params).unstacked())[1])
+        self._prefill = jax.jit(self._prefill_impl, static_argnames=("max_length", "sampling"))
+        self._search = jax.jit(self._search_impl, static_argnames=("max_length", "width", "search"))
+        self._decode = jax.jit(self._decode_impl, static_argnames=("num_tokens", "sampling"), donate_argnames="state")
+
+    def generate(
+        self,
+        params: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        chunk: int | None = None,
+    ) -> Iterator[Int[np.ndarray, "B n"]]:
+        """Continue every prompt, giving the new tokens of all rows a chunk at a time.
+
+        A row that has ended goes on with `end_of_text`. Row b's tokens depend on the model, its prompt, the seed and b
+        alone, and not on what else is in the batch.
+
+        Args:
+            params: the model's `nnx.Param` state.
+            prompts: token ids; rows may differ in length, none may be empty.
+            max_tokens: of each continuation.
+            chunk: tokens between two results, for streaming; all of them at once by default.
+
+        Raises:
+            UserError: no prompts, an empty one, a value that is not a token id, more tokens than the model's context, or an
+                invalid count or seed.
+        """
+        check_seed(seed)
+        if chunk is not None:
+            check_count("chunk", chunk)
+        sampling = Sampling() if sampling is None else sampling
+        tokens_BT, lengths_B, max_length = self._padded(prompts, max_tokens)
+        key = jax.random.key(seed)
+        state = self._prefill(params, tokens_BT, lengths_B, key, max_length=max_length, sampling=sampling)
+        return self._chunks(
+            params, state, max_tokens, max_tokens if chunk is None else min(chunk, max_tokens), sampling
+        )
+
+    def _chunks(
+        self, params: nnx.State, state: DecodeState, max_tokens: int, chunk: int, sampling: Sampling
+    ) -> Iterator[Int[np.ndarray, "B n"]]:
+        unstacked = self._unstack(params)
+        for start in range(0, max_tokens, chunk):
+            state, tokens_Bn = self._decode(unstacked, state, num_tokens=chunk, sampling=sampling)
+            yield np.asarray(tokens_Bn)[:, : max_tokens - start]
+            if np.asarray(state.done_B).all():
+                return
+
+    def search(
+        self,
+        params: nnx.State,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        search: BeamSearch | None = None,
+    ) -> list[list[Hypothesis]]:
+        """The likeliest continuations of every prompt, each up to its `end_of_text`, the best first.
+
+        Args:
+            params, prompts, max_tokens: as of `generate`.
+            search: how to search; `BeamSearch()` by default.
+
+        Raises:
+            UserError: as `generate`; no end of text; or a coverage penalty, for which there is no source.
+        """
+        search = BeamSearch() if search is None else search
+        if self.end_of_text is None:
+            raise UserError("beam search ranks whole texts: it needs an end of text")
+        tokens_BT, lengths_B, max_length = self._padded(prompts, max_tokens)
+        found = self._search(
+            params, tokens_BT, lengths_B, jnp.int32(max_tokens), max_length=max_length, width=_round_up(max_tokens),
+            search=search,
+        )  # fmt: skip
+        found = jax.device_get(found)
+        return [hypotheses(found, row) for row in range(len(prompts))]
+
+    def _padded(self, prompts: Any, max_tokens: Any) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"], int]:
+        """Prompts of one width, their lengths, and the length of the cache."""
+        self.check(prompts, max_tokens)
+        lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+        longest, limit = int(lengths_B.max()), self.config.max_length
+        width = min(_round_up(longest), limit)
+        tokens_BT = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(tokens_BT, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return tokens_BT, lengths_B, max(min(_round_up(longest + max_tokens), limit), width)
+
+    def check(self, prompts: Any, max_tokens: Any) -> None:
+        """Raise a `UserError` for what `generate` cannot continue, of whatever type it is."""
+        check_rows("prompt", prompts, self.config.vocab_size)
+        if not len(prompts):
+            raise UserError("prompts: got none; expected at least one")
+        check_count("max_tokens", max_tokens)
+        longest, limit = max(map(len, prompts)), self.config.max_length
+        if longest + max_tokens > limit:
+            number = next(index for index, prompt in enumerate(prompts, start=1) if len(prompt) == longest)
+            advice = f"ask for at most {limit - longest}" if longest < limit else f"shorten it to at most {limit - 1}"
+            raise UserError(
+                f"prompt {number} has {longest} tokens; with {max_tokens} new ones they exceed the model's context of {limit}; "
+                f"{advice}"
+            )
+
+    def _prefill_impl(
+        self, params: nnx.State, tokens_BT: Array, lengths_B: Array, key: Array, *, max_length: int, sampling: Sampling
+    ) -> DecodeState:
+        model = nnx.merge(self._graphdef, params)
+        batch_size, width = tokens_BT.shape
+        real_BT = jnp.arange(width) < lengths_B[:, None]
+        # Padding is marked, so that it enters no state and takes no expert's capacity.
+        hidden_BTD, output = model.hidden(
+            tokens_BT, segments_BT=real_BT.astype(jnp.int32), states=model.make_states(batch_size, max_length)
+        )
+        assert output.states is not None
+        last_B1D = jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
+        seen_BV = None
+        if sampling.repetition_penalty != 1:
+            rows = jnp.arange(batch_size)[:, None]
+            seen_BV = jnp.zeros((batch_size, self.config.vocab_size), bool).at[rows, tokens_BT].max(real_BT)
+        return DecodeState(
+            output.states,
+            model.logits(last_B1D)[:, 0],
+            jnp.zeros(batch_size, bool),
+            seen_BV,
+            jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch_size)),
+        )
+
+    def _search_impl(
+        self,
+        params: nnx.State,
+        tokens_BT: Array,
+        lengths_B: Array,
+        max_tokens: Array,
+        *,
+        max_length: int,
+        width: int,
+        search: BeamSearch,
+    ) -> Beams:
+        model = nnx.merge(self._graphdef, params)
+        assert self.end_of_text is not None
+        # The search itself reads a prompt's last token, for the scores of the first that it writes.
+        state = self._prefill_impl(
+            params, tokens_BT, lengths_B - 1, jax.random.key(0), max_length=max_length, sampling=Sampling()
+        )
+        states = jax.tree.map(lambda x: jnp.repeat(x, search.beams, axis=0), state.states)
+        unstacked = model.unstacked()
+
+        def step(token_R: Array, states: list[State]) -> tuple[Array, list[State], None]:
+            output = unstacked(token_R[:, None], states=states)
+            return output.logits[:, 0], output.states, None
+
+        start_B = jnp.take_along_axis(tokens_BT, (lengths_B - 1)[:, None], axis=1)[:, 0]
+        limit_B = jnp.full_like(lengths_B, max_tokens)
+        return beam_search(
+            step, states, start_B, limit_B, search=search, width=width, end_of_text=self.end_of_text,
+            num_tokens=self.num_tokens,
+        )  # fmt: skip
+
+    def _decode_impl(
+        self, params: nnx.State, state: DecodeState, *, num_tokens: int, sampling: Sampling
+    ) -> tuple[DecodeState, Array]:
+        model = nnx.merge(self._unstacked_graphdef, params)
+        rows = jnp.arange(state.done_B.shape[0])
+
+        def unfinished(carry: tuple[Array, DecodeState, Array]) -> Array:
+            index, state, _ = carry
+            return (index < num_tokens) & ~state.done_B.all()
+
+        def step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
+            index, state, tokens_Bn = carry
+            # The position makes the key, so that the text does not depend on how it is cut into chunks.
+            keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, cache_lengths(state.states))
+            logits_BV = state.logits_BV
+            if self.num_tokens < self.config.vocab_size:
+                logits_BV = jnp.where(jnp.arange(self.config.vocab_size) < self.num_tokens, logits_BV, -jnp.inf)
+            token_B = next_token(logits_BV, sampling, keys_B, state.seen_BV)
+            done_B = state.done_B
+            if self.end_of_text is not None:
+                token_B = jnp.where(done_B, self.end_of_text, token_B)
+                done_B = done_B | (token_B == self.end_of_text)
+            seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows, token_B].set(True)
+            output = model(token_B[:, None], states=state.states)
+            state = DecodeState(output.states, output.logits[:, 0], done_B, seen_BV, state.keys_B)
+            return index + 1, state, tokens_Bn.at[:, index].set(token_B)
+
+        fill = 0 if self.end_of_text is None else self.end_of_text
+        tokens_Bn = jnp.full((rows.shape[0], num_tokens), fill, jnp.int32)
+        _, state, tokens_Bn = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, tokens_Bn))
+        return state, tokens_Bn
+
+
+def _round_up(length: int) -> int:
+    return -(-length // PREFILL_MULTIPLE) * PREFILL_MULTIPLE
+
+
+def until_end(chunks: Iterable[Int[np.ndarray, "B T"]], end_of_text: int) -> list[list[int]]:
+    """The tokens that `Generator.generate` gives of each row, up to the end of its text."""
+    written: list[list[int]] = []
+    for chunk in chunks:
+        written = written or [[] for _ in chunk]
+        for row, tokens in zip(written, chunk, strict=True):
+            row += map(int, tokens)
+    return [row[: row.index(end_of_text)] if end_of_text in row else row for row in written]

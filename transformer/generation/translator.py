@@ -1,0 +1,201 @@
+"""Translation: sources in, hypotheses out, for every model that encodes a source and decodes step by step.
+
+B batch, R = B times beams, S source position.
+
+A model is asked for three methods: `encode(source_tokens_BS, source_segments_BS=...)`, which gives a memory;
+`begin(memory, max_length)`, which gives a state; and `step(token_B, state, memory)`, which gives the next token's logits and
+the next state. Memory and state are pytrees whose arrays all have a leading B.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transformer.errors import UserError
+from transformer.functional import ModelFactory, graphdef_of
+from transformer.generation.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses, sample_translations
+from transformer.generation.inputs import check_count, check_rows, check_seed
+from transformer.generation.sampling import Sampling
+from transformer.layers.mixture_of_experts import without_limit
+from transformer.types import Array
+
+LENGTH_MULTIPLE = 16
+"""Sources and translations are padded to a multiple of this, so that a program compiled once serves many lengths."""
+MAX_RATIO = 2.0
+"""Tokens of a translation for one of its source, where nothing else limits it."""
+
+
+class Translator:
+    """Compiled translation for one model; the parameters are given at each call.
+
+    Args:
+        make_model: makes the model, which has `encode`, `begin` and `step`.
+        start_token: what the decoder reads first.
+        end_of_text: the token that ends a translation.
+        num_tokens: how many target token ids mean something, where the vocabulary is padded; no other is written.
+        batch_size: most sources translated at a time.
+
+    Raises:
+        ValueError: an end that is never written.
+    """
+
+    def __init__(
+        self,
+        make_model: ModelFactory,
+        *,
+        start_token: int,
+        end_of_text: int,
+        num_tokens: int | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        if num_tokens is not None and not 0 <= end_of_text < num_tokens:
+            raise ValueError(f"Translator: end_of_text={end_of_text} is none of the {num_tokens} tokens")
+        self.start_token, self.end_of_text, self.num_tokens = start_token, end_of_text, num_tokens
+        self.batch_size = batch_size
+        self._graphdef = graphdef_of(lambda rngs: without_limit(make_model(rngs)))
+        config = getattr(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), "config", None)
+        self._max_length: int | None = getattr(config, "max_length", None)
+        self._source_vocab: int | None = getattr(config, "source_vocab_size", getattr(config, "vocab_size", None))
+        self._run = jax.jit(self._run_impl, static_argnames=("width", "how"))
+
+    def translate(
+        self,
+        params: nnx.State,
+        sources: Sequence[Sequence[int]],
+        *,
+        max_tokens: int | None = None,
+        max_ratio: float | None = None,
+        search: BeamSearch | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> list[list[Hypothesis]]:
+        """The best translations of each source, or one drawn at random.
+
+        What a source gives depends on nothing else in the batch. It may be fewer than `num_best`, where there are no more.
+
+        Args:
+            params: the model's `nnx.Param` state.
+            sources: token ids as the model was trained on, each with whatever ends it; none may be empty.
+            max_tokens: of a translation.
+            max_ratio: most tokens of a translation for each of its source's, with 8 more; 2 where there is no `max_tokens`
+                either. With both, the lesser holds.
+            search: how to search; `BeamSearch()` by default.
+            sampling: how to draw, in place of a search.
+            seed: of what is drawn.
+
+        Raises:
+            UserError: an empty source, a value that is not a token id, more tokens than the model's context, an invalid count or
+                seed, both a search and a sampling, or a coverage penalty for a model without weights.
+        """
+        if search is not None and sampling is not None:
+            raise UserError("search and sampling: give one of them")
+        check_seed(seed)
+        how = sampling or search or BeamSearch()
+        self._check(sources, max_tokens, max_ratio)
+        limits = [self._limit(len(source), max_tokens, max_ratio) for source in sources]
+        key = jax.random.key(seed)
+        results: list[list[Hypothesis]] = [[] for _ in sources]
+        # Sources of like length share a batch.
+        order = sorted(range(len(sources)), key=lambda index: -len(sources[index]))
+        for start in range(0, len(order), self.batch_size):
+            group = order[start : start + self.batch_size]
+            # A power of two, so that few programs are compiled; the rows behind the group's end at once.
+            size = min(1 << (len(group) - 1).bit_length(), self.batch_size)
+            S = self._padded(max(len(sources[index]) for index in group))
+            tokens_BS, segments_BS = np.zeros((size, S), np.int32), np.zeros((size, S), np.int32)
+            limit_B, index_B = np.zeros(size, np.int32), np.zeros(size, np.uint32)
+            for row, index in enumerate(group):
+                length = len(sources[index])
+                tokens_BS[row, :length], segments_BS[row, :length] = sources[index], 1
+                limit_B[row], index_B[row] = limits[index], index
+            # A row of padding alone would be no sentence at all.
+            segments_BS[len(group) :, 0] = 1
+            width = -(-int(limit_B.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+            found = jax.device_get(
+                self._run(params, tokens_BS, segments_BS, limit_B, index_B, key, width=width, how=how)
+            )
+            for row, index in enumerate(group):
+                results[index] = hypotheses(found, row)
+        return results
+
+    def _run_impl(
+        self,
+        params: nnx.State,
+        tokens_BS: Array,
+        segments_BS: Array,
+        limit_B: Array,
+        index_B: Array,
+        key: Array,
+        *,
+        width: int,
+        how: BeamSearch | Sampling,
+    ) -> Beams:
+        model: Any = nnx.merge(self._graphdef, params)
+        if hasattr(model, "unstacked"):
+            # Once, before the loop, in place of once a token.
+            model = model.unstacked()
+        beams = how.beams if isinstance(how, BeamSearch) else 1
+        weighs = isinstance(how, BeamSearch) and how.coverage_penalty > 0
+        memory = model.encode(tokens_BS, source_segments_BS=segments_BS)
+        # Beams of a source share its memory, so that only the state has to be reordered.
+        memory = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), memory)
+
+        def step(token_R: Array, state: Any) -> tuple[Array, Any, Array | None]:
+            if weighs:
+                return model.step(token_R, state, memory, return_weights=True)
+            return (*model.step(token_R, state, memory), None)
+
+        # The last of `width` tokens is read too, to end behind it.
+        room = width + 1 if self._max_length is None else min(width + 1, self._max_length)
+        state = model.begin(memory, room)
+        start_B = jnp.full(limit_B.shape, self.start_token, jnp.int32)
+        options: dict[str, Any] = {
+            "width": width, "end_of_text": self.end_of_text, "num_tokens": self.num_tokens
+        }  # fmt: skip
+        if isinstance(how, BeamSearch):
+            return beam_search(step, state, start_B, limit_B, search=how, valid_BS=segments_BS != 0, **options)
+        keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(index_B)
+        return sample_translations(step, state, start_B, limit_B, keys_B, sampling=how, **options)
+
+    def _padded(self, length: int) -> int:
+        padded = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        return padded if self._max_length is None else min(padded, self._max_length)
+
+    def _limit(self, source_length: int, max_tokens: int | None, max_ratio: float | None) -> int:
+        """Most tokens of a translation; the model reads a start token before them."""
+        limits = [] if max_tokens is None else [max_tokens]
+        if max_ratio is not None or max_tokens is None:
+            limits.append(math.ceil((MAX_RATIO if max_ratio is None else max_ratio) * source_length) + 8)
+        if self._max_length is not None:
+            limits.append(max(self._max_length - 1, 1))
+        return min(limits)
+
+    def _check(self, sources: Any, max_tokens: Any, max_ratio: Any) -> None:
+        """Raise a `UserError` for what `translate` cannot take, of whatever type it is."""
+        check_rows("source", sources, self._source_vocab)
+        for index, source in enumerate(sources):
+            if self._max_length is not None and len(source) > self._max_length:
+                raise UserError(
+                    f"source {index + 1}: {len(source)} tokens exceed the model's context of {self._max_length}"
+                )
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens)
+        if max_ratio is not None and not (_is_number(max_ratio) and 0 < max_ratio < math.inf):
+            raise UserError(f"max_ratio: got {max_ratio!r}; allowed: a number above 0")
+        if max_tokens is not None and self._max_length is not None and max_tokens >= self._max_length:
+            raise UserError(
+                f"max_tokens: got {max_tokens}; a model with a context of {self._max_length} writes at most "
+                f"{self._max_length - 1}"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

@@ -1,0 +1,237 @@
+"""Hugging Face checkpoints: a folder with config.json and safetensors, read into our parameters and written from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from transformer.errors import UserError, nearest
+from transformer.huggingface import decoders, encoder_decoders, encoders, modernbert
+from transformer.huggingface.architecture import OTHER_MODEL, Architecture
+from transformer.huggingface.fields import UNTIED
+from transformer.huggingface.mapping import Tables, check, described_theirs, to_ours, to_theirs
+from transformer.huggingface.tensors import open_folder, write_folder
+from transformer.models.families import ModelConfig, described_parameters
+
+ARCHITECTURES: dict[str, Architecture] = {
+    one.model_type: one
+    for one in (
+        encoders.BERT, encoders.ROBERTA, encoders.XLM_ROBERTA, encoders.DISTILBERT, encoders.ELECTRA,
+        modernbert.MODERNBERT, decoders.GPT2, decoders.GPT_NEOX, decoders.LLAMA, decoders.MISTRAL, decoders.QWEN2,
+        decoders.QWEN3, encoder_decoders.T5, encoder_decoders.MT5, encoder_decoders.MARIAN,
+    )
+}  # fmt: skip
+"""By their model_type."""
+FILE_LIMIT = 5_000_000_000
+"""Bytes of tensors in a file, as transformers has it."""
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""As BERT's first checkpoints were written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder's config, and its tensors, which are read when they are asked for.
+
+    Attributes:
+        name: the class of transformers that it is read as.
+        data: config.json.
+        notes: what is otherwise here than there, for people.
+    """
+
+    folder: Path
+    architecture: Architecture
+    name: str
+    config: ModelConfig
+    data: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray]
+    tables: Tables
+    notes: Sequence[str]
+
+    def params(self, described: nnx.State) -> nnx.State:
+        """The parameters, laid out as `described` says; each device's part is read from the files by itself.
+
+        Raises:
+            UserError: tensors with numbers that are not finite.
+        """
+        flat = dict(nnx.to_flat_state(described))
+        found = to_ours(self.tables, self.tensors, {path: leaf.get_value() for path, leaf in flat.items()})
+        bad = [".".join(map(str, path)) for path, array in found.items() if not bool(jnp.isfinite(array).all())]
+        if bad:
+            raise UserError(f"{self.folder}: numbers that are not finite in {', '.join(bad)}")
+        return nnx.from_flat_state({path: leaf.replace(found[path]) for path, leaf in flat.items()})
+
+
+def read(folder: Path, *, head: str | None = None) -> Checkpoint:
+    """Open a checkpoint, with everything checked but the numbers themselves.
+
+    Args:
+        head: read it with this head (of an encoder); by default that of its own class, or a larger one that it has all of.
+
+    Raises:
+        UserError: no such folder or file, an architecture or a setting that is not supported, or tensors that do not agree
+            with config.json.
+    """
+    data = read_config(folder)
+    architecture = _architecture(data, folder)
+    tensors = _full_names(architecture, open_folder(folder))
+    source = str(folder / "config.json")
+    if (output := tensors.get(architecture.output)) is not None:
+        data[UNTIED] = not np.array_equal(output, tensors.get(architecture.tied_to, output))
+    candidates = list(_candidates(architecture, data, head, source))
+    last: UserError | None = None
+    for name in candidates:
+        try:
+            config, notes = architecture.config(data, name, source)
+            tables = architecture.tables(config)
+            left = check(tables, tensors, _described(config), str(folder))
+        except UserError as error:
+            last = error
+            continue
+        heads = sorted({part.rpartition(".")[0] for part in left if not part.endswith("_ids")})
+        if heads:
+            notes = [*notes, f"left out, which {name} has no use for: {', '.join(heads)}"]
+        return Checkpoint(folder, architecture, name, config, data, tensors, tables, notes)
+    assert last is not None
+    raise last
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json. Raises `UserError` where there is none."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no config.json in this folder, so no Hugging Face checkpoint")
+    return read_mapping(path)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON file of fields. Raises `UserError` where it is none."""
+    try:
+        data = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: no mapping of fields")
+    return data
+
+
+def write(
+    folder: Path, config: ModelConfig, params: nnx.State, *, model_type: str | None = None, dtype: Any = np.float32,
+    extra: Mapping[str, Any] | None = None, limit: int = FILE_LIMIT,
+) -> tuple[str, str]:  # fmt: skip
+    """Write config.json and safetensors into a folder; returns the model_type and the class that they are of.
+
+    Args:
+        model_type: of `ARCHITECTURES`; by default the first that the model can be written as.
+        dtype: of the tensors.
+        extra: more fields of config.json.
+        limit: bytes of tensors in one file.
+
+    Raises:
+        UserError: there is no such architecture, or the model is not one.
+        OSError: whatever writing raises.
+    """
+    architecture = architecture_of(config, model_type)
+    name = architecture.class_of(config)
+    assert name is not None
+    tables = architecture.named(config, name)
+    flat = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(params)}
+    data = {
+        "architectures": [name],
+        "model_type": architecture.model_type,
+        **architecture.write(config),
+        "dtype": np.dtype(dtype).name,
+        **(extra or {}),
+    }
+    # What `extra` says may be another thing than the architecture can have.
+    architecture.config(data, name, f"model_type {architecture.model_type}")
+    write_folder(folder, described_theirs(tables, flat, dtype), to_theirs(tables, flat, dtype), limit)
+    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+    return architecture.model_type, name
+
+
+def architecture_of(config: ModelConfig, model_type: str | None = None) -> Architecture:
+    """What a model can be written as.
+
+    Raises:
+        UserError: nothing, or not `model_type`, with the settings for which it is not.
+    """
+    if model_type is not None and model_type not in ARCHITECTURES:
+        raise UserError(
+            f"model_type: got {model_type!r}; supported: {', '.join(ARCHITECTURES)}.{nearest(model_type, ARCHITECTURES)}"
+        )
+    tried = [ARCHITECTURES[model_type]] if model_type is not None else list(ARCHITECTURES.values())
+    reasons = {}
+    for one in tried:
+        if (why := one.differences(config)) is None:
+            return one
+        reasons[one.model_type] = why
+    # One whose fields have no place for the model is further away than one of other settings.
+    closest = min(reasons, key=lambda name: (reasons[name].kind, len(reasons[name].settings)))
+    settings = ", ".join(reasons[closest].settings)
+    if reasons[closest].kind == OTHER_MODEL:
+        head = f" and head {config.head.kind!r}" if hasattr(config, "head") else ""
+        said = f"no Hugging Face architecture matches family {config.family!r}{head}"
+    else:
+        said = f"{'it' if model_type else f'the nearest, {closest},'} does not go with {settings}"
+    raise UserError(f"this model cannot be written as {model_type or 'any architecture of transformers'}; {said}")
+
+
+def _architecture(data: Mapping[str, Any], folder: Path) -> Architecture:
+    kind = data.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        close = nearest(kind, ARCHITECTURES) if isinstance(kind, str) else ""
+        supported = ", ".join(ARCHITECTURES)
+        raise UserError(f"{folder / 'config.json'}: model_type: got {kind!r}; supported: {supported}.{close}")
+    return ARCHITECTURES[kind]
+
+
+def _candidates(architecture: Architecture, data: Mapping[str, Any], head: str | None, source: str) -> Iterator[str]:
+    """Classes to read a checkpoint as, the likeliest last."""
+    classes = architecture.classes
+    if head is not None:
+        names = [name for name, ours in classes.items() if ours == head]
+        if not names:
+            heads = ", ".join(sorted({ours for ours in classes.values() if ours})) or "none to choose from"
+            raise UserError(f"--head: got {head!r}; {architecture.model_type} has {heads}")
+        yield names[0]
+        return
+    written = data.get("architectures") or [None]
+    given = written[0] if isinstance(written, list) else written
+    if given is None:
+        yield from reversed(list(classes))
+        return
+    if not isinstance(given, str) or given not in classes:
+        raise UserError(
+            f"{source}: architectures: got {given!r}; supported of {architecture.model_type}: {', '.join(classes)}."
+            f"{nearest(str(given), classes)}"
+        )
+    # What was pretrained with a second head has often been published as the class with one.
+    fuller = given.replace("ForMaskedLM", "ForPreTraining")
+    if fuller != given and classes.get(fuller) == "pretraining":
+        yield fuller
+    yield given
+
+
+def _full_names(architecture: Architecture, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors with the names of a class with a head, which has a prefix before those of the body."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for old, new in _OLD_NAMES.items():
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        renamed[architecture.renamed.get(name, name)] = tensor
+    start = architecture.prefix + "."
+    if not architecture.prefix or any(name.startswith(start) for name in renamed):
+        return renamed
+    heads = architecture.heads
+    return {name if name.startswith(heads) else start + name: tensor for name, tensor in renamed.items()}
+
+
+def _described(config: ModelConfig) -> dict[tuple[Any, ...], Any]:
+    return {path: leaf.get_value() for path, leaf in nnx.to_flat_state(described_parameters(config))}

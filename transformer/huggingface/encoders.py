@@ -1,0 +1,323 @@
+"""BERT, RoBERTa, DistilBERT and ELECTRA: one body, and names, heads and details of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformer.huggingface.architecture import Architecture, rules_of
+from transformer.huggingface.fields import ACTIVATIONS, HFConfigReader, dense_mlp, name_of, only_mixer
+from transformer.huggingface.mapping import Rule, Tables, Vector, linear, norm, table
+from transformer.layers.feed_forward import DenseConfig
+from transformer.mixers.softmax import SoftmaxConfig
+from transformer.models.bert import BertConfig
+from transformer.models.heads import (
+    AnswerHeadConfig,
+    ChoiceHeadConfig,
+    ClassificationHeadConfig,
+    EmbeddingHeadConfig,
+    HeadConfig,
+    MaskedHeadConfig,
+    PretrainingHeadConfig,
+    ReplacedHeadConfig,
+    TokensHeadConfig,
+)
+
+BLOCKS = "layers.blocks"
+HEADS = {
+    "ForMaskedLM": "masked", "ForSequenceClassification": "classification", "ForTokenClassification": "tokens",
+    "ForQuestionAnswering": "answer", "ForMultipleChoice": "choice", "Model": "embedding",
+}  # fmt: skip
+"""What the names of their classes end with → our head."""
+_BUFFERS = ("*.position_ids", "*.token_type_ids", "embeddings.position_ids", "embeddings.token_type_ids")
+
+
+def classes(name: str, **more: str) -> dict[str, str]:
+    """The classes of a family with our heads."""
+    return {name + end: head for end, head in HEADS.items()} | {name + end: head for end, head in more.items()}
+
+
+def _body(
+    c: BertConfig, prefix: str, *, embeddings: str, layer: str, attention: dict[str, str], feed_forward: tuple[str, str],
+    norms: tuple[str, str], skipped: int = 0,
+) -> Iterator[Rule]:  # fmt: skip
+    yield table(f"{prefix}.{embeddings}.word_embeddings", "embed")
+    yield table(f"{prefix}.{embeddings}.position_embeddings", "positions", skipped=skipped)
+    if c.token_types:
+        yield table(f"{prefix}.{embeddings}.token_type_embeddings", "types")
+    yield from norm(f"{prefix}.{embeddings}.LayerNorm", "embed_norm")
+    one = f"{prefix}.{layer}.{{}}"
+    for ours, theirs in attention.items():
+        yield from linear(f"{one}.{theirs}", f"{BLOCKS}.attention.{ours}", num_in=2 if ours == "out" else 1)
+    for ours, theirs in zip(("up", "down"), feed_forward, strict=True):
+        yield from linear(f"{one}.{theirs}", f"{BLOCKS}.feed_forward.{ours}")
+    for ours, theirs in zip(("attention_norm", "feed_forward_norm"), norms, strict=True):
+        yield from norm(f"{one}.{theirs}", f"{BLOCKS}.{ours}")
+
+
+def _bert_body(c: BertConfig, prefix: str, skipped: int = 0) -> Iterator[Rule]:
+    inner = {name: f"attention.self.{name}" for name in ("query", "key", "value")}
+    return _body(
+        c, prefix, embeddings="embeddings", layer="encoder.layer", skipped=skipped,
+        attention=inner | {"out": "attention.output.dense"}, feed_forward=("intermediate.dense", "output.dense"),
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    )  # fmt: skip
+
+
+def _small_heads(c: BertConfig) -> Iterator[Rule]:
+    """Of single tokens, which all have under the same names."""
+    if c.head.kind == "tokens":
+        yield from linear("classifier", "token_head.out")
+    if c.head.kind == "answer":
+        yield from linear("qa_outputs", "token_head.out")
+
+
+def _masked_head(dense: str, norm_name: str, bias: str) -> Iterator[Rule]:
+    yield from linear(dense, "masked_head.dense")
+    yield from norm(norm_name, "masked_head.norm")
+    yield Rule(bias, ("masked_head.bias",), Vector())
+
+
+def head_of(
+    kind: str, num_labels: int, *, token: dict[str, Any] | None = None, pooler: Any = None, **pooled: Any
+) -> HeadConfig:
+    """The head of a kind.
+
+    Args:
+        token: of the heads of single tokens.
+        pooler: of embeddings.
+        pooled: of the heads of whole rows.
+    """
+    makers: dict[str, Callable[[], HeadConfig]] = {
+        "masked": MaskedHeadConfig,
+        "replaced": ReplacedHeadConfig,
+        "pretraining": lambda: PretrainingHeadConfig(**pooled),
+        "classification": lambda: ClassificationHeadConfig(num_labels=num_labels, **pooled),
+        "choice": lambda: ChoiceHeadConfig(**pooled),
+        "tokens": lambda: TokensHeadConfig(num_labels=num_labels, **token or {}),
+        "answer": lambda: AnswerHeadConfig(**token or {}),
+        "embedding": lambda: EmbeddingHeadConfig(pooler=pooler),
+    }
+    return makers[kind]()
+
+
+def _common(theirs: HFConfigReader, *, dim: int = 768, num_heads: int = 12, mlp_dim: int = 3072) -> dict[str, Any]:
+    theirs.must("is_decoder", [False], False)
+    theirs.must("position_embedding_type", ["absolute"], "absolute")
+    theirs.must("tie_word_embeddings", [True], True)
+    return {
+        "vocab_size": theirs.size("vocab_size", 30522),
+        "max_length": theirs.size("max_position_embeddings", 512),
+        "num_layers": theirs.size("num_hidden_layers", 12),
+        "embed_dim": theirs.size("hidden_size", dim),
+        "attention": SoftmaxConfig(num_heads=theirs.size("num_attention_heads", num_heads)),
+        "mlp": DenseConfig(
+            dim=theirs.size("intermediate_size", mlp_dim), activation=theirs.one_of("hidden_act", ACTIVATIONS, "gelu")
+        ),
+        "norm_eps": float(theirs.get("layer_norm_eps", 1e-12)),
+        **theirs.dropouts("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+        "token_types": theirs.size("type_vocab_size", 2),
+        "init_std": float(theirs.get("initializer_range", 0.02)),
+    }
+
+
+def labels_of(theirs: HFConfigReader) -> int:
+    """How many classes a config names."""
+    named = theirs.get("id2label")
+    if named and not (isinstance(named, dict) and sorted(map(str, named)) == sorted(map(str, range(len(named))))):
+        theirs.wrong("id2label: supported: a name for each number from 0 up")
+        return 2
+    return len(named) if named else theirs.size("num_labels", 2)
+
+
+def _common_fields(c: BertConfig) -> dict[str, Any]:
+    mixer, mlp = only_mixer(c), dense_mlp(c)
+    return {
+        "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers,
+        "hidden_size": c.embed_dim, "num_attention_heads": mixer.num_heads, "intermediate_size": mlp.width(c.embed_dim),
+        "hidden_act": name_of(ACTIVATIONS, mlp.activation), "layer_norm_eps": c.norm_eps,
+        "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.attention_dropout,
+        "type_vocab_size": c.token_types, "initializer_range": c.init_std, "num_labels": num_labels_of(c),
+    }  # fmt: skip
+
+
+def num_labels_of(c: BertConfig) -> int:
+    """Classes of the head; of one that has none, theirs by default."""
+    return getattr(c.head, "num_labels", 2)
+
+
+def _read_bert(theirs: HFConfigReader, head: Any) -> BertConfig:
+    return BertConfig(**_common(theirs), head=head_of(head, labels_of(theirs), pooler="tanh"))
+
+
+def _bert_tables(c: BertConfig) -> Tables:
+    heads: list[Rule] = list(_small_heads(c))
+    copies = {}
+    if c.head.kind in ("masked", "pretraining"):
+        names = [f"cls.predictions.{name}" for name in ("transform.dense", "transform.LayerNorm", "bias")]
+        heads += _masked_head(*names)
+        copies = {
+            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        }
+    if c.head.kind in ("pretraining", "classification", "choice", "embedding"):
+        heads += linear("bert.pooler.dense", "pooled_head.pooler")
+    if c.head.kind in ("pretraining", "classification", "choice"):
+        heads += linear("cls.seq_relationship" if c.head.kind == "pretraining" else "classifier", "pooled_head.out")
+    left_out = ("cls.*", "bert.pooler.*", *_BUFFERS)
+    return Tables(rules_of(_bert_body(c, "bert"), heads), copies, left_out)
+
+
+BERT = Architecture(
+    model_type="bert", family=BertConfig,
+    classes=classes("Bert", ForPreTraining="pretraining"), bare=("BertModel",), prefix="bert",
+    heads=("cls.", "classifier.", "qa_outputs."),
+    read=_read_bert, write=_common_fields, tables=_bert_tables,
+)  # fmt: skip
+
+_ROBERTA_HEADS = ("lm_head.", "classifier.", "qa_outputs.")
+_UNUSED_ROWS = 2
+"""RoBERTa's positions count from pad_token_id + 1, which is 2 in every checkpoint."""
+
+
+def _read_roberta(theirs: HFConfigReader, head: Any) -> BertConfig:
+    theirs.must("pad_token_id", [_UNUSED_ROWS - 1], _UNUSED_ROWS - 1)
+    common = _common(theirs)
+    rows = common["max_length"]
+    if rows <= _UNUSED_ROWS:
+        theirs.wrong(f"max_position_embeddings: got {rows}; allowed: above {_UNUSED_ROWS}")
+        rows = _UNUSED_ROWS + 1
+    made = head_of(head, labels_of(theirs), pooler="tanh")
+    return BertConfig(**common | {"max_length": rows - _UNUSED_ROWS}, head=made)
+
+
+def _roberta_fields(c: BertConfig) -> dict[str, Any]:
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    return _common_fields(c) | special | {"max_position_embeddings": c.max_length + _UNUSED_ROWS}
+
+
+def _roberta_tables(c: BertConfig) -> Tables:
+    heads: list[Rule] = list(_small_heads(c))
+    copies = {}
+    if c.head.kind == "masked":
+        heads += _masked_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
+        copies = {
+            "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+            "lm_head.decoder.bias": "lm_head.bias",
+        }
+    if c.head.kind == "classification":
+        heads += [*linear("classifier.dense", "pooled_head.pooler"), *linear("classifier.out_proj", "pooled_head.out")]
+    if c.head.kind in ("choice", "embedding"):
+        heads += linear("roberta.pooler.dense", "pooled_head.pooler")
+    if c.head.kind == "choice":
+        heads += linear("classifier", "pooled_head.out")
+    left_out = ("lm_head.*", "roberta.pooler.*", *_BUFFERS)
+    return Tables(rules_of(_bert_body(c, "roberta", _UNUSED_ROWS), heads), copies, left_out)
+
+
+ROBERTA = Architecture(
+    model_type="roberta", family=BertConfig,
+    classes=classes("Roberta"), bare=("RobertaModel",), prefix="roberta", heads=_ROBERTA_HEADS,
+    read=_read_roberta,
+    write=_roberta_fields, tables=_roberta_tables,
+)  # fmt: skip
+XLM_ROBERTA = Architecture(
+    model_type="xlm-roberta", family=BertConfig,
+    classes=classes("XLMRoberta"), bare=("XLMRobertaModel",), prefix="roberta", heads=_ROBERTA_HEADS,
+    read=_read_roberta, write=_roberta_fields, tables=_roberta_tables,
+)  # fmt: skip
+
+
+def _read_distilbert(theirs: HFConfigReader, head: Any) -> BertConfig:
+    theirs.must("sinusoidal_pos_embds", [False], False)
+    theirs.must("tie_word_embeddings", [True], True)
+    return BertConfig(
+        vocab_size=theirs.size("vocab_size", 30522), max_length=theirs.size("max_position_embeddings", 512),
+        num_layers=theirs.size("n_layers", 6), embed_dim=theirs.size("dim", 768),
+        attention=SoftmaxConfig(num_heads=theirs.size("n_heads", 12)),
+        mlp=DenseConfig(
+            dim=theirs.size("hidden_dim", 3072), activation=theirs.one_of("activation", ACTIVATIONS, "gelu")
+        ),
+        norm_eps=1e-12, token_types=0, init_std=float(theirs.get("initializer_range", 0.02)),
+        **theirs.dropouts("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
+        head=head_of(head, labels_of(theirs), activation="relu"),
+    )  # fmt: skip
+
+
+def _distilbert_fields(c: BertConfig) -> dict[str, Any]:
+    mixer, mlp = only_mixer(c), dense_mlp(c)
+    return {
+        "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "n_layers": c.num_layers,
+        "dim": c.embed_dim, "n_heads": mixer.num_heads, "hidden_dim": mlp.width(c.embed_dim),
+        "activation": name_of(ACTIVATIONS, mlp.activation), "dropout": c.dropout,
+        "attention_dropout": c.attention_dropout, "initializer_range": c.init_std, "num_labels": num_labels_of(c),
+    }  # fmt: skip
+
+
+def _distilbert_tables(c: BertConfig) -> Tables:
+    body = _body(
+        c, "distilbert", embeddings="embeddings", layer="transformer.layer",
+        attention={"query": "attention.q_lin", "key": "attention.k_lin", "value": "attention.v_lin", "out": "attention.out_lin"},
+        feed_forward=("ffn.lin1", "ffn.lin2"), norms=("sa_layer_norm", "output_layer_norm"),
+    )  # fmt: skip
+    heads: list[Rule] = list(_small_heads(c))
+    copies = {}
+    if c.head.kind == "masked":
+        heads += _masked_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias")
+        copies = {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"}
+    if c.head.kind in ("classification", "choice"):
+        heads += [*linear("pre_classifier", "pooled_head.pooler"), *linear("classifier", "pooled_head.out")]
+    return Tables(rules_of(body, heads), copies, ("vocab_*", *_BUFFERS))
+
+
+DISTILBERT = Architecture(
+    model_type="distilbert", family=BertConfig,
+    classes=classes("DistilBert"), bare=("DistilBertModel",), prefix="distilbert",
+    heads=("vocab_", "pre_classifier.", "classifier.", "qa_outputs."),
+    read=_read_distilbert, write=_distilbert_fields, tables=_distilbert_tables,
+)  # fmt: skip
+
+
+def _read_electra(theirs: HFConfigReader, head: Any) -> BertConfig:
+    if head == "choice":
+        for name, value in (("summary_type", "first"), ("summary_use_proj", True), ("summary_activation", "gelu")):
+            theirs.must(name, [value], value)
+    width, dim = theirs.size("embedding_size", 128), theirs.size("hidden_size", 256)
+    common = _common(theirs, dim=256, num_heads=4, mlp_dim=1024)
+    if head == "masked":
+        # Whatever the layers have, the generator's head has this one.
+        theirs.must("hidden_act", ["gelu"], "gelu")
+    made = head_of(head, labels_of(theirs), activation="gelu_exact")
+    return BertConfig(**common, embedding_size=None if width == dim else width, head=made)
+
+
+def _electra_fields(c: BertConfig) -> dict[str, Any]:
+    return _common_fields(c) | {"embedding_size": c.dim_of_embedding, "summary_activation": "gelu"}
+
+
+def _electra_tables(c: BertConfig) -> Tables:
+    heads: list[Rule] = list(_small_heads(c))
+    copies = {}
+    if c.dim_of_embedding != c.embed_dim:
+        heads += linear("electra.embeddings_project", "embedding_projection")
+    if c.head.kind == "masked":
+        names = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias")
+        heads += _masked_head(*names)
+        copies = {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"}
+    if c.head.kind == "replaced":
+        heads += linear("discriminator_predictions.dense", "replaced_head.dense")
+        heads += linear("discriminator_predictions.dense_prediction", "replaced_head.out")
+    if c.head.kind == "classification":
+        heads += [*linear("classifier.dense", "pooled_head.pooler"), *linear("classifier.out_proj", "pooled_head.out")]
+    if c.head.kind == "choice":
+        heads += [*linear("sequence_summary.summary", "pooled_head.pooler"), *linear("classifier", "pooled_head.out")]
+    left_out = ("discriminator_predictions.*", "generator_*", *_BUFFERS)
+    return Tables(rules_of(_bert_body(c, "electra"), heads), copies, left_out)
+
+
+ELECTRA = Architecture(
+    model_type="electra", family=BertConfig,
+    classes=classes("Electra", ForPreTraining="replaced"), bare=("ElectraModel",),
+    prefix="electra", heads=("discriminator_", "generator_", "classifier.", "qa_outputs.", "sequence_summary."),
+    read=_read_electra, write=_electra_fields, tables=_electra_tables,
+)  # fmt: skip
