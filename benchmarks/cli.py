@@ -7,7 +7,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from train.interrupt import leaving_at_once
+from train.interrupt import exit_on_sigint
 from transformer.errors import UserError
 
 OVERRIDABLE = ("plan", "sharding")
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command not in OVERRIDABLE:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
-    interruptible = contextlib.nullcontext() if options.command in RESUMABLE else leaving_at_once("manyheads-bench")
+    interruptible = contextlib.nullcontext() if options.command in RESUMABLE else exit_on_sigint("manyheads-bench")
     try:
         with interruptible:
             options.call(options)

@@ -18,7 +18,7 @@ from transformer.attention.backends.pallas import pallas_interpret
 from transformer.attention.dispatch import attend
 from transformer.attention.linear.fast_weights import fast_weights
 from transformer.attention.spec.mask import AttentionMask
-from transformer.attention.spec.variant import Score, Variant
+from transformer.attention.spec.spec import AttentionSpec, Score
 from transformer.differentiation import with_backward
 from transformer.errors import UserError
 from transformer.layers.embedding import embed_attend
@@ -71,12 +71,12 @@ def test_forward_mode_and_both_second_derivatives(name):
             out = function(*at)
             return jnp.sum(jnp.sin(out) * jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
 
-        def moved(step):
+        def shift_queries(step):
             return [x + step * v for x, v in zip(at, towards, strict=True)]
 
         def by_differences(f):
             step = 1e-5
-            return jax.tree.map(lambda a, b: (a - b) / (2 * step), f(moved(step)), f(moved(-step)))
+            return jax.tree.map(lambda a, b: (a - b) / (2 * step), f(shift_queries(step)), f(shift_queries(-step)))
 
         gradient = jax.jit(jax.grad(loss))
         close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
@@ -137,7 +137,7 @@ def test_the_backward_pass_is_the_one_given():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_kernel_without_forward_mode_says_what_to_use(compiled):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 128, 1, 16)), jnp.float32)
-    variant = Variant(AttentionMask.causal(), Score(0.25))
+    variant = AttentionSpec(AttentionMask.causal(), Score(0.25))
 
     def loss(x):
         return pallas_interpret(x, x, x, variant, platform="tpu").sum()

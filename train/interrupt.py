@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def leaving_at_once(program: str) -> Iterator[None]:
+def exit_on_sigint(program: str) -> Iterator[None]:
     """Let SIGINT end the process with one line, whatever it is doing.
 
     While libraries load and start, Python's own KeyboardInterrupt may be lost in one of their callbacks. Nothing that is

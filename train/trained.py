@@ -23,7 +23,7 @@ BELOW = frozenset(("embed", "source_embed", "positions", "source_positions", "ty
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainableMask:
     """All parameters but the frozen ones, of which no gradient is computed, and for which an optimiser has no statistics."""
 
     frozen: frozenset[ParameterPath] = frozenset()
@@ -38,39 +38,39 @@ class Trained:
         ]
         return nnx.from_flat_state(parts[0]), nnx.from_flat_state(parts[1])
 
-    def of(self, params: nnx.State) -> nnx.State:
+    def select(self, params: nnx.State) -> nnx.State:
         """The trained part alone."""
         return self.split(params)[0]
 
-    def put(self, trained: nnx.State, params: nnx.State) -> nnx.State:
+    def merge(self, trained: nnx.State, params: nnx.State) -> nnx.State:
         """`params` with another trained part."""
         return nnx.merge_state(trained, self.split(params)[1]) if self.frozen else trained
 
     def counted(self, params: nnx.State) -> str:
         """How many parameters there are, and how many of them are trained, for people."""
-        total, trained = size(params), size(self.of(params))
+        total, trained = size(params), size(self.select(params))
         if not self.frozen:
             return f"{total:,} parameters"
         return f"{trained:,} of {total:,} parameters ({trained / total:.1%}) trained"
 
-    def passes(self, params: nnx.State) -> float:
+    def flops_factor(self, params: nnx.State) -> float:
         """The products of a training step, in forward passes: the forward pass itself; the gradients of activations, unless
         heads alone are trained; and those of parameters, by the part of them that is."""
-        trained = self.of(params)
+        trained = self.select(params)
         share = size(trained) / size(params)
         is_stack = any(is_stacked(leaf) for _, leaf in nnx.to_flat_state(params))
         deep = any(is_stacked(leaf) or path[0] in BELOW for path, leaf in nnx.to_flat_state(trained))
         return 2 + share if deep or not is_stack else 1 + 2 * share
 
 
-ALL = Trained()
+ALL = TrainableMask()
 
 
 _FRESH = ("pooled_head.*", "token_head.*")
 """Heads over classes, which no pretraining has trained."""
 
 
-def chosen(params: nnx.State, freeze: Sequence[str], adapter: AdapterConfig | None) -> Trained:
+def chosen(params: nnx.State, freeze: Sequence[str], adapter: AdapterConfig | None) -> TrainableMask:
     """What a config trains.
 
     Args:
@@ -90,7 +90,7 @@ def chosen(params: nnx.State, freeze: Sequence[str], adapter: AdapterConfig | No
         frozen |= {path for path in paths.values() if not is_adapter(path)} - kept
     if len(frozen) == len(paths):
         raise UserError(f"optimizer.freeze: got {list(freeze)}, which leaves no parameter to train; take out a pattern")
-    return Trained(frozenset(frozen))
+    return TrainableMask(frozenset(frozen))
 
 
 def _matching(paths: Mapping[str, ParameterPath], pattern: str, field: str) -> set[ParameterPath]:

@@ -24,7 +24,7 @@ from transformer.attention.backends import blockwise
 from transformer.attention.backends.pallas import pallas_interpret
 from transformer.attention.dispatch import BACKENDS, attend
 from transformer.attention.spec.mask import AttentionMask
-from transformer.attention.spec.variant import Score, Variant
+from transformer.attention.spec.spec import AttentionSpec, Score
 from transformer.types import wide
 
 LENGTH = 208
@@ -163,7 +163,7 @@ def _interpreted(platform: str, mask: AttentionMask, options: dict[str, Any]) ->
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         score = Score.of(q, **options)
-        return pallas_interpret(q, k, v, Variant(mask, score), platform=platform)
+        return pallas_interpret(q, k, v, AttentionSpec(mask, score), platform=platform)
 
     return run
 

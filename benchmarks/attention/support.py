@@ -19,8 +19,8 @@ from benchmarks.attention.cases import MASKS
 from transformer.attention.dispatch import BACKENDS
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.mods import Mod
-from transformer.attention.spec.request import Request
-from transformer.attention.spec.variant import Dropout, Score, Variant
+from transformer.attention.spec.shapes import AttentionShapes
+from transformer.attention.spec.spec import AttentionSpec, Dropout, Score
 
 LENGTH = 1024
 
@@ -58,9 +58,11 @@ def _features() -> dict[str, dict[str, Any]]:
     }
 
 
-def _request(platform: str, mask: Any = None, score: Any = None, dropout: Any = None, **changes: Any) -> Request:
+def _request(
+    platform: str, mask: Any = None, score: Any = None, dropout: Any = None, **changes: Any
+) -> AttentionShapes:
     mask = MASKS["causal"](LENGTH) if mask is None else mask
-    request = Request(
+    request = AttentionShapes(
         platform=platform,
         dtype=jnp.dtype(jnp.bfloat16),
         batch_size=2,
@@ -70,7 +72,7 @@ def _request(platform: str, mask: Any = None, score: Any = None, dropout: Any = 
         num_kv_heads=8,
         head_dim=64,
         value_dim=64,
-        variant=Variant(mask, Score(0.125) if score is None else score, dropout),
+        spec=AttentionSpec(mask, Score(0.125) if score is None else score, dropout),
     )
     return dataclasses.replace(request, **changes)
 

@@ -73,7 +73,7 @@ class Analysis:
         sizes = dict(zip(MESH_AXES, config.mesh.sizes(target.num_devices), strict=True))
         model = config.model
         parameters = sharded_bytes(self.state.params, config.mesh.rules, sizes)
-        gradients = sharded_bytes(self.trained.of(self.state.params), config.mesh.gradient_rules, sizes)
+        gradients = sharded_bytes(self.trained.select(self.state.params), config.mesh.gradient_rules, sizes)
         optimizer = sharded_bytes((self.state.opt_state, self.state.ema), config.mesh.optimizer_rules, sizes)
         layers = getattr(model, "num_layers", 1)
         wide = 2 if model.dtype == "bfloat16" else 4

@@ -13,8 +13,8 @@ import pytest
 from transformer.attention.dispatch import attend, choose_backend
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.mods import Mod
-from transformer.attention.spec.request import Request
-from transformer.attention.spec.variant import Dropout, Score, Variant
+from transformer.attention.spec.shapes import AttentionShapes
+from transformer.attention.spec.spec import AttentionSpec, Dropout, Score
 
 B, T, N, H = 2, 8, 4, 16
 
@@ -176,9 +176,9 @@ def request(mask=None, bias=None, soft_cap=None, dropout=None, mod=None, **chang
     defaults = {
         "platform": "gpu", "dtype": jnp.bfloat16, "batch_size": 2, "num_queries": 64, "num_keys": 64,
         "num_heads": 2, "num_kv_heads": 2,
-        "head_dim": 64, "value_dim": 64, "variant": Variant(mask, Score(0.125, soft_cap, bias, mod), dropout),
+        "head_dim": 64, "value_dim": 64, "spec": AttentionSpec(mask, Score(0.125, soft_cap, bias, mod), dropout),
     }  # fmt: skip
-    return Request(**(defaults | changes))
+    return AttentionShapes(**(defaults | changes))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_every_mechanism_asks_a_mask_mod_for_each_head_and_row():
     [
         (lambda: AttentionMask.causal(jnp.arange(3)), "3 rows"),
         (lambda: AttentionMask.prefix(jnp.arange(3)), "3 rows"),
-        (lambda: AttentionMask.window(left=2).moved(jnp.arange(3)), "3 rows"),
+        (lambda: AttentionMask.window(left=2).shift_queries(jnp.arange(3)), "3 rows"),
         (lambda: AttentionMask.causal(jnp.zeros((2, 1), jnp.int32)), "offset is int32"),
         (lambda: AttentionMask.causal(jnp.array([1.5, 2.0])), "offset is float32"),
         (lambda: AttentionMask.prefix(2.5), "length is 2.5"),

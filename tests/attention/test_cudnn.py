@@ -14,8 +14,8 @@ from transformer.attention.backends import fused
 from transformer.attention.dispatch import BACKENDS, PREFERENCE, choose_backend
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.mods import Mod
-from transformer.attention.spec.request import Request
-from transformer.attention.spec.variant import Dropout, Score, Variant
+from transformer.attention.spec.shapes import AttentionShapes
+from transformer.attention.spec.spec import AttentionSpec, Dropout, Score
 
 B, T, N, H = 2, 16, 2, 16
 causal, window = AttentionMask.causal, AttentionMask.window
@@ -35,8 +35,8 @@ MASKS = {
     "causal, itself and the right": (causal() & window(left=0, right=2), True),
     "two windows": (causal() & window(left=3) & window(left=5), False),
     "two windows, one of them closed": (window(left=3, right=2) & window(right=0), True),
-    "moved": (causal().moved(1), False),
-    "a window moved": (causal() & window(left=3).moved(1), False),
+    "moved": (causal().shift_queries(1), False),
+    "a window moved": (causal() & window(left=3).shift_queries(1), False),
     "dilated": (AttentionMask.dilated(2), False),
     "prefix": (causal() | AttentionMask.prefix(3), False),
     "sinks": (causal() & (window(left=3) | AttentionMask.sinks(2)), False),
@@ -48,12 +48,12 @@ MASKS = {
 
 
 def request(mask=None, *, bias=None, soft_cap=None, mod=None, dropout=None, **changes):
-    variant = Variant(AttentionMask.none() if mask is None else mask, Score(H**-0.5, soft_cap, bias, mod), dropout)
+    spec = AttentionSpec(AttentionMask.none() if mask is None else mask, Score(H**-0.5, soft_cap, bias, mod), dropout)
     given = {
         "platform": "gpu", "dtype": jnp.bfloat16, "batch_size": B, "num_queries": T, "num_keys": T, "num_heads": N,
-        "num_kv_heads": N, "head_dim": H, "value_dim": H, "variant": variant,
+        "num_kv_heads": N, "head_dim": H, "value_dim": H, "spec": spec,
     }  # fmt: skip
-    return Request(**(given | changes))
+    return AttentionShapes(**(given | changes))
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def trace(request):
     shapes += [(r.batch_size, r.num_keys, r.num_kv_heads, dim) for dim in (r.head_dim, r.value_dim)]
     run = functools.partial(fused.fused, implementation="cudnn")
     jax.eval_shape(
-        jax.value_and_grad(lambda q, k, v: run(q, k, v, r.variant).astype(jnp.float32).sum(), (0, 1, 2)),
+        jax.value_and_grad(lambda q, k, v: run(q, k, v, r.spec).astype(jnp.float32).sum(), (0, 1, 2)),
         *[jax.ShapeDtypeStruct(shape, r.dtype) for shape in shapes],
     )
 
@@ -128,8 +128,8 @@ def test_xla_means_the_same_too(name, num_keys):
     mask = MASKS[name][0]
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(B, size, N, H)), jnp.float32) for size in (T, num_keys, num_keys))
-    variant = Variant(mask, Score(H**-0.5))
-    run = jax.jit(lambda name, *x: BACKENDS[name].attend(*x, variant), static_argnums=0)
+    spec = AttentionSpec(mask, Score(H**-0.5))
+    run = jax.jit(lambda name, *x: BACKENDS[name].attend(*x, spec), static_argnums=0)
     np.testing.assert_allclose(run("xla", q, k, v), run("reference", q, k, v), atol=2e-6)
 
 

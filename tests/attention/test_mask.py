@@ -27,7 +27,7 @@ def test_causal_is_lower_triangular():
 
 def test_causal_moved_sees_what_came_before():
     np.testing.assert_array_equal(
-        dense(AttentionMask.causal().moved(3), 2, T), [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
+        dense(AttentionMask.causal().shift_queries(3), 2, T), [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
     )
 
 
@@ -62,7 +62,7 @@ def test_and_is_conjunction():
 
 
 def test_causal_twice_is_causal_once():
-    assert len((AttentionMask.causal() & AttentionMask.causal()).terms) == 1
+    assert len((AttentionMask.causal() & AttentionMask.causal()).predicates) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from transformer.attention.backends.reference import reference
 from transformer.attention.dispatch import BackendError, attend, choose_backend
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.mods import Mod
-from transformer.attention.spec.request import Request
-from transformer.attention.spec.variant import Dropout, Score, Variant
+from transformer.attention.spec.shapes import AttentionShapes
+from transformer.attention.spec.spec import AttentionSpec, Dropout, Score
 
 B, N, H = 2, 4, 8
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -64,7 +64,7 @@ def inputs(T, S=None, num_kv_heads=2, value_dim=H, dtype=jnp.float32, batch=B):
 def values_and_gradients(function, arrays, mask, score, options=None):
     def run(arrays):
         def loss(arrays):
-            out = function(*arrays, Variant(mask, score))
+            out = function(*arrays, AttentionSpec(mask, score))
             wide = out.astype(jnp.float32)
             return jnp.sum(jnp.sin(wide) * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)), out
 
@@ -98,7 +98,7 @@ def test_values_and_gradients(platform, name, num_kv_heads, soft_cap):
         # Blocks on both sides of the band that are never touched.
         (300, 300, AttentionMask.window(left=20, right=30)),
         # Fewer queries than keys and more of them: whole blocks of keys that nothing sees, of queries that see nothing.
-        (130, 400, AttentionMask.window(left=10, right=10).moved(150)),
+        (130, 400, AttentionMask.window(left=10, right=10).shift_queries(150)),
         (400, 130, AttentionMask.causal(-3) & AttentionMask.window(left=60)),
     ],
 )
@@ -162,7 +162,7 @@ def test_eight_devices_compute_what_one_does(platform, num_kv_heads, batch):
 def test_each_device_gets_its_share():
     arrays = inputs(128)
     with mesh_of(data=2, tensor=2):
-        run = jax.jit(lambda *x: pallas_interpret(*x, Variant(packed(128), Score(0.3)), platform="gpu"))
+        run = jax.jit(lambda *x: pallas_interpret(*x, AttentionSpec(packed(128), Score(0.3)), platform="gpu"))
         text = run.lower(*arrays).as_text()
     # Of a batch of two and four heads.
     assert "tensor<1x128x2x8xf32>" in text
@@ -173,9 +173,9 @@ def request(mask=None, score=None, dropout=None, **changes):
     defaults = {
         "platform": "tpu", "dtype": jnp.bfloat16, "batch_size": 2,
         "num_queries": 256, "num_keys": 256, "num_heads": 4, "num_kv_heads": 2,
-        "head_dim": 64, "value_dim": 64, "variant": Variant(mask, score or Score(0.125), dropout),
+        "head_dim": 64, "value_dim": 64, "spec": AttentionSpec(mask, score or Score(0.125), dropout),
     }  # fmt: skip
-    return Request(**(defaults | changes))
+    return AttentionShapes(**(defaults | changes))
 
 
 IDS = jnp.ones((1, 256), jnp.int32)
@@ -245,14 +245,16 @@ def test_a_named_backend_that_cannot_run_says_why():
     with pytest.raises(BackendError, match="pallas.*this is cpu"):
         attend(*inputs(8), backend="pallas")
     with pytest.raises(ValueError, match="this is cpu"):
-        pallas_interpret(*inputs(8), Variant(AttentionMask.none(), Score(1.0)), platform="cpu")
+        pallas_interpret(*inputs(8), AttentionSpec(AttentionMask.none(), Score(1.0)), platform="cpu")
     score = Score(1.0, bias_BNTS=jnp.zeros((1, 1, 1, 1)))
     with pytest.raises(ValueError, match="no bias"):
-        pallas_interpret(*inputs(8), Variant(AttentionMask.none(), score), platform="tpu")
+        pallas_interpret(*inputs(8), AttentionSpec(AttentionMask.none(), score), platform="tpu")
 
 
 def test_a_band_is_what_all_terms_leave():
-    mask = AttentionMask.causal(2) & AttentionMask.window(left=5) & AttentionMask.window(left=7, right=1).moved(3)
+    mask = (
+        AttentionMask.causal(2) & AttentionMask.window(left=5) & AttentionMask.window(left=7, right=1).shift_queries(3)
+    )
     assert Band.of(mask) == Band(4, 2)
     assert Band.of(AttentionMask.padding(IDS > 0)) == Band()
     assert Band(2, -3).is_empty(9, 9) and Band(None, -9).is_empty(9, 9) and Band(-9, None).is_empty(9, 9)

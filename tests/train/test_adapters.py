@@ -136,7 +136,7 @@ def test_what_is_trained_beside_adapters():
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         with use_mesh(mesh, config.mesh.rules):
             program = Program(config, mesh)
-        part = program.trained.of(program.abstract.params)
+        part = program.trained.select(program.abstract.params)
         return {str(path[0]) for path, _ in nnx.to_flat_state(part)}
 
     assert trained() == {"layers", "pooled_head"}

@@ -184,7 +184,7 @@ def test_the_work_of_a_step_is_of_what_is_trained():
 
     def passes(*freeze):
         trained = chosen(params, freeze, None)
-        return trained.passes(params), sum(leaf.size for leaf in jax.tree.leaves(trained.of(params))) / total
+        return trained.flops_factor(params), sum(leaf.size for leaf in jax.tree.leaves(trained.select(params))) / total
 
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert passes() == (3, 1)

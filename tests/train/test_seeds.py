@@ -10,8 +10,8 @@ import pytest
 
 from tests.train.run_records import records
 from tests.train.stops import asked_to_stop
-from train.commands import seeds
 from train.commands.cli import main
+from train.run import seeds
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -20,7 +20,7 @@ from train.commands import (
     train,
     translate,
 )
-from train.interrupt import leaving_at_once
+from train.interrupt import exit_on_sigint
 from transformer.errors import ConfigError, UserError
 
 COMMANDS = tuple(
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     try:
-        with leaving_at_once("manyheads"):
+        with exit_on_sigint("manyheads"):
             options.command.run(options)
     except UserError as error:
         print(f"manyheads: {_message(error)}", file=sys.stderr)

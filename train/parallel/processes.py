@@ -85,7 +85,7 @@ def one_log() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def together(folder: Path) -> Iterator[None]:
+def report_lost_peers(folder: Path) -> Iterator[None]:
     """Where the other processes are lost inside, this one ends with a line that says so and how to go on.
 
     Either a collective fails, or JAX aborts a process whose peers are silent, wherever it is, so that no code of its own can say
@@ -124,7 +124,7 @@ def together(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def first_alone(what: str) -> Iterator[None]:
+def process_zero_first(what: str) -> Iterator[None]:
     """The block is run by the first process, and then by the others, which find what it left on a disk that they share."""
     if not is_first():
         multihost_utils.sync_global_devices(f"{what}: first")

@@ -32,15 +32,15 @@ class Meter:
 
     Args:
         schedule: step → learning rate.
-        flops_per_target: of a training step, for each token or row that it predicts.
+        flops_per_prediction: of a training step, for each token or row that it predicts.
         devices: that share the work.
         dtype: the type that they compute in.
     """
 
     def __init__(
-        self, schedule: optax.Schedule, flops_per_target: float, devices: list[jax.Device], dtype: str
+        self, schedule: optax.Schedule, flops_per_prediction: float, devices: list[jax.Device], dtype: str
     ) -> None:
-        self._schedule, self._flops_per_target = schedule, flops_per_target
+        self._schedule, self._flops_per_target = schedule, flops_per_prediction
         self._devices, self._dtype = devices, dtype
         self._pending: collections.deque[tuple[int, Mapping[str, jax.Array], np.ndarray]] = collections.deque()
         self._in_row = 0

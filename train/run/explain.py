@@ -18,7 +18,7 @@ from train.loss import LossConfig
 from train.parallel.mesh import MESH_AXES
 from train.report.display import console
 from train.run.program import batch_shapes, described_state, trained_of
-from train.trained import ALL, Trained, size
+from train.trained import ALL, TrainableMask, size
 from transformer.functional import graphdef_of
 from transformer.interpret.capture import readable
 from transformer.models.adapted import make_adapted
@@ -51,11 +51,11 @@ def cost(config: RunConfig) -> Cost:
     batch = batch_shapes(config, config.batch_size // config.microbatches)
     return Cost(
         parameters=size(state.params),
-        trained=size(trained.of(state.params)),
+        trained=size(trained.select(state.params)),
         tokens_per_step=config.tokens_per_step,
-        flops_per_token=trained.passes(state.params) * flops_per_token(config.model, length),
+        flops_per_token=trained.flops_factor(state.params) * flops_per_token(config.model, length),
         parameter_bytes=_bytes(state.params),
-        gradient_bytes=_bytes(trained.of(state.params)),
+        gradient_bytes=_bytes(trained.select(state.params)),
         optimizer_bytes=_bytes(state.opt_state) + _bytes(state.ema),
         activation_bytes=saved_bytes(graphdef_of(make), state.params, batch, config, trained),
     )
@@ -112,7 +112,7 @@ def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
 
 
 def saved_bytes(
-    graphdef: Any, params: nnx.State, batch: dict[str, Any], config: RunConfig, trained: Trained = ALL
+    graphdef: Any, params: nnx.State, batch: dict[str, Any], config: RunConfig, trained: TrainableMask = ALL
 ) -> int:
     """Bytes of the arrays that the loss's forward pass saves, other than the parameters and the batch themselves."""
 

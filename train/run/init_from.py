@@ -16,7 +16,7 @@ from train.data.tokenization.tokenizer import ByteTokenizer, Tokenizer
 from train.run.run_files import load_run
 from train.trained import ParameterPath, dotted, size
 from transformer.errors import ConfigError, UserError
-from transformer.layers.adapter import fitted, is_adapter
+from transformer.layers.adapter import is_adapter, reset_dora_magnitudes
 from transformer.models.families import ModelConfig, described_parameters
 
 Parameters = dict[ParameterPath, nnx.Variable]
@@ -85,7 +85,7 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
     if changed := [line for line in changed if not line.startswith(_OFTEN_ANOTHER)]:
         said += f"; with {', '.join(changed)}"
     params = nnx.from_flat_state(ours | taken)
-    return params if config.adapter is None else fitted(params), said
+    return params if config.adapter is None else reset_dora_magnitudes(params), said
 
 
 def _same_classes(theirs: Parameters, before: Sequence[str], now: Sequence[str]) -> tuple[Parameters, str]:

@@ -21,7 +21,7 @@ from train.files import writing
 from train.loss import Batch
 from train.optimizer import make_schedule
 from train.parallel.mesh import check_batch, make_mesh, shard_batch, use_mesh
-from train.parallel.processes import any_process, first_alone, gathered, is_first, one_log, together
+from train.parallel.processes import any_process, gathered, is_first, one_log, process_zero_first, report_lost_peers
 from train.parallel.runtime import GracefulStop
 from train.report.display import Display
 from train.report.meter import Meter, Reading
@@ -59,7 +59,7 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finis
         UserError: whatever the user can fix, before a step where it can be known then.
         SystemExit: other processes of the run are lost, and it was said.
     """
-    with one_log(), together(config.directory):
+    with one_log(), report_lost_peers(config.directory):
         _agree_on(config)
         with _alone_in(config.directory):
             return _train(config, profile)
@@ -71,7 +71,7 @@ def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
     check_begin(config)
-    with first_alone("prepare"):
+    with process_zero_first("prepare"):
         prepared = prepare(config.data)
     check_data(config, prepared)
     with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop:

@@ -19,7 +19,7 @@ from train.objectives import Objective
 from train.parallel.mesh import MeshConfig, check_batch
 from train.run.state import TrainState
 from train.run.step import Gradient, Metrics
-from train.trained import ALL, Trained
+from train.trained import ALL, TrainableMask
 from transformer.errors import ConfigError, require
 from transformer.layers.embedding import Embedding, embed_lookup
 from transformer.mixers.context import Context
@@ -94,7 +94,7 @@ class StagedStep:
 
 
 def one_forward_one_backward(
-    graphdef: Any, loss: LossConfig, objective: Objective, schedule: Schedule, trained: Trained = ALL
+    graphdef: Any, loss: LossConfig, objective: Objective, schedule: Schedule, trained: TrainableMask = ALL
 ) -> Gradient:
     """The gradient of an objective's loss by the schedule 1F1B (Narayanan et al. 2019, section 3.2; 2021, section 2.2.1).
 

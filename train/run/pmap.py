@@ -19,7 +19,7 @@ from train.loss import Batch, LossConfig
 from train.objectives import Causal, Objective
 from train.run.state import TrainState
 from train.run.step import Metrics, accumulated, make_gradient, update
-from train.trained import ALL, Trained
+from train.trained import ALL, TrainableMask
 from transformer.errors import UserError
 
 AXIS = "devices"
@@ -62,7 +62,7 @@ def make_pmap_step(
     microbatches: int = 1,
     ema_decay: float | None = None,
     objective: Objective = _CAUSAL,
-    trained: Trained = ALL,
+    trained: TrainableMask = ALL,
 ) -> PmapStep:
     """The step over the devices of `mesh`, whose one axis longer than 1 is that of the batch.
 

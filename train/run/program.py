@@ -20,7 +20,7 @@ from train.run.pipeline import StagedStep, one_forward_one_backward, schedule_of
 from train.run.pmap import make_pmap_step
 from train.run.state import StateMaker, TrainState, abstract_state, described_key, init_state, lay_out, state_maker
 from train.run.step import make_eval_step, make_gradient, make_train_step
-from train.trained import ALL, Trained, chosen
+from train.trained import ALL, TrainableMask, chosen
 from transformer.errors import ConfigError
 from transformer.functional import ModelFactory, graphdef_of
 from transformer.layers.adapter import AdapterConfig, make_merge_fn
@@ -57,9 +57,9 @@ class Program:
         if V > 1:
             staged = described(lambda key, params: in_stages(self.make_state(key, params), V))
         with nnx.logical_axis_rules(config.mesh.gradient_rules):
-            gradients = lay_out(trained.of(staged.params), mesh)
+            gradients = lay_out(trained.select(staged.params), mesh)
         with nnx.logical_axis_rules(config.mesh.optimizer_rules):
-            summed = lay_out(trained.of(staged.params), mesh)
+            summed = lay_out(trained.select(staged.params), mesh)
         options: dict[str, Any] = {
             "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "trained": trained,
         }  # fmt: skip
@@ -138,7 +138,7 @@ def described_state(config: RunConfig) -> TrainState:
     return jax.eval_shape(make_state, described_key(), None)
 
 
-def trained_of(config: RunConfig, make: ModelFactory) -> Trained:
+def trained_of(config: RunConfig, make: ModelFactory) -> TrainableMask:
     """Which parameters of its model a config trains.
 
     Raises:
@@ -151,7 +151,7 @@ def trained_of(config: RunConfig, make: ModelFactory) -> Trained:
 
 
 def _state_of(
-    config: RunConfig, make: ModelFactory, trained: Trained
+    config: RunConfig, make: ModelFactory, trained: TrainableMask
 ) -> tuple[optax.GradientTransformation, StateMaker]:
     """The config's optimiser, and what makes the state of a model and it from a key."""
     optimizer = make_optimizer(config.optimizer, config.steps, getattr(config.model, "num_layers", None))
@@ -167,6 +167,6 @@ def batch_shapes(config: RunConfig, rows: int | None = None) -> BatchShapes:
 
 def flops_per_prediction(config: RunConfig, prepared: Prepared, program: Program) -> float:
     """Floating-point operations of a training step for each thing that it predicts: a token, a hidden token, a word, a row."""
-    passes = program.trained.passes(program.abstract.params)
+    passes = program.trained.flops_factor(program.abstract.params)
     tokens = config.objective.tokens_per_prediction(prepared, config.tokens_per_example)
     return passes * tokens * flops_per_token(config.model, config.sequence_length)

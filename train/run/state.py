@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.parallel.mesh import Rules, check_divisible, shardings_of
-from train.trained import ALL, Trained
+from train.trained import ALL, TrainableMask
 from transformer.functional import ModelFactory
 from transformer.types import Array, Int, PRNGKeyArray
 
@@ -43,7 +43,7 @@ def state_maker(
     optimizer: optax.GradientTransformation,
     *,
     keep_ema: bool = False,
-    trained: Trained = ALL,
+    trained: TrainableMask = ALL,
 ) -> StateMaker:
     """A pure function from a key, and from parameters where there are any, to a state that begins.
 
@@ -55,7 +55,7 @@ def state_maker(
         if params is None:
             params = nnx.state(make_model(nnx.Rngs(params=init_key)), nnx.Param)
         ema = jax.tree.map(jnp.copy, params) if keep_ema else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained.of(params)), train_key, ema)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained.select(params)), train_key, ema)
 
     return make
 

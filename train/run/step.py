@@ -16,7 +16,7 @@ from train.loss import Batch, LossConfig, LossSums
 from train.objectives import Causal, Objective
 from train.objectives.objective import Outputs
 from train.run.state import TrainState
-from train.trained import ALL, Trained
+from train.trained import ALL, TrainableMask
 from transformer.types import Array
 
 Metrics = dict[str, Array]
@@ -36,7 +36,7 @@ def make_train_step(
     ema_decay: float | None = None,
     gradients: nnx.State | None = None,
     summed: nnx.State | None = None,
-    trained: Trained = ALL,
+    trained: TrainableMask = ALL,
 ) -> jax.stages.Wrapped:
     """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
 
@@ -74,7 +74,9 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_gradient(graphdef: Any, loss: LossConfig, objective: Objective = _CAUSAL, trained: Trained = ALL) -> Gradient:
+def make_gradient(
+    graphdef: Any, loss: LossConfig, objective: Objective = _CAUSAL, trained: TrainableMask = ALL
+) -> Gradient:
     """The gradient of an objective's loss, by `jax.grad`."""
 
     def loss_sum(part: nnx.State, frozen: nnx.State, batch: Batch, key: Array) -> tuple[Array, LossSums]:
@@ -119,10 +121,10 @@ def update(
     sums: LossSums,
     optimizer: optax.GradientTransformation,
     ema_decay: float | None = None,
-    trained: Trained = ALL,
+    trained: TrainableMask = ALL,
 ) -> tuple[TrainState, Metrics]:
     """The state after a step, and its metrics, from the gradient of the global batch's summed loss."""
-    before, ema = trained.of(state.params), None if state.ema is None else trained.of(state.ema)
+    before, ema = trained.select(state.params), None if state.ema is None else trained.select(state.ema)
     # optax relies on JAX's default promotion, whatever stricter rule the program runs under.
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
         weight = jnp.maximum(sums.weight, 1)
@@ -137,8 +139,8 @@ def update(
         params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), kept
         )
-        params = trained.put(params, state.params)
-        ema = None if ema is None or state.ema is None else trained.put(ema, state.ema)
+        params = trained.merge(params, state.params)
+        ema = None if ema is None or state.ema is None else trained.merge(ema, state.ema)
     metrics = {
         "loss": sums.loss / weight,
         "nll": sums.nll / weight,

@@ -17,8 +17,8 @@ import numpy as np
 from transformer.attention.backends import blockwise, fused, pallas, ring
 from transformer.attention.backends.reference import attention_weights, reference
 from transformer.attention.spec.mask import AttentionMask
-from transformer.attention.spec.request import Request
-from transformer.attention.spec.variant import Dropout, Score, Variant
+from transformer.attention.spec.shapes import AttentionShapes
+from transformer.attention.spec.spec import AttentionSpec, Dropout, Score
 from transformer.errors import UserError, nearest
 from transformer.types import Array, Float, PRNGKeyArray, wide
 
@@ -31,8 +31,8 @@ class BackendError(UserError, ValueError):
 class Backend:
     """A way to compute attention. `supports` gives the reason why it cannot serve a request, or None."""
 
-    attend: Callable[[Array, Array, Array, Variant], Array]
-    supports: Callable[[Request], str | None]
+    attend: Callable[[Array, Array, Array, AttentionSpec], Array]
+    supports: Callable[[AttentionShapes], str | None]
 
 
 BACKENDS: dict[str, Backend] = {
@@ -52,7 +52,7 @@ LONG = 4096 * 4096
 """Pairs of a query and a key from which a T×S array is worth avoiding on an accelerator."""
 
 
-def choose_backend(backend: str, request: Request) -> str:
+def choose_backend(backend: str, request: AttentionShapes) -> str:
     """The backend that serves `request`.
 
     Raises:
@@ -78,7 +78,7 @@ def choose_backend(backend: str, request: Request) -> str:
     return backend
 
 
-def _on_one_device(request: Request) -> str:
+def _on_one_device(request: AttentionShapes) -> str:
     order = PREFERENCE.get(request.platform, PREFERENCE["cpu"])
     if request.num_queries * request.num_keys >= LONG:
         order = tuple(name for name in order if name != "xla")
@@ -129,27 +129,27 @@ def attend(
     (B, T, N, _), S, C = q_BTNH.shape, k_BSKH.shape[1], v_BSKC.shape[3]
     mask.check(B, N, T, S)
     _check_heads(return_weights, N)
-    variant = Variant(
+    spec = AttentionSpec(
         mask,
         Score.of(q_BTNH, bias_BNTS, score_mod=score_mod, scale=scale, logit_soft_cap=logit_soft_cap),
         None if dropout_key is None or dropout_rate == 0 else Dropout(dropout_key, dropout_rate),
     )
-    chosen = choose_backend(backend, Request.of(q_BTNH, v_BSKC, variant, _platform()))
+    chosen = choose_backend(backend, AttentionShapes.of(q_BTNH, v_BSKC, spec, _platform()))
     if 0 in (B, T, S):
         # A softmax over no keys has no maximum.
         heads = N if isinstance(return_weights, bool) else len(return_weights)
         weights = jnp.zeros((B, heads, T, S), wide(q_BTNH.dtype)) if return_weights else None
         return jnp.zeros((B, T, N, C), v_BSKC.dtype), weights
     with jax.named_scope("attend"):
-        out = BACKENDS[chosen].attend(q_BTNH, k_BSKH, v_BSKC, variant)
+        out = BACKENDS[chosen].attend(q_BTNH, k_BSKH, v_BSKC, spec)
     if not return_weights:
         return out, None
-    return out, attention_weights(q_BTNH, k_BSKH, variant, None if isinstance(return_weights, bool) else return_weights)
+    return out, attention_weights(q_BTNH, k_BSKH, spec, None if isinstance(return_weights, bool) else return_weights)
 
 
-def _by_auto(q: Array, k: Array, v: Array, variant: Variant) -> Array:
+def _by_auto(q: Array, k: Array, v: Array, spec: AttentionSpec) -> Array:
     """What `auto` takes where every device has the whole sequence."""
-    return BACKENDS[_on_one_device(Request.of(q, v, variant, _platform()))].attend(q, k, v, variant)
+    return BACKENDS[_on_one_device(AttentionShapes.of(q, v, spec, _platform()))].attend(q, k, v, spec)
 
 
 def _platform() -> str:

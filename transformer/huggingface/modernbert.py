@@ -140,7 +140,7 @@ def _tables(c: BertConfig) -> Tables:
         ),
         linear(f"{layer}.attn.Wo", f"{attention}.out", use_bias=of_attention, num_in=2),
         norm(f"{layer}.mlp_norm", f"{BLOCKS}.feed_forward_norm", use_bias=of_norms),
-        # Theirs puts through the activation what comes first.
+        # HFConfigReader puts through the activation what comes first.
         fused(
             f"{layer}.mlp.Wi",
             [f"{BLOCKS}.feed_forward.{name}" for name in ("gate", "up")],

@@ -171,7 +171,7 @@ def make_merge_fn(config: AdapterConfig | None) -> Callable[[nnx.State], nnx.Sta
     return jax.jit(functools.partial(merged, scale=config.scale))
 
 
-def fitted(params: nnx.State) -> nnx.State:
+def reset_dora_magnitudes(params: nnx.State) -> nnx.State:
     """`params` where lengths (DoRA) are those of the kernels, which have come from elsewhere since the adapters were made."""
     flat, adapters = _apart(params)
     fresh = {}

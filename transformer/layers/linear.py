@@ -166,11 +166,11 @@ def dropout(x: Float[Array, ...], rate: float, key: PRNGKeyArray | None) -> Floa
     """
     if rate == 0 or key is None:
         return x
-    is_kept, scale = survivors(key, rate, x.shape)
+    is_kept, scale = dropout_mask(key, rate, x.shape)
     return jnp.where(is_kept, x * jnp.asarray(scale, x.dtype), jnp.zeros_like(x))
 
 
-def survivors(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> tuple[Bool[Array, ...], float]:
+def dropout_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> tuple[Bool[Array, ...], float]:
     """Which elements dropout leaves, each with probability 1 - rate, and what it multiplies them by.
 
     From 16 random bits an element, half of what a uniform number takes; the rate is rounded to a multiple of 2⁻¹⁶, and the

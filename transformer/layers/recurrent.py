@@ -66,9 +66,9 @@ def lstm_step(
     D = state_BD.shape[-1]
     sums_BG = widen(inputs_BG) + _product(state_BD, gates_DG)
     gates_BG = jax.nn.sigmoid(sums_BG[:, : 3 * D])
-    enter_BD, keep_BD, leave_BD = gates_BG[:, :D], gates_BG[:, D : 2 * D], gates_BG[:, 2 * D :]
-    memory = (keep_BD * memory_BD + enter_BD * jnp.tanh(sums_BG[:, 3 * D :])).astype(memory_BD.dtype)
-    return (leave_BD * jnp.tanh(memory)).astype(state_BD.dtype), memory
+    input_BD, forget_BD, output_BD = gates_BG[:, :D], gates_BG[:, D : 2 * D], gates_BG[:, 2 * D :]
+    memory = (forget_BD * memory_BD + input_BD * jnp.tanh(sums_BG[:, 3 * D :])).astype(memory_BD.dtype)
+    return (output_BD * jnp.tanh(memory)).astype(state_BD.dtype), memory
 
 
 class Cell(nnx.Module):

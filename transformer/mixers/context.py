@@ -103,7 +103,7 @@ class Context:
 
     def cached_mask(self, mask: AttentionMask, state: Any) -> AttentionMask:
         """`mask` for the keys of `state`, which holds this call's too: moved after those that were there before."""
-        mask = mask.moved(self.start)
+        mask = mask.shift_queries(self.start)
         if self.is_causal and self.prefix_B is None:
             return mask
         # Slots that nothing was written to are hidden by causality alone.

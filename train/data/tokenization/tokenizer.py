@@ -306,7 +306,7 @@ def sentinel(number: int) -> str:
     return f"<extra_id_{number}>"
 
 
-def end_beside(path: Path) -> str:
+def saved_end_of_text(path: Path) -> str:
     """The end of text of a tokenizer.json that `Tokenizer.save` wrote, "" for any other."""
     try:
         return str(json.loads((path.parent / _ABOUT_FILE).read_text("utf-8")).get("end_of_text", ""))

@@ -18,7 +18,7 @@ from train.data.tokenization.tokenizer import (
     Tokenizer,
     TokenizerConfig,
     byte_of_letter,
-    end_beside,
+    saved_end_of_text,
 )
 from transformer.errors import UserError
 
@@ -157,7 +157,7 @@ def usual_end(model: tokenizers.Tokenizer) -> str | None:
 
 def _existing(path: Path, end_of_text: str, added: Sequence[str]) -> Tokenizer:
     # A run's folder records its end-of-text token.
-    ends = [end_of_text or end_beside(path)] if end_of_text or end_beside(path) else _USUAL_ENDS
+    ends = [end_of_text or saved_end_of_text(path)] if end_of_text or saved_end_of_text(path) else _USUAL_ENDS
     reasons = []
     for end in ends:
         try:

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from transformer.attention.backends.shares import on_every_device
+from transformer.attention.backends.shares import shard_map_kernel
 from transformer.attention.spec.mask import AttentionMask
-from transformer.attention.spec.request import Request
-from transformer.attention.spec.terms import Causal, Window
+from transformer.attention.spec.predicates import Causal, Window
+from transformer.attention.spec.shapes import AttentionShapes
+from transformer.attention.spec.spec import AttentionSpec
 from transformer.attention.spec.tile import Tile
-from transformer.attention.spec.variant import Variant
 from transformer.differentiation import reverse_mode_only
 from transformer.types import Array, Float
 
@@ -24,14 +24,14 @@ def fused(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    variant: Variant,
+    spec: AttentionSpec,
     *,
     implementation: Literal["xla", "cudnn"],
 ) -> Float[Array, "B T N H"]:
     """Attention by `jax.nn.dot_product_attention`: causal and window terms stay structured, the rest is an array."""
     (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
     whole = Tile.whole(B, N, T, S)
-    structured, rest = _structure(variant.mask, T, S)
+    structured, rest = _structure(spec.mask, T, S)
     allowed = rest.allowed(whole)
     if allowed is not None:
         allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
@@ -40,7 +40,7 @@ def fused(
         # JAX's own function mixes types, whatever stricter rule the program runs under.
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
-                q, k, v, bias=variant.score.bias_BNTS, mask=allowed, scale=variant.score.scale,
+                q, k, v, bias=spec.score.bias_BNTS, mask=allowed, scale=spec.score.scale,
                 implementation=implementation, **structured,
             )  # fmt: skip
 
@@ -51,29 +51,30 @@ def fused(
             "use 'blockwise' or 'reference' for those",
         )
         # Its own partitioning fails inside a program that is manual over some of the mesh's axes, such as a pipeline.
-        out = on_every_device(call, q_BTNH, k_BSKH, v_BSKH)
+        out = shard_map_kernel(call, q_BTNH, k_BSKH, v_BSKH)
     else:
         out = call(q_BTNH, k_BSKH, v_BSKH, None)
     if allowed is None:
         return out
     # A query with no key at all gives zeros here, as in the reference, and not the mean of the values.
-    some_key = jnp.any(variant.mask.allowed(whole), axis=-1)  # type: ignore[arg-type]  # [B_, N_, T]
+    some_key = jnp.any(spec.mask.allowed(whole), axis=-1)  # type: ignore[arg-type]  # [B_, N_, T]
     return jnp.where(jnp.moveaxis(some_key, 1, 2)[..., None], out, 0)
 
 
 def _structure(mask: AttentionMask, num_queries: int, num_keys: int) -> tuple[dict[str, Any], AttentionMask]:
     """The part of a mask that `jax.nn.dot_product_attention` takes by name, and the rest, which it takes as an array."""
     plain = [
-        isinstance(term, Causal | Window) and isinstance(term.offset, int) and term.offset == 0 for term in mask.terms
+        isinstance(term, Causal | Window) and isinstance(term.offset, int) and term.offset == 0
+        for term in mask.predicates
     ]
     # A window with nothing on the right is causal, and cuDNN needs it named so.
     is_causal = any(
         here and (isinstance(term, Causal) or (isinstance(term, Window) and term.right == 0))
-        for term, here in zip(mask.terms, plain, strict=True)
+        for term, here in zip(mask.predicates, plain, strict=True)
     )
     structured: dict[str, Any] = {"is_causal": True} if is_causal else {}
     rest = []
-    for term, here in zip(mask.terms, plain, strict=True):
+    for term, here in zip(mask.predicates, plain, strict=True):
         if here and isinstance(term, Causal):
             continue
         if here and isinstance(term, Window):
@@ -88,20 +89,20 @@ def _structure(mask: AttentionMask, num_queries: int, num_keys: int) -> tuple[di
     return structured, AttentionMask(tuple(rest))
 
 
-def supports_xla(request: Request) -> str | None:
+def supports_xla(request: AttentionShapes) -> str | None:
     """Why XLA cannot serve this call, or None."""
-    if request.variant.dropout is not None:
+    if request.spec.dropout is not None:
         return "it has no dropout"
-    if request.variant.score.soft_cap is not None:
+    if request.spec.score.soft_cap is not None:
         return "it has no logit soft-cap"
-    if request.variant.score.mod is not None:
+    if request.spec.score.mod is not None:
         return "it has no score_mod"
     if request.value_dim != request.head_dim:
         return f"it needs values as wide as keys, and they are {request.value_dim} and {request.head_dim}"
     return None
 
 
-def supports_cudnn(request: Request) -> str | None:
+def supports_cudnn(request: AttentionShapes) -> str | None:
     """Why cuDNN cannot serve this call, or None. The limits are those of `jax.nn.dot_product_attention`."""
     if request.platform != "gpu":
         return f"it needs an NVIDIA GPU, and this is {request.platform}"
@@ -111,25 +112,25 @@ def supports_cudnn(request: Request) -> str | None:
         return f"it needs bfloat16 or float16, and q is {request.dtype}"
     if request.head_dim % 8 or request.head_dim > 128:
         return f"it needs a head_dim that is a multiple of 8 and at most 128, and this is {request.head_dim}"
-    if request.variant.score.bias_BNTS is not None:
+    if request.spec.score.bias_BNTS is not None:
         return "its bias gradient is not reliable for every shape"
     if request.num_queries % 2 or request.num_keys % 2:
         # JAX requires this of calls with a bias, and takes every call for one.
         return (
             f"its gradient needs even lengths, and there are {request.num_queries} queries and {request.num_keys} keys"
         )
-    structured, rest = _structure(request.variant.mask, request.num_queries, request.num_keys)
-    if rest.terms:
+    structured, rest = _structure(request.spec.mask, request.num_queries, request.num_keys)
+    if rest.predicates:
         return (
             "it takes causal and window masks only: an array of a mask would become a bias, with a gradient of its own"
         )
     if "local_window_size" in structured and not structured.get("is_causal"):
         return (
             "it has windows on the left of a causal mask only, and this one sees keys on the right "
-            f"({_sides(request.variant.mask)})"
+            f"({_sides(request.spec.mask)})"
         )
     return None
 
 
 def _sides(mask: AttentionMask) -> str:
-    return "; ".join(f"left={term.left}, right={term.right}" for term in mask.terms if isinstance(term, Window))
+    return "; ".join(f"left={term.left}, right={term.right}" for term in mask.predicates if isinstance(term, Window))

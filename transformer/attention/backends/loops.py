@@ -14,17 +14,17 @@ import numpy as np
 
 from transformer.attention.backends import online
 from transformer.attention.backends.online import Gradients, Running
+from transformer.attention.spec.spec import AttentionSpec
 from transformer.attention.spec.tile import Grid
-from transformer.attention.spec.variant import Variant
 from transformer.types import Array
 
 BLOCK = 512
 """Queries and keys in a tile: wide enough for a product to fill a core, small enough for its cache."""
 
 
-def forward(running: Running, q: Array, k: Array, v: Array, variant: Variant, grid: Grid) -> Running:
+def forward(running: Running, q: Array, k: Array, v: Array, spec: AttentionSpec, grid: Grid) -> Running:
     """The softmax over these keys too, on top of those that `running` has seen. Shapes as in `online.forward`."""
-    order, count = _schedule(variant, grid)
+    order, count = _schedule(spec, grid)
 
     def over_queries(block: Array, running: Running) -> Running:
         queries = grid.queries.part(block)
@@ -33,7 +33,7 @@ def forward(running: Running, q: Array, k: Array, v: Array, variant: Variant, gr
         def over_keys(step: Array, row: Running) -> Running:
             index = order[block, step]
             keys = grid.keys.part(index)
-            return online.forward(row, q_block, keys.cut(k, 2), keys.cut(v, 2), variant, grid.tile(block, index))
+            return online.forward(row, q_block, keys.cut(k, 2), keys.cut(v, 2), spec, grid.tile(block, index))
 
         row = jax.tree.map(lambda x: queries.cut(x, 3), running)
         row = jax.lax.fori_loop(0, count[block], over_keys, row)
@@ -50,11 +50,11 @@ def backward(
     lse: Array,
     delta: Array,
     dout: Array,
-    variant: Variant,
+    spec: AttentionSpec,
     grid: Grid,
 ) -> Gradients:
     """The gradients with these tiles' parts in them. Shapes as in `online.backward`."""
-    order, count = _schedule(variant, grid)
+    order, count = _schedule(spec, grid)
 
     def over_queries(block: Array, gradients: Gradients) -> Gradients:
         queries = grid.queries.part(block)
@@ -64,13 +64,13 @@ def backward(
             index = order[block, step]
             keys, tile = grid.keys.part(index), grid.tile(block, index)
             part = online.backward(
-                q_block, keys.cut(k, 2), keys.cut(v, 2), lse_block, delta_block, dout_block, variant, tile
+                q_block, keys.cut(k, 2), keys.cut(v, 2), lse_block, delta_block, dout_block, spec, tile
             )
             return Gradients(
                 carry.q + part.q,
                 _put(carry.k, keys.cut(carry.k, 2) + part.k, keys.start, 2),
                 _put(carry.v, keys.cut(carry.v, 2) + part.v, keys.start, 2),
-                variant.score.add_gradients(carry.score, part.score, tile),
+                spec.score.add_gradients(carry.score, part.score, tile),
             )
 
         row = Gradients(queries.cut(gradients.q, 3), gradients.k, gradients.v, gradients.score)
@@ -80,9 +80,9 @@ def backward(
     return jax.lax.fori_loop(0, grid.queries.count, over_queries, gradients)
 
 
-def _schedule(variant: Variant, grid: Grid) -> tuple[Array, Array]:
+def _schedule(spec: AttentionSpec, grid: Grid) -> tuple[Array, Array]:
     """Of each block of queries the visible blocks of keys, in order and before all others, and how many they are."""
-    visible = variant.mask.visible(grid)
+    visible = spec.mask.visible(grid)
     # What is known beforehand is sorted here, once, and not by the compiler as a constant of the program.
     order = (np if isinstance(visible, np.ndarray) else jnp).argsort(~visible, axis=1, stable=True)
     return jnp.asarray(order, jnp.int32), jnp.asarray(visible.sum(1), jnp.int32)

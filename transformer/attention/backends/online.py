@@ -14,8 +14,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from transformer.attention.spec.spec import AttentionSpec
 from transformer.attention.spec.tile import Tile
-from transformer.attention.spec.variant import Variant
 from transformer.types import Array, DTypeLike, Float, wide, widen
 
 
@@ -58,10 +58,10 @@ class Gradients:
     score: list[Array]
 
     @staticmethod
-    def zero(q: Array, k: Array, v: Array, variant: Variant) -> Gradients:
+    def zero(q: Array, k: Array, v: Array, spec: AttentionSpec) -> Gradients:
         """No tiles yet."""
         q, k, v = (jnp.zeros(x.shape, wide(x.dtype)) for x in (q, k, v))
-        return Gradients(q, k, v, variant.score.zero_gradients())
+        return Gradients(q, k, v, spec.score.zero_gradients())
 
 
 def forward(
@@ -69,11 +69,11 @@ def forward(
     q: Float[Array, "B K G T H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S C"],
-    variant: Variant,
+    spec: AttentionSpec,
     tile: Tile,
 ) -> Running:
     """The softmax with one more tile of keys in it."""
-    _, logits, allowed = _logits(q, k, variant, tile)
+    _, logits, allowed = _logits(q, k, spec, tile)
     # The output does not depend on it; in forward mode a maximum's derivative divides by the number of maxima, which may be 0
     # where a compiler computes the logits twice.
     top = jnp.maximum(running.top, jax.lax.stop_gradient(logits).max(-1, keepdims=True))
@@ -83,8 +83,8 @@ def forward(
         powers = jnp.where(allowed, powers, 0)
     shrink = jnp.exp(running.top - top)
     total = shrink * running.total + powers.sum(-1, keepdims=True)
-    if variant.dropout is not None:
-        powers = _by_group(variant.dropout(_by_head(powers), tile), powers.shape)
+    if spec.dropout is not None:
+        powers = _by_group(spec.dropout(_by_head(powers), tile), powers.shape)
     values = jnp.einsum("BKGTS,BKSC->BKGTC", powers.astype(v.dtype), v, preferred_element_type=powers.dtype)
     return Running(top, total, shrink * running.values + values)
 
@@ -96,22 +96,22 @@ def backward(
     lse: Float[Array, "B K G T 1"],
     delta: Float[Array, "B K G T 1"],
     dout: Float[Array, "B K G T C"],
-    variant: Variant,
+    spec: AttentionSpec,
     tile: Tile,
 ) -> Gradients:
     """A tile's part in the gradients; `lse` as `Running.finish` gives it, and `delta` of the whole row of keys."""
-    products, logits, allowed = _logits(q, k, variant, tile)
+    products, logits, allowed = _logits(q, k, spec, tile)
     weights = jnp.exp(logits - lse)
     if allowed is not None:
         weights = jnp.where(allowed, weights, 0)
     dweights = jnp.einsum("BKGTC,BKSC->BKGTS", dout, v, preferred_element_type=weights.dtype)
     kept = weights
-    if variant.dropout is not None:
+    if spec.dropout is not None:
         # Dropout is linear in the weights, so that it is its own transpose.
-        kept = _by_group(variant.dropout(_by_head(weights), tile), weights.shape)
-        dweights = _by_group(variant.dropout(_by_head(dweights), tile), weights.shape)
+        kept = _by_group(spec.dropout(_by_head(weights), tile), weights.shape)
+        dweights = _by_group(spec.dropout(_by_head(dweights), tile), weights.shape)
     dlogits = weights * (dweights - delta)
-    dproducts, dscore = variant.score.pullback(_by_head(products), _by_head(dlogits), tile)
+    dproducts, dscore = spec.score.pullback(_by_head(products), _by_head(dlogits), tile)
     dproducts = _by_group(dproducts, products.shape).astype(q.dtype)
     return Gradients(
         jnp.einsum("BKGTS,BKSH->BKGTH", dproducts, k, preferred_element_type=weights.dtype),
@@ -128,10 +128,10 @@ def delta(
     return (widen(dout) * widen(out)).sum(-1, keepdims=True)
 
 
-def _logits(q: Array, k: Array, variant: Variant, tile: Tile) -> tuple[Array, Array, Array | None]:
+def _logits(q: Array, k: Array, spec: AttentionSpec, tile: Tile) -> tuple[Array, Array, Array | None]:
     """A tile's products, its logits, and where they are allowed, all [B_, K_, G_, t, s]."""
     products = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=wide(q.dtype))
-    logits, allowed = variant.logits(_by_head(products), tile)
+    logits, allowed = spec.logits(_by_head(products), tile)
     allowed = None if allowed is None else _mask_by_group(allowed, products.shape)
     return products, _by_group(logits, products.shape), allowed
 

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from transformer.attention.backends.blockwise import ATTENTION_RESIDUALS
-from transformer.attention.backends.shares import on_every_device
+from transformer.attention.backends.shares import shard_map_kernel
 from transformer.attention.spec.mask import AttentionMask
-from transformer.attention.spec.request import Request
-from transformer.attention.spec.terms import Causal, Padding, Prefix, Segments, Term, Window
+from transformer.attention.spec.predicates import Causal, MaskPredicate, Padding, Prefix, Segments, Window
+from transformer.attention.spec.shapes import AttentionShapes
+from transformer.attention.spec.spec import AttentionSpec
 from transformer.attention.spec.tile import filled
-from transformer.attention.spec.variant import Variant
 from transformer.differentiation import reverse_mode_only
 from transformer.types import Array, Float
 
@@ -50,7 +50,7 @@ def pallas(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKC: Float[Array, "B S K C"],
-    variant: Variant,
+    spec: AttentionSpec,
     *,
     platform: str,
     interpret: bool = False,
@@ -63,18 +63,18 @@ def pallas(
             would refuse are then allowed.
 
     Raises:
-        ValueError: the platform has no kernel, or its kernel does not compute this variant.
+        ValueError: the platform has no kernel, or its kernel does not compute this spec.
     """
     (B, T, N, _), S, C = q_BTNH.shape, k_BSKH.shape[1], v_BSKC.shape[3]
-    request = Request.of(q_BTNH, v_BSKC, variant, platform)
+    request = AttentionShapes.of(q_BTNH, v_BSKC, spec, platform)
     if reason := _not_computed(request):
         raise ValueError(f"pallas: {reason}")
-    band, ids = Band.of(variant.mask), _segment_ids(variant.mask, B, T, S)
+    band, ids = Band.of(spec.mask), _segment_ids(spec.mask, B, T, S)
     if band.is_empty(T, S):
         return jnp.zeros((B, T, N, C), v_BSKC.dtype)
     kernel = functools.partial(
         _on_tpu if platform == "tpu" else _on_gpu,
-        band=band, scale=variant.score.scale, soft_cap=variant.score.soft_cap, interpret=interpret,
+        band=band, scale=spec.score.scale, soft_cap=spec.score.soft_cap, interpret=interpret,
     )  # fmt: skip
     q_BTNH, k_BSKH, v_BSKC = reverse_mode_only(
         (q_BTNH, k_BSKH, v_BSKC),
@@ -83,31 +83,31 @@ def pallas(
     )
     # JAX's own functions mix types, whatever stricter rule the program runs under.
     with jax.named_scope(f"pallas_{platform}"), jax.numpy_dtype_promotion("standard"):
-        out = on_every_device(kernel, q_BTNH, k_BSKH, v_BSKC, ids)
+        out = shard_map_kernel(kernel, q_BTNH, k_BSKH, v_BSKC, ids)
     return out.astype(v_BSKC.dtype)
 
 
 pallas_interpret = functools.partial(pallas, interpret=True)
-"""`pallas` on any platform, to hold a kernel to the reference: `pallas_interpret(q, k, v, variant, platform="tpu")`."""
+"""`pallas` on any platform, to hold a kernel to the reference: `pallas_interpret(q, k, v, spec, platform="tpu")`."""
 
 
-def supports_pallas(request: Request) -> str | None:
+def supports_pallas(request: AttentionShapes) -> str | None:
     """Why the platform's kernel cannot serve this call, or None."""
     return _not_computed(request) or _refused_by_hardware(request)
 
 
-def _not_computed(request: Request) -> str | None:
-    """Why the kernel does not compute this variant, on whatever machine."""
+def _not_computed(request: AttentionShapes) -> str | None:
+    """Why the kernel does not compute this spec, on whatever machine."""
     if request.platform not in ("gpu", "tpu"):
         return f"it has kernels for GPUs and TPUs, and this is {request.platform}"
-    score, where = request.variant.score, request.platform.upper()
-    if request.variant.dropout is not None:
+    score, where = request.spec.score, request.platform.upper()
+    if request.spec.dropout is not None:
         return "it has no dropout"
     if score.bias_BNTS is not None:
         return "it has no bias"
     if score.mod is not None:
         return "it has no score_mod"
-    if reason := _mask_not_computed(request.variant.mask):
+    if reason := _mask_not_computed(request.spec.mask):
         return reason
     if request.platform == "tpu":
         return None
@@ -126,9 +126,9 @@ def _not_computed(request: Request) -> str | None:
             f"its {where} kernel needs as many keys as queries, and there are {request.num_keys} and "
             f"{request.num_queries}"
         )
-    if Band.of(request.variant.mask) not in (Band(), Band(None, 0)):
+    if Band.of(request.spec.mask) not in (Band(), Band(None, 0)):
         return f"its {where} kernel knows causal attention without an offset, and no window"
-    for term in request.variant.mask.terms:
+    for term in request.spec.mask.predicates:
         if not isinstance(term, Causal | Window | Segments):
             return f"its {where} kernel cannot hide keys by {type(term).__name__.lower()} from queries that it keeps"
         if isinstance(term, Segments) and term.q_BT is not term.k_BS:
@@ -140,18 +140,18 @@ def _not_computed(request: Request) -> str | None:
 
 
 def _mask_not_computed(mask: AttentionMask) -> str | None:
-    for term in mask.terms:
+    for term in mask.predicates:
         name = type(term).__name__
         if not isinstance(term, Causal | Window | Segments | Padding | Prefix):
             return f"it takes causal, window, segment, padding and prefix masks, and this one has {name}"
         if isinstance(term, Causal | Window) and not isinstance(term.offset, int):
             return f"it needs a {name.lower()} mask's offset as a plain number, and this one is an array"
-    if sum(isinstance(term, Segments) for term in mask.terms) > 1:
+    if sum(isinstance(term, Segments) for term in mask.predicates) > 1:
         return "it takes one array of segment numbers, and this mask has several"
     return None
 
 
-def _refused_by_hardware(request: Request) -> str | None:
+def _refused_by_hardware(request: AttentionShapes) -> str | None:
     types = (jnp.bfloat16, jnp.float32) if request.platform == "tpu" else (jnp.bfloat16, jnp.float16)
     if request.dtype not in types:
         names = " or ".join(jnp.dtype(dtype).name for dtype in types)
@@ -175,7 +175,7 @@ class Band:
         """What a mask's terms of positions leave together."""
         lefts: list[int] = []
         rights: list[int] = []
-        for term in mask.terms:
+        for term in mask.predicates:
             if not isinstance(term, Causal | Window):
                 continue
             assert isinstance(term.offset, int)
@@ -203,8 +203,8 @@ query: a query with number 0 gives zeros."""
 
 def _segment_ids(mask: AttentionMask, B: int, T: int, S: int) -> Ids | None:
     """What a mask's terms of content leave together."""
-    segments = [term for term in mask.terms if isinstance(term, Segments)]
-    hidden = [_valid(term, S) for term in mask.terms if isinstance(term, Padding | Prefix)]
+    segments = [term for term in mask.predicates if isinstance(term, Segments)]
+    hidden = [_valid(term, S) for term in mask.predicates if isinstance(term, Padding | Prefix)]
     if not segments and not hidden:
         return None
     if segments:
@@ -216,7 +216,7 @@ def _segment_ids(mask: AttentionMask, B: int, T: int, S: int) -> Ids | None:
     return q_ids, k_ids
 
 
-def _valid(term: Term, S: int) -> Array:
+def _valid(term: MaskPredicate, S: int) -> Array:
     if isinstance(term, Padding):
         return term.valid_BS
     assert isinstance(term, Prefix)

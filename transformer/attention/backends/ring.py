@@ -31,17 +31,20 @@ from transformer.attention.backends import loops, online
 from transformer.attention.backends.blockwise import ATTENTION_RESIDUALS, Rest
 from transformer.attention.backends.online import Gradients, Running
 from transformer.attention.spec.mask import AttentionMask
-from transformer.attention.spec.request import Request
-from transformer.attention.spec.terms import BlockSparse, Either, Explicit, MaskMod, Term
+from transformer.attention.spec.predicates import BlockSparse, Either, Explicit, MaskMod, MaskPredicate
+from transformer.attention.spec.shapes import AttentionShapes
+from transformer.attention.spec.spec import AttentionSpec, Dropout, Score
 from transformer.attention.spec.tile import Blocks, Grid, Span, filled
-from transformer.attention.spec.variant import Dropout, Score, Variant
 from transformer.differentiation import with_backward
 from transformer.sharding import axes_size, mesh_axes
 from transformer.types import Array, Float, wide
 
 
 def ring(
-    q_BTNH: Float[Array, "B T N H"], k_BSKH: Float[Array, "B S K H"], v_BSKC: Float[Array, "B S K C"], variant: Variant
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKC: Float[Array, "B S K C"],
+    spec: AttentionSpec,
 ) -> Float[Array, "B T N C"]:
     """Exact attention with keys and values passed from device to device. Softmax in float32, the result in v's type.
 
@@ -56,18 +59,18 @@ def ring(
     chunks = 2 * axes_size(axes.seq)
     rows, columns = (-(-size // chunks) * chunks for size in (T, S))
     q_BTNH, k_BSKH, v_BSKC = filled(q_BTNH, rows, 1), filled(k_BSKH, columns, 1), filled(v_BSKC, columns, 1)
-    mask = variant.mask.padded(rows, columns)
+    mask = spec.mask.padded(rows, columns)
     if columns > S:
         mask &= AttentionMask.prefix(S)
     layout = PartitionSpec(axes.batch or None, axes.seq, axes.heads or None, None)
     # The mask's arrays are small beside keys and values: every device has them whole along the sequence.
-    mask_layout = AttentionMask(tuple(_layout(term, PartitionSpec(axes.batch or None)) for term in mask.terms))
+    mask_layout = AttentionMask(tuple(_layout(term, PartitionSpec(axes.batch or None)) for term in mask.predicates))
     out = jax.shard_map(
         functools.partial(_on_device, axes=axes),
         in_specs=(layout, layout, layout, PartitionSpec(), mask_layout, PartitionSpec()),
         out_specs=layout,
         check_vma=False,
-    )(q_BTNH, k_BSKH, v_BSKC, variant.score, mask, variant.dropout)
+    )(q_BTNH, k_BSKH, v_BSKC, spec.score, mask, spec.dropout)
     return out[:, :T]
 
 
@@ -75,9 +78,9 @@ def ulysses(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKC: Float[Array, "B S K C"],
-    variant: Variant,
+    spec: AttentionSpec,
     *,
-    attend: Callable[[Array, Array, Array, Variant], Array],
+    attend: Callable[[Array, Array, Array, AttentionSpec], Array],
 ) -> Float[Array, "B T N C"]:
     """Exact attention with heads in the place of positions on the sequence's devices, by `attend` in between."""
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
@@ -91,23 +94,23 @@ def ulysses(
     # Whatever works in between finds no sequence apart, and heads where the sequence was.
     inside = dict(get_logical_axis_rules()) | {"seq": None, "heads": heads + seq, "kv_heads": heads + seq}
     with nnx.logical_axis_rules(tuple(inside.items())):
-        out = attend(q, k, v, variant)
+        out = attend(q, k, v, spec)
     out = jax.lax.with_sharding_constraint(out, by_head)
     return jax.lax.with_sharding_constraint(out, by_position)
 
 
-def supports_ring(request: Request) -> str | None:
+def supports_ring(request: AttentionShapes) -> str | None:
     """Why a ring cannot serve this call, or None."""
     if reason := _no_sequence_axis("ring"):
         return reason
-    if request.variant.score.bias_BNTS is not None:
+    if request.spec.score.bias_BNTS is not None:
         return "it takes no T×S arrays, and there is a bias: write it as a score_mod"
-    if any(map(_has_plane, request.variant.mask.terms)):
+    if any(map(_has_plane, request.spec.mask.predicates)):
         return "it takes no T×S arrays, and there is an explicit mask: write it as a mask_mod"
     return None
 
 
-def slices_sequence(request: Request) -> bool:
+def slices_sequence(request: AttentionShapes) -> bool:
     """Whether this call's sequence is sharded over the mesh, and long enough for each device to hold a pair of chunks.
 
     One or a few queries, as in decoding, are not sharded.
@@ -116,7 +119,7 @@ def slices_sequence(request: Request) -> bool:
     return devices > 1 and request.num_queries >= 2 * devices
 
 
-def supports_ulysses(request: Request) -> str | None:
+def supports_ulysses(request: AttentionShapes) -> str | None:
     """Why two all-to-alls cannot serve this call, or None."""
     if reason := _no_sequence_axis("ulysses"):
         return reason
@@ -149,13 +152,13 @@ def _axes(batch_size: int, num_heads: int) -> Axes:
     return Axes(mesh_axes("seq"), batch, () if num_heads % axes_size(heads) else heads)
 
 
-def _has_plane(term: Term) -> bool:
+def _has_plane(term: MaskPredicate) -> bool:
     if isinstance(term, Either):
         return any(map(_has_plane, term.one + term.other))
     return isinstance(term, Explicit)
 
 
-def _layout(term: Term, by_row: PartitionSpec) -> Any:
+def _layout(term: MaskPredicate, by_row: PartitionSpec) -> Any:
     """Where a term's arrays lie: those with a row for each sequence go with the batch."""
     if isinstance(term, Either):
         one, other = (tuple(_layout(part, by_row) for part in parts) for parts in (term.one, term.other))
@@ -198,31 +201,31 @@ def _ring(q: Array, k: Array, v: Array, score: Score, rest: Rest, axes: Axes) ->
 
 
 def _forward(q: Array, k: Array, v: Array, score: Score, rest: Rest, *, axes: Axes) -> tuple[Array, tuple]:
-    variant = Variant(rest[0], score, rest[1])
+    spec = AttentionSpec(rest[0], score, rest[1])
 
-    def meet(running: Running, guests: tuple[Array, Array], owner: Array) -> tuple[Running, tuple[Array, Array]]:
+    def step(running: Running, guests: tuple[Array, Array], owner: Array) -> tuple[Running, tuple[Array, Array]]:
         def pair(number: Array, running: Running) -> Running:
             mine, theirs = number // 2, number % 2
             q_chunk, (k_chunk, v_chunk) = _at(q, mine), _at(guests, theirs)
             grid = _grid(q_chunk, k_chunk, mine, theirs, owner, axes)
-            part = loops.forward(_at(running, mine), q_chunk, k_chunk, v_chunk, variant, grid)
+            part = loops.forward(_at(running, mine), q_chunk, k_chunk, v_chunk, spec, grid)
             return _put(running, part, mine)
 
         return jax.lax.fori_loop(0, 4, pair, running), guests
 
     start = jax.vmap(lambda x: Running.start(x.shape[:4], v.shape[-1], wide(x.dtype)))(q)
-    running, _ = _around(meet, start, (k, v), axes)
+    running, _ = _around(step, start, (k, v), axes)
     out, lse = running.finish(v.dtype)
     out, lse = checkpoint_name(out, ATTENTION_RESIDUALS), checkpoint_name(lse, ATTENTION_RESIDUALS)
-    return out, (q, k, v, variant, out, lse)
+    return out, (q, k, v, spec, out, lse)
 
 
 def _backward(saved: tuple, dout: Array, *, axes: Axes) -> tuple[Array, Array, Array, Score, None]:
-    q, k, v, variant, out, lse = saved
-    score = variant.score
+    q, k, v, spec, out, lse = saved
+    score = spec.score
     delta = online.delta(dout, out)
 
-    def meet(home: tuple, guests: tuple, owner: Array) -> tuple[tuple, tuple]:
+    def step(home: tuple, guests: tuple, owner: Array) -> tuple[tuple, tuple]:
         k, v, *_ = guests
 
         def pair(number: Array, sums: Gradients) -> Gradients:
@@ -231,7 +234,7 @@ def _backward(saved: tuple, dout: Array, *, axes: Axes) -> tuple[Array, Array, A
             k_chunk, v_chunk = _at((k, v), theirs)
             grid = _grid(q_chunk, k_chunk, mine, theirs, owner, axes)
             so_far = Gradients(_at(sums.q, mine), _at(sums.k, theirs), _at(sums.v, theirs), sums.score)
-            part = loops.backward(so_far, q_chunk, k_chunk, v_chunk, lse_chunk, delta_chunk, dout_chunk, variant, grid)
+            part = loops.backward(so_far, q_chunk, k_chunk, v_chunk, lse_chunk, delta_chunk, dout_chunk, spec, grid)
             dk, dv = _put((sums.k, sums.v), (part.k, part.v), theirs)
             return Gradients(_put(sums.q, part.q, mine), dk, dv, part.score)
 
@@ -240,22 +243,22 @@ def _backward(saved: tuple, dout: Array, *, axes: Axes) -> tuple[Array, Array, A
         return (sums.q, sums.score), (k, v, sums.k, sums.v)
 
     dq, dk, dv = (jnp.zeros(x.shape, wide(x.dtype)) for x in (q, k, v))
-    (dq, dscore), (_, _, dk, dv) = _around(meet, (dq, score.zero_gradients()), (k, v, dk, dv), axes)
-    # After its last meeting a chunk is one step away from its owner.
+    (dq, dscore), (_, _, dk, dv) = _around(step, (dq, score.zero_gradients()), (k, v, dk, dv), axes)
+    # After its last visit a chunk is one step away from its owner.
     dk, dv = _passed_on((dk, dv), axes)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), score.cotangent(dscore), None
 
 
-def _around(meet: Callable[..., Any], home: Any, guests: Any, axes: Axes) -> tuple[Any, Any]:
-    """Let `meet(home, guests, owner)` change what stays and what travels, once for each owner of guests."""
+def _around(visit: Callable[..., Any], home: Any, guests: Any, axes: Axes) -> tuple[Any, Any]:
+    """Let `visit(home, guests, owner)` change what stays and what travels, once for each owner of guests."""
     n, index = jax.lax.axis_size(axes.seq), jax.lax.axis_index(axes.seq)
 
     def step(turn: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
-        home, guests = meet(*state, (index - turn) % n)
+        home, guests = visit(*state, (index - turn) % n)
         return home, _passed_on(guests, axes)
 
     home, guests = jax.lax.fori_loop(0, n - 1, step, (home, guests))
-    return meet(home, guests, (index + 1) % n)
+    return visit(home, guests, (index + 1) % n)
 
 
 def _passed_on(guests: Any, axes: Axes) -> Any:

@@ -16,7 +16,7 @@ from transformer.sharding import axes_size, mesh_axes
 from transformer.types import Array
 
 
-def on_every_device(kernel: Any, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, rows: Any = None) -> Array:
+def shard_map_kernel(kernel: Any, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, rows: Any = None) -> Array:
     """`kernel(q, k, v, rows)` on each device's share, or on everything where there is no mesh to share by.
 
     Args:

@@ -2,9 +2,9 @@
 
 B batch, T query position, S key position, N query heads.
 
-A mask is a conjunction of terms (`terms.py`). A kernel that understands all of them never needs the T×S array; one that
+A mask is a conjunction of predicates (`predicates.py`). A kernel that understands all of them never needs the T×S array; one that
 does not asks for `materialize`, or for one tile after another. Masks are pytrees: they pass through `jax.jit`, and what
-shapes a program (the kinds of terms, a window's width) is static.
+shapes a program (the kinds of predicates, a window's width) is static.
 
     mask = AttentionMask.causal() & AttentionMask.segments(segments_BT) & AttentionMask.window(left=128)
     longformer = AttentionMask.window(left=64, right=64) | AttentionMask.global_tokens(4)
@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.attention.spec import terms
+from transformer.attention.spec import predicates as p
 from transformer.attention.spec.mods import Mod
-from transformer.attention.spec.terms import Term
+from transformer.attention.spec.predicates import MaskPredicate
 from transformer.attention.spec.tile import Grid, Tile
 from transformer.types import Array, Bool, Int
 
@@ -31,9 +31,9 @@ from transformer.types import Array, Bool, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """A conjunction of terms; with none of them, every query sees every key."""
+    """A conjunction of predicates; with none of them, every query sees every key."""
 
-    terms: tuple[Term, ...] = ()
+    predicates: tuple[MaskPredicate, ...] = ()
 
     @staticmethod
     def none() -> AttentionMask:
@@ -43,7 +43,7 @@ class AttentionMask:
     @staticmethod
     def causal(offset: int | Int[Array, " B"] = 0) -> AttentionMask:
         """Query t, standing at position offset + t, sees the keys up to its own position."""
-        return AttentionMask((terms.Causal(offset=_whole("causal", "offset", offset)),))
+        return AttentionMask((p.Causal(offset=_whole("causal", "offset", offset)),))
 
     @staticmethod
     def window(left: int | None = None, right: int | None = None) -> AttentionMask:
@@ -61,7 +61,7 @@ class AttentionMask:
             raise ValueError(
                 f"window: left=0, right={right} has no width: a causal query would see itself alone; expected 1 or more"
             )
-        return AttentionMask((terms.Window(left, right),))
+        return AttentionMask((p.Window(left, right),))
 
     @staticmethod
     def dilated(step: int) -> AttentionMask:
@@ -71,12 +71,12 @@ class AttentionMask:
             ValueError: a step below 1.
         """
         _at_least_one("dilated", "step", step)
-        return AttentionMask((terms.Dilated(step),))
+        return AttentionMask((p.Dilated(step),))
 
     @staticmethod
     def prefix(length: int | Int[Array, " B"]) -> AttentionMask:
         """Every query sees the first `length` keys; `causal() | prefix(n)` is a prefix language model's mask."""
-        return AttentionMask((terms.Prefix(_whole("prefix", "length", length)),))
+        return AttentionMask((p.Prefix(_whole("prefix", "length", length)),))
 
     @staticmethod
     def sinks(count: int) -> AttentionMask:
@@ -86,7 +86,7 @@ class AttentionMask:
             ValueError: a count below 1.
         """
         _at_least_one("sinks", "count", count)
-        return AttentionMask((terms.Prefix(int(count)),))
+        return AttentionMask((p.Prefix(int(count)),))
 
     @staticmethod
     def global_tokens(count: int) -> AttentionMask:
@@ -96,7 +96,7 @@ class AttentionMask:
             ValueError: a count below 1.
         """
         _at_least_one("global_tokens", "count", count)
-        return AttentionMask((terms.Prefix(count),)) | AttentionMask((terms.FirstQueries(count),))
+        return AttentionMask((p.Prefix(count),)) | AttentionMask((p.FirstQueries(count),))
 
     @staticmethod
     def block_sparse(layout_QK: Bool[Array | np.ndarray, "Q K"], size: int) -> AttentionMask:
@@ -107,13 +107,13 @@ class AttentionMask:
         """
         _check("block_sparse", layout_QK, 2, jnp.bool_)
         _at_least_one("block_sparse", "size", size)
-        return AttentionMask((terms.BlockSparse(jnp.asarray(layout_QK), size),))
+        return AttentionMask((p.BlockSparse(jnp.asarray(layout_QK), size),))
 
     @staticmethod
     def padding(valid_BS: Bool[Array, "B S"]) -> AttentionMask:
         """Only keys where `valid_BS` is true are seen."""
         _check("padding", valid_BS, 2, jnp.bool_)
-        return AttentionMask((terms.Padding(valid_BS),))
+        return AttentionMask((p.Padding(valid_BS),))
 
     @staticmethod
     def segments(q_BT: Int[Array, "B T"], k_BS: Int[Array, "B S"] | None = None) -> AttentionMask:
@@ -123,13 +123,13 @@ class AttentionMask:
             _check("segments", array, 2, jnp.integer)
         if q_BT.shape[0] != k_BS.shape[0] and 1 not in (q_BT.shape[0], k_BS.shape[0]):
             raise ValueError(f"mask: segments of {q_BT.shape[0]} rows of queries and {k_BS.shape[0]} of keys")
-        return AttentionMask((terms.Segments(q_BT, k_BS),))
+        return AttentionMask((p.Segments(q_BT, k_BS),))
 
     @staticmethod
     def explicit(mask_BNTS: Bool[Array, "B_ N_ T_ S_"]) -> AttentionMask:
         """Exactly the pairs where the array is true."""
         _check("explicit", mask_BNTS, 4, jnp.bool_)
-        return AttentionMask((terms.Explicit(mask_BNTS),))
+        return AttentionMask((p.Explicit(mask_BNTS),))
 
     @staticmethod
     def mod(mask_mod: Callable[..., Any]) -> AttentionMask:
@@ -138,39 +138,45 @@ class AttentionMask:
         Raises:
             ValueError: the function gives anything but one boolean.
         """
-        return AttentionMask((terms.MaskMod(Mod.mask(mask_mod)),))
+        return AttentionMask((p.MaskMod(Mod.mask(mask_mod)),))
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
         """The pairs that both allow."""
-        extra = tuple(term for term in other.terms if not (_is_plain_causal(term) and self.is_causal))
-        return AttentionMask(self.terms + extra)
+        extra = tuple(
+            predicate for predicate in other.predicates if not (_is_plain_causal(predicate) and self.is_causal)
+        )
+        return AttentionMask(self.predicates + extra)
 
     def __or__(self, other: AttentionMask) -> AttentionMask:
         """The pairs that one of the two allows."""
-        if not self.terms or not other.terms:
+        if not self.predicates or not other.predicates:
             return AttentionMask()
-        return AttentionMask((terms.Either(self.terms, other.terms),))
+        return AttentionMask((p.Either(self.predicates, other.predicates),))
 
-    def moved(self, offset: int | Int[Array, " B"]) -> AttentionMask:
+    def shift_queries(self, offset: int | Int[Array, " B"]) -> AttentionMask:
         """The mask of queries that stand `offset` positions further along the keys (decoding with a cache)."""
         offset = _whole("moved", "offset", offset)
-        return AttentionMask(tuple(term.moved(offset) for term in self.terms))
+        return AttentionMask(tuple(predicate.shift_queries(offset) for predicate in self.predicates))
 
     def padded(self, num_queries: int, num_keys: int) -> AttentionMask:
         """The mask with its arrays filled up to so many queries and keys, which nothing sees."""
-        return AttentionMask(tuple(term.padded(num_queries, num_keys) for term in self.terms))
+        return AttentionMask(tuple(predicate.padded(num_queries, num_keys) for predicate in self.predicates))
 
     @property
     def is_causal(self) -> bool:
-        """Whether a causal term with no offset is among the terms."""
-        return any(map(_is_plain_causal, self.terms))
+        """Whether a causal predicate with no offset is among the predicates."""
+        return any(map(_is_plain_causal, self.predicates))
 
     def check(self, *sizes: int) -> None:
-        """Raise a `ValueError` for a term that is made for other numbers of rows, heads, queries or keys."""
-        for term in self.terms:
-            for given, wanted, name in zip(term.extent(), sizes, ("rows", "heads", "queries", "keys"), strict=True):
+        """Raise a `ValueError` for a predicate that is made for other numbers of rows, heads, queries or keys."""
+        for predicate in self.predicates:
+            for given, wanted, name in zip(
+                predicate.extent(), sizes, ("rows", "heads", "queries", "keys"), strict=True
+            ):
                 if given not in (None, wanted):
-                    raise ValueError(f"mask: {type(term).__name__} is made for {given} {name}; this call has {wanted}")
+                    raise ValueError(
+                        f"mask: {type(predicate).__name__} is made for {given} {name}; this call has {wanted}"
+                    )
 
     def materialize(
         self, num_queries: int, num_keys: int, *, batch_size: int | None = None, num_heads: int | None = None
@@ -178,19 +184,19 @@ class AttentionMask:
         """The array, as small as broadcasting allows; None when everything is allowed.
 
         Args:
-            batch_size, num_heads: those that the terms are made for, by default; a `mask_mod` that looks at the row or the
+            batch_size, num_heads: those that the predicates are made for, by default; a `mask_mod` that looks at the row or the
                 head needs them.
 
         Raises:
-            ValueError: a term is made for other numbers of rows, heads, queries or keys.
+            ValueError: a predicate is made for other numbers of rows, heads, queries or keys.
         """
         made_for = [
             [size for size in sizes if size is not None]
-            for sizes in zip(*(t.extent() for t in self.terms), strict=True)
+            for sizes in zip(*(t.extent() for t in self.predicates), strict=True)
         ]
         rows, heads = (max(sizes, default=1) for sizes in made_for[:2]) if made_for else (1, 1)
         for axis, (given, name) in enumerate(((batch_size, "batch_size"), (num_heads, "num_heads"))):
-            if given is None and any(term.looks_at()[axis] for term in self.terms):
+            if given is None and any(predicate.depends_on()[axis] for predicate in self.predicates):
                 raise ValueError(f"materialize: a mask_mod looks at the row or the head; {name} must be given")
         rows, heads = rows if batch_size is None else batch_size, heads if num_heads is None else num_heads
         self.check(rows, heads, num_queries, num_keys)
@@ -198,23 +204,23 @@ class AttentionMask:
 
     def allowed(self, tile: Tile) -> Bool[Array, "B_ N_ T_ S_"] | None:
         """As `materialize`, for one tile."""
-        return terms.all_allowed(self.terms, tile) if self.terms else None
+        return p.all_allowed(self.predicates, tile) if self.predicates else None
 
     def visible(self, grid: Grid) -> Any:
         """Which tiles of a grid may have an allowed pair; numpy where that is known before the program runs."""
-        return terms.all_visible(self.terms, grid)
+        return p.all_visible(self.predicates, grid)
 
     def visible_beforehand(self, grid: Grid) -> Bool[np.ndarray, "Q K"]:
-        """As `visible`, as far as it is known before the program runs: terms with arrays count as allowing all."""
-        known = [term.visible(grid) for term in self.terms if not jax.tree.leaves(term)]
+        """As `visible`, as far as it is known before the program runs: predicates with arrays count as allowing all."""
+        known = [predicate.visible(grid) for predicate in self.predicates if not jax.tree.leaves(predicate)]
         visible = np.ones((grid.queries.count, grid.keys.count), bool)
         for table in known:
             visible = visible & np.asarray(table)
         return visible
 
 
-def _is_plain_causal(term: Term) -> bool:
-    return isinstance(term, terms.Causal) and isinstance(term.offset, int) and term.offset == 0
+def _is_plain_causal(predicate: MaskPredicate) -> bool:
+    return isinstance(predicate, p.Causal) and isinstance(predicate.offset, int) and predicate.offset == 0
 
 
 def _whole(name: str, argument: str, value: Any) -> int | Array:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transformer.attention.spec.variant import Variant
+from transformer.attention.spec.spec import AttentionSpec
 from transformer.types import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """Shapes, types and the variant of one call, known before the program runs."""
+class AttentionShapes:
+    """Shapes, types and the spec of one call, known before the program runs."""
 
     platform: str
     dtype: Any
@@ -22,13 +22,13 @@ class Request:
     num_kv_heads: int
     head_dim: int
     value_dim: int
-    variant: Variant
+    spec: AttentionSpec
 
     @staticmethod
-    def of(q_BTNH: Array, v_BSKC: Array, variant: Variant, platform: str) -> Request:
+    def of(q_BTNH: Array, v_BSKC: Array, spec: AttentionSpec, platform: str) -> AttentionShapes:
         """The request of a call with these queries and values."""
         (B, T, N, H), (_, S, K, C) = q_BTNH.shape, v_BSKC.shape
-        return Request(
+        return AttentionShapes(
             platform=platform, dtype=q_BTNH.dtype, batch_size=B, num_queries=T, num_keys=S, num_heads=N, num_kv_heads=K,
-            head_dim=H, value_dim=C, variant=variant,
+            head_dim=H, value_dim=C, spec=spec,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.mods import Mod
 from transformer.attention.spec.tile import Tile, plane_filled
-from transformer.layers.linear import survivors
+from transformer.layers.linear import dropout_mask
 from transformer.types import Array, Bool, Float, wide
 
 _STATIC: dict[str, Any] = {"static": True}
@@ -132,13 +132,13 @@ class Dropout:
     def __call__(self, weights_BNTS: Float[Array, "B N T S"], tile: Tile) -> Float[Array, "B N T S"]:
         """The weights of a tile with some dropped: the same ones whenever the same tile comes by."""
         key = jax.random.fold_in(jax.random.fold_in(self.key, tile.queries.start), tile.keys.start)
-        is_kept, scale = survivors(key, self.rate, weights_BNTS.shape)
+        is_kept, scale = dropout_mask(key, self.rate, weights_BNTS.shape)
         return jnp.where(is_kept, weights_BNTS * jnp.asarray(scale, weights_BNTS.dtype), 0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class AttentionSpec:
     """A softmax attention, up to its inputs."""
 
     mask: AttentionMask

@@ -2,7 +2,7 @@
 
 B batch, T query position, S key position, N query heads.
 
-A term answers two questions: which pairs of a tile are allowed, and which tiles of a grid can have an allowed pair at all.
+A predicate answers two questions: which pairs of a tile are allowed, and which tiles of a grid can have an allowed pair at all.
 The second is answered without the first where that is cheap, and may err towards yes.
 """
 
@@ -20,25 +20,25 @@ from transformer.attention.spec.mods import Mod
 from transformer.attention.spec.tile import Blocks, Grid, Span, Tile, filled, plane_filled
 from transformer.types import Array, Bool, Int
 
-TermT = TypeVar("TermT", bound="Term")
+TermT = TypeVar("TermT", bound="MaskPredicate")
 
 
 def register(cls: type[TermT]) -> type[TermT]:
-    """Make a term a pytree: arrays are its leaves; plain numbers stay in its structure, where a kernel can read them."""
+    """Make a predicate a pytree: arrays are its leaves; plain numbers stay in its structure, where a kernel can read them."""
     names = tuple(field.name for field in dataclasses.fields(cls))
 
-    def flatten(term: TermT) -> tuple[list[Any], tuple[tuple[str, Any], ...]]:
-        values = [(name, getattr(term, name)) for name in names]
+    def flatten(predicate: TermT) -> tuple[list[Any], tuple[tuple[str, Any], ...]]:
+        values = [(name, getattr(predicate, name)) for name in names]
         static = tuple((name, value) for name, value in values if value is None or isinstance(value, int))
         known = dict(static)
         return [value for name, value in values if name not in known], static
 
     def unflatten(static: tuple[tuple[str, Any], ...], leaves: Iterable[Any]) -> TermT:
         # Not by the constructor: JAX also puts placeholders where arrays belong.
-        term, known, rest = object.__new__(cls), dict(static), iter(leaves)
+        predicate, known, rest = object.__new__(cls), dict(static), iter(leaves)
         for name in names:
-            object.__setattr__(term, name, known[name] if name in known else next(rest))
-        return term
+            object.__setattr__(predicate, name, known[name] if name in known else next(rest))
+        return predicate
 
     jax.tree_util.register_pytree_node(cls, flatten, unflatten)
     return cls
@@ -48,7 +48,7 @@ Extent = tuple[int | None, int | None, int | None, int | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Term:
+class MaskPredicate:
     """One condition that a (query, key) pair must meet."""
 
     def allowed(self, tile: Tile) -> Bool[Array, "B_ N_ T_ S_"]:
@@ -64,21 +64,21 @@ class Term:
         """How many rows, heads, queries and keys it is made for; None where any number fits."""
         return None, None, None, None
 
-    def looks_at(self) -> tuple[bool, bool]:
+    def depends_on(self) -> tuple[bool, bool]:
         """Whether its answer depends on the row and on the head beyond what its own arrays say."""
         return False, False
 
-    def moved(self, offset: int | Int[Array, " B"]) -> Term:
-        """This term when query t of the call stands at position `offset + t` among the keys."""
+    def shift_queries(self, offset: int | Int[Array, " B"]) -> MaskPredicate:
+        """This predicate when query t of the call stands at position `offset + t` among the keys."""
         return self
 
-    def padded(self, num_queries: int, num_keys: int) -> Term:
-        """This term with its arrays filled up to so many queries and keys, which nothing sees."""
+    def padded(self, num_queries: int, num_keys: int) -> MaskPredicate:
+        """This predicate with its arrays filled up to so many queries and keys, which nothing sees."""
         return self
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed(Term):
+class PositionalPredicate(MaskPredicate):
     """A condition on positions: query t stands at `offset + t` among the keys."""
 
     offset: int | Int[Array, " B"] = dataclasses.field(default=0, kw_only=True)
@@ -86,7 +86,7 @@ class Placed(Term):
     def extent(self):
         return None if isinstance(self.offset, int) else _rows(self.offset), None, None, None
 
-    def moved(self, offset):
+    def shift_queries(self, offset):
         return dataclasses.replace(self, offset=self.offset + offset)
 
     def _pairs(self, tile: Tile) -> tuple[Array, Array]:
@@ -111,7 +111,7 @@ class Placed(Term):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Causal(Placed):
+class Causal(PositionalPredicate):
     """Keys up to the query's own position."""
 
     def allowed(self, tile):
@@ -125,7 +125,7 @@ class Causal(Placed):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Window(Placed):
+class Window(PositionalPredicate):
     """Keys from `left` before the query to `right` after it; None leaves a side open."""
 
     left: int | None
@@ -152,7 +152,7 @@ class Window(Placed):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Dilated(Placed):
+class Dilated(PositionalPredicate):
     """Keys at a distance that is a multiple of `step`."""
 
     step: int
@@ -164,7 +164,7 @@ class Dilated(Placed):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Prefix(Term):
+class Prefix(MaskPredicate):
     """Keys at the first `length` positions, of each row where it is an array."""
 
     length: int | Int[Array, " B"]
@@ -183,7 +183,7 @@ class Prefix(Term):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class FirstQueries(Placed):
+class FirstQueries(PositionalPredicate):
     """Any key, for queries at the first `length` positions."""
 
     length: int
@@ -197,7 +197,7 @@ class FirstQueries(Placed):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Padding(Term):
+class Padding(MaskPredicate):
     """Keys that are real."""
 
     valid_BS: Bool[Array, "B S"]
@@ -217,7 +217,7 @@ class Padding(Term):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Segments(Term):
+class Segments(MaskPredicate):
     """Query and key belong to the same packed document. Segment 0 is padding, and sees and is seen by nothing."""
 
     q_BT: Int[Array, "B T"]
@@ -242,7 +242,7 @@ class Segments(Term):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Explicit(Term):
+class Explicit(MaskPredicate):
     """Any array, each of its four dims broadcastable."""
 
     mask_BNTS: Bool[Array, "B_ N_ T_ S_"]
@@ -267,7 +267,7 @@ class Explicit(Term):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class BlockSparse(Placed):
+class BlockSparse(PositionalPredicate):
     """Pairs whose block is on in `layout_QK`; a block is `size` positions of queries by `size` of keys."""
 
     layout_QK: Bool[Array, "Q K"]
@@ -294,12 +294,12 @@ class BlockSparse(Placed):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class MaskMod(Placed):
+class MaskMod(PositionalPredicate):
     """Pairs for which the user's `mask_mod(b, h, q, k)` is true."""
 
     mod: Mod
 
-    def looks_at(self):
+    def depends_on(self):
         row, head, _, _ = self.mod.depends_on
         return row, head
 
@@ -328,11 +328,11 @@ class MaskMod(Placed):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Either(Term):
-    """Pairs that meet all of one list of terms or all of another."""
+class Either(MaskPredicate):
+    """Pairs that meet all of one list of predicates or all of another."""
 
-    one: tuple[Term, ...]
-    other: tuple[Term, ...]
+    one: tuple[MaskPredicate, ...]
+    other: tuple[MaskPredicate, ...]
 
     def allowed(self, tile):
         return all_allowed(self.one, tile) | all_allowed(self.other, tile)
@@ -341,36 +341,44 @@ class Either(Term):
         return all_visible(self.one, grid) | all_visible(self.other, grid)
 
     def extent(self):
-        extents = [term.extent() for term in self.one + self.other]
+        extents = [predicate.extent() for predicate in self.one + self.other]
         rows, heads, queries, keys = map(_one_size, zip(*extents, strict=True))
         return rows, heads, queries, keys
 
-    def looks_at(self):
-        rows, heads = zip(*(term.looks_at() for term in self.one + self.other), strict=True)
+    def depends_on(self):
+        rows, heads = zip(*(predicate.depends_on() for predicate in self.one + self.other), strict=True)
         return any(rows), any(heads)
 
-    def moved(self, offset):
-        return Either(*(tuple(term.moved(offset) for term in terms) for terms in (self.one, self.other)))
+    def shift_queries(self, offset):
+        return Either(
+            *(
+                tuple(predicate.shift_queries(offset) for predicate in predicates)
+                for predicates in (self.one, self.other)
+            )
+        )
 
     def padded(self, num_queries, num_keys):
         return Either(
-            *(tuple(term.padded(num_queries, num_keys) for term in terms) for terms in (self.one, self.other))
+            *(
+                tuple(predicate.padded(num_queries, num_keys) for predicate in predicates)
+                for predicates in (self.one, self.other)
+            )
         )
 
 
-def all_allowed(terms: tuple[Term, ...], tile: Tile) -> Bool[Array, "B_ N_ T_ S_"]:
-    """The pairs that meet every term, of which there is at least one."""
-    allowed = terms[0].allowed(tile)
-    for term in terms[1:]:
-        allowed = allowed & term.allowed(tile)
+def all_allowed(predicates: tuple[MaskPredicate, ...], tile: Tile) -> Bool[Array, "B_ N_ T_ S_"]:
+    """The pairs that meet every predicate, of which there is at least one."""
+    allowed = predicates[0].allowed(tile)
+    for predicate in predicates[1:]:
+        allowed = allowed & predicate.allowed(tile)
     return allowed
 
 
-def all_visible(terms: Iterable[Term], grid: Grid) -> Any:
-    """The tiles in which every term may allow a pair; numpy where all the terms are known beforehand."""
+def all_visible(predicates: Iterable[MaskPredicate], grid: Grid) -> Any:
+    """The tiles in which every predicate may allow a pair; numpy where all the predicates are known beforehand."""
     visible = np.ones((grid.queries.count, grid.keys.count), bool)
-    for term in terms:
-        visible = visible & term.visible(grid)
+    for predicate in predicates:
+        visible = visible & predicate.visible(grid)
     return visible
 
 
