@@ -170,10 +170,11 @@ def run(
         result["mechanisms"][name] = {
             "title": task.title, "config": f"configs/{task.config}", "figure": task.figure, "rows": rows,
         }  # fmt: skip
-    show(result, chosen)
+    show(result)
     given = f" --minutes {minutes:g}" if minutes != MINUTES else ""
     given += f" --tasks {','.join(names)}" if tasks is not None else ""
-    record.save("mechanisms", f"manyheads-bench mechanisms{given}", result, show=False)
+    folder = record.folder_for(directory, DIRECTORY)
+    record.save("mechanisms", f"manyheads-bench mechanisms{given}", result, show=False, folder=folder)
     return result
 
 
@@ -240,16 +241,16 @@ def written(figure: str, value: float) -> str:
     return f"{value:{form}} {name}"
 
 
-def show(result: dict[str, Any], chosen: Mapping[str, Task] = TASKS) -> None:
+def show(result: dict[str, Any]) -> None:
     """Print a table of each task."""
-    for name, part in result["mechanisms"].items():
+    for part in result["mechanisms"].values():
         print(f"\n{part['title']}: {part['config']}")
-        print(markdown(part, chosen[name]))
+        print(markdown(part))
 
 
-def markdown(part: dict[str, Any], task: Task) -> str:
+def markdown(part: dict[str, Any]) -> str:
     """The rows of one task as a Markdown table, the best first."""
-    (name, form), sign = FIGURES[task.figure], -1 if task.figure == "eval/accuracy" else 1
+    (name, form), sign = FIGURES[part["figure"]], -1 if part["figure"] == "eval/accuracy" else 1
     lines = [
         f"| mechanism | in the model | parameters | {name} | steps | tokens/s |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

@@ -87,6 +87,7 @@ def run(
         "manyheads-bench pretraining" + (f" --seeds {seeds}" if seeds != SEEDS else ""),
         result,
         show=False,
+        folder=record.folder_for(directory, DIRECTORY),
     )
     return result
 

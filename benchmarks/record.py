@@ -90,6 +90,11 @@ def save(name: str, command: str, result: dict[str, Any], *, show: bool = True, 
     return path
 
 
+def folder_for(directory: str, usual: str) -> str | None:
+    """Where the results of a run in `directory` go: next to it, and only where it is the usual one among those on record."""
+    return None if directory == usual else directory
+
+
 def report_folder(output: str | None) -> Path:
     """Where a report goes, `plans` by default; made at once, so that nothing is measured for a place that cannot be written.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mechanisms import written
+from benchmarks.mechanisms import markdown
 from benchmarks.record import RESULTS
 from transformer.errors import UserError
 
@@ -26,7 +26,19 @@ def report(folder: Path | None = None) -> str:
         device = f"{record['device']['kind']}, {record['device']['cpu_cores']} cores, {record['date'][:10]}"
         for what, figure, spread in _rows(record["result"]):
             lines.append(f"| {what} | {figure} | {spread} | `{record['command']}` | {device} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_mechanisms(records)])
+
+
+def _mechanisms(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The tables of the mechanisms, where they are on record."""
+    for record in records:
+        for part in record["result"].get("mechanisms", {}).values():
+            title = part["title"][0].upper() + part["title"][1:]
+            yield (
+                f"\n{title}, {record['result']['minutes']:g} minutes of training each (`{record['command']}`; from "
+                f"`{part['config']}`):\n"
+            )
+            yield markdown(part)
 
 
 def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -50,10 +62,6 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             what = f"{case['length']} tokens, {'causal' if case['causal'] else 'all pairs'}"
             figure = _figure(case["blockwise_over_reference"], "{:.2f}×")
             yield f"blockwise attention, both passes, {what}, speed over the plain equation", *figure
-    for part in result.get("mechanisms", {}).values():
-        for title, row in part["rows"].items():
-            what = f"{part['title']}, {title}, after {result['minutes']:g} minutes"
-            yield what, written(part["figure"], row["figure"]), ""
     for arm, values in result.get("accuracy", {}).items():
         what = f"{result['classifier']}, held-out accuracy from {arm} weights"
         yield what, f"{values['mean']:.1%}", f"{values['min']:.1%} to {values['max']:.1%}, {values['seeds']} seeds"

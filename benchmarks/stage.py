@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import statistics
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 from train.config import RunConfig
 from train.config.sections import CheckpointConfig, EvaluationConfig, LogConfig
-from train.files import writing
+from train.files import write_whole, writing
 from train.run.loop import train
 from transformer.errors import UserError
 
@@ -50,9 +49,7 @@ def keep(path: Path, figures: Any) -> None:
     """Write figures whole or not at all: where the file is, its stage is finished."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(figures, indent=1) + "\n")
 
 
 def kept(path: Path) -> Any:

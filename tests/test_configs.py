@@ -104,6 +104,9 @@ def _smaller(model):
 
 def _source(config, folder) -> SourceConfig:
     """A small source of the same kind of documents: with the same labels, pairs, or single texts."""
+    first = config.data.sources[0]
+    if isinstance(first, SyntheticSource):
+        return dataclasses.replace(first, limit=100)
     if config.data.labelled:
         return _labelled_source(config, folder)
     if config.data.pairs:

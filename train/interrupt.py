@@ -1,4 +1,4 @@
-"""Ctrl-C, as the console commands take it. Imports nothing that takes time."""
+"""Handling of Ctrl-C by the console commands. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 def exit_on_sigint(program: str) -> Iterator[None]:
     """Let SIGINT end the process with one line, whatever it is doing.
 
-    While libraries load and start, Python's own KeyboardInterrupt may be lost in one of their callbacks. Nothing that is
-    half-made is ever taken for whole, so that a process may end anywhere.
+    While libraries load and start, Python's own KeyboardInterrupt may be lost in one of their callbacks. Unfinished files
+    are never mistaken for finished ones, so a process may end anywhere.
     """
 
     def leave(number: int, frame: object) -> None:

@@ -1,7 +1,7 @@
-"""The parts that losses are made of.
+"""The components of losses.
 
-B batch, T position, V vocab, C classes. Losses are sums with the weight they were taken over, never means: the mean over the
-whole global batch is taken once, however it was cut into microbatches and devices.
+B batch, T position, V vocab, C classes. Losses are sums with their total weight, never means: the mean over the global batch
+is taken once, regardless of microbatches and devices.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig(Config):
-    """Additions to the cross-entropy."""
+    """Additional terms of the cross-entropy."""
 
     z_loss: float = 0.0
-    """Weight of log(Z)², which keeps the logits' normaliser near 1 (1e-4 is usual)."""
+    """Weight of the z-loss log(Z)², which keeps the softmax normaliser Z near 1 (1e-4 is usual)."""
     label_smoothing: float = 0.0
-    """Share of the target's probability that is spread evenly over the vocabulary, or over the classes."""
+    """Label smoothing: probability spread uniformly over the vocabulary, or over the classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,18 +37,18 @@ class LossConfig(Config):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """Sums over what is predicted, tokens or rows, in float32."""
+    """Sums over the predictions, tokens or rows, in float32."""
 
     loss: Float[Array, ""]
-    """What is minimised, z-loss and smoothing included."""
+    """The training loss, z-loss and smoothing included."""
     nll: Float[Array, ""]
     """Negative log-likelihood of the targets, in nats."""
     weight: Float[Array, ""]
     """Number of target tokens, or of rows."""
     correct: Float[Array, ""] | None = None
-    """Of classes: number of rows, or tokens, whose likeliest class is theirs."""
+    """For classes: number of rows, or tokens, that are classified correctly."""
     count: Float[Array, ""] | None = None
-    """Number of rows, or tokens, where `weight` counts some for more than others."""
+    """Number of rows, or tokens, if `weight` is not uniform."""
 
     def __add__(self, other: LossSums) -> LossSums:
         return jax.tree.map(jnp.add, self, other)
@@ -63,8 +63,8 @@ def cross_entropy(
     """Cross-entropy with label smoothing (Szegedy et al. 2016) and z-loss (Chowdhery et al. 2022, section 5)."""
     logits = logits_BTV.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum in place of a gather: its gradient is elementwise, where a gather's is a scatter, and it stays local
-    # when the vocabulary is sharded.
+    # A masked sum instead of a gather: its gradient is elementwise, while that of a gather is a scatter, and it needs no
+    # communication when the vocabulary is sharded.
     is_target = jnp.arange(logits.shape[-1]) == targets_BT[..., None]
     nll = log_z - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     loss = nll
@@ -83,13 +83,13 @@ def of_classes(
     config: LossConfig,
     class_weights: Sequence[float] | None = None,
 ) -> LossSums:
-    """Cross-entropy over classes, and how many are right.
+    """Cross-entropy over classes, and the number of correct predictions.
 
     Args:
-        class_weights: one for each class, as in torch's `CrossEntropyLoss(weight=...)`; None: all alike.
+        class_weights: one for each class, as in torch's `CrossEntropyLoss(weight=...)`; None: uniform.
 
     Raises:
-        UserError: another number of weights than of classes.
+        UserError: the number of weights differs from that of the classes.
     """
     is_right_BT = logits_BTC.argmax(-1) == labels_BT
     correct = jnp.sum(jnp.where(is_right_BT, weights_BT, 0))
@@ -99,7 +99,7 @@ def of_classes(
         raise UserError(
             f"objective.class_weights: got {len(class_weights)} numbers; there are {logits_BTC.shape[-1]} classes"
         )
-    # A mean stays what it is when all its weights grow alike, and a sum of 1 or more is divided by as it is.
+    # Scaling all weights does not change the mean; a sum of weights of at least 1 is divided by unchanged.
     least = min(weight for weight in class_weights if weight > 0)
     of_class_C = jnp.array([weight / least for weight in class_weights], jnp.float32)
     sums = cross_entropy(logits_BTC, labels_BT, weights_BT * of_class_C[jnp.maximum(labels_BT, 0)], config)
@@ -113,12 +113,12 @@ def of_rows(
     config: LossConfig,
     class_weights: Sequence[float] | None = None,
 ) -> LossSums:
-    """`of_classes` of whole rows."""
+    """`of_classes` for whole rows."""
     return of_classes(logits_BC[:, None], labels_B[:, None], weights_B1, config, class_weights)
 
 
 def with_added_loss(sums: LossSums, output: Any) -> LossSums:
-    """The sums with the loss that the model itself adds, where its output has one."""
+    """The sums with the model's auxiliary loss, if its output has one."""
     if output.added_loss is None:
         return sums
     return dataclasses.replace(sums, loss=sums.loss + output.added_loss * sums.weight)

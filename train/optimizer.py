@@ -19,39 +19,39 @@ from transformer.pipeline import is_in_stages, is_stacked, is_variable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Config):
-    """An optimiser, its schedule, and what is done to gradients and parameters around it."""
+    """An optimiser and its schedule, with clipping, decay, freezing and averaging of parameters."""
 
     name: Literal["adamw", "lion", "adafactor", "muon", "sgd"] = "adamw"
-    """Optimiser. muon takes the matrices of the blocks; embeddings, the output layer, gains and biases go to adamw."""
+    """Optimiser. muon updates the matrices of the blocks; adamw then updates embeddings, the output layer, gains and biases."""
     learning_rate: float = 3e-4
-    """Highest learning rate."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
-    """Course of the learning rate after warm-up; wsd stays at the top and falls linearly over the last decay_fraction."""
+    """Schedule of the learning rate after warm-up; wsd stays at the peak and falls linearly over the last decay_fraction."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     final_fraction: float = 0.1
-    """Last learning rate over the highest (cosine, linear, wsd)."""
+    """Final learning rate as a fraction of the peak (cosine, linear, wsd)."""
     decay_fraction: float = 0.2
-    """Share of all steps over which wsd falls."""
+    """Fraction of all steps over which wsd falls."""
     weight_decay: float = 0.1
-    """Decay of matrices and embeddings, times the learning rate; gains and biases never decay."""
+    """Weight decay of matrices and embeddings, multiplied by the learning rate; gains and biases never decay."""
     b1: float = 0.9
     """Decay of the first moment (adamw, lion); momentum of sgd and muon."""
     b2: float = 0.95
     """Decay of the second moment (adamw, lion, and adamw's part in muon)."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the first moment (adamw, lion), or of the momentum (sgd, muon); bfloat16 takes half the memory."""
+    """Data type of the first moment (adamw, lion), or of the momentum (sgd, muon); bfloat16 takes half the memory."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Epsilon that is added to the root of the second moment."""
     adam_learning_rate: float | None = None
-    """Highest learning rate of adamw's part in muon; null: learning_rate."""
+    """Peak learning rate of adamw's part in muon; null: learning_rate."""
     clip_norm: float | None = 1.0
     """Gradients with a larger global norm are scaled down to it; null: never."""
     layer_decay: float | None = None
-    """Each block learns by this times the rate of the block above it, the embeddings by this times that of the first block;
-    heads and the final norm by the whole rate (Howard & Ruder 2018; Clark et al. 2020). null: all by the same."""
+    """Each block's learning rate is this times that of the block above it, the embeddings' this times that of the first block;
+    heads and the final norm have the full rate (Howard & Ruder 2018; Clark et al. 2020). null: the same rate for all."""
     freeze: tuple[str, ...] = ()
-    """Parameters that stay as they are: patterns of their paths, such as embed.* or layers.blocks.attention.*"""
+    """Parameters that are not trained: patterns of their paths, such as embed.* or layers.blocks.attention.*"""
     ema_decay: float | None = None
     """Keep a moving average of the parameters with this decay, and evaluate and generate with it; null: none."""
 
@@ -162,19 +162,19 @@ def make_optimizer(
         parts = [optax.clip_by_global_norm(config.clip_norm), update]
     if config.layer_decay is not None:
         assert num_layers is not None
-        # Every rule here ends with the rate, weight decay behind it included, and keeps nothing that depends on it: what
-        # multiplies an update multiplies the rate.
+        # Every rule here ends with the rate, applied to weight decay too, and keeps no state that depends on it, so
+        # multiplying an update multiplies the rate.
         parts.append(_scaled_by_layer(config.layer_decay, num_layers))
     return parts[0] if len(parts) == 1 else optax.chain(*parts)
 
 
 def layer_factors(params: nnx.State, decay: float, num_layers: int) -> nnx.State:
-    """What multiplies the learning rate of each parameter: decay^(L - l) of block l, from 0, as an array over the layers'
-    dims; decay^(L + 1) of what stands under the blocks; 1 of what stands on them."""
+    """The multiplier of each parameter's learning rate: decay^(L - l) for block l, from 0, as an array over the layers'
+    dims; decay^(L + 1) below the blocks; 1 above them."""
 
     def factor(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         if is_stacked(variable):
-            # In stages the layers are two dims, and in their order.
+            # In pipeline stages the layers are two dims, in order.
             lead = 2 if is_in_stages(variable) else 1
             shape = variable.get_value().shape
             ones = (1,) * (len(shape) - lead)
@@ -204,10 +204,10 @@ def decay_mask(params: nnx.State) -> nnx.State:
 
 
 def _muon_dimensions(params: nnx.State) -> nnx.State:
-    """Which dims of each parameter are the rows and the columns of its matrix, read off their logical names.
+    """Which dims of each parameter are the rows and the columns of its matrix, by their logical names.
 
-    The side of `embed` is one, all other named dims the other; `layers` is a batch of matrices. What has no second side,
-    or has a vocabulary for it, is no matrix for Muon.
+    `embed` is one side, all other named dims the other; `layers` is a batch of matrices. A parameter without a second
+    side, or with a vocabulary as one, is not a matrix for Muon.
     """
 
     def dimensions(variable: nnx.Variable) -> nnx.Variable:

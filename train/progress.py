@@ -1,4 +1,4 @@
-"""How far a long preparation has come: a live bar in a terminal, now and then a plain line anywhere else."""
+"""Progress of a long preparation: a live bar in a terminal, occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @contextlib.contextmanager
 def report(title: str, total_bytes: int | None, *, shown: bool) -> Iterator[Advance]:
-    """Yield `advance(bytes)`, to be called as text is done. `total_bytes` is None where it is not known beforehand."""
+    """Yield `advance(bytes)`, to be called as text is processed. `total_bytes` is None if it is not known in advance."""
     if not shown:
         yield lambda _: None
     elif sys.stderr.isatty():
@@ -27,14 +27,14 @@ def report(title: str, total_bytes: int | None, *, shown: bool) -> Iterator[Adva
 
 
 def say(message: str, *, shown: bool) -> None:
-    """One line of news."""
+    """Print one line."""
     if shown:
         print(message, file=sys.stderr, flush=True)
 
 
 @functools.cache
 def say_once(message: str) -> None:
-    """The same, unless it was said before: the batches of a run are made again for each evaluation."""
+    """Print one line, unless it was printed before: the batches of a run are made again for each evaluation."""
     say(message, shown=True)
 
 
@@ -44,7 +44,7 @@ def _live_bar(title: str, total_bytes: int | None) -> Iterator[Advance]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
     from rich.table import Column
 
-    # A path may be long, and hold brackets that rich would take for markup.
+    # A path may be long, and have brackets that rich would parse as markup.
     name = TextColumn("{task.description}", markup=False, table_column=Column(max_width=32, no_wrap=True))
     columns = (name, BarColumn(16), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

@@ -1,4 +1,4 @@
-"""Which of a model's parameters are trained, and which stay as they are."""
+"""Which of a model's parameters are trained, and which are frozen."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ParameterPath = tuple[Any, ...]
 
 
 BELOW = frozenset(("embed", "source_embed", "positions", "source_positions", "types", "embed_norm", "widen"))
-"""First names of the parameters that stand under a model's blocks."""
+"""First names of the parameters below a model's blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainableMask:
-    """All parameters but the frozen ones, of which no gradient is computed, and for which an optimiser has no statistics."""
+    """All parameters except frozen ones, which have no gradient and no optimiser statistics."""
 
     frozen: frozenset[ParameterPath] = frozenset()
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
-        """The trained part of a model's parameters, and the frozen one."""
+        """The trained and the frozen part of a model's parameters."""
         if not self.frozen:
             return params, nnx.State({})
         flat = dict(nnx.to_flat_state(params))
@@ -39,7 +39,7 @@ class TrainableMask:
         return nnx.from_flat_state(parts[0]), nnx.from_flat_state(parts[1])
 
     def select(self, params: nnx.State) -> nnx.State:
-        """The trained part alone."""
+        """The trained part."""
         return self.split(params)[0]
 
     def merge(self, trained: nnx.State, params: nnx.State) -> nnx.State:
@@ -47,15 +47,15 @@ class TrainableMask:
         return nnx.merge_state(trained, self.split(params)[1]) if self.frozen else trained
 
     def counted(self, params: nnx.State) -> str:
-        """How many parameters there are, and how many of them are trained, for people."""
+        """The number of parameters and of trained ones, as text."""
         total, trained = size(params), size(self.select(params))
         if not self.frozen:
             return f"{total:,} parameters"
         return f"{trained:,} of {total:,} parameters ({trained / total:.1%}) trained"
 
     def flops_factor(self, params: nnx.State) -> float:
-        """The products of a training step, in forward passes: the forward pass itself; the gradients of activations, unless
-        heads alone are trained; and those of parameters, by the part of them that is."""
+        """The matrix products of a training step, in units of forward passes: the forward pass itself; the gradients of
+        activations, unless only heads are trained; and those of parameters, by the fraction that is trained."""
         trained = self.select(params)
         share = size(trained) / size(params)
         is_stack = any(is_stacked(leaf) for _, leaf in nnx.to_flat_state(params))
@@ -67,19 +67,19 @@ ALL = TrainableMask()
 
 
 _FRESH = ("pooled_head.*", "token_head.*")
-"""Heads over classes, which no pretraining has trained."""
+"""Heads over classes, which are not pretrained."""
 
 
 def chosen(params: nnx.State, freeze: Sequence[str], adapter: AdapterConfig | None) -> TrainableMask:
-    """What a config trains.
+    """The parameters that a config trains.
 
     Args:
         params: the model's, or their description.
         freeze: patterns of dotted paths, such as `layers.blocks.attention.*` (`fnmatch`).
-        adapter: where it is given, its parameters and those it names are trained alone.
+        adapter: if given, only its parameters and those it names are trained.
 
     Raises:
-        UserError: a pattern that matches no parameter, or nothing that is left to train.
+        UserError: a pattern that matches no parameter, or no parameter left to train.
     """
     paths = {dotted(path): path for path, _ in nnx.to_flat_state(params)}
     frozen = {path for pattern in freeze for path in _matching(paths, pattern, "optimizer.freeze")}
@@ -89,7 +89,7 @@ def chosen(params: nnx.State, freeze: Sequence[str], adapter: AdapterConfig | No
         kept = {path for pattern in also for path in _matching(paths, pattern, "adapter.train_also")}
         frozen |= {path for path in paths.values() if not is_adapter(path)} - kept
     if len(frozen) == len(paths):
-        raise UserError(f"optimizer.freeze: got {list(freeze)}, which leaves no parameter to train; take out a pattern")
+        raise UserError(f"optimizer.freeze: got {list(freeze)}, which leaves no parameter to train; remove a pattern")
     return TrainableMask(frozenset(frozen))
 
 
@@ -103,10 +103,10 @@ def _matching(paths: Mapping[str, ParameterPath], pattern: str, field: str) -> s
 
 
 def dotted(path: ParameterPath) -> str:
-    """A parameter's path as users write it."""
+    """A parameter's path in dotted form."""
     return ".".join(map(str, path))
 
 
 def size(params: nnx.State | Mapping[ParameterPath, nnx.Variable]) -> int:
-    """Numbers in all parameters."""
+    """Total number of elements of all parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""Translate with a model of pairs: texts in, texts out, and how close they are to what people wrote."""
+"""Translates with a model of pairs, and scores translations against references."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformer.models.families import make_model
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How close translations are to the references, by sacrebleu's defaults."""
+    """Scores of translations against references, by sacrebleu's defaults."""
 
     bleu: float
     """Papineni et al. 2002, 0 to 100; 13a tokens, case kept."""
@@ -44,7 +44,7 @@ class TextTranslator:
         )
 
     def tokens_of(self, text: str) -> list[int]:
-        """A source as the model reads it. Raises `UserError` for one that is empty or too long."""
+        """The token ids of a source. Raises `UserError` if it is empty or too long."""
         ids = [*self.tokenizer.encode(text).tolist(), self.tokenizer.end_of_text]
         if len(ids) == 1:
             raise UserError("there is nothing to translate: the text has no tokens")
@@ -64,7 +64,7 @@ class TextTranslator:
         return [self.target_tokenizer.decode(best[0].tokens) if best else "" for best in found]
 
     def quality(self, params: nnx.State, pairs: Sequence[tuple[str, str]], search: BeamSearch | None = None) -> Quality:
-        """How close the translations of the pairs' sources come to their targets; a source that is too long gives nothing."""
+        """Scores of the translations of the pairs' sources against their targets; a source that is too long gives an empty text."""
         fitting = [pair for pair in pairs if self.fits(pair[0])]
         found = iter(self.translate(params, [source for source, _ in fitting], search))
         return score([next(found) if self.fits(source) else "" for source, _ in pairs], [target for _, target in pairs])
@@ -75,7 +75,7 @@ class TextTranslator:
 
 
 def spread(pairs: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    """At most `count` pairs from all over, in their order."""
+    """At most `count` pairs, evenly spaced, in order."""
     places = dict.fromkeys(index * len(pairs) // count for index in range(count))
     return [pairs[place] for place in places] if pairs else []
 

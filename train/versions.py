@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""Versions of the software that made a result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PACKAGES = (
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None where it is not installed."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -20,6 +20,6 @@ def version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Python's, and of each installed package that has a part in a run or a benchmark."""
+    """The versions of Python and of each installed package that a run or a benchmark uses."""
     found = {package: version(package) for package in _PACKAGES}
     return {"python": platform.python_version()} | {name: number for name, number in found.items() if number}

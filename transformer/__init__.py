@@ -2,7 +2,7 @@
 
     from transformer import GPT, GPTConfig, AttentionMask, attend
 
-It knows logical axis names, never a mesh, and no file of training data. What it exports is imported when it is used.
+It uses logical axis names and does not depend on a mesh or on training data. Its exports are imported on first use.
 """
 
 from __future__ import annotations

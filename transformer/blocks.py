@@ -1,4 +1,4 @@
-"""A layer of a stack: a sequence mixer, attention to a memory, and feed-forward, each around a residual stream.
+"""A layer of a stack: a sequence mixer, attention to a memory, and a feed-forward network, each with a residual connection.
 
 B batch, T query position, S key position, D embed, N query heads.
 """
@@ -27,24 +27,24 @@ Norm = LayerNorm | RMSNorm
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockOutput:
-    """What a block gives besides the residual stream; a stack adds a leading layers axis."""
+    """Outputs of a block in addition to the residual stream; a stack adds a leading layers axis."""
 
     state: State | None = None
     weights: Float[Array, "*L B N T S"] | None = None
-    """Of the mixer; of attention to the memory where there is one."""
+    """Of the mixer, or of attention to the memory if there is one."""
     router: RouterLosses | None = None
 
 
 class Block(nnx.Module):
-    """A sequence mixer, then attention to a memory where `cross` is given, then feed-forward.
+    """A sequence mixer, then attention to a memory if `cross` is given, then a feed-forward network.
 
     Pre-norm (Xiong et al. 2020): x + f(norm(x)) for each. Post-norm (Vaswani et al. 2017, section 3.1): norm(x + f(x)).
-    Parallel (Wang & Komatsuzaki 2021): x + f(norm(x)) + g(norm(x)), f the mixer and g feed-forward.
+    Parallel (Wang & Komatsuzaki 2021): x + f(norm(x)) + g(norm(x)), with f the mixer and g the feed-forward network.
 
     Args:
         norms: one for each sublayer, in their order.
         norm_first: pre-norm.
-        parallel: mixer and feed-forward next to each other, each after its norm; without `cross`.
+        parallel: the mixer and the feed-forward network run in parallel, each after its norm; not with `cross`.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Block(nnx.Module):
         """The residual stream after this block.
 
         Args:
-            context: of this layer; its key turns dropout on.
-            normed: x is normalised already, and attention's norm is left out where it comes first.
+            context: of this layer; its key enables dropout.
+            normed: x is already normalised, and pre-norm attention skips its norm.
         """
         keys = (None,) * 5 if context.key is None else jax.random.split(context.key, 5)
         context = dataclasses.replace(context, adapter_key=context.key)
         output: dict[str, object] = {}
-        # A block with cross-attention gives the weights of that.
+        # A block with cross-attention returns the weights of that.
         own_weights = context.return_weights if self.cross is None else False
 
         def attended(x: Array) -> Array:
@@ -114,7 +114,7 @@ class Block(nnx.Module):
         return x_BTD, BlockOutput(**output)  # type: ignore[arg-type]
 
     def as_layer(self, config: MixerConfig) -> Block:
-        """The block with the mixer's settings of one layer of a pattern, whose parameters have the same shapes."""
+        """The block with the mixer settings of one layer of a pattern; its parameters have the same shapes."""
         if self.attention.config == config:
             return self
         block = jax.tree.map(lambda leaf: leaf, self)

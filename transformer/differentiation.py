@@ -1,4 +1,4 @@
-"""Functions with a backward pass of their own that keep forward mode.
+"""Functions with a custom backward pass that keep forward mode.
 
 A function with a `jax.custom_vjp` cannot be differentiated by `jax.jvp`, so it has no Hessian-vector products by `jax.jvp` of
 `jax.grad` either. Here the function is a `jax.custom_jvp` whose tangent is one opaque linear operation: reverse mode transposes
@@ -22,17 +22,17 @@ from transformer.types import Array
 def with_backward(forward: Callable[..., tuple[Any, Any]], backward: Callable[..., tuple[Any, ...]], *args: Any) -> Any:
     """The output of `forward(*args)`, differentiated in reverse mode by `backward`, as with `jax.custom_vjp`.
 
-    Both may hold what is static, but no traced array.
+    Both may close over static values, but not over traced arrays.
 
     Args:
-        forward: from the arguments to the output and what the backward pass needs of it (residuals).
-        backward: from residuals and the output's gradient to a tuple with the gradient of each argument, of its structure;
-            None, for an argument or a leaf of it, means no gradient.
-        args: pytrees of arrays. Only those of floats have gradients.
+        forward: maps the arguments to the output and to what the backward pass needs of it (residuals).
+        backward: maps the residuals and the output's gradient to a tuple with the gradient of each argument, in the argument's
+            structure; None, for an argument or a leaf of it, means no gradient.
+        args: pytrees of arrays. Only floating-point arrays have gradients.
 
     Returns:
-        The output, a pytree of arrays of floats. It can be differentiated any number of times as far as `forward` and `backward`
-        can: a loop whose length is found as it runs has forward mode alone.
+        The output, a pytree of floating-point arrays. It can be differentiated as many times as `forward` and `backward` can: a
+        loop whose length is only known at run time has forward mode alone.
     """
     leaves, structure = jax.tree.flatten(args)
     # Where each argument has a leaf, and where a None, which JAX does not count as a leaf.
@@ -52,7 +52,7 @@ def with_backward(forward: Callable[..., tuple[Any, Any]], backward: Callable[..
         floats, others = primals
         out, residuals = run(floats, others)
         outs, out_structure = jax.tree.flatten(out)
-        # What is an argument and a residual is kept once.
+        # An array that is both an argument and a residual is kept once.
         kept, places = _unique([*floats, *others, *jax.tree.leaves(residuals)])
         residual_structure, num_floats, num_args = jax.tree.structure(residuals), len(floats), len(is_float)
 
@@ -82,9 +82,9 @@ def with_backward(forward: Callable[..., tuple[Any, Any]], backward: Callable[..
 
 
 def reverse_mode_only(arrays: Sequence[Array], message: str) -> list[Array]:
-    """The arrays as they are, on their way to a kernel that knows its gradient and nothing more.
+    """The arrays unchanged, as inputs of a kernel that only defines its first gradient.
 
-    Forward mode, alone or over the kernel's backward pass, then ends in a `UserError` that says `message`, in the place of one
+    Forward mode, alone or over the kernel's backward pass, then raises a `UserError` with `message`, rather than an error
     that names an operation of the kernel.
     """
 
@@ -110,7 +110,7 @@ def reverse_mode_only(arrays: Sequence[Array], message: str) -> list[Array]:
 
 
 def _unique(arrays: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """The arrays without those that occur twice, and where each of them is."""
+    """The arrays without duplicates, and the index of each of the given arrays among them."""
     kept: list[Any] = []
     index: dict[int, int] = {}
     for array in arrays:
@@ -123,7 +123,7 @@ def _unique(arrays: Sequence[Any]) -> tuple[list[Any], list[int]]:
 def _aligned(
     gradients: tuple[Any, ...], layouts: Sequence[Sequence[bool]], is_float: Sequence[bool]
 ) -> list[Array | None]:
-    """The gradient of each argument's leaf of floats."""
+    """The gradient of each floating-point leaf of the arguments."""
     found: list[Array | None] = []
     for gradient, layout in zip(gradients, layouts, strict=True):
         parts = [None] * len(layout) if gradient is None else _with_none(gradient)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the checks that make every config which exists a valid one.
+"""Errors that a user can fix, and the checks that make every existing config a valid one.
 
 A program shows such an error as one line and exits with status 2.
 """
@@ -22,11 +22,11 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """A config value of the wrong type, out of range, or in contradiction to another one.
+    """A config value that has the wrong type, is out of range, or contradicts another one.
 
     `owner` is the config class and `field` the name of the field, from which a program that knows the whole
     config derives the full path (`model.num_heads`). It is a `ValueError`, so that a validator such as pydantic
-    collects it together with the place of the config that raised it.
+    collects it together with its place in the config.
     """
 
     def __init__(self, owner: type, field: str, given: Any, allowed: str) -> None:
@@ -38,7 +38,7 @@ class ConfigError(UserError, ValueError):
 
 
 class Config:
-    """Base of config dataclasses: frozen, keyword-only, and valid as soon as they exist.
+    """Base class of config dataclasses: frozen, keyword-only, and validated when they are created.
 
     A subclass with checks of its own calls `super().__post_init__()` first.
     """
@@ -50,8 +50,8 @@ class Config:
 def check_fields(config: Any) -> None:
     """Raise a `ConfigError` for the first field of a config dataclass whose value does not fit its annotation.
 
-    Annotations may be made of bool, int, float, str, None, Any, Literal, tuple, dataclasses, and unions of these. An
-    int in the place of a float is stored as a float; a bool is not an int.
+    Annotations may consist of bool, int, float, str, None, Any, Literal, tuple, dataclasses, and unions of these. An
+    int in place of a float is stored as a float; a bool is not an int.
 
     Raises:
         TypeError: an annotation of any other kind.
@@ -74,7 +74,7 @@ def field_types(config_type: type) -> dict[str, Any]:
 
 
 def what_fits(annotation: Any, value: Any) -> str:
-    """What an annotation allows in the place of a value that does not fit it: `allowed: an integer, or null`."""
+    """What an annotation allows instead of a value that does not fit it: `allowed: an integer, or null`."""
     names = [typing.get_args(one)[0] for one in alternatives(annotation) if typing.get_origin(one) is Literal]
     texts = [name for name in names if isinstance(name, str)]
     found = nearest(value, texts) if isinstance(value, str) else ""
@@ -82,7 +82,7 @@ def what_fits(annotation: Any, value: Any) -> str:
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, each Literal value as one; of any other annotation itself."""
+    """The members of a union, with each value of a Literal as a member; for any other annotation, itself."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return tuple(one for part in typing.get_args(annotation) for one in alternatives(part))
     if typing.get_origin(annotation) is Literal:
@@ -99,9 +99,9 @@ def check_text(name: str, text: str) -> None:
 
 
 def require(config: Any, field: str, holds: bool, allowed: str) -> None:
-    """Raise a `ConfigError` for `config.<field>` unless `holds`. `allowed` says what would be right.
+    """Raise a `ConfigError` for `config.<field>` unless `holds`; `allowed` describes the valid values.
 
-    Called from `__post_init__`, so that a config which exists is a config which is valid.
+    Called from `__post_init__`, so that every config that exists is valid.
     """
     if not holds:
         raise ConfigError(type(config), field, getattr(config, field), allowed)
@@ -120,10 +120,10 @@ _PHRASES: dict[Any, str] = {
 
 
 def _fit(value: Any, annotation: Any) -> Any:
-    """The value as the annotation has it, or `_MISFIT`."""
+    """The value converted to the annotation, or `_MISFIT`."""
     parts = alternatives(annotation)
     if len(parts) > 1:
-        # As it is before what changes it: 1 stays an int in `int | float`.
+        # A member that leaves the value unchanged comes before one that converts it: 1 stays an int in `int | float`.
         fitted = [one for one in (_fit(value, part) for part in parts) if one is not _MISFIT]
         return next((one for one in fitted if type(one) is type(value)), fitted[0] if fitted else _MISFIT)
     (kind,) = parts

@@ -11,5 +11,5 @@ ModelFactory = Callable[[nnx.Rngs], nnx.Module]
 
 
 def graphdef_of(make_model: ModelFactory) -> Any:
-    """The model without its arrays, none of which is made."""
+    """The model's structure without its arrays; no array is created."""
     return nnx.split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))[0]

@@ -1,15 +1,15 @@
-"""Layers on devices one after the other, through which a batch goes in microbatches.
+"""Pipeline parallelism: layers on devices one after the other, through which a batch passes in microbatches.
 
 B batch, M microbatches, R rows of a microbatch, L layers, P devices of the pipeline, V stages of a device, K layers of a stage.
 
-Stage s of P × V is the layers from sK on, and lies on device s mod P. On every tick each device runs one of its stages on one
-microbatch and hands the result to the next device, the last one to the first. With one stage a device that is GPipe's
-schedule (Huang et al. 2019, figure 2c): M + P - 1 ticks, of which each device waits P - 1. With V of them (interleaved, or
-circular; Narayanan et al. 2021, section 2.2) a tick is V times shorter, and there are MV + P - 1. The schedule runs forward;
-its backward is what autodiff makes of it, in reverse.
+Stage s of P × V has the layers from sK on, and is on device s mod P. On every tick each device runs one of its stages on one
+microbatch and passes the result to the next device, the last one to the first. With one stage per device this is GPipe's
+schedule (Huang et al. 2019, figure 2c): M + P - 1 ticks, of which each device waits for P - 1. With V of them (interleaved, or
+circular; Narayanan et al. 2021, section 2.2) a tick is V times shorter, and there are MV + P - 1. Only the forward schedule is
+written here; autodiff derives the backward one, in reverse.
 
-Which mesh axis holds the stages is read from the logical-axis rules in force ("layers"); over the others a stage's arrays are
-laid out as they are anywhere else.
+The mesh axis that holds the stages is read from the active logical-axis rules ("layers"); along the other axes a stage's
+arrays are laid out as everywhere else.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ TreeT = TypeVar("TreeT")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How a batch goes through a pipeline."""
+    """How a batch passes through a pipeline."""
 
     stages_per_device: int = 1
     microbatches: int | None = None
-    """A multiple of the pipeline's devices; None: as many as stages."""
+    """A multiple of the number of the pipeline's devices; None: the number of stages."""
 
 
 def devices_of_layers() -> int:
-    """How many devices the layers lie on, one part after the other; 1 where no mesh axis is theirs."""
+    """Number of devices that the layers are divided over; 1 if no mesh axis holds layers."""
     return axes_size(mesh_axes("layers"))
 
 
 def in_stages(tree: TreeT, stages_per_device: int) -> TreeT:
-    """Stacked parameters [L, ...] as [V, L / V, ...], in which a device that has its share of the second dim has its stages.
+    """Stacked parameters [L, ...] as [V, L / V, ...]; a device's share of the second dim then consists of its stages.
 
-    The order of the layers stays: one dim is written as two. `in_order` is the way back. Whatever is no parameter of stacked
-    layers, or is in stages already, stays as it is.
+    The order of the layers does not change: one dim is written as two. `in_order` is the inverse. Anything that is not a
+    parameter of stacked layers, or is already in stages, is returned unchanged.
     """
 
     def split(leaf: Any) -> Any:
@@ -63,7 +63,7 @@ def in_stages(tree: TreeT, stages_per_device: int) -> TreeT:
 
 
 def in_order(tree: TreeT) -> TreeT:
-    """Stacked parameters [L, ...], whether they are in stages or not; other arrays stay as they are."""
+    """Stacked parameters as [L, ...], whether they are in stages or not; other arrays are returned unchanged."""
 
     def join(leaf: Any) -> Any:
         axes = _axes(leaf)
@@ -90,19 +90,19 @@ def run_pipeline(
     """Run `stage(blocks, x, keys, per_layer, context) -> (x, outputs)` on all layers, K at a time.
 
     Args:
-        stage: outputs are means over rows, with a leading K.
-        blocks: [L, ...], or [V, L / V, ...] (`in_stages`), which costs no exchange of parameters where V is above 1.
+        stage: its outputs are means over rows, with a leading K.
+        blocks: [L, ...], or [V, L / V, ...] (`in_stages`), which needs no exchange of parameters if V is above 1.
         x: [B, ...].
-        keys: [L, ...]; each microbatch gets keys of its own from them.
+        keys: [L, ...]; each microbatch derives its own keys from them.
         per_layer: a pytree whose leaves have a leading L.
-        context: a pytree of what all layers get. Leaves that its `batch_leaves` marks are cut as x is.
+        context: a pytree that all layers get. The leaves that its `batch_leaves` marks are divided as x is.
 
     Returns:
-        The last x [B, ...], and the outputs with a leading L: means over microbatches. Of an output that is no mean over rows
-        or tokens, such as a mixture's balance, that is not what the whole batch would give.
+        The last x [B, ...], and the outputs with a leading L: means over microbatches. For an output that is not a mean over
+        rows or tokens, such as a mixture's balance, this differs from the value over the whole batch.
 
     Raises:
-        UserError: layers or rows that do not divide.
+        UserError: layers or rows that cannot be divided evenly.
     """
     axes, P = mesh_axes("layers"), devices_of_layers()
     V = schedule.stages_per_device
@@ -123,7 +123,7 @@ def run_pipeline(
             keys, per_layer = jax.tree.map(lambda leaf: leaf[None], (keys, per_layer))
 
         def tick(arriving: Array, time: Array) -> tuple[Array, Any]:
-            # What a device computes before its first microbatch is there, or behind its last one, nobody reads.
+            # Nothing reads what a device computes before its first microbatch arrives, or after its last one.
             turn = jnp.clip(time - index, 0, M * V - 1)
             stage_number = turn // P % V
             microbatch = turn // (P * V) * P + turn % P
@@ -139,7 +139,7 @@ def run_pipeline(
 
         ticks = jnp.arange(M * V + P - 1)
         _, (passed, outputs) = jax.lax.scan(tick, jnp.zeros_like(given[0]), ticks)
-        # When each microbatch leaves the last of its stages, which is on the last device.
+        # The tick at which each microbatch leaves its last stage, which is on the last device.
         leaves = np.arange(M) // P * P * V + (V - 1) * P + np.arange(M) % P + P - 1
 
         def mean(output: Array) -> Array:
@@ -151,7 +151,7 @@ def run_pipeline(
 
     by_stage = PartitionSpec(axes) if V == 1 else PartitionSpec(None, axes)
     flat = [microbatched(leaf, M) if cut else leaf for leaf, cut in zip(flat, is_cut, strict=True)]
-    # A copy for each device, of which the first is read: what is added up in its gradient is one thing and zeros.
+    # A copy for each device, of which the first is read, so that its gradient sums one value and zeros.
     given = microbatched(x, M)
     given = jnp.broadcast_to(given, (P, *given.shape))
     blocks = in_stages(in_order(blocks) if V == 1 else blocks, V)
@@ -173,7 +173,7 @@ def run_pipeline(
 
 
 def check_stages(num_layers: int, num_devices: int, stages_per_device: int, group: int = 1) -> None:
-    """Raise a `UserError` unless every stage has as many layers, in whole groups of a pattern, as every other one."""
+    """Raise a `UserError` unless all stages have the same number of layers, in whole groups of a pattern."""
     stages = num_devices * stages_per_device
     if num_layers % (stages * group):
         of_pattern = f" × {group} layers of model.pattern" if group > 1 else ""
@@ -184,7 +184,7 @@ def check_stages(num_layers: int, num_devices: int, stages_per_device: int, grou
 
 
 def check_microbatches(num_devices: int, microbatches: int) -> None:
-    """Raise a `UserError` unless the microbatches are as many on each device."""
+    """Raise a `UserError` unless every device gets the same number of microbatches."""
     if microbatches % num_devices:
         raise UserError(
             f"mesh.pipeline_microbatches: got {microbatches}; allowed: a multiple of mesh.pipeline ({num_devices}), or null"
@@ -192,19 +192,19 @@ def check_microbatches(num_devices: int, microbatches: int) -> None:
 
 
 def check_period(num_layers: int, layers_of_stage: int, period: int) -> None:
-    """Raise a `UserError` unless layers that differ in turn begin each stage with the first of them."""
+    """Raise a `UserError` unless every stage begins with the first layer of a period of layers that differ."""
     if layers_of_stage % period:
         raise UserError(
-            f"model.num_layers: got {num_layers}, {layers_of_stage} in each stage of the pipeline; attention takes turns over "
-            f"{period} layers, of which a stage needs a multiple"
+            f"model.num_layers: got {num_layers}, {layers_of_stage} in each stage of the pipeline; attention repeats every "
+            f"{period} layers, and a stage needs a multiple of that"
         )
 
 
 def microbatched(tree: TreeT, microbatches: int) -> TreeT:
     """Arrays [B, ...] as microbatches [M, R, ...], all of which every device of the pipeline gets.
 
-    A microbatch is of rows of one device of the pipeline, and of every other device that has rows there; along axes other
-    than the pipeline's nothing moves.
+    The rows of a microbatch come from one device of the pipeline, and from every other device that shares its place there;
+    nothing moves along mesh axes other than the pipeline's.
     """
     axes, P = mesh_axes("layers"), devices_of_layers()
     batch = tuple(name for name in mesh_axes("batch") if name not in axes)
@@ -218,14 +218,14 @@ def microbatched(tree: TreeT, microbatches: int) -> TreeT:
 
 
 def _joined(x: Array) -> Array:
-    """The way back, for one array, whose rows are on devices of the pipeline again."""
+    """The inverse, for one array, whose rows are then divided over the pipeline's devices again."""
     (M, R, *rest), P = x.shape, devices_of_layers()
     x = x.reshape(P, M // P, R, *rest).swapaxes(1, 2).reshape(M * R, *rest)
     return _laid_out(x, mesh_axes("batch") or None)
 
 
 def _laid_out(x: Array, *first: Any) -> Array:
-    """The first dims along these axes of the mesh, the others as they are."""
+    """The array with its first dims along these axes of the mesh, and the others unchanged."""
     rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - len(first))
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*first, *rest))
 
@@ -235,7 +235,7 @@ def _at(tree: Any, index: Array) -> Any:
 
 
 def _stage_of(blocks: Any, number: Array) -> Any:
-    """One of a device's stages [K, ...], of blocks [K, ...] or [V, K, ...]."""
+    """One of a device's stages [K, ...], from blocks [K, ...] or [V, K, ...]."""
 
     def take(leaf: Any) -> Any:
         if (axes := _axes(leaf))[:2] != (None, "layers"):
@@ -250,22 +250,22 @@ def _leading(tree: Any) -> int:
 
 
 def is_variable(leaf: Any) -> bool:
-    """Where a tree's parameters are whole."""
+    """Whether a node of a tree is a whole parameter, as `is_leaf`."""
     return isinstance(leaf, nnx.Variable)
 
 
 def is_stacked(leaf: Any) -> bool:
-    """Whether it is a parameter of stacked layers."""
+    """Whether a leaf is a parameter of stacked layers."""
     return "layers" in _axes(leaf)[:2]
 
 
 def is_in_stages(tree: Any) -> bool:
-    """Whether `in_stages` has changed any of its parameters."""
+    """Whether `in_stages` has changed any of a tree's parameters."""
     return any(_axes(leaf)[:2] == (None, "layers") for leaf in jax.tree.leaves(tree, is_leaf=is_variable))
 
 
 def _axes(leaf: Any) -> tuple[str | None, ...]:
-    """Logical names of a parameter's dims; none of them for any other array."""
+    """Logical names of a parameter's dims; empty for any other array."""
     return tuple(leaf.get_metadata().get("out_sharding") or ()) if is_variable(leaf) else ()
 
 

@@ -1,7 +1,7 @@
 """Float32 products at full precision.
 
 By default a float32 product runs in bfloat16 passes on a TPU and in TF32 on a GPU. This suits a network's layers, but not
-products where small differences decide or errors accumulate: a router's logits, a state that thousands of
+products in which small differences decide the result or errors accumulate: a router's logits, a state that thousands of
 positions write to, an inverse. Operands in bfloat16 are multiplied at the default precision, which is exact for
 them.
 """
@@ -20,10 +20,10 @@ def exact(*operands: Array) -> jax.lax.Precision | None:
 
 
 def einsum(subscripts: str, *operands: Array) -> Array:
-    """`jnp.einsum` in that precision."""
+    """`jnp.einsum` at the precision that `exact` gives."""
     return jnp.einsum(subscripts, *operands, precision=exact(*operands))
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """`a @ b` in that precision."""
+    """`a @ b` at the precision that `exact` gives."""
     return jnp.matmul(a, b, precision=exact(a, b))

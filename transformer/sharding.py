@@ -1,8 +1,8 @@
-"""Logical axes: a model names what a dimension means, never which devices hold it.
+"""Logical axes: a model names the meaning of each dimension, never the devices that hold it.
 
 The names are batch, seq, stream (positions of the residual stream, between the sublayers), embed, heads, kv_heads, head_dim,
 mlp, vocab, layers and expert. A program maps them to the axes of a mesh with `flax.nnx.logical_axis_rules(table)`; with no
-table or no mesh they mean nothing and cost nothing.
+table or no mesh they have no effect and no cost.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def with_axes(init: Callable[..., Array], *axes: str | None) -> Callable[..., An
     """An initialiser whose parameter carries the logical name of each of its dimensions.
 
     The parameter is laid out where its state is made (`out_shardings`), not at construction, so that a model can be
-    built on a laptop with no mesh at all.
+    built on a laptop without a mesh.
 
     Raises:
-        ValueError: a name that is no logical axis.
+        ValueError: a name that is not a logical axis.
     """
     for axis in axes:
         if axis is not None:
@@ -37,13 +37,13 @@ def with_axes(init: Callable[..., Array], *axes: str | None) -> Callable[..., An
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Lay out an activation by the logical names of its dimensions, under the rules and the mesh in force.
+    """Lay out an activation by the logical names of its dimensions, under the active rules and mesh.
 
-    An axis of the mesh that two dimensions would take goes to the first of them; one that a `jax.shard_map` around the call
-    has taken over goes to none.
+    A mesh axis that two dimensions would use goes to the first of them; an axis that an enclosing `jax.shard_map` has made
+    manual goes to neither.
 
     Raises:
-        ValueError: a name that is no logical axis, or not one name for each dimension.
+        ValueError: a name that is not a logical axis, or not one name for each dimension.
     """
     if len(axes) != x.ndim:
         raise ValueError(f"constrain: {len(axes)} names {axes} for an array of shape {x.shape}")
@@ -60,9 +60,9 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """The axes of the mesh in force along which a logical axis lies under the rules in force; none without either.
+    """The axes of the active mesh that the active rules assign to a logical axis; empty without a mesh or rules.
 
-    One that a `jax.shard_map` around the call has taken over is not among them: each device has its own share already.
+    An axis that an enclosing `jax.shard_map` has made manual is not among them: each device already has its own share.
     """
     names = _names(dict(get_logical_axis_rules()).get(_known(axis)))
     mesh = jax.sharding.get_abstract_mesh()
@@ -71,13 +71,13 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
 
 def axes_size(names: tuple[str, ...]) -> int:
-    """How many devices lie along these axes of the mesh in force, taken together."""
+    """Number of devices along these axes of the active mesh, taken together."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[name] for name in names)
 
 
 def _manual() -> set[str]:
-    """The axes of the mesh in force that a `jax.shard_map` has taken over."""
+    """The axes of the active mesh that an enclosing `jax.shard_map` has made manual."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in kinds if kind == AxisType.Manual}
@@ -89,5 +89,5 @@ def _names(placed: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def _known(axis: str) -> str:
     if axis not in LOGICAL_AXES:
-        raise ValueError(f"{axis!r} is no logical axis; there are {', '.join(LOGICAL_AXES)}")
+        raise ValueError(f"{axis!r} is not a logical axis; there are {', '.join(LOGICAL_AXES)}")
     return axis

@@ -1,7 +1,7 @@
-"""Many equal blocks as one: the only scan and the only rematerialisation over layers.
+"""Many identical blocks as one: the only scan and the only rematerialisation over layers.
 
 Every parameter of the stack carries a leading L (logical axis `layers`), so that a program's size and its compile time
-do not grow with depth. Where the mesh has an axis for `layers`, they run as a pipeline (`transformer/pipeline.py`).
+do not grow with depth. If the mesh has an axis for `layers`, they run as a pipeline (`transformer/pipeline.py`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ REMAT_POLICIES: dict[str, Callable[..., Any]] = {
         _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION_RESIDUALS)
     ),
 }
-"""What the backward pass finds saved; `none`, the absence of a policy, saves everything.
+"""What is saved for the backward pass; `none`, the absence of a policy, saves everything.
 
-full: nothing. dots: every matrix product, attention's T×S ones too. light: the products of weights and what a memory-saving
-attention keeps for itself; only norms, activations and sums are computed again, which costs no matrix product.
+full: nothing. dots: every matrix product, including attention's T×S ones. light: the products with weights and the
+residuals of memory-efficient attention; only norms, activations and sums are recomputed, which needs no matrix product.
 """
 
 
@@ -48,14 +48,14 @@ def stack(make_block: Callable[[nnx.Rngs], BlockT], num_layers: int, rngs: nnx.R
 
 
 def unstack(tree: Any, num_layers: int) -> list[Any]:
-    """A stack, in stages or not, or whatever else has a leading L, as one pytree a layer."""
+    """A stack, in stages or not, or any other pytree with a leading L, as one pytree per layer."""
     tree = in_order(tree)
 
     def take(leaf: Any, index: int) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return leaf[index]
         axes = leaf.get_metadata().get("out_sharding")
-        # A parameter of one layer has no layers axis any more.
+        # A parameter of a single layer no longer has a layers axis.
         return leaf.replace(leaf.get_value()[index], **({"out_sharding": axes[1:]} if axes else {}))
 
     def layer(index: int) -> Any:
@@ -65,7 +65,7 @@ def unstack(tree: Any, num_layers: int) -> list[Any]:
 
 
 def restack(layers: list[Any]) -> Any:
-    """One pytree a layer as one with a leading L: the way back from `unstack`."""
+    """One pytree per layer as one with a leading L: the inverse of `unstack`."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
@@ -84,20 +84,20 @@ def apply_stack(
 ) -> tuple[Array, Any]:
     """Run `call(block, x, key, layer_input, context) -> (x, layer_output)` through the layers, from the first to the last.
 
-    A layer may be a group of blocks that repeats: then L counts the groups.
+    A layer may be a group of blocks that repeats; L then counts the groups.
 
     Args:
-        calls: gone through again and again, such as one for global and two for local attention; their outputs are alike in kind.
-        blocks: what `stack` made, or a list of single blocks (`unstack`), which are always run one by one.
-        keys: one a layer, [L, ...].
-        per_layer: a pytree whose leaves have a leading L, of which each layer gets its slice; for a list of blocks a
+        calls: applied in turn, such as one for global and two for local attention; their outputs have the same structure.
+        blocks: what `stack` returned, or a list of single blocks (`unstack`), which are always run one by one.
+        keys: one per layer, [L, ...].
+        per_layer: a pytree whose leaves have a leading L, of which each layer gets its slice; for a list of blocks, a
             list with each layer's input.
-        context: what all layers get.
+        context: passed to all layers.
         first: runs the first layer in place of its call.
-        schedule: of a pipeline, for layers that lie on devices one after the other (`run_pipeline`); None, or on any other
-            mesh: each device runs all layers.
-        scan: one `jax.lax.scan`, of several calls over their repetitions; or a Python loop, which compiles slower and lets XLA
-            see across layers.
+        schedule: of a pipeline, for layers that are divided over devices (`run_pipeline`); None, or on any other mesh: each
+            device runs all layers.
+        scan: one `jax.lax.scan`, of several calls over their repetitions; or a Python loop, which compiles more slowly and lets
+            XLA optimise across layers.
         remat: `none` or a name of `REMAT_POLICIES`.
 
     Returns:
@@ -108,7 +108,7 @@ def apply_stack(
     """
     if remat != "none" and remat not in REMAT_POLICIES:
         known = ", ".join(REMAT_POLICIES)
-        raise ValueError(f"remat {remat!r} does not exist; there are none, {known}.{nearest(remat, REMAT_POLICIES)}")
+        raise ValueError(f"remat {remat!r} does not exist; allowed: none, {known}.{nearest(remat, REMAT_POLICIES)}")
     through = functools.partial(_through, list(calls), first=first, scan=scan, remat=remat)
 
     def stage(blocks: nnx.Module, x: Array, keys: Array | None, inputs: Any, context: Any) -> tuple[Array, Any]:
@@ -148,7 +148,7 @@ def _through(
 
         if remat == "none":
             return body
-        # Under a scan the barrier against common subexpressions is not needed, and costs fusions.
+        # Under a scan the barrier against common-subexpression elimination is not needed, and it prevents fusions.
         return jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
 
     bodies = list(map(body_of, calls))
@@ -179,7 +179,7 @@ def _through(
         x, outputs = one_by_one(x, unstack(layers, period), start=period)
         return x, restack(outputs)
 
-    # The first group apart where its first layer differs, then whole groups, then what is left.
+    # The first group separately if its first layer differs, then whole groups, then the rest.
     begin = period if first is not None else 0
     groups = max(num_layers - begin, 0) // period
     end = begin + groups * period

@@ -18,7 +18,7 @@ else:
     try:
         from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, PRNGKeyArray
     except ImportError:
-        # Shapes are checked by the test suite, which has jaxtyping; elsewhere nothing reads the annotations.
+        # The test suite, which has jaxtyping, checks shapes; elsewhere nothing reads the annotations.
         Array = Bool = DTypeLike = Float = Int = Key = PRNGKeyArray = Any
 
 __all__ = [
@@ -30,27 +30,27 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 def wide(dtype: DTypeLike) -> DTypeLike:
-    """The type that sums, statistics and softmax of `dtype` are taken in: float64 stays, anything narrower is float32."""
+    """The type for sums, statistics and softmax of `dtype`: float64 for float64, float32 for anything narrower."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def widen(x: Array) -> Array:
-    """`x` in that type."""
+    """`x` in the type that `wide` gives."""
     return x.astype(wide(x.dtype))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOutput:
-    """What a model returns."""
+    """The output of a model."""
 
     logits: Array
     """Scores, float32: [B, T, V] of a language model. Other heads document their own shape."""
     pooled_logits: Array | None = None
     """[B, C] scores of a whole row, for a model that gives them in addition to its tokens'."""
     states: Any = None
-    """What decoding carries after these tokens, one state a layer, when states were given."""
+    """The state of each layer after these tokens, for decoding, if states were given."""
     weights: Array | None = None
-    """[L, B, N, T, S] attention weights, when they were asked for."""
+    """[L, B, N, T, S] attention weights, if asked for."""
     added_loss: Array | None = None
-    """A scalar to add to the mean loss: what the routers of experts, or a head, ask for besides."""
+    """A scalar to add to the mean loss, from the routers of experts or from a head."""

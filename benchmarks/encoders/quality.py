@@ -98,8 +98,9 @@ def run(
     }
     print(json.dumps(result["finetuned"], indent=2))
     record.save(
-        "finetuning", "manyheads-bench finetuning" + (f" --seeds {seeds}" if seeds != SEEDS else ""), result, show=False
-    )
+        "finetuning", "manyheads-bench finetuning" + (f" --seeds {seeds}" if seeds != SEEDS else ""), result, show=False,
+        folder=record.folder_for(directory, DIRECTORY),
+    )  # fmt: skip
     return result
 
 

@@ -166,7 +166,8 @@ def picture(result: dict[str, Any]) -> str:
     if max(row["memory"] or 0 for row in result["layouts"]) > 0.2 * result["device_memory"]:
         limit = result["device_memory"] / GIB
         axes.axvline(limit, color="#d1495b", linestyle="--", linewidth=1, label="the device's memory")
-    axes.set(xlabel="GiB a device", ylabel="ms a step", ylim=(0, None), xlim=(0, None))
+    axes.set(xlabel="GiB a device", ylabel="ms a step")
+    axes.margins(0.06, 0.12)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -61,7 +61,7 @@ def test_all_arms_are_scored_on_the_same_documents(tmp_path, results, capsys):
     path.write_text(yaml.safe_dump(json.loads(json.dumps(config))))
     result = quality.run(1, str(tmp_path / "runs"), config=path, source=str(folder))
     assert {arm: len(values) for arm, values in result["accuracies"].items()} == dict.fromkeys(quality.ARMS, 1)
-    assert "tiny, held-out accuracy, LoRA, median" in report(results)
+    assert "tiny, held-out accuracy, LoRA, median" in report(tmp_path / "runs")
     capsys.readouterr()
     quality.run(1, str(tmp_path / "runs"), config=path, source=str(folder))
     runs = {path.parent.name for path in tmp_path.rglob("output.txt")}

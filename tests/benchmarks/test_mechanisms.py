@@ -56,7 +56,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     chosen = {"translation": small("translation", "additive", "none"), "pairs": small("pairs", "decomposable")}
     result = mechanisms.run(0.01, directory=str(tmp_path / "runs"), chosen=chosen)
     said = capsys.readouterr().out
-    kept = json.loads((tmp_path / "results" / "mechanisms_cpu.json").read_text())["result"]
+    kept = json.loads((tmp_path / "runs" / "mechanisms_cpu.json").read_text())["result"]
     assert kept == json.loads(json.dumps(result))
     rows = result["mechanisms"]["translation"]["rows"]
     assert set(rows) == {"additive", "none"} and rows["additive"]["steps"] == 3
@@ -64,7 +64,10 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     assert "--model.attention={kind: additive}" in rows["additive"]["arguments"]
     assert 0 <= result["mechanisms"]["pairs"]["rows"]["decomposable"]["figure"] <= 1
     assert "| none | `attention: {kind: none}` |" in said and "| decomposable | as it is |" in said
-    assert "a classifier of pairs of sentences, decomposable, after 0.01 minutes" in report(tmp_path / "results")
+    reported = report(tmp_path / "runs")
+    assert "A classifier of pairs of sentences, 0.01 minutes of training each (`manyheads-bench mechanisms" in reported
+    assert "| decomposable | as it is |" in reported
+    assert not (tmp_path / "results").exists()
     assert not list(tmp_path.rglob("checkpoints"))
 
     # What is finished is read.

@@ -39,7 +39,7 @@ def test_both_arms_with_each_seed(configs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     result = pretraining.run(2, str(tmp_path / "runs"), **configs)
     said = capsys.readouterr().out
-    assert json.loads((tmp_path / "results" / "pretraining_cpu.json").read_text())["result"] == json.loads(
+    assert json.loads((tmp_path / "runs" / "pretraining_cpu.json").read_text())["result"] == json.loads(
         json.dumps(result)
     )
     assert {arm: len(values) for arm, values in result["accuracies"].items()} == {"pretrained": 2, "random": 2}
@@ -54,7 +54,8 @@ def test_both_arms_with_each_seed(configs, tmp_path, monkeypatch, capsys):
     assert len(runs) == 1 + 4 + 2
     assert all(("weights from" in text) == name.startswith("pretrained") for name, text in runs.items())
     assert not list(tmp_path.rglob("random-*/checkpoints")) and list(tmp_path.rglob("encoder/checkpoints"))
-    assert "tuned, held-out accuracy from pretrained weights" in report(tmp_path / "results")
+    assert "tuned, held-out accuracy from pretrained weights" in report(tmp_path / "runs")
+    assert not (tmp_path / "results").exists()
 
     # Only the encoder, which is at its end, is asked again.
     train = stage.train

@@ -62,7 +62,16 @@ def test_what_is_missing_is_told(whole, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{bare} has none on record" in said and f"{bare} has recorded none yet" in said
     assert main(["diff", str(whole), str(bare), "--out", str(tmp_path / "curves.png")]) == 2
-    assert "have no metric in common to draw" in capsys.readouterr().err
+    assert "there is no metric in common to draw" in capsys.readouterr().err
     (bare / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": 2.5}) + "\n" + '{"step": 2, "tr')
     assert main(["diff", str(whole), str(bare), "--out", str(tmp_path / "curves.none")]) == 2
     assert "curves.none: cannot be written" in capsys.readouterr().err
+
+
+def test_curves_of_one_run_and_of_several(whole, other, tmp_path, capsys):
+    assert main(["plot", str(whole), "--out", str(tmp_path / "one.png")]) == 0
+    assert main(["plot", str(whole), str(other), "--out", str(tmp_path / "two.png")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"curves    {tmp_path / 'two.png'}"
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("one", "two"))
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "no run here" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_a_signal_saves_and_says_how_to_go_on(start, whole, tmp_path, number):
     wait_for(tmp_path / "run", 3, process)
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert process.returncode == 128 + number, errors
     stopped = int(re.search(r"stopped after step (\d+); .* Run the same command again", output).group(1))
     with Checkpoints(tmp_path / "run") as checkpoints:
         assert checkpoints.latest == stopped
@@ -93,7 +93,7 @@ def test_a_signal_in_the_last_evaluation_does_not_wait_for_its_end(config_file, 
     # Once the steps are done.
     arguments = ("--steps", "3", "--evaluation.every", "0", "--checkpoint.every", "0")
     with asked_to_stop(looks=3):
-        assert cli(config_file, tmp_path / "run", *arguments) == 0
+        assert cli(config_file, tmp_path / "run", *arguments) == 128 + signal.SIGTERM
     said = capsys.readouterr().out
     assert re.search(r"step 3: the evaluation was left after 1 of \d+ batches", said)
     assert "stopped after step 3; the state is saved" in said and "All steps are done" in said

@@ -101,3 +101,11 @@ def test_a_translator_from_plain_data(tmp_path):
 def test_a_config_is_trained_as_it_is(texts, tmp_path):
     config = dataclasses.replace(classifier_of(texts, tmp_path / "run"), steps=1)
     assert mh.train(config).config.steps == 1
+
+
+def test_loading_a_run_warns_of_nothing(whole):
+    program = f"import manyheads as mh; mh.load({str(whole)!r})"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=surroundings(), capture_output=True, text=True, check=True
+    )
+    assert ran.stderr == "" and ran.stdout == ""

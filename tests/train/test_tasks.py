@@ -112,7 +112,7 @@ def test_texts_are_told_from_files_and_standard_input(runs, tmp_path, capsys, mo
     assert main(["predict", str(config.directory), "--file", str(tmp_path / "texts.txt")]) == 0
     said = capsys.readouterr()
     first, second = map(json.loads, said.out.splitlines())
-    assert first["label"] == ["B-PER", "O", "O", "B-LOC", "I-LOC"] and first["id"] == "texts.txt#0"
+    assert first["label"] == ["B-PER", "O", "O", "B-LOC", "I-LOC"] and first["id"] == "texts.txt:1"
     # What lies beyond the row has no tag.
     seen = [tag is not None for tag in second["label"]]
     assert len(seen) == 30 and seen == sorted(seen, reverse=True) and not all(seen)

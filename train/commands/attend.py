@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if not options.text:
-        raise UserError("nothing to look at: give --text TEXT")
+        raise UserError("no text given: use --text TEXT")
     set_up(options)
     from train.inference.attend import attend, numbers
 

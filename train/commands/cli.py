@@ -1,4 +1,4 @@
-"""`manyheads`: the commands, and how a user's mistake ends one: a single line, and exit status 2."""
+"""`manyheads`: the commands. A user's mistake ends a command with a single line and exit status 2."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from train.commands import (
     export,
     generate,
     import_checkpoint,
+    plot,
     predict,
     prepare,
     train,
@@ -26,32 +27,38 @@ from transformer.errors import ConfigError, UserError
 COMMANDS = tuple(
     module.COMMAND
     for module in (
-        train, import_checkpoint, export, embed, prepare, explain, diff, generate, attend, translate, predict
+        train, import_checkpoint, export, embed, prepare, explain, plot, diff, generate, attend, translate, predict
     )
 )  # fmt: skip
-"""A new command is one new file and one name here."""
+"""To add a command, add its file and its name here."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="manyheads", description="Train and use Transformers from a config.")
-    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_to(parsers)
+    parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not options.command.takes_config:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     try:
         with exit_on_sigint("manyheads"):
-            options.command.run(options)
+            return options.command.run(options) or 0
     except UserError as error:
         print(f"manyheads: {_message(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader (head, less) has left: nothing more to say, and nothing wrong.
+        # The reader of the pipe (head, less) has exited: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `command` of what it gives is the one that was named."""
+    parser = argparse.ArgumentParser(prog="manyheads", description="Train and use Transformers from a config.")
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_to(parsers)
+    return parser
 
 
 def _message(error: UserError) -> str:

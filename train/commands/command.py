@@ -27,13 +27,14 @@ class Command:
 
     name: str
     help: str
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
+    """Returns the exit status; None is 0."""
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     takes_config: bool = False
-    """It reads a config, whose fields further flags override."""
+    """Whether it reads a config, whose fields can be overridden by further flags."""
 
     def add_to(self, commands: argparse._SubParsersAction) -> None:
-        """Its parser, among those of the others."""
+        """Add its parser to those of the other commands."""
         listed = "`manyheads explain CONFIG` lists them"
         overrides = f"\n\nAny field can be overridden: --model.num-layers 8 --steps 500; {listed}."
         parser = commands.add_parser(
@@ -73,7 +74,7 @@ def load_config(options: argparse.Namespace) -> RunConfig:
 
 
 def from_flags(kind: type[T], options: argparse.Namespace) -> T:
-    """A config of which each field that the command has a flag for is that flag's value. Raises `UserError`."""
+    """A config whose fields take the values of the command's flags of the same names. Raises `UserError`."""
     names = {field.name for field in dataclasses.fields(kind)} & vars(options).keys()  # type: ignore[arg-type]
     try:
         return kind(**{name: getattr(options, name) for name in names})

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", required=True, metavar="FILE", help=texts)
     parser.add_argument("--field", default="text", metavar="NAME", help="of records: the field with the text (text)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write: .npy or .parquet")
-    parser.add_argument("--pooling", choices=["mean", "cls"], help="how tokens become one vector (the model's own way)")
+    parser.add_argument("--pooling", choices=["mean", "cls"], help="how token vectors are pooled (the model's setting)")
     normalize = "scale vectors to length 1 (yes)"
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help=normalize)
 

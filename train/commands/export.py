@@ -11,10 +11,10 @@ from transformer.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    form = "hf: the whole model; peft: its adapters alone (hf)"
+    form = "hf: the whole model; peft: only its adapters (hf)"
     parser.add_argument("--format", choices=["hf", "peft"], default="hf", help=form)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make (RUN/huggingface, RUN/peft)")
-    architecture = "architecture to write (that of the import, or the one that fits)"
+    architecture = "architecture to write (that of the import, or the first that fits)"
     parser.add_argument("--model-type", metavar="NAME", help=architecture)
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (float32)")
     verify = "compare both frameworks (where transformers is installed)"

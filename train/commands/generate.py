@@ -12,19 +12,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_devices(parser)
     add_run(parser)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for a batch")
-    parser.add_argument("--prompts-file", metavar="FILE", help="a file with one prompt a line (- for standard input)")
+    parser.add_argument("--prompts-file", metavar="FILE", help="a file with one prompt per line (- for standard input)")
     length = "length of a continuation (256, or what the context leaves)"
     parser.add_argument("--max-tokens", type=int, metavar="N", help=length)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=int, help="keep the k likeliest tokens")
+    parser.add_argument("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy (0.8)")
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens")
     parser.add_argument(
-        "--top-p", type=float, default=0.95, help="keep the likeliest tokens of this probability (0.95)"
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="sample from the likeliest tokens whose probabilities sum to this (0.95)",
     )
-    least = "keep tokens this likely relative to the likeliest (0)"
+    least = "drop tokens below this fraction of the likeliest token's probability (0)"
     parser.add_argument("--min-p", type=float, default=0.0, help=least)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (1)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another text (0)")
-    beams = "search for the likeliest text with N beams; nothing is sampled"
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 penalises repetition (1)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (0)")
+    beams = "beam search with N beams instead of sampling"
     parser.add_argument("--beams", type=int, metavar="N", help=beams)
     parser.add_argument("--num-best", type=int, default=1, metavar="N", help="with --beams: show the N best (1)")
     penalty = "with --beams: above 0 favours longer texts (0.6)"

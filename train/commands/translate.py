@@ -1,4 +1,4 @@
-"""`manyheads translate`: translate with a model of pairs of texts."""
+"""`manyheads translate`: translate with a model trained on pairs of texts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_devices(parser)
     add_run(parser)
     parser.add_argument("--text", action="append", metavar="TEXT", help="what to translate; repeat it for a batch")
-    parser.add_argument("--file", metavar="FILE", help="a file with one text a line (- for standard input)")
+    parser.add_argument("--file", metavar="FILE", help="a file with one text per line (- for standard input)")
     parser.add_argument("--beams", type=int, default=4, help="number of beams; 1 is greedy (4)")
     best = "show the N best with their scores (1)"
     parser.add_argument("--num-best", type=int, default=1, metavar="N", help=best)
     parser.add_argument("--length-penalty", type=float, default=0.6, help="above 0 favours longer translations (0.6)")
-    coverage = "above 0 favours translations that attend to all of the source (0)"
+    coverage = "coverage penalty: above 0 favours translations that attend to all of the source (0)"
     parser.add_argument("--coverage-penalty", type=float, default=0.0, help=coverage)
     page = "write a page, and a picture, of the first text's alignment"
     parser.add_argument("--attention", type=Path, metavar="PAGE", help=page)

@@ -1,4 +1,4 @@
-"""A config for people, and as plain data: its fields with their meanings, and what differs between two."""
+"""A config as text and as plain data: its fields with their meanings, and the differences between two configs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a config, for people to read."""
+    """One field of a config, as text."""
 
     path: str
     value: Any
@@ -48,7 +48,7 @@ class Field:
 
 
 def fields(config: Any, prefix: str = "", kinds: Sequence[type] = ()) -> Iterator[Field]:
-    """Every field below a config, sections opened.
+    """Every field of a config, including those of its sections.
 
     Args:
         prefix: of the fields' paths.
@@ -73,7 +73,7 @@ def fields(config: Any, prefix: str = "", kinds: Sequence[type] = ()) -> Iterato
 
 @functools.cache
 def _meanings(config_type: type) -> dict[str, str]:
-    """Field name → the docstring under it; of a tag, what its class is."""
+    """Field name → the docstring under it; for a tag, the docstring of its class."""
     found = {}
     for owner in reversed(config_type.__mro__):
         if not dataclasses.is_dataclass(owner):

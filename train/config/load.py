@@ -21,13 +21,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, with command-line overrides such as `--model.num-layers 8`.
 
     Raises:
-        UserError: no such file, no YAML, an unknown key, a wrong type, a value out of range, values that contradict each
+        UserError: no such file, invalid YAML, an unknown key, a wrong type, a value out of range, values that contradict each
             other, or imported weights, which have no objective.
     """
     config = parse(read_yaml(Path(path)), str(path), overrides)
     if config.objective.kind == "none":
         raise UserError(
-            f"{path}: objective.kind: got 'none'; this is the config of imported weights: name their folder in init_from of "
+            f"{path}: objective.kind: got 'none'; this is the config of imported weights: name their folder in the init_from of "
             "a config with an objective"
         )
     return config

@@ -1,4 +1,4 @@
-"""What is wrong with a config's data, in one line: the field's path, the value given, what is allowed, the nearest name."""
+"""A mistake in a config's data as one line: the field's path, the value given, what is allowed, the nearest name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformer.errors import ConfigError, field_types, nearest, what_fits
 
 _NO_MAPPING = ("dict_type", "union_tag_not_found")
 _SHOWN = 12
-"""Fields that are listed where no name is near."""
+"""The most fields that a message lists when no name is similar."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def first_mistake(config_type: type, errors: typing.Sequence[Any], data: Any) ->
 
 
 def with_path(config_type: type, error: ConfigError) -> str:
-    """The message of an error of a config that exists already, with the path of the first field that it may be about."""
+    """The message of an error in an existing config, with the path of the first field that it may concern."""
 
     def search(kind: type, prefix: str) -> typing.Iterator[str]:
         if issubclass(kind, error.owner):
@@ -107,7 +107,7 @@ def _mistake(error: Any, place: _Place) -> Mistake:
 
 
 def _unknown(place: _Place) -> str:
-    """What to say of a key that its config does not have."""
+    """The message about a key that its config does not have."""
     key, names = place.path[-1], list(field_types(place.owner))
     if place.siblings:
         tag = tag_of(place.siblings)
@@ -123,7 +123,7 @@ def _unknown(place: _Place) -> str:
 
 
 def _locate(config_type: type, loc: list[Any], data: Any) -> _Place:
-    """Follow pydantic's location through annotations and data; tags of unions are no part of the path."""
+    """Follow pydantic's location through annotations and data; tags of unions are not part of the path."""
     path: list[str] = []
     annotation: Any = config_type
     value, default = data, None

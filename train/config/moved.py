@@ -1,4 +1,4 @@
-"""Fields that configs used to have, and where what they decided is now."""
+"""Fields that configs used to have, and the fields that replace them."""
 
 _ATTENTION = {
     name: f"model.attention.{name}"
@@ -41,4 +41,4 @@ MOVED: dict[str, str] = {
     "model.token_layer": "model.head.dense",
     "model.head_bias": "model.head.bias",
 }
-"""Old path → new place. `*` stands for the index of an item of a list."""
+"""Old path → new place. `*` is the index of any item of a list."""

@@ -23,7 +23,7 @@ def apply(config_type: type, data: Any, arguments: Sequence[str]) -> tuple[Any, 
     of underscores.
 
     Raises:
-        UserError: a flag without a value, or below something that has no fields. Names are not checked.
+        UserError: a flag without a value, or with a parent that has no fields. Names are not checked.
     """
     data = {} if data is None and arguments else data
     paths = []
@@ -50,7 +50,7 @@ def _flags(arguments: Sequence[str]) -> list[tuple[Path, list[str]]]:
 
 
 def _assign(config_type: type, data: Any, path: Path, words: list[str]) -> None:
-    """Set one value. On the way down, what the data leaves out is made: a mapping, or a list's default."""
+    """Set one value. Missing parents along the path are created: a mapping, or a list's default."""
     annotation: Any = config_type
     here, default = data, None
     for depth, key in enumerate(path):
@@ -81,7 +81,7 @@ def _assign(config_type: type, data: Any, path: Path, words: list[str]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A default as data, without what its classes have as defaults, but with their tags."""
+    """A default as data: the tags of its classes, and the fields that differ from the classes' own defaults."""
     kind: type = type(value)
     if is_config(kind):
         given = {name: getattr(value, name) for name in field_types(kind)}
@@ -90,7 +90,7 @@ def _plain(value: Any) -> Any:
 
 
 def _value(words: list[str], annotation: Any, name: str) -> Any:
-    """What a field gets: the items of a list one by one, where they are given so; else one value."""
+    """The value of a field: a list where its items are given as separate words, else one value."""
     items = [typing.get_args(one)[0] for one in alternatives(annotation) if typing.get_origin(one) is tuple]
     if len(words) > 1:
         if not items:
@@ -107,7 +107,7 @@ def _is_named(text: str, annotation: Any) -> bool:
 
 
 def _scalar(text: str, annotation: Any, name: str) -> Any:
-    """A word of the command line as YAML, unless its field takes texts."""
+    """A word of the command line, parsed as YAML unless its field holds text."""
     if _is_named(text, annotation):
         return text
     parts = alternatives(annotation)

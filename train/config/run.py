@@ -27,9 +27,9 @@ class RunConfig(Config):
     run_dir: str | None = None
     """Folder of the run; null: runs/NAME."""
     init_from: str | None = None
-    """Folder of a run with whose weights training begins. Parameters that it lacks are initialised fresh. null: all are."""
+    """Folder of a run with whose weights training begins. Parameters that it lacks are random; null: all are random."""
     seed: int = 0
-    """Decides initial weights, dropout and the order of the data."""
+    """Random seed of the initial weights, dropout and the order of the data."""
     steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 32
@@ -37,31 +37,31 @@ class RunConfig(Config):
     length: int | None = None
     """Tokens in a training sequence; null: model.max_length."""
     microbatches: int = 1
-    """Parts a step's batch is cut into, one after the other (gradient accumulation)."""
+    """Number of parts that a step's batch is split into and computed in sequence (gradient accumulation)."""
     max_skipped: int = 10
     """Stop after this many updates in a row were skipped for a loss or gradient that is not finite."""
     model: ModelConfig = GPTConfig()
     """The network; its `family` decides which fields there are."""
     adapter: AdapterConfig | None = None
-    """Low-rank adapters, which are trained in the place of the network's own parameters; null: none."""
+    """Low-rank adapters, which are trained instead of the network's own parameters; null: none."""
     objective: AnyObjective = Causal()
-    """What is predicted from what; its `kind` decides which fields there are."""
+    """The training objective; its `kind` decides which fields there are."""
     data: DataConfig = DataConfig()
-    """The text, and how it becomes sequences of tokens."""
+    """The training text, and how it becomes sequences of tokens."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How gradients become updates."""
+    """The optimiser and its learning-rate schedule."""
     loss: LossConfig = LossConfig()
-    """Additions to what is minimised."""
+    """Additional terms of the loss."""
     mesh: MeshConfig = MeshConfig()
     """How the run is spread over devices."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Scores on held-out text."""
+    """Evaluation on held-out text."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """States on disk."""
+    """Checkpoints on disk."""
     log: LogConfig = LogConfig()
-    """Records of metrics."""
+    """Logging of metrics."""
     sample: SampleConfig = SampleConfig()
-    """Texts to look at."""
+    """Sample texts during training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +80,7 @@ class RunConfig(Config):
         decay = self.optimizer.layer_decay
         require(
             self.optimizer, "layer_decay", decay is None or self.model.family in ("gpt", "bert"),
-            f"layer_decay needs one stack of blocks (gpt, bert), and the model is of family {self.model.family!r}; "
+            f"layer_decay needs one stack of blocks (gpt, bert), and the model family is {self.model.family!r}; "
             "allowed: null",
         )  # fmt: skip
         holds = isinstance(getattr(self.model, "mlp", None), ExpertsConfig) or self.mesh.expert in (None, 1)
@@ -104,12 +104,12 @@ class RunConfig(Config):
 
     @property
     def tokens_per_example(self) -> int:
-        """Of all rows that the model reads for one, padding included."""
+        """Tokens of all rows that the model reads for one example, padding included."""
         return self.objective.rows_per_example * self.sequence_length
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all rows of a batch, padding included."""
+        """Tokens of all rows of a batch, padding included."""
         return self.batch_size * self.tokens_per_example
 
     @property

@@ -22,13 +22,13 @@ from transformer.errors import ConfigError, field_types
 
 @functools.cache
 def validator(config_type: type) -> pydantic.TypeAdapter[Any]:
-    """What makes a config of JSON: strictly, and with no unknown keys."""
+    """Builds a config from JSON, strictly; unknown keys are errors."""
     return pydantic.TypeAdapter(_one(config_type, None))
 
 
 @functools.cache
 def _one(config_type: type, base: Any) -> Any:
-    """A mapping that becomes a config; `base` has the values of fields that it leaves out."""
+    """A mapping that becomes a config; fields that it leaves out take their values from `base`."""
     fields: dict[str, Any] = {}
     for name, annotation in field_types(config_type).items():
         default = default_of(config_type, name, base)
@@ -77,14 +77,14 @@ def _build(config_type: type, base: Any, given: dict[str, Any]) -> Any:
         if issubclass(config_type, error.owner):
             raise
         values = {name: given.get(name, default_of(config_type, name, base)) for name in names}
-        # The error is of a part that contradicts another one.
+        # The error is about one part that contradicts another.
         places = list(_places(values, error))
         path = next((path for path, same in places if same), places[0][0] if places else "")
         raise ConfigError(config_type, f"{path}{error.field}", error.given, error.allowed) from None
 
 
 def _places(values: dict[str, Any], error: ConfigError) -> typing.Iterator[tuple[str, bool]]:
-    """Where a config lies that an error may be about (`model.`, `pattern.1.`), and whether it has the value given."""
+    """The path of a config that an error may concern (`model.`, `pattern.1.`), and whether it has the value given."""
     for name, value in values.items():
         items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
         for index, item in items:

@@ -1,4 +1,4 @@
-"""Sections of a run's config that decide nothing of what it computes: when it is scored, kept, recorded and shown."""
+"""Sections of a run's config that do not affect what it computes: evaluation, checkpoints, logging and samples."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from transformer.errors import Config, require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Config):
-    """When the held-out text is scored."""
+    """When the held-out text is evaluated."""
 
     every: int = 500
     """Steps between evaluations; 0: only at the end."""
     batches: int | None = 20
-    """Batches of an evaluation on the way; null: all of the held-out text. The last evaluation always takes all of it."""
+    """Batches of an evaluation during training; null: all of the held-out text. The last evaluation always takes all of it."""
     translations: int = 500
-    """seq2seq: held-out pairs, spread over all of them, that are translated for BLEU and chrF at the end; 0: none."""
+    """seq2seq: number of held-out pairs, evenly spaced, that are translated for BLEU and chrF at the end; 0: none."""
     patience: int | None = None
-    """Stop after so many evaluations in a row that were no better than the best, by checkpoint.best; null: after all steps."""
+    """Stop early after this many evaluations in a row without a better value of checkpoint.best; null: run all steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,14 +31,14 @@ class EvaluationConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Config):
-    """When the state is written, and what is kept of it."""
+    """When checkpoints are written, and which ones are kept."""
 
     every: int = 500
     """Steps between checkpoints; 0: only at the end and on interruption."""
     keep: int = 2
-    """How many of the newest are kept, in addition to the best."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     best: str = "loss"
-    """By which value on the held-out text the best is chosen: the loss, or a metric of the objective (a wrong name lists
+    """The held-out score that decides which checkpoint is best: the loss, or a metric of the objective (a wrong name lists
     them). Higher is better, except for loss and mse."""
 
     def __post_init__(self) -> None:
@@ -65,18 +65,18 @@ class LogConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig(Config):
-    """A text written by the model now and then, to look at."""
+    """Sample texts that the model writes during training."""
 
     every: int = 1000
     """Steps between samples; 0: only at the end."""
     prompt: str = "\n"
-    """What the sample begins with."""
+    """Prompt of the sample."""
     max_tokens: int = 128
     """Length of the sample, in tokens; 0: no samples."""
     temperature: float = 0.8
     """Sampling temperature; 0: the likeliest token."""
     top_p: float = 0.95
-    """Sample from the likeliest tokens that make up this probability."""
+    """Sample from the likeliest tokens whose probabilities sum to this (nucleus sampling)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""What annotations say of configs: which classes a field may hold, which field is the tag of a union, and what defaults are."""
+"""Reads configs' annotations: the classes that a field may hold, the tag field of a union, and the defaults."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def is_config(kind: Any) -> bool:
 
 
 def configs_in(annotation: Any) -> tuple[type, ...]:
-    """The config classes that a field itself may hold: one, those of a union, or none."""
+    """The config classes that a field may hold: one, the members of a union, or none."""
     return tuple(part for part in members(annotation) if is_config(part))
 
 
 def tag_of(config_types: tuple[type, ...]) -> str:
-    """The field that says which of several configs one is: a Literal in all of them, of values that no two share."""
+    """The field that distinguishes several configs: a Literal in all of them, with values that no two share."""
     for name in field_types(config_types[0]):
         values = [tag_values(one, name) for one in config_types]
         if all(values) and len({value for own in values for value in own}) == sum(map(len, values)):
@@ -36,7 +36,7 @@ def tag_values(config_type: type, name: str) -> tuple[str, ...]:
 
 
 def default_of(config_type: type, name: str, base: Any = None) -> Any:
-    """A field's value where nothing is given: that of `base`, or the class's own; MISSING for a field that must be given."""
+    """A field's default: its value in `base`, or the class's own default; MISSING for a required field."""
     if base is not None:
         return getattr(base, name)
     field = config_type.__dataclass_fields__[name]  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def chosen(annotation: Any, given: Any, default: Any) -> type | None:
 
 
 def default_tag(config_types: tuple[type, ...], default: Any) -> str | None:
-    """The tag of a field's default; where that is no config, of the first of the union."""
+    """The tag of a field's default; if the default is not a config, the tag of the union's first member."""
     if isinstance(default, tuple):
         default = default[0] if default else None
     tag = tag_of(config_types)
@@ -62,7 +62,7 @@ def default_tag(config_types: tuple[type, ...], default: Any) -> str | None:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union; of any other annotation itself."""
+    """The members of a union; for any other annotation, the annotation itself."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
         return tuple(one for part in typing.get_args(annotation) for one in members(part))
     return (annotation,)

@@ -1,4 +1,4 @@
-"""YAML as configs are written: version 1.2's floats, and no key twice."""
+"""YAML for configs: floats as in version 1.2, and no duplicate keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from transformer.errors import UserError, nearest
 
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
-"""YAML 1.2's floats with an exponent; PyYAML's own rule takes 1e-3 for a text."""
+"""YAML 1.2's floats with an exponent; PyYAML's own rule reads 1e-3 as text."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -25,25 +25,25 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The data of a text; `source` names it in errors. Raises `UserError` for what is not valid YAML."""
+    """The data of a YAML text; `source` names it in errors. Raises `UserError` if it is not valid YAML."""
     import yaml
 
     try:
         return yaml.load(text, functools.partial(_loader(), source=source))
     except yaml.YAMLError as error:
-        raise UserError(f"{source}: no valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def as_json(data: Any, source: str) -> Any:
-    """The same data as JSON has it, nothing shared. Raises `UserError` for a value that JSON lacks, such as a date."""
+    """The same data as JSON types, without shared objects. Raises `UserError` for a type that JSON lacks, such as a date."""
     try:
         return json.loads(json.dumps(data))
     except TypeError as error:
-        raise UserError(f"{source}: a value that is no text, number, list or mapping: {error}") from None
+        raise UserError(f"{source}: a value that is not text, a number, a list or a mapping: {error}") from None
 
 
 def dump_yaml(data: Any) -> str:
-    """Data as YAML, which `parse_yaml` reads back to the same."""
+    """Data as YAML, which `parse_yaml` reads back unchanged."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -58,7 +58,7 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's floats (1e-3 is a number), and no key twice."""
+        """Reads YAML 1.2's floats (1e-3 is a number), and refuses duplicate keys."""
 
         def __init__(self, text: str, source: str) -> None:
             super().__init__(text)
@@ -69,7 +69,7 @@ def _loader() -> Any:
             keys = [self.construct_object(key) for key, _ in node.value]
             for key in keys:
                 if keys.count(key) > 1:
-                    raise UserError(f"{self._source}: line {node.start_mark.line + 1}: the key {key!r} stands twice")
+                    raise UserError(f"{self._source}: line {node.start_mark.line + 1}: the key {key!r} appears twice")
             return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))

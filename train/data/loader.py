@@ -1,8 +1,8 @@
-"""Batches: which examples make up a step, and having them ready, and on the device, before they are needed.
+"""Batches: which examples make up a step, prefetched to the device before they are needed.
 
 The examples of global step s are a function of (seed, s) alone. A process takes its own rows of that batch, and
-threads only fetch ahead: neither the number of devices, processes nor threads changes what a step sees, and to begin
-at a step costs the same whichever it is.
+threads only prefetch: the numbers of devices, processes and threads do not change what a step sees, and starting at
+any step costs the same.
 
 Axes: B rows of a process's part of the batch, T positions.
 """
@@ -29,13 +29,13 @@ Batch = dict[str, np.ndarray]
 """The arrays of the objective, as the modules of `train.data.examples` describe them, and `example` [B] int64: which example a
 row is, -1 for a row of padding, whose weights are 0 and whose label is -1."""
 
-_VALIDATION_KEY = draw_key(0, "validation")  # one seed for all runs: they are scored on the same
+_VALIDATION_KEY = draw_key(0, "validation")  # one seed for all runs, so that they are scored on the same examples
 _ENDLESS = 1 << 62
 _OnDevice = TypeVar("_OnDevice")
 
 
 class ExampleMaker(Protocol):
-    """What batches are made by: an objective."""
+    """What makes the batches: an objective."""
 
     def check_data(self, prepared: Prepared, length: int) -> None:
         """Raise a `UserError` unless the data suits it, with sequences of `length` tokens to predict."""
@@ -63,12 +63,12 @@ class Batches(abc.ABC):
     @property
     @abc.abstractmethod
     def efficiency(self) -> float:
-        """The part of all positions that hold a token of text; of pairs, on the side that is predicted."""
+        """The fraction of positions that hold a token of text; for pairs, on the target side."""
 
     @property
     @abc.abstractmethod
     def source_efficiency(self) -> float | None:
-        """The same of the source, where there is one."""
+        """The same for the source, if there is one."""
 
     @abc.abstractmethod
     def batch(self, step: int) -> Batch:
@@ -98,7 +98,7 @@ class MixedBatches(Batches):
         self._sources = sources
         self._first_id = np.cumsum([0, *map(len, sources)])
         self._order = _order(sources, weights, seed)
-        self._order[0]  # what grain sets up on first use is not made for several threads at once
+        self._order[0]  # grain's setup on first use is not thread-safe
         self._batch_size = batch_size
         self._key = draw_key(seed, "train")
         self._rows = range(batch_size)[rows]
@@ -127,7 +127,7 @@ class MixedBatches(Batches):
 
 
 class BucketedBatches(Batches):
-    """One pair a row, pairs of similar length together: a batch comes from one source, which is drawn by weight."""
+    """One pair per row, pairs of similar length together; a batch comes from one source, which is drawn by weight."""
 
     def __init__(
         self, sources: list[Buckets], weights: list[float], *, seed: int, rows: slice, threads: int, prefetch: int
@@ -163,7 +163,7 @@ class EvaluationBatches(abc.ABC):
     """The validation examples of one process, each once. `len` is the number of batches."""
 
     def __init__(self, count: int, threads: int, prefetch: int, max_batches: int | None) -> None:
-        """Of `count` batches, `max_batches` at most."""
+        """Of `count` batches, `max_batches` at most are used."""
         self._len = count if max_batches is None else min(count, max_batches)
         self._threads, self._prefetch = threads, prefetch
 
@@ -199,7 +199,7 @@ class OrderedBatches(EvaluationBatches):
         super().__init__(-(-int(self._first_id[-1]) // batch_size), threads, prefetch, max_batches)
 
     def batch(self, index: int) -> Batch:
-        """This process's rows of one batch. Rows past the last example have weight 0, so that all shapes are equal."""
+        """This process's rows of one batch. Rows after the last example have weight 0, so that all shapes are equal."""
         ids = index * self._batch_size + np.array(self._rows, np.int64)
         inside = ids < self._first_id[-1]
         draws = Draws(_VALIDATION_KEY, ids)
@@ -212,7 +212,7 @@ class OrderedBatches(EvaluationBatches):
 
 
 class BucketedEvaluation(EvaluationBatches):
-    """The pairs in batches of similar length, whose order is mixed: the first few are like all of them."""
+    """The pairs in batches of similar length, in shuffled order, so that the first few batches are representative."""
 
     def __init__(
         self, sources: list[Buckets], *, rows: slice, threads: int, prefetch: int, max_batches: int | None
@@ -244,8 +244,8 @@ def train_batches(
 ) -> Batches:
     """The training batches of process `process_index`: global batches of `batch_size` sequences of `length` tokens.
 
-    With a source, `length` is that of what is predicted. Each source is shuffled anew every time all of it
-    has been seen, and sources are mixed by weight. Raises `UserError` for a source shorter than one sequence, for data
+    With a source, `length` is that of the target. Each source is reshuffled every epoch,
+    and sources are mixed by weight. Raises `UserError` for a source shorter than one sequence, for data
     that does not suit the objective, and for a batch that the processes do not divide.
     """
     objective.check_data(prepared, length)
@@ -280,8 +280,8 @@ def evaluation_batches(
 ) -> EvaluationBatches:
     """The validation batches of one process, as `train_batches`.
 
-    Every validation token is predicted once where all tokens are: causal, seq2seq. Where an objective draws, it draws the
-    same for an example every time; span corruption leaves out what does not fill a sequence. Raises `UserError` if no
+    Objectives that predict all tokens (causal, seq2seq) predict every validation token once. Random draws of an objective
+    are the same for an example every time; span corruption leaves out what does not fill a sequence. Raises `UserError` if no
     validation text was prepared.
     """
     if not prepared.validation:
@@ -306,7 +306,7 @@ def evaluation_batches(
 def prefetch_to_device(
     batches: Iterator[Batch], put: Callable[[Batch], _OnDevice], size: int = 2
 ) -> Generator[_OnDevice, None, None]:
-    """`put` of each batch, called `size` batches ahead: a transfer goes on while the step before it computes.
+    """`put` of each batch, called `size` batches ahead, so that a transfer runs while the previous step computes.
 
     `put` starts a transfer without waiting for it, as `jax.device_put` and `jax.make_array_from_process_local_data`
     do. Closing this iterator closes `batches`.
@@ -326,18 +326,18 @@ def prefetch_to_device(
 def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
     """The rows of a global batch that a process holds: an equal, contiguous part."""
     if batch_size % process_count:
-        raise UserError(f"a batch of {batch_size} does not divide by {process_count} processes; make it a multiple")
+        raise UserError(f"batch_size {batch_size} is not divisible by {process_count} processes; make it a multiple")
     size = batch_size // process_count
     return slice(process_index * size, (process_index + 1) * size)
 
 
 def _order(sources: list[Examples], weights: list[float], seed: int) -> Any:
-    """The endless sequence of (source, example) to draw, as a `grain.MapDataset` found by place, not by replay."""
+    """The endless sequence of (source, example) to draw, as a `grain.MapDataset` with random access."""
     import grain
 
     shuffled = []
     for number, source in enumerate(sources):
-        # A seed of its own for each source: grain adds the epoch to it, so neighbouring seeds would share epochs.
+        # A separate seed for each source: grain adds the epoch to it, so neighbouring seeds would share epochs.
         own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         indices = grain.MapDataset.range(len(source)).shuffle(seed=own_seed).repeat()
         shuffled.append(indices.map(lambda example, number=number: (number, example)))
@@ -345,7 +345,7 @@ def _order(sources: list[Examples], weights: list[float], seed: int) -> Any:
 
 
 def _endless_order(sources: int, weights: list[float]) -> Any:
-    """The endless sequence of (source, how often it was drawn before), found by place."""
+    """The endless sequence of (source, how often it was drawn before), with random access."""
     import grain
 
     counted = [
@@ -373,7 +373,7 @@ def _pairs_of(source: Buckets, width: int, pairs: np.ndarray, first_id: int) -> 
 
 
 def _mean(parts: list[tuple[int, float]]) -> float:
-    """The mean of values by their counts."""
+    """The mean of values, weighted by their counts."""
     return sum(count * value for count, value in parts) / sum(count for count, _ in parts)
 
 

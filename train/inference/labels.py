@@ -1,4 +1,4 @@
-"""What tokens are called where people read them."""
+"""Labels of tokens for display."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from train.data.tokenization.tokenizer import CLS, MASK, SEP, Tokenizer
 
 
 def labels(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    """What each token reads as by itself; a part of a character as its bytes, such as \\xe4."""
+    """The text of each token alone; a part of a character is shown as bytes, such as \\xe4."""
 
     names = {tokenizer.special(name): name for name in (MASK, CLS, SEP)}
 

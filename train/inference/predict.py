@@ -1,4 +1,4 @@
-"""`manyheads predict`: the labels of new documents, by an encoder that was fine-tuned on a task."""
+"""`manyheads predict`: predicts labels of new documents with an encoder that was fine-tuned on a task."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ from transformer.models.families import make_model
 
 _TASKS: list[Any] = [one for one in OBJECTIVES.values() if issubclass(one, Task)]
 _LONGEST = 512
-"""Tokens of the longest row of an import, whose attention may reach much further."""
+"""Tokens of the longest row of an import; its context may be much longer."""
 _LENGTHS = 64
-"""Tokens of which a row has a multiple where all documents are short."""
+"""Row lengths are rounded up to a multiple of this many tokens if all documents are short."""
 
 
 def predict(run: Path, file: str, out: Path | None = None, step: str = "best") -> None:
-    """Write what the model predicts of each document of a file, as JSON, one a line: its id, label and scores.
+    """Write the model's prediction for each document of a file, as one JSON line: its id, label and scores.
 
     Args:
-        file: a text a line (.txt), or records with the fields of the run's source (.jsonl, .csv, .parquet, .conll); `-`: standard
-            input, a text a line, or JSON where a document has several fields.
-        out: where to write; None: standard output.
+        file: one text per line (.txt), or records with the fields of the run's source (.jsonl, .csv, .parquet, .conll); `-`:
+            standard input, with one text per line, or JSON lines if a document has several fields.
+            out: where to write; None: standard output.
 
     Raises:
-        UserError: no such run or checkpoint, one of another objective, or a file that cannot be read or written.
+        UserError: no such run or checkpoint, a run with another objective, or a file that cannot be read or written.
     """
     if out is not None:
         check_place(out)
     loaded, task, source = as_task_run(load_run(run, step), str(run))
     if not isinstance(source, RecordSource):
-        raise UserError(f"{run}: its documents were made (source {source.kind}) and have no fields to find in a file")
+        raise UserError(f"{run}: its documents are synthetic (source {source.kind}), so no fields of a file match them")
     documents = read_documents(source, file)
     found = predictions(loaded, task, documents, file)
     if out is not None:
@@ -68,7 +68,7 @@ def predict(run: Path, file: str, out: Path | None = None, step: str = "best") -
 
 
 def as_task_run(loaded: LoadedRun, name: str) -> tuple[LoadedRun, Task, SourceConfig]:
-    """The run with its task, and the source whose documents it takes; an import has the task that its head is for.
+    """The run with its task, and the source that describes its documents; an import has the task of its head.
 
     Raises:
         UserError: another objective.
@@ -79,22 +79,20 @@ def as_task_run(loaded: LoadedRun, name: str) -> tuple[LoadedRun, Task, SourceCo
     if not isinstance(task, Task):
         use = "a run that was fine-tuned on a task" if task.use is None else task.use[1].format(name)
         kinds = ", ".join(one.kind_name() for one in _TASKS)
-        raise UserError(
-            f"{name}: predict needs a run of a task ({kinds}); this one's objective is {task.kind}. Use {use}"
-        )
+        raise UserError(f"{name}: predict needs a run with a task ({kinds}); its objective is {task.kind}. Use {use}")
     return loaded, task, loaded.config.data.sources[0]
 
 
 def read_documents(source: RecordSource, file: str) -> list[Document]:
-    """The documents of a file, without labels; of a text file, the lines that are not blank.
+    """The documents of a file, without labels; in a text file, the lines that are not blank.
 
-    Raises `UserError` for what cannot be read, a record with an empty text, and where there is none.
+    Raises `UserError` for an unreadable file, a record with an empty text, and a file without documents.
     """
-    # Words are the words of a text as well as a list of them.
+    # Words may be given as a text or as a list.
     is_text = format_of(Path(file)) == "text" if file != "-" else not source.fields.target and not source.fields.choices
     records = dataclasses.replace(source, on_error="stop").records(Rejects(advice=""))
     fields = records.fields._replace(label="", group="")
-    # What is predicted of documents, or their vectors, comes in the order of the file: none is passed over.
+    # Predictions and vectors come in the order of the file, so no document is skipped.
     records = dataclasses.replace(records, fields=fields, labels=(), needs_text=True)
     if is_text and len(records.fields.by_setting()) > 1:
         names = ", ".join(field for _, field in records.fields.by_setting())
@@ -110,14 +108,17 @@ def read_documents(source: RecordSource, file: str) -> list[Document]:
             path.write_bytes(sys.stdin.buffer.read())
         documents = [document for document in reader.read(path, name) if document.text.strip()]
     if not documents:
-        raise UserError(f"{file}: there is no document in it")
+        raise UserError(f"{file}: it has no documents")
+    if is_text:
+        # Named by their lines, as records are.
+        documents = [one._replace(id=f"{name}:{int(one.id.rpartition('#')[2]) + 1}") for one in documents]
     if is_text and source.label_kind == "tags":
         return [document._replace(words=tuple(document.text.split())) for document in documents]
     return documents
 
 
 def predictions(loaded: LoadedRun, task: Task, documents: Sequence[Document], name: str) -> list[Prediction]:
-    """What the model predicts of each document, in their order; what is too long is cut, and said."""
+    """The prediction for each document, in order; documents that are too long are cut, with a message."""
     config, task = loaded.config, task.for_any_document()
     array = array_of(documents, loaded.tokenizer, name)
     length = min(config.sequence_length, _row_length(array, loaded.tokenizer))
@@ -134,7 +135,7 @@ def predictions(loaded: LoadedRun, task: Task, documents: Sequence[Document], na
 
 
 def _as_task(config: RunConfig) -> RunConfig:
-    """The config of an import with the task that its head is for; any other as it is."""
+    """The config of an import with the task of its head; any other config unchanged."""
     for task in (one() for one in _TASKS):
         if task.document_fields is not None and task.suits(config.model):
             source = FilesSource(path="*.jsonl", **dict(task.document_fields))
@@ -148,13 +149,13 @@ def _as_task(config: RunConfig) -> RunConfig:
 
 
 def _row_length(array: TokenArray, tokenizer: Tokenizer) -> int:
-    """What a row takes that holds any of the documents whole."""
+    """The length of a row that holds any of the documents whole."""
     longest = sum(int(text_sizes(side).max()) for side in (array, array.target) if side is not None)
     return -(-(longest + 2 + tokenizer.separators) // _LENGTHS) * _LENGTHS
 
 
 def array_of(documents: Sequence[Document], tokenizer: Tokenizer, name: str) -> TokenArray:
-    """The documents as tokens, in memory. Raises `UserError` where they have unlike numbers of choices."""
+    """The documents as tokens, in memory. Raises `UserError` if they have different numbers of choices."""
     if other := [document for document in documents if len(document.choices) != len(documents[0].choices)]:
         raise UserError(
             f"{other[0].id}: {len(other[0].choices)} choices, where others have {len(documents[0].choices)}"
@@ -171,7 +172,7 @@ def array_of(documents: Sequence[Document], tokenizer: Tokenizer, name: str) -> 
 
 
 def _batches(count: int, size: int) -> Iterator[np.ndarray]:
-    """The numbers below `count` in batches of one size, -1 after the last."""
+    """The numbers below `count` in batches of one size, padded with -1."""
     for first in range(0, count, size):
         numbers = np.arange(first, first + size)
         yield np.where(numbers < count, numbers, -1)

@@ -1,4 +1,4 @@
-"""`manyheads translate`: translations with their scores, and which source word each word was made from.
+"""`manyheads translate`: translations with their scores, and the alignment of their words with the source.
 
 L layers, B batch, N heads, T target position, S source position, U target words, R source words.
 """
@@ -27,17 +27,17 @@ from transformer.interpret.plot import plot_head
 from transformer.models.families import make_model
 
 END = "(end)"
-"""What the end of a text is called beside words."""
+"""Label of the end of a text, shown among words."""
 
 
 def translate(
     run: Path, texts: list[str], search: BeamSearch, *, attention: Path | None = None, step: str = "best"
 ) -> None:
-    """Print the translation of each text, and the next best ones with their scores where `search` wants several.
+    """Print the translation of each text, or the best ones with their scores if `search` returns several.
 
     Args:
-        attention: a page to write, with the weights of the first text's translation, and beside it a picture (.png) of their
-            mean.
+        attention: a page to write, with the weights of the first text's translation; a picture (.png) of their mean is
+            written next to it.
 
     Raises:
         UserError: no such run or checkpoint, a model of another kind, a text that does not fit it, or a page that cannot be
@@ -81,10 +81,10 @@ def alignment(loaded: LoadedRun, source: list[int], target: list[int]) -> Attent
         return nnx.merge(graphdef, params)(source_BS, target_BT, return_weights=True).weights
 
     end = loaded.target_tokenizer.end_of_text
-    # Each place looks at the source for the token that it predicts: the first for the first word.
+    # Each position attends to the source for the token that it predicts: the first one for the first word.
     weights = weights_of(loaded.params, jnp.asarray([source]), jnp.asarray([[end, *target]]))
     if weights is None:
-        raise UserError("--attention: this model has no attention to look at")
+        raise UserError("--attention: this model has no attention")
     columns, column_spans = words(loaded.tokenizer, source[:-1])
     rows, row_spans = words(loaded.target_tokenizer, target)
     merged = merge_subwords(np.asarray(weights, np.float32)[:, 0], row_spans, column_spans)
@@ -95,7 +95,7 @@ def alignment(loaded: LoadedRun, source: list[int], target: list[int]) -> Attent
 
 
 def words(tokenizer: Tokenizer, ids: list[int]) -> tuple[tuple[str, ...], list[tuple[int, int]]]:
-    """The words that token ids make and which tokens each is made of; behind them the end of text, one token more."""
+    """The words of token ids, and the tokens of each; after the words, one more token: the end of text."""
     pieces = labels(tokenizer, np.asarray(ids, int))
     # A vocabulary of whole words has no spaces in its tokens.
     whole = len(tokenizer.decode(ids).split()) == len(ids)

@@ -1,8 +1,8 @@
-"""What a model is trained to predict: one file for each objective, and one line here.
+"""Training objectives: one file for each objective, and one line here.
 
-A new objective is a class derived from `Objective`, or from what several have in common (`HiddenTokens`,
+A new objective is a class derived from `Objective`, or from a common base of several (`HiddenTokens`,
 `EncoderDecoderObjective`, `Task`), in a file of its own; it is imported here and added to `AnyObjective`. Configs, the loop,
-evaluation, plans and messages know it then.
+evaluation, plans and messages then support it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Predicting each next token: language models that read from left to right.
+"""Next-token prediction: causal language models.
 
 Axes: B rows, T positions.
 """
@@ -21,7 +21,7 @@ from transformer.types import PRNGKeyArray
 
 @dataclass(frozen=True, kw_only=True)
 class Causal(Objective):
-    """Each next token is predicted from those before it (GPT)."""
+    """Predicts each token from those before it (GPT)."""
 
     kind: Literal["causal"] = "causal"
 
@@ -39,12 +39,12 @@ class Causal(Objective):
         return row_shapes(rows, length, names) | weight_shape(rows, length)
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
-        """The mean over all tokens; positions and segments [B, T] are given where documents are packed."""
+        """The mean over all tokens; positions and segments [B, T] are given if documents are packed."""
         output = model(batch["tokens"], positions_BT=batch.get("positions"), segments_BT=batch.get("segments"), key=key)
         return token_loss(output, batch, config)
 
     def report(self, prepared: Prepared, bits_per_byte: float | None) -> list[str]:
-        """Bits per byte next to those of general compressors."""
+        """Bits per byte, compared with general compressors."""
         if bits_per_byte is None:
             return []
         others = [(f"{name} -9", prepared.meta.bits_per_byte(name)) for name in ("gzip", "xz")]

@@ -1,4 +1,4 @@
-"""Finding the other side of each pair among those of a batch, by the likeness of embeddings.
+"""Contrastive learning: finding the other side of each pair among those of a batch, by the similarity of embeddings.
 
 van den Oord et al. 2018; Gao et al. 2021 (SimCSE), section 2.1. Axes: B rows, T positions.
 """
@@ -27,14 +27,14 @@ from transformer.types import PRNGKeyArray
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive(Objective):
-    """The other side of a pair is found among the texts of a batch, by the likeness of embeddings (SimCSE)."""
+    """Finds the other side of each pair among the texts of a batch, by the similarity of embeddings (SimCSE)."""
 
     kind: Literal["contrastive"] = "contrastive"
     temperature: float = 0.05
-    """Divides the cosines, in training and in evaluation."""
+    """Temperature that divides the cosine similarities, in training and in evaluation."""
     too_long: TooLong = "drop"
-    """What happens to a pair with a side that is longer than a row: it is left out, or its end is. Both are counted and
-    said."""
+    """What happens to a pair with a side longer than a row: it is left out, or cut. The number of such pairs is
+    reported."""
 
     families = ("bert",)
     heads = ("embedding",)
@@ -50,7 +50,7 @@ class Contrastive(Objective):
         require(self, "temperature", self.temperature > 0, "allowed: above 0")
 
     def check_mesh(self, mesh: MeshConfig) -> None:
-        whole = "a contrastive batch is seen as a whole; allowed: "
+        whole = "a contrastive loss needs the whole batch at once; allowed: "
         require(mesh, "schedule", mesh.schedule != "1f1b", f"{whole}gpipe")
         require(mesh, "strategy", mesh.strategy != "pmap", f"{whole}any strategy but pmap")
 
@@ -73,8 +73,8 @@ class Contrastive(Objective):
         return sides | weight_shape(rows)
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
-        """The mean over rows; `weights` [B, 1] is 0 for a row of padding. Of several microbatches each row finds its own among
-        its microbatch's."""
+        """The mean over rows; `weights` [B, 1] is 0 for a row of padding. With several
+        microbatches each row is compared only within its own."""
         keys = (None, None) if key is None else jax.random.split(key)
         sides = [
             model(batch[f"{side}tokens"], positions_BT=batch[f"{side}positions"], segments_BT=batch[f"{side}segments"], key=own)

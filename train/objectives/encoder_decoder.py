@@ -1,4 +1,4 @@
-"""What objectives have in common whose models read a source and predict a target.
+"""Base classes of objectives whose models read a source and predict a target.
 
 Axes: B rows, S positions of the source, T positions of the target.
 """
@@ -23,10 +23,10 @@ from transformer.types import PRNGKeyArray
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoderObjective(Objective):
-    """The tokens of a target are predicted from a source and from those before them (teacher forcing)."""
+    """Predicts the tokens of a target from a source and from those before them (teacher forcing)."""
 
     source_length: int | None = None
-    """Tokens in a row of the source; null: as many as in a row of the target."""
+    """Tokens in a row of the source; null: the same as in a row of the target."""
 
     families: ClassVar[tuple[str, ...]] = ("vaswani", "t5")
 
@@ -55,7 +55,7 @@ class EncoderDecoderObjective(Objective):
         return source | row_shapes(rows, width, (*places, "targets")) | weight_shape(rows, width)
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
-        """The mean over the target's tokens, where `weights` [B, T] is 1."""
+        """The mean over the target's tokens, whose `weights` [B, T] are 1."""
         output = model(
             batch["source_tokens"], batch["tokens"], source_segments_BS=batch["source_segments"],
             source_positions_BS=batch["source_positions"], segments_BT=batch["segments"], positions_BT=batch["positions"],
@@ -66,13 +66,13 @@ class EncoderDecoderObjective(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Denoising(EncoderDecoderObjective):
-    """Spans that were cut out of running text are predicted; each span takes a sentinel of its own."""
+    """Predicts spans that were cut out of running text; each span has its own sentinel."""
 
     packings = ("chunk",)
 
     @abc.abstractmethod
     def lengths(self, length: int) -> list[SpanLengths]:
-        """The lengths of the sequences that examples are made of, one for each way to corrupt them."""
+        """The lengths of the corrupted sequences, one for each kind of corruption."""
 
     def largest_inserted(self, tokenizer: Tokenizer) -> int:
         return max(super().largest_inserted(tokenizer), *sentinels(tokenizer), 0)
@@ -81,12 +81,12 @@ class Denoising(EncoderDecoderObjective):
         spans, there = max(one.spans for one in self.lengths(length)), len(sentinels(prepared.tokenizer))
         if there < spans:
             raise UserError(
-                f"objective.kind: {self.kind!r} takes a sentinel for each of up to {spans} spans, the vocabulary has {there}; "
+                f"objective.kind: {self.kind!r} needs a sentinel for each of up to {spans} spans; the vocabulary has {there}; "
                 f"set data.tokenizer.sentinels: {spans}"
             )
         if not prepared.validation:
             return
-        # Held-out text that is too short for one sequence would only be noticed at the first evaluation.
+        # Otherwise held-out text that is too short for one sequence would fail only at the first evaluation.
         needed = max(one.tokens for one in self.lengths(length))
         longest = max(len(array.tokens) - 1 for array in prepared.validation)
         if longest < needed:

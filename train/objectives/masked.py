@@ -1,4 +1,4 @@
-"""Predicting tokens that were hidden (Devlin et al. 2018, section 3.1).
+"""Masked language modelling: predicting hidden tokens (Devlin et al. 2018, section 3.1).
 
 Axes: B rows, T positions, K of them that may be predicted.
 """
@@ -25,14 +25,14 @@ from transformer.types import Array, PRNGKeyArray
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenTokens(Objective):
-    """What all objectives have in common that hide tokens."""
+    """Base class of objectives that hide tokens."""
 
     mask_rate: float = 0.15
-    """The part of the tokens that is predicted."""
+    """The fraction of tokens to predict."""
     mask_share: float = 0.8
-    """The part of those that `[MASK]` stands for."""
+    """The fraction of those that `[MASK]` replaces."""
     random_share: float = 0.1
-    """The part of those that a random token stands for; the rest is left."""
+    """The fraction of those that a random token replaces; the rest are unchanged."""
     whole_word: bool = False
     """Predict all tokens of a word, or none."""
     ngram: int = 1
@@ -85,15 +85,15 @@ class HiddenTokens(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Masked(HiddenTokens):
-    """Tokens that were masked are predicted (BERT, RoBERTa)."""
+    """Predicts masked tokens (BERT, RoBERTa)."""
 
     kind: Literal["masked"] = "masked"
 
     heads = ("masked",)
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
-        """The mean over the hidden tokens, where `weights` [B, T] is 1. They are all among `predicted` [B, K]; no others are
-        scored."""
+        """The mean over the hidden tokens, whose `weights` [B, T] are 1. All of them are among `predicted` [B, K]; only these
+        are scored."""
         output = model(
             batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
             predicted_BK=batch["predicted"], key=key,
@@ -102,5 +102,5 @@ class Masked(HiddenTokens):
 
 
 def at_places(batch: Batch, places_BK: Array) -> Batch:
-    """Targets and weights [B, K] at some places of each row."""
+    """Targets and weights [B, K] at the given positions of each row."""
     return {name: jnp.take_along_axis(batch[name], places_BK, axis=1) for name in ("targets", "weights")}

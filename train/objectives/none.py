@@ -18,7 +18,7 @@ from transformer.types import PRNGKeyArray
 
 @dataclass(frozen=True, kw_only=True)
 class NoObjective(Objective):
-    """Nothing is predicted: weights that were imported, to use or to begin from."""
+    """No training objective: imported weights, for inference or to fine-tune."""
 
     kind: Literal["none"] = "none"
 
@@ -26,7 +26,7 @@ class NoObjective(Objective):
     loss_settings = ()
 
     def check_model(self, model: ModelConfig) -> None:
-        """Any model will do."""
+        """Any model is valid."""
 
     def check_data(self, prepared: Prepared, length: int) -> None:
         raise _nothing()
@@ -48,5 +48,5 @@ class NoObjective(Objective):
 
 def _nothing() -> UserError:
     return UserError(
-        "objective.kind: got 'none'; these are imported weights: name their folder in init_from of a config with an objective"
+        "objective.kind: got 'none'; these are imported weights: name their folder in the init_from of a config with an objective"
     )

@@ -1,4 +1,4 @@
-"""What a model is trained to predict: one object, which is its own config.
+"""The base class of objectives: each is one object that is its own config.
 
 Axes: B rows of a batch, T positions.
 """
@@ -36,61 +36,61 @@ BatchShapes = dict[str, jax.ShapeDtypeStruct]
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Config, abc.ABC):
-    """What is predicted from what.
+    """A training objective.
 
-    A subclass is an objective: a config whose fields are the objective's settings, with everything that depends on it. The
-    class variables say what it suits; the methods make examples, describe batches and compute losses.
+    A subclass is a config whose fields are the objective's settings, with everything that depends on it. The class
+    variables say what it supports; the methods make examples, describe batches and compute losses.
     """
 
     kind: str
-    """Which objective it is."""
+    """Kind of objective."""
 
     families: ClassVar[tuple[str, ...]]
-    """The model families that it suits."""
+    """The model families that it supports."""
     heads: ClassVar[tuple[str, ...]] = ()
     """Kinds of head of a `bert` model that it trains; empty: any."""
     takes_pairs: ClassVar[bool | None] = False
     """Whether it takes pairs of texts (True), single texts (False), or either (None)."""
     label_kind: ClassVar[LabelKind | None] = None
-    """The labels that its documents must have."""
+    """The kind of labels that its documents must have."""
     packings: ClassVar[tuple[Packing, ...]] = ("chunk", "documents")
-    """How `data.packing` may lay its examples out."""
+    """The values of `data.packing` that it supports."""
     least_length: ClassVar[int] = 1
     """The fewest tokens of a sequence."""
     loss_settings: ClassVar[tuple[str, ...]] = ("z_loss", "label_smoothing")
-    """The fields of `LossConfig` that may be set for it."""
+    """The fields of `LossConfig` that apply to it."""
     metrics: ClassVar[tuple[str, ...]] = ()
-    """The metrics that may choose the best checkpoint, in addition to the loss."""
+    """The metrics by which the best checkpoint may be chosen, in addition to the loss."""
     lower_is_better: ClassVar[tuple[str, ...]] = ("loss",)
-    """Of the loss and the metrics, those of which less is better."""
+    """Those of the loss and the metrics for which lower is better."""
     unit: ClassVar[str] = "tok"
-    """What to call one prediction."""
+    """The name of one prediction, in messages."""
     predicts_all_text: ClassVar[bool] = False
-    """Whether every token of the text is predicted once, from those before it: bits per byte then mean something."""
+    """Whether every token of the text is predicted once, from those before it, so that bits per byte are meaningful."""
     translates: ClassVar[bool] = False
-    """Whether a model of it translates texts."""
+    """Whether its models translate texts."""
     own_target_tokenizer: ClassVar[bool] = False
-    """Whether the other side of pairs may have a vocabulary of its own."""
+    """Whether the target side of pairs may have a vocabulary of its own."""
     use: ClassVar[tuple[str, str] | None] = None
-    """What a trained model is for, and the command, `{}` standing for the run: `("write", "manyheads generate {}")`."""
+    """What a trained model is for, and the command, with `{}` for the run: `("write", "manyheads generate {}")`."""
 
-    # ── what it suits ────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── what it supports ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise a `ConfigError` unless the model can be trained on it."""
         if model.family not in self.families:
             suited = sorted(one.kind_name() for one in objectives() if model.family in one.families)
-            allowed = f"a model of family {model.family!r} goes with {', '.join(suited)}"
+            allowed = f"a model of family {model.family!r} supports {', '.join(suited)}"
             raise ConfigError(type(self), "kind", self.kind, allowed)
         if self.heads and isinstance(model, BertConfig):
             needed = " or ".join(map(repr, self.heads))
             require(model.head, "kind", model.head.kind in self.heads, f"objective {self.kind} needs {needed}")
 
     def check_mesh(self, mesh: MeshConfig) -> None:
-        """Raise a `ConfigError` unless the objective can be trained so."""
+        """Raise a `ConfigError` unless the objective can be trained in this way."""
 
     def check_loss(self, loss: LossConfig) -> None:
-        """Raise a `ConfigError` for a setting that means nothing to this objective."""
+        """Raise a `ConfigError` for a setting that does not apply to this objective."""
         for name in ("z_loss", "label_smoothing"):
             holds = name in self.loss_settings or not getattr(loss, name)
             require(loss, name, holds, f"not for objective {self.kind}; allowed: 0")
@@ -100,11 +100,13 @@ class Objective(Config, abc.ABC):
         kind = self.kind
         if self.takes_pairs and not prepared.pairs:
             raise UserError(
-                f"objective.kind: {kind!r} needs pairs, the sources give single texts; set their target_field"
+                f"objective.kind: {kind!r} needs pairs, but the sources give single texts; set their target_field"
             )
         if self.takes_pairs is False and prepared.pairs:
             paired = " or ".join(sorted(one.kind_name() for one in objectives() if one.takes_pairs))
-            raise UserError(f"objective.kind: {kind!r} is for single texts, the sources give pairs; set it to {paired}")
+            raise UserError(
+                f"objective.kind: {kind!r} is for single texts, but the sources give pairs; set it to {paired}"
+            )
         if not self.own_target_tokenizer and prepared.own_target_tokenizer is not None:
             raise UserError(f"data.target_tokenizer: one encoder reads both sides of a {kind} pair; set it to null")
         self._check_documents(prepared)
@@ -114,16 +116,16 @@ class Objective(Config, abc.ABC):
         if missing := [name for name in self.special_tokens if prepared.tokenizer.special(name) is None]:
             names = ", ".join(f'"{name}"' for name in self.special_tokens)
             raise UserError(
-                f"objective.kind: {kind!r} takes {', '.join(missing)}, which the vocabulary lacks; set "
+                f"objective.kind: {kind!r} needs {', '.join(missing)}, which the vocabulary lacks; set "
                 f"data.tokenizer.special_tokens: [{names}]"
             )
         self._check_text(prepared, length)
 
     def check_classes(self, prepared: Prepared, model: ModelConfig) -> None:
-        """Raise a `UserError` unless the model has as many classes as the data."""
+        """Raise a `UserError` unless the model has the same number of classes as the data."""
 
     def _check_documents(self, prepared: Prepared) -> None:
-        """Raise a `UserError` for documents that are not of the right kind."""
+        """Raise a `UserError` for documents of the wrong kind."""
         if any(array.others > 1 for array in prepared.train):
             raise UserError(f"objective.kind: {self.kind!r} is not for texts with choices; set it to 'choice'")
 
@@ -131,13 +133,13 @@ class Objective(Config, abc.ABC):
         """Raise a `UserError` for a length that is too short for the settings."""
 
     def _check_text(self, prepared: Prepared, length: int) -> None:
-        """Raise a `UserError` for a vocabulary, or an amount of text, that does not suit."""
+        """Raise a `UserError` for an unsuitable vocabulary, or too little text."""
 
     # ── tokens and examples ──────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """The special tokens that it puts into sequences, sentinels aside."""
+        """The special tokens that it puts into sequences, except sentinels."""
         return ()
 
     def largest_inserted(self, tokenizer: Tokenizer) -> int:
@@ -145,7 +147,7 @@ class Objective(Config, abc.ABC):
         return max((tokenizer.special(name) or 0 for name in self.special_tokens), default=0)
 
     def with_data(self, prepared: Prepared) -> Self:
-        """The same with every setting that follows from the training data filled in."""
+        """The objective with every setting that depends on the training data filled in."""
         return self
 
     def examples(
@@ -159,13 +161,13 @@ class Objective(Config, abc.ABC):
             shown: print how many documents are too long.
 
         Raises:
-            UserError: the packing does not suit the objective, or there is less text than one example.
+            UserError: the objective does not support the packing, or there is less text than one example.
         """
         self._check_packing(packing)
         made = self._examples(array, tokenizer, packing, length, training=training, shown=shown)
         if training and not len(made):
             raise UserError(
-                f"{array.name}: {len(array.tokens) - 1} tokens are fewer than {self.kind} takes for one sequence; give it more "
+                f"{array.name}: {len(array.tokens) - 1} tokens are fewer than {self.kind} needs for one sequence; add "
                 "text or make the sequences shorter"
             )
         return made
@@ -184,9 +186,9 @@ class Objective(Config, abc.ABC):
     def _check_packing(self, packing: Packing) -> None:
         if packing not in self.packings:
             reasons: dict[tuple[Packing, ...], str] = {
-                ("chunk",): "is for running text", ("documents",): "takes one document a row",
+                ("chunk",): "is for running text", ("documents",): "takes one document per row",
             }  # fmt: skip
-            reason = reasons.get(self.packings, "is not packed so")
+            reason = reasons.get(self.packings, "does not support it")
             allowed = " or ".join(repr(one) for one in self.packings)
             raise UserError(f"data.packing: got {packing!r}; {self.kind} {reason}: set it to {allowed}")
 
@@ -211,25 +213,25 @@ class Objective(Config, abc.ABC):
         """
 
     def evaluate(self, model: Any, batch: Batch) -> tuple[LossSums, Outputs]:
-        """The loss without dropout, smoothing, z-loss or class weights; and of each row what predictions are made from."""
+        """The loss without dropout, smoothing, z-loss or class weights; and for each row the outputs for its predictions."""
         return self.loss(model, batch, LossConfig()), {}
 
     def tokens_per_prediction(self, prepared: Prepared, tokens_per_example: int) -> float:
-        """How many tokens the model reads for each thing that it predicts.
+        """How many tokens the model reads for each prediction.
 
         Args:
             tokens_per_example: of all rows of an example, padding included.
         """
         return 1.0
 
-    # ── for people ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── for display ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def baseline(self, validation: Sequence[TokenArray]) -> str:
-        """What a guess would reach on the held-out documents, for people; empty where that is not known."""
+        """The score of a constant guess on the held-out documents, as text; empty if unknown."""
         return ""
 
     def report(self, prepared: Prepared, bits_per_byte: float | None) -> list[str]:
-        """Lines for people, at the end of a run."""
+        """Lines to print at the end of a run."""
         return []
 
     def next_step(self, run: Any) -> str:

@@ -1,4 +1,4 @@
-"""Predicting the rest of a text after a part that is seen at once (Raffel et al. 2020, section 3.2.3).
+"""Prefix language modelling: predicting a text after a fully visible prefix (Raffel et al. 2020, section 3.2.3).
 
 Axes: B rows, T positions.
 """
@@ -24,7 +24,7 @@ from transformer.types import PRNGKeyArray
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix(Objective):
-    """The rest of a text is predicted after a part that is seen at once (prefix LM)."""
+    """Predicts the rest of a text after a fully visible prefix (prefix LM)."""
 
     kind: Literal["prefix"] = "prefix"
 
@@ -43,5 +43,5 @@ class Prefix(Objective):
         return row_shapes(rows, length, ("tokens", "targets")) | weight_shape(rows, length) | prefix
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
-        """The mean over the tokens after the prefix; `prefix` [B] is how many first tokens all others see."""
+        """The mean over the tokens after the prefix; `prefix` [B] is how many first tokens are visible to all."""
         return token_loss(model(batch["tokens"], prefix_B=batch["prefix"], key=key), batch, config)

@@ -1,4 +1,4 @@
-"""Detecting which tokens a small model has replaced (Clark et al. 2020, section 3.1).
+"""Replaced-token detection: which tokens a small model has replaced (Clark et al. 2020, section 3.1).
 
 Axes: B rows, T positions, K of them that may be hidden, V vocabulary.
 """
@@ -27,11 +27,11 @@ class ReplacedTokens(HiddenTokens):
     unit = "tok"
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
-        """The generator predicts the hidden tokens; draws from it are put in their places; the encoder predicts which tokens
-        are not the original ones.
+        """The generator predicts the hidden tokens; samples from it replace them; the encoder predicts which tokens
+        differ from the original ones.
 
-        The generator learns to predict, not to deceive: no gradient goes through a draw. The likelihood that is reported is
-        the encoder's, over all tokens. Without a key the draws are the same every time.
+        The generator is trained by maximum likelihood, not adversarially: no gradient passes through a sample. The reported
+        likelihood is the encoder's, over all tokens. Without a key the samples are the same every time.
         """
         network_key, encoder_key, draw_key = (
             (None, None, jax.random.key(0)) if key is None else jax.random.split(key, 3)
@@ -47,13 +47,13 @@ class ReplacedTokens(HiddenTokens):
         with jax.named_scope("replace"):
             drawn_BK = jax.random.categorical(draw_key, jax.lax.stop_gradient(scores_BKV)).astype(batch["tokens"].dtype)
             seen_BK = jnp.where(hidden["weights"] > 0, drawn_BK, hidden["targets"])
-            # The original tokens everywhere, and the draws where something was hidden.
+            # The original tokens, with samples at the hidden positions.
             seen_BT = jnp.put_along_axis(batch["targets"], batch["predicted"], seen_BK, axis=1, inplace=False)
             is_replaced_BT = seen_BT != batch["targets"]
         output = model(seen_BT, key=encoder_key, **places)
         with jax.named_scope("loss"):
             valid_BT = (batch["segments"] != 0).astype(jnp.float32)
-            # Rows that only fill a batch count as little as padding.
+            # Rows that only fill a batch are not counted, like padding.
             valid_BT *= jnp.max(batch["weights"], axis=1, keepdims=True)
             signed = jnp.where(is_replaced_BT, output.logits, -output.logits)
             nll, weight = -jnp.sum(jax.nn.log_sigmoid(signed) * valid_BT), jnp.sum(valid_BT)

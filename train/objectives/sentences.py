@@ -1,4 +1,4 @@
-"""Predicting hidden tokens, and how two stretches of text belong together.
+"""Masked language modelling with a second task: whether two stretches of text follow each other, or are in order.
 
 Axes: B rows, T positions, K of them that may be predicted.
 """
@@ -27,10 +27,10 @@ from transformer.types import PRNGKeyArray
 
 @dataclass(frozen=True, kw_only=True)
 class TwoStretches(HiddenTokens):
-    """What both objectives have in common."""
+    """Base class of both objectives."""
 
     swaps: ClassVar[bool]
-    """Whether the two stretches change places, instead of the second coming from another document."""
+    """Whether the two stretches are swapped, instead of the second coming from another document."""
     heads = ("pretraining",)
     least_length = 5
 
@@ -43,14 +43,14 @@ class TwoStretches(HiddenTokens):
         return super().batch(rows, length, data) | row_shapes(rows, length, ("token_types",)) | label_shape(rows)
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
-        """That of the hidden tokens, as `Masked`, and the cross-entropy of `labels` [B], which is a mean over rows."""
+        """The loss of the hidden tokens, as in `Masked`, and the cross-entropy of `labels` [B], which is a mean over rows."""
         output = model(
             batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
             token_types_BT=batch["token_types"], predicted_BK=batch["predicted"], key=key,
         )  # fmt: skip
         sums = token_loss(output, at_places(batch, batch["predicted"]), config)
         with jax.named_scope("sentence_loss"):
-            # A mean over rows next to a mean over tokens: brought to the tokens' weight. A row of padding has the label -1.
+            # A mean over rows is added to a mean over tokens, so the tokens' weight scales it. A row of padding has label -1.
             rows = (batch["labels"] >= 0).astype(jnp.float32)
             sentence = cross_entropy(
                 output.pooled_logits[:, None], batch["labels"][:, None], rows[:, None], LossConfig()
@@ -61,7 +61,7 @@ class TwoStretches(HiddenTokens):
 
 @dataclass(frozen=True, kw_only=True)
 class NextSentence(TwoStretches):
-    """Masked tokens are predicted, and whether one stretch of text follows the other (BERT)."""
+    """Predicts masked tokens, and whether one stretch of text follows the other (BERT)."""
 
     kind: Literal["next_sentence"] = "next_sentence"
 
@@ -78,7 +78,7 @@ class NextSentence(TwoStretches):
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceOrder(TwoStretches):
-    """Masked tokens are predicted, and whether two stretches of text are in order (ALBERT)."""
+    """Predicts masked tokens, and whether two stretches of text are in order (ALBERT)."""
 
     kind: Literal["sentence_order"] = "sentence_order"
 

@@ -1,4 +1,4 @@
-"""Predicting the other side of pairs of texts, such as a translation."""
+"""Sequence to sequence: predicting the target of pairs of texts, such as a translation."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from transformer.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class Seq2Seq(EncoderDecoderObjective):
-    """The other side of a pair is predicted, such as a translation."""
+    """Predicts the target of a pair, such as a translation."""
 
     kind: Literal["seq2seq"] = "seq2seq"
     target_length: int | None = None
-    """The longest target, in tokens with its end of text; null: as long as a row."""
+    """The longest target, in tokens with its end of text; null: the length of a row."""
     too_long: TooLong = "drop"
-    """What happens to a pair with a side that is longer: it is left out, or its end is. Both are counted and said."""
+    """What happens to a pair with a side that is too long: it is left out, or cut. The number of such pairs is reported."""
     max_shapes: int = 6
-    """With packing `pad`: the most shapes that batches come in. More waste less; each is a program to compile."""
+    """With packing `pad`: the most shapes of batches. More shapes waste less padding, but each is compiled separately."""
 
     families = ("vaswani", "t5", "recurrent")
     takes_pairs = True

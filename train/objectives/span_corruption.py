@@ -1,4 +1,4 @@
-"""Predicting spans that were cut out of a text (Raffel et al. 2020, section 3.1.4)."""
+"""Span corruption: predicting spans that were cut out of a text (Raffel et al. 2020, section 3.1.4)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from transformer.errors import UserError, require
 
 @dataclass(frozen=True, kw_only=True)
 class SpanCorruption(Denoising):
-    """Spans that were cut out are predicted (T5)."""
+    """Predicts spans that were cut out of the text (T5)."""
 
     kind: Literal["span_corruption"] = "span_corruption"
     noise_density: float = 0.15
-    """The part of the tokens that is cut out."""
+    """The fraction of tokens that is cut out."""
     mean_span: float = 3.0
     """The mean length of a span, in tokens."""
 
@@ -35,7 +35,7 @@ class SpanCorruption(Denoising):
         return [lengths_filling(self.source_width(length), self.noise_density, self.mean_span)]
 
     def target_width(self, length: int) -> int:
-        """Follows from the source's; `length` is only the most that it may be."""
+        """The target's width follows from the source's; `length` is its upper limit."""
         return self.lengths(length)[0].target
 
     def _check_lengths(self, length: int) -> None:

@@ -16,11 +16,11 @@ from transformer.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class Ul2(Denoising):
-    """What a mixture of denoisers left out is predicted (UL2)."""
+    """Predicts what a mixture of denoisers left out (UL2)."""
 
     kind: Literal["ul2"] = "ul2"
     denoiser_weights: tuple[float, float, float] = (2.0, 1.0, 4.0)
-    """How often short spans (R), a continuation (S), and long or many spans (X) are drawn, relative to each other."""
+    """Relative frequencies of short spans (R), a continuation (S), and long or many spans (X)."""
     mode_tokens: bool = False
     """Begin the source with `[R]`, `[S]` or `[X]`, which must be among the special tokens."""
 

@@ -1,4 +1,4 @@
-"""What a device can do at best, for honest utilisation figures."""
+"""Peak performance of devices, for utilisation figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     # Dense peaks from the vendors' data sheets, without sparsity. XLA multiplies float32 matrices in TF32 on NVIDIA GPUs
-    # since Ampere, and in one bfloat16 pass on TPUs, unless told otherwise: those are the float32 peaks here.
+    # since Ampere, and in one bfloat16 pass on TPUs, by default: those are the float32 peaks here.
     "TPU v3": {"bfloat16": 61.5, "float32": 61.5},
     "TPU v4": {"bfloat16": 275, "float32": 275},
     "TPU v5 lite": {"bfloat16": 197, "float32": 197},
@@ -27,17 +27,17 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "Tesla T4": {"float16": 65, "float32": 8.1},
     "Tesla V100": {"float16": 125, "float32": 15.7},
 }
-"""Device kind (the longest matching beginning counts) → compute type → TFLOP/s of one JAX device."""
+"""Device kind (the longest matching prefix counts) → compute type → TFLOP/s of one JAX device."""
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """Dense peak of one device in FLOP/s, or None where it is not known (every CPU, among others)."""
+    """Dense peak of one device in FLOP/s, or None if it is not known, as for every CPU."""
     kinds = [kind for kind in PEAK_TFLOPS if device.device_kind.startswith(kind)]
     tflops = PEAK_TFLOPS[max(kinds, key=len)].get(dtype) if kinds else None
     return None if tflops is None else tflops * 1e12
 
 
 def utilization(flops_per_second: float, devices: list[jax.Device], dtype: str) -> float | None:
-    """Model FLOPs utilisation over all `devices` (Chowdhery et al. 2022, appendix B), or None where no peak is known."""
+    """Model FLOPs utilisation over all `devices` (Chowdhery et al. 2022, appendix B), or None if no peak is known."""
     peak = peak_flops(devices[0], dtype)
     return None if peak is None else flops_per_second / (peak * len(devices))

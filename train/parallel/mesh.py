@@ -1,6 +1,6 @@
-"""Devices as a mesh, and sharding strategies as tables from logical axes to the mesh's: the only file that names them.
+"""The device mesh, and sharding strategies as tables from logical axes to mesh axes; no other file names mesh axes.
 
-A strategy is data. The same model, step and checkpoint run under every one of them, on one device or many.
+A strategy is data: the same model, step and checkpoint run under every strategy, on one device or many.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from transformer.errors import Config, UserError, require
 from transformer.sharding import LOGICAL_AXES
 
 MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
-"""From the slowest links to the fastest: what is sent most often goes between neighbours."""
+"""From the slowest links to the fastest: the most frequent communication is between neighbours."""
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """What is sliced, and which mesh axis takes the devices that the config does not place."""
+    """What is sharded, and which mesh axis takes the devices that the config does not assign."""
 
     fills: str
     slices_parameters: bool = True
-    """Along fsdp; else every device has them whole."""
+    """Sharded over fsdp; else replicated."""
     slices_gradients: bool = True
-    """Along fsdp, whatever the parameters are: each device then sums its own slice alone."""
+    """Sharded over fsdp even if the parameters are not: each device then sums only its own shard."""
     slices_stream: bool = False
-    """Activations between sublayers are sliced along tensor, by position."""
+    """Whether activations between sublayers are sharded by position over tensor."""
     attention: str | None = None
-    """The one attention backend that it goes with, which `auto` then is."""
+    """The only attention backend that it supports, which `auto` then selects."""
 
 
 STRATEGIES = {
-    # Slices of the state along fsdp are whole where nothing lies there.
+    # With an fsdp axis of 1 the state is not sharded.
     "dp": Strategy("data"),
-    # The same by jax.pmap (`train/run/pmap.py`).
+    # Data parallelism by jax.pmap (`train/run/pmap.py`).
     "pmap": Strategy("data"),
     # Rajbhandari et al. 2020, stages 1 to 3.
     "zero1": Strategy("fsdp", slices_parameters=False, slices_gradients=False),
     "zero2": Strategy("fsdp", slices_parameters=False),
     "fsdp": Strategy("fsdp"),
-    # Sliced within fast links, replicated across slow ones (Zhao et al. 2023, section 3.2.2).
+    # Sharded within fast links, replicated across slow ones (Zhao et al. 2023, section 3.2.2).
     "hsdp": Strategy("data"),
-    # Shoeybi et al. 2019; with the stream sliced too, Korthikanti et al. 2022.
+    # Shoeybi et al. 2019; with the residual stream sharded too, Korthikanti et al. 2022.
     "tensor": Strategy("tensor"),
     "tensor_sequence": Strategy("tensor", slices_stream=True),
     "fsdp_tensor": Strategy("fsdp"),
-    # Sequences are sliced: Liu et al. 2023, where `auto` is the ring; Jacobs et al. 2023, by all-to-alls.
+    # Sequences are sharded: Liu et al. 2023, where `auto` is ring attention; Jacobs et al. 2023, by all-to-alls.
     "context": Strategy("context"),
     "ulysses": Strategy("context", attention="ulysses"),
     # Lepikhin et al. 2020.
@@ -68,38 +68,38 @@ STRATEGIES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Config):
-    """How many devices each mesh axis gets, and what lies along it. Any axes go together."""
+    """How many devices each mesh axis has, and what is sharded over it. Any axes can be combined."""
 
     strategy: Literal[
         "dp", "pmap", "zero1", "zero2", "fsdp", "hsdp", "tensor", "tensor_sequence", "fsdp_tensor", "context", "ulysses",
         "expert", "pipeline",
     ] = "dp"  # fmt: skip
-    """dp: a copy of the state on every device, or what the sizes below make of it; pmap: a copy on every device, by jax.pmap;
-    zero1: the optimiser's state sliced over fsdp; zero2: gradients too; fsdp: parameters too (ZeRO-3); hsdp: the same, over
-    `fsdp` devices, and copies along data; tensor: heads, feed-forward features and vocabulary sliced; tensor_sequence: and the
-    activations between them, by position; fsdp_tensor: fsdp over what `tensor` leaves; context: sequences sliced (ring
-    attention); ulysses: sequences sliced, heads in attention (all-to-all); expert: a mixture's experts; pipeline: layers."""
+    """dp: the state replicated on every device, unless the sizes below shard it; pmap: replicated, by jax.pmap; zero1: the
+    optimiser's state sharded over fsdp; zero2: gradients too; fsdp: parameters too (ZeRO-3); hsdp: fsdp over `fsdp` devices,
+    replicated along data; tensor: heads, feed-forward features and vocabulary sharded; tensor_sequence: also the activations
+    between them, by position; fsdp_tensor: fsdp over what `tensor` leaves; context: sequences sharded (ring attention);
+    ulysses: sequences sharded, heads in attention (all-to-all); expert: a mixture's experts; pipeline: layers."""
     pipeline: int | None = None
-    """Devices over which the layers are sliced; null: as for data."""
+    """Devices over which the layers are split into pipeline stages; null: as for data."""
     data: int | None = None
-    """Devices along the data axis; null: what the other axes leave where the strategy is about it, else 1."""
+    """Devices along the data axis; null: all that the other axes leave if the strategy uses this axis, else 1."""
     fsdp: int | None = None
-    """Devices over which the state is sliced; null: as for data."""
+    """Devices over which the state is sharded; null: as for data."""
     expert: int | None = None
-    """Devices over which experts are sliced; null: as for data."""
+    """Devices over which experts are sharded; null: as for data."""
     context: int | None = None
-    """Devices over which a sequence is sliced; null: as for data."""
+    """Devices over which a sequence is sharded; null: as for data."""
     tensor: int | None = None
-    """Devices over which heads and features are sliced; null: as for data."""
+    """Devices over which heads and features are sharded; null: as for data."""
     offload_optimizer: bool = False
-    """Keep the optimiser's statistics in the host's memory between steps; each step brings them and takes them back."""
+    """Keep the optimiser's statistics in host memory between steps; each step transfers them to the device and back."""
     schedule: Literal["gpipe", "1f1b"] = "gpipe"
-    """Order of a pipeline's work. gpipe: forward for all microbatches, then backward; 1f1b: a backward after each forward, so
-    that a device keeps the inputs of as many microbatches as there are stages, at most twice, and computes a stage again."""
+    """Schedule of the pipeline. gpipe: forward for all microbatches, then backward; 1f1b: forward and backward alternate, so
+    that a device stores inputs of at most twice as many microbatches as there are stages; it recomputes each stage."""
     stages_per_device: int = 1
-    """Stages of a pipeline that each of its devices has; above 1 (interleaved) it waits less at the ends of a batch."""
+    """Stages on each device of a pipeline; above 1 (interleaved schedule) the pipeline bubble is smaller."""
     pipeline_microbatches: int | None = None
-    """Parts a batch goes through the pipeline in, a multiple of its devices; null: as many as stages."""
+    """Microbatches of a batch in the pipeline, a multiple of its devices; null: the number of stages."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,37 +111,44 @@ class MeshConfig(Config):
             f"allowed: 1 with schedule {self.schedule}",
         )  # fmt: skip
         offloads = self.offload_optimizer
-        require(self, "offload_optimizer", not offloads or self.strategy != "pmap", "pmap keeps all on its devices")
+        require(
+            self, "offload_optimizer", not offloads or self.strategy != "pmap", "pmap keeps all of it on the devices"
+        )
         for axis in MESH_AXES if self.strategy == "pmap" else ():
-            require(self, axis, axis == "data" or getattr(self, axis) in (None, 1), "strategy pmap has data alone")
+            require(
+                self, axis, axis == "data" or getattr(self, axis) in (None, 1), "strategy pmap has only the data axis"
+            )
         if self.strategy == "pipeline" or (self.pipeline or 1) > 1:
-            # Ring attention and all-to-alls are manual over the whole mesh, which a stage is already over a part of.
+            # Ring attention and all-to-alls are manual over the whole mesh; a stage is already manual over a part of it.
             apart = self.strategy in ("context", "ulysses")
             require(
-                self, "pipeline", not apart, f"strategy {self.strategy} slices sequences, and a pipeline has them whole"
+                self,
+                "pipeline",
+                not apart,
+                f"strategy {self.strategy} shards sequences, and a pipeline needs them whole",
             )
-            require(self, "context", self.context in (None, 1), "a pipeline has sequences whole; allowed: 1 or null")
+            require(self, "context", self.context in (None, 1), "a pipeline needs whole sequences; allowed: 1 or null")
         for strategy, axis in (("hsdp", "fsdp"), ("fsdp_tensor", "tensor")):
             given = self.strategy != strategy or getattr(self, axis) is not None
             require(self, axis, given, f"{strategy} needs a number of devices")
 
     @property
     def rules(self) -> Rules:
-        """Where each logical axis of parameters and activations lies."""
+        """The mesh axes of each logical axis of parameters and activations."""
         return self._rules(STRATEGIES[self.strategy].slices_parameters)
 
     @property
     def gradient_rules(self) -> Rules:
-        """The same of gradients, each like its parameter."""
+        """The rules for gradients, each like its parameter."""
         return self._rules(STRATEGIES[self.strategy].slices_gradients)
 
     @property
     def optimizer_rules(self) -> Rules:
-        """The same of the optimiser's statistics and the moving average, each like its parameter."""
+        """The rules for the optimiser's statistics and the moving average, each like its parameter."""
         return self._rules(True)
 
     def _rules(self, sliced: bool) -> Rules:
-        """A full table: what is not placed is replicated."""
+        """The complete table; axes that are not in it are replicated."""
         placed: dict[str, str | tuple[str, ...]] = {
             # Outside the layers, the devices of a pipeline share the batch.
             "batch": ("pipeline", "data", "fsdp", "expert"),
@@ -157,7 +164,7 @@ class MeshConfig(Config):
 
     @property
     def slices_parameters(self) -> bool:
-        """Whether no device has all of the model."""
+        """Whether no device holds the whole model."""
         axis, sliced = STRATEGIES[self.strategy].fills, ("pipeline", "fsdp", "expert", "tensor")
         given = any((getattr(self, name) or 1) > 1 for name in sliced)
         return STRATEGIES[self.strategy].slices_parameters and (given or axis in sliced)
@@ -193,13 +200,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if (slices := len({getattr(device, "slice_index", 0) for device in devices})) > 1:
         placed = _over_slices(sizes, slices, devices)
     else:
-        # On a torus whose dims are no products of the mesh's axes, two of them share a dim.
+        # On a torus whose dims are not products of the mesh's axes, two axes share a dim.
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def _over_slices(sizes: tuple[int, ...], slices: int, devices: list[jax.Device]) -> np.ndarray:
-    """Devices of several slices, which a slower network joins: one axis goes over it, and that is the first that can."""
+    """Devices of several slices, joined by a slower network, which the first suitable axis spans."""
     for axis in range(MESH_AXES.index("expert")):
         if sizes[axis] % slices == 0:
             between = [slices if index == axis else 1 for index in range(len(sizes))]
@@ -213,13 +220,13 @@ def _over_slices(sizes: tuple[int, ...], slices: int, devices: list[jax.Device])
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
-    """Everything traced inside is laid out on `mesh` by `rules`."""
+    """Everything traced inside is sharded over `mesh` by `rules`."""
     with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
         yield
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
-    """The layout of every array in `tree` by its logical axes under the rules in force; without axes, replicated.
+    """The sharding of every array in `tree` by its logical axes under the current rules; replicated if it has none.
 
     An optimiser's statistics carry the axes of the parameter that they belong to. Those that dropped a dim of it or
     shrank one to 1 (Adafactor's rows and columns) are small and replicated.
@@ -230,7 +237,7 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         value = leaf.get_value()
         if not hasattr(value, "shape"):
-            # A parameter that this part of the optimiser leaves to another one.
+            # A parameter that another part of the optimiser updates.
             return leaf
         spec = nnx.get_partition_spec(leaf).get_value()
         dropped = len(spec) > len(value.shape) or 1 in value.shape
@@ -240,18 +247,18 @@ def shardings_of(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
-    """The layout of an array whose first dim is the global batch."""
+    """The sharding of an array whose first dim is the global batch."""
     return NamedSharding(mesh, PartitionSpec(dict(rules)["batch"]))
 
 
 def check_batch(mesh: Mesh, rules: Rules, batch_size: int, microbatches: int) -> None:
-    """Raise a `UserError` unless each device gets as many sequences of each microbatch as every other one."""
+    """Raise a `UserError` unless all devices get the same number of sequences of each microbatch."""
     axes = dict(rules)["batch"] or ()
     axes = (axes,) if isinstance(axes, str) else axes
     shards = math.prod(mesh.shape[axis] for axis in axes)
     if shards % (processes := jax.process_count()):
         raise UserError(
-            f"mesh: a batch lies over {shards} parts, and {processes} processes read it, each whole rows of its own; make "
+            f"mesh: a batch is split into {shards} parts, and each of {processes} processes reads whole rows; make "
             f"mesh.data × mesh.fsdp a multiple of {processes}"
         )
     if batch_size % (shards * microbatches):
@@ -264,7 +271,7 @@ def check_batch(mesh: Mesh, rules: Rules, batch_size: int, microbatches: int) ->
 
 
 def check_divisible(abstract: Any, shardings: Any) -> None:
-    """Raise a `UserError` naming every array of `abstract` that its sharding does not divide evenly."""
+    """Raise a `UserError` if a sharding does not evenly divide an array of `abstract`."""
     bad = []
     leaves = zip(jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(shardings), strict=True)
     for (path, leaf), sharding in leaves:

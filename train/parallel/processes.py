@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, and what they have to agree on.
+"""One run on several processes: how they find each other, and what they must agree on.
 
 One process for each host (or each GPU) runs the same command. The transport is JAX's own: `jax.distributed`, and collectives
 by NCCL, a TPU's links, or gloo on CPUs.
@@ -24,26 +24,26 @@ from transformer.errors import UserError
 
 _FAREWELL = "farewell"
 _LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
-"""How JAX begins to tell that a collective failed, as a `JaxRuntimeError` or, from gloo, as a `ValueError`."""
+"""Beginnings of JAX's messages about a failed collective, in a `JaxRuntimeError` or, from gloo, in a `ValueError`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-    """Where this process finds the others. All None: what Slurm, Open MPI, Kubernetes or a TPU pod says, found by JAX."""
+    """How this process finds the others. All None: JAX finds them from Slurm, Open MPI, Kubernetes or a TPU pod."""
 
     coordinator: str | None = None
     """host:port of process 0."""
     num_processes: int | None = None
     process_id: int | None = None
     heartbeat_seconds: int = 60
-    """A process that is silent for so long is taken for dead, and the others stop."""
+    """Seconds without a heartbeat after which a process counts as dead, and the others stop."""
 
 
 def join(peers: Peers) -> None:
     """Become one of the run's processes. Call it before anything runs on a device.
 
     Raises:
-        UserError: a part is missing or out of range, no cluster was found, or the others did not come.
+        UserError: a setting is missing or out of range, no cluster was found, or the others did not connect.
     """
     given = (peers.coordinator, peers.num_processes, peers.process_id)
     if any(one is not None for one in given):
@@ -53,7 +53,9 @@ def join(peers: Peers) -> None:
             if one is None
         ]
         if missing:
-            raise UserError(f"several processes need {' and '.join(missing)} too, or --distributed to find all of it")
+            raise UserError(
+                f"several processes also need {' and '.join(missing)}, or --distributed to find all of them"
+            )
         assert peers.num_processes is not None and peers.process_id is not None
         if not 0 <= peers.process_id < peers.num_processes:
             raise UserError(f"--process-id: got {peers.process_id}; allowed: 0 to {peers.num_processes - 1}")
@@ -64,7 +66,7 @@ def join(peers: Peers) -> None:
     except (RuntimeError, ValueError) as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"the processes of the run do not come together: {said.strip()[:200]}; start all of them with the same "
+            f"the processes of the run could not connect: {said.strip()[:200]}; start all of them with the same "
             "--coordinator HOST:PORT and --num-processes, each with its own --process-id"
         ) from None
 
@@ -76,7 +78,7 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def one_log() -> Iterator[None]:
-    """What is printed inside is printed by the first process alone."""
+    """Only the first process prints what is printed inside."""
     if is_first():
         yield
         return
@@ -86,24 +88,24 @@ def one_log() -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_lost_peers(folder: Path) -> Iterator[None]:
-    """Where the other processes are lost inside, this one ends with a line that says so and how to go on.
+    """If other processes are lost inside, this one ends with a line that says so and how to resume.
 
-    Either a collective fails, or JAX aborts a process whose peers are silent, wherever it is, so that no code of its own can say
-    more then; often both, in either order. So it is always a small process beside it that says the line: with what the
-    collective's error was, or once it is left without a farewell.
+    Either a collective fails, or JAX aborts a process whose peers are silent, at any point, so that its own code cannot print
+    anything; often both, in either order. So a small helper process always prints the line: with the collective's error, or
+    when this process ends without a farewell.
 
     Args:
         folder: of the run, where its checkpoints are.
 
     Raises:
-        SystemExit: a collective failed, and it was said.
+        SystemExit: a collective failed; the line was printed.
     """
     if jax.process_count() == 1:
         yield
         return
     message = (
-        f"manyheads: process {jax.process_index()} of {jax.process_count()} stops, since another one died or cannot be reached "
-        f"(JAX names it, as a task); the same commands go on from the last checkpoint in {folder}"
+        f"manyheads: process {jax.process_index()} of {jax.process_count()} stops because another one died or is unreachable "
+        f"(JAX names it as a task); rerun the same commands to resume from the last checkpoint in {folder}"
     )
     last_words = (
         "import sys; said = sys.stdin.read(); said == sys.argv[2] or print(sys.argv[1] + said, file=sys.stderr)"
@@ -125,7 +127,7 @@ def report_lost_peers(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_zero_first(what: str) -> Iterator[None]:
-    """The block is run by the first process, and then by the others, which find what it left on a disk that they share."""
+    """The first process runs the block, then the others, which find its files on the shared disk."""
     if not is_first():
         multihost_utils.sync_global_devices(f"{what}: first")
     yield
@@ -134,14 +136,14 @@ def process_zero_first(what: str) -> Iterator[None]:
 
 
 def any_process(value: bool, step: int, every: int = 10) -> bool:
-    """Whether `value` holds in any process; asked only now and then where there are several, and False in between."""
+    """Whether `value` holds in any process; with several processes it is checked only occasionally, and False in between."""
     if jax.process_count() == 1:
         return value
     return step % every == 0 and bool(np.any(multihost_utils.process_allgather(np.array([value]))))
 
 
 def gathered(text: str) -> list[str]:
-    """The text of every process, in their order."""
+    """The texts of all processes, in order."""
     data = np.frombuffer(text.encode(), np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.array([len(data)]))).reshape(-1)
     padded = np.zeros(int(lengths.max()), np.uint8)

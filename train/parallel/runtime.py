@@ -1,4 +1,4 @@
-"""The process around a run: devices, the compilation cache, and a stop that loses nothing."""
+"""The process of a run: devices, the compilation cache, and stopping without losing work."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
     """Choose the devices. Call it before anything runs on one.
 
     Args:
-        num_cpu_devices: virtual devices to make of the CPU, to try a sharding without the hardware.
+        num_cpu_devices: number of virtual CPU devices, to try a sharding without the hardware.
         platform: cpu, gpu, tpu; JAX's own choice by default.
         peers: the other processes of the run, if it has any.
 
     Raises:
-        UserError: there is no such device here, or the processes do not come together.
+        UserError: no such device is available, or the processes could not connect.
     """
     if num_cpu_devices is not None:
         if num_cpu_devices < 1:
             raise UserError(f"--devices: got {num_cpu_devices}; allowed: 1 or more")
         if platform not in (None, "cpu"):
-            raise UserError(f"--devices makes virtual CPU devices; it does not go with --platform {platform}")
+            raise UserError(f"--devices makes virtual CPU devices; it cannot be combined with --platform {platform}")
         platform = "cpu"
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     if platform is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))
-    # What orbax says of its own workings is no news for a user.
+    # orbax's messages about its internals do not concern users.
     orbax = logging.getLogger("absl")
     orbax.setLevel(logging.ERROR)
     orbax.addFilter(_without_traceback)
@@ -55,7 +55,7 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Orbax logs with their tracebacks exceptions that it raises as well, and whoever catches those says what to do."""
+    """Drops orbax's logged tracebacks of exceptions that it also raises: the code that catches those says what to do."""
     record.exc_info = None
     return True
 
@@ -65,6 +65,8 @@ class GracefulStop:
 
     def __init__(self) -> None:
         self.requested = False
+        self.number: int | None = None
+        """The signal that asked."""
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulStop:
@@ -78,6 +80,6 @@ class GracefulStop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            # Not sys.exit: whatever hangs would be waited for.
+            # Not sys.exit, which would wait for whatever hangs.
             os._exit(128 + number)
-        self.requested = True
+        self.requested, self.number = True, number

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: one live line on a terminal, plain lines elsewhere."""
+"""The display of a run: one live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 def console() -> Console:
-    """For tables: as wide as the terminal; in a file or a pipe there is no width to fit."""
+    """A console for tables: as wide as the terminal; unlimited in a file or a pipe."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 class Display:
-    """The line of a run. Use it as a context manager.
+    """The status line of a run. Use it as a context manager.
 
     Args:
         num_steps: length of the run.
         start_step: where it begins.
-        unit: of what a step predicts.
+        unit: the unit of a step's predictions.
     """
 
     def __init__(self, num_steps: int, start_step: int, console: Console | None = None, *, unit: str = "tok") -> None:
-        # A file or a pipe is read by people and by grep: no wrapping, no cursor movements.
+        # Files and pipes get no wrapping and no cursor movements.
         self.console = console or Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
         self._num_steps, self._start_step, self._began = num_steps, start_step, time.monotonic()
         self._unit = unit
@@ -34,6 +34,8 @@ class Display:
             BarColumn(bar_width=20),
             TextColumn("{task.fields[status]}"),
             console=self.console,
+            # What a run ends with is its last word, and not the bar once more.
+            transient=True,
             disable=not self.console.is_terminal,
         )
         self._task = self._progress.add_task("train", total=num_steps, completed=start_step, status="compiling ...")
@@ -46,7 +48,7 @@ class Display:
         self._progress.stop()
 
     def step(self, step: int, values: dict[str, float | None], *, record: bool) -> None:
-        """Show the values of a step; where there is no terminal, only those of a step that is recorded."""
+        """Show the values of a step; without a terminal, only those of recorded steps."""
         status = self._status(step, values)
         if self.console.is_terminal:
             self._progress.update(self._task, completed=step, status=status)
@@ -54,7 +56,7 @@ class Display:
             self.console.print(f"step {step}/{self._num_steps}  {status}", markup=False)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self.console.print(text, markup=False)
 
     def _status(self, step: int, values: dict[str, float | None]) -> str:

@@ -1,6 +1,6 @@
-"""A step's metrics on their way to the host, and the speed of a run.
+"""Transfers a step's metrics to the host, and measures the speed of a run.
 
-Metrics are read one step late, so that the devices never wait for the host to look at them.
+Metrics are read one step late, so that the devices never wait for the host.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Reading:
 
 
 class Meter:
-    """Holds metrics until they may be read without making the devices wait, and times the steps.
+    """Holds metrics until they can be read without stalling the devices, and times the steps.
 
     Args:
         schedule: step → learning rate.
-        flops_per_prediction: of a training step, for each token or row that it predicts.
-        devices: that share the work.
-        dtype: the type that they compute in.
+        flops_per_prediction: FLOPs of a training step for each token or row that it predicts.
+        devices: the devices that share the work.
+        dtype: their compute type.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Meter:
         self._seconds_per_token: float | None = None
 
     def push(self, step: int, metrics: Mapping[str, jax.Array], examples: np.ndarray) -> None:
-        """Take the metrics of a step that was just given to the devices."""
+        """Take the metrics of a step that was just dispatched to the devices."""
         self._pending.append((step, metrics, examples))
 
     def pause(self) -> None:
-        """Leave the time until the next step out of the speed."""
+        """Exclude the time until the next step from the speed."""
         self._clock = None
 
     def ready(self, keep: int) -> Iterator[Reading]:
@@ -62,8 +62,8 @@ class Meter:
             values: dict[str, float | None] = {k: float(v) for k, v in jax.device_get(metrics).items()}
             self._in_row = self._in_row + 1 if values.pop("skipped") else 0
             values["learning_rate"] = float(self._schedule(step - 1))
-            # Read while the next step runs, one step's metrics follow another's after a step's time. The last ones before a
-            # pause are read at once, and tell nothing.
+            # Read while the next step runs, successive metrics arrive one step time apart. The last ones before a
+            # pause are read at once, so their times mean nothing.
             if keep:
                 self._time(values["tokens"] or 0.0)
             values |= self._speeds()
@@ -73,7 +73,7 @@ class Meter:
         now = time.monotonic()
         if self._clock is not None and tokens:
             latest = (now - self._clock) / tokens
-            # Smoothed over about ten steps; times, not speeds, so that a hasty reading counts for little.
+            # Smoothed over about ten steps; times, not speeds, so that an early reading has little effect.
             known = self._seconds_per_token
             self._seconds_per_token = latest if known is None else 0.9 * known + 0.1 * latest
         self._clock = now

@@ -1,37 +1,35 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard and Weights & Biases by config."""
+"""Writers of a run's metrics: metrics.jsonl always, TensorBoard and Weights & Biases by config."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from train.config import RunConfig, to_data
 from train.config.sections import LogConfig
+from train.files import write_whole
 from train.parallel.processes import is_first
 from transformer.errors import UserError
 
 
 class Writer(Protocol):
-    """A place for scalars."""
+    """A writer of scalars."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record the values of one step."""
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write what is buffered."""
 
 
 class JsonlWriter:
-    """One JSON object a line. What a run wrote beyond the step it resumes from is dropped: it will be written again."""
+    """One JSON object per line. Records after the step that a run resumes from are dropped: they will be written again."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start_step]
-            fresh = path.with_suffix(".tmp")
-            fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(fresh, path)
+            write_whole(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -78,7 +76,7 @@ class WandbWriter:
 
 
 class MetricLog:
-    """All writers of a run as one, as a context manager. Names are `train/loss`, `eval/bits_per_byte` and so on."""
+    """All writers of a run together, as a context manager. Names are `train/loss`, `eval/bits_per_byte` and so on."""
 
     def __init__(self, config: RunConfig, directory: Path, start_step: int) -> None:
         log: LogConfig = config.log
@@ -106,7 +104,7 @@ class MetricLog:
 
 
 def _step_of(line: str) -> float:
-    """A record's step; infinite for a line that a kill cut short, so that it is dropped."""
+    """A record's step; infinite for a truncated line, so that it is dropped."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Something to look at while a model trains: a text that it writes, or sentences that it translates."""
+"""Samples during training: a text that the model generates, or sentences that it translates."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformer.generation.sampling import Sampling
 from transformer.models.gpt import GPTConfig
 
 Sampler = Callable[[nnx.State], str]
-"""From parameters to a text for people."""
+"""Makes a sample text from parameters."""
 
 _SENTENCES = 3
 
 
 def make_sampler(config: RunConfig, prepared: Prepared, translator: TextTranslator | None) -> Sampler | None:
-    """The sampler that suits the model and its objective; None where there is nothing to read."""
+    """The sampler for the model and its objective; None if they have none."""
     if not config.sample.max_tokens:
         return None
     if isinstance(config.model, GPTConfig):

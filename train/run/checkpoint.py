@@ -1,8 +1,8 @@
-"""Checkpoints: a run's state with everything needed to go on from it, or to use it elsewhere.
+"""Checkpoints: a run's state with everything needed to resume from it, or to use it elsewhere.
 
-A checkpoint holds three items: `params` (the parameters, or their moving average, to use), `state` (the whole TrainState,
-to go on), and `meta` (step, config, tokenizer, versions). orbax writes it beside its place and renames it last, so a kill at
-any moment leaves the previous one whole.
+A checkpoint holds three items: `params` (the parameters, or their moving average, for use), `state` (the whole TrainState,
+to resume), and `meta` (step, config, tokenizer, versions). orbax writes it to a temporary folder and renames it last, so a
+kill at any moment leaves the previous one whole.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,23 +33,23 @@ RESUMABLE = (
     *("name:", "run_dir:", "steps:", "max_skipped:", "data.num_workers:", "data.prefetch:"),
     *("evaluation.", "checkpoint.", "log.", "sample.", "mesh."),
 )
-"""Config fields that may differ between a checkpoint and the run that goes on from it.
+"""Config fields that may differ between a checkpoint and the run that resumes from it.
 
-None but `steps` has a part in what is computed; that one may be raised to train on, and its schedule with it.
+Only `steps` affects what is computed; it may be raised to continue training, which also extends the schedule.
 """
 
 _BACKEND = re.compile(r"model\.(attention|pattern\.\d+)\.backend:")
 
 _STORED = {"loss": "nll"}
-"""Names that metrics have on disk where those are others."""
+"""Metrics whose names on disk differ."""
 _STEP = "step"
-"""What stands beside them there."""
+"""The other names on disk."""
 _SMALL = 2**20
 """Bytes below which an array is written by one device."""
 
 
 def is_resumable(difference: str) -> bool:
-    """Whether a difference between two configs may be between a checkpoint and the run that continues it."""
+    """Whether a difference between two configs is allowed between a checkpoint and the run that resumes it."""
     return difference.startswith(RESUMABLE) or _BACKEND.match(difference) is not None
 
 
@@ -77,13 +78,15 @@ class Checkpoints:
                 ]
             ),
             read_only=config is None,
+            save_interval_steps=0 if config is None else 1,
             create=config is not None,
             cleanup_tmp_directories=config is not None,
         )
         self.directory = (directory / "checkpoints").absolute()
         if config is None and not self.directory.is_dir():
             raise UserError(f"{directory}: no run here (it has no folder `checkpoints`)")
-        with _disk_errors(self):
+        quiet = _without_warnings() if config is None else contextlib.nullcontext()
+        with _disk_errors(self), quiet:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -94,7 +97,7 @@ class Checkpoints:
             with _disk_errors(self):
                 self._manager.close()
         elif isinstance(error, Exception):
-            # What is being written may be what the error's message tells to go on from; a fault of its own is no news then.
+            # The error's message may name the checkpoint being written as the one to resume from; its own error adds nothing.
             with contextlib.suppress(Exception):
                 self._manager.close()
 
@@ -112,19 +115,19 @@ class Checkpoints:
     def best(self) -> int | None:
         """Step of the best checkpoint by `checkpoint.best`, among those written right after an evaluation."""
         step = self._manager.best_step()
-        # What was written while another metric decided may lack this one.
+        # Checkpoints written while another metric decided may lack this one.
         known = None if step is None else self._manager.metrics(step)
         return step if known is not None and _STORED.get(self._best_by, self._best_by) in known else None
 
     def _ranking_key(self, metrics: Mapping[str, float]) -> tuple[float, float]:
         first_names = {stored: name for name, stored in _STORED.items()}
         values = {first_names.get(name, name): value for name, value in metrics.items()}
-        # Of equal ones the first is the best.
+        # Of equal values the first is the best.
         return ranking_key(self._best_by, values), -values.get(_STEP, 0)
 
     @functools.cached_property
     def _best_by(self) -> str:
-        """The metric by which checkpoints are compared: the config's, or of a run that is only read its own."""
+        """The metric by which checkpoints are compared: the config's, or the run's own if it is only read."""
         if self._config is not None:
             return self._config.best
         return self.meta(self.steps[-1])["config"]["checkpoint"].get("best", "loss")
@@ -144,15 +147,15 @@ class Checkpoints:
 
         Args:
             tokenizer: its files by name, so that a checkpoint is enough to generate.
-            values: held-out loss and metrics at this very step, on the batches that all checkpoints are compared on, when they
-                were taken.
-            labels: the names of the classes, or tags, that the model tells.
-            selection: the best evaluation up to now.
+            values: held-out loss and metrics at this step, on the batches by which checkpoints are compared, if they were
+                evaluated.
+                labels: the names of the classes, or tags, that the model predicts.
+                selection: the best evaluation so far.
 
         Raises:
             UserError: the disk is full or read-only, now or while the previous checkpoint was written.
         """
-        # Whatever a mesh makes of it, on disk a stack has its layers in their order.
+        # On disk a stack has its layers in order, whatever the mesh.
         state = jax.tree.map(_one_copy, in_order(state))
         meta = {
             "step": step,
@@ -177,11 +180,11 @@ class Checkpoints:
     def save_params(
         self, params: nnx.State, config: RunConfig, tokenizer: dict[str, str], source: str, labels: Sequence[str] = ()
     ) -> None:
-        """Write parameters that were trained elsewhere, as step 0, and wait until they are whole.
+        """Write parameters that were trained elsewhere, as step 0, and wait until they are written.
 
         Args:
             source: where they come from.
-            labels: as of `save`.
+            labels: as in `save`.
         """
         meta = {
             "step": 0, "config": to_data(config), "tokenizer": tokenizer, "labels": list(labels),
@@ -195,12 +198,12 @@ class Checkpoints:
         self.wait()
 
     def wait(self) -> None:
-        """Block until the newest checkpoint is whole."""
+        """Block until the newest checkpoint is written."""
         with _disk_errors(self):
             self._manager.wait_until_finished()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What `save` stored beside the arrays."""
+        """The metadata that `save` stored next to the arrays."""
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, step: int, abstract: TrainState, config: RunConfig) -> TrainState:
@@ -212,15 +215,15 @@ class Checkpoints:
         meta = self.meta(step)
         if "source" in meta:
             raise UserError(
-                f"{self.directory.parent}: this folder has the weights of {meta['source']}, and no run to go on with; name it "
-                "in init_from, and train in a folder of its own"
+                f"{self.directory.parent}: holds imported weights ({meta['source']}), not a resumable run; name it "
+                "in init_from and train in another folder"
             )
-        # A field that an older version did not have has its default, which is what that version did.
+        # A field that an older version lacks takes its default, which is the behaviour of that version.
         stored = to_data(parse(meta["config"], f"{self.directory.parent}: the config of step {step}"))
         changed = [line for line in difference(stored, to_data(config)) if not is_resumable(line)]
         if changed:
             raise UserError(
-                f"{self.directory.parent}: its checkpoint at step {step} was made with another config: "
+                f"{self.directory.parent}: its checkpoint at step {step} was made with a different config: "
                 f"{'; '.join(changed)}. Undo the change, or start anew with --run-dir FOLDER"
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
@@ -233,9 +236,10 @@ class Checkpoints:
 
 
 def _one_copy(array: jax.Array) -> jax.Array:
-    """A small array as one device has it, where all of them are of this process and have all of it.
+    """A small array as a copy on one device, if all its devices belong to this process and hold all of it.
 
-    Of copies, orbax writes a slice from each device, which is worth its program for each slice only where the array is large.
+    orbax writes a slice of a replicated array from each device, which needs a program for each slice and pays only if the
+    array is large.
     """
     if array.is_fully_addressable and array.is_fully_replicated and array.nbytes < _SMALL:
         return array.addressable_data(0)
@@ -256,15 +260,15 @@ class _disk_errors:
             return
         manager = getattr(self.checkpoints, "_manager", None)
         last = None if manager is None else manager.latest_step()
-        good = "none was written before" if last is None else f"the one of step {last} is whole"
+        good = "there is no earlier one" if last is None else f"the one of step {last} is intact"
         raise UserError(
             f"{self.checkpoints.directory}: cannot write a checkpoint ({_first_line(error)}); {good}. "
-            "Free some space or choose another --run-dir, then run the same command again to go on"
+            "Free some space or choose another --run-dir, then run the same command again to resume"
         ) from None
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether a full, read-only or missing disk is at the bottom of `error`."""
+    """Whether `error` was caused by a full, read-only or missing disk."""
     phrases = ("No space left", "Read-only file system", "Disk quota", "File too large", "Not a directory",
                "Permission denied")  # fmt: skip
     while error is not None:
@@ -276,3 +280,15 @@ def is_disk_error(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns that a folder that is opened to read is opened to read."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Two runs side by side: what was set, read and installed, and what came of it."""
+"""Comparison of two runs: config, data, package versions, and results."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from rich.table import Table
 
 from train.config import difference, load, to_data
 from train.report.display import console
-from train.run.run_files import NO_SCORES, Curves, read_metrics, read_origin
+from train.run.curves import draw, shared_curves
+from train.run.run_files import Curves, read_metrics, read_origin
 from transformer.errors import UserError
 
 _ROWS = 12
-"""Steps of a table of curves."""
+"""The most steps in a table of curves."""
 _OWN = ("name:", "run_dir:")
-"""Fields in which two runs always differ."""
+"""Fields that always differ between runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What a run's folder tells."""
+    """The records of a run's folder."""
 
     folder: Path
     config: dict[str, Any]
     origin: dict[str, Any] | None
-    """None for a run that did not write it."""
+    """Data fingerprint and versions; None for a run that did not write them."""
     curves: Curves
 
 
@@ -48,22 +49,21 @@ def diff(first: Path, second: Path, out: Path | None = None) -> None:
     _print("config", changed, "the same")
     for run in runs:
         if run.origin is None:
-            _print("data, versions", [f"{run.folder} has none on record: it is of an older version"], "")
+            _print("data, versions", [f"{run.folder} has no record of them: an older version made it"], "")
     if one.origin is not None and other.origin is not None:
         data = [one.origin["data"], other.origin["data"]]
         _print("data", [] if data[0] == data[1] else [" → ".join(data)], f"the same, {data[0]}")
         _print("versions", difference(one.origin["versions"], other.origin["versions"]), "the same")
     for run in runs:
         if not run.curves:
-            _print("metrics", [f"{run.folder} has recorded none yet"], "")
+            _print("metrics", [f"{run.folder} has none yet"], "")
     screen.print(_final(one.curves, other.curves))
-    names = [name for name in one.curves if name in other.curves and name not in NO_SCORES]
-    shown = [name for name in names if name == "train/loss" or name.startswith("eval/")]
+    shown = shared_curves([run.curves for run in runs])
     for name in shown:
         if steps := _thinned(sorted(one.curves[name].keys() & other.curves[name].keys())):
             screen.print(_table(name, steps, one.curves[name], other.curves[name]))
     if out is not None:
-        _draw(runs, shown, out)
+        draw([(str(run.folder), run.curves) for run in runs], out)
 
 
 def _read(folder: Path) -> _Run:
@@ -105,31 +105,7 @@ def _number(value: float | None) -> str:
 
 
 def _thinned(steps: list[int]) -> list[int]:
-    """At most `_ROWS` of them, from all over, the last among them."""
+    """At most `_ROWS` of the steps, evenly spaced, the last included."""
     if len(steps) <= _ROWS:
         return steps
     return [steps[(index + 1) * len(steps) // _ROWS - 1] for index in range(_ROWS)]
-
-
-def _draw(runs: tuple[_Run, _Run], names: list[str], out: Path) -> None:
-    from matplotlib.figure import Figure
-
-    if not names:
-        raise UserError(f"--out: {runs[0].folder} and {runs[1].folder} have no metric in common to draw")
-    figure = Figure(figsize=(6 * min(len(names), 2), 3.2 * -(-len(names) // 2)), layout="constrained")
-    grid = figure.subplots(-(-len(names) // 2), min(len(names), 2), squeeze=False)
-    for axes in grid.flat[len(names) :]:
-        axes.remove()
-    for axes, name in zip(grid.flat, names, strict=False):
-        for run in runs:
-            curve = sorted(run.curves[name].items())
-            axes.plot(*zip(*curve, strict=True), marker="." if len(curve) < 40 else "", label=str(run.folder))
-        axes.set_title(name)
-        axes.set_xlabel("step")
-    grid.flat[0].legend()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out: {out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    print(f"curves    {out}")

@@ -1,4 +1,4 @@
-"""Scores on held-out text."""
+"""Evaluation on held-out text."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from train.translation import Quality, TextTranslator, spread
 T = TypeVar("T")
 
 _UNDER_WAY = 2
-"""Batches whose sums are waited for no sooner than this many later."""
+"""Number of batches in flight: the sums of a batch are read this many batches later."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a model makes of a text it has not seen."""
+    """A model's scores on held-out text."""
 
     loss: float
-    """Negative log-likelihood, nats per token, or per row; of numbers the mean squared error."""
+    """Negative log-likelihood in nats per token, or per row; for regression the mean squared error."""
     perplexity: float | None
-    """Of tokens; None for classes of rows."""
+    """Perplexity per token; None for classes of rows."""
     bits_per_byte: float | None
-    """Bits per byte of UTF-8 text, comparable across tokenizers and with file compressors; None where bytes are unknown."""
+    """Bits per byte of UTF-8 text, comparable across tokenizers and with file compressors; None if bytes are unknown."""
     tokens: int
-    """What was predicted: tokens, or rows."""
+    """Number of predictions: tokens, or rows."""
     accuracy: float | None = None
-    """The part of the rows, or words, whose likeliest class is theirs; None for tokens."""
+    """The fraction of rows, or words, that are classified correctly; None for tokens."""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Those of the objective, by name."""
+    """The objective's metrics, by name."""
 
     def __str__(self) -> str:
-        """The scores that there are, for people."""
+        """The available scores, as text."""
         parts = {
             "perplexity": (self.perplexity, ".2f"), "bits per byte": (self.bits_per_byte, ".4f"),
             "accuracy": (self.metrics.get("accuracy", self.accuracy), ".2%"),
@@ -57,17 +57,17 @@ class Scores:
         return f"loss {self.loss:.4f}{known}{own}"
 
     def values(self) -> dict[str, float | None]:
-        """All of them by name."""
+        """All scores by name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "metrics"} | {**self.metrics}
 
 
 def evaluate(step: Callable[[nnx.State, Batch], T], params: nnx.State, batches: Iterable[Batch]) -> list[T]:
-    """Run `step`, which `make_eval_step` made, over all batches; what it gives of each, on the host."""
+    """Run `step`, made by `make_eval_step`, over all batches; its outputs for each, on the host."""
     parts: list[T] = []
     for batch in batches:
         parts.append(step(params, batch))
-        # Reading each would wait for it. More than a few under way gain nothing, and on virtual devices, which share the
-        # threads of one processor, they can wait for each other until the collectives give up.
+        # Reading each batch at once would wait for it. More than a few in flight gain nothing, and on virtual devices, which
+        # share the threads of one processor, they can wait for each other until the collectives time out.
         if len(parts) > _UNDER_WAY:
             jax.block_until_ready(parts[-_UNDER_WAY - 1])
     return jax.device_get(parts)
@@ -77,9 +77,9 @@ def scores_of(parts: Sequence[LossSums], bytes_per_token: float | None) -> Score
     """The mean over tokens, or rows, not over batches.
 
     Args:
-        bytes_per_token: of the held-out text as a whole.
+        bytes_per_token: of the whole held-out text.
     """
-    # Python floats: the sums add in float64.
+    # Python floats, so that the sums add up in float64.
     weight = sum(float(part.weight) for part in parts)
     loss = sum(float(part.nll) for part in parts) / max(weight, 1.0)
     bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
@@ -91,22 +91,22 @@ def scores_of(parts: Sequence[LossSums], bytes_per_token: float | None) -> Score
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What came out when the held-out text was scored."""
+    """The result of an evaluation."""
 
     scores: Scores
     selection: dict[str, float]
-    """Loss and metrics on the batches on which all evaluations are compared, however many this one took."""
+    """Loss and metrics on the batches by which all evaluations are compared, however many batches this one used."""
     predictions: Sequence[Prediction]
-    """Of the documents of a task; none of other objectives."""
+    """The predictions for the documents of a task; empty for other objectives."""
     quality: Quality | None
-    """Of translations, where checkpoints are compared by it."""
+    """The quality of translations, if checkpoints are compared by it."""
 
 
 class Evaluator:
-    """The held-out text of a run, to be scored again and again.
+    """The held-out text of a run, to evaluate repeatedly.
 
     Args:
-        translator: of a run on pairs of texts, in one process.
+        translator: for a run on pairs of texts, in one process.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Evaluator:
     def evaluate(
         self, params: nnx.State, batches: int | None, stopped: Callable[[], bool]
     ) -> Evaluation | tuple[int, int]:
-        """Score the first `batches` batches (None: all); where `stopped` says so in between, how many of how many were."""
+        """Evaluate the first `batches` batches (None: all); if `stopped` interrupts, return how many of how many were done."""
         config = self.config
         host = evaluation_batches(
             self._prepared,
@@ -150,11 +150,11 @@ class Evaluator:
         return Evaluation(scores, _selection(selected), predictions, None)
 
     def say(self, scores: Scores) -> str:
-        """The scores, for people."""
+        """The scores as text."""
         return f"held-out {scores}{self._baseline}"
 
     def quality(self, params: nnx.State) -> Quality | None:
-        """That of the translations of as many held-out pairs as the config says."""
+        """The quality of translations of the config's number of held-out pairs."""
         if self._translator is None or not (count := self.config.evaluation.translations):
             return None
         return self._translator.quality(self._program.plain(params), spread(self._prepared.validation_pairs(), count))
@@ -165,7 +165,7 @@ class Evaluator:
     def _scores_of_task(self, found: Sequence[tuple[LossSums, Any]]) -> tuple[Scores, list[Prediction]]:
         assert self.task is not None
         predictions = self.task.predictions([outputs for _, outputs in found])
-        # Not of tokens.
+        # Perplexity is for tokens only.
         scores = dataclasses.replace(scores_of([sums for sums, _ in found], None), perplexity=None)
         return dataclasses.replace(scores, metrics=self.task.metrics(predictions)), predictions
 

@@ -1,4 +1,4 @@
-"""`manyheads explain`: a config's fields with their meanings, and what the run will cost, before anything is run."""
+"""`manyheads explain`: a config's fields with their meanings, and the costs of the run, before it starts."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from transformer.models.families import flops_per_token
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a run takes. Bytes are of the whole run, before any sharding."""
+    """The costs of a run. Bytes are for the whole run, before any sharding."""
 
     parameters: int
     trained: int
-    """How many of them are not frozen."""
+    """Number of parameters that are not frozen."""
     tokens_per_step: int
     flops_per_token: float
-    """Of a training step: forward and backward."""
+    """FLOPs of a training step, forward and backward, per prediction."""
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
-    """What the forward pass of one microbatch leaves for the backward pass, remat taken into account."""
+    """What the forward pass of one microbatch stores for the backward pass, with the remat policy applied."""
 
 
 def cost(config: RunConfig) -> Cost:
-    """Count from the shapes of the real model, optimiser and loss; no array is made."""
+    """Compute the costs from the shapes of the real model, optimiser and loss; no array is allocated."""
     state = described_state(config)
     make = functools.partial(make_adapted, config.model, config.adapter)
     trained = trained_of(config, make)
@@ -74,7 +74,7 @@ def explain(config: RunConfig) -> None:
         table.add_row(field.path, value if value == default else f"[bold]{value}[/bold]", default, field.meaning)
     out.print(table)
     total = cost(config)
-    costs = Table(title="what it costs", title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    costs = Table(title="costs", title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
     costs.add_column("what")
     costs.add_column("how much", justify="right")
     costs.add_column("meaning")
@@ -90,7 +90,11 @@ def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
     memory = total.parameter_bytes + total.gradient_bytes + total.optimizer_bytes + total.activation_bytes
     frozen = total.trained < total.parameters
     share = [
-        ("trained", f"{total.trained:,} ({total.trained / total.parameters:.1%})", "of them; the others are frozen")
+        (
+            "trained",
+            f"{total.trained:,} ({total.trained / total.parameters:.1%})",
+            "of the parameters; the others are frozen",
+        )
     ]
     return [
         ("parameters", f"{total.parameters:,}", "float32"),
@@ -104,10 +108,10 @@ def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
         ),
         ("FLOPs in all", f"{total.flops_per_token * tokens:.3e}", "over all steps"),
         ("memory, parameters", readable(total.parameter_bytes), "whole run" + spread),
-        ("memory, gradients", readable(total.gradient_bytes), "as the parameters that are trained"),
+        ("memory, gradients", readable(total.gradient_bytes), "one for each trained parameter"),
         ("memory, optimiser", readable(total.optimizer_bytes), f"{config.optimizer.name}'s moments, moving average"),
-        ("memory, activations", readable(total.activation_bytes), "kept for the backward pass of one microbatch"),
-        ("memory, together", readable(memory), "without the compiler's own temporaries"),
+        ("memory, activations", readable(total.activation_bytes), "stored for the backward pass of one microbatch"),
+        ("memory, total", readable(memory), "without the compiler's own temporaries"),
     ]
 
 
@@ -129,7 +133,7 @@ def saved_bytes(
         return jax.vjp(loss, part)[1]
 
     saved = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
-    # What has the shape and type of a parameter is that parameter, which is in memory anyway.
+    # An array with the shape and type of a parameter is that parameter, which is in memory anyway.
     known = collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((params, batch)))
     total = 0
     for leaf in saved:

@@ -1,4 +1,4 @@
-"""Beginning with another run's weights: fine-tuning."""
+"""Fine-tuning: initialises a run with the weights of another."""
 
 from __future__ import annotations
 
@@ -22,34 +22,32 @@ from transformer.models.families import ModelConfig, described_parameters
 Parameters = dict[ParameterPath, nnx.Variable]
 
 _OVER_CLASSES = (("pooled_head", "out"), ("token_head", "out"))
-"""Maps with a column for each class."""
+"""Linear layers with a column for each class."""
 _SHOWN = 5
-"""Classes that are named."""
+"""The most classes that a message names."""
 _OFTEN_ANOTHER = tuple(
     f"model.{field}"
     for field in ("head.", "dropout:", "attention_dropout:", "max_length:", "remat:", "attention.backend:")
 )
-"""Settings in which fine-tuning usually differs from pretraining."""
+"""Settings that usually differ between fine-tuning and pretraining."""
 
 
 def check_begin(config: RunConfig) -> None:
-    """Raise a `UserError` where a run that is yet to begin has nothing to begin with: before its data, which may be told by
-    the vocabulary of the run that is missing."""
+    """Raise a `UserError` if the run of `init_from` does not exist, before the data is prepared, which may need the
+    vocabulary of that run."""
     if config.init_from is None or (config.directory / "checkpoints").exists():
         return
     if not Path(config.init_from).is_dir():
-        raise UserError(
-            f"init_from: {config.init_from}: there is no such run; train it first, or set init_from to null"
-        )
+        raise UserError(f"init_from: {config.init_from}: no such run; train it first, or set init_from to null")
 
 
 def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple[nnx.State, str]:
-    """`fresh` parameters with those of the run `config.init_from` where it has any of the same path; and a line that says so.
+    """`fresh` parameters, replaced by those of the run `config.init_from` with the same path; and a line that reports it.
 
-    Read from its best checkpoint, or from its newest where none was scored.
+    They are read from its best checkpoint, or from its newest if none was evaluated.
 
     Raises:
-        UserError: no such run, one with another tokenizer, a parameter of another shape, or none of the same path.
+        UserError: no such run, a different tokenizer, a parameter of another shape, or no parameter with the same path.
     """
     assert config.init_from is not None
     run = Path(config.init_from)
@@ -68,30 +66,30 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
     if not taken:
         raise UserError(
             f"init_from: {run}, of model.family {loaded.config.model.family!r}, has no parameter in common with this model, "
-            f"of family {config.model.family!r}; name a run of a like model"
+            f"of family {config.model.family!r}; name a run of a similar model"
         )
     said = f"weights from {run}, step {loaded.step}: {size(taken):,} of {size(ours):,} parameters"
     called = {path: "adapters" if is_adapter(path) else str(path[0]) for path in ours | theirs}
     for what, paths in (
-        ("beginning afresh", ours.keys() - taken.keys()),
-        ("left behind", theirs.keys() - taken.keys()),
+        ("New, random", ours.keys() - taken.keys()),
+        ("Not used", theirs.keys() - taken.keys()),
     ):
         if paths:
-            said += f"; {what}: {', '.join(sorted({called[path] for path in paths}))}"
+            said += f". {what}: {', '.join(sorted({called[path] for path in paths}))}"
     said += of_classes
     changed = difference(
         {"model": dataclasses.asdict(loaded.config.model)}, {"model": dataclasses.asdict(config.model)}
     )
     if changed := [line for line in changed if not line.startswith(_OFTEN_ANOTHER)]:
-        said += f"; with {', '.join(changed)}"
+        said += f". Changed: {', '.join(changed)}"
     params = nnx.from_flat_state(ours | taken)
     return params if config.adapter is None else reset_dora_magnitudes(params), said
 
 
 def _same_classes(theirs: Parameters, before: Sequence[str], now: Sequence[str]) -> tuple[Parameters, str]:
-    """Parameters whose head has the classes, or tags, of the data in their order, and what to say about it.
+    """Parameters whose head has the classes, or tags, of the data in the data's order, and a note about it.
 
-    The head of a model that tells others begins afresh.
+    The head of a model with other classes is not used.
     """
     heads = {path for path in theirs if path[:-1] in _OVER_CLASSES}
     if not heads or not before or not now or tuple(before) == tuple(now):
@@ -99,11 +97,11 @@ def _same_classes(theirs: Parameters, before: Sequence[str], now: Sequence[str])
     if sorted(before) == sorted(now):
         order = np.array([before.index(name) for name in now])
         moved = {path: theirs[path].replace(theirs[path].get_value()[..., order]) for path in heads}
-        return theirs | moved, "; its classes were put in the order of the data"
+        return theirs | moved, ". Classes reordered to match the data"
     if all(name == f"LABEL_{number}" for number, name in enumerate(before)):
-        return theirs, "; its classes have no names, and were taken by their numbers"
+        return theirs, ". Its classes have no names, and were matched by number"
     left = {path: value for path, value in theirs.items() if path not in heads}
-    return left, f"; it tells other classes ({', '.join(before[:_SHOWN])}{', ...' if len(before) > _SHOWN else ''})"
+    return left, f". It predicts other classes ({', '.join(before[:_SHOWN])}{', ...' if len(before) > _SHOWN else ''})"
 
 
 def _by_path(params: nnx.State) -> Parameters:
@@ -116,9 +114,7 @@ def _check_tokenizer(field: str, folder: Path, theirs: Tokenizer, ours: Tokenize
     names = ", ".join(f'"{name}"' for name, id in theirs.special_ids.items() if id != theirs.end_of_text)
     is_bytes = isinstance(theirs, ByteTokenizer)
     same = f"kind: bytes, special_tokens: [{names}]" if is_bytes else f"kind: file, path: {folder / 'tokenizer.json'}"
-    raise UserError(
-        f"data.{field}: it gives other ids than that of init_from, to which the weights belong; set it to {{{same}}}"
-    )
+    raise UserError(f"data.{field}: does not match the tokenizer of init_from; set it to {{{same}}}")
 
 
 def _check_shapes(
@@ -128,7 +124,7 @@ def _check_shapes(
     model: ModelConfig,
     other: ModelConfig,
 ) -> None:
-    """Raise a `UserError` for parameters of the same path and another shape, with the field of the model that makes them so."""
+    """Raise a `UserError` for parameters with the same path and another shape, with the model field that causes it."""
 
     mine, their = _shapes(ours), _shapes(theirs)
     if not (bad := [path for path, shape in mine.items() if their.get(path, shape) != shape]):
@@ -141,8 +137,8 @@ def _check_shapes(
         if here[name] != there[name] and _shape_with(model, name, there[name], path) == their[path]
     ]
     raise UserError(
-        f"init_from: {len(bad)} parameters have another shape in {run}, the first is {dotted(path)}: "
-        f"{list(their[path])} there, {list(mine[path])} here; set {' or '.join(sorted(decides)) or 'model as it is there'}"
+        f"init_from: {len(bad)} parameters have a different shape in {run}, the first is {dotted(path)}: "
+        f"{list(their[path])} there, {list(mine[path])} here; set {' or '.join(sorted(decides)) or 'model as in that run'}"
     )
 
 
@@ -156,7 +152,7 @@ def _shape_with(model: Any, field: str, value: Any, path: ParameterPath) -> tupl
 
 
 def _replaced(config: Any, path: Sequence[str], value: Any) -> Any:
-    """A config with the value of one field below it."""
+    """A config with the value of one nested field changed."""
     name, *rest = path
     return dataclasses.replace(config, **{name: _replaced(getattr(config, name), rest, value) if rest else value})
 

@@ -1,4 +1,4 @@
-"""The loop of a run: the one place with side effects. Everything that it calls is a function or a thing of its own."""
+"""The training loop, which holds all side effects of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.config import RunConfig, difference, dump, to_data
 from train.data.loader import Batches, prefetch_to_device, train_batches
 from train.data.prepared.prepare import check_vocabulary, prepare
 from train.data.prepared.store import Prepared
-from train.files import writing
+from train.files import Busy, locked, writing
 from train.loss import Batch
 from train.optimizer import make_schedule
 from train.parallel.mesh import check_batch, make_mesh, shard_batch, use_mesh
@@ -45,19 +45,21 @@ class Finished:
     directory: Path
     step: int
     scores: Scores | None
-    """On all of the held-out text; None without such text, and for a run that was interrupted or ended before."""
+    """Scores on all held-out text; None without such text, and for a run that was interrupted or already finished."""
     interrupted: bool
+    signal: int | None = None
+    """The one that interrupted this process, if one did."""
 
 
 def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finished:
-    """Train from a config, or go on from the newest checkpoint in the run's folder.
+    """Train from a config, or resume from the newest checkpoint in the run's folder.
 
     Args:
         profile: first and last step to trace for TensorBoard or Perfetto.
 
     Raises:
-        UserError: whatever the user can fix, before a step where it can be known then.
-        SystemExit: other processes of the run are lost, and it was said.
+        UserError: anything that the user can fix; raised before the first step where possible.
+        SystemExit: other processes of the run are lost; a line reports it.
     """
     with one_log(), report_lost_peers(config.directory):
         _agree_on(config)
@@ -67,7 +69,7 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finis
 
 def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
     if profile is not None and profile[0] > config.steps:
-        raise UserError(f"--profile: step {profile[0]} is beyond the last one, {config.steps}")
+        raise UserError(f"--profile: step {profile[0]} is after the last one, {config.steps}")
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
     check_begin(config)
@@ -78,11 +80,11 @@ def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
         run = Run(config, prepared, mesh)
         with Checkpoints(config.directory, config.checkpoint) as checkpoints:
             if (done := checkpoints.latest) is not None and done > config.steps:
-                raise UserError(f"{config.directory}: this run is at step {done} already, and steps is {config.steps}")
+                raise UserError(f"{config.directory}: this run is already at step {done}, and steps is {config.steps}")
             state = run.start(checkpoints)
             if done == config.steps or (done is not None and run.selection.is_over(config.evaluation.patience)):
                 more = "steps" if done == config.steps else "evaluation.patience"
-                print(f"{config.directory}: finished before, at step {done}. Raise {more} to train on, or use it")
+                print(f"{config.directory}: already finished at step {done}; raise {more} to continue")
                 return Finished(config.directory, done, None, False)
             if is_first():
                 with writing(config.directory):
@@ -92,14 +94,14 @@ def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
 
 
 class Run:
-    """What stays the same from step to step."""
+    """What stays constant over the steps."""
 
     def __init__(self, config: RunConfig, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
         self.config, self.prepared, self.mesh = config, prepared, mesh
         self.program = Program(dataclasses.replace(config, objective=config.objective.with_data(prepared)), mesh)
         self.schedule: optax.Schedule = make_schedule(config.optimizer, config.steps)
         self.translator = self.sampler = None
-        # Writing is for one process, which may not have all of the parameters.
+        # Samples need one process, which may not hold all of the parameters.
         if jax.process_count() == 1:
             if config.objective.translates and prepared.validation:
                 self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
@@ -110,7 +112,7 @@ class Run:
         self.flops_per_prediction = flops_per_prediction(config, prepared, self.program)
 
     def start(self, checkpoints: Checkpoints) -> TrainState:
-        """A fresh state, with another run's weights if the config says so; or that of the newest checkpoint."""
+        """A fresh state, with another run's weights if the config names one; or the state of the newest checkpoint."""
         if checkpoints.latest is not None:
             stored = checkpoints.meta(checkpoints.latest).get("selection")
             self.selection = Selection.from_data(self.config.checkpoint.best, stored)
@@ -145,7 +147,7 @@ class Run:
                     _trace(profile, step, config.directory, display)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = self.program.train_step(state, batch)
-                # The host reads a step's metrics while the devices work on the next one.
+                # The host reads a step's metrics while the devices compute the next one.
                 meter.push(step, metrics, examples)
                 for done in meter.ready(keep=1):
                     self._record(done, display, log, checkpoints)
@@ -156,13 +158,13 @@ class Run:
                 samples = _due(step, config.sample.every)
                 saves = _due(step, config.checkpoint.every)
                 if evaluates or samples or saves:
-                    # Before a step is built upon, its own update must be known to be finite.
+                    # A step is built upon only after its update is known to be finite.
                     self._drain(meter, display, log, checkpoints)
                     meter.pause()
                 if evaluates:
                     found = self._evaluate(state, step, display, log, config.evaluation.batches, stop)
                     values = None if found is None else found.selection
-                    # What is asked for is the best of all evaluations, not of those that a checkpoint happens to follow.
+                    # The best of all evaluations is wanted, not only of those that a checkpoint happens to follow.
                     saves |= is_selective(config) and self.selection.step == step
                 if samples:
                     self.sample(state, display)
@@ -183,19 +185,19 @@ class Run:
                     found = self._evaluate(state, step, display, log, None, stop)
                     interrupted, values = found is None, values if found is None else found.selection
             finally:
-                # Whatever happens to the last evaluation, the steps are not lost.
+                # The steps are kept whatever happens to the last evaluation.
                 if checkpoints.latest != step:
                     self._save(checkpoints, state, step, values)
                     checkpoints.wait()
             self._farewell(state, step, found, interrupted, display, log)
-        return Finished(config.directory, step, None if found is None else found.scores, interrupted)
+        return Finished(config.directory, step, None if found is None else found.scores, interrupted, stop.number)
 
     def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, values: Mapping[str, float] | None) -> None:
         labels, selection = self.prepared.meta.labels, self.selection
         checkpoints.save(state, step, self.config, self.tokenizer_files, values, labels=labels, selection=selection)
 
     def sample(self, state: TrainState, display: Display) -> None:
-        """Show what the model makes of the config's prompt, or of held-out sentences, as it is now."""
+        """Show the current model's continuation of the config's prompt, or its translations of held-out sentences."""
         if self.sampler is not None:
             text = self.sampler(self.program.plain(_used(state)))
             display.say(f"── sample ──\n{text}\n────────────")
@@ -221,18 +223,18 @@ class Run:
     def _evaluate(
         self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None, stop: GracefulStop
     ) -> Evaluation | None:
-        """Scores on the first `batches` batches (None: all); None where it was left for a signal."""
+        """Scores on the first `batches` batches (None: all); None if a signal interrupted it."""
         assert self.held_out is not None
-        # Several processes would leave it at different batches, and wait for each other.
+        # Several processes would stop at different batches, and wait for each other.
         alone = jax.process_count() == 1
         found = self.held_out.evaluate(_used(state), batches, lambda: alone and stop.requested)
         if isinstance(found, tuple):
-            display.say(f"step {step}: the evaluation was left after {found[0]} of {found[1]} batches")
+            display.say(f"step {step}: the evaluation was interrupted after {found[0]} of {found[1]} batches")
             return None
         own = {f"selection_{name}": found.selection[name] for name in dict.fromkeys(("loss", self.selection.name))}
         log.write(step, "eval", found.scores.values() | own)
         display.say(f"step {step}  {self.held_out.say(found.scores)}")
-        # That of the last step is one more if it was not due anyway.
+        # The evaluation at the last step is counted too, even if it was not due.
         if self.selection.counted < step:
             self.selection = self.selection.after(step, found.selection[self.selection.name])
         return found
@@ -253,9 +255,7 @@ class Run:
             )
         if done.skipped_in_row >= self.config.max_skipped:
             good = checkpoints.latest
-            kept = (
-                "no checkpoint was written yet" if good is None else f"the last good checkpoint is that of step {good}"
-            )
+            kept = "no checkpoint was written yet" if good is None else f"the last good checkpoint is at step {good}"
             raise UserError(
                 f"step {done.step}: {done.skipped_in_row} updates in a row were not finite, the last on examples "
                 f"{_compact(done.examples)}; {kept} in {self.config.directory}. Lower optimizer.learning_rate or set "
@@ -283,7 +283,7 @@ class Run:
     ) -> None:
         config, directory = self.config, self.config.directory
         if interrupted:
-            how = "Run the same command again to go on" if step < config.steps else "All steps are done"
+            how = "Run the same command again to resume" if step < config.steps else "All steps are done"
             display.say(f"stopped after step {step}; the state is saved in {directory}. {how}")
             return
         if step < config.steps:
@@ -307,7 +307,7 @@ def _used(state: TrainState) -> nnx.State:
 
 
 def _padding(batches: Batches) -> str | None:
-    """What part of all positions holds nothing, for people; None for none to speak of."""
+    """The fraction of positions that is padding, as text; None if it is negligible."""
     parts = {"source": batches.source_efficiency, "target": batches.efficiency}
     wastes = {side: 1 - part for side, part in parts.items() if part is not None}
     if max(wastes.values()) < 0.001:
@@ -318,7 +318,7 @@ def _padding(batches: Batches) -> str | None:
 
 
 def check_data(config: RunConfig, prepared: Prepared) -> None:
-    """Raise a `UserError` unless the data suits the model and the objective."""
+    """Raise a `UserError` unless the data fits the model and the objective."""
     source_vocab_size = getattr(config.model, "source_vocab_size", None)
     inserted = config.objective.largest_inserted(prepared.tokenizer)
     if source_vocab_size is None:
@@ -332,25 +332,22 @@ def check_data(config: RunConfig, prepared: Prepared) -> None:
 
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Make the folder, and keep a second process from training in it; a run that is refused leaves none behind."""
-    import filelock
-
+    """Make the folder, and keep a second process from training in it; a run that is refused leaves no folder."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(directory / f".lock-{jax.process_index()}")
+    lock, refused = directory / f".lock-{jax.process_index()}", False
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
+        with locked(lock):
+            try:
+                yield
+            finally:
+                if refused := not (directory / "config.yaml").exists():
+                    lock.unlink(missing_ok=True)
+    except Busy:
         raise UserError(f"{directory}: another process is training here; choose another --run-dir") from None
-    try:
-        yield
     finally:
-        refused = not (directory / "config.yaml").exists()
         if refused:
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-        if refused:
-            # Neither goes that holds something.
+            # A folder that holds something else stays.
             for folder in (directory / "checkpoints", directory):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -383,6 +380,6 @@ def _agree_on(config: RunConfig) -> None:
         index, text = next(iter(others.items()))
         changed = difference(json.loads(texts[0]), json.loads(text))
         raise UserError(
-            f"processes {', '.join(map(str, others))} have another config than process 0; of process {index}: "
+            f"processes {', '.join(map(str, others))} have a different config from process 0; process {index}: "
             f"{'; '.join(changed)}. Start all with the same config and overrides"
         )

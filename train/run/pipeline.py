@@ -1,4 +1,4 @@
-"""Training steps whose layers lie on devices one after the other; the forward schedules are in `transformer/pipeline.py`.
+"""Training steps with pipeline parallelism; the forward schedules are in `transformer/pipeline.py`.
 
 B batch, M microbatches, R rows of a microbatch, T position, D embed, L layers, P devices of the pipeline, V stages of a device.
 """
@@ -42,10 +42,10 @@ from transformer.types import DTYPES, Array
 
 
 def schedule_of(config: RunConfig, mesh: Mesh) -> Schedule:
-    """How a config's batches go through the pipeline of `mesh`, which may be one device long.
+    """The pipeline schedule of a config on `mesh`, whose pipeline may be one device long.
 
     Raises:
-        UserError: a model, a number of layers or a batch that it does not suit.
+        UserError: a model, a number of layers or a batch that a pipeline does not support.
     """
     P, V = mesh.shape["pipeline"], config.mesh.stages_per_device
     if P == 1:
@@ -53,27 +53,29 @@ def schedule_of(config: RunConfig, mesh: Mesh) -> Schedule:
     M = P * V if config.mesh.pipeline_microbatches is None else config.mesh.pipeline_microbatches
     family = config.model.family
     if family not in ("gpt", "bert", "electra"):
-        allowed = "a pipeline (mesh.pipeline) is for one stack of layers, which gpt, bert and electra have"
+        allowed = "a pipeline (mesh.pipeline) needs a model of stacked layers: gpt, bert, electra"
         raise ConfigError(type(config.model), "family", family, allowed)
     if config.mesh.schedule == "1f1b" and family == "electra":
         allowed = (
-            "it cuts a model into embedding, layers and head, and electra has two stacks of layers; allowed: gpipe"
+            "it splits a model into embedding, layers and head, and electra has two stacks of layers; allowed: gpipe"
         )
         raise ConfigError(MeshConfig, "schedule", "1f1b", allowed)
     if isinstance(config.model, BertConfig):
-        require(config.model, "first_norm", config.model.first_norm, "a pipeline's blocks are all alike; allowed: true")
+        require(
+            config.model, "first_norm", config.model.first_norm, "a pipeline's blocks must be identical; allowed: true"
+        )
     assert isinstance(config.model, StackConfig)
     check_stages(config.model.num_layers, P, V, layers_of_group(config.model))
     check_microbatches(P, M)
-    # Beside its own microbatches, each device of the pipeline has its share of the batch.
+    # In addition to its own microbatches, each device of the pipeline has its share of the batch.
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches * M // P)
     return Schedule(V, M)
 
 
 @dataclasses.dataclass(frozen=True)
 class StagedStep:
-    """A step over a state with several stages a device (`in_stages`), to which a state with its layers in order is brought
-    once, by the first step. The state that comes out is in stages; `in_order` makes it one like all others.
+    """A step over a state with several stages per device (`in_stages`). The first step converts a state with its layers in
+    order once. The resulting state is in stages; `in_order` converts it back.
     """
 
     step: Any
@@ -89,7 +91,7 @@ class StagedStep:
         return self.step(state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """The step, traced for descriptions; that of the state is its own."""
+        """The step, traced for abstract arguments, except the state's, which it has."""
         return self.step.lower(self.abstract, batch)
 
 
@@ -98,18 +100,18 @@ def one_forward_one_backward(
 ) -> Gradient:
     """The gradient of an objective's loss by the schedule 1F1B (Narayanan et al. 2019, section 3.2; 2021, section 2.2.1).
 
-    On every tick each device runs its stage forward on one microbatch and backward on an earlier one, which is on its way
-    back; on the first P - 1 ticks forward alone, on the last P - 1 backward alone. At most 2P - 1 microbatches are under way,
-    however many there are, and of each of them a device keeps its stage's input alone: the backward pass computes the stage
-    again. Time is M + P - 1 times a forward and a backward, as GPipe's.
+    On every tick each device runs its stage forward on one microbatch and backward on an earlier one; on the first P - 1
+    ticks only forward, on the last P - 1 only backward. At most 2P - 1 microbatches are in flight, however many there are,
+    and for each of them a device stores only its stage's input: the backward pass recomputes the stage. The time is M + P - 1
+    times a forward and a backward, as for GPipe.
 
-    The loss is computed behind the last stage, and the embedding before the first. All devices compute both, and those at
-    other stages throw them away: a tick is as long as its slowest stage, so that this costs no time.
+    The loss is computed after the last stage, and the embedding before the first. All devices compute both, and those at
+    other stages discard them: a tick is as long as its slowest stage, so this costs no time.
 
-    A mixture's balance is each microbatch's own; their mean is taken.
+    A mixture's load-balancing loss is computed for each microbatch, and averaged.
 
     Args:
-        graphdef: of a model that is an embedding, one `LayerStack` named `layers`, and a head.
+        graphdef: of a model that consists of an embedding, one `LayerStack` named `layers`, and a head.
         schedule: with one stage a device.
     """
 
@@ -129,11 +131,11 @@ def one_forward_one_backward(
         def on_device(part: nnx.State, frozen: nnx.State, batches: Batch, key: Array) -> tuple[nnx.State, LossSums]:
             index = jax.lax.axis_index(axes)
             is_first, is_last = index == 0, index == P - 1
-            # A router's loss is a mean over the microbatches, as it is by the other schedule.
+            # A router's loss is a mean over the microbatches, as in the other schedule.
             share = jnp.sum(batches["weights"]) / M
 
             def stage(part: nnx.State, given: Array, microbatch: Array) -> tuple[tuple[Array, Array], LossSums]:
-                """What goes on to the next stage, and this stage's part of the loss."""
+                """The output for the next stage, and this stage's part of the loss."""
                 model = nnx.merge(graphdef, part, frozen)
                 layers = _Part(model.layers, given, is_first, index)
                 object.__setattr__(model, "layers", layers)
@@ -148,7 +150,7 @@ def one_forward_one_backward(
             def forward(state: _Ticking, time: Array) -> tuple[_Ticking, Array]:
                 microbatch = jnp.clip(time - index, 0, M - 1)
                 (x, _), _ = stage(part, state.ahead, microbatch)
-                # A slot is free again when the microbatch that had it is back.
+                # A slot is free again when the backward pass of its microbatch is done.
                 inputs = jax.lax.dynamic_update_index_in_dim(state.inputs, state.ahead, (time - index) % slots, 0)
                 return dataclasses.replace(state, inputs=inputs), x
 
@@ -168,10 +170,10 @@ def one_forward_one_backward(
                 return dataclasses.replace(state, grads=grads, sums=sums), back
 
             def ticks(state: _Ticking, first: int, last: int, *, ahead: bool, back: bool) -> _Ticking:
-                """Those before `last`, on which all devices go ahead, or back, or both."""
+                """The ticks before `last`, on which all devices run forward, backward, or both."""
 
                 def tick(state: _Ticking, time: Array) -> tuple[_Ticking, None]:
-                    # Both work on what was sent before this tick; nothing is sent that no stage will read.
+                    # Both use what was sent before this tick; nothing is sent that no stage will read.
                     sent: dict[str, Any] = {}
                     if ahead:
                         with jax.named_scope("forward"):
@@ -194,7 +196,7 @@ def one_forward_one_backward(
             full = ticks(start, 0, P - 1, ahead=True, back=False)
             steady = ticks(full, P - 1, M + P - 1, ahead=True, back=True)
             end = ticks(steady, M + P - 1, M + 2 * (P - 1), ahead=False, back=True)
-            # What all stages have, such as the embedding, some of them used.
+            # Parameters that all stages hold, such as the embedding; only some stages use them.
             grads = jax.tree.map(
                 lambda leaf: leaf if is_stacked(leaf) else jax.lax.psum(leaf, axes), end.grads, is_leaf=is_variable
             )
@@ -215,25 +217,25 @@ def one_forward_one_backward(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Ticking:
-    """What a device takes from one tick to the next."""
+    """What a device carries from one tick to the next."""
 
     ahead: Array
-    """From the stage before: [R, T, D]."""
+    """Input from the previous stage: [R, T, D]."""
     back: Array
-    """From the stage behind: the gradient of what was sent to it."""
+    """From the next stage: the gradient of what was sent to it."""
     inputs: Array
-    """Of the microbatches under way: [2P - 1, R, T, D]."""
+    """Stage inputs of the microbatches in flight: [2P - 1, R, T, D]."""
     grads: nnx.State
     sums: LossSums
 
 
 class _Part:
-    """In the place of a model's stack of layers: one stage of it, between what came in and what goes on."""
+    """Replaces a model's stack of layers by one stage, from its input to its output."""
 
     def __init__(self, layers: LayerStack, given: Array, is_first: Array, stage: Array) -> None:
         self.layers, self.given, self.is_first = layers, given, is_first
         groups = jax.tree.leaves(layers.blocks)[0].shape[0]
-        # A group of blocks holds a whole pattern.
+        # A group of blocks spans a whole pattern.
         check_period(layers.num_layers, groups * layers.group, max(layers.period, layers.group))
         layers.take_part(groups * layers.group, stage)
         self.final_norm, layers.final_norm = layers.final_norm, None
@@ -243,15 +245,15 @@ class _Part:
     def __call__(self, x: Array, context: Context, **options: Any) -> tuple[Array, StackOutput]:
         self.x, self.output = self.layers(jnp.where(self.is_first, x, self.given), context, **options)
         hidden = self.x if self.final_norm is None else self.final_norm(self.x)
-        # The routers' losses are every stage's, and the head's the last one's alone.
+        # Every stage has losses of routers; only the last one has the loss of the head.
         return hidden, dataclasses.replace(self.output, added_loss=None)
 
 
 class _WholeTable(Embedding):
-    """In the place of a model's embedding: the same, but whole where tokens are looked up in it.
+    """Replaces a model's embedding by the same one, replicated for the lookup of tokens.
 
-    XLA's partitioner (jax 0.11 and 0.12) fails on a lookup in rows that lie apart, by tokens that lie apart too, inside of a
-    stage.
+    XLA's partitioner (jax 0.11 and 0.12) fails inside a stage on a lookup of sharded tokens in an embedding with sharded
+    rows.
     """
 
     def __init__(self, table: Embedding) -> None:

@@ -1,8 +1,8 @@
-"""The training step by `jax.pmap`: data parallelism as it was written before there was a mesh.
+"""The training step by `jax.pmap`: data parallelism without a mesh.
 
-Each device has all of the state and its own rows of the batch. It computes its own gradient and adds it to the others' by
-`jax.lax.psum`; then all devices make the same update. From the outside the step is that of `train/run/step.py`: a state laid out
-by a mesh goes in and comes out.
+Each device has all of the state and its own rows of the batch. It computes its own gradient and sums it with the others by
+`jax.lax.psum`; then all devices make the same update. The interface is that of `train/run/step.py`: the state is sharded over
+a mesh on input and output.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _CAUSAL = Causal()
 
 @dataclasses.dataclass(frozen=True)
 class PmapStep:
-    """`(state, batch) -> (state, metrics)`; the state it is given is consumed.
+    """`(state, batch) -> (state, metrics)`; the given state is donated.
 
-    The state is an argument that is not mapped, so that its arrays are those of the mesh, replicated: nothing is copied on
-    the way in, and on the way out they are only named by the mesh again. Of the batch each device's rows become a leading
-    dim, as `jax.pmap` wants it; they stay where they are.
+    The state is not mapped, so its arrays are those of the mesh, replicated: nothing is copied on input, and on output
+    only their shardings are set again. Each device's rows of the batch become a leading dim, as `jax.pmap` requires; they
+    stay where they are.
     """
 
     mapped: Any
     split: Any
     mesh: Mesh
-    """The one that `jax.pmap` makes for itself."""
+    """The sharding that `jax.pmap` makes itself."""
     layout: NamedSharding
-    """The state's, on the mesh of everyone else."""
+    """The state's sharding, on the run's mesh."""
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(self.mesh):
@@ -48,7 +48,7 @@ class PmapStep:
         return jax.device_put(state, self.layout), metrics
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """The step, traced for arguments that may be descriptions."""
+        """The step, traced for arguments that may be abstract."""
         with jax.set_mesh(self.mesh):
             return self.mapped.lower(state, jax.eval_shape(self.split, batch))
 
@@ -64,27 +64,27 @@ def make_pmap_step(
     objective: Objective = _CAUSAL,
     trained: TrainableMask = ALL,
 ) -> PmapStep:
-    """The step over the devices of `mesh`, whose one axis longer than 1 is that of the batch.
+    """The step over the devices of `mesh`, whose only axis longer than 1 is that of the batch.
 
-    The gradient is that of the mean over all target tokens of the global batch. A loss that is itself no sum over tokens,
-    such as a mixture's balance, is each device's own.
+    The gradient is that of the mean over all target tokens of the global batch. A loss that is not a sum over tokens,
+    such as a mixture's load balancing, is computed on each device separately.
 
     Args:
-        microbatches: into how many parts each device cuts its rows; the rest as in `make_train_step`.
+        microbatches: into how many parts each device splits its rows; the rest as in `make_train_step`.
 
     Raises:
         UserError: there is more than one process.
     """
     if jax.process_count() > 1:
         raise UserError(
-            f"mesh.strategy: got 'pmap', which is for one process, and there are {jax.process_count()}; dp does the same"
+            f"mesh.strategy: got 'pmap', which needs one process, and there are {jax.process_count()}; use dp, which computes the same"
         )
     devices = tuple(mesh.devices.flat)
     gradient = accumulated(make_gradient(graphdef, loss, objective, trained=trained), microbatches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        # A model's logical axes mean nothing here: each device runs a program of its own.
+        # A model's logical axes mean nothing here: each device runs its own program.
         with nnx.logical_axis_rules(()):
             own = gradient(state.params, batch, jax.random.fold_in(key, jax.lax.axis_index(AXIS)))
         grads, sums = jax.lax.psum(own, AXIS)

@@ -1,4 +1,4 @@
-"""A config's training step on a mesh: what a run executes, what a benchmark measures, what a plan compiles ahead."""
+"""A config's training step on a mesh, as executed by runs, measured by benchmarks and compiled ahead by plans."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from transformer.pipeline import Schedule, in_stages
 
 
 class Program:
-    """Made under the config's rules (`use_mesh`), from descriptions alone: no array exists before `init`.
+    """Built under the config's rules (`use_mesh`) from abstract arrays only: no array exists before `init`.
 
     Args:
-        mesh: of devices that are here, or of a topology to compile for.
+        mesh: of available devices, or of a topology to compile for.
 
     Raises:
-        UserError: a dim that its mesh axis does not divide, or a model that the strategy does not suit.
+        UserError: a dim that its mesh axis does not divide, or a model that the strategy does not support.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
@@ -84,7 +84,7 @@ class Program:
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
 
     def init(self, params: nnx.State | None = None) -> Any:
-        """A fresh state on the devices, by the config's seed; beginning with `params` where they are given."""
+        """A fresh state on the devices, by the config's seed; with `params` as parameters if they are given."""
         return init_state(self.make_state, self.abstract, self.config.seed, params)
 
     def lower(self) -> jax.stages.Lowered:
@@ -97,10 +97,10 @@ class Program:
 
 
 def suited(model: ModelConfig, mesh: MeshConfig) -> ModelConfig:
-    """The model's config as the strategy wants it: with its attention, where it is about one.
+    """The model's config adapted to the strategy: with its attention backend, if it needs a particular one.
 
     Raises:
-        UserError: a model that the strategy does not suit.
+        UserError: a model that the strategy does not support.
     """
     wanted: Any = STRATEGIES[mesh.strategy].attention
     if wanted is None:
@@ -110,10 +110,10 @@ def suited(model: ModelConfig, mesh: MeshConfig) -> ModelConfig:
 
     def with_backend(mixer: MixerConfig, place: str) -> MixerConfig:
         if not hasattr(mixer, "backend"):
-            allowed = f"mesh.strategy {mesh.strategy} slices sequences; allowed: softmax, latent, differential"
+            allowed = f"mesh.strategy {mesh.strategy} shards sequences; allowed: softmax, latent, differential"
             raise ConfigError(type(model), f"{place}.kind", mixer.kind, allowed)
         if mixer.backend not in ("auto", wanted):
-            allowed = f"mesh.strategy {mesh.strategy} goes with auto and {wanted}"
+            allowed = f"mesh.strategy {mesh.strategy} supports auto and {wanted}"
             raise ConfigError(type(model), f"{place}.backend", mixer.backend, allowed)
         return dataclasses.replace(mixer, backend=wanted)
 
@@ -127,12 +127,12 @@ def suited(model: ModelConfig, mesh: MeshConfig) -> ModelConfig:
 
 
 def _make_scheduled(model: ModelConfig, adapter: AdapterConfig | None, schedule: Schedule, rngs: nnx.Rngs) -> Model:
-    """The adapted model, whose layers go through a pipeline by the schedule, where the mesh has one."""
+    """The adapted model; its layers run in a pipeline by the schedule, if the mesh has one."""
     return with_schedule(make_adapted(model, adapter, rngs), schedule)
 
 
 def described_state(config: RunConfig) -> TrainState:
-    """Shapes of a config's whole state, wherever it will lie."""
+    """Shapes of a config's whole state, independent of its sharding."""
     make = functools.partial(make_adapted, config.model, config.adapter)
     _, make_state = _state_of(config, make, trained_of(config, make))
     return jax.eval_shape(make_state, described_key(), None)
@@ -142,7 +142,7 @@ def trained_of(config: RunConfig, make: ModelFactory) -> TrainableMask:
     """Which parameters of its model a config trains.
 
     Raises:
-        UserError: a pattern that matches no parameter, or nothing that is left to train.
+        UserError: a pattern that matches no parameter, or no parameter left to train.
     """
     if not config.optimizer.freeze and config.adapter is None:
         return ALL
@@ -153,7 +153,7 @@ def trained_of(config: RunConfig, make: ModelFactory) -> TrainableMask:
 def _state_of(
     config: RunConfig, make: ModelFactory, trained: TrainableMask
 ) -> tuple[optax.GradientTransformation, StateMaker]:
-    """The config's optimiser, and what makes the state of a model and it from a key."""
+    """The config's optimiser, and the function that makes the initial state from a key."""
     optimizer = make_optimizer(config.optimizer, config.steps, getattr(config.model, "num_layers", None))
     keep_ema = config.optimizer.ema_decay is not None
     return optimizer, state_maker(make, optimizer, keep_ema=keep_ema, trained=trained)
@@ -166,7 +166,7 @@ def batch_shapes(config: RunConfig, rows: int | None = None) -> BatchShapes:
 
 
 def flops_per_prediction(config: RunConfig, prepared: Prepared, program: Program) -> float:
-    """Floating-point operations of a training step for each thing that it predicts: a token, a hidden token, a word, a row."""
+    """Floating-point operations of a training step per prediction: a token, a hidden token, a word, or a row."""
     passes = program.trained.flops_factor(program.abstract.params)
     tokens = config.objective.tokens_per_prediction(prepared, config.tokens_per_example)
     return passes * tokens * flops_per_token(config.model, config.sequence_length)

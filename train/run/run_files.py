@@ -1,4 +1,4 @@
-"""What a run leaves for those who come after it: the config, the tokenizers and the parameters of a checkpoint."""
+"""Reads what a run stores for later use: the config, the tokenizers and the parameters of a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ from transformer.models.adapted import make_adapted
 from transformer.models.families import make_model
 
 _TARGET = "target/"
-"""What the names of the files of the target's own tokenizer begin with."""
+"""Prefix of the files of a separate target tokenizer."""
 _ORIGIN = "origin.json"
 
 NO_SCORES = ("eval/selection_loss", "eval/tokens", "eval/pairs")
-"""What an evaluation records beside its scores."""
+"""What an evaluation records in addition to its scores."""
 Curves = dict[str, dict[int, float]]
 """Metric → step → value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A trained model with all that it takes to use it."""
+    """A trained model with everything needed to use it."""
 
     config: RunConfig
     tokenizer: Tokenizer
     target_tokenizer: Tokenizer
-    """Of what is predicted: the same, unless pairs have a vocabulary a side."""
+    """The tokenizer of the target: the same, unless the two sides of pairs have separate vocabularies."""
     params: nnx.State
     mesh: jax.sharding.Mesh
     step: int
     labels: tuple[str, ...] = ()
-    """The names of the classes, or tags, that it tells, by their numbers."""
+    """The names of the classes, or tags, that it predicts, by their numbers."""
 
 
 def load_run(run: Path, step: str = "best", *, like: RunConfig | None = None, merge_adapters: bool = True) -> LoadedRun:
-    """A run's config, tokenizers and parameters, laid out over the devices that are here now.
+    """A run's config, tokenizers and parameters, sharded over the available devices.
 
     Args:
-        step: `latest`, `best` (the latest where none was scored), or a step's number.
-        like: lay the parameters out as this run would; None: as the run itself.
-        merge_adapters: give the plain model that gives what the adapted one does, and a config without them.
+        step: `latest`, `best` (the latest if none was evaluated), or a step's number.
+        like: shard the parameters as this run would; None: as the run itself.
+        merge_adapters: merge adapters into the model, which then computes the same, and give a config without them.
 
     Raises:
         UserError: no such run or checkpoint.
@@ -87,7 +87,7 @@ def load_run(run: Path, step: str = "best", *, like: RunConfig | None = None, me
 
 
 def tokenizer_files(prepared: Prepared, directory: Path) -> dict[str, str]:
-    """Save the tokenizers in a folder of the run, and give their files as text, by name, for its checkpoints."""
+    """Save the tokenizers in the run's folder, and return their files as text, by name, for its checkpoints."""
     with writing(directory):
         prepared.tokenizer.save(directory)
         if prepared.own_target_tokenizer is not None:
@@ -97,25 +97,25 @@ def tokenizer_files(prepared: Prepared, directory: Path) -> dict[str, str]:
 
 
 def write_origin(directory: Path, prepared: Prepared) -> None:
-    """Note in a run's folder what it was made of beside its config: the data's fingerprint, and versions of packages."""
+    """Record a run's origin in its folder, in addition to its config: the data's fingerprint, and versions of packages."""
     origin = {"data": prepared.meta.fingerprint, "versions": versions()}
     (directory / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 
 def read_origin(directory: Path) -> dict[str, Any] | None:
-    """What `write_origin` wrote; None where nothing did."""
+    """What `write_origin` wrote; None without a record."""
     path = directory / _ORIGIN
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def read_metrics(directory: Path) -> Curves:
-    """All that a run has recorded in its metrics.jsonl; nothing for a run that has recorded nothing."""
+    """All records in a run's metrics.jsonl; empty if there are none."""
     path, curves = directory / "metrics.jsonl", Curves()
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            # A kill has cut the last line short.
+            # A kill truncated the last line.
             continue
         for name, value in record.items():
             if name != "step":

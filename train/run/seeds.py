@@ -1,4 +1,4 @@
-"""One config with several seeds: how far a score is luck."""
+"""One config trained with several seeds: the variation of its scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.config import RunConfig, to_data
 from train.files import writing
 from train.parallel.processes import is_first
 from train.report.display import console
-from train.run.loop import train
+from train.run.loop import Finished, train
 from train.run.run_files import NO_SCORES, read_metrics
 from transformer.errors import UserError
 
@@ -27,12 +27,12 @@ _SUMMARIES: dict[str, Callable[[list[float]], float]] = {
 }
 
 
-def train_seeds(config: RunConfig, count: int) -> None:
-    """Train with `count` seeds from the config's on, one after the other, each in a folder of its own (seed-K) in the run's;
-    then print all final held-out scores and their summary, and write them there. A run that is finished is not run again.
+def train_seeds(config: RunConfig, count: int) -> Finished:
+    """Train with `count` seeds from the config's on, one after the other, each in its own folder (seed-K) inside the run's;
+    then print and write all final held-out scores and their summary. A finished run is not repeated.
 
     Raises:
-        UserError: whatever `train` raises, too few seeds, or a run that has no held-out scores.
+        UserError: errors of `train`, too few seeds, or a run without held-out scores.
     """
     if count < 1:
         raise UserError(f"--seeds: got {count}; allowed: 1 or more")
@@ -42,11 +42,11 @@ def train_seeds(config: RunConfig, count: int) -> None:
         name, directory = f"{config.name}-{folder}", config.directory / folder
         finished = train(dataclasses.replace(config, name=name, seed=seed, run_dir=str(directory)))
         if finished.interrupted:
-            return
+            return finished
         if is_first():
             found[seed] = final_scores(directory, finished.step)
     if not is_first():
-        return
+        return finished
     summary = {
         name: {score: how([one[score] for one in found.values()]) for score in found[config.seed]}
         for name, how in _SUMMARIES.items()
@@ -55,7 +55,8 @@ def train_seeds(config: RunConfig, count: int) -> None:
     result = {"config": to_data(config), "seeds": {str(seed): scores for seed, scores in found.items()}, **summary}
     with writing(config.directory):
         (config.directory / FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"all of it: {config.directory / FILE}")
+    print(f"written to: {config.directory / FILE}")
+    return finished
 
 
 def final_scores(directory: Path, step: int) -> dict[str, float]:
@@ -68,7 +69,7 @@ def final_scores(directory: Path, step: int) -> dict[str, float]:
     }
     if not found:
         raise UserError(
-            f"{directory}: it has no held-out scores of its last step, {step}; --seeds needs held-out text "
+            f"{directory}: no held-out scores of its last step, {step}; --seeds needs held-out text "
             "(data.validation_fraction), and a last evaluation that was not interrupted (remove the folder to run it again)"
         )
     return found

@@ -1,4 +1,4 @@
-"""The state of a run: described abstractly, laid out, then made on the devices that will hold it."""
+"""The state of a run: described abstractly, sharded, then created on the devices that will hold it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TrainState:
 
 
 HOST = "pinned_host"
-"""JAX's name for a host's memory that its devices can reach."""
+"""JAX's name for host memory that devices can access."""
 
 StateMaker = Callable[..., TrainState]
 """(key, params=None) -> TrainState"""
@@ -45,9 +45,9 @@ def state_maker(
     keep_ema: bool = False,
     trained: TrainableMask = ALL,
 ) -> StateMaker:
-    """A pure function from a key, and from parameters where there are any, to a state that begins.
+    """A pure function from a key, and optional parameters, to an initial state.
 
-    The optimiser has statistics of the trained parameters alone.
+    The optimiser has statistics of the trained parameters only.
     """
 
     def make(key: PRNGKeyArray, params: nnx.State | None = None) -> TrainState:
@@ -61,7 +61,7 @@ def state_maker(
 
 
 def describe(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
-    """Shapes, types and shardings of what `make` returns, under the logical rules in force, with no array made.
+    """Shapes, types and shardings of what `make` returns, under the current logical rules, without making arrays.
 
     Raises:
         UserError: a dim that its mesh axis does not divide.
@@ -70,7 +70,7 @@ def describe(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
 
 
 def lay_out(abstract: Any, mesh: Mesh) -> Any:
-    """A description with the shardings of the logical rules in force, whatever it had; raises as `describe`."""
+    """An abstract tree with the shardings of the current logical rules, replacing its own; raises as `describe`."""
     shardings = shardings_of(abstract, mesh)
     check_divisible(abstract, shardings)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
@@ -79,13 +79,13 @@ def lay_out(abstract: Any, mesh: Mesh) -> Any:
 def abstract_state(
     make_state: StateMaker, mesh: Mesh, optimizer_rules: Rules | None = None, *, offload_optimizer: bool = False
 ) -> TrainState:
-    """The description of a state before it exists.
+    """The abstract description of a state.
 
     Args:
-        optimizer_rules: by which the optimiser's statistics and the moving average are laid out; those in force by default.
-        offload_optimizer: the statistics are in the host's memory.
+        optimizer_rules: sharding rules of the optimiser's statistics and the moving average; the current ones by default.
+        offload_optimizer: keep the statistics in host memory.
     """
-    # A described key, because the mesh's devices may be absent, and making a real one would run on them.
+    # An abstract key, because the mesh's devices may be absent, and making a real one would run on them.
     abstract = describe(make_state, mesh, described_key(), None)
     if optimizer_rules is not None:
         with nnx.logical_axis_rules(optimizer_rules):
@@ -97,25 +97,25 @@ def abstract_state(
 
 
 def described_key() -> jax.ShapeDtypeStruct:
-    """The shape and type of a random key, with no array made."""
+    """The shape and type of a random key, without making an array."""
     return jax.eval_shape(jax.random.key, 0)
 
 
 def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The same in the host's memory; a counter stays, which is no size at all."""
+    """The same in host memory; scalar counters stay on the device."""
     return leaf.update(sharding=leaf.sharding.with_memory_kind(HOST)) if leaf.ndim else leaf
 
 
 def abstract_params(make_model: ModelFactory, mesh: Mesh) -> nnx.State:
-    """The description of a model's parameters alone."""
+    """The abstract description of a model's parameters."""
     return describe(lambda: nnx.state(make_model(nnx.Rngs(0)), nnx.Param), mesh)
 
 
 def init_state(make_state: StateMaker, abstract: TrainState, seed: int, params: nnx.State | None = None) -> TrainState:
-    """A fresh state, each array made where it will live. The values depend on `seed` alone, not on the mesh.
+    """A fresh state, each array made on its own devices. The values depend on `seed` alone, not on the mesh.
 
     Args:
-        params: what training begins with; None: random ones.
+        params: initial parameters; None: random ones.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(make_state, out_shardings=shardings)(jax.random.key(seed), params)

@@ -38,18 +38,18 @@ def make_train_step(
     summed: nnx.State | None = None,
     trained: TrainableMask = ALL,
 ) -> jax.stages.Wrapped:
-    """The jitted step `(state, batch) -> (state, metrics)`; the state it is given is consumed.
+    """The jitted step `(state, batch) -> (state, metrics)`; the given state is donated.
 
     The gradient is that of the mean over all target tokens of the global batch, whatever `microbatches` is. An update
-    whose loss or gradient is not finite is left out: parameters and optimiser stay as they were, and `skipped` is 1.
+    whose loss or gradient is not finite is skipped: parameters and optimiser are unchanged, and `skipped` is 1.
 
     Args:
         gradient: what computes the gradients: `make_gradient`, or a pipeline.
         abstract: shapes and shardings of the state (`abstract_state`).
-        microbatches: into how many parts the batch is cut, one after the other, to save memory.
+        microbatches: into how many parts the batch is split, computed in sequence to save memory.
         ema_decay: of the parameters' moving average, where the state keeps one.
         gradients: shapes and shardings of the gradients of each of several parts; by default the compiler lays them out.
-        summed: the same of their sum over all parts, as the optimiser takes it.
+        summed: the same for their sum over all parts, as the optimiser takes it.
         trained: which parameters have gradients and are updated.
 
     Returns:
@@ -58,8 +58,8 @@ def make_train_step(
     """
     compute = accumulated(gradient, microbatches, _layout(gradients))
 
-    # Without its layout written out, the state would leave the first step laid out in other words than it came in with,
-    # and the second step would be compiled anew.
+    # Without explicit output shardings, the first step would return the state with equivalent but differently written
+    # shardings, and the second step would be compiled again.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     at_hand = jax.tree.map(lambda one: one.with_memory_kind("device"), shardings.opt_state)
 
@@ -90,7 +90,7 @@ def make_gradient(
 
 
 def accumulated(gradient: Gradient, microbatches: int, layout: nnx.State | None = None) -> Gradient:
-    """`gradient` of a batch in parts, one after the other.
+    """`gradient` of a batch in parts, computed in sequence.
 
     Args:
         layout: shardings of the gradients of each of several parts; None leaves them to the compiler.
@@ -125,7 +125,7 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """The state after a step, and its metrics, from the gradient of the global batch's summed loss."""
     before, ema = trained.select(state.params), None if state.ema is None else trained.select(state.ema)
-    # optax relies on JAX's default promotion, whatever stricter rule the program runs under.
+    # optax relies on JAX's default type promotion, even if the program runs under a stricter rule.
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
         weight = jnp.maximum(sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
@@ -155,7 +155,7 @@ def update(
 def make_eval_step(graphdef: Any, objective: Objective = _CAUSAL) -> jax.stages.Wrapped:
     """The jitted `(params, batch) -> (sums, outputs)` without dropout, smoothing, z-loss or class weights.
 
-    Every device ends with the outputs of all rows, so that every process reads the same. They have `example` [B] too where the
+    Every device ends with the outputs of all rows, so that every process reads the same. They include `example` [B] if the
     batch has it.
     """
 
@@ -175,5 +175,5 @@ def _layout(described: nnx.State | None) -> nnx.State | None:
 
 
 def _cut(x: Array, parts: int) -> Array:
-    """[B, ...] → [parts, B / parts, ...], row b going to part b mod parts, so that each device keeps its own rows."""
+    """[B, ...] → [parts, B / parts, ...], row b in part b mod parts, so that each device keeps its own rows."""
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)

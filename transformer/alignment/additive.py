@@ -1,4 +1,4 @@
-"""Additive attention (Bahdanau et al. 2014), the first of all.
+"""Additive attention (Bahdanau et al. 2014), the first attention mechanism.
 
 B batch, T query position, S key position, V value features, A alignment features.
 
@@ -22,7 +22,7 @@ def additive_scores(
 ) -> Float[Array, "B T S"]:
     """e_ts = vᵀ tanh(q_t + k_s) for projected queries and keys, in float32 or wider.
 
-    Takes memory for B·T·S·A numbers: a recurrent decoder asks for one query at a time.
+    Needs memory for B·T·S·A numbers, so a recurrent decoder computes one query at a time.
     """
     check_shapes("additive_scores", q=(q_BTA, "B T A"), k=(k_BSA, "B S A"), vector=(vector_A, "A"))
     hidden_BTSA = jnp.tanh(widen(q_BTA)[:, :, None] + widen(k_BSA)[:, None])
@@ -41,13 +41,13 @@ def additive_attention(
     """Context and weights (Bahdanau et al. 2014, equations 5 and 6) for projected queries W q and keys U k.
 
     Args:
-        normalize: makes weights of scores; softmax by default.
+        normalize: turns scores into weights; softmax by default.
 
     Returns:
         The context in the values' type, and the weights in float32 or wider. A query that sees no key gives zeros.
 
     Raises:
-        ValueError: shapes that do not fit, arrays that are no floats, or a mask with heads.
+        ValueError: shapes that do not fit, arrays that are not floating-point, or a mask with heads.
     """
     shapes = {"q": (q_BTA, "B T A"), "k": (k_BSA, "B S A"), "values": (values_BSV, "B S V"), "vector": (vector_A, "A")}
     check_shapes("additive_attention", **shapes)

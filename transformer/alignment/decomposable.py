@@ -7,7 +7,8 @@ B batch, T position in the first sentence a, S position in the second sentence b
     aggregate    ŷ = H([Σ_t v1_t, Σ_s v2_s])                    Parikh et al. 2016, equations 1 to 5
 
 With intra-sentence attention (their section 3.4), a_t becomes [a_t, a'_t], where a' attends within the sentence by
-F_intra(a_t)ᵀ F_intra(a_s) + d_(t-s): a learned bias of the distance, one for all distances beyond a greatest. So too b.
+F_intra(a_t)ᵀ F_intra(a_s) + d_(t-s). The bias d is learned for each distance; all distances beyond a maximum share one. The
+same applies to b.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ def attend_both_ways(
     b_BSD: Float[Array, "B S D"],
     mask: AttentionMask | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"], Float[Array, "B T S"], Float[Array, "B S T"]]:
-    """What each word of a sees of b, and each of b of a (Parikh et al. 2016, equation 2).
+    """What each word of a sees of b, and each word of b sees of a (Parikh et al. 2016, equation 2).
 
     Args:
-        mask: which pairs may see each other.
+        mask: pairs that may see each other.
 
     Returns:
-        β in b's type, α in a's, the weights of a over b and those of b over a in float32 or wider. A word that sees none
+        β in b's type, α in a's, the weights of a over b and those of b over a in float32 or wider. A word that sees nothing
         gets zeros.
 
     Raises:
@@ -53,7 +54,7 @@ def attend_both_ways(
 
 
 def distance_bias(bias_M: Float[Array, " M"], length: int) -> Float[Array, "T T"]:
-    """d_(t-s) for all pairs of positions, from the biases of the distances -(M-1)/2 to (M-1)/2; the last hold beyond.
+    """d_(t-s) for all pairs of positions, from biases for distances -(M-1)/2 to (M-1)/2; the outermost ones also apply beyond.
 
     Raises:
         ValueError: an even number of biases.
@@ -72,7 +73,7 @@ class DecomposableAttention(nnx.Module):
     Args:
         embed_dim, hidden_dim, num_classes: D, F and C.
         use_intra: attend within each sentence first.
-        max_distance: the greatest distance with a bias of its own; 10 in the paper.
+        max_distance: the greatest distance that has its own bias; 10 in the paper.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class DecomposableAttention(nnx.Module):
         self.attend = _TwoLayers(word_dim, hidden_dim, **options)
         self.compare = _TwoLayers(2 * word_dim, hidden_dim, **options)
         self.aggregate = _TwoLayers(2 * hidden_dim, hidden_dim, **options)
-        # A few classes: `head_dim` is a name that no strategy splits.
+        # There are few classes, so their dim has the name `head_dim`, which no strategy shards.
         self.classify = Linear((hidden_dim,), (num_classes,), axes=("embed", "head_dim"), **options)
 
     def __call__(
@@ -112,7 +113,7 @@ class DecomposableAttention(nnx.Module):
         """The logits, and the weights of a over b and of b over a.
 
         Args:
-            valid_a_BT, valid_b_BS: words that are real; the others are neither seen nor counted.
+            valid_a_BT, valid_b_BS: words that are not padding; padding is neither seen nor counted.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -139,7 +140,7 @@ class DecomposableAttention(nnx.Module):
             return logits_BC, over_b_BTS, over_a_BST
 
     def _words(self, x_BTD: Array, valid_BT: Array) -> Array:
-        """The words, with what each sees of its own sentence behind it."""
+        """The words, each concatenated with its intra-sentence context if the model uses one."""
         if self.intra is None or self.bias is None:
             return x_BTD
         T, features = x_BTD.shape[1], self.intra(x_BTD)

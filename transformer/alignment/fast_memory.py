@@ -1,4 +1,4 @@
-"""Alignments that read a memory of fixed size, which the encoder's states have written: linear attention and the delta rule.
+"""Alignments that read a memory of fixed size, written by the encoder's states: linear attention and the delta rule.
 
 B batch, S source position, D features of the query, E features of an encoder state, A features of a key, M features and V value
 features of fast weights.
@@ -21,19 +21,19 @@ from transformer.types import Array, Bool, Float, Int, PRNGKeyArray, widen
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastMemoryConfig(AlignmentBase):
-    """Fast weights that the source's states write."""
+    """Fast weights written by the source's states."""
 
     kind: Literal["linear", "delta"] = "linear"
     """Linear attention (Katharopoulos et al. 2020), whose weights are positive; or the delta rule (Schlag et al. 2021)."""
     dim: int | None = None
-    """Width of keys. null: hidden_dim."""
+    """Width of the keys. null: hidden_dim."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_dim(self)
 
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
-        """Of one query that reads and one state that writes; the delta rule also recalls, to erase."""
+        """FLOPs of one query that reads and one state that writes; the delta rule also recalls what it erases."""
         D, E, A = query_dim, memory_dim, dim_of(self, query_dim)
         is_delta = self.kind == "delta"
         values, features, passes = (E, 2 * A, 3) if is_delta else (E + 1, A, 2)
@@ -41,7 +41,7 @@ class FastMemoryConfig(AlignmentBase):
 
 
 class FastMemoryAlignment(Alignment):
-    """φ(q)ᵀ F, with F written by all states once a source.
+    """φ(q)ᵀ F, with F written by all states, once per source.
 
     Args:
         query_dim, memory_dim: D and E.
@@ -61,13 +61,13 @@ class FastMemoryAlignment(Alignment):
         keys_BSA = self.key(states_BSE)
         values_BS1V, strength_BS1, rule = widen(states_BSE)[:, :, None], None, "delta"
         if self.strength is None:
-            # A value of 1 beside the others sums what the weights are divided by.
+            # A value of 1 next to the others sums the denominator of the weights.
             rule = "sum"
             values_BS1V = jnp.concatenate([values_BS1V, jnp.ones_like(values_BS1V[..., :1])], axis=-1)
         else:
             strength_BS1 = jax.nn.sigmoid(widen(self.strength(states_BSE)))
         keys_BS1A = keys_BSA[:, :, None]
-        # Every state writes, and no query reads yet.
+        # Every state writes; there are no queries yet.
         _, fast_B1MV = fast_weights(
             keys_BS1A[:, :, :0], keys_BS1A, values_BS1V, strength_BS1, rule=rule, feature_map=self.features,
             segments_BT=valid_BS.astype(jnp.int32),
@@ -83,7 +83,7 @@ class FastMemoryAlignment(Alignment):
         key: PRNGKeyArray | None = None,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B E"], Float[Array, "B S"] | None]:
-        """What the query reads. Only linear attention's weights are a distribution; the delta rule gives none."""
+        """The context of the query. Only linear attention's weights are a distribution; the delta rule returns none."""
         assert source.fast_BMV is not None and source.keys_BSA is not None
         with jax.named_scope("source_attention"):
             query_BM = self.features(widen(self.query(query_BD)))
@@ -99,5 +99,5 @@ class FastMemoryAlignment(Alignment):
 
     def features(self, x: Array) -> Array:
         """φ: DPFP of unit length for the delta rule, 1 + elu for linear attention."""
-        # The scale before the map goes out behind it; what starts small is not to fall below the guard of the division there.
+        # The normalisation after the feature map cancels that before it, which keeps small inputs above the later one's epsilon.
         return elu_plus_one(x) if self.strength is None else unit_length(dpfp(unit_length(x)))

@@ -1,11 +1,11 @@
-"""Hard attention: one key a query, with a choice of what to do about a choice that has no gradient.
+"""Hard attention: each query takes one key. The kinds differ in how they handle a choice that has no gradient.
 
 B batch, T query position, S key position, D query features, E key features, V value features, A alignment features.
 
-    soft        α = softmax(e / τ): not hard yet, but as τ falls to 0 it becomes `argmax`
-    argmax      the key of the greatest score; the scores get no gradient
-    gumbel      a key drawn from softmax(e), by the Gumbel-max trick; backwards as if the relaxed draw softmax((e + g) / τ) had
-                been used (straight-through; Jang et al. 2017; Maddison et al. 2017)
+    soft        α = softmax(e / τ): not hard, but it approaches `argmax` as τ falls to 0
+    argmax      the key with the greatest score; the scores get no gradient
+    gumbel      a key drawn from softmax(e) by the Gumbel-max trick; its backward pass is that of the relaxed draw
+                softmax((e + g) / τ) (straight-through; Jang et al. 2017; Maddison et al. 2017)
     reinforce   a key drawn from softmax(e); its gradient comes from `reinforce_loss` (Xu et al. 2015, section 4.1)
 """
 
@@ -21,20 +21,20 @@ from transformer.types import Array, Bool, Float, Int, PRNGKeyArray, widen
 
 
 class HardSample(NamedTuple):
-    """A key drawn for each query. Where a query sees no key, everything is 0."""
+    """A key drawn for each query. If a query sees no key, everything is 0."""
 
     weights_BTS: Float[Array, "B T S"]
     """One-hot, with no gradient."""
     log_prob_BT: Float[Array, "B T"]
-    """Log-probability of the keys that were drawn."""
+    """Log-probability of the drawn keys."""
     entropy_BT: Float[Array, "B T"]
-    """Of the distribution they were drawn from, in nats."""
+    """Entropy of the distribution they were drawn from, in nats."""
 
 
 def argmax_weights(
     scores_BTS: Float[Array, "B T S"], allowed_BTS: Bool[Array, "B_ T_ S_"] | None = None
 ) -> Float[Array, "B T S"]:
-    """1 for the key of the greatest score (the first, of equal ones). No gradient."""
+    """1 for the key with the greatest score (the first of equal ones), else 0. No gradient."""
     scores_BTS = jax.lax.stop_gradient(_floor(widen(scores_BTS), allowed_BTS))
     one_hot_BTS = jax.nn.one_hot(jnp.argmax(scores_BTS, axis=-1), scores_BTS.shape[-1], dtype=scores_BTS.dtype)
     return one_hot_BTS if allowed_BTS is None else jnp.where(allowed_BTS, one_hot_BTS, 0)
@@ -47,7 +47,7 @@ def gumbel_weights(
     key: PRNGKeyArray,
     temperature: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B T S"]:
-    """A one-hot draw from softmax(e), whose gradient is that of softmax((e + g) / τ) for the same Gumbel noise g.
+    """A one-hot draw from softmax(e) whose gradient is that of softmax((e + g) / τ) for the same Gumbel noise g.
 
     Raises:
         ValueError: a temperature that is not positive.
@@ -62,13 +62,13 @@ def gumbel_weights(
 def sample_weights(
     scores_BTS: Float[Array, "B T S"], allowed_BTS: Bool[Array, "B_ T_ S_"] | None = None, *, key: PRNGKeyArray
 ) -> HardSample:
-    """A draw from softmax(e) with what REINFORCE needs of it (Xu et al. 2015, section 4.1)."""
+    """A draw from softmax(e), with the quantities that REINFORCE needs (Xu et al. 2015, section 4.1)."""
     scores_BTS = widen(scores_BTS)
     noise_BTS = jax.random.gumbel(key, scores_BTS.shape, scores_BTS.dtype)
     weights_BTS = argmax_weights(scores_BTS + noise_BTS, allowed_BTS)
     log_probs_BTS = jax.nn.log_softmax(_floor(scores_BTS, allowed_BTS), axis=-1)
     if allowed_BTS is not None:
-        # A logarithm of 0 adds nothing below.
+        # Zeros add nothing to the sums below.
         log_probs_BTS = jnp.where(allowed_BTS, log_probs_BTS, 0)
     entropy_BT = -jnp.sum(jnp.exp(log_probs_BTS) * log_probs_BTS, axis=-1)
     return HardSample(weights_BTS, jnp.sum(weights_BTS * log_probs_BTS, axis=-1), entropy_BT)
@@ -93,11 +93,11 @@ def reinforce_loss(
     The baseline follows the rewards: b ← 0.9 b + 0.1 log p(y|s).
 
     Args:
-        log_likelihood_B: log p(y|s), the reward, with its gradient to whatever predicts y.
-        sample: of `sample_weights`.
-        baseline: b of the step before; 0 at first.
+        log_likelihood_B: log p(y|s), the reward, with its gradient for the model that predicts y.
+        sample: from `sample_weights`.
+        baseline: b from the previous step; 0 at first.
         reward_weight, entropy_weight: λ_r and λ_e.
-        decay: of the baseline.
+        decay: decay rate of the baseline.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -114,7 +114,7 @@ def reinforce_loss(
 
 
 def temperature_at(step: int | Int[Array, ""], *, start: float, end: float, num_steps: int) -> Float[Array, ""]:
-    """A temperature that falls geometrically from `start` at step 0 to `end` at `num_steps`, and stays there.
+    """A temperature that falls geometrically from `start` at step 0 to `end` at `num_steps`, and then stays constant.
 
     Raises:
         ValueError: a temperature that is not positive, or no steps.
@@ -128,11 +128,11 @@ def temperature_at(step: int | Int[Array, ""], *, start: float, end: float, num_
 
 
 def check_temperature(caller: str, temperature: float | Array) -> None:
-    """Raise a `ValueError` for a temperature that is known while tracing and not positive."""
+    """Raise a `ValueError` for a temperature that is not positive, if its value is known while tracing."""
     if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
         raise ValueError(f"{caller}: temperature={temperature}; expected a positive number")
 
 
 def _floor(scores_BTS: Array, allowed_BTS: Array | None) -> Array:
-    """The scores, at a finite floor where not allowed: a row that allows nothing gets no NaN."""
+    """The scores, with a finite floor where not allowed, so that a row that allows nothing does not give NaN."""
     return scores_BTS if allowed_BTS is None else jnp.where(allowed_BTS, scores_BTS, jnp.finfo(scores_BTS.dtype).min)

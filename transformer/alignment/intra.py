@@ -28,7 +28,7 @@ from transformer.types import Array, Bool, Float, Int, widen
 
 
 class LSTMNWeights(NamedTuple):
-    """What `lstmn` multiplies by."""
+    """Parameters of `lstmn`."""
 
     hidden_FA: Float[Array, "F A"]
     """W_h."""
@@ -39,14 +39,14 @@ class LSTMNWeights(NamedTuple):
     vector_A: Float[Array, " A"]
     """v."""
     summary_gates_FG: Float[Array, "F G"]
-    """The part of W that takes h̃; G = 4 F, the gates in the order i, f, o, ĉ."""
+    """The part of W that multiplies h̃; G = 4 F, with the gates in the order i, f, o, ĉ."""
     input_gates_DG: Float[Array, "D G"]
-    """The part of W that takes x."""
+    """The part of W that multiplies x."""
     bias_G: Float[Array, " G"]
 
 
 class Tape(NamedTuple):
-    """What the positions before a call have left."""
+    """The states of the positions before a call."""
 
     hidden_BSF: Float[Array, "B S F"]
     memory_BSF: Float[Array, "B S F"]
@@ -65,15 +65,15 @@ def lstmn(
 ) -> tuple[Float[Array, "B T F"], Tape, Float[Array, "B T S"]]:
     """Run the network over a sequence, one position after another.
 
-    Each position attends to those before it that the mask allows; where there are none, h̃ and c̃ are zeros. Arithmetic in
-    float32 (float64 for a float64 x). The backward pass reads the finished tape, so both passes take memory linear in T
-    besides the weights.
+    Each position attends to those before it that the mask allows; if there are none, h̃ and c̃ are zeros. Arithmetic is in
+    float32 (float64 for a float64 x). The backward pass reads the finished tape, so both passes need memory linear in T
+    in addition to the weights.
 
     Args:
-        mask: of T positions to the S of the tape, in addition to causality.
-        tape: is read and written further; by default an empty one of T positions.
-        lengths_B: how many positions of the tape each row has written; by default 0.
-        valid_BT: positions that are not padding, which may follow them in a row. Those of padding leave h̃ as it is.
+        mask: of T positions over the S of the tape, in addition to causality.
+        tape: the tape to continue; by default an empty one of T positions.
+        lengths_B: number of positions that each row has already written to the tape; 0 by default.
+        valid_BT: positions that are not padding; padding may follow them in a row, and leaves h̃ unchanged.
 
     Returns:
         The hidden states in x's type, the tape in float32 or wider, and the attention of each position to the tape.
@@ -114,8 +114,8 @@ def lstmn(
     return jnp.moveaxis(hidden_TBF, 0, 1).astype(dtype), tape, jnp.moveaxis(weights_TBS, 0, 1)
 
 
-# A scan that is differentiated automatically would keep a copy of the tape for each position. But what a position has seen of
-# the tape is not written again, so the backward pass finds it on the finished one.
+# Automatic differentiation of the scan would keep a copy of the tape for each position. But the part of the tape that a
+# position has read is never overwritten, so the backward pass finds it on the finished tape.
 
 _Carry = tuple[Array, Array, Array]
 """The tape [B, S, 2 F], its keys W_h h [B, S, A], and h̃ [B, F]."""
@@ -164,7 +164,7 @@ def _backward(saved: tuple, gradients: tuple[Array, ...]) -> tuple:
         dentry_B2F = dtape_BS2F.at[rows_B, place_B].get(mode="fill", fill_value=0)
         dentry_B2F += jnp.pad(dhidden_BF, ((0, 0), (0, dhidden_BF.shape[1])))
         dkey_BA = dkeys_BSA.at[rows_B, place_B].get(mode="fill", fill_value=0)
-        # What was on the tape there before has no influence after this position.
+        # The earlier contents of this place on the tape have no influence after this position.
         dtape_BS2F = dtape_BS2F.at[rows_B, place_B].set(0, unique_indices=True, mode="drop")
         dkeys_BSA = dkeys_BSA.at[rows_B, place_B].set(0, unique_indices=True, mode="drop")
         dsummary_BF = jnp.where(valid_B[:, None], dafter_BF, 0)

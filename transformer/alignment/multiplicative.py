@@ -8,8 +8,8 @@ A alignment features.
     c_t  = Σ_s α_ts h̄_s
     h̃_t  = tanh(W_c [c_t; h_t])                                                   equation 5
 
-Local attention sees the keys from p_t - D to p_t + D alone. local-m sets p_t = t; local-p predicts it (equation 9), and
-lets the weights fade with the distance from it (equation 10).
+Local attention sees only the keys from p_t - D to p_t + D. local-m sets p_t = t; local-p predicts it (equation 9), and
+its weights decay with the distance from it (equation 10).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformer.types import Array, Float, Int, widen
 
 
 def dot_scores(q_BTE: Float[Array, "B T E"], k_BSE: Float[Array, "B S E"]) -> Float[Array, "B T S"]:
-    """q_tᵀ k_s in float32 or wider. `general` is the same for the query W_aᵀ h_t."""
+    """q_tᵀ k_s in float32 or wider. For `general`, pass W_aᵀ h_t as the query."""
     check_shapes("dot_scores", q=(q_BTE, "B T E"), k=(k_BSE, "B S E"))
     return einsum("BTE,BSE->BTS", widen(q_BTE), widen(k_BSE))
 
@@ -59,7 +59,7 @@ def local_weights(
         positions_BT: p_t.
         window: D, at least 1.
         gaussian: multiply by exp(-(s - p_t)² / (2 σ²)) with σ = D / 2 (equation 10). As in the paper, the weights are
-            not normalised again: each row then sums to less than 1.
+            not renormalised, so each row sums to less than 1.
 
     Raises:
         ValueError: a window below 1, shapes that do not fit, or a mask with heads.

@@ -1,4 +1,4 @@
-"""The alignments that a recurrent model's config can name. A new one is one new class and one line here."""
+"""The alignments that a recurrent model's config can name. To add one, add a class and a line here."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ ALIGNMENTS: dict[type, type] = {
 
 
 def make_alignment(config: AlignmentConfig, query_dim: int, memory_dim: int, **options: Any) -> Alignment:
-    """The attention that a config describes.
+    """The attention for a config.
 
     Args:
         query_dim, memory_dim: width of the decoder's state and of an encoder state.
         options: kernel_init, dtype, param_dtype and rngs of the linear layers.
 
     Raises:
-        ValueError: `dot` of a query and states of different widths.
+        ValueError: `dot` with a query and states of different widths.
     """
     if (wrong := config.check(query_dim, memory_dim)) is not None:
         raise ValueError(f"make_alignment: kind={config.kind!r}; {wrong}")

@@ -5,7 +5,7 @@ B batch, S source position, D features of the query, E features of an encoder st
     additive, concat    e = vᵀ tanh(W q + U k)     Bahdanau et al. 2014, appendix A.1.2; Luong et al. 2015, equation 8
     dot, general        e = qᵀ k, e = qᵀ W k       Luong et al. 2015, equation 8
     local_m, local_p    general, near a position   Luong et al. 2015, section 3.2
-    hard                one state alone            Xu et al. 2015; its gradient as in Jang et al. 2017
+    hard                a single state             Xu et al. 2015; its gradient as in Jang et al. 2017
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Normalizer = Literal["softmax", "sparsemax", "entmax15"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoAlignmentConfig(AlignmentBase):
-    """The source is one vector, its last state (Cho et al. 2014; Sutskever et al. 2014)."""
+    """No attention: one vector, the encoder's last state, represents the source (Cho et al. 2014; Sutskever et al. 2014)."""
 
     kind: Literal["none"] = "none"
     """No attention."""
@@ -42,18 +42,18 @@ class AdditiveConfig(AlignmentBase):
     """A layer of tanh units scores the query with each state."""
 
     kind: Literal["additive", "concat"] = "additive"
-    """Bahdanau's score; or Luong's concat, which has no bias."""
+    """additive: Bahdanau's score; concat: Luong's, which has no bias."""
     dim: int | None = None
-    """Width of the layer that scores. null: hidden_dim."""
+    """Width of the scoring layer. null: hidden_dim."""
     normalizer: Normalizer = "softmax"
-    """From scores to weights. sparsemax and entmax15 give most states a weight of exactly zero."""
+    """Turns scores into weights. sparsemax and entmax15 give most states a weight of exactly zero."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_dim(self)
 
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
-        """Of one query, and of one state's key."""
+        """FLOPs of one query, and of one state's key."""
         return _additive_flops(dim_of(self, query_dim), query_dim, memory_dim, length)
 
 
@@ -62,12 +62,12 @@ class MultiplicativeConfig(AlignmentBase):
     """A product scores the query with each state."""
 
     kind: Literal["dot", "general"] = "dot"
-    """As they are, which takes equal widths; or with a matrix between them."""
+    """dot: the plain product, which needs equal widths; general: with a matrix between query and state."""
     normalizer: Normalizer = "softmax"
-    """From scores to weights. sparsemax and entmax15 give most states a weight of exactly zero."""
+    """Turns scores into weights. sparsemax and entmax15 give most states a weight of exactly zero."""
 
     def check(self, query_dim: int, memory_dim: int) -> str | None:
-        """What keeps this kind from queries and states of these widths, or None."""
+        """Why this kind cannot handle queries and states of these widths, or None."""
         if self.kind == "general" or query_dim == memory_dim:
             return None
         return (
@@ -76,20 +76,21 @@ class MultiplicativeConfig(AlignmentBase):
         )
 
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
-        """Of one query: its projection, the scores and the mean."""
+        """FLOPs of one query: its projection, the scores and the mean."""
         return 2.0 * ((query_dim * memory_dim if self.kind == "general" else 0) + 2 * length * memory_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalConfig(AlignmentBase):
-    """A window of states, with the score of general."""
+    """Attention to a window of states, with the score of general."""
 
     kind: Literal["local_m", "local_p"] = "local_m"
-    """About the step's own number; or about a position that is predicted from the query, fading with the distance from it."""
+    """local_m: the window is centred on the step's number; local_p: on a position predicted from the query, and the weights
+    decay with the distance from it."""
     window: int = 10
-    """States that are seen to each side."""
+    """Number of states in the window on each side of its centre."""
     dim: int | None = None
-    """In local_p, the width of the layer that predicts the position. null: hidden_dim."""
+    """Width of the layer that predicts the position in local_p. null: hidden_dim."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +99,7 @@ class LocalConfig(AlignmentBase):
         require(self, "dim", self.dim is None or self.kind == "local_p", "local_m predicts nothing; allowed: null")
 
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
-        """Of one query, over the window at its width."""
+        """FLOPs of one query, for a full window."""
         D, E, A = query_dim, memory_dim, dim_of(self, query_dim)
         seen = min(2 * self.window + 1, length)
         return 2.0 * (D * E + 2 * seen * E + (D * A + A if self.kind == "local_p" else 0))
@@ -106,14 +107,14 @@ class LocalConfig(AlignmentBase):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HardConfig(AlignmentBase):
-    """One state alone, with the score of additive: drawn in training, the likeliest one otherwise."""
+    """Attention to a single state, with the score of additive: drawn in training, the most likely one otherwise."""
 
     kind: Literal["hard"] = "hard"
-    """One state alone."""
+    """Attention to a single state."""
     dim: int | None = None
-    """Width of the layer that scores. null: hidden_dim."""
+    """Width of the scoring layer. null: hidden_dim."""
     temperature: float = 1.0
-    """Of the relaxed draw whose gradient is taken."""
+    """Temperature of the relaxed draw that provides the gradient."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,12 +122,12 @@ class HardConfig(AlignmentBase):
         require(self, "temperature", self.temperature > 0, "allowed: above 0")
 
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:
-        """Of one query, and of one state's key."""
+        """FLOPs of one query, and of one state's key."""
         return _additive_flops(dim_of(self, query_dim), query_dim, memory_dim, length)
 
 
 class LastState(Alignment):
-    """Gives the encoder's last state to every query."""
+    """Returns the encoder's last state for every query."""
 
     def __init__(self, query_dim: int, memory_dim: int, config: NoAlignmentConfig, **options: Any) -> None:
         pass
@@ -145,12 +146,12 @@ class LastState(Alignment):
 
 
 class ScoredAlignment(Alignment):
-    """Scores, then weights, then their mean of the states; a kind says how scores are made, and may make other weights."""
+    """The mean of the states, weighted by normalised scores. A subclass defines the scores, and may define other weights."""
 
     config: Any
 
     def scores(self, query_B1D: Float[Array, "B 1 D"], source: Source) -> Float[Array, "B 1 S"]:
-        """The query with each state."""
+        """The score of the query with each state."""
         raise NotImplementedError
 
     def weights(
@@ -160,7 +161,7 @@ class ScoredAlignment(Alignment):
         step_B: Int[Array, " B"],
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B 1 S"]:
-        """What each state counts, in float32 or wider: the scores, by the config's `normalizer`."""
+        """The weight of each state, in float32 or wider: the scores, normalised by the config's `normalizer`."""
         return NORMALIZERS[self.config.normalizer](self.scores(query_B1D, source), source.valid_BS[:, None])
 
     def __call__(
@@ -172,14 +173,14 @@ class ScoredAlignment(Alignment):
         key: PRNGKeyArray | None = None,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B E"], Float[Array, "B S"] | None]:
-        """The context, and the weights where they are asked for."""
+        """The context, and the weights if asked for."""
         with jax.named_scope("source_attention"):
             weights_B1S = self.weights(query_BD[:, None], source, step_B, key)
             return context(weights_B1S, source.states_BSE)[:, 0], weights_B1S[:, 0] if return_weights else None
 
 
 class AdditiveAlignment(ScoredAlignment):
-    """vᵀ tanh(W q + U k), with U k computed once a source.
+    """vᵀ tanh(W q + U k), with U k computed once per source.
 
     Args:
         query_dim, memory_dim: D and E.
@@ -206,7 +207,7 @@ class AdditiveAlignment(ScoredAlignment):
 
 
 class HardAlignment(AdditiveAlignment):
-    """One state alone, scored as `AdditiveAlignment` does."""
+    """Attention to a single state, scored as in `AdditiveAlignment`."""
 
     def weights(
         self,
@@ -215,7 +216,7 @@ class HardAlignment(AdditiveAlignment):
         step_B: Int[Array, " B"],
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B 1 S"]:
-        """1 for a drawn state, or with no key for the likeliest."""
+        """1 for a drawn state, or, without a key, for the most likely one."""
         assert isinstance(self.config, HardConfig)
         scores_B1S, allowed_B1S = self.scores(query_B1D, source), source.valid_BS[:, None]
         if key is None:
@@ -243,7 +244,7 @@ class MultiplicativeAlignment(ScoredAlignment):
 
 
 class LocalAlignment(MultiplicativeAlignment):
-    """A window of states, about the step's number or a predicted position."""
+    """Attention to a window of states, centred on the step's number or on a predicted position."""
 
     def __init__(
         self,
@@ -258,7 +259,7 @@ class LocalAlignment(MultiplicativeAlignment):
         super().__init__(query_dim, memory_dim, config, dtype=dtype, rngs=rngs, **options)
         A = dim_of(config, query_dim)
         predicts = config.kind == "local_p"
-        # Among hundreds of states a position in a narrow type would be off by a good part of the window.
+        # With hundreds of states, a position in a narrow type would be off by a large part of the window.
         self.position = projection(query_dim, A, dtype=wide(dtype), rngs=rngs, **options) if predicts else None
         self.position_vector = projection(A, dtype=dtype, rngs=rngs, **options) if predicts else None
 
@@ -269,7 +270,7 @@ class LocalAlignment(MultiplicativeAlignment):
         step_B: Int[Array, " B"],
         key: PRNGKeyArray | None,
     ) -> Float[Array, "B 1 S"]:
-        """Over the states of the window; in local_p they fade with the distance and sum to less than 1."""
+        """Weights over the states of the window; in local_p they decay with the distance and sum to less than 1."""
         assert isinstance(self.config, LocalConfig)
         scores_B1S, mask = self.scores(query_B1D, source), AttentionMask.padding(source.valid_BS)
         if self.position is None or self.position_vector is None:

@@ -1,10 +1,10 @@
-"""From scores to weights with exact zeros: sparsemax and 1.5-entmax, and multi-head attention by either of them.
+"""From scores to weights with exact zeros: sparsemax and 1.5-entmax, and multi-head attention with either.
 
-S key position, always the last dim of scores; "*dims" is any number of leading dims, most often B batch and T query position.
+S key position, always the last dim of scores; "*dims" is any number of leading dims, usually B batch and T query position.
 B batch, T query position, S key position, D embed, N query heads, K key/value heads, H head_dim.
 
-Like softmax (α = 1), both solve max over p in the simplex of pᵀz + H_α(p), with Tsallis' entropy of order α = 2 and
-α = 1.5 (Peters et al. 2019, section 3). They are solved exactly, by sorting, in O(S log S), and differentiated by hand.
+Like softmax (α = 1), both solve max over p in the simplex of pᵀz + H_α(p), with the Tsallis entropy of order α = 2 and
+α = 1.5 (Peters et al. 2019, section 3). The solution is exact, by sorting, in O(S log S), with a hand-written derivative.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def sparsemax(scores: Float[Array, "*#dims"], allowed: Bool[Array, "*#dims"] | N
     support and 0 elsewhere (their section 2.5).
 
     Args:
-        allowed: broadcastable to the scores; the rest gets no weight. A row that allows nothing gives zeros.
+        allowed: broadcastable to the scores; other keys get no weight. A row that allows nothing gives zeros.
 
     Returns:
         Weights in float32 (float64 for float64 scores).
@@ -39,13 +39,13 @@ def entmax15(scores: Float[Array, "*#dims"], allowed: Bool[Array, "*#dims"] | No
     """1.5-entmax, between softmax and sparsemax: p_s = max(z_s / 2 - τ, 0)², with τ such that Σ p = 1.
 
     Peters et al. 2019, section 3; its Jacobian is diag(u) - u uᵀ / Σ u with u = √p.
-    Arguments and result as of `sparsemax`.
+    Arguments and result are as for `sparsemax`.
     """
     return _masked(_entmax15, scores, allowed)
 
 
 NORMALIZERS: dict[str, Normalizer] = {"softmax": softmax, "sparsemax": sparsemax, "entmax15": entmax15}
-"""Maps from scores, and where they are allowed, to weights."""
+"""Functions from scores, and where they are allowed, to weights."""
 
 
 def sparse_attention(
@@ -75,7 +75,7 @@ def sparse_attention(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     if N % K:
-        raise ValueError(f"sparse_attention: q has {N} heads, no multiple of k's {K} {k_BSKH.shape}")
+        raise ValueError(f"sparse_attention: q has {N} heads, not a multiple of k's {K} {k_BSKH.shape}")
     scale = H**-0.5 if scale is None else scale
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     wide = widen(q_BTNH).dtype
@@ -98,13 +98,13 @@ def _masked(solve: Callable[[Array], Array], scores: Array, allowed: Array | Non
 
 
 def _descending(z: Array) -> tuple[Array, Array]:
-    """z sorted, and the number of terms up to each."""
+    """z sorted in descending order, and the number of terms up to each."""
     return jnp.flip(jnp.sort(z, axis=-1), axis=-1), jnp.arange(1, z.shape[-1] + 1, dtype=z.dtype)
 
 
 def _from_top(z: Array) -> Array:
-    """z less its greatest, cut at -2. What is 1 below the greatest or further has no weight in either map, so that
-    the cut changes nothing, and keeps a mask's floor out of the sums."""
+    """z minus its maximum, clipped at -2. A value 1 or more below the maximum has no weight in either function, so clipping
+    does not change the result, and it keeps a mask's floor out of the sums."""
     return jnp.maximum(z - z.max(-1, keepdims=True), -2)
 
 
@@ -130,7 +130,7 @@ def _entmax15(z: Array) -> Array:
     ordered, count = _descending(z)
     mean = jnp.cumsum(ordered, axis=-1) / count
     variance = jnp.cumsum(ordered**2, axis=-1) / count - mean**2
-    # Over its first terms, τ is the lesser root of Σ (z - τ)² = 1; the support is where the last of them exceeds it.
+    # Over its first terms, τ is the smaller root of Σ (z - τ)² = 1; the support is where the last of them exceeds it.
     threshold = mean - jnp.sqrt(jnp.maximum(1 / count - variance, 0))
     size = jnp.sum(threshold <= ordered, axis=-1, keepdims=True)
     return jnp.maximum(z - jnp.take_along_axis(threshold, size - 1, axis=-1), 0) ** 2

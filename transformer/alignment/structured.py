@@ -1,4 +1,4 @@
-"""Structured self-attention (Lin et al. 2017): a sentence as a matrix of R views of it.
+"""Structured self-attention (Lin et al. 2017): represents a sentence as a matrix of R weighted means of its positions.
 
 B batch, S position, D features of a position, A alignment features, R hops.
 
@@ -29,10 +29,10 @@ def structured_attention(
     """M and A, from the scores W_s2 tanh(W_s1 Hᵀ), transposed.
 
     Args:
-        mask: over R queries (the hops) and S keys; most often `AttentionMask.padding`.
+        mask: over R queries (the hops) and S keys; usually `AttentionMask.padding`.
 
     Returns:
-        M in x's type, and A in float32 or wider. Where no position is seen, both are zeros.
+        M in x's type, and A in float32 or wider. Both are zeros in a row where no position is seen.
 
     Raises:
         ValueError: shapes that do not fit, or a mask with heads.
@@ -44,7 +44,7 @@ def structured_attention(
 
 
 def redundancy_penalty(weights_BRS: Float[Array, "B R S"]) -> Float[Array, " B"]:
-    """||A Aᵀ - I||²_F of each row of the batch: small where each hop looks at few positions, and no two at the same ones."""
+    """||A Aᵀ - I||²_F of each row of the batch: small if each hop looks at few positions, and no two at the same ones."""
     check_shapes("redundancy_penalty", weights=(weights_BRS, "B R S"))
     weights_BRS = widen(weights_BRS)
     gram_BRR = matmul(weights_BRS, weights_BRS.swapaxes(1, 2))

@@ -25,7 +25,7 @@ def softmax(scores: Float[Array, "*#dims"], allowed: Bool[Array, "*#dims"] | Non
     scores = widen(scores)
     if allowed is None:
         return jax.nn.softmax(scores, axis=-1)
-    # A finite floor keeps an empty row free of NaN, in the gradient too; the second where empties it.
+    # A finite floor keeps an empty row free of NaN, in the gradient too; the second `where` sets it to zeros.
     weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
     return jnp.where(allowed, weights, 0)
 
@@ -38,7 +38,7 @@ def context(weights_BTS: Float[Array, "B T S"], values_BSV: Float[Array, "B S V"
 def headless_mask(
     mask: AttentionMask | None, batch_size: int, num_queries: int, num_keys: int
 ) -> Bool[Array, "B_ T_ S_"] | None:
-    """The mask of a mechanism with one head; None when everything is allowed.
+    """The mask of a mechanism with one head; None if everything is allowed.
 
     Raises:
         ValueError: a mask that differs by head, or is made for other numbers of rows, queries or keys.
@@ -52,11 +52,11 @@ def headless_mask(
 
 
 def check_shapes(caller: str, **arguments: tuple[Array | None, str] | tuple[Array | None, str, Any]) -> None:
-    """Raise a `ValueError` unless every array is of floats (or of the type given) and its dims fit the letters.
+    """Raise a `ValueError` unless every array is floating-point (or of the type given) and its dims match the letters.
 
         check_shapes("attention", q=(q, "B T D"), valid=(valid, "B T", jnp.bool_))
 
-    A letter stands for the same size in each argument; an argument that is None fits.
+    A letter is the same size in each argument; an argument that is None always fits.
     """
     sizes: dict[str, int] = {}
     for name, (array, letters, *kinds) in arguments.items():

@@ -1,4 +1,4 @@
-"""One call for softmax attention, and the table of backends behind it.
+"""The entry point for softmax attention, and the table of its backends.
 
 B batch, T query position, S key position, N query heads, K key/value heads, H head_dim, C value dim.
 """
@@ -29,7 +29,7 @@ class BackendError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A way to compute attention. `supports` gives the reason why it cannot serve a request, or None."""
+    """A way to compute attention. `supports` returns the reason why it cannot serve a request, or None."""
 
     attend: Callable[[Array, Array, Array, AttentionSpec], Array]
     supports: Callable[[AttentionShapes], str | None]
@@ -46,10 +46,10 @@ BACKENDS: dict[str, Backend] = {
 }
 
 PREFERENCE = {"gpu": ("cudnn", "xla"), "tpu": ("pallas", "xla"), "cpu": ("blockwise",)}
-"""What `auto` tries, in order, where the T×S array is small; beyond `LONG` pairs it skips what would make one."""
+"""What `auto` tries, in order, if the T×S array is small; above `LONG` pairs it skips the backends that create one."""
 
 LONG = 4096 * 4096
-"""Pairs of a query and a key from which a T×S array is worth avoiding on an accelerator."""
+"""Number of query-key pairs from which it is worth avoiding a T×S array on an accelerator."""
 
 
 def choose_backend(backend: str, request: AttentionShapes) -> str:
@@ -60,7 +60,7 @@ def choose_backend(backend: str, request: AttentionShapes) -> str:
     """
     if backend == "auto":
         if ring.slices_sequence(request):
-            # Any other backend gathers the whole sequence on every device: it has to be named.
+            # Any other backend gathers the whole sequence on every device, so it has to be named explicitly.
             if reason := BACKENDS["ring"].supports(request):
                 raise BackendError(
                     "attention: the sequence is sharded over the mesh, so backend 'auto' means 'ring', which cannot do this: "
@@ -100,28 +100,28 @@ def attend(
     backend: str = "auto",
     return_weights: bool | tuple[int, ...] = False,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B n T S"] | None]:
-    """Softmax attention (Vaswani et al. 2017, equation 1), multi-head, grouped-query or multi-query by K.
+    """Softmax attention (Vaswani et al. 2017, equation 1), multi-head, grouped-query or multi-query depending on K.
 
     Args:
         q_BTNH, k_BSKH, v_BSKC: queries, keys and values. N must be a multiple of K (Ainslie et al. 2023).
-        mask: who may see whom; None means everyone. A query that sees nothing gives zeros.
+        mask: which keys each query may see; None: all. A query that sees nothing gives zeros.
         bias_BNTS: added to the logits; each dim may be 1.
         score_mod: `(score, b, h, q, k) -> score`, a function of one logit and four integers, after scale, soft-cap and bias
-            (Dong et al. 2024). Arrays that it captures are differentiated through.
+            (Dong et al. 2024). Arrays that it captures get gradients.
         scale: multiplies the logits; 1/√H by default.
         logit_soft_cap: c gives c·tanh(logits / c), before bias and mask.
-        dropout_rate, dropout_key: weights are dropped only where a key is given.
+        dropout_rate, dropout_key: weights are dropped only if a key is given.
         backend: `auto` or a name of `BACKENDS`.
-        return_weights: also recompute the weights through `reference` (before dropout); the output stays the backend's.
-            A tuple names the query heads to do it for; nothing of size T×S is made for the others.
+        return_weights: also recompute the weights with `reference` (before dropout); the output is still the backend's.
+            A tuple lists the query heads to return; nothing of size T×S is created for the others.
 
     Returns:
         The output [B, T, N, C] in v's type, and the weights [B, n, T, S] in float32, of all heads or of those
-        named, in their order; or None.
+        listed, in their order; or None.
 
     Raises:
-        ValueError: inputs that are no floats, shapes that do not fit (the mask's too), a head that does not exist, or a named
-            backend that cannot serve the call.
+        ValueError: inputs that are not floating-point, shapes that do not fit (the mask's too), a head that does not exist, or
+            a named backend that cannot serve the call.
     """
     mask = AttentionMask.none() if mask is None else mask
     _check_inputs(q_BTNH, k_BSKH, v_BSKC, bias_BNTS)
@@ -148,12 +148,12 @@ def attend(
 
 
 def _by_auto(q: Array, k: Array, v: Array, spec: AttentionSpec) -> Array:
-    """What `auto` takes where every device has the whole sequence."""
+    """What `auto` uses if every device has the whole sequence."""
     return BACKENDS[_on_one_device(AttentionShapes.of(q, v, spec, _platform()))].attend(q, k, v, spec)
 
 
 def _platform() -> str:
-    """The platform that the call will run on: the mesh's in force, or the default one."""
+    """The platform that the call will run on: that of the active mesh, or the default one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     return "gpu" if platform == "cuda" else platform
@@ -178,7 +178,7 @@ def _check_heads(heads: Any, num_heads: int) -> None:
         raise ValueError(f"attend: return_weights={heads!r}; expected True, False or a tuple of heads")
     wrong = [] if isinstance(heads, bool) else [head for head in heads if not 0 <= head < num_heads]
     if wrong:
-        raise ValueError(f"attend: there is no head {wrong[0]}; allowed in return_weights: 0 to {num_heads - 1}")
+        raise ValueError(f"attend: head {wrong[0]} does not exist; allowed in return_weights: 0 to {num_heads - 1}")
 
 
 def _check_inputs(q: Any, k: Any, v: Any, bias: Any) -> None:
@@ -200,7 +200,7 @@ def _check_inputs(q: Any, k: Any, v: Any, bias: Any) -> None:
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"attend: q has shape {q.shape} and k {k.shape}; batch and head_dim must agree")
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"attend: {q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads")
+        raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
     if bias is not None:
         if not jnp.issubdtype(bias.dtype, jnp.floating):
             raise ValueError(f"attend: bias is {bias.dtype} {bias.shape}; expected floats (booleans are a mask's)")

@@ -1,8 +1,8 @@
-"""Beam search and sampling, for whatever decodes step by step.
+"""Beam search and sampling for any model that decodes step by step.
 
 B batch, K beams, R = B K rows, S source position, V vocab, n tokens written, Q hypotheses returned.
 
-All that is asked for is one function of a token and a state, a pytree whose arrays have a leading B.
+The only requirement is one function of a token and a state; the state is a pytree whose arrays have a leading B.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformer.generation.sampling import Sampling, next_token
 from transformer.types import Array, Bool, Float, Int, Key
 
 MIN_COVERED = 1e-6
-"""What the coverage penalty takes for the attention that a source token got, at least: no score is -inf."""
+"""Lower bound on a source token's total attention in the coverage penalty, so that no score is -inf."""
 
 Step = Callable[[Array, Any], tuple[Array, Any, Array | None]]
 """(token_R, state) -> (logits_RV, next state, weights_RS or None)."""
@@ -35,19 +35,19 @@ class BeamSearch:
         lp(Y) = ((5 + |Y|) / (5 + 1))^α
         cp(X, Y) = β Σ_s log(min(Σ_t p_ts, 1))
 
-    |Y| counts the end too. The beam itself is ordered by log p(Y), of hypotheses of the same length.
+    |Y| includes the end token. The beam itself is ordered by log p(Y), over hypotheses of the same length.
     """
 
     beams: int = 4
-    """Hypotheses kept of each source; one that ends keeps its place. 1: greedy."""
+    """Hypotheses kept for each source, finished ones included. 1: greedy search."""
     length_penalty: float = 0.6
     """α; 0 favours short translations."""
     coverage_penalty: float = 0.0
-    """β; 0: no penalty. Above 0 the model's attention weights are needed."""
+    """β; 0: no penalty. Above 0, the model must provide attention weights."""
     num_best: int = 1
-    """Translations returned of each source, the best first."""
+    """Translations returned for each source, the best first."""
     min_tokens: int = 0
-    """Fewest tokens of a translation, as far as its longest length allows."""
+    """Minimum number of tokens in a translation, as far as its maximum length allows."""
 
     def __post_init__(self) -> None:
         require(self, "beams", self.beams >= 1, "allowed: 1 or more")
@@ -58,31 +58,31 @@ class BeamSearch:
 
 
 class Beams(NamedTuple):
-    """What was found, the best first. Where less was found, a score is -inf."""
+    """The hypotheses found, the best first. Unused places have a score of -inf."""
 
     tokens_BQn: Int[Array, "B Q n"]
-    """Without the end."""
+    """Without the end token."""
     length_BQ: Int[Array, "B Q"]
-    """Tokens of each, without the end."""
+    """Number of tokens of each, without the end token."""
     score_BQ: Float[Array, "B Q"]
     log_probability_BQ: Float[Array, "B Q"]
-    """Of the tokens and the end that was written."""
+    """Of the tokens, and of the end token if it was written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """One of them, on the host."""
+    """One hypothesis, on the host."""
 
     tokens: list[int]
-    """Without the end."""
+    """Without the end token."""
     score: float
-    """What it was ranked by."""
+    """The score that it was ranked by."""
     log_probability: float
-    """Of the tokens and the end, in nats; what was drawn up to its limit has no end."""
+    """Of the tokens and the end token, in nats; a sample that was cut off at its limit has no end token."""
 
 
 def hypotheses(found: Beams, row: int) -> list[Hypothesis]:
-    """Those of one row, the best first, as far as there are any; `found` is on the host (`jax.device_get`)."""
+    """The hypotheses found for one row, the best first; `found` is on the host (`jax.device_get`)."""
     return [
         Hypothesis(tokens[:length].tolist(), float(score), float(log_probability))
         for tokens, length, score, log_probability in zip(*(part[row] for part in found), strict=True)
@@ -92,12 +92,12 @@ def hypotheses(found: Beams, row: int) -> list[Hypothesis]:
 
 class _Search(NamedTuple):
     written: Array
-    """How many tokens the unfinished hypotheses have."""
+    """Number of tokens in the unfinished hypotheses."""
     state: Any
     tokens_BKn: Array
     last_BK: Array
     log_probability_BK: Array
-    """Of unfinished hypotheses; -inf where there is none."""
+    """Of unfinished hypotheses; -inf in unused places."""
     coverage_BKS: Array | None
     found: Beams
 
@@ -119,25 +119,25 @@ def beam_search(
     num_tokens: int | None = None,
     valid_BS: Bool[Array, "B S"] | None = None,
 ) -> Beams:
-    """Search for each row's likeliest continuations. To be called under `jax.jit`.
+    """Search for the most likely continuations of each row. Call it under `jax.jit`.
 
-    A hypothesis that ends leaves the beam, which has one place less from then on (Sutskever et al. 2014, section 3.2); one of
-    `limit_B` tokens must end. A row is done once none of its unfinished hypotheses can reach the score of its `num_best`-th
-    finished one, however it went on: what is returned is the same as without stopping.
+    A hypothesis that ends leaves the beam, which then has one place fewer (Sutskever et al. 2014, section 3.2); a hypothesis
+    of `limit_B` tokens must end. A row is done when none of its unfinished hypotheses can still reach the score of its
+    `num_best`-th finished one, so stopping early does not change the result.
 
     Args:
-        step: from the tokens and the state of R = B · beams rows to the logits [R, V] of the tokens to come, the next state,
-            and the attention weights [R, S] where there is a coverage penalty. Row b · beams + k is beam k of row b.
-        state: before the first step, for R rows; every array has a leading R, and is reordered as hypotheses come and go.
-        start_B: what the first step reads.
-        limit_B: most tokens of a row's hypotheses, at most `width`.
-        width: room for tokens.
+        step: maps the tokens and the state of R = B · beams rows to the logits [R, V] of the next tokens, the next state, and,
+            for a coverage penalty, the attention weights [R, S]. Row b · beams + k is beam k of row b.
+        state: the state before the first step, for R rows; every array has a leading R and is reordered with the hypotheses.
+        start_B: the token that the first step reads.
+        limit_B: maximum number of tokens of a row's hypotheses, at most `width`.
+        width: number of tokens to allocate.
         end_of_text: ends a hypothesis.
-        num_tokens: how many token ids mean something, where the vocabulary is padded; no other is written.
-        valid_BS: source positions that coverage counts; all of them by default.
+        num_tokens: number of valid token ids, if the vocabulary is padded; other ids are never generated.
+        valid_BS: source positions that coverage counts; all by default.
 
     Raises:
-        UserError: a coverage penalty, and no weights.
+        UserError: a coverage penalty, but no attention weights.
     """
     B, K, Q = start_B.shape[0], search.beams, search.num_best
     base_B1 = jnp.arange(B)[:, None] * K
@@ -162,7 +162,7 @@ def beam_search(
         allowed_BV = jnp.where(is_end_V, may_end_B[:, None], ~must_end_B[:, None])
         log_probs_BKV = jnp.where(allowed_BV[:, None], log_probs_BKV, -jnp.inf)
 
-        # The likeliest of all continuations, as many as there are places.
+        # The most likely of all continuations, one for each place in the beam.
         sums_BKV = now.log_probability_BK[:, :, None] + log_probs_BKV
         best_BK, where_BK = _top(sums_BKV, K)
         parent_BK, token_BK = where_BK // V, (where_BK % V).astype(jnp.int32)
@@ -173,7 +173,7 @@ def beam_search(
         coverage_BKS: Array | None = None
         penalty_BK: Array | float = 0.0
         if now.coverage_BKS is not None:
-            assert weights_RS is not None  # asked before the loop
+            assert weights_RS is not None  # checked before the loop
             coverage_BKS = now.coverage_BKS + weights_RS.astype(jnp.float32).reshape(B, K, -1)
             coverage_BKS = jnp.take_along_axis(coverage_BKS, parent_BK[..., None], axis=1)
             logs_BKS = jnp.log(jnp.clip(coverage_BKS, MIN_COVERED, 1))
@@ -193,7 +193,7 @@ def beam_search(
         found = _best(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), now.found, ended), K)
 
         log_probability_BK = jnp.where(ends_BK, -jnp.inf, best_BK)
-        # A probability only falls, and the most that a length can do for it is the longest one's penalty.
+        # Log-probabilities never rise, and no length penalty favours a hypothesis more than that of the greatest length.
         longest_B = length_penalty(limit_B.astype(jnp.float32) + 1, search.length_penalty)
         reachable_B = log_probability_BK.max(-1) / longest_B
         going_B = reachable_B > found.score_BQ[:, Q - 1]
@@ -242,10 +242,10 @@ def sample_translations(
     end_of_text: int,
     num_tokens: int | None = None,
 ) -> Beams:
-    """Draw one continuation of each row, token by token; a row of `limit_B` tokens stops without an end.
+    """Sample one continuation of each row, token by token; a row that reaches `limit_B` tokens stops without an end token.
 
-    Arguments as of `beam_search`, with one row where it has `beams`. A row's tokens depend on its own key alone. The score is
-    the log-probability under the model, before the filters.
+    Arguments are as for `beam_search`, with one row in place of `beams` rows. A row's tokens depend only on its own key. The
+    score is the log-probability under the model, before the filters.
     """
     B = start_B.shape[0]
     rows_B = jnp.arange(B)
@@ -282,7 +282,7 @@ def sample_translations(
 
 
 def _log_probabilities(logits_RV: Array, num_tokens: int | None) -> Array:
-    """In float32, over the tokens that mean something; -inf for the others."""
+    """In float32, over the valid tokens; -inf for all others."""
     logits_RV = logits_RV.astype(jnp.float32)
     if num_tokens is not None and num_tokens < logits_RV.shape[-1]:
         logits_RV = jnp.where(jnp.arange(logits_RV.shape[-1]) < num_tokens, logits_RV, -jnp.inf)
@@ -290,17 +290,17 @@ def _log_probabilities(logits_RV: Array, num_tokens: int | None) -> Array:
 
 
 def _top(sums_BKV: Array, count: int) -> tuple[Array, Array]:
-    """The greatest `count` of each row's K · V sums, and where each stands among them; -inf where there are fewer."""
+    """The greatest `count` of each row's K · V sums, and their indices; -inf where there are fewer."""
     flat = sums_BKV.reshape(sums_BKV.shape[0], -1)
     if flat.shape[-1] < count:
         flat = jnp.pad(flat, ((0, 0), (0, count - flat.shape[-1])), constant_values=-jnp.inf)
     best, where = jax.lax.top_k(flat, count)
-    # What was padded stands for no hypothesis: any one's tokens will do.
+    # Padded entries do not belong to a hypothesis, so any valid index will do.
     return best, jnp.minimum(where, sums_BKV.shape[1] * sums_BKV.shape[2] - 1)
 
 
 def _best(found: Beams, count: int) -> Beams:
-    """The `count` of highest score."""
+    """The `count` hypotheses with the highest scores."""
     score, order = jax.lax.top_k(found.score_BQ, count)
     return Beams(
         jnp.take_along_axis(found.tokens_BQn, order[..., None], axis=1),

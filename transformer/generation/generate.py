@@ -27,31 +27,31 @@ from transformer.models.layer_stack import cache_lengths
 from transformer.types import Array, Bool, Float, Int, Key
 
 PREFILL_MULTIPLE = 32
-"""Prompts and caches are rounded up to this, so that a program compiled once serves many lengths."""
+"""Prompts and caches are rounded up to a multiple of this, so that one compiled program serves many lengths."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What a batch carries from one token to the next."""
+    """The state of a batch between two tokens."""
 
     states: list[State]
-    """One a layer."""
+    """One per layer."""
     logits_BV: Float[Array, "B V"]
-    """Scores of the token to come."""
+    """Scores of the next token."""
     done_B: Bool[Array, " B"]
     seen_BV: Bool[Array, "B V"] | None
-    """Tokens that the row holds already, where a repetition penalty asks."""
+    """Tokens that already occur in the row; only with a repetition penalty."""
     keys_B: Key[Array, " B"]
 
 
 class Generator:
-    """Compiled generation for one model; the parameters are given at each call.
+    """Compiled generation for one model; the parameters are passed at each call.
 
     Args:
-        config: the model's.
-        end_of_text: the token that ends a row, or None for no such token.
-        num_tokens: how many token ids mean something, where the model's vocabulary is padded; no other is written.
+        config: the model's config.
+        end_of_text: the token that ends a row, or None if there is no such token.
+        num_tokens: number of valid token ids, if the model's vocabulary is padded; other ids are never generated.
     """
 
     def __init__(self, config: GPTConfig, *, end_of_text: int | None = None, num_tokens: int | None = None) -> None:
@@ -80,16 +80,16 @@ class Generator:
         seed: int = 0,
         chunk: int | None = None,
     ) -> Iterator[Int[np.ndarray, "B n"]]:
-        """Continue every prompt, giving the new tokens of all rows a chunk at a time.
+        """Continue every prompt; yields the new tokens of all rows, one chunk at a time.
 
-        A row that has ended goes on with `end_of_text`. Row b's tokens depend on the model, its prompt, the seed and b
-        alone, and not on what else is in the batch.
+        A finished row is filled with `end_of_text`. Row b's tokens depend only on the model, its prompt, the seed and b, and not
+        on the rest of the batch.
 
         Args:
             params: the model's `nnx.Param` state.
             prompts: token ids; rows may differ in length, none may be empty.
-            max_tokens: of each continuation.
-            chunk: tokens between two results, for streaming; all of them at once by default.
+            max_tokens: maximum number of new tokens for each prompt.
+            chunk: number of tokens in each result, for streaming; all tokens at once by default.
 
         Raises:
             UserError: no prompts, an empty one, a value that is not a token id, more tokens than the model's context, or an
@@ -124,14 +124,14 @@ class Generator:
         max_tokens: int,
         search: BeamSearch | None = None,
     ) -> list[list[Hypothesis]]:
-        """The likeliest continuations of every prompt, each up to its `end_of_text`, the best first.
+        """The most likely continuations of every prompt, each up to its `end_of_text`, the best first.
 
         Args:
-            params, prompts, max_tokens: as of `generate`.
-            search: how to search; `BeamSearch()` by default.
+            params, prompts, max_tokens: as for `generate`.
+            search: the search's settings; `BeamSearch()` by default.
 
         Raises:
-            UserError: as `generate`; no end of text; or a coverage penalty, for which there is no source.
+            UserError: as for `generate`; no end of text; or a coverage penalty, which needs a source.
         """
         search = BeamSearch() if search is None else search
         if self.end_of_text is None:
@@ -145,7 +145,7 @@ class Generator:
         return [hypotheses(found, row) for row in range(len(prompts))]
 
     def _padded(self, prompts: Any, max_tokens: Any) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"], int]:
-        """Prompts of one width, their lengths, and the length of the cache."""
+        """The prompts padded to one width, their lengths, and the length of the cache."""
         self.check(prompts, max_tokens)
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
         longest, limit = int(lengths_B.max()), self.config.max_length
@@ -156,7 +156,7 @@ class Generator:
         return tokens_BT, lengths_B, max(min(_round_up(longest + max_tokens), limit), width)
 
     def check(self, prompts: Any, max_tokens: Any) -> None:
-        """Raise a `UserError` for what `generate` cannot continue, of whatever type it is."""
+        """Raise a `UserError` for arguments that `generate` cannot handle, whatever their type."""
         check_rows("prompt", prompts, self.config.vocab_size)
         if not len(prompts):
             raise UserError("prompts: got none; expected at least one")
@@ -176,7 +176,7 @@ class Generator:
         model = nnx.merge(self._graphdef, params)
         batch_size, width = tokens_BT.shape
         real_BT = jnp.arange(width) < lengths_B[:, None]
-        # Padding is marked, so that it enters no state and takes no expert's capacity.
+        # Padding is marked, so that it does not enter any state or use an expert's capacity.
         hidden_BTD, output = model.hidden(
             tokens_BT, segments_BT=real_BT.astype(jnp.int32), states=model.make_states(batch_size, max_length)
         )
@@ -207,7 +207,7 @@ class Generator:
     ) -> Beams:
         model = nnx.merge(self._graphdef, params)
         assert self.end_of_text is not None
-        # The search itself reads a prompt's last token, for the scores of the first that it writes.
+        # The search itself reads a prompt's last token, to score the first token that it generates.
         state = self._prefill_impl(
             params, tokens_BT, lengths_B - 1, jax.random.key(0), max_length=max_length, sampling=Sampling()
         )
@@ -237,7 +237,7 @@ class Generator:
 
         def step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
             index, state, tokens_Bn = carry
-            # The position makes the key, so that the text does not depend on how it is cut into chunks.
+            # The key is derived from the position, so that the text does not depend on how it is divided into chunks.
             keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, cache_lengths(state.states))
             logits_BV = state.logits_BV
             if self.num_tokens < self.config.vocab_size:
@@ -263,7 +263,7 @@ def _round_up(length: int) -> int:
 
 
 def until_end(chunks: Iterable[Int[np.ndarray, "B T"]], end_of_text: int) -> list[list[int]]:
-    """The tokens that `Generator.generate` gives of each row, up to the end of its text."""
+    """The tokens that `Generator.generate` yields for each row, up to the end of its text."""
     written: list[list[int]] = []
     for chunk in chunks:
         written = written or [[] for _ in chunk]

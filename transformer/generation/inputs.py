@@ -20,8 +20,8 @@ def check_rows(name: str, rows: Any, vocab_size: int | None) -> None:
     """Raise a `UserError` unless `rows` are lists of token ids, none of them empty.
 
     Args:
-        name: what a row is: a prompt, a source.
-        vocab_size: of the model that reads them; None: any whole number from 0 on is an id.
+        name: what a row is called in messages: a prompt, a source.
+        vocab_size: vocabulary size of the model that reads them; None: any whole number of 0 or more is an id.
     """
     if isinstance(rows, str | bytes) or not isinstance(rows, Sequence | np.ndarray | jax.Array):
         raise UserError(f"{name}s: got {_shown(rows)}; expected a list of {name}s, each a list of token ids")
@@ -58,7 +58,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_seed(value: Any) -> None:
-    """Raise a `UserError` unless `value` is a seed; JAX would map others to one of these."""
+    """Raise a `UserError` unless `value` is a valid seed; JAX would map other values to valid ones."""
     if not _is_whole(value) or not 0 <= value <= MAX_SEED:
         raise UserError(f"seed: got {_shown(value)}; allowed: a whole number, 0 to 2**32 - 1")
 
@@ -68,18 +68,18 @@ def _is_whole(value: Any) -> bool:
 
 
 def _ids(row: Any) -> Sequence[Any] | None:
-    """The row as a sequence; None where it is not one."""
+    """The row as a sequence; None if it is not one."""
     if isinstance(row, list | tuple | range):
         return row
     try:
         array = np.asarray(row)
     except (TypeError, ValueError):
         return None
-    # A set or a generator becomes an array without dims.
+    # A set or a generator becomes an array with no dims.
     return list(array) if array.ndim == 1 else None
 
 
 def _shown(value: Any) -> str:
-    """A value as short as an error has room for."""
+    """A value, shortened for an error message."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 40 else f"{text[:37]}..."

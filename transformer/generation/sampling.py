@@ -16,18 +16,18 @@ from transformer.types import Array, Bool, Float, Int, Key
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn. The filters apply in the order of the fields, each to what the one before left."""
+    """How a token is drawn. The filters apply in the order of the fields, each to what the previous one left."""
 
     repetition_penalty: float = 1.0
     """Scores of tokens already seen are divided by this when positive and multiplied when negative (Keskar et al. 2019)."""
     temperature: float = 1.0
-    """Scores are divided by this; 0 takes the likeliest token."""
+    """Scores are divided by this; 0 takes the most likely token."""
     top_k: int | None = None
-    """Keep the k likeliest tokens; null: all."""
+    """Keep the k most likely tokens; null: all."""
     top_p: float = 1.0
-    """Keep the likeliest tokens that together reach this probability (Holtzman et al. 2020)."""
+    """Keep the most likely tokens that together reach this probability (Holtzman et al. 2020)."""
     min_p: float = 0.0
-    """Keep tokens at least this likely relative to the likeliest (Nguyen et al. 2024)."""
+    """Keep tokens with at least this fraction of the most likely token's probability (Nguyen et al. 2024)."""
 
     def __post_init__(self) -> None:
         require(self, "repetition_penalty", self.repetition_penalty > 0, "allowed: above 0")
@@ -38,7 +38,7 @@ class Sampling:
 
 
 def filter_logits(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Scores with temperature applied and -inf for every token that the filters rule out; the likeliest always stays."""
+    """Scores with temperature applied and -inf for every token that the filters exclude; the most likely token always stays."""
     logits = logits_BV / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         smallest_kept = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -46,7 +46,7 @@ def filter_logits(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[A
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
-        # A token stays while those before it fall short of top_p.
+        # A token is kept while the sum of those before it is below top_p.
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         smallest_kept = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
@@ -67,7 +67,7 @@ def penalize_repetition(
 def next_token(
     logits_BV: Float[Array, "B V"], sampling: Sampling, keys_B: Key[Array, " B"], seen_BV: Bool[Array, "B V"] | None
 ) -> Int[Array, " B"]:
-    """Draw one token a row, each with its own key."""
+    """Draw one token per row, each with its own key."""
     if seen_BV is not None:
         logits_BV = penalize_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature == 0:

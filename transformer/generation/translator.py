@@ -2,9 +2,9 @@
 
 B batch, R = B times beams, S source position.
 
-A model is asked for three methods: `encode(source_tokens_BS, source_segments_BS=...)`, which gives a memory;
-`begin(memory, max_length)`, which gives a state; and `step(token_B, state, memory)`, which gives the next token's logits and
-the next state. Memory and state are pytrees whose arrays all have a leading B.
+A model needs three methods: `encode(source_tokens_BS, source_segments_BS=...)`, which returns a memory;
+`begin(memory, max_length)`, which returns a state; and `step(token_B, state, memory)`, which returns the next token's logits
+and the next state. Memory and state are pytrees whose arrays all have a leading B.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from transformer.layers.mixture_of_experts import without_limit
 from transformer.types import Array
 
 LENGTH_MULTIPLE = 16
-"""Sources and translations are padded to a multiple of this, so that a program compiled once serves many lengths."""
+"""Sources and translations are padded to a multiple of this, so that one compiled program serves many lengths."""
 MAX_RATIO = 2.0
-"""Tokens of a translation for one of its source, where nothing else limits it."""
+"""Maximum number of tokens of a translation for each source token, if there is no other limit."""
 
 
 class Translator:
-    """Compiled translation for one model; the parameters are given at each call.
+    """Compiled translation for one model; the parameters are passed at each call.
 
     Args:
         make_model: makes the model, which has `encode`, `begin` and `step`.
-        start_token: what the decoder reads first.
+        start_token: the token that the decoder reads first.
         end_of_text: the token that ends a translation.
-        num_tokens: how many target token ids mean something, where the vocabulary is padded; no other is written.
-        batch_size: most sources translated at a time.
+        num_tokens: number of valid target token ids, if the vocabulary is padded; other ids are never generated.
+        batch_size: maximum number of sources translated at a time.
 
     Raises:
-        ValueError: an end that is never written.
+        ValueError: an end of text that can never be generated.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Translator:
         batch_size: int = 32,
     ) -> None:
         if num_tokens is not None and not 0 <= end_of_text < num_tokens:
-            raise ValueError(f"Translator: end_of_text={end_of_text} is none of the {num_tokens} tokens")
+            raise ValueError(f"Translator: end_of_text={end_of_text} is not one of the {num_tokens} tokens")
         self.start_token, self.end_of_text, self.num_tokens = start_token, end_of_text, num_tokens
         self.batch_size = batch_size
         self._graphdef = graphdef_of(lambda rngs: without_limit(make_model(rngs)))
@@ -77,19 +77,19 @@ class Translator:
         sampling: Sampling | None = None,
         seed: int = 0,
     ) -> list[list[Hypothesis]]:
-        """The best translations of each source, or one drawn at random.
+        """The best translations of each source, or one random sample.
 
-        What a source gives depends on nothing else in the batch. It may be fewer than `num_best`, where there are no more.
+        A source's translations do not depend on the rest of the batch. There may be fewer than `num_best`.
 
         Args:
             params: the model's `nnx.Param` state.
-            sources: token ids as the model was trained on, each with whatever ends it; none may be empty.
-            max_tokens: of a translation.
-            max_ratio: most tokens of a translation for each of its source's, with 8 more; 2 where there is no `max_tokens`
-                either. With both, the lesser holds.
-            search: how to search; `BeamSearch()` by default.
-            sampling: how to draw, in place of a search.
-            seed: of what is drawn.
+            sources: token ids in the form that the model was trained on, including any end token; none may be empty.
+            max_tokens: maximum number of tokens of a translation.
+            max_ratio: maximum number of tokens of a translation for each source token, with 8 more added; 2 if there is no
+                `max_tokens` either. With both, the lower limit applies.
+            search: the search's settings; `BeamSearch()` by default.
+            sampling: sample with these settings instead of searching.
+            seed: of the sampling.
 
         Raises:
             UserError: an empty source, a value that is not a token id, more tokens than the model's context, an invalid count or
@@ -103,11 +103,11 @@ class Translator:
         limits = [self._limit(len(source), max_tokens, max_ratio) for source in sources]
         key = jax.random.key(seed)
         results: list[list[Hypothesis]] = [[] for _ in sources]
-        # Sources of like length share a batch.
+        # Sources of similar length share a batch.
         order = sorted(range(len(sources)), key=lambda index: -len(sources[index]))
         for start in range(0, len(order), self.batch_size):
             group = order[start : start + self.batch_size]
-            # A power of two, so that few programs are compiled; the rows behind the group's end at once.
+            # A power of two, so that few programs are compiled; rows that only fill the group up end at once.
             size = min(1 << (len(group) - 1).bit_length(), self.batch_size)
             S = self._padded(max(len(sources[index]) for index in group))
             tokens_BS, segments_BS = np.zeros((size, S), np.int32), np.zeros((size, S), np.int32)
@@ -116,7 +116,7 @@ class Translator:
                 length = len(sources[index])
                 tokens_BS[row, :length], segments_BS[row, :length] = sources[index], 1
                 limit_B[row], index_B[row] = limits[index], index
-            # A row of padding alone would be no sentence at all.
+            # A row of padding alone would not be a valid sentence.
             segments_BS[len(group) :, 0] = 1
             width = -(-int(limit_B.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
             found = jax.device_get(
@@ -140,12 +140,12 @@ class Translator:
     ) -> Beams:
         model: Any = nnx.merge(self._graphdef, params)
         if hasattr(model, "unstacked"):
-            # Once, before the loop, in place of once a token.
+            # Once before the loop, rather than once per token.
             model = model.unstacked()
         beams = how.beams if isinstance(how, BeamSearch) else 1
         weighs = isinstance(how, BeamSearch) and how.coverage_penalty > 0
         memory = model.encode(tokens_BS, source_segments_BS=segments_BS)
-        # Beams of a source share its memory, so that only the state has to be reordered.
+        # All beams of a source share its memory, so that only the state has to be reordered.
         memory = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), memory)
 
         def step(token_R: Array, state: Any) -> tuple[Array, Any, Array | None]:
@@ -153,7 +153,7 @@ class Translator:
                 return model.step(token_R, state, memory, return_weights=True)
             return (*model.step(token_R, state, memory), None)
 
-        # The last of `width` tokens is read too, to end behind it.
+        # The last of `width` tokens is read too, so that the end token can follow it.
         room = width + 1 if self._max_length is None else min(width + 1, self._max_length)
         state = model.begin(memory, room)
         start_B = jnp.full(limit_B.shape, self.start_token, jnp.int32)
@@ -170,7 +170,7 @@ class Translator:
         return padded if self._max_length is None else min(padded, self._max_length)
 
     def _limit(self, source_length: int, max_tokens: int | None, max_ratio: float | None) -> int:
-        """Most tokens of a translation; the model reads a start token before them."""
+        """Maximum number of tokens of a translation; the model reads a start token before them."""
         limits = [] if max_tokens is None else [max_tokens]
         if max_ratio is not None or max_tokens is None:
             limits.append(math.ceil((MAX_RATIO if max_ratio is None else max_ratio) * source_length) + 8)
@@ -179,7 +179,7 @@ class Translator:
         return min(limits)
 
     def _check(self, sources: Any, max_tokens: Any, max_ratio: Any) -> None:
-        """Raise a `UserError` for what `translate` cannot take, of whatever type it is."""
+        """Raise a `UserError` for arguments that `translate` cannot handle, whatever their type."""
         check_rows("source", sources, self._source_vocab)
         for index, source in enumerate(sources):
             if self._max_length is not None and len(source) > self._max_length:

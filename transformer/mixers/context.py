@@ -1,4 +1,4 @@
-"""What a call of a model knows besides the residual stream: one pytree, made once a call and given to every layer.
+"""The inputs of a model's call in addition to the residual stream: one pytree, created once per call and given to every layer.
 
 B batch, T query position, M memory position, D embed.
 """
@@ -29,44 +29,44 @@ def _static(default: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """The mask, as what it is made of, and what else a mixer or a block may need.
+    """The parts of the mask, and other inputs that a mixer or a block may need.
 
-    The mask's parts are kept apart since each mixer adds its own window, and since a pipeline cuts arrays, not masks.
+    The mask's parts are kept separate because each mixer adds its own window, and because a pipeline divides arrays, not masks.
     """
 
     positions_BT: Int[Array, "B T"] | None = _batch()
-    """Each token's place in its document; 0 to T-1 (after the state) by default."""
+    """Each token's position in its document; 0 to T-1 (after the state) by default."""
     segments_BT: Int[Array, "B T"] | None = _batch()
     """The packed document of each token; 0 is padding. With a state: 1, and 0 for padding at the end of a row."""
     prefix_B: Int[Array, " B"] | None = _batch()
-    """How many first tokens of a row all of its tokens see."""
+    """The number of first tokens of a row that all of its tokens see."""
     memory: Float[Array, "B M D"] | KVCache | None = _batch()
     """What cross-attention reads, or its keys and values of that."""
     memory_segments_BM: Int[Array, "B M"] | None = _batch()
-    """As `segments_BT`, of the memory."""
+    """As `segments_BT`, for the memory."""
     mask: AttentionMask | None = None
-    """A mask in addition to all of these, of any mixer that computes softmax weights."""
+    """A mask in addition to all of these, for any mixer that computes softmax weights."""
     score_mod: ScoreMod | None = _static(None)
-    """A change of each score, `(score, row, head, query, key) -> score`, of any mixer that computes softmax weights; queries and
-    keys count from the start of the row, also after a state."""
+    """A function of each score, `(score, row, head, query, key) -> score`, for any mixer that computes softmax weights; queries
+    and keys count from the start of the row, also after a state."""
     relative: RelativePosition | None = None
     """The learned bias by distance that the layers share."""
     state: State | None = None
-    """Of one layer: what the tokens before these have left."""
+    """Of one layer, after the tokens before these."""
     layer: int | Int[Array, ""] = 0
     """This layer's number, from 0."""
     key: PRNGKeyArray | None = None
-    """Of one layer, or of one mixer; turns dropout on."""
+    """Of one layer, or of one mixer; enables dropout."""
     adapter_key: PRNGKeyArray | None = None
-    """Of one layer; turns the dropout of adapters on."""
+    """Of one layer; enables the dropout of adapters."""
     is_causal: bool = _static(True)
-    """Whether a token sees the tokens before it alone."""
+    """Whether a token sees only the tokens before it and itself."""
     return_weights: bool | tuple[int, ...] = _static(False)
-    """Attention weights of all heads, or of those named."""
+    """Whether to return attention weights: of all heads, or of those listed."""
 
     @property
     def valid_BT(self) -> Bool[Array, "B T"] | None:
-        """Tokens that are not padding; None where all are."""
+        """Tokens that are not padding; None if all are."""
         return None if self.segments_BT is None else self.segments_BT != 0
 
     @property
@@ -80,10 +80,10 @@ class Context:
         return token_positions(B, T, self.start) if self.positions_BT is None else self.positions_BT
 
     def self_mask(self, x_BTD: Float[Array, "B T D"], *, window: int | None = None, sinks: int = 0) -> AttentionMask:
-        """Who sees whom in self-attention, in positions of this call.
+        """The mask of self-attention, in positions of this call.
 
         Args:
-            window: tokens before each one that it sees; where attention is not causal, those after it too. None: all.
+            window: how many tokens before each token it sees; if attention is not causal, also after it. None: all.
             sinks: first tokens of each document that are seen beyond the window (Xiao et al. 2023).
         """
         mask = AttentionMask.causal() if self.is_causal else AttentionMask.none()
@@ -92,7 +92,7 @@ class Context:
             if sinks and (self.segments_BT is None or self.state is not None):
                 near |= AttentionMask.sinks(sinks)
             elif sinks:
-                # Each packed document has its own.
+                # Each packed document has its own sinks.
                 near |= AttentionMask.padding(self.positions(x_BTD) < sinks)
             mask &= near
         if self.prefix_B is not None:
@@ -102,11 +102,11 @@ class Context:
         return mask if self.mask is None else mask & self.mask
 
     def cached_mask(self, mask: AttentionMask, state: Any) -> AttentionMask:
-        """`mask` for the keys of `state`, which holds this call's too: moved after those that were there before."""
+        """`mask` for the keys of `state`, which include those of this call, after the keys that were there before."""
         mask = mask.shift_queries(self.start)
         if self.is_causal and self.prefix_B is None:
             return mask
-        # Slots that nothing was written to are hidden by causality alone.
+        # Slots that have not been written are hidden by causality alone.
         return mask & AttentionMask.padding(jnp.arange(state.room) < state.length[:, None])
 
     def memory_mask(self, x_BTD: Float[Array, "B T D"]) -> AttentionMask:

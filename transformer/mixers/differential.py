@@ -1,11 +1,11 @@
-"""Differential attention: the difference of two softmax maps, in which what both of them see by accident cancels.
+"""Differential attention: the difference of two softmax maps, in which the noise that they share cancels.
 
 B batch, T query position, S key position, D embed, N query heads, K key/value heads, H head_dim of one of the two maps.
 Ye et al. 2024 (Differential Transformer), equations 1 to 3.
 
     DiffAttn(x) = (softmax(q1 k1ᵀ / √H) - λ softmax(q2 k2ᵀ / √H)) v            values are 2H wide
     λ           = exp(λq1 · λk1) - exp(λq2 · λk2) + λ_init                      one for all heads of a layer
-    head        = (1 - λ_init) · RMSNorm(DiffAttn(x))                           each head by itself
+    head        = (1 - λ_init) · RMSNorm(DiffAttn(x))                           each head separately
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class DifferentialConfig(Config):
     has_distributions: ClassVar[bool] = False
 
     kind: Literal["differential"] = "differential"
-    """A difference of two softmax maps, in which what both see by accident cancels."""
+    """A difference of two softmax maps, in which the noise that they share cancels."""
     num_heads: int = 6
-    """Number of heads: half of what a Transformer of the same width has, since each head is twice as wide."""
+    """Number of heads: half of those of a Transformer of the same width, since each head is twice as wide."""
     num_kv_heads: int | None = None
     """Number of key/value heads, which divides num_heads. null: num_heads."""
     head_dim: int | None = None
@@ -57,7 +57,7 @@ class DifferentialConfig(Config):
     bias: bool = False
     """Biases in the linear layers."""
     backend: Backend = "auto"
-    """Implementation of attention; a named one that cannot run stops the program."""
+    """Implementation of attention. It is an error to name one that cannot run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +66,7 @@ class DifferentialConfig(Config):
 
     @property
     def structure(self) -> DifferentialConfig:
-        """What decides the parameters: layers in which this is equal can be stacked."""
+        """The settings that determine the parameters: layers in which these are equal can be stacked."""
         return dataclasses.replace(self, position=NoPositionConfig(), window=None, backend="auto")
 
     def sizes(self, embed_dim: int) -> tuple[int, int, int]:
@@ -80,7 +80,7 @@ class DifferentialConfig(Config):
         return check_rotary(self.position, self.sizes(embed_dim)[2])
 
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
-        """Of one token in a context of `length`, projections included: a multiply-add counts as two."""
+        """FLOPs of one token in a context of `length`, projections included; a multiply-add counts as two."""
         N, K, H = self.sizes(embed_dim)
         # Two maps of H features each over values of 2H.
         maps = 2 * 2 * seen_keys(self, length, causal=causal) * N * 3 * H
@@ -90,13 +90,13 @@ class DifferentialConfig(Config):
 class DifferentialAttention(nnx.Module):
     """Self-attention in N heads of 2H values each, over K key/value heads.
 
-    Each map is a call of `attend`, so that whatever backend serves values wider than keys computes it; the T×S arrays are
-    made only if they are asked for.
+    Each map is a call of `attend`, so any backend that supports values wider than keys can compute it; the T×S arrays are
+    created only if asked for.
 
     Args:
         config: its sizes and positions.
         dropout_rate: of the weights of both maps.
-        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+        kernel_init, out_init: initialisers of the input projections, and of the output projection to the residual stream.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class DifferentialAttention(nnx.Module):
             )  # fmt: skip
             initial = initial_lambda(context.layer)
             lam = self.value_of_lambda(context.layer)
-            # The maps are nearly equal at first: their difference, and λ's gradient by it, need the wider type.
+            # The maps are nearly equal at first: their difference, and its gradient for λ, need the wider type.
             first, second = widen(first), widen(second)
             out = first - lam.astype(first.dtype) * second
             out = (self.norm(out) * (1 - initial).astype(out.dtype)).astype(x_BTD.dtype)
@@ -180,7 +180,7 @@ class DifferentialAttention(nnx.Module):
             return constrain(self.out(out, key), "batch", "stream", None), state, weights
 
     def value_of_lambda(self, layer: int | Int[Array, ""] = 0) -> Float[Array, ""]:
-        """λ as it is now (equation 2), in float32, of the layer of that number."""
+        """The current λ of the layer with that number (equation 2), in float32."""
         q1, k1, q2, k2 = self.lambdas[...].astype(jnp.float32)
         return jnp.exp(q1 @ k1) - jnp.exp(q2 @ k2) + initial_lambda(layer)
 
@@ -190,7 +190,7 @@ class DifferentialAttention(nnx.Module):
         return KVCache.empty(batch_size, max_length, K, 2 * H, self.out.dtype)
 
     def _rotate(self, x: Array, positions_BT: Array, position: RotaryConfig) -> Array:
-        """Each map's half on its own."""
+        """Rotates each map's half separately."""
         dim = position.dim(self.sizes[2])
         halves = (
             rotary(half, positions_BT, max_period=position.theta, scaling=position.scaling, dim=dim)

@@ -43,7 +43,7 @@ class FastWeightConfig(Config):
     has_distributions: ClassVar[bool] = False
 
     kind: Literal["sum", "gated_sum", "delta", "gated_delta"] = "delta"
-    """How a token changes the matrix: it adds; the past also fades (gated); it first erases what its key recalls (delta)."""
+    """How a token changes the matrix. sum: it adds; gated: the past also fades; delta: it first erases what its key recalls."""
     num_heads: int = 12
     """Number of query heads."""
     num_kv_heads: int | None = None
@@ -55,9 +55,9 @@ class FastWeightConfig(Config):
     feature_norm: Literal["none", "sum", "l2"] = "l2"
     """How the features are normalised."""
     output_norm: bool = True
-    """RMS-normalise what each head reads, whose size would grow with the position."""
+    """RMS-normalise what each head reads; otherwise its size would grow with the position."""
     chunk: int | None = 64
-    """Tokens that are computed at once; 1: token by token; null: all of them. The result is the same."""
+    """Number of tokens computed at once; 1: token by token; null: all of them. The result is the same."""
     bias: bool = False
     """Biases in the linear layers."""
 
@@ -68,7 +68,7 @@ class FastWeightConfig(Config):
 
     @property
     def structure(self) -> FastWeightConfig:
-        """What decides the parameters: layers in which this is equal can be stacked."""
+        """The settings that determine the parameters: layers in which these are equal can be stacked."""
         return dataclasses.replace(self, feature_map="dpfp", feature_norm="l2", chunk=64)
 
     def check(self, embed_dim: int) -> tuple[str, str] | None:
@@ -80,7 +80,7 @@ class FastWeightConfig(Config):
         return FEATURE_NORMS[self.feature_norm](feature_map_of(self.feature_map)(x))
 
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
-        """Of one token, projections included, in the recurrent form: a multiply-add counts as two."""
+        """FLOPs of one token, projections included, in the recurrent form; a multiply-add counts as two."""
         N, K, H = head_sizes(self, embed_dim)
         M = feature_dim(self.features, H)
         writes = 2 if RULES[self.kind].erases else 1
@@ -93,7 +93,7 @@ class FastWeightAttention(nnx.Module):
 
     Args:
         config: its rule, sizes and features.
-        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+        kernel_init, out_init: initialisers of the input projections, and of the output projection to the residual stream.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class FastWeightAttention(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], context: Context = CAUSAL
     ) -> tuple[Float[Array, "B T D"], MatrixState | None, Float[Array, "B n T S"] | None]:
         """The output, the state after x (None without one), and the weights (None unless asked for): how much of each value a
-        query reads, before the output's norm. By the delta rules they may be negative.
+        query reads, before the output's norm. With the delta rules they may be negative.
 
         Raises:
             ValueError: a mask or a prefix, or a context that is not causal.
@@ -168,7 +168,7 @@ class FastWeightAttention(nnx.Module):
         return MatrixState.empty(batch_size, K, feature_dim(self.config.features, H), H)
 
     def _strengths(self, x: Array, key: Any) -> tuple[Array | None, Array | None]:
-        """β in (0, 1), and log α < 0: where the gate is 0, α halves a memory's past within its half-life."""
+        """β in (0, 1), and log α < 0: with a gate of 0, α halves a memory's past within its half-life."""
         beta = None if self.beta is None else jax.nn.sigmoid(widen(self.beta(x, key)))
         if self.gate is None or self.log_half_life is None:
             return beta, None

@@ -1,4 +1,4 @@
-"""What mixers with heads have in common: sizes, checks, and the arithmetic of their projections.
+"""What mixers with heads share: sizes, checks, and the FLOPs of their projections.
 
 N query heads, K key/value heads, H head_dim.
 """
@@ -28,7 +28,7 @@ def head_sizes(config: Any, embed_dim: int) -> tuple[int, int, int]:
 
 
 def check_heads(config: Any) -> None:
-    """Raise a `ConfigError` for heads that are none, or that do not divide."""
+    """Raise a `ConfigError` for numbers of heads that are below 1 or do not divide."""
     require(config, "num_heads", config.num_heads >= 1, "allowed: 1 or more")
     for field in ("num_kv_heads", "head_dim"):
         given = getattr(config, field, None)
@@ -44,35 +44,35 @@ def check_heads(config: Any) -> None:
 
 
 def check_width(config: Any, embed_dim: int) -> tuple[str, str] | None:
-    """The field that keeps heads from sharing `embed_dim` and what is allowed, or None."""
+    """The field that prevents the heads from dividing `embed_dim` and what is allowed, or None."""
     if config.head_dim is None and embed_dim % config.num_heads:
         return "num_heads", f"allowed: a divisor of embed_dim ({embed_dim}), or set head_dim"
     return None
 
 
 def check_chunk(config: Any) -> None:
-    """Raise a `ConfigError` for a chunk of no tokens."""
+    """Raise a `ConfigError` for a chunk of less than one token."""
     require(config, "chunk", config.chunk is None or config.chunk >= 1, "allowed: 1 or more, or null")
 
 
 def check_rotary(position: Any, head_dim: int) -> tuple[str, str] | None:
-    """The field that keeps rotary positions from splitting a head into pairs and what is allowed, or None."""
+    """The field that prevents rotary positions from pairing a head's features and what is allowed, or None."""
     if not isinstance(position, RotaryConfig):
         return None
     dim = position.dim(head_dim)
     if dim > 0 and dim % 2 == 0:
         return None
-    return "head_dim", f"rotary positions turn pairs of features, and would turn {dim}; allowed: an even number"
+    return "head_dim", f"rotary positions rotate pairs of features, and would rotate {dim}; allowed: an even number"
 
 
 def projection_flops(config: Any, embed_dim: int, *, num_in: int = 3) -> float:
-    """Of one token's queries, keys, values and output: a multiply-add counts as two."""
+    """FLOPs of one token's queries, keys, values and output; a multiply-add counts as two."""
     N, K, H = head_sizes(config, embed_dim)
     return 2.0 * embed_dim * (2 * N * H + (num_in - 1) * K * H)
 
 
 def seen_keys(config: Any, length: int, *, causal: bool) -> float:
-    """Keys that a token sees in the mean, in a context of `length`: of a causal mask half, of a window its width."""
+    """Mean number of keys that a token sees in a context of `length`: half of it if causal, and at most a window's width."""
     window, sinks = getattr(config, "window", None), getattr(config, "sinks", 0)
     if not causal:
         return float(length if window is None else min(2 * window + 1, length))
@@ -87,10 +87,10 @@ def weights_of_reading(
     x_BTD: Float[Array, "B T D"],
     heads: bool | tuple[int, ...],
 ) -> Float[Array, "B n T T"]:
-    """Of the tokens of one call to each other: what each query reads of values that are one-hot.
+    """Weights among the tokens of one call: what each query reads of values that are one-hot.
 
     Args:
-        heads: all of them (True), or those named.
+        heads: all of them (True), or those listed.
     """
     B, T, _ = x_BTD.shape
     one_hot = jnp.broadcast_to(jnp.eye(T, dtype=jnp.float32)[:, None], (B, T, num_kv_heads, T))
@@ -98,7 +98,7 @@ def weights_of_reading(
 
 
 def refuse_masks(name: str, context: Any, *, causal_only: bool = False) -> None:
-    """Raise a `ValueError` for a mask or a change of scores that a mixer cannot apply."""
+    """Raise a `ValueError` for a mask or a function of scores that a mixer cannot apply."""
     if context.mask is not None:
         raise ValueError(f"{name}: it takes no mask in addition to causality, documents and padding")
     if context.score_mod is not None:

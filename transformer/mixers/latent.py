@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values of all heads from one small vector a token, which alone is cached.
+"""Multi-head latent attention: keys and values of all heads come from one small vector per token, and only that is cached.
 
 B batch, T query position, S key position, D embed, N heads, H head_dim without rotation, C value dim, R latent dim (d_c),
 P rotary dim (d_h^R). DeepSeek-AI 2024 (DeepSeek-V2), section 2.1; equations by their numbers there.
@@ -8,9 +8,9 @@ P rotary dim (d_h^R). DeepSeek-AI 2024 (DeepSeek-V2), section 2.1; equations by 
     v = W_UV c                         (11)
     q = [W_UQ cq ; rotary(W_QR cq)]    (12-14, 16)   cq = norm(W_DQ x), or x itself
 
-A head's product W_UQ·q with W_UK·c is that of W_UKᵀ·q with c: absorbed so, attention runs over the cached latents as if they
-were one key/value head's keys and values, and nothing is expanded. Decoding does that; training expands, which takes fewer
-products where there are as many queries as keys.
+The product of a head's W_UQ·q with W_UK·c equals that of W_UKᵀ·q with c. In this absorbed form, attention runs over the
+cached latents as if they were the keys and values of one key/value head, and nothing is expanded. Decoding does that; training
+expands, which takes fewer products if there are as many queries as keys.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LatentConfig(Config):
     latent_dim: int | None = None
     """Width d_c of the compressed keys and values. null: 4 head_dim."""
     query_latent_dim: int | None = None
-    """Width d_c' of the compressed queries. null: queries are projected at once."""
+    """Width d_c' of the compressed queries. null: queries are not compressed."""
     rotary_dim: int | None = None
     """Features d_h^R of each rotated query, and of the rotated key that all heads share. null: head_dim / 2."""
     value_dim: int | None = None
@@ -67,11 +67,11 @@ class LatentConfig(Config):
     theta: float = 10_000.0
     """Base of the rotary frequencies."""
     scaling: RotaryScaling = NO_SCALING
-    """How the rotation is stretched to a longer context."""
+    """How rotary positions are extended to a longer context."""
     window: int | None = None
     """Each token sees this many tokens before itself, and in an encoder as many after. null: all."""
     backend: Backend = "auto"
-    """Implementation of attention; a named one that cannot run stops the program."""
+    """Implementation of attention. It is an error to name one that cannot run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,7 @@ class LatentConfig(Config):
 
     @property
     def structure(self) -> LatentConfig:
-        """What decides the parameters: layers in which this is equal can be stacked."""
+        """The settings that determine the parameters: layers in which these are equal can be stacked."""
         return dataclasses.replace(self, theta=10_000.0, scaling=NO_SCALING, window=None, backend="auto")
 
     def check(self, embed_dim: int) -> tuple[str, str] | None:
@@ -94,7 +94,7 @@ class LatentConfig(Config):
         if (dim := self.sizes(embed_dim).rotary_dim) % 2:
             return (
                 "rotary_dim",
-                f"rotary positions turn pairs of features, and would turn {dim}; allowed: an even number",
+                f"rotary positions rotate pairs of features, and would rotate {dim}; allowed: an even number",
             )
         return None
 
@@ -106,7 +106,7 @@ class LatentConfig(Config):
         )
 
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
-        """Of one token in a context of `length`, keys and values expanded: a multiply-add counts as two."""
+        """FLOPs of one token in a context of `length`, keys and values expanded; a multiply-add counts as two."""
         N, H, R, P, V = self.sizes(embed_dim)
         read = self.query_latent_dim or embed_dim
         queries = read * N * (H + P) + (embed_dim * read if self.query_latent_dim else 0)
@@ -115,12 +115,12 @@ class LatentConfig(Config):
 
 
 class LatentAttention(nnx.Module):
-    """Self-attention in N heads over latents of `latent_dim` numbers a token.
+    """Self-attention in N heads over latents of `latent_dim` numbers per token.
 
     Args:
         config: its sizes and positions.
         dropout_rate: of the attention weights.
-        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+        kernel_init, out_init: initialisers of the input projections, and of the output projection to the residual stream.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class LatentAttention(nnx.Module):
         N, H, R, P, V = self.sizes
 
         def linear(dim: int, *out: int) -> Linear:
-            # A latent is sharded as the residual stream is, and is whole in every head.
+            # A latent is sharded like the residual stream, and every head reads all of it.
             axes = ("embed", "head_dim") if len(out) == 1 else ("embed", "heads", "head_dim")
             return Linear(
                 (dim,), out, axes=axes, use_bias=False, kernel_init=kernel_init,
@@ -172,8 +172,8 @@ class LatentAttention(nnx.Module):
         """Self-attention over x, or over the state's latents with x's after them.
 
         Args:
-            absorb: attend to the latents themselves; False: to keys and values expanded from them; None: to whichever takes
-                fewer multiplications for this many queries and keys. The result is the same.
+            absorb: attend to the latents themselves; False: to keys and values expanded from them; None: whichever takes fewer
+                multiplications for these numbers of queries and keys. The result is the same.
 
         Returns:
             The output, the state with x in it (None without one), and the weights (None unless asked for).
@@ -193,7 +193,7 @@ class LatentAttention(nnx.Module):
             if absorb is None:
                 absorb = self._absorbing_is_cheaper(x_BTD.shape[1], latents_BSR.shape[1])
             if absorb:
-                # W_UKᵀ q, [B, T, N, R]: a query of the latents.
+                # W_UKᵀ q, [B, T, N, R]: the query for the latents.
                 q_BTNH = jnp.einsum("BTNH,RNH->BTNR", q_BTNH, self.key_up.kernel[...].astype(q_BTNH.dtype))
                 k, v = latents_BSR[:, :, None], latents_BSR[:, :, None, :R]
             else:
@@ -211,16 +211,16 @@ class LatentAttention(nnx.Module):
             if state is not None:
                 out_BTNC = nan_on_overflow(out_BTNC, state)
             if absorb:
-                # The weighted latents expanded, in place of the values.
+                # The weighted latents are expanded, instead of the values.
                 out_BTNC = jnp.einsum("BTNR,RNC->BTNC", out_BTNC, self.value_up.kernel[...].astype(out_BTNC.dtype))
             return constrain(self.out(out_BTNC, key), "batch", "stream", None), state, weights
 
     def make_state(self, batch_size: int, max_length: int) -> LatentCache:
-        """An empty cache for `batch_size` rows of up to `max_length` tokens: R + P numbers a token."""
+        """An empty cache for `batch_size` rows of up to `max_length` tokens: R + P numbers per token."""
         return LatentCache.empty(batch_size, max_length, self.sizes.latent_dim + self.sizes.rotary_dim, self.down.dtype)
 
     def _queries(self, x_BTD: Array, positions_BT: Array, key: Any) -> tuple[Array, Array]:
-        """[B, T, N, H] and, rotated, [B, T, N, P]."""
+        """Queries [B, T, N, H], and their rotary parts [B, T, N, P]."""
         if self.query_down is not None and self.query_norm is not None:
             x_BTD = self.query_norm(self.query_down(x_BTD, key))
         q = constrain(self.query(x_BTD, key), "batch", "seq", "heads", "head_dim")
@@ -237,6 +237,6 @@ class LatentAttention(nnx.Module):
         return rotary(x, positions_BT, max_period=self.config.theta, scaling=self.config.scaling)
 
     def _absorbing_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
-        """Multiplications of a head in both forms, of T queries with S keys."""
+        """Compares the multiplications per head of both forms, for T queries and S keys."""
         T, S, R, both = num_queries, num_keys, self.sizes.latent_dim, self.sizes.head_dim + self.sizes.value_dim
         return T * R * both + T * S * 2 * R < S * R * both + T * S * both

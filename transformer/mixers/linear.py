@@ -40,7 +40,7 @@ class LinearAttentionConfig(Config):
     causal_only: ClassVar[bool] = False
 
     kind: Literal["linear"] = "linear"
-    """A weighted mean of values, by products of positive features of queries and keys."""
+    """A weighted mean of values; the weights are products of positive features of queries and keys."""
     num_heads: int = 12
     """Number of query heads."""
     num_kv_heads: int | None = None
@@ -50,7 +50,7 @@ class LinearAttentionConfig(Config):
     feature_map: FeatureMap = "elu"
     """The features φ of queries and keys."""
     chunk: int | None = 64
-    """Tokens that are computed at once; 1: token by token; null: all of them. The result is the same."""
+    """Number of tokens computed at once; 1: token by token; null: all of them. The result is the same."""
     bias: bool = True
     """Biases in the linear layers."""
 
@@ -66,7 +66,7 @@ class LinearAttentionConfig(Config):
 
     @property
     def structure(self) -> LinearAttentionConfig:
-        """What decides the parameters: layers in which this is equal can be stacked."""
+        """The settings that determine the parameters: layers in which these are equal can be stacked."""
         return dataclasses.replace(self, feature_map="elu", chunk=64)
 
     def check(self, embed_dim: int) -> tuple[str, str] | None:
@@ -74,7 +74,7 @@ class LinearAttentionConfig(Config):
         return check_width(self, embed_dim)
 
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
-        """Of one token, projections included, in the recurrent form: a multiply-add counts as two."""
+        """FLOPs of one token, projections included, in the recurrent form; a multiply-add counts as two."""
         N, K, H = head_sizes(self, embed_dim)
         M = feature_dim(feature_map_of(self.feature_map), H)
         return projection_flops(self, embed_dim) + 2 * (N + K) * M * (H + 1)
@@ -85,7 +85,7 @@ class LinearAttention(nnx.Module):
 
     Args:
         config: its sizes and features.
-        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+        kernel_init, out_init: initialisers of the input projections, and of the output projection to the residual stream.
     """
 
     def __init__(

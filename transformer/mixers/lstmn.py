@@ -24,16 +24,16 @@ from transformer.types import Array, DTypeLike, Float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LSTMNConfig(Config):
-    """The long short-term memory-network: a recurrent cell that attends to the states it had before (Cheng et al. 2016)."""
+    """The long short-term memory-network: a recurrent cell that attends to its own earlier states (Cheng et al. 2016)."""
 
     causal_only: ClassVar[bool] = True
     has_distributions: ClassVar[bool] = True
     num_heads: ClassVar[int] = 1
 
     kind: Literal["lstmn"] = "lstmn"
-    """A recurrent cell that attends to its own past; one token after another, in training too."""
+    """A recurrent cell that attends to its own past; it runs one token after another, in training too."""
     hidden_dim: int | None = None
-    """Width of its hidden state and memory. null: embed_dim."""
+    """Width of the hidden state and the memory. null: embed_dim."""
     attention_dim: int | None = None
     """Width of the layer that scores the past. null: hidden_dim."""
 
@@ -50,7 +50,7 @@ class LSTMNConfig(Config):
 
     @property
     def structure(self) -> LSTMNConfig:
-        """What decides the parameters: layers in which this is equal can be stacked."""
+        """The settings that determine the parameters: layers in which these are equal can be stacked."""
         return self
 
     def check(self, embed_dim: int) -> tuple[str, str] | None:
@@ -63,7 +63,7 @@ class LSTMNConfig(Config):
         return F, self.attention_dim or F
 
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
-        """Of one token in a context of `length`: a multiply-add counts as two."""
+        """FLOPs of one token in a context of `length`; a multiply-add counts as two."""
         D, (F, A) = embed_dim, self.sizes(embed_dim)
         layers = (D + 2 * F) * A + (D + F) * 4 * F + F * D
         return 2.0 * (layers + seen_keys(self, length, causal=True) * (A + 2 * F))
@@ -74,7 +74,7 @@ class LSTMN(nnx.Module):
 
     Args:
         config: its sizes.
-        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+        kernel_init, out_init: initialisers of the input projections, and of the output projection to the residual stream.
         dtype: of the input and the output; the recurrence itself runs in float32 or wider.
     """
 
@@ -137,7 +137,7 @@ class LSTMN(nnx.Module):
         return out_BTD, state, weights
 
     def make_state(self, batch_size: int, max_length: int) -> TapeState:
-        """An empty tape for `batch_size` rows of up to `max_length` tokens: 2 F numbers a token, in float32."""
+        """An empty tape for `batch_size` rows of up to `max_length` tokens: 2 F numbers per token, in float32."""
         return TapeState.empty(batch_size, max_length, self.summary_gates.kernel.shape[0])
 
     def _weights(self) -> LSTMNWeights:

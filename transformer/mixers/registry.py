@@ -1,6 +1,6 @@
-"""The sequence mixers that a config can name. A new mixer is one new file and one line here.
+"""The sequence mixers that a config can name. To add one, add a file and a line here.
 
-A mixer takes `(x, context)` and gives `(out, state, weights)`; `make_state(batch_size, max_length)` makes what decoding carries.
+A mixer takes `(x, context)` and returns `(out, state, weights)`; `make_state(batch_size, max_length)` makes its decoding state.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ MIXERS: dict[type, type] = {
 }
 
 DROPS_WEIGHTS = (SoftmaxConfig, LatentConfig, DifferentialConfig)
-"""Mixers with softmax weights, of which attention dropout drops some."""
+"""Mixers with softmax weights, to which attention dropout applies."""
 
 
 def make_mixer(config: MixerConfig, embed_dim: int, *, dropout_rate: float, norm_eps: float, **options: Any) -> Mixer:
-    """The mixer that a config describes.
+    """The mixer for a config.
 
     Args:
         dropout_rate: of attention weights, for mixers that have them.

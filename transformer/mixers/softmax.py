@@ -41,7 +41,7 @@ class SoftmaxConfig(Config):
     has_distributions: ClassVar[bool] = True
 
     kind: Literal["softmax"] = "softmax"
-    """A weighted mean of values, by a softmax of products of queries and keys."""
+    """A weighted mean of values; the weights are a softmax of products of queries and keys."""
     num_heads: int = 12
     """Number of query heads."""
     num_kv_heads: int | None = None
@@ -57,7 +57,7 @@ class SoftmaxConfig(Config):
     bias: bool = True
     """Biases in the linear layers."""
     qkv_bias: bool | None = None
-    """Biases of queries, keys and values. null: as bias."""
+    """Biases of queries, keys and values. null: same as bias."""
     qk_norm: bool = False
     """RMS-normalise each head's queries and keys (Henry et al. 2020; Dehghani et al. 2023)."""
     learned_temperature: bool = False
@@ -65,9 +65,9 @@ class SoftmaxConfig(Config):
     scale: float | None = None
     """Multiplies the logits. null: 1 / sqrt(head_dim)."""
     soft_cap: float | None = None
-    """Bound c of the logits: c tanh(logits / c). null: none."""
+    """Soft cap c of the logits: c tanh(logits / c). null: none."""
     backend: Backend = "auto"
-    """Implementation of attention; a named one that cannot run stops the program."""
+    """Implementation of attention. It is an error to name one that cannot run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +85,7 @@ class SoftmaxConfig(Config):
 
     @property
     def structure(self) -> SoftmaxConfig:
-        """What decides the parameters: layers in which this is equal can be stacked."""
+        """The settings that determine the parameters: layers in which these are equal can be stacked."""
         return dataclasses.replace(
             self, position=NoPositionConfig(), window=None, sinks=0, scale=None, soft_cap=None, backend="auto",
             qkv_bias=self.has_qkv_bias,
@@ -97,7 +97,7 @@ class SoftmaxConfig(Config):
         return check_width(self, embed_dim) or check_rotary(self.position, H)
 
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
-        """Of one token in a context of `length`, projections included: a multiply-add counts as two."""
+        """FLOPs of one token in a context of `length`, projections included; a multiply-add counts as two."""
         N, _, H = head_sizes(self, embed_dim)
         return projection_flops(self, embed_dim) + 2 * 2 * seen_keys(self, length, causal=causal) * N * H
 
@@ -113,7 +113,7 @@ class MultiHeadAttention(nnx.Module):
             positions and no window.
         dropout_rate: of the attention weights.
         norm_eps: of the norms of queries and keys.
-        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+        kernel_init, out_init: initialisers of the input projections, and of the output projection to the residual stream.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class MultiHeadAttention(nnx.Module):
         )  # fmt: skip
 
     def remember(self, memory_BSM: Float[Array, "B S M"], context: Context | None = None) -> KVCache:
-        """Cross-attention's keys and values of a memory, for every call that reads it."""
+        """Cross-attention's keys and values of a memory, to be used by every call that reads it."""
         assert self.key is not None and self.value is not None
         key = None if context is None else context.adapter_key
         return KVCache.holding(*self._keys_and_values(self.key(memory_BSM, key), self.value(memory_BSM, key)))
@@ -221,12 +221,12 @@ class MultiHeadAttention(nnx.Module):
         return KVCache.empty(batch_size, max_length, K, H, self.out.dtype)
 
     def joined(self) -> MultiHeadAttention:
-        """The same attention with its three projections as one product, for decoding; cross-attention as it is.
+        """The same attention with its three projections joined into one product, for decoding; cross-attention is unchanged.
 
-        One token gives three thin products, each of which is over before a device is busy. In training they are wide,
-        and apart each can be sharded by its own heads.
+        With one token, three small products are each too short to keep a device busy. In training they are large, and separate
+        projections can each be sharded by their own heads.
         """
-        # Its own variables, so that joining leaves those of this one alone.
+        # A copy with its own variables, so that joining does not change this one.
         attention = jax.tree.map(lambda leaf: leaf, self)
         if not self.is_cross:
             attention.joint = join(

@@ -1,11 +1,11 @@
-"""What decoding carries from token to token: keys and values, the latents that they are made of, the states of a recurrent
-cell, or a matrix of fixed size.
+"""What decoding carries from token to token: keys and values, the latents that they are computed from, the states of a
+recurrent cell, or a matrix of fixed size.
 
 B batch, S cache position, K key/value heads, H head_dim, T new positions, R latent dim with the rotary key, M features,
 V value features, F features of a recurrent cell.
 
-Each kind has `length` [B], the number of tokens that a row has read, and a mixer makes (`make_state`) and fills it. A state is
-of one layer; a model has a list with one for each layer, and a scan stacks them, with a leading L.
+Each kind has `length` [B], the number of tokens that a row has read. A mixer creates it (`make_state`) and fills it. A state
+belongs to one layer; a model has a list with one for each layer, and a scan stacks them, with a leading L.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from transformer.types import Array, Bool, DTypeLike, Float, Int
 class KVCache:
     """Keys and values seen so far, of one layer.
 
-    Rows fill independently: row b holds `length[b]` positions. What lies beyond them is hidden, because a query at position p
-    sees cache positions up to p alone. Prompts of different lengths therefore need no padding on the left.
+    Rows fill independently: row b holds `length[b]` positions. Positions beyond them are hidden, because a query at position p
+    only sees cache positions up to p. Prompts of different lengths therefore need no padding on the left.
 
-    Stored in the layout that products with a query and with weights read, to avoid a transpose for each token.
+    Stored in the layouts that the products with queries and with weights need, to avoid a transpose for each token.
     """
 
     k: Float[Array, "*L B K H S"]
@@ -61,10 +61,10 @@ class KVCache:
         v_BTKH: Float[Array, "B T K H"],
         valid_BT: Bool[Array, "B T"] | None = None,
     ) -> KVCache:
-        """T more positions in each row after those that it holds.
+        """Append T positions to each row.
 
         Args:
-            valid_BT: tokens that are not padding, which follows them in a row; only these count as held. All by default.
+            valid_BT: tokens that are not padding; padding follows them in a row, and is not counted in `length`. All by default.
 
         Raises:
             ValueError: no room. Where the lengths are traced, `length` exceeds `room` instead, and attention gives NaN.
@@ -78,7 +78,7 @@ class KVCache:
         return KVCache(k, v, length_B)
 
     def keys_and_values(self, dtype: DTypeLike) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Keys and values as attention takes them; a mask has to hide what lies beyond `length`."""
+        """Keys and values in attention's layout; a mask has to hide what is beyond `length`."""
         return self.k.transpose(0, 3, 1, 2).astype(dtype), self.v.swapaxes(1, 2).astype(dtype)
 
 
@@ -104,7 +104,7 @@ class LatentCache:
         return self.latents.shape[-2]
 
     def append(self, latents_BTR: Float[Array, "B T R"], valid_BT: Bool[Array, "B T"] | None = None) -> LatentCache:
-        """T more positions in each row, as `KVCache.append`."""
+        """Append T positions to each row, as `KVCache.append`."""
         T = latents_BTR.shape[1]
         length_B = grown(self.length, T, valid_BT, self.room)
         rows_B1 = jnp.arange(latents_BTR.shape[0])[:, None]
@@ -125,7 +125,7 @@ class TapeState:
     hidden: Float[Array, "*L B S F"]
     memory: Float[Array, "*L B S F"]
     summary: Float[Array, "*L B F"]
-    """What the last position has read of the hidden states."""
+    """The last position's summary h̃ of the hidden states."""
     length: Int[Array, "*L B"]
 
     @staticmethod
@@ -141,7 +141,7 @@ class TapeState:
         return self.hidden.shape[-2]
 
     def advanced(self, tape: Tape, num_tokens: int, valid_BT: Bool[Array, "B T"] | None) -> TapeState:
-        """The state after `num_tokens` more, which `tape` holds, and of which padding does not count."""
+        """The state after `num_tokens` more tokens, which `tape` holds; padding does not count."""
         return TapeState(*tape, grown(self.length, num_tokens, valid_BT, self.room))
 
 
@@ -155,28 +155,28 @@ class MatrixState:
 
     @staticmethod
     def empty(batch_size: int, num_kv_heads: int, num_features: int, num_values: int) -> MatrixState:
-        """Before the first token, in float32."""
+        """The state before the first token, in float32."""
         shape = (batch_size, num_kv_heads, num_features, num_values)
         return MatrixState(jnp.zeros(shape, jnp.float32), jnp.zeros(batch_size, jnp.int32))
 
     def advanced(
         self, matrix: Float[Array, "B K M V"], num_tokens: int, valid_BT: Bool[Array, "B T"] | None
     ) -> MatrixState:
-        """The state after `num_tokens` more, of which padding does not count."""
+        """The state after `num_tokens` more tokens; padding does not count."""
         return MatrixState(matrix, grown(self.length, num_tokens, valid_BT, None))
 
 
 State = KVCache | LatentCache | TapeState | MatrixState
-"""What one layer carries."""
+"""The state of one layer."""
 
 
 def grown(
     length_B: Int[Array, " B"], num_tokens: int, valid_BT: Bool[Array, "B T"] | None, room: int | None
 ) -> Int[Array, " B"]:
-    """Lengths after `num_tokens` more, of which padding does not count.
+    """Lengths after `num_tokens` more tokens; padding does not count.
 
     Raises:
-        ValueError: more than there is room for, as far as that is known before the program runs.
+        ValueError: more tokens than there is room for, as far as that is known before the program runs.
     """
     after_B = length_B + (num_tokens if valid_BT is None else valid_BT.sum(1, dtype=jnp.int32))
     if room is None:
@@ -191,5 +191,5 @@ def grown(
 
 
 def nan_on_overflow(out: Float[Array, "B ..."], state: KVCache | LatentCache | TapeState) -> Float[Array, "B ..."]:
-    """NaN in rows that hold more than there is room for: inside a compiled program nothing can raise."""
+    """NaN in rows that hold more than there is room for: inside a compiled program no error can be raised."""
     return jnp.where(jnp.expand_dims(state.length > state.room, range(1, out.ndim)), jnp.nan, out)

@@ -2,7 +2,7 @@
 
 Pairs are sorted into buckets by length. An epoch shuffles each bucket, cuts it into batches, and shuffles those; the few
 pairs that do not fill a batch move up into the next bucket, and those of the last are a batch with empty rows. So every
-pair comes once an epoch, and what a step sees is a function of (seed, step) alone.
+pair occurs once per epoch, and what a step sees is a function of (seed, step) alone.
 
 Axes: N pairs, W widths.
 """
@@ -67,14 +67,14 @@ class Buckets:
         return int(widths[place]), numbers[place]
 
     def gather(self, width: int, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows of some pairs [B], -1 for an empty row."""
+        """The batch rows of the pairs with these numbers [B]; -1 is an empty row."""
         inside = numbers >= 0
         source, length = self.widths[width].tolist()
         return self._rows.lay_out(numbers[inside], inside.astype(np.int64), source, length)
 
     @property
     def efficiency(self) -> tuple[float, float]:
-        """Of the source and of the target, the part of all positions that hold a token of text."""
+        """The fractions of source positions and of target positions that hold a token of text."""
         widths, _ = self._plan(0)
         positions = self._batch_size * self.widths[widths].sum(axis=0)
         return int(self._sizes.source.sum()) / int(positions[0]), int(self._sizes.target.sum()) / int(positions[1])
@@ -87,7 +87,7 @@ class Buckets:
         batches: list[np.ndarray] = []
         waiting = np.zeros(0, np.int64)
         for number, members in enumerate(self._members):
-            # Those that waited go first: none moves up twice while there are others.
+            # Pairs that moved up come first, so that none moves up twice while there are others.
             waiting = np.concatenate([waiting, random.permutation(members)])
             whole = len(waiting) // size
             batches.append(waiting[: whole * size].reshape(whole, size))

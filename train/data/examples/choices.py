@@ -1,10 +1,10 @@
-"""Examples of a text and several others, of which one continues it: a row for each of them.
+"""Examples of a text and several choices, one of which continues it: one row for each choice.
 
 Axes: B examples asked for at once, Q choices, T positions. Every example holds the arrays of `rows`, each [B, Q, T],
 and
 
-    labels            [B] int32       the number of the right choice
-    weights           [B, 1] float32  1: the choice is one thing to predict
+    labels            [B] int32       the number of the correct choice
+    weights           [B, 1] float32  1: the choice is one prediction
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from train.data.tokenization.tokenizer import Tokenizer
 
 
 class Choices(TaskRows):
-    """The documents of an array, in its order; those that are too long, with any choice, are left out or cut as pairs are."""
+    """The documents of an array, in its order; those too long with any choice are left out, or cut as pairs are."""
 
     def __init__(
         self,

@@ -3,10 +3,10 @@
 Axes: B examples asked for at once, T positions. Every example holds
 
     tokens            [B, T] int32    `[CLS]`, the first text, `[SEP]`
-    segments          [B, T] int32    1 where it stands, 0 at padding
+    segments          [B, T] int32    1 at tokens, 0 at padding
     positions         [B, T] int32    0, 1, ...; 0 at padding
-    other_tokens, other_segments, other_positions   the same of the second text
-    weights           [B, 1] float32  1: a row is one thing to predict
+    other_tokens, other_segments, other_positions   the same for the second text
+    weights           [B, 1] float32  1: a row is one prediction
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.data.tokenization.tokenizer import Tokenizer
 
 
 class TextPairs(TaskRows):
-    """The pairs of an array, in its order; those with a side that is too long for a row are left out, or its end is."""
+    """The pairs of an array, in its order; those with a side too long for a row are left out, or that side is cut."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class TextPairs(TaskRows):
         """`shown` says how many are too long. Raises `UserError` if no pair is short enough."""
         super().__init__(array, tokenizer, length)
         assert array.target is not None
-        # An end of text is counted there, in whose place `[SEP]` stands here; `[CLS]` comes in front.
+        # The sizes there count an end of text, which `[SEP]` replaces here; `[CLS]` is prepended.
         limits = PairLimits(source=length - 1, target=length - 1, too_long=too_long)
         sizes = PairSizes.of(array, limits, shown=shown)
         self.documents = sizes.pairs
@@ -54,6 +54,6 @@ class TextPairs(TaskRows):
 
     @property
     def efficiency(self) -> float:
-        # Each side has a row of its own, with both special tokens.
+        # Each side is a separate row, with both special tokens.
         used = sum(int(side.sizes.sum()) + self.frame(1) * len(self) for side in self.sides)
         return used / max(1, 2 * len(self) * self.length)

@@ -18,7 +18,7 @@ _GEOMETRIC = 0.2  # SpanBERT's p
 
 
 class SpanLengths(NamedTuple):
-    """The lengths of a corrupted sequence, in tokens. Those of the two sides count their end of text."""
+    """The lengths of a corrupted sequence, in tokens. Those of source and target include the end of text."""
 
     tokens: int
     noise: int
@@ -26,7 +26,7 @@ class SpanLengths(NamedTuple):
 
     @property
     def source(self) -> int:
-        """What is left, a sentinel for each span, and an end of text."""
+        """The remaining text, a sentinel for each span, and an end of text."""
         return self.tokens - self.noise + self.spans + 1
 
     @property
@@ -42,10 +42,10 @@ class Denoiser(NamedTuple):
     """R, S or X."""
     density: float
     mean_span: float | None
-    """None: one span, which ends the sequence."""
+    """Mean length of a span; None: one span, at the end of the sequence."""
 
     def lengths(self, tokens: int) -> SpanLengths:
-        """The lengths for a sequence of so many raw tokens."""
+        """The lengths for a sequence of `tokens` raw tokens."""
         if self.mean_span is None:
             return SpanLengths(tokens, min(max(1, round(tokens * self.density)), tokens - 1), 1)
         return span_lengths(tokens, self.density, self.mean_span)
@@ -64,9 +64,9 @@ UL2_DENOISERS = (
 
 
 def span_lengths(tokens: int, density: float, mean_span: float) -> SpanLengths:
-    """How much of `tokens` raw tokens (at least 2) is cut out, in how many spans.
+    """How many of `tokens` raw tokens (at least 2) are cut out, and in how many spans.
 
-    noise = round(tokens · density), at most half of them, so that something is left before every span, and spans =
+    noise = round(tokens · density), at most half of them, so that text remains before every span, and spans =
     round(noise / mean_span); each is at least 1.
     """
     noise = min(max(round(tokens * density), 1), tokens // 2)
@@ -82,7 +82,7 @@ def lengths_filling(source: int, density: float, mean_span: float) -> SpanLength
 
 
 def longest(lengths_of: Callable[[int], SpanLengths], fits: Callable[[SpanLengths], bool]) -> SpanLengths:
-    """The lengths of the most raw tokens that still fit; of 2 where nothing does. `fits` turns false once and for all."""
+    """The lengths for the most raw tokens that fit, or for 2 if nothing fits. `fits` must be monotone."""
     low, high = 2, 4
     while fits(lengths_of(high)):
         low, high = high, 2 * high
@@ -93,7 +93,7 @@ def longest(lengths_of: Callable[[int], SpanLengths], fits: Callable[[SpanLength
 
 
 def random_partition(uniform_BN: np.ndarray, parts: int) -> np.ndarray:
-    """Cut N + 1 things in a row into `parts` parts, none of them empty, every way equally likely: sizes [B, parts].
+    """Split a sequence of N + 1 items into `parts` non-empty parts, uniformly at random: sizes [B, parts].
 
     `parts` - 1 of the N gaps are cut: those with the smallest numbers.
     """
@@ -107,9 +107,9 @@ def random_partition(uniform_BN: np.ndarray, parts: int) -> np.ndarray:
 
 
 def span_mask(lengths: SpanLengths, uniform_BN: np.ndarray) -> np.ndarray:
-    """Which tokens are cut out: [B, L] bool, text and spans in turn, text first.
+    """Which tokens are cut out: [B, L] bool, text and spans alternating, text first.
 
-    `uniform_BN` has L - 2 numbers: one for each gap between tokens that are cut out, and between those that are left.
+    `uniform_BN` has L - 2 numbers: one for each gap between tokens that are cut out, and between those that remain.
     """
     between = lengths.noise - 1
     noise = random_partition(uniform_BN[:, :between], lengths.spans)
@@ -123,7 +123,7 @@ def span_mask(lengths: SpanLengths, uniform_BN: np.ndarray) -> np.ndarray:
 def cut_spans(
     tokens_BL: np.ndarray, mask_BL: np.ndarray, sentinels_K: np.ndarray, end_of_text: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The two sides: text with a sentinel for each span, and each span after its sentinel; an end of text ends both.
+    """Source and target: text with a sentinel for each span, and each span after its sentinel; both end with an end of text.
 
     Every row of `mask_BL` must cut equally many tokens in equally many spans, and begin with text. Returns [B, S] and
     [B, T] int32 with the lengths of `SpanLengths`.
@@ -132,8 +132,8 @@ def cut_spans(
     starts = mask_BL.copy()
     starts[:, 1:] &= ~mask_BL[:, :-1]
     number = np.cumsum(starts, axis=1)
-    # Where a span begins, its sentinel takes the place of its first token in the source, and in the target the place of
-    # the last token of text before it.
+    # At the beginning of a span, its sentinel replaces the span's first token in the source, and in the target the last
+    # token of text before the span.
     before = np.zeros_like(starts)
     before[:, :-1] = starts[:, 1:]
     sentinel = sentinels_K[np.minimum(number - starts, len(sentinels_K) - 1)]
@@ -152,8 +152,8 @@ def ngram_lengths(uniform_BT: np.ndarray, longest: int) -> np.ndarray:
 def number_runs(maskable_BT: np.ndarray, joined_BT: np.ndarray, lengths_BT: np.ndarray) -> np.ndarray:
     """The run of tokens to which each token belongs: [B, T], from 0 in each row; -1 where nothing may be masked.
 
-    A token with `joined` stays with the one before it, as the pieces of a word. Runs have `lengths_BT` such units in
-    turn, and end wherever something may not be masked.
+    A token with `joined` belongs to the same unit as the one before it, like the pieces of a word. Successive runs have
+    `lengths_BT` units, and end wherever a token may not be masked.
     """
     follows = np.zeros_like(maskable_BT)
     follows[:, 1:] = maskable_BT[:, :-1]
@@ -171,8 +171,8 @@ def choose_runs(
 ) -> np.ndarray:
     """Which tokens to predict: [B, T] bool, whole runs in a random order until the `rate` of all tokens is reached.
 
-    The run that would pass the rate is taken with the probability that makes the expected number exactly right, unless
-    there would be more than `most` tokens in a row with it.
+    The run that would exceed the rate is taken with the probability that makes the expected number exact, unless the row
+    would then have more than `most` such tokens.
     """
     maskable = run_BT >= 0
     rows = len(run_BT)
@@ -202,7 +202,7 @@ def replace_tokens(
     mask_share: float,
     random_share: float,
 ) -> np.ndarray:
-    """What a model sees: `mask` for a share of the chosen tokens, a token out of `ordinary_V` for another, the rest as is.
+    """The model's input: `mask` in place of a share of the chosen tokens, a token from `ordinary_V` for another, the rest as is.
 
     `action_BT` and `pick_BT` are uniform numbers: what to do, and which random token to take.
     """

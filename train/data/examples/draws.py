@@ -1,4 +1,4 @@
-"""Random numbers of a row: a function of the seed and the row's own number, whichever process asks and whenever.
+"""Random numbers of a row: a function of the seed and the row's number, independent of process and time.
 
 Axes: B rows.
 """
@@ -11,14 +11,14 @@ import numpy as np
 
 
 class Draws:
-    """A stream of random numbers for each of some rows, by the counter-based Philox (Salmon et al. 2011).
+    """One stream of random numbers per row, by the counter-based Philox (Salmon et al. 2011).
 
     Rows are numbered by their place in the global order in training, so that an example is corrupted differently each
     time it comes, and by their example in validation, so that it is always the same.
     """
 
     def __init__(self, key: np.uint64, numbers: np.ndarray) -> None:
-        """`key` comes from `draw_key`; `numbers` [B] int64, 0 or more, each with a stream of its own."""
+        """`key` comes from `draw_key`; each of `numbers` [B] int64, 0 or more, has its own stream."""
         self._key, self._numbers = key, numbers
         self._streams: list[np.random.Generator] | None = None
 
@@ -38,6 +38,6 @@ class Draws:
 
 
 def draw_key(seed: int, purpose: Literal["train", "validation", "buckets"]) -> np.uint64:
-    """A key that is unlike those of other seeds and purposes."""
+    """A key that differs from those of other seeds and purposes."""
     number = ("train", "validation", "buckets").index(purpose)
     return np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]

@@ -1,10 +1,10 @@
-"""Examples of documents with a class or a number: one document, or one pair, a row.
+"""Examples of documents with a class or a number: one document, or one pair, per row.
 
 Axes: B examples asked for at once. Every example holds the arrays of `train.data.examples.rows` and
 
     labels            [B] int32       the class, by its number in `Meta.labels`; or
                           float32     the number
-    weights           [B, 1] float32  1: a row is one thing to predict
+    weights           [B, 1] float32  1: a row is one prediction
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from train.data.tokenization.tokenizer import Tokenizer
 
 
 class LabelledDocuments(TaskRows):
-    """The documents of an array, in its order; those that are too long for a row are left out, or their ends are.
+    """The documents of an array, in its order; those too long for a row are left out or cut.
 
-    Of a pair the longer side is cut first, as Hugging Face's `longest_first`.
+    The longer side of a pair is cut first, as by Hugging Face's `longest_first`.
     """
 
     def __init__(
@@ -58,6 +58,6 @@ class LabelledDocuments(TaskRows):
 
 
 def commonest_share(arrays: Sequence[TokenArray]) -> float | None:
-    """The part of the documents that are of their commonest class, which a guess would reach; None without classes."""
+    """The share of the commonest class, which is the accuracy of a constant guess; None without classes."""
     labels = [array.labels for array in arrays if array.labels is not None]
     return float(np.bincount(np.concatenate(labels)).max() / sum(map(len, labels))) if labels else None

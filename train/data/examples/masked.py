@@ -2,18 +2,18 @@
 
 Axes: B examples asked for at once, T positions, K of them that may be predicted. Every example holds
 
-    tokens, targets    [B, T] int32    what is seen, and what stands there in truth
+    tokens, targets    [B, T] int32    the corrupted input, and the original tokens
     weights            [B, T] float32  1 where a token is predicted, else 0
-    predicted          [B, K] int32    the places of those tokens, in order, and then of others: no other is scored
+    predicted          [B, K] int32    the positions of those tokens, in order, then of others; only these are scored
     segments           [B, T] int32    which piece a position belongs to: 1, 2, ...; 0 at padding
-    positions          [B, T] int32    its place in the piece, from 0
+    positions          [B, T] int32    the position within its piece, from 0
 
-and, where two stretches of text stand in it,
+and, in examples of two stretches of text,
 
     token_types        [B, T] int32    0 in the first stretch, 1 in the second
     labels             [B] int32       1 if the second follows the first, or they are in order; else 0
 
-Which tokens are hidden, and where stretches are cut, is drawn anew each time an example comes.
+Which tokens are hidden, and where stretches are cut, is drawn anew each time an example occurs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from train.data.tokenization.tokenizer import CLS, MASK, SEP, Tokenizer
 from train.data.tokenization.words import WordPieces
 
 _RANDOM_PER_TOKEN = 4
-_LONG_WORD = 8  # tokens: a run of words may pass the mask rate by so many for each
-_FIT_TRIES = 8  # draws of a stretch before one of the same document is given up on
+_LONG_WORD = 8  # tokens per word by which a run of words may exceed the mask rate
+_FIT_TRIES = 8  # attempts to draw a stretch from another document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,11 @@ class MaskingRule:
     """Which tokens are hidden, and what replaces them."""
 
     rate: float
-    """The part of the tokens that is predicted."""
+    """The fraction of tokens to predict."""
     mask_share: float
-    """The part of those that `[MASK]` stands for."""
+    """The fraction of those that `[MASK]` replaces."""
     random_share: float
-    """The part of those that a random token stands for; the rest is left."""
+    """The fraction of those that a random token replaces; the rest are unchanged."""
     whole_word: bool
     """Predict all tokens of a word, or none."""
     ngram: int
@@ -61,7 +61,7 @@ class Masking:
     """Hides tokens of whole batches. Special tokens are neither hidden nor drawn as random ones."""
 
     def __init__(self, tokenizer: Tokenizer, rule: MaskingRule) -> None:
-        """Raises `UserError` where words are to be masked whole and the tokenizer does not tell them."""
+        """Raises `UserError` if whole words are to be masked and the tokenizer does not mark words."""
         is_special = np.zeros(tokenizer.vocab_size, bool)
         is_special[list(tokenizer.special_ids.values())] = True
         self._is_special = is_special
@@ -81,7 +81,7 @@ class Masking:
         run = number_runs(maskable, joined, ngram_lengths(length, rule.ngram))
         most = rule.most_predicted(width)
         chosen = choose_runs(run, rule.rate, priority, drawn[:, -1], most=most)
-        if rule.ngram > 1:  # all of a span are masked, or replaced, or left (SpanBERT, section 3.1)
+        if rule.ngram > 1:  # a span is masked, replaced or left unchanged as a whole (SpanBERT, section 3.1)
             action = np.take_along_axis(action, np.maximum(run, 0), axis=1)
         seen = replace_tokens(
             tokens,
@@ -162,7 +162,7 @@ class MaskedChunks(_Text):
 
 
 class MaskedDocuments(_Text):
-    """Whole documents fitted into examples, longer ones cut into pieces, each of which begins and ends for itself."""
+    """Whole documents packed into examples, longer ones cut into pieces; each piece has its own `[CLS]` and `[SEP]`."""
 
     def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, rule: MaskingRule) -> None:
         super().__init__(array, tokenizer, length, rule)
@@ -190,12 +190,12 @@ class SentencePairs(_Text):
     """`[CLS] A [SEP] B [SEP]`, where A and B are stretches of text.
 
     B follows A in its document, or in half of the cases is a stretch of another one (Devlin et al. 2018); with `swaps` B
-    follows A, and in half of the cases they change places (Lan et al. 2020). A document is cut into
-    stretches that fill an example; the place where A ends is drawn, from a quarter to three quarters of the stretch.
+    follows A, and in half of the cases they are swapped (Lan et al. 2020). A document is cut into
+    stretches that fill an example; the end of A is drawn from a quarter to three quarters of the stretch.
     """
 
     def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int, rule: MaskingRule, *, swaps: bool) -> None:
-        """`swaps`: in half of the cases the two change places, instead of the second coming from another document."""
+        """`swaps`: in half of the cases the two are swapped, instead of the second coming from another document."""
         super().__init__(array, tokenizer, length, rule)
         self._swaps = swaps
         room, sizes = length - 3, np.diff(array.offsets) - 1
@@ -236,7 +236,7 @@ class SentencePairs(_Text):
         return self._stretches(starts, np.stack([half, self._sizes[indices] - half], axis=1))
 
     def _others(self, indices: np.ndarray, least: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        """For each of [B] a stretch of another document with at least so many tokens; -1 where none was found."""
+        """For each of B examples, a stretch of another document with at least this many tokens; -1 if none was found."""
         low = np.searchsorted(self._sorted_sizes, least)
         found = np.full(len(indices), -1)
         for tried in drawn.T:
@@ -268,7 +268,7 @@ class SentencePairs(_Text):
 
 
 def framed(tokens: np.ndarray, starts: np.ndarray, placed: Placed, cls: int, sep: int) -> dict[str, np.ndarray]:
-    """`tokens`, `segments` and `positions` of rows of pieces that begin with `cls` and end with `sep`.
+    """`tokens`, `segments` and `positions` of rows whose pieces begin with `cls` and end with `sep`.
 
     `starts` has the first token of each piece in `tokens`; the sizes of `placed` count both ends.
     """

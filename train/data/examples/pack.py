@@ -1,4 +1,4 @@
-"""Cutting a token array into examples of one length, each found by its index alone.
+"""Cutting a token array into examples of one length, with random access by index.
 
 Axes: B examples asked for at once, T positions. Every example holds
 
@@ -9,7 +9,7 @@ Axes: B examples asked for at once, T positions. Every example holds
 and, where documents are kept apart,
 
     segments  [B, T] int32   which piece a position belongs to: 1, 2, ...; 0 at padding
-    positions [B, T] int32   its place in the piece, from 0
+    positions [B, T] int32   the position within its piece, from 0
 
 Over all examples, every predicted token of the array is a target once; packed documents begin with an end of text.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,12 @@ import numpy as np
 
 from train.data.examples.draws import Draws
 from train.data.prepared.store import TokenArray
-from train.files import sync
+from train.files import whole_file
 from transformer.errors import UserError
 
 Packing = Literal["chunk", "documents", "pad"]
 
-_WINDOW = 1 << 20  # document remainders that are fitted together: bounds the memory that packing takes
+_WINDOW = 1 << 20  # document remainders that are packed together: bounds the memory that packing takes
 _INDEX_VERSION = 1
 
 
@@ -42,7 +41,7 @@ class Examples(abc.ABC):
 
     def __init__(self, array: TokenArray, length: int) -> None:
         self.length = length
-        self._tokens = np.asarray(array.tokens)  # a plain view: indexing a memmap costs several times as much
+        self._tokens = np.asarray(array.tokens)  # a plain view: indexing a memmap is several times slower
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -57,18 +56,18 @@ class Examples(abc.ABC):
     @property
     @abc.abstractmethod
     def efficiency(self) -> float:
-        """The part of all positions that hold a token of text; the rest is padding."""
+        """The fraction of positions that hold a token of text; the rest is padding."""
 
     @property
     def source_efficiency(self) -> float | None:
-        """The same of the source, where there is one."""
+        """The same for the source, if there is one."""
         return None
 
 
 class Chunked(Examples):
     """Example i is `length` tokens from i * length on, wherever documents begin and end.
 
-    What is left at the end is dropped for training; with `keep_rest` it is one more example, padded.
+    The remainder at the end is dropped for training; with `keep_rest` it becomes one more, padded example.
     """
 
     def __init__(self, array: TokenArray, length: int, *, keep_rest: bool = False) -> None:
@@ -95,9 +94,9 @@ class Chunked(Examples):
 
 
 class Documents(Examples):
-    """Whole documents fitted into examples, longer ones cut into pieces; no target lies in another document.
+    """Whole documents packed into examples, longer ones cut into pieces; no target is in another document.
 
-    Fitting is best-fit decreasing. The index is kept next to the tokens, so that a later run maps it into memory.
+    Fitting is best-fit decreasing. The index is stored next to the tokens, so that a later run maps it into memory.
     """
 
     def __init__(self, array: TokenArray, length: int) -> None:
@@ -128,7 +127,7 @@ class Documents(Examples):
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """Where in the rows of a batch the tokens of its pieces go. P pieces in B rows of T positions, N tokens in all."""
+    """The positions of the pieces' tokens in the rows of a batch. P pieces in B rows of T positions, N tokens in all."""
 
     pieces: np.ndarray
     """[P], row by row."""
@@ -139,7 +138,7 @@ class Placed:
     positions: np.ndarray
     """[N], from 0 in each piece."""
     flat: np.ndarray
-    """[N], each token's place in [B · T]."""
+    """[N], each token's index in [B · T]."""
     shape: tuple[int, int]
     """(B, T)."""
 
@@ -151,9 +150,9 @@ class Placed:
 
     @classmethod
     def of(cls, pieces: np.ndarray, counts: np.ndarray, sizes: np.ndarray, length: int) -> Placed:
-        """The first `counts[0]` of `pieces` [P] are in row 0, and so on; `sizes` has those of all pieces there are."""
+        """The first `counts[0]` of `pieces` [P] are in row 0, and so on; `sizes` has the sizes of all existing pieces."""
         # From rows to pieces, then from pieces to tokens, each time by repeating what a group shares and adding
-        # the place within the group: no Python loop, however short the documents are.
+        # the index within the group: no Python loop, however short the documents are.
         rows = np.repeat(np.arange(len(counts)), counts)
         sizes = sizes[pieces]
         before = np.cumsum(sizes) - sizes  # tokens of all pieces before, whose first in the row is the row's own start
@@ -165,7 +164,7 @@ class Placed:
         return cls(pieces, sizes, segments, positions, flat, (len(counts), length))
 
     def spread(self, values: np.ndarray | np.float32) -> np.ndarray:
-        """Values [N] of the tokens at their places: [B, T], 0 elsewhere; float32 for floats, else int32."""
+        """The tokens' values [N] at their positions: [B, T], 0 elsewhere; float32 for floats, else int32."""
         rows = np.zeros(self.shape, np.float32 if values.dtype == np.float32 else np.int32)
         rows.reshape(-1)[self.flat] = values
         return rows
@@ -184,13 +183,13 @@ def examples(array: TokenArray, packing: Packing, length: int, *, training: bool
     if training and predicted < length:
         raise UserError(
             f"{array.name}: {predicted} tokens are fewer than one sequence of {length}; "
-            "give it more text or make the sequences shorter"
+            "add text or make the sequences shorter"
         )
     return Documents(array, length) if packing == "documents" else Chunked(array, length, keep_rest=not training)
 
 
 def fit_documents(offsets: np.ndarray, length: int) -> np.ndarray:
-    """Fit documents into examples: [P, 3] int64, for each piece its first input, its size and its example.
+    """Pack documents into examples: [P, 3] int64, for each piece its first input, its size and its example.
 
     `offsets` [documents + 1] is `TokenArray.offsets`. Pieces are sorted by example.
     """
@@ -198,11 +197,11 @@ def fit_documents(offsets: np.ndarray, length: int) -> np.ndarray:
 
 
 def fit_pieces(starts: np.ndarray, sizes: np.ndarray, length: int, *, extra: int = 0) -> np.ndarray:
-    """Fit texts of these `starts` and `sizes` [documents] into examples of `length`: [P, 3] as `fit_documents`.
+    """Pack texts of these `starts` and `sizes` [documents] into examples of `length`: [P, 3] as `fit_documents`.
 
-    A text longer than an example gives full examples and a remainder; remainders and shorter texts are fitted
+    A text longer than an example gives full examples and a remainder; remainders and shorter texts are packed
     together, largest first, each into the fullest example that still has room. Each piece takes `extra` positions
-    besides its own tokens.
+    in addition to its own tokens.
     """
     room = length - extra
     full = sizes // room
@@ -251,25 +250,14 @@ def place_in_group(sizes: np.ndarray) -> np.ndarray:
 
 
 def kept_index(array: TokenArray, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `make` returns, from the file `name` next to the tokens if it was made before."""
+    """What `make` returns, read from the file `name` next to the tokens if it exists."""
     if array.index_path is None:
         return make()
     path = Path(f"{array.index_path}.{name}.npy")
     if not path.is_file():
         index = make()
-        # Keeping the index only saves time: where the folder cannot be written, it is made anew each run.
-        with contextlib.suppress(OSError):
-            _save_whole(path, index)
+        # Storing the index only saves time: if the folder is not writable, each run makes it again.
+        with contextlib.suppress(OSError), whole_file(path) as unfinished, unfinished.open("wb") as stream:
+            np.save(stream, index)
         return index
     return np.asarray(np.load(path, mmap_mode="r"))
-
-
-def _save_whole(path: Path, index: np.ndarray) -> None:
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as stream:
-            np.save(stream, index)
-        sync(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

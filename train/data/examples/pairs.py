@@ -1,4 +1,4 @@
-"""Examples of pairs, such as a text and its translation: several in a row, or one a row in batches of similar length.
+"""Examples of pairs, such as a text and its translation: packed rows, or one pair per row in batches of similar length.
 
 Axes: B rows, S positions of the source, T positions of what is predicted, N pairs. The arrays are those of
 `train.data.examples.spans`; the source ends with its end of text. A pair has the same segment on both sides.
@@ -18,23 +18,23 @@ from train.progress import say_once
 from transformer.errors import UserError
 
 _INDEX_VERSION = 1
-_WINDOW = 1 << 14  # pairs that are fitted together: bounds the time that fitting takes
+_WINDOW = 1 << 14  # pairs that are packed together: bounds the time that packing takes
 _WIDTH_STEP = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairLimits:
-    """The longest sides of a pair, in tokens with their ends of text."""
+    """The greatest lengths of both sides of a pair, in tokens, ends of text included."""
 
     source: int
     target: int
     too_long: Literal["drop", "truncate"]
-    """Whether a pair with a longer side is left out, or its end is."""
+    """Whether a pair with a longer side is left out, or cut."""
 
 
 @dataclass(frozen=True, eq=False)
 class PairSizes:
-    """The pairs of an array that are short enough, and how much of each is taken. Ends of text are counted."""
+    """The pairs of an array that are short enough, and how many tokens of each are used, ends of text included."""
 
     pairs: np.ndarray
     """[N] int64: which pairs of the array."""
@@ -43,7 +43,7 @@ class PairSizes:
     target: np.ndarray
     """[N] int64."""
     too_long: int
-    """How many pairs were longer: they are not among these, or were cut."""
+    """How many pairs were longer; they were left out or cut."""
 
     @classmethod
     def of(cls, array: TokenArray, limits: PairLimits, *, shown: bool) -> PairSizes:
@@ -77,26 +77,26 @@ class PairRows:
 
     def __init__(self, array: TokenArray, sizes: PairSizes) -> None:
         assert array.target is not None
-        # Plain views: indexing a memmap costs several times as much.
+        # Plain views: indexing a memmap is several times slower.
         self._source, self._target = np.asarray(array.tokens), np.asarray(array.target.tokens)
         self._source_starts = np.asarray(array.offsets)[sizes.pairs]
         self._target_starts = np.asarray(array.target.offsets)[sizes.pairs]
         self._sizes = sizes
 
     def lay_out(self, numbers: np.ndarray, counts: np.ndarray, source: int, length: int) -> dict[str, np.ndarray]:
-        """Rows of `source` and `length` tokens: `counts[0]` of the pairs `numbers` in the first, and so on."""
+        """Rows of `source` and `length` tokens: the first `counts[0]` of the pairs `numbers` in row 0, and so on."""
         read = Placed.of(numbers, counts, self._sizes.source, source)
         said = Placed.of(numbers, counts, self._sizes.target, length)
         from_target = np.repeat(self._target_starts[numbers], said.sizes) + said.positions
         source_tokens = self._source[np.repeat(self._source_starts[numbers], read.sizes) + read.positions]
         targets = self._target[from_target]
-        # A pair that was cut ends as the others do.
+        # A pair that was cut also ends with an end of text.
         source_tokens[np.cumsum(read.sizes) - 1] = self._source[0]
         targets[np.cumsum(said.sizes) - 1] = self._target[0]
         return {
             "source_tokens": read.spread(source_tokens),
             **read.places("source_"),
-            "tokens": said.spread(self._target[from_target - 1]),  # an end of text stands before each text
+            "tokens": said.spread(self._target[from_target - 1]),  # an end of text precedes each text
             "targets": said.spread(targets),
             "weights": said.spread(np.float32(1)),
             **said.places(),
@@ -104,7 +104,7 @@ class PairRows:
 
 
 class PackedPairs(Examples):
-    """Pairs fitted into rows so that both sides fit. The index is kept next to the tokens."""
+    """Pairs packed into rows so that both sides fit. The index is stored next to the tokens."""
 
     def __init__(self, array: TokenArray, length: int, limits: PairLimits, *, shown: bool = False) -> None:
         """Rows of `limits.source` and `length` tokens."""
@@ -140,11 +140,11 @@ class PackedPairs(Examples):
 
 
 def fit_pairs(source: np.ndarray, target: np.ndarray, source_room: int, target_room: int) -> np.ndarray:
-    """Fit pairs of these sizes [N] into rows: [N, 2] int64, for each pair its number and its row, sorted by row.
+    """Pack pairs of these sizes [N] into rows: [N, 2] int64, for each pair its number and its row, sorted by row.
 
-    Row after row is filled with the pair that leaves the least square sum of both sides' rest, until none fits: the
-    norm-based greedy of Panigrahy et al. 2011. It prefers large pairs, and those whose longer side is the one with more
-    room. Every size must be at most the room of its side.
+    Each row is filled greedily with the pair that minimises the sum of squares of the room left on both sides, until none
+    fits: the norm-based greedy of Panigrahy et al. 2011. It prefers large pairs, and those whose longer side is the one
+    with more room. Every size must be at most the room of its side.
     """
     parts = []
     count = 0
@@ -158,10 +158,10 @@ def fit_pairs(source: np.ndarray, target: np.ndarray, source_room: int, target_r
 
 
 def _fit(sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """A row for each of the pairs [P, 2]. Pairs of the same sizes are alike: it is these kinds that are chosen from."""
+    """A row for each of the pairs [P, 2]. Pairs of the same sizes are interchangeable, so the choice is among distinct sizes."""
     kinds, kind, counts = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
     members = np.argsort(kind.ravel(), kind="stable")
-    following = np.cumsum(counts) - counts  # of each kind, the place in `members` of the one to take next
+    following = np.cumsum(counts) - counts  # for each size, the index in `members` of the next pair to take
     ends = np.cumsum(counts)
     rows = np.empty(len(sizes), np.int64)
     waiting, row, done = np.arange(len(kinds)), 0, 0
@@ -184,7 +184,7 @@ def _fit(sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
 def choose_widths(
     source: np.ndarray, target: np.ndarray, source_room: int, target_room: int, *, most: int
 ) -> np.ndarray:
-    """Up to `most` widths for rows of one pair, [W, 2] int64 rising on both sides, with the least padding in all.
+    """Up to `most` widths for rows of one pair, [W, 2] int64 increasing on both sides, with the least total padding.
 
     Pairs are ordered by their longer side, and cut into groups by dynamic programming; a group is as wide as its
     longest pair, in steps of 8.
@@ -194,7 +194,7 @@ def choose_widths(
     wide = np.zeros((len(keys), 2), np.int64)
     for side, (sizes, room) in enumerate(((source, source_room), (target, target_room))):
         np.maximum.at(wide[:, side], groups, sizes)
-        # Never narrower than what comes before, so that pairs left over may move up.
+        # Never narrower than the previous width, so that leftover pairs may move up.
         wide[:, side] = np.maximum.accumulate(np.minimum(-(-wide[:, side] // _WIDTH_STEP) * _WIDTH_STEP, room))
     before = np.concatenate([[0], np.cumsum(np.bincount(groups))])
     # cost[i, j]: positions of the keys i to j as one group.

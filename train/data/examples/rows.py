@@ -3,11 +3,11 @@
 Axes: B examples asked for at once, T positions, N examples there are. Every row holds
 
     tokens            [B, T] int32    `[CLS]`, the text, `[SEP]` (Devlin et al. 2018, section 4.1), a second text, `[SEP]`;
-                                      between two texts as many `[SEP]` as the tokenizer has there
-    segments          [B, T] int32    1 where it stands, 0 at padding
+                                      between two texts, the tokenizer's number of `[SEP]`
+    segments          [B, T] int32    1 at tokens, 0 at padding
     positions         [B, T] int32    0, 1, ...; 0 at padding
 
-and, where there is a second text,
+and, if there is a second text,
 
     token_types       [B, T] int32    1 there and at its `[SEP]`, else 0
 """
@@ -27,7 +27,7 @@ from train.progress import say_once
 from transformer.errors import UserError
 
 TooLong = Literal["drop", "truncate"]
-"""What happens to a document that is longer than a row: it is left out, or its end is."""
+"""What happens to a document longer than a row: it is left out, or cut."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,26 +35,26 @@ class Stretches:
     """A stretch of tokens for each example."""
 
     tokens: np.ndarray
-    """Of all documents."""
+    """The tokens of all documents."""
     starts: np.ndarray
-    """[N], where in `tokens` each begins."""
+    """[N], the index in `tokens` where each begins."""
     sizes: np.ndarray
     """[N], in tokens."""
 
     @classmethod
     def of(cls, array: TokenArray, documents: np.ndarray, sizes: np.ndarray) -> Stretches:
         """The beginnings of some documents of an array."""
-        # Plain views: indexing a memmap costs several times as much.
+        # Plain views: indexing a memmap is several times slower.
         return cls(np.asarray(array.tokens), np.asarray(array.offsets)[documents], sizes)
 
 
 class TaskRows(Examples):
-    """The examples of an array of documents, of which each is about one document."""
+    """The examples of an array of documents; each example is about one document."""
 
     documents: np.ndarray
     """[N] int64: which document of the array each example is about."""
     sides: list[Stretches]
-    """What stands in the rows: one text, or two."""
+    """The stretches in the rows: of one text, or of two."""
 
     def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int) -> None:
         super().__init__(array, length)
@@ -78,7 +78,7 @@ class TaskRows(Examples):
         """The arrays that the module describes: the stretches `indices` [B] of one or two sides."""
         places = np.arange(self.length)
         tokens, types = (np.zeros((len(indices), self.length), np.int32) for _ in range(2))
-        before = np.zeros((len(indices), 1), np.int64)  # the place of the last special token before a side
+        before = np.zeros((len(indices), 1), np.int64)  # the position of the last special token before a side
         for number, side in enumerate(sides):
             sizes = side.sizes[indices][:, None]
             offset = places - before - 1
@@ -101,7 +101,7 @@ class TaskRows(Examples):
 
 
 def one_each(count: int) -> np.ndarray:
-    """Weights [B, 1]: a row is one thing to predict."""
+    """Weights [B, 1]: a row is one prediction."""
     return np.ones((count, 1), np.float32)
 
 
@@ -131,7 +131,7 @@ def fitting(array: TokenArray, sizes: np.ndarray, length: int, too_long: TooLong
 
 
 def longest_first(first: np.ndarray, second: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """How much of the two sides of pairs [N] is taken: the ends of the longer side go first, until both fit `room` tokens."""
+    """How many tokens of both sides of pairs [N] are used: the longer side is cut first, until both fit `room` tokens."""
     shorter = np.minimum(np.minimum(first, second), room // 2)
     rest = room - shorter
     is_longer = first > second

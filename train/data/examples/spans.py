@@ -7,7 +7,7 @@ example holds
     tokens, targets, segments, positions              [B, T] int32
     weights                                           [B, T] float32
 
-where `targets` ends with an end of text, and `tokens` is the same one place later, with an end of text in front.
+where `targets` ends with an end of text, and `tokens` is `targets` shifted right, with an end of text in front.
 Segments are 1, 2, ... and 0 at padding; positions count from 0 in each piece.
 """
 
@@ -26,10 +26,10 @@ MODES = ("[R]", "[S]", "[X]")
 
 
 class Prefix(Chunked):
-    """Running text of which a part is seen at once and the rest predicted (Raffel et al. 2020, section 3.2.3).
+    """Running text with a prefix that is fully visible; the rest is predicted (Raffel et al. 2020, section 3.2.3).
 
-    As `Chunked`, and `prefix` [B] int32: how many of the leading tokens all may see, 1 or more, drawn evenly. Weights
-    are 1 from the last of those on, the first whose target is not seen.
+    As `Chunked`, and `prefix` [B] int32: how many leading tokens are visible to all, 1 or more, drawn uniformly. Weights
+    are 1 from the last of those on, which is the first whose target is not visible.
     """
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
@@ -41,7 +41,7 @@ class Prefix(Chunked):
 
 
 class SpanCorruption(Examples):
-    """T5's objective: the source is filled exactly, and so is the target of the length that follows from it."""
+    """T5's objective: source and target are filled exactly; the target's length follows from the source's."""
 
     def __init__(self, array: TokenArray, tokenizer: Tokenizer, lengths: SpanLengths) -> None:
         """`lengths` are those of every example."""
@@ -70,7 +70,7 @@ class SpanCorruption(Examples):
 
 
 class Ul2(Examples):
-    """UL2's mixture of denoisers, each with as much text as fits on both sides; what is left of a row is padding."""
+    """UL2's mixture of denoisers, each with as much text as fits on both sides; the rest of a row is padding."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Ul2(Examples):
         weights: tuple[float, float, float],
         mode_tokens: bool,
     ) -> None:
-        """`weights` are those of R, S and X; `mode_tokens` begins the source with the name of its own."""
+        """`weights` are those of R, S and X; with `mode_tokens` the source begins with the token of its mode."""
         super().__init__(array, length)
         self._source_length = source_length
         self._lengths = ul2_lengths(source_length - mode_tokens, length)
@@ -104,7 +104,7 @@ class Ul2(Examples):
         filled = np.zeros((len(indices), 2), np.int64)
         for number in np.unique(chosen):
             rows, denoiser, lengths = np.flatnonzero(chosen == number), UL2_DENOISERS[number], self._lengths[number]
-            # A denoiser that takes less text than others finds its part anywhere in the example.
+            # A denoiser that uses less text than others takes it from a random place in the example.
             begin = (drawn[rows, 1] * (self._stride - lengths.tokens + 1)).astype(np.int64)
             places = 1 + (indices[rows] * self._stride + begin)[:, None] + np.arange(lengths.tokens)
             if denoiser.mean_span is None:
@@ -130,7 +130,7 @@ class Ul2(Examples):
 
 
 def ul2_lengths(source_room: int, length: int) -> list[SpanLengths]:
-    """Of each denoiser, the lengths with the most text whose source fits `source_room` tokens and whose target `length`."""
+    """For each denoiser, the lengths with the most text whose source fits `source_room` tokens and whose target `length`."""
 
     def fits(lengths: SpanLengths) -> bool:
         return lengths.source <= source_room and lengths.target <= length
@@ -160,7 +160,7 @@ def two_sides(
     source_filled_B: np.ndarray | None = None,
     target_filled_B: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """The arrays of rows with one piece each; so many positions are filled, all where that is not given."""
+    """The arrays of rows with one piece each; only `filled` positions are used, all of them by default."""
     batch: dict[str, np.ndarray] = {"source_tokens": source_BS}
     shifted = np.empty_like(target_BT)
     shifted[:, 0] = end_of_text

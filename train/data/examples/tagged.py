@@ -1,8 +1,8 @@
-"""Examples of words with tags: one text a row.
+"""Examples of words with tags: one text per row.
 
 Axes: B examples asked for at once, T positions. Every example holds the arrays of `train.data.examples.rows` and
 
-    targets           [B, T] int32    at the first token of each word its tag, by its number in `Meta.labels`; else 0
+    targets           [B, T] int32    the tag of each word at its first token, by its number in `Meta.labels`; else 0
     weights           [B, T] float32  1 there, else 0: the rest of a word has no tag (Devlin et al. 2018, section 5.3)
 """
 
@@ -18,7 +18,7 @@ from train.data.tokenization.tokenizer import Tokenizer
 
 
 class TaggedWords(TaskRows):
-    """The texts of an array, in its order; those that are too long for a row are left out, or their last words are."""
+    """The texts of an array, in its order; those too long for a row are left out, or lose their last words."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class TaggedWords(TaskRows):
         self.documents = fitting(array, sizes + 2, length, too_long, shown=shown)
         text = Stretches.of(array, self.documents, np.minimum(sizes[self.documents], length - 2))
         self.sides = [text]
-        # As tokens, so that they are laid out as those are.
+        # Stored like tokens, so that they are laid out the same way.
         tags = np.full(len(array.tokens), NONE, np.int32) if array.labels is None else np.asarray(array.labels)
         self._tags = Stretches(tags + 1, text.starts, text.sizes)
 
@@ -49,7 +49,7 @@ class TaggedWords(TaskRows):
         }  # fmt: skip
 
     def size(self, index: int) -> int:
-        """How many tokens of its text an example has."""
+        """How many tokens of its text each example has."""
         return int(self.sides[0].sizes[index])
 
 

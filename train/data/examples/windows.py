@@ -2,9 +2,9 @@
 
 Axes: B examples asked for at once. Every example holds the arrays of `rows`, of the question and the window, and
 
-    labels            [B, 2] int32    the first and the last token of the answer, as places in the row; 0, `[CLS]`, where the
+    labels            [B, 2] int32    the first and the last token of the answer, as positions in the row; 0, `[CLS]`, if the
                                       window does not hold all of it, or there is none (Devlin et al. 2018, section 4.3)
-    weights           [B, 1] float32  1: a row is one thing to predict
+    weights           [B, 1] float32  1: a row is one prediction
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from train.progress import say_once
 
 
 class AnswerWindows(TaskRows):
-    """The windows over the contexts of an array, in its order, of which each begins `stride` tokens after the one before."""
+    """The windows over the contexts of an array, in its order; each begins `stride` tokens after the previous one."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class AnswerWindows(TaskRows):
         count = 1 + np.maximum(0, -(-(contexts - room) // steps))
         self.documents = np.repeat(np.arange(array.documents), count)
         self.first = steps[self.documents] * place_in_group(count)
-        """[N] the first token of each window, as its place in the context."""
+        """[N] the index in the context of each window's first token."""
         sizes = np.minimum(room[self.documents], contexts[self.documents] - self.first)
         starts = np.asarray(array.target.offsets)[self.documents] + self.first
         self.sides = [
@@ -61,7 +61,7 @@ class AnswerWindows(TaskRows):
 
     @property
     def before(self) -> np.ndarray:
-        """[N]: how many tokens of the row stand before the window."""
+        """[N]: how many tokens of the row precede the window."""
         return self.sides[0].sizes + 1 + self.between
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:

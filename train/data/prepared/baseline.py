@@ -1,4 +1,4 @@
-"""What general compressors make of the validation text: the bar that a language model has to clear."""
+"""Compression of the validation text by general compressors: a baseline for language models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Baseline:
         self._gzip_bytes = self._xz_bytes = 0
 
     def add(self, text: bytes) -> None:
-        """Compress one more text. Past 64 MiB in all it gives up: the time would be better spent on training."""
+        """Compress one more text. It gives up after 64 MiB in all, to save time."""
         self._left -= len(text)
         if self._left >= 0:
             self._gzip_bytes += len(self._gzip.compress(text))

@@ -16,15 +16,15 @@ from train.progress import say
 from transformer.errors import UserError
 
 NONE = -1
-"""In the place of a class where there is none."""
+"""The number of a missing class."""
 
 
 class Labels:
-    """The labels of each source and split, in the order of the documents: of classes and tags, their numbers.
+    """The labels of each source and split, in the order of the documents; classes and tags as numbers.
 
-    What is written for D documents of N tokens, ends of text and the one before them counted: int32 [D] (class), float32 [D]
-    (number), int32 [D, 2] (answers: the first and the last token of the first answer in its context), int32 [N] (tags: that
-    of a word at its first token); -1 where there is none.
+    Written for D documents of N tokens (all ends of text included): int32 [D] (class), float32 [D] (number), int32 [D, 2]
+    (answers: the first and the last token of the first answer in its context), int32 [N] (tags: a word's tag at its first
+    token); -1 if there is none.
     """
 
     def __init__(self, kind: LabelKind) -> None:
@@ -33,20 +33,20 @@ class Labels:
         self._found: dict[tuple[Split, int], array] = {}
         self._lost = 0
         self._choices = 0
-        """Of documents whose label is the number of a choice: how many there are."""
+        """For documents whose label is the number of a choice: how many choices there are."""
 
     def add(self, split: Split, source: int, document: Document, tokens: int, marks: np.ndarray | None) -> None:
         """Take the label of the next document of source number `source`.
 
         Args:
             tokens: how many its first side has, without end of text.
-            marks: of tags, each word's first token; of answers, the first and the last token.
+            marks: for tags, each word's first token; for answers, the first and the last token.
         """
         label, kind = document.label, self._kind
         assert label is not None
         found = self._found.get((split, source))
         if found is None:
-            # Before the first document of a token array stands an end of text.
+            # A token array begins with an end of text.
             before = [NONE] if kind == "tags" else []
             found = self._found[split, source] = array("f" if kind == "number" else "i", before)
         if isinstance(label, float):
@@ -93,7 +93,7 @@ class Labels:
         return self._numbers.setdefault(name, len(self._numbers))
 
     def _names(self) -> tuple[str, ...]:
-        """Of the training documents' classes, or tags, sorted. Raises `UserError` where a held-out one has another."""
+        """The names of the training documents' classes, or tags, sorted. Raises `UserError` for a held-out one that is not."""
         found = list(self._numbers)
         known = {number for (split, _), own in self._found.items() if split == "train" for number in set(own)} - {NONE}
         names = tuple(sorted(found[number] for number in known))
@@ -109,9 +109,9 @@ class Labels:
 
 
 def _names_of_choices(labels: Iterable[str], count: int) -> tuple[str, ...]:
-    """What the data calls its choices, the first one first: numbers from 0 or from 1, or letters.
+    """The data's names of the choices, in order: numbers from 0 or from 1, or letters.
 
-    Raises `UserError` where some label is the name of none.
+    Raises `UserError` if a label is none of these names.
     """
     ways = [[str(number) for number in range(count)], [str(number + 1) for number in range(count)]]
     ways += [list(letters[:count]) for letters in (string.ascii_uppercase, string.ascii_lowercase)]
@@ -120,9 +120,9 @@ def _names_of_choices(labels: Iterable[str], count: int) -> tuple[str, ...]:
             return tuple(names)
     shown = ", ".join(sorted(labels)[:_SHOWN])
     raise UserError(
-        f"data: labels of {count} choices are {shown}; allowed: the number of the right one, from 0 or from 1, or its letter"
+        f"data: labels of {count} choices are {shown}; allowed: the number of the correct one, from 0 or from 1, or its letter"
     )
 
 
 _SHOWN = 10
-"""Labels that are named."""
+"""The most labels that a message names."""

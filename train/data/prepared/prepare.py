@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ from train.data.sources.source_config import SourceConfig, StdlibSource, Synthet
 from train.data.tokenization.tokenise import tokenised
 from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
 from train.data.tokenization.vocabulary import is_trained, make_tokenizer
-from train.files import cache_dir, sync, writing
+from train.files import Busy, cache_dir, locked, sync, writing
 from train.progress import report, say
 from transformer.errors import Config, ConfigError, UserError, require
 
@@ -45,24 +46,24 @@ class DataConfig(Config):
     """What a run reads, and how it is cut into examples."""
 
     sources: tuple[SourceConfig, ...] = (StdlibSource(),)
-    """Where training text comes from; examples are drawn from them by their weights."""
+    """Sources of training text; examples are drawn from them in proportion to their weights."""
     validation: tuple[SourceConfig, ...] = ()
-    """Where validation text comes from; empty: documents held out from `sources`."""
+    """Sources of validation text; empty: documents held out from `sources`."""
     validation_fraction: float = 0.05
-    """The part of the documents that is held out, chosen by document id, or by group where the source has a
-    `group_field`; not used where `validation` is given."""
+    """The fraction of documents that is held out, chosen by document id, or by group if the source has a
+    `group_field`; not used if `validation` is given."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes token ids."""
     target_tokenizer: TokenizerConfig | None = None
-    """How the other side of pairs becomes token ids; null: by the same vocabulary, trained on both sides."""
+    """How the target side of pairs becomes token ids; null: by the same vocabulary, trained on both sides."""
     packing: Literal["chunk", "documents", "pad"] = "chunk"
-    """`chunk`: all documents joined, cut into sequences; `documents`: whole documents, or pairs, fitted into sequences,
-    none of which attends to another (with contrastive and the tasks of labelled documents one document, or pair, a row);
-    `pad`: one pair a row, in batches of pairs of similar length."""
+    """`chunk`: all documents joined, then cut into sequences; `documents`: whole documents, or pairs, packed into sequences
+    without attending to each other (with contrastive and the tasks of labelled documents one document, or pair, per row);
+    `pad`: one pair per row, in batches of pairs of similar length."""
     num_workers: int = 0
     """Threads that tokenise, and threads that fetch batches; 0: one per core."""
     prefetch: int = 4
-    """Batches that wait ready in memory."""
+    """Number of batches to prefetch into memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +85,7 @@ class DataConfig(Config):
                 raise ConfigError(DataConfig, part, other[0], f"whose label_kind is not {first!r} as that of the first")
         require(self, "target_tokenizer", self.pairs or self.target_tokenizer is None, "only for sources of pairs")
         if self.pairs:
-            wanted = "'documents' or 'pad' for pairs: cut anywhere, the two sides would not correspond"
+            wanted = "'documents' or 'pad' for pairs: chunks of the two sides would not correspond"
             require(self, "packing", self.packing != "chunk", wanted)
         else:
             require(
@@ -106,7 +107,7 @@ class DataConfig(Config):
 
     @property
     def label_kind(self) -> LabelKind | None:
-        """What the documents' labels are; None where they have none."""
+        """What the documents' labels are; None if they have none."""
         return self.sources[0].document_labels
 
     @property
@@ -119,7 +120,7 @@ class DataConfig(Config):
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
-    """The config's data as token arrays: opened if it was prepared before, else prepared now.
+    """The config's data as token arrays: opened if already prepared, else prepared now.
 
     Two processes may prepare the same data at once: one does it, the other waits. One that is killed leaves nothing
     that a later run takes for whole. Raises `UserError` for a source that cannot be read, for an empty training or
@@ -131,8 +132,9 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
     if not target.is_dir():
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(target, shown=progress):
-                if not target.is_dir():  # nobody made it while this process waited
+            waiting = functools.partial(say, f"waiting for another process that is preparing {target}", shown=progress)
+            with locked(target.with_suffix(_LOCK), waiting=waiting):
+                if not target.is_dir():  # no other process made it while this one waited
                     _remove_abandoned(folder, but=target)
                     _make(target, config, shown=progress)
     return Prepared.load(target)
@@ -162,7 +164,7 @@ def check_vocabulary(
 ) -> None:
     """Raise a `UserError` unless every token id that a model meets is below its `vocab_size`.
 
-    With `target_vocab_size` what is predicted has a vocabulary of its own: the other side of pairs. `inserted` is the
+    With `target_vocab_size` the target side of pairs has a vocabulary of its own. `inserted` is the
     largest id of the special tokens that an objective puts into sequences.
     """
     meta = prepared.meta
@@ -211,9 +213,9 @@ def _tokenizer(config: TokenizerConfig, texts: Iterator[str], *, shown: bool) ->
 
 
 def _training_texts(config: DataConfig, tokenizer: TokenizerConfig, side: int | None) -> Iterator[str]:
-    """Text to learn a vocabulary from: training documents only, up to the same number of bytes of each source.
+    """Text to train a vocabulary on: training documents only, up to the same number of bytes of each source.
 
-    Of pairs, that of one `side`; None for all sides.
+    `side` chooses one side of pairs; None: all sides.
     """
     for source in config.sources:
         left = tokenizer.training_bytes // len(config.sources)
@@ -256,14 +258,14 @@ def _write_tokens(directory: Path, config: DataConfig, tokenizers: list[Tokenize
 
 @dataclass(frozen=True)
 class _Run:
-    """What tokenising one source has in common with tokenising the next."""
+    """What tokenising every source needs."""
 
     directory: Path
     tokenizers: tuple[Tokenizer, ...]
     """One for each side of a document."""
     baseline: Baseline
     labels: Labels | None
-    """None where documents have none."""
+    """None if the documents have none."""
     workers: int
     shown: bool
 
@@ -297,7 +299,7 @@ class _Run:
         if rejects.count:
             first = next(iter(counts))
             counts[first] = dataclasses.replace(counts[first], skipped=rejects.count)
-            say(f"{source.title}: {rejects.count} documents left out, the first: {rejects.first}", shown=self.shown)
+            say(f"{source.title}: {rejects.count} documents skipped, the first: {rejects.first}", shown=self.shown)
         return counts
 
     def _writer(self, split: Split, number: int, source: SourceConfig) -> DocumentWriter:
@@ -306,7 +308,7 @@ class _Run:
 
 
 def _held_out(config: DataConfig) -> float:
-    """The fraction of the documents of `sources` that is for validation."""
+    """The fraction of the documents of `sources` that is used for validation."""
     return 0.0 if config.validation else config.validation_fraction
 
 
@@ -318,7 +320,7 @@ def _check_not_empty(train: tuple[Counts, ...], validation: tuple[Counts, ...], 
     if validation and not any(source.documents for source in validation):
         names = ", ".join(source.name for source in validation)
         hint = (
-            f"validation_fraction {held_out} of so few documents held out none: raise it, cut a long text into documents "
+            f"validation_fraction {held_out} holds out none of these few documents: raise it, cut a long text into documents "
             "with the source's separator (such as a blank line), set it to 0 to train without, or "
             if held_out
             else ""
@@ -326,32 +328,13 @@ def _check_not_empty(train: tuple[Counts, ...], validation: tuple[Counts, ...], 
         raise UserError(f"{names}: no document with text to validate on; {hint}give data.validation a source with text")
 
 
-@contextlib.contextmanager
-def _locked(target: Path, *, shown: bool) -> Iterator[None]:
-    """Hold the one lock on making `target`. The system lets go of it when its holder dies."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(target.with_suffix(_LOCK))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"waiting for another process that is preparing {target}", shown=shown)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _remove_abandoned(folder: Path, *, but: Path) -> None:
-    """Remove what killed processes left behind: the unfinished folders on which nobody holds the lock.
+    """Remove the unfinished folders of killed processes: those that no process has locked.
 
-    `but` is the folder whose lock this process holds itself; `_make` begins it afresh.
+    `but` is the folder whose lock this process holds itself; `_make` recreates it.
     """
-    from filelock import FileLock, Timeout
-
     for partial in set(folder.glob(f"*{_PARTIAL}")) - {but.with_suffix(_PARTIAL)}:
-        with contextlib.suppress(Timeout), FileLock(partial.with_suffix(_LOCK), timeout=0):
+        with contextlib.suppress(Busy), locked(partial.with_suffix(_LOCK)):
             shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -7,22 +7,22 @@
       train/0.offsets.npy           where each document begins, int64 [documents + 1]
       validation/0.tokens ...
 
-Of pairs, such as a text and its translation, there is besides
+For pairs, such as a text and its translation, there are also
 
-      target_tokenizer/             where the other side has a vocabulary of its own
-      train/0.target.tokens         the other side, document by document
+      target_tokenizer/             if the target side has a vocabulary of its own
+      train/0.target.tokens         the target side, document by document
       train/0.target.offsets.npy
 
-where a text has several others, its choices, they follow each other as documents of the other side; of documents with labels
+if a text has choices, they are successive documents of the target side; for documents with labels
 
       train/0.labels.npy            as `train.data.prepared.label_arrays` describes them, classes by their number in meta.json
 
-and of both
+and for both
 
       validation/0.documents.jsonl  the held-out documents as they were read, one a line
 
 An array begins with one end of text, and each document is followed by one. So every token of every document has a
-token before it to be predicted from, and `offsets[d] - 1` is where the inputs of document d begin.
+preceding token to predict it from, and `offsets[d] - 1` is where the inputs of document d begin.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ _TOKENIZER_FOLDERS = ("tokenizer", "target_tokenizer")
 
 @dataclass(frozen=True)
 class Counts:
-    """What one source put into one split; of pairs, the side that is read."""
+    """What one source contributed to one split; for pairs, the source side."""
 
     name: str
     """The source's title."""
     documents: int
     tokens: int
-    """Token ids that are predicted: each document's own and one end of text a document."""
+    """Token ids to predict: each document's own and one end of text per document."""
     bytes: int
     """The text in UTF-8, in bytes."""
     skipped: int
-    """Documents left out as unreadable. With a split by document id they are counted under `train`."""
+    """Documents skipped as unreadable. With a split by document id they are counted under `train`."""
     largest_id: int
     """The largest token id, the end of text included."""
     target: Counts | None = None
-    """Of pairs, the counts of the other side: the one that is predicted."""
+    """For pairs, the counts of the target side."""
 
     @property
     def predicted(self) -> Counts:
@@ -76,30 +76,30 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What `meta.json` holds."""
+    """The contents of `meta.json`."""
 
     format_version: int
     fingerprint: str
     python: str
-    """The Python that prepared the data: the `stdlib` source is its library."""
+    """The version of the Python that prepared the data; the `stdlib` source is its library."""
     dtype: str
     vocab_size: int
     end_of_text: int
     train: tuple[Counts, ...]
     validation: tuple[Counts, ...]
     gzip_bytes: int | None
-    """The validation documents, joined, after `gzip -9`; None where there is too much of them."""
+    """Bytes of the joined validation documents after `gzip -9`; None if they are too large."""
     xz_bytes: int | None
-    """The same after `xz`."""
+    """Bytes after `xz`."""
     target_vocab_size: int | None = None
-    """Of pairs: the vocabulary size of the other side, whether its own or the same; None where there are no pairs."""
+    """For pairs: the vocabulary size of the target side, whether separate or shared; None without pairs."""
     labels: tuple[str, ...] = ()
-    """The classes of the training documents, or the tags of their words, sorted; empty where there are none."""
+    """The classes of the training documents, or the tags of their words, sorted; empty if there are none."""
     label_kind: LabelKind | None = None
-    """What the documents' labels are; None where they have none."""
+    """What the documents' labels are; None if they have none."""
 
     def counts(self, split: Split) -> tuple[Counts, ...]:
-        """The counts of a split, one per source."""
+        """The counts of a split, one for each source."""
         return self.train if split == "train" else self.validation
 
     @property
@@ -109,20 +109,20 @@ class Meta:
 
     @property
     def largest_id(self) -> int:
-        """The largest token id of all that is read: a model's vocabulary must be larger."""
+        """The largest token id of all input: a model's vocabulary must be larger."""
         return max(counts.largest_id for counts in (*self.train, *self.validation))
 
     @property
     def largest_target_id(self) -> int:
-        """The largest token id of what is predicted: of pairs, the other side."""
+        """The largest token id of the targets; for pairs, of the target side."""
         return max(counts.predicted.largest_id for counts in (*self.train, *self.validation))
 
     def tokens(self, split: Split) -> int:
-        """Predicted tokens of a split; of pairs, the other side's."""
+        """Predicted tokens of a split; for pairs, of the target side."""
         return sum(counts.predicted.tokens for counts in self.counts(split))
 
     def bytes(self, split: Split) -> int:
-        """UTF-8 bytes of a split's text; of pairs, the other side's."""
+        """UTF-8 bytes of a split's text; for pairs, of the target side."""
         return sum(counts.predicted.bytes for counts in self.counts(split))
 
     def bytes_per_token(self, split: Split) -> float:
@@ -130,7 +130,7 @@ class Meta:
         return self.bytes(split) / max(1, self.tokens(split))
 
     def bits_per_byte(self, compressor: Literal["gzip", "xz"]) -> float | None:
-        """What a compressor makes of the validation text; None where it was not tried."""
+        """Bits per byte that a compressor reaches on the validation text; None if it was not tried."""
         size = self.gzip_bytes if compressor == "gzip" else self.xz_bytes
         return None if size is None else 8 * size / max(1, self.bytes("validation"))
 
@@ -145,11 +145,11 @@ class TokenArray:
     offsets: np.ndarray
     """[documents + 1], int64: document d is `tokens[offsets[d]:offsets[d + 1]]`, its end of text included."""
     index_path: Path | None = None
-    """Beginning of the names of files in which an index over this array may be kept; None to keep none."""
+    """Prefix of the names of files that store an index over this array; None to store none."""
     target: TokenArray | None = None
-    """Of pairs, the other side, document by document; None for single texts."""
+    """For pairs, the target side, document by document; None for single texts."""
     labels: np.ndarray | None = None
-    """The label of each document, or token, as `train.data.prepared.label_arrays` describes them; None where there are none."""
+    """The label of each document, or token, as `train.data.prepared.label_arrays` describes them; None without labels."""
 
     @property
     def documents(self) -> int:
@@ -158,13 +158,13 @@ class TokenArray:
 
     @property
     def others(self) -> int:
-        """How many texts of the other side belong to each document: 0, 1 in pairs, or the number of its choices."""
+        """How many texts of the target side belong to each document: 0, 1 in pairs, or the number of its choices."""
         return 0 if self.target is None or not self.documents else self.target.documents // self.documents
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Data that is ready to be packed and drawn."""
+    """Prepared data, ready to be packed and sampled."""
 
     directory: Path
     meta: Meta
@@ -175,7 +175,7 @@ class Prepared:
     """Only sources that have validation documents."""
 
     own_target_tokenizer: Tokenizer | None = None
-    """The tokenizer of a pair's other side, if that has a vocabulary of its own."""
+    """The tokenizer of the target side of pairs, if that has a vocabulary of its own."""
 
     @classmethod
     def load(cls, directory: Path) -> Prepared:
@@ -195,16 +195,16 @@ class Prepared:
 
     @property
     def pairs(self) -> bool:
-        """Whether every array has another side."""
+        """Whether every array has a target side."""
         return bool(self.train) and self.train[0].target is not None
 
     @property
     def target_tokenizer(self) -> Tokenizer:
-        """The tokenizer of what is predicted: of pairs, the other side's."""
+        """The tokenizer of the targets; for pairs, of the target side."""
         return self.own_target_tokenizer or self.tokenizer
 
     def held_out(self, array: TokenArray) -> list[Document]:
-        """The documents of an array of `validation` as they were read; kept of pairs, and of documents with labels.
+        """The documents of an array of `validation` as they were read; stored for pairs and for documents with labels.
 
         Raises `UserError` if the file is missing or damaged.
         """
@@ -259,7 +259,7 @@ class _TokenWriter:
 
 
 class DocumentWriter:
-    """Writes the token arrays of one source and split: of each side of its documents, and the held-out ones themselves.
+    """Writes the token arrays of one source and split, one for each side, and the held-out documents themselves.
 
     A context manager, which closes its files.
     """
@@ -285,14 +285,14 @@ class DocumentWriter:
         self._texts = self._texts_path.open("w", encoding="utf-8") if keeps_texts else None
 
     def add(self, document: Document, ids: Sequence[np.ndarray]) -> None:
-        """Append one document, and of each of its texts the ids [n], without end of text."""
+        """Append one document with the ids [n] of each of its texts, without end of text."""
         for place, (side_ids, text) in enumerate(zip(ids, document.sides, strict=True)):
             self._sides[min(place, 1)].add(side_ids, len(text.encode()))
         if self._texts:
             self._texts.write(document.to_json() + "\n")
 
     def finish(self) -> Counts:
-        """Write what is left and wait for the disk."""
+        """Write the rest and sync to disk."""
         if self._texts:
             self._texts.close()
             sync(self._texts_path)
@@ -310,7 +310,7 @@ class DocumentWriter:
 
 
 def write_tokenizers(directory: Path, tokenizers: Sequence[Tokenizer]) -> None:
-    """Save the tokenizer, and that of a pair's other side if there is one. Raises `OSError`."""
+    """Save the tokenizer, and that of the target side if there is one. Raises `OSError`."""
     for folder, tokenizer in zip(_TOKENIZER_FOLDERS, tokenizers, strict=False):
         tokenizer.save(directory / folder)
         for path in (directory / folder).iterdir():
@@ -318,7 +318,7 @@ def write_tokenizers(directory: Path, tokenizers: Sequence[Tokenizer]) -> None:
 
 
 def write_meta(directory: Path, meta: Meta) -> None:
-    """Write the counts, on the disk when this returns. Raises `OSError`."""
+    """Write the counts and sync them to disk. Raises `OSError`."""
     path = directory / _META_FILE
     path.write_text(json.dumps(dataclasses.asdict(meta), indent=2) + "\n", "utf-8")
     for written in (path, *(folder for folder in directory.iterdir() if folder.is_dir()), directory):

@@ -1,4 +1,4 @@
-"""File formats: from one file, compressed or not, to documents. Every fault is named by file and line."""
+"""File formats: reads documents from one file, compressed or not. Every error names file and line."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """How to turn files into documents. `read` is the only entrance; the rest is one method per format."""
+    """How to turn files into documents. `read` is the only entry point; the rest is one method per format."""
 
     format: Literal["auto"] | Format
     records: Records
-    """What becomes of a row; its `rejects` get all faults."""
+    """Turns rows into documents; its `rejects` collect all errors."""
     separator: str = ""
     query: str = ""
 
@@ -76,7 +76,7 @@ class Reader:
         line = 1
         with open_bytes(path) as stream:
             for number, data in enumerate(_split(stream, self.separator.encode())):
-                # A line may end as Windows ends it.
+                # A line may have a Windows line ending.
                 text = self._decode(data.removesuffix(b"\r") if self.separator == "\n" else data, path, line)
                 line += data.count(b"\n") + self.separator.count("\n")
                 if text:
@@ -91,7 +91,7 @@ class Reader:
             return ""
 
     def _python(self, path: Path, name: str) -> Iterator[Document]:
-        # Python source says its own encoding (PEP 263). The standard library's tests hold a few files that are
+        # Python source declares its own encoding (PEP 263). The standard library's tests hold a few files that are
         # broken on purpose: no user can fix those, so they never stop a run.
         data = path.read_bytes()
         try:
@@ -117,7 +117,7 @@ class Reader:
                     yield document
 
     def _csv(self, path: Path, name: str) -> Iterator[Document]:
-        csv.field_size_limit(sys.maxsize)  # a document may well be longer than the module's 128 KiB
+        csv.field_size_limit(sys.maxsize)  # a document may be longer than the module's limit of 128 KiB
         with open_bytes(path) as stream:
             rows = csv.DictReader(data.decode("utf-8", "surrogateescape") for data in stream)
             fields = [field.removeprefix("\ufeff") for field in rows.fieldnames or ()]
@@ -152,11 +152,11 @@ class Reader:
                         if document := self.records.document(row, f"{name}:{number}", f"{path}:{number}"):
                             yield document
         except pa.ArrowException as error:
-            raise UserError(f"{path}: not a Parquet file that can be read ({_line(error)}); make it again") from error
+            raise UserError(f"{path}: not a readable Parquet file ({_line(error)}); make it again") from error
 
     def _conll(self, path: Path, name: str) -> Iterator[Document]:
-        """Columns apart by white space, a word a line and an empty line after each text: `words` are the first column,
-        `tags` the last (Tjong Kim Sang & De Meulder 2003). Lines that begin a document are no words."""
+        """Columns separated by white space, one word per line and an empty line after each text: `words` are the first
+        column, `tags` the last (Tjong Kim Sang & De Meulder 2003). Lines that mark a new document are not words."""
         rows: list[list[str]] = []
         with open_bytes(path) as stream:
             for line, data in enumerate(itertools.chain(stream, [b""]), start=1):
@@ -175,7 +175,7 @@ class Reader:
 
     def _sqlite(self, path: Path, name: str) -> Iterator[Document]:
         # Read-only and immutable: no journal is written next to a file that is not ours. A tokenizer that is trained on
-        # these documents asks for them from threads of its own, one at a time.
+        # these documents requests them from its own threads, one at a time.
         uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
         connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
         connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
@@ -183,7 +183,7 @@ class Reader:
             rows = connection.execute(self.query)
             columns = [column[0] for column in rows.description or ()]
             if len(columns) == 1 and len(self.records.fields.by_setting()) == 1:
-                columns = [self.records.fields.text]  # the only column is the text, whatever its name
+                columns = [self.records.fields.text]  # a single column is the text, whatever its name
             self.records.columns(columns, f"{path}: query")
             for number, values in enumerate(rows, start=1):
                 row = dict(zip(columns, values, strict=True))
@@ -196,7 +196,7 @@ class Reader:
 
 
 def format_of(path: Path) -> Format:
-    """The format that a file's name implies: `pages.jsonl.gz` is `jsonl`, whatever is not known is `text`."""
+    """The format that a file's name implies: `pages.jsonl.gz` is `jsonl`, and an unknown one is `text`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()

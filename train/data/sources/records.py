@@ -11,17 +11,17 @@ from typing import Any, Literal, NamedTuple
 from transformer.errors import UserError, nearest
 
 _LARGEST = 3.4e38
-"""Of a number that is kept in 32 bits."""
+"""The largest absolute value of a label that is stored in 32 bits."""
 
 LabelKind = Literal["class", "number", "tags", "answers"]
 
 
 class Answers(NamedTuple):
-    """The answers that people gave to a question, as they stand in its context; empty where there is none."""
+    """The annotators' answers to a question, as they occur in its context; empty if there is none."""
 
     texts: tuple[str, ...]
     starts: tuple[int, ...]
-    """Of each, its first character's place in the context."""
+    """The index in the context of each answer's first character."""
 
 
 Label = str | float | tuple[str, ...] | Answers
@@ -34,24 +34,24 @@ class Document(NamedTuple):
     id: str
     text: str
     target: str | None = None
-    """The other side of a pair."""
+    """The target side of a pair."""
     group: str = ""
     """What this document belongs to, such as a chapter; empty: nothing but itself."""
     label: Label | None = None
-    """What is to be predicted of the document."""
+    """The document's label, which a task predicts."""
     words: tuple[str, ...] | None = None
-    """The text's words, where each has a tag."""
+    """The text's words, if each has a tag."""
     choices: tuple[str, ...] = ()
-    """The texts of which one continues the text."""
+    """The choices, one of which continues the text."""
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The text, and in a pair the other side's, or all choices."""
+        """The text, and the target of a pair or all choices."""
         return (self.text, *self.choices) if self.target is None else (self.text, self.target)
 
     @property
     def split_by(self) -> str:
-        """What the validation split goes by: documents of one group are held out together."""
+        """The key of the validation split: documents of one group are held out together."""
         return self.group or self.id
 
     def to_json(self) -> str:
@@ -83,7 +83,7 @@ class Fields(NamedTuple):
     choices: tuple[str, ...] = ()
 
     def by_setting(self) -> list[tuple[str, str]]:
-        """The fields that are wanted, each with the setting which names it."""
+        """The required fields, each with the setting that names it."""
         named = [
             ("text_field", self.text),
             ("target_field", self.target),
@@ -106,7 +106,7 @@ class Fields(NamedTuple):
 
 @dataclass
 class Rejects:
-    """What happens to a document that cannot be read: the first one stops everything, or all are counted."""
+    """What happens to a document that cannot be read: the first one raises an error, or all are counted."""
 
     on_error: Literal["stop", "skip"] = "stop"
     count: int = 0
@@ -114,7 +114,7 @@ class Rejects:
     advice: str = ", or set on_error: skip"
 
     def add(self, place: str, reason: str) -> None:
-        """Count the document at `place` (`FILE:LINE`), or raise a `UserError` that says what is wrong with it."""
+        """Count the document at `place` (`FILE:LINE`), or raise a `UserError` that gives the reason."""
         if self.on_error == "stop":
             raise UserError(f"{place}: {reason}; fix it{self.advice}")
         self.skip(place, reason)
@@ -126,7 +126,7 @@ class Rejects:
 
 
 class _Faulty(Exception):
-    """The reason why a record makes no document."""
+    """The reason why a record is not a document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +136,11 @@ class Records:
     fields: Fields
     rejects: Rejects
     labels: tuple[str, ...] = ()
-    """Documents of other classes are passed over; empty: none are."""
+    """Documents of other classes are skipped; empty: none are."""
     label_kind: LabelKind = "class"
-    """What `fields.label` holds. Of `tags`, the text is a list of words."""
+    """What `fields.label` holds. With `tags` the text is a list of words."""
     needs_text: bool = False
-    """A record whose text is empty is at fault; else it is passed over."""
+    """Whether a record with an empty text is an error; else it is skipped."""
 
     def columns(self, known: list[str], place: str) -> list[str]:
         """The columns of a table to read. Raises `UserError` for one that the table lacks."""
@@ -150,7 +150,7 @@ class Records:
             raise UserError(f"{place}: {error.args[0]}") from None
 
     def document(self, row: Mapping[str, Any], id: str, place: str) -> Document | None:
-        """The document that a record holds; None for one to pass over, and after telling `rejects` about a fault."""
+        """The document that a record holds; None for one to skip, and for an error, which goes to `rejects`."""
         try:
             return self._document(row, id)
         except _Faulty as fault:
@@ -166,7 +166,7 @@ class Records:
                 raise _Faulty(missing_field(setting, field, list(row))) from None
         label: Label | None = None
         if self.fields.label and self.label_kind == "class":
-            # Before the text: what is wrong with a document that is passed over is no matter.
+            # Before the text: errors in a document that is skipped do not matter.
             label = self._class(values["label_field"][0])
             if self.labels and label not in self.labels:
                 return None
@@ -181,7 +181,7 @@ class Records:
                     raise _Faulty(f"field {field!r} is empty, and so is one side of the pair")
         group = values.get("group_field", [""])[0]
         if group is None:
-            raise _Faulty(f"field {self.fields.group!r} holds nothing")
+            raise _Faulty(f"field {self.fields.group!r} is empty")
         choices: tuple[str, ...] = ()
         if self.fields.choices:
             choices, target = self._choices(values["choice_fields"], target), None
@@ -194,7 +194,7 @@ class Records:
         field = self.fields.label
         if value is None or (isinstance(value, str) and not value.strip()):
             raise _Faulty(f"field {field!r} is empty, and the document has no class")
-        # Data sets often number their classes.
+        # Classes are often numbers.
         return str(value) if isinstance(value, int) else _valid(value, field)
 
     def _label(self, value: Any, words: Sequence[str] | None, target: str | None) -> Label:
@@ -227,17 +227,17 @@ class Records:
         return tuple(str(tag) if isinstance(tag, int) else _valid(tag, field) for tag in value)
 
     def _answers(self, value: Any, context: str) -> Answers:
-        """SQuAD's answers: a list of each field, or a list of answers."""
+        """SQuAD's answers: one list for each field, or a list of answers."""
         field = self.fields.label
         if isinstance(value, list):
             value = {name: [_item(answer, name, field) for answer in value] for name in ("text", "answer_start")}
         texts, starts = (_item(value, name, field) for name in ("text", "answer_start"))
         if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
-            raise _Faulty(f"field {field!r} holds no list of texts and one of as many answer_start")
+            raise _Faulty(f"field {field!r} does not hold lists text and answer_start of the same length")
         for text, start in zip(texts, starts, strict=True):
             _valid(text, field)
             if not (text and isinstance(start, int) and start >= 0 and context.startswith(text, start)):
-                raise _Faulty(f"field {field!r}: {text!r} does not stand at character {start!r} of the context")
+                raise _Faulty(f"field {field!r}: {text!r} is not at character {start!r} of the context")
         return Answers(tuple(texts), tuple(starts))
 
     def _choices(self, values: list[Any], beginning: str | None) -> tuple[str, ...]:
@@ -259,7 +259,7 @@ def value_at(row: Mapping[str, Any], field: str) -> Any:
 
 
 def missing_field(setting: str, field: str, fields: list[str]) -> str:
-    """The reason why a record lacks a field that `setting` names: what was looked for, and what there is."""
+    """The message about a missing field that `setting` names: the field, and the fields that exist."""
     known = ", ".join(map(str, fields)) or "none"
     return f"no field {field!r} (there is {known}); set {setting}.{nearest(field, fields)}"
 

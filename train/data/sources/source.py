@@ -1,7 +1,7 @@
-"""Sources of text: the standard library, local files, the Hugging Face hub, files inside a wheel, an invented language.
+"""Sources of text: the standard library, local files, the Hugging Face hub, files inside a wheel, a synthetic language.
 
-Whatever the kind, a source is an ordered stream of `Document`s with stable ids, and an `identity` by which to tell,
-before reading it all, that it is still the one that was prepared earlier.
+Every source is an ordered stream of `Document`s with stable ids. Its `identity` shows, without reading it all, whether
+it is unchanged since it was prepared.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from transformer.errors import UserError
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
-_GENERATED = ("config-", "_sysconfigdata")  # made when this Python was built: they hold the paths of one machine
+_GENERATED = ("config-", "_sysconfigdata")  # made when this Python was built: they hold paths of the build machine
 
 
 def documents(config: SourceConfig, rejects: Rejects | None = None) -> Iterator[Document]:
     """The source's documents, always in the same order, none of them empty.
 
-    `rejects` counts what `on_error: skip` leaves out. Raises `UserError`, naming file and line, for whatever cannot
+    `rejects` counts what `on_error: skip` leaves out. Raises `UserError`, naming file and line, for a document that cannot
     be read.
     """
     if isinstance(config, SyntheticSource):
@@ -88,7 +88,7 @@ def source_files(config: StdlibSource | FilesSource | WheelSource) -> list[tuple
 
 
 def validation_position(split_by: str) -> float:
-    """Where in [0, 1) a document stands, by its id or group alone: what is below the validation fraction is held out."""
+    """A hash of a document's id or group in [0, 1); documents below the validation fraction are held out."""
     digest = hashlib.blake2b(split_by.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -110,19 +110,19 @@ def _library_files(include_tests: bool) -> list[tuple[str, Path]]:
     files: list[tuple[str, Path]] = []
     for folder, folders, names in os.walk(root):
         below = Path(folder).relative_to(root)
-        # Pruned while walking: installed packages lie inside and may be many times larger than the library.
+        # Pruned while walking: installed packages are inside and may be many times larger than the library.
         folders[:] = [name for name in folders if name not in left_out and not name.startswith(_GENERATED)]
         modules = [name for name in names if name.endswith(".py") and not name.startswith(_GENERATED)]
         files.extend(((below / name).as_posix(), Path(folder, name)) for name in modules)
     if not files:
-        raise UserError(f"{root}: this Python has no library in source form; choose kind: files")
+        raise UserError(f"{root}: this Python has no library as source code; choose kind: files")
     return sorted(files)
 
 
 def _local_files(pattern: str) -> list[tuple[str, Path]]:
     expanded = Path(pattern).expanduser()
     if expanded.is_dir():
-        raise UserError(f"{pattern}: a folder; name its files, such as {pattern.rstrip('/')}/**/*.txt")
+        raise UserError(f"{pattern}: this is a folder; name its files, such as {pattern.rstrip('/')}/**/*.txt")
     if expanded.is_file():  # before globbing: a name may hold brackets
         return [(expanded.name, expanded)]
     paths = [Path(path) for path in glob.glob(str(expanded), recursive=True)]
@@ -135,7 +135,7 @@ def _local_files(pattern: str) -> list[tuple[str, Path]]:
 
 
 def _class_names(features: Mapping[str, Any], field: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Puts the names of classes in the place of their numbers, in a row whose data set has names for them."""
+    """Replaces class numbers by class names, in a row of a data set that has names for them."""
     feature = features.get(field)
     feature = getattr(feature, "feature", feature)  # of a list of classes
     names = getattr(feature, "names", None)
@@ -145,7 +145,7 @@ def _class_names(features: Mapping[str, Any], field: str) -> Callable[[dict[str,
     def name(number: Any) -> Any:
         if isinstance(number, list):
             return [name(one) for one in number]
-        # A test set's rows are often of class -1.
+        # Rows of a test set often have class -1.
         return names[number] if isinstance(number, int) and 0 <= number < len(names) else None
 
     return lambda row: row | {field: name(row[field])}

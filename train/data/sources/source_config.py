@@ -1,4 +1,4 @@
-"""Configs of sources of text, one for each kind: the standard library, files, the hub, a wheel, an invented language."""
+"""Configs of sources of text, one for each kind: the standard library, files, the hub, a wheel, a synthetic language."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BaseSource(Config):
     """What all sources have in common."""
 
     kind: str
-    """Where text comes from."""
+    """Kind of the source."""
     limit: int | None = None
     """Read no more than this many documents; null: all."""
     weight: float = 1.0
@@ -32,17 +32,17 @@ class BaseSource(Config):
 
     @property
     def gives_pairs(self) -> bool:
-        """Whether each document has another side, such as a translation."""
+        """Whether each document has a target side, such as a translation."""
         return False
 
     @property
     def document_labels(self) -> LabelKind | None:
-        """What the documents' labels are; None where they have none."""
+        """What the documents' labels are; None if they have none."""
         return None
 
     @property
     def title(self) -> str:
-        """What to call this source in messages and counts."""
+        """The name of this source in messages and counts."""
         return self.kind
 
 
@@ -52,41 +52,41 @@ class StdlibSource(BaseSource):
 
     kind: Literal["stdlib"] = "stdlib"
     include_tests: bool = False
-    """Read the library's own tests too, which nearly triple it."""
+    """Also read the library's own tests, which nearly triple its size."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What happens at a document with invalid UTF-8: stop and name it, or leave it out and count it."""
+    """What happens at a document with invalid UTF-8: stop and name it, or skip and count it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSource(BaseSource):
-    """Documents that may be records: which of their fields make up a document."""
+    """Sources whose documents may be records; names the fields that make up a document."""
 
     text_field: str = "text"
-    """The field or column that holds the text, in everything but plain text; `translation.en` reaches inside one."""
+    """The field or column that holds the text, except in plain text files; a dotted name such as `translation.en` is nested."""
     target_field: str = ""
-    """The field that holds the other side, such as the translation, the second sentence, or the context of a question: the
-    source then gives pairs; empty: single texts. With choice_fields: what each choice begins with."""
+    """The field that holds the target side, such as the translation, the second sentence, or the context of a question: the
+    source then gives pairs; empty: single texts. With choice_fields: the text that each choice begins with."""
     choice_fields: tuple[str, ...] = ()
-    """The fields that hold the choices of which one continues the text, or one field with a list of them, for the
-    objective `choice`; empty: there are none."""
+    """For objective `choice`: the fields that hold the choices, one of which continues the text, or one field with a list of
+    them; empty: no choices."""
     group_field: str = ""
-    """The field by which documents are held out together, such as a chapter; empty: each by itself."""
+    """The field that groups documents to hold out together, such as a chapter; empty: each document alone."""
     label_field: str = ""
     """The field that holds a document's label; empty: documents have none."""
     label_kind: LabelKind = "class"
-    """What label_field holds. `class`: a class, or the number of the right choice; `number`: a number (objective
+    """What label_field holds. `class`: a class, or the number of the correct choice; `number`: a number (objective
     `regression`); `tags`: a list with a tag for each word of the list in text_field (`token_classification`); `answers`: the
     text and answer_start of answers in target_field to the question in text_field (`answer`)."""
     labels: tuple[str, ...] = ()
-    """With a label_field of classes: read documents of these classes alone; empty: of all."""
+    """With a label_field of classes: read only documents of these classes; empty: all documents."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What happens at a document with invalid UTF-8 or a malformed record: stop and name it, or leave it out and count it."""
+    """What happens at a document with invalid UTF-8 or a malformed record: stop and name it, or skip and count it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "text_field", bool(self.text_field), "a field's name")
         for field in ("target_field", "label_field"):
-            require(self, field, getattr(self, field) != self.text_field, "another field than text_field")
+            require(self, field, getattr(self, field) != self.text_field, "a field other than text_field")
         kind = self.label_kind
         require(self, "label_kind", bool(self.label_field) or kind == "class", "only with a label_field")
         require(self, "labels", bool(self.label_field and kind == "class") or not self.labels, "only for classes")
@@ -119,10 +119,10 @@ class FileFormatSource(RecordSource):
     """Files of one of several formats."""
 
     path: str
-    """A file, or a glob such as `texts/**/*.jsonl.gz`; of a wheel, inside it."""
+    """A file, or a glob such as `texts/**/*.jsonl.gz`; in a wheel, relative to its root."""
     format: Literal["auto", "text", "jsonl", "csv", "parquet", "sqlite", "conll"] = "auto"
-    """How the files are written; `auto` goes by the suffix, and takes any other suffix for text. `conll`: a word and its tag
-    a line, in the first and the last column, which are the fields `words` and `tags`."""
+    """Format of the files; `auto` chooses it by the suffix, and reads any other suffix as text. `conll`: one word and its tag
+    per line, in the first and the last column, which are the fields `words` and `tags`."""
     separator: str = ""
     """Text that ends a document inside a plain text file; empty: each file is one document."""
     query: str = ""
@@ -141,7 +141,7 @@ class FileFormatSource(RecordSource):
 
     @property
     def file_format(self) -> Format:
-        """How the files are written, as far as `path` says."""
+        """Format of the files; `auto` is resolved by the suffix of `path`."""
         return format_of(Path(self.path)) if self.format == "auto" else self.format
 
 
@@ -188,9 +188,9 @@ class HubSource(RecordSource):
     split: str = "train"
     """The data set's split."""
     revision: str = ""
-    """The commit or tag to read; empty: the newest, and a change on the hub is not noticed once prepared."""
+    """The commit or tag to read; empty: the newest, and changes on the hub are not noticed after preparation."""
     streaming: bool = False
-    """Read while downloading, and keep no copy."""
+    """Read while downloading, without keeping a copy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,11 +204,11 @@ class HubSource(RecordSource):
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticSource(BaseSource):
-    """`limit` pairs of sentences in two invented languages, whose word alignment is known."""
+    """`limit` pairs of sentences in two synthetic languages, whose word alignment is known."""
 
     kind: Literal["synthetic"] = "synthetic"
     mismatched: float = 0.0
-    """The part of the pairs whose second sentence translates another one. Above 0, pairs have a label: translation, or other."""
+    """The fraction of pairs whose target translates another sentence. Above 0, pairs have a label: translation, or other."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,10 @@
-"""A translation task between two invented languages whose word alignment is known.
+"""A translation task between two synthetic languages whose word alignment is known.
 
-A lexicon turns each source word into 0 to 3 target words, always the same ones; where there are several, each of them
-belongs to several source words too, so that none predicts the next one and all come from the source alone. A translation
-also moves words: an adjective follows its noun, and what comes after the subject of a clause is said in the opposite
-order of blocks, so that the verb ends the clause. Both follow from the source sentence alone, so that a model can learn
-them, and `alignment` says of any sentence which target word came from which source word.
+A lexicon translates each source word into 0 to 3 target words, always the same ones; if there are several, each also
+belongs to several source words, so that no target word predicts the next and all depend on the source alone. A translation
+also reorders words: an adjective follows its noun, and the blocks after the subject of a clause come in reverse
+order, so that the verb ends the clause. Both depend on the source sentence alone, so that a model can learn
+them, and `alignment` gives the source word of each target word of any sentence.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Kind = Literal["noun", "adjective", "verb", "adverb", "particle", "joint"]
 
 _SEED = 20
 _OTHERS = 1 << 40
-"""Sentences from this number on take the place of translations in mismatched pairs."""
+"""Sentences from this number on replace the translations in mismatched pairs."""
 _CANDIDATES = 3
-"""Of which the one whose length is nearest is taken, so that lengths say little."""
+"""Number of candidates, of which the one of the nearest length is taken, so that lengths reveal little."""
 _SIZES: dict[Kind, int] = {"noun": 160, "adjective": 80, "verb": 80, "adverb": 40, "particle": 4, "joint": 6}
 # How many target words a source word gives: particles have no counterpart, joints keep the clauses recognisable.
 _FERTILITY: dict[Kind, tuple[float, float, float, float]] = {
@@ -73,7 +73,7 @@ def lexicon() -> Lexicon:
             by_fertility[int(random.choice(4, p=_FERTILITY[kind]))].append(word)
     translation: dict[str, tuple[str, ...]] = dict.fromkeys(by_fertility[0], ())
     for count in (1, 2, 3):
-        # One list of words for each place, just long enough that all combinations together are enough.
+        # One list of words for each position, just long enough for the required number of combinations.
         size = math.ceil(len(by_fertility[count]) ** (1 / count))
         combinations = list(itertools.product(*(tuple(itertools.islice(targets, size)) for _ in range(count))))
         chosen = random.permutation(len(combinations))
@@ -82,10 +82,10 @@ def lexicon() -> Lexicon:
 
 
 def documents(count: int, mismatched: float = 0.0) -> Iterator[Document]:
-    """The first `count` pairs; document n is the same however many are asked for.
+    """The first `count` pairs; document n does not depend on `count`.
 
     Args:
-        mismatched: the part of the pairs whose target translates another sentence, of about the same length. Above 0, each
+        mismatched: the fraction of pairs whose target translates another sentence, of about the same length. Above 0, each
             pair has a label.
     """
     for number in range(count):
@@ -118,7 +118,7 @@ def translate(source_text: str) -> str:
 
 
 def alignment(source_text: str) -> list[tuple[int, int]]:
-    """Which source word each target word comes from: (target word, source word), both counted from 0.
+    """The source word of each target word: pairs (target word, source word), both counted from 0.
 
     Every target word has one source word; a source word has 0 to 3 target words. Raises `UserError` as `translate`.
     """
@@ -126,21 +126,21 @@ def alignment(source_text: str) -> list[tuple[int, int]]:
 
 
 def _translated(source_text: str) -> list[tuple[str, int]]:
-    """Each target word with the place of its source word."""
+    """Each target word with the index of its source word."""
     known = lexicon()
     words = source_text.split(" ")
     if unknown := [word for word in words if word not in known.kind_of]:
-        raise UserError(f"{unknown[0]!r} is no word of the synthetic language; give a sentence of the source side")
+        raise UserError(f"{unknown[0]!r} is not a word of the synthetic language; give a sentence of the source side")
     kinds = [known.kind_of[word] for word in words]
     return [(target, place) for place in _reordered(kinds) for target in known.translation[words[place]]]
 
 
 def _reordered(kinds: list[Kind]) -> Iterator[int]:
-    """The places of a sentence's words in the order in which the target language says them."""
+    """The indices of a sentence's words in the order of the target language."""
     begin = 0
     for end in [*(place for place, kind in enumerate(kinds) if kind == "joint"), len(kinds)]:
         blocks = _blocks(kinds, begin, end)
-        # The subject stays in front; verb, object and adverbs come in the opposite order.
+        # The subject stays in front; verb, object and adverbs come in reverse order.
         for block in blocks[:1] + blocks[:0:-1]:
             yield from block
         if end < len(kinds):
@@ -149,7 +149,7 @@ def _reordered(kinds: list[Kind]) -> Iterator[int]:
 
 
 def _blocks(kinds: list[Kind], begin: int, end: int) -> list[list[int]]:
-    """Cut a clause into blocks, each in the target's order: a noun before the adjectives that stood before it."""
+    """Cut a clause into blocks, each in the target's order: a noun before the adjectives that preceded it."""
     blocks: list[list[int]] = []
     before: list[int] = []
     for place in range(begin, end):
@@ -181,7 +181,7 @@ def _drawn(random: np.random.Generator, kind: Kind) -> str:
 
 @functools.cache
 def _zipf(count: int) -> np.ndarray:
-    """Cumulative probabilities [count] of ranks 1, 2, ... in proportion to 1 / rank."""
+    """Cumulative probabilities [count] of ranks 1, 2, ..., proportional to 1 / rank."""
     weights = np.cumsum(1 / np.arange(1, count + 1))
     return weights / weights[-1]
 

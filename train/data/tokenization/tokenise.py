@@ -1,4 +1,4 @@
-"""Tokenising a stream of documents on several threads, in order and in bounded memory."""
+"""Tokenises a stream of documents on several threads, in order and in bounded memory."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Tokenised(NamedTuple):
     sides: tuple[np.ndarray, ...]
     """The ids [n] of each of its sides."""
     marks: np.ndarray | None
-    """Of words with tags, the place of each word's first token [words]; of a question, the first and the last token [2] of
-    its first answer; -1 where there is none."""
+    """For words with tags, the index of each word's first token [words]; for a question, the first and the last token [2] of
+    its first answer; -1 if there is none."""
 
 
 def tokenised(tokenizers: Sequence[Tokenizer], documents: Iterable[Document], workers: int) -> Iterator[Tokenised]:
     """Each document with its tokens, in the order given, whatever the number of `workers`.
 
-    There is a tokenizer for the first side, and one for the others. They release the GIL, so threads are enough, and nothing
+    One tokenizer is for the first side, the other for the rest. They release the GIL, so threads suffice, and nothing
     is copied between processes. No more than a few batches of text are in memory at once.
     """
 
@@ -55,7 +55,7 @@ def tokenised(tokenizers: Sequence[Tokenizer], documents: Iterable[Document], wo
 
 
 def encode_documents(tokenizers: Sequence[Tokenizer], documents: list[Document]) -> list[Tokenised]:
-    """The tokens of documents that are all of one kind."""
+    """The tokens of documents of one kind."""
     if documents[0].words is not None:
         words = encode_words(tokenizers[0], [document.words or () for document in documents])
         return [Tokenised(document, (ids,), firsts) for document, (ids, firsts) in zip(documents, words, strict=True)]
@@ -96,7 +96,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 @contextlib.contextmanager
 def _library_threads_off() -> Iterator[None]:
-    """Keep `tokenizers` from adding threads of its own to ours. It reads the environment at every call."""
+    """Keep `tokenizers` from starting its own threads. It reads the environment at every call."""
     before = os.environ.get(_LIBRARY_THREADS)
     os.environ[_LIBRARY_THREADS] = "false"
     try:

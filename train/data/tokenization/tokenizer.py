@@ -259,35 +259,34 @@ class SubwordTokenizer(Tokenizer):
 
 
 class StreamDecoder:
-    """Text from token ids as they come. What `push` and `flush` return never ends inside a character.
+    """Text from token ids as they are generated. What `push` and `flush` return never ends inside a character.
 
     All that is pushed and flushed, joined, is what `Tokenizer.decode` makes of the same ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        from tokenizers.decoders import DecodeStream
+
         self._tokenizer = tokenizer
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
-        self._shown = ""
+        self._shown = 0
 
     def push(self, token: int) -> str:
-        """The text that is certain now that `token` has come; often empty in the middle of a character."""
+        """The text that is certain after `token`; often empty in the middle of a character."""
         data = self._tokenizer.token_bytes(token)
         if data is not None:
             return self._bytes.decode(data)
+        assert isinstance(self._tokenizer, SubwordTokenizer)
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd") or not text.startswith(self._shown):
-            return ""  # half a character, or a spelling that the next token settles
-        return self._show(text)
+        text = self._stream.step(self._tokenizer.model, token) or ""
+        self._shown += len(text)
+        return text
 
     def flush(self) -> str:
         """What is left at the end, unfinished characters as U+FFFD."""
-        return self._bytes.decode(b"", final=True) + self._show(self._tokenizer.decode(self._ids))
-
-    def _show(self, text: str) -> str:
-        new, self._shown = text[len(self._shown) :], text
-        return new
+        return self._bytes.decode(b"", final=True) + self._tokenizer.decode(self._ids)[self._shown :]
 
 
 @functools.cache

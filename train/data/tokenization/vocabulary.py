@@ -1,4 +1,4 @@
-"""Making a tokenizer: training its vocabulary on text, or reading one that exists."""
+"""Makes a tokenizer: trains its vocabulary on text, or reads an existing one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from transformer.errors import UserError
 if TYPE_CHECKING:
     import tokenizers
 
-# What a token may span, for text and code alike: punctuation joins the word or number after it (" = x", ".append"),
-# or else the white space after it ("):" + newline + indentation); a line end joins the indentation below it. On
+# What a token may span, in text and in code: punctuation joins the word or number after it (" = x", ".append"),
+# or else the white space after it ("):" + newline + indentation); a line end joins the next line's indentation. On
 # Python's standard library with 8192 tokens this gives 4.42 bytes a token; GPT-2's pattern gives 3.72, GPT-4's 3.70.
 _SPLIT = (
     r" ?[^\s\p{L}\p{N}_]* ?(?:[\p{L}_]+|\p{N}{1,3})"
@@ -50,7 +50,7 @@ def is_trained(config: TokenizerConfig) -> bool:
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer of a config, trained on `texts` if it is of a kind that is trained.
 
-    Raises `UserError` for a file that is missing or no tokenizer.
+    Raises `UserError` for a file that is missing or not a tokenizer.
     """
     added = config.added_tokens
     if config.kind == "bytes":
@@ -108,8 +108,8 @@ def _words(vocab_size: int, added: Sequence[str], texts: Iterable[str]) -> token
     """Whole words, the most frequent first, and one token for all others. White space becomes single spaces."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-    # A word is looked up as it stands: what the model itself does not know, no text can give. So special tokens are
-    # added after the words.
+    # Words are looked up verbatim, so text can give only tokens of the model itself. Special tokens are therefore added
+    # after the words.
     special = [name for name in (END_OF_TEXT, *added) if name != UNKNOWN]
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))  # pyright: ignore[reportCallIssue]
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -141,7 +141,7 @@ def _alphabet() -> list[str]:
 
 
 def _with_special(tokenizer: SubwordTokenizer, added: Sequence[str], end_of_text: str) -> SubwordTokenizer:
-    """The tokenizer with special tokens that its vocabulary may lack; those that it has keep their ids."""
+    """The tokenizer with added special tokens; those that its vocabulary already has keep their ids."""
     from tokenizers import AddedToken
 
     if not added:
@@ -151,7 +151,7 @@ def _with_special(tokenizer: SubwordTokenizer, added: Sequence[str], end_of_text
 
 
 def usual_end(model: tokenizers.Tokenizer) -> str | None:
-    """Whichever of the usual names for an end of text a vocabulary holds."""
+    """The vocabulary's end of text, by its usual names."""
     return next((end for end in _USUAL_ENDS if model.token_to_id(end) is not None), None)
 
 
@@ -206,7 +206,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge that makes each longer token: what it falls into when only merges of a lower rank are applied."""
+    """The merge that makes each longer token: its two parts after all merges of lower rank."""
     merges = []
     for token, rank in ranks.items():
         parts = [token[i : i + 1] for i in range(len(token))]

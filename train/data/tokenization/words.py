@@ -1,4 +1,4 @@
-"""Which tokens belong to one word, so that a word may be masked as a whole."""
+"""Which tokens belong to one word, for whole-word masking."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from transformer.errors import UserError
 
 
 class WordPieces:
-    """Tells from two neighbouring tokens whether they are pieces of one word. Axes: B rows, T positions."""
+    """Decides whether two neighbouring tokens are pieces of one word. Axes: B rows, T positions."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises `UserError` for a tokenizer whose tokens do not tell."""
+        """Raises `UserError` for a tokenizer whose tokens do not mark words."""
         self._ends, self._begins = _tables(tokenizer)
 
     def joined(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Which tokens go on with the word of the token before them: [B, T] bool."""
+        """Which tokens continue the word of the previous token: [B, T] bool."""
         joined = np.zeros(tokens_BT.shape, bool)
         joined[:, 1:] = self._ends[tokens_BT[:, :-1]] & self._begins[tokens_BT[:, 1:]]
         return joined
 
 
 def _tables(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Of each token, [V] bool: whether a word may go on after it, and whether it goes on with the word before it."""
+    """For each token, two [V] bool arrays: whether a word may continue after it, and whether it continues a word."""
     ids = range(tokenizer.vocab_size)
     spelled = [tokenizer.token_bytes(id) for id in ids]
     if isinstance(tokenizer, ByteTokenizer) or any(piece for piece in spelled):
-        # Letters, digits, underscores, and whatever is not ASCII make words; a token may begin with white space.
+        # Letters, digits, underscores and non-ASCII characters make words; a token may begin with white space.
         ends = [bool(piece) and _in_word(piece[-1]) for piece in spelled]  # type: ignore[index]
         begins = [bool(piece) and _in_word(piece[0]) for piece in spelled]  # type: ignore[index]
         return np.array(ends), np.array(begins)

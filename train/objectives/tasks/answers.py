@@ -1,4 +1,4 @@
-"""Predicting where in a context the answer to a question stands; SQuAD's own metrics (Rajpurkar et al. 2016, 2018).
+"""Extractive question answering: predicting the answer's span in a context; SQuAD's metrics (Rajpurkar et al. 2016, 2018).
 
 Axes: B rows, T positions.
 """
@@ -34,25 +34,25 @@ from transformer.types import PRNGKeyArray
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-_NEVER = -1e9  # a finite number: what is nowhere likely has a gradient of 0
+_NEVER = -1e9  # finite, so that an impossible position has a gradient of 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Task):
-    """Where in a context a question's answer stands is predicted."""
+    """Predicts the span of a question's answer in a context."""
 
     kind: Literal["answer"] = "answer"
     stride: int = 128
-    """From one window over a long context to the next, in tokens."""
+    """Tokens from the beginning of one window over a long context to the next."""
     question_length: int = 64
     """The longest question, in tokens, and at most half of a row; a longer one is cut."""
     answer_length: int = 30
-    """The longest answer that is given, in tokens."""
+    """The longest predicted answer, in tokens."""
     no_answer: bool = False
-    """Some questions have none (SQuAD 2.0): it is given where `[CLS]` scores more than the best answer, by
+    """Some questions have no answer (SQuAD 2.0): none is predicted if `[CLS]` scores more than the best answer, by
     no_answer_margin."""
     no_answer_margin: float = 0.0
-    """By how much; the best margin on the held-out questions is reported at the end of a run."""
+    """That margin; the best margin on the held-out questions is reported at the end of a run."""
 
     heads = ("answer",)
     label_kind = "answers"
@@ -82,7 +82,7 @@ class Answer(Task):
     def outputs(
         self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None
     ) -> tuple[LossSums, Outputs]:
-        """The mean cross-entropy of the answer's start and end, whose places are `labels` [B, 2] (Devlin et al. 2018, sections
+        """The mean cross-entropy of the answer's start and end, whose positions are `labels` [B, 2] (Devlin et al. 2018, sections
         4.2 and 4.3); and the `first` and the `last` token of the best span, its `score`, and that of `[CLS]`, the
         `null_score`, each [B]."""
         output = forward(model, batch, key)
@@ -92,7 +92,7 @@ class Answer(Task):
             weights_B2 = jnp.broadcast_to(batch["weights"] / 2, batch["labels"].shape)
             sums = cross_entropy(logits_BT2.swapaxes(1, 2), batch["labels"], weights_B2, config)
         with jax.named_scope("best_span"):
-            # Of the second text all but its [SEP].
+            # The second text without its [SEP].
             types_BT = batch["token_types"]
             allowed_BT = (types_BT == 1) & (jnp.roll(types_BT, -1, axis=1) == 1)
             first_B, last_B, score_B = best_span(output.logits, allowed_BT, max_tokens=self.answer_length)
@@ -102,7 +102,7 @@ class Answer(Task):
     def predictions(
         self, examples: TaskRows, documents: Sequence[Document], indices: np.ndarray, rows: Rows, names: Labelling
     ) -> list[Prediction]:
-        """The best span of all windows over a context. A question of which a window is missing has no answer yet."""
+        """The best span of all windows over a context. A question with a missing window has no answer yet."""
         assert isinstance(examples, AnswerWindows)
         numbers = examples.documents[indices]
         windows = np.bincount(examples.documents, minlength=len(documents))
@@ -126,7 +126,7 @@ class Answer(Task):
         found: np.ndarray,
         places_of: dict[str, np.ndarray],
     ) -> Prediction:
-        """Of a document whose windows are the rows `found`, the best first."""
+        """The prediction for a document whose windows are the rows `found`, the best first."""
         best, context = found[0], document.target or ""
         score, null_score = float(rows["score"][best]), float(rows["null_score"][found].min())
         text, start = "", 0
@@ -150,7 +150,7 @@ class Answer(Task):
         return with_gold(prediction, gold)
 
     def scores(self, predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, float]:
-        """Exact match and F1 against the nearest of the answers, both from 0 to 1."""
+        """Exact match and F1 with the closest of the answers, both from 0 to 1."""
         pairs = [(one["label"], one["gold"]) for one in predictions]
         return {
             "exact_match": float(np.mean([exact_match(label, gold) for label, gold in pairs])),
@@ -171,12 +171,12 @@ def normal(text: str) -> str:
 
 
 def exact_match(predicted: str, gold: Sequence[str]) -> float:
-    """Whether the answer is one of `gold`, both normal; without any, whether it is empty."""
+    """Whether the answer is one of `gold`, both normalised; without `gold`, whether it is empty."""
     return float(any(normal(predicted) == normal(answer) for answer in gold or [""]))
 
 
 def f1(predicted: str, gold: Sequence[str]) -> float:
-    """The F1 of the answer's words and those of the nearest of `gold`."""
+    """The F1 of the answer's words and those of the closest of `gold`."""
     return max(_f1_of_words(normal(predicted).split(), normal(answer).split()) for answer in gold or [""])
 
 
@@ -188,14 +188,14 @@ def _f1_of_words(predicted: list[str], gold: list[str]) -> float:
 
 
 def best_margin(predictions: Sequence[Prediction]) -> tuple[float, float]:
-    """The margin of `[CLS]` over the best span above which no answer is best given, and the F1 with it."""
+    """The best margin of `[CLS]` over the best span above which no answer is predicted, and the F1 with it."""
     margins, gains = [], []
     for one in predictions:
         score = one["scores"]["answer"]
         margins.append(float("inf") if score is None else one["scores"]["no_answer"] - score)
         gains.append(f1(one["span"], one["gold"]) - f1("", one["gold"]))
     order = np.argsort(margins, kind="stable")
-    # With none answered; then one more after the other, from the surest on.
+    # First with none answered, then one more at a time, the most confident first.
     total = np.cumsum([sum(f1("", one["gold"]) for one in predictions), *np.array(gains)[order]])
     best = int(total.argmax())
     finite = [margin for margin in np.array(margins)[order] if np.isfinite(margin)]

@@ -1,4 +1,4 @@
-"""Predicting which of several texts continues another (Devlin et al. 2018, section 4.4).
+"""Multiple choice: predicting which of several texts continues another (Devlin et al. 2018, section 4.4).
 
 Axes: B examples, Q choices, T positions.
 """
@@ -35,14 +35,14 @@ _NAMES = ("tokens", "positions", "segments", "token_types")
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Task):
-    """Which of several texts continues another is predicted."""
+    """Predicts which of several texts continues another."""
 
     kind: Literal["choice"] = "choice"
     num_choices: int = 4
-    """How many there are."""
+    """Number of choices."""
     too_long: TooLong = "drop"
-    """What happens to a document that is longer than a row, with any choice: it is left out, or its end is. Both are counted
-    and said."""
+    """What happens to a document longer than a row with any choice: it is left out, or cut. The number of such documents is
+    reported."""
 
     heads = ("choice",)
     label_kind = "class"
@@ -54,7 +54,7 @@ class Choice(Task):
         require(self, "num_choices", self.num_choices >= 2, "2 or more")
 
     def check_mesh(self, mesh: MeshConfig) -> None:
-        allowed = "a choice is made among rows that are computed together; allowed: gpipe"
+        allowed = "a choice needs all of its rows together; allowed: gpipe"
         require(mesh, "schedule", mesh.schedule != "1f1b", allowed)
 
     def _check_documents(self, prepared: Prepared) -> None:

@@ -1,4 +1,4 @@
-"""Weights of classes in a loss. C classes."""
+"""Class weights in a loss. C classes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from transformer.models.heads import CLASSES, TokensHeadConfig
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedClasses(Task):
-    """A task whose labels are classes, which may count for more than others in the training loss."""
+    """A task whose labels are classes, with optional class weights in the training loss."""
 
     class_weights: tuple[float, ...] | Literal["balanced"] | None = None
-    """The weight of each class, in the order of their names, in the training loss, which is then a weighted mean; `balanced`:
-    in inverse proportion to how often each comes; null: all alike."""
+    """The weight of each class in the training loss, which is then a weighted mean, in the order of the classes' names;
+    `balanced`: inversely proportional to the classes' frequencies; null: uniform."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,9 +55,9 @@ class WeightedClasses(Task):
 
     @property
     def weights(self) -> tuple[float, ...] | None:
-        """`class_weights` as numbers. Raises `UserError` where they follow from data that is not known here."""
+        """`class_weights` as numbers. Raises `UserError` if they depend on data that is not available."""
         if self.class_weights == "balanced":
             raise UserError(
-                "objective.class_weights: how often classes come is known to `manyheads train` alone; give numbers"
+                "objective.class_weights: only `manyheads train` knows the frequencies of classes; give numbers"
             )
         return self.class_weights

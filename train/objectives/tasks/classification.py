@@ -1,4 +1,4 @@
-"""Predicting the class of a document, or of a pair (Devlin et al. 2018, section 4.1).
+"""Classification of a document, or of a pair (Devlin et al. 2018, section 4.1).
 
 Axes: B rows, T positions, C classes.
 """
@@ -34,11 +34,11 @@ from transformer.types import PRNGKeyArray
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(WeightedClasses):
-    """The class of a document, or of a pair, is predicted."""
+    """Predicts the class of a document, or of a pair."""
 
     kind: Literal["classification"] = "classification"
     too_long: TooLong = "drop"
-    """What happens to a document that is longer than a row: it is left out, or its end is. Both are counted and said."""
+    """What happens to a document longer than a row: it is left out, or cut. The number of such documents is reported."""
 
     heads = ("classification", "structured", "decomposable")
     label_kind = "class"
@@ -55,7 +55,7 @@ class Classification(WeightedClasses):
         super().check_classes(prepared, model)
         if isinstance(model, BertConfig) and isinstance(model.head, DecomposableHeadConfig) and not prepared.pairs:
             raise UserError(
-                "model.head.kind: got 'decomposable', which compares two texts; the sources give single ones; set their "
+                "model.head.kind: got 'decomposable', which compares two texts, but the sources give single ones; set their "
                 "target_field"
             )
 
@@ -140,5 +140,5 @@ def both(predictions: Sequence[Prediction]) -> tuple[list[str], list[str]]:
 def _matthews(gold: list[str], predicted: list[str]) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    # With a single class there is nothing to distinguish; the library says 0 too, with a warning.
+    # With a single class it is undefined; the library also gives 0, with a warning.
     return float(matthews_corrcoef(gold, predicted)) if len({*gold, *predicted}) > 1 else 0.0

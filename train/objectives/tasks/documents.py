@@ -1,4 +1,4 @@
-"""The held-out documents of a task: from what the evaluation step gives to predictions, metrics and a report."""
+"""The held-out documents of a task: from outputs of the evaluation step to predictions, metrics and a report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from train.objectives.tasks.task import Labelling, Prediction, Rows, Task
 
 
 class TaskDocuments:
-    """A task with the documents of which it predicts labels.
+    """A task with the documents whose labels it predicts.
 
     Args:
-        sources: of each array of documents its examples, in the order in which their ids count on, and the documents.
+        sources: the examples of each array of documents, whose ids continue from one array to the next, and the documents.
     """
 
     def __init__(self, task: Task, names: Labelling, sources: Sequence[tuple[TaskRows, Sequence[Document]]]) -> None:
@@ -28,14 +28,14 @@ class TaskDocuments:
 
     @classmethod
     def held_out(cls, task: Task, prepared: Prepared, length: int) -> TaskDocuments:
-        """The held-out documents, in rows of `length` tokens, as evaluation batches count them."""
+        """The held-out documents, in rows of `length` tokens, numbered as in evaluation batches."""
         sources = [
             (task.rows(array, prepared.tokenizer, length), prepared.held_out(array)) for array in prepared.validation
         ]
         return cls(task, Labelling(prepared.tokenizer, prepared.meta.labels), sources)
 
     def predictions(self, parts: Sequence[Rows]) -> list[Prediction]:
-        """Of the documents whose examples are in `parts`, the outputs of some batches; rows of padding are passed over."""
+        """The predictions for documents whose examples are in `parts`, the outputs of batches; rows of padding are skipped."""
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         ids = rows.pop("example")
         found = []
@@ -49,11 +49,11 @@ class TaskDocuments:
         return found
 
     def metrics(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """The task's metrics; none without a prediction."""
+        """The task's metrics; empty without predictions."""
         return self._task.scores(predictions, self._names.labels) if predictions else {}
 
     def finish(self, predictions: Sequence[Prediction], directory: Path) -> list[str]:
-        """Write the predictions into a run's folder, draw the pictures there, and give lines for people.
+        """Write the predictions and the pictures into a run's folder, and return the lines to print.
 
         Raises `UserError` if they cannot be written.
         """
@@ -66,6 +66,6 @@ class TaskDocuments:
 
 
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
-    """One a line. Raises `UserError` if the file cannot be written."""
+    """Write one prediction per line. Raises `UserError` if the file cannot be written."""
     with writing(path):
         path.write_text("".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in predictions), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Predicting the number of a document, or of a pair.
+"""Regression: predicting a number for a document, or for a pair.
 
 Axes: B rows, T positions.
 """
@@ -32,11 +32,11 @@ from transformer.types import PRNGKeyArray
 
 @dataclass(frozen=True, kw_only=True)
 class Regression(Task):
-    """The number of a document, or of a pair, is predicted; the loss is the squared error."""
+    """Predicts the number of a document, or of a pair; the loss is the squared error."""
 
     kind: Literal["regression"] = "regression"
     too_long: TooLong = "drop"
-    """What happens to a document that is longer than a row: it is left out, or its end is. Both are counted and said."""
+    """What happens to a document longer than a row: it is left out, or cut. The number of such documents is reported."""
 
     heads = ("classification",)
     label_kind = "number"
@@ -80,7 +80,7 @@ class Regression(Task):
         return found
 
     def scores(self, predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, float]:
-        """Pearson's and Spearman's correlation (0 where all numbers are equal, which have none), and the mean squared error."""
+        """Pearson's and Spearman's correlation (0 if undefined because all numbers are equal), and mean squared error."""
         from scipy.stats import pearsonr, spearmanr
 
         gold, predicted = (np.array([one[name] for one in predictions], np.float64) for name in ("gold", "label"))

@@ -1,4 +1,4 @@
-"""Tables and pictures of how well a task's classes are predicted. C classes."""
+"""Tables and pictures of a task's scores by class. C classes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import numpy as np
 from train.files import writing
 
 _MOST_NUMBERED = 30
-"""Of more classes than this the fields of a matrix are too small for numbers."""
+"""With more classes than this, the cells of a confusion matrix are too small for numbers."""
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """How well one class is predicted."""
+    """The scores of one class."""
 
     name: str
     precision: float
     recall: float
     f1: float
     count: int
-    """How many there are in truth."""
+    """How many examples have this gold class."""
 
 
 def class_table(classes: Sequence[ClassScores]) -> str:
-    """A line for each class, under one with the columns' names."""
+    """A header line, and a line for each class."""
     width = max(len("class"), *(len(one.name) for one in classes))
     lines = [f"{'class':{width}}  precision  recall      f1   count"]
     lines += [
@@ -37,7 +37,7 @@ def class_table(classes: Sequence[ClassScores]) -> str:
 
 
 def draw_confusion(counts_CC: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """How often each class (a row) was predicted as each other (a column), coloured by its share of the row, as a picture.
+    """Write the confusion matrix as a picture: gold classes as rows, predicted ones as columns, coloured by share of the row.
 
     Raises `UserError` if it cannot be written.
     """
@@ -62,7 +62,7 @@ def draw_confusion(counts_CC: np.ndarray, names: Sequence[str], path: Path) -> N
 
 
 def draw_classes(classes: Sequence[ClassScores], path: Path) -> None:
-    """Precision, recall and F1 of each class as a table in a picture. Raises `UserError` if it cannot be written."""
+    """Write precision, recall and F1 of each class as a picture of a table. Raises `UserError` if it cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 0.6 + 0.3 * (len(classes) + 1)), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""Predicting the tag of each word (Devlin et al. 2018, section 5.3); metrics of whole entities by seqeval.
+"""Token classification: predicting the tag of each word (Devlin et al. 2018, section 5.3); entity metrics by seqeval.
 
 Axes: B rows, T positions, C tags, W words of a text.
 """
@@ -30,17 +30,17 @@ from train.objectives.tasks.task import Labelling, Prediction, Rows, forward, wi
 from transformer.types import PRNGKeyArray
 
 OUTSIDE = "O"
-"""The tag of a word that belongs to no entity."""
+"""The tag of a word outside any entity."""
 _OF_ENTITY = re.compile(r"[BIES]-.+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenClassification(WeightedClasses):
-    """The tag of each word is predicted, at its first token."""
+    """Predicts the tag of each word, at its first token."""
 
     kind: Literal["token_classification"] = "token_classification"
     too_long: TooLong = "drop"
-    """What happens to a text that is longer than a row: it is left out, or its last words are. Both are counted and said."""
+    """What happens to a text longer than a row: it is left out, or its last words are. The number of such texts is reported."""
 
     heads = ("tokens",)
     takes_pairs = False
@@ -83,7 +83,7 @@ class TokenClassification(WeightedClasses):
     def predictions(
         self, examples: TaskRows, documents: Sequence[Document], indices: np.ndarray, rows: Rows, names: Labelling
     ) -> list[Prediction]:
-        """Words whose tokens lie beyond the row, or that have none, get no tag: null."""
+        """Words whose tokens are beyond the end of the row, or that have none, get no tag: null."""
         assert isinstance(examples, TaggedWords)
         about = [documents[examples.documents[index]] for index in indices]
         placed = encode_words(names.tokenizer, [document.words or () for document in about])
@@ -100,7 +100,7 @@ class TokenClassification(WeightedClasses):
         return found
 
     def scores(self, predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, float]:
-        """Of entities (Tjong Kim Sang & De Meulder 2003), where the tags are of any; else the means over the tags. The accuracy
+        """Scores of entities (Tjong Kim Sang & De Meulder 2003) if the tags mark entities; else means over the tags. The accuracy
         is that of single words."""
         gold, predicted = _both(predictions)
         words = [(one, other) for row in zip(gold, predicted, strict=True) for one, other in zip(*row, strict=True)]
@@ -122,7 +122,9 @@ class TokenClassification(WeightedClasses):
         gold, predicted = _both(predictions)
         lines = []
         if unseen := sum(tag is None for row in predicted for tag in row):
-            lines.append(f"{unseen} held-out words lie beyond their row or have no token: they count as errors")
+            lines.append(
+                f"{unseen} held-out words are beyond the end of their row or have no token: they count as errors"
+            )
         if marks_entities(labels):
             from seqeval.metrics import classification_report
 
@@ -147,7 +149,7 @@ class TokenClassification(WeightedClasses):
 
 
 def marks_entities(labels: Sequence[str]) -> bool:
-    """Whether the tags are of entities (`B-PER`, `I-PER`, `O`), not of single words (`NOUN`)."""
+    """Whether the tags mark entities (`B-PER`, `I-PER`, `O`), not single words (`NOUN`)."""
     return all(name == OUTSIDE or _OF_ENTITY.fullmatch(name) for name in labels)
 
 

@@ -1,4 +1,4 @@
-"""What the tasks of labelled documents have in common, on which an encoder is fine-tuned.
+"""Base class of the tasks of labelled documents, on which an encoder is fine-tuned.
 
 Axes: B rows, T positions, N examples.
 """
@@ -26,10 +26,10 @@ from transformer.models.families import ModelConfig
 from transformer.types import PRNGKeyArray
 
 Prediction = dict[str, Any]
-"""What is predicted of a document, as JSON: `id`, `label`, `scores`; and `gold`, where the document has a label."""
+"""The prediction for a document, as JSON: `id`, `label`, `scores`; and `gold`, if the document has a label."""
 
 Rows = dict[str, np.ndarray]
-"""The outputs of some examples, [N, ...] by name."""
+"""The outputs of examples, [N, ...] by name."""
 
 _LABELS: dict[LabelKind, str] = {
     "class": "a class", "number": "a number", "tags": "a tag for each word", "answers": "answers",
@@ -38,7 +38,7 @@ _LABELS: dict[LabelKind, str] = {
 
 @dataclass(frozen=True)
 class Labelling:
-    """What turns the outputs of a model into predictions, and back into words."""
+    """What turns a model's outputs into predictions with names and words."""
 
     tokenizer: Tokenizer
     labels: tuple[str, ...]
@@ -47,11 +47,11 @@ class Labelling:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Objective):
-    """A task of labelled documents: one document, or one pair, a row."""
+    """A task of labelled documents: one document, or one pair, per row."""
 
     label_kind: ClassVar[LabelKind]
     document_fields: ClassVar[tuple[tuple[str, str], ...] | None] = None
-    """The fields of a record on which an imported model is used, as settings of a source; None: it is not used so."""
+    """The fields of a record for an imported model, as settings of a source; None: imports are not supported."""
     families = ("bert",)
     takes_pairs: ClassVar[bool | None] = None
     packings: ClassVar[tuple[Packing, ...]] = ("documents",)
@@ -64,7 +64,7 @@ class Task(Objective):
         return (CLS, SEP)
 
     def suits(self, model: ModelConfig) -> bool:
-        """Whether a model is made for this task."""
+        """Whether a model has a head for this task."""
         try:
             self.check_model(model)
         except ConfigError:
@@ -79,13 +79,13 @@ class Task(Objective):
         given, wanted = prepared.meta.label_kind, self.label_kind
         if given is None:
             raise UserError(
-                f"objective.kind: {self.kind!r} needs documents with {_LABELS[wanted]}, the sources give none; set their "
+                f"objective.kind: {self.kind!r} needs documents with {_LABELS[wanted]}, but the sources give none; set their "
                 "label_field"
             )
         if given != wanted:
             fitting = " or ".join(sorted(repr(one.kind_name()) for one in objectives() if one.label_kind == given))
             raise UserError(
-                f"objective.kind: {self.kind!r} needs documents with {_LABELS[wanted]} (label_kind {wanted!r}), the sources "
+                f"objective.kind: {self.kind!r} needs documents with {_LABELS[wanted]} (label_kind {wanted!r}), but the sources "
                 f"give {_LABELS[given]}; set their label_kind, or the objective to {fitting}"
             )
 
@@ -99,7 +99,7 @@ class Task(Objective):
         """The examples of an array, which may lack the labels."""
 
     def for_any_document(self) -> Self:
-        """The same task, which leaves out no document, however long it is."""
+        """The same task without leaving out long documents."""
         return self
 
     def batch(self, rows: int, length: int, data: DataConfig) -> BatchShapes:
@@ -114,7 +114,7 @@ class Task(Objective):
     def outputs(
         self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None
     ) -> tuple[LossSums, Outputs]:
-        """The loss, and of each row what predictions are made from.
+        """The loss, and for each row the outputs for its predictions.
 
         Args:
             batch: the arrays of `batch`; the label of a row of padding is -1, and its weights are 0.
@@ -131,7 +131,7 @@ class Task(Objective):
     def predictions(
         self, examples: TaskRows, documents: Sequence[Document], indices: np.ndarray, rows: Rows, names: Labelling
     ) -> list[Prediction]:
-        """Of each document that the examples `indices` [N] are about, whose outputs are `rows`.
+        """The prediction for each document of the examples `indices` [N], whose outputs are `rows`.
 
         Args:
             examples: of an array of `documents`.
@@ -142,7 +142,7 @@ class Task(Objective):
         """The metrics by name, of predictions that have `gold`; there is at least one."""
 
     def describe(self, predictions: Sequence[Prediction], labels: Sequence[str], directory: Path) -> list[str]:
-        """Lines for people, at the end of a run; pictures go into `directory`."""
+        """Lines to print at the end of a run; pictures go into `directory`."""
         return []
 
 
@@ -155,7 +155,7 @@ def forward(model: Any, batch: Batch, key: PRNGKeyArray | None) -> Any:
 
 
 def check_labels(prepared: Prepared, num_labels: int, field: str = "model.head.num_labels") -> None:
-    """Raise a `UserError` unless a model of `num_labels` classes has those of the data; `field` is where it says so."""
+    """Raise a `UserError` unless `num_labels` matches the classes of the data; `field` is the setting of `num_labels`."""
     labels = prepared.meta.labels
     names = ", ".join(labels)
     if len(labels) == 1:
@@ -165,7 +165,7 @@ def check_labels(prepared: Prepared, num_labels: int, field: str = "model.head.n
 
 
 def with_gold(prediction: Prediction, gold: Any) -> Prediction:
-    """The prediction with the document's label, where it has one."""
+    """The prediction with the document's label, if it has one."""
     return prediction if gold is None else prediction | {"gold": gold}
 
 

@@ -1,11 +1,11 @@
-"""Exact attention in O(T) memory, in JAX alone: the T×S array never exists, forwards or backwards.
+"""Exact attention in O(T) memory, in JAX alone: the T×S array is never created, in the forward or the backward pass.
 
 B batch, T query position, S key position, N query heads, K key/value heads, G = N / K query heads a group, H head_dim,
 C value dim.
 
-Tiles that the mask rules out are never touched: the masked half of causal attention costs nothing, nor do far keys under a
-window, other documents in a packed row, or a user's empty blocks. Up to two thousand queries the blocks are written out one
-by one, which XLA fuses best; beyond that they are loops, whose program does not grow with the length.
+Tiles that the mask rules out are never touched: the masked half of causal attention costs nothing, nor do distant keys under
+a window, other documents in a packed row, or a user's empty blocks. Up to two thousand queries the blocks are unrolled, which
+XLA fuses best; beyond that they are loops, so that the program does not grow with the length.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from transformer.differentiation import with_backward
 from transformer.types import Array, Float, wide
 
 ATTENTION_RESIDUALS = "attention_residuals"
-"""The name under which a rematerialisation policy finds what the backward pass needs of the forward pass."""
+"""The name by which a rematerialisation policy identifies the residuals of the forward pass."""
 
 BLOCK = 128
-"""Queries in a block that is written out, and the multiple of keys that it skips."""
+"""Number of queries in an unrolled block; keys are skipped in multiples of this."""
 MAX_BLOCKS = 16
-"""More written-out blocks than this are slower to compile, and no faster than loops."""
+"""More unrolled blocks than this compile more slowly, and run no faster than loops."""
 
 
 def blockwise(
@@ -38,7 +38,7 @@ def blockwise(
     v_BSKC: Float[Array, "B S K C"],
     spec: AttentionSpec,
 ) -> Float[Array, "B T N C"]:
-    """Attention tile by tile. Softmax in float32, the result in v's type."""
+    """Attention computed tile by tile. Softmax in float32, the result in v's type."""
     B, T, N, H = q_BTNH.shape
     S, K, C = v_BSKC.shape[1:]
     q, k, v = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4), _heads_first(k_BSKH), _heads_first(v_BSKC)
@@ -55,7 +55,7 @@ def blockwise(
 
 
 Rest = tuple[AttentionMask, Dropout | None]
-"""What has no gradient."""
+"""Inputs that have no gradient."""
 
 
 def _attention(q: Array, k: Array, v: Array, score: Score, rest: Rest, looped: bool) -> Array:
@@ -110,12 +110,12 @@ def _grid(q: Array, k: Array, size: int) -> Grid:
 
 
 def _tiles(q: Array, k: Array, spec: AttentionSpec) -> list[Tile]:
-    """A block of queries each, with the stretch of keys that any of them may see as far as is known beforehand."""
+    """Tiles of one block of queries each, with the range of keys that any of them may see as far as is known beforehand."""
     T, S = q.shape[3], k.shape[2]
     grid = _grid(q, k, BLOCK)
     tiles = []
     for index, row in enumerate(spec.mask.visible_beforehand(grid)):
-        # At least one block, so that no array is empty; what the mask forbids it still forbids.
+        # At least one block, so that no array is empty; the mask still applies to it.
         seen = row.nonzero()[0] if row.any() else [0]
         start, low = index * BLOCK, int(seen[0]) * BLOCK
         queries = Span(start, min(BLOCK, T - start))

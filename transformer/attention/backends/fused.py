@@ -28,7 +28,7 @@ def fused(
     *,
     implementation: Literal["xla", "cudnn"],
 ) -> Float[Array, "B T N H"]:
-    """Attention by `jax.nn.dot_product_attention`: causal and window terms stay structured, the rest is an array."""
+    """Attention by `jax.nn.dot_product_attention`: causal and window terms are passed by name, the rest as an array."""
     (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
     whole = Tile.whole(B, N, T, S)
     structured, rest = _structure(spec.mask, T, S)
@@ -37,7 +37,7 @@ def fused(
         allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], T, S))
 
     def call(q: Array, k: Array, v: Array, _: None) -> Array:
-        # JAX's own function mixes types, whatever stricter rule the program runs under.
+        # JAX's own function mixes types, even if the program runs under a stricter promotion rule.
         with jax.numpy_dtype_promotion("standard"):
             return jax.nn.dot_product_attention(
                 q, k, v, bias=spec.score.bias_BNTS, mask=allowed, scale=spec.score.scale,
@@ -50,13 +50,13 @@ def fused(
             "attention backend 'cudnn' has a gradient and no derivative in forward mode, nor a second one; "
             "use 'blockwise' or 'reference' for those",
         )
-        # Its own partitioning fails inside a program that is manual over some of the mesh's axes, such as a pipeline.
+        # Its own partitioning fails in a program that is manual over some of the mesh's axes, such as a pipeline.
         out = shard_map_kernel(call, q_BTNH, k_BSKH, v_BSKH)
     else:
         out = call(q_BTNH, k_BSKH, v_BSKH, None)
     if allowed is None:
         return out
-    # A query with no key at all gives zeros here, as in the reference, and not the mean of the values.
+    # A query with no key gives zeros here, as in the reference, rather than the mean of the values.
     some_key = jnp.any(spec.mask.allowed(whole), axis=-1)  # type: ignore[arg-type]  # [B_, N_, T]
     return jnp.where(jnp.moveaxis(some_key, 1, 2)[..., None], out, 0)
 
@@ -67,7 +67,7 @@ def _structure(mask: AttentionMask, num_queries: int, num_keys: int) -> tuple[di
         isinstance(term, Causal | Window) and isinstance(term.offset, int) and term.offset == 0
         for term in mask.predicates
     ]
-    # A window with nothing on the right is causal, and cuDNN needs it named so.
+    # A window with nothing on the right is causal, and cuDNN needs it to be declared as causal.
     is_causal = any(
         here and (isinstance(term, Causal) or (isinstance(term, Window) and term.right == 0))
         for term, here in zip(mask.predicates, plain, strict=True)
@@ -115,7 +115,7 @@ def supports_cudnn(request: AttentionShapes) -> str | None:
     if request.spec.score.bias_BNTS is not None:
         return "its bias gradient is not reliable for every shape"
     if request.num_queries % 2 or request.num_keys % 2:
-        # JAX requires this of calls with a bias, and takes every call for one.
+        # JAX requires this of calls with a bias, and treats every call as one.
         return (
             f"its gradient needs even lengths, and there are {request.num_queries} queries and {request.num_keys} keys"
         )

@@ -1,9 +1,9 @@
-"""Exact attention as two nested loops over tiles, of which only those run that the mask may allow.
+"""Exact attention as two nested loops over tiles; only the tiles that the mask may allow are run.
 
 B batch, T query position, S key position, K key/value heads, G query heads a group.
 
-The inner loop's length is found out while the program runs, from one table of visible tiles a call: causal halves, windows,
-packed documents and a user's own empty blocks cost nothing. T and S must be multiples of the grid's blocks.
+The inner loop's length is computed at run time, from one table of visible tiles per call: causal halves, windows, packed
+documents and a user's own empty blocks cost nothing. T and S must be multiples of the grid's blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK = 512
 
 
 def forward(running: Running, q: Array, k: Array, v: Array, spec: AttentionSpec, grid: Grid) -> Running:
-    """The softmax over these keys too, on top of those that `running` has seen. Shapes as in `online.forward`."""
+    """The softmax over these keys in addition to those that `running` has seen. Shapes are as in `online.forward`."""
     order, count = _schedule(spec, grid)
 
     def over_queries(block: Array, running: Running) -> Running:
@@ -53,7 +53,7 @@ def backward(
     spec: AttentionSpec,
     grid: Grid,
 ) -> Gradients:
-    """The gradients with these tiles' parts in them. Shapes as in `online.backward`."""
+    """The gradients with these tiles' contributions added. Shapes are as in `online.backward`."""
     order, count = _schedule(spec, grid)
 
     def over_queries(block: Array, gradients: Gradients) -> Gradients:
@@ -81,9 +81,9 @@ def backward(
 
 
 def _schedule(spec: AttentionSpec, grid: Grid) -> tuple[Array, Array]:
-    """Of each block of queries the visible blocks of keys, in order and before all others, and how many they are."""
+    """For each block of queries, the indices of the blocks of keys, visible ones first and in order, and their number."""
     visible = spec.mask.visible(grid)
-    # What is known beforehand is sorted here, once, and not by the compiler as a constant of the program.
+    # What is known beforehand is sorted here, once, rather than by the compiler as a constant of the program.
     order = (np if isinstance(visible, np.ndarray) else jnp).argsort(~visible, axis=1, stable=True)
     return jnp.asarray(order, jnp.int32), jnp.asarray(visible.sum(1), jnp.int32)
 

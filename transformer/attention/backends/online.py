@@ -1,10 +1,10 @@
-"""One tile of exact attention, forwards and backwards: the arithmetic that `blockwise` and `ring` share.
+"""One tile of exact attention, forward and backward: the arithmetic that `blockwise` and `ring` share.
 
 B batch, T query position, S key position, K key/value heads, G query heads a group, H head_dim, C value dim.
 
-Softmax is taken online (Milakov and Gimelshein 2018; Rabe and Staats 2021): a running maximum, sum and weighted sum of values
-make one pass over the keys enough. The backward pass computes the weights again from one log-sum-exp a row, as in Dao et al.
-2022, algorithm 4. Arrays stand heads first, so that every product is a batch of plain matrices.
+Softmax is computed online (Milakov and Gimelshein 2018; Rabe and Staats 2021): with a running maximum, sum and weighted sum of
+values, one pass over the keys is enough. The backward pass recomputes the weights from one log-sum-exp per row, as in Dao et
+al. 2022, algorithm 4. Arrays are heads first, so that every product is a batch of plain matrices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformer.types import Array, DTypeLike, Float, wide, widen
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """A softmax under way over some keys; of a ring's two chunks with a leading dim of 2."""
+    """An online softmax over the keys seen so far; for a ring's two chunks, with a leading dim of 2."""
 
     top: Float[Array, "*chunks B K G T 1"]
     """The largest logit so far."""
@@ -33,7 +33,7 @@ class Running:
 
     @staticmethod
     def start(shape: tuple[int, ...], value_dim: int, dtype: DTypeLike) -> Running:
-        """No keys yet, for queries of shape [B, K, G, T]."""
+        """The state before any keys, for queries of shape [B, K, G, T]."""
         return Running(
             jnp.full((*shape, 1), jnp.finfo(dtype).min, dtype),
             jnp.zeros((*shape, 1), dtype),
@@ -41,7 +41,7 @@ class Running:
         )
 
     def finish(self, dtype: DTypeLike) -> tuple[Float[Array, "*chunks B K G T C"], Float[Array, "*chunks B K G T 1"]]:
-        """The output, zeros where there was no key, and the log-sum-exp of the logits."""
+        """The output, with zeros where there was no key, and the log-sum-exp of the logits."""
         # Without any key the divisor is 1: forward mode squares its inverse, which overflows for a tiny one.
         total = jnp.where(self.total > 0, self.total, 1)
         return (self.values / total).astype(dtype), self.top + jnp.log(total)
@@ -50,7 +50,7 @@ class Running:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """Sums under way over tiles, in the width that softmax is taken in."""
+    """Sums of gradients over the tiles so far, in the type that softmax is computed in."""
 
     q: Float[Array, "*chunks B K G T H"]
     k: Float[Array, "*chunks B K S H"]
@@ -59,7 +59,7 @@ class Gradients:
 
     @staticmethod
     def zero(q: Array, k: Array, v: Array, spec: AttentionSpec) -> Gradients:
-        """No tiles yet."""
+        """The sums before any tile."""
         q, k, v = (jnp.zeros(x.shape, wide(x.dtype)) for x in (q, k, v))
         return Gradients(q, k, v, spec.score.zero_gradients())
 
@@ -72,14 +72,14 @@ def forward(
     spec: AttentionSpec,
     tile: Tile,
 ) -> Running:
-    """The softmax with one more tile of keys in it."""
+    """The softmax after one more tile of keys."""
     _, logits, allowed = _logits(q, k, spec, tile)
-    # The output does not depend on it; in forward mode a maximum's derivative divides by the number of maxima, which may be 0
-    # where a compiler computes the logits twice.
+    # The output does not depend on the maximum; in forward mode its derivative divides by the number of maxima, which may be 0 if
+    # a compiler computes the logits twice.
     top = jnp.maximum(running.top, jax.lax.stop_gradient(logits).max(-1, keepdims=True))
     powers = jnp.exp(logits - top)
     if allowed is not None:
-        # Where a row has no key yet its floor is its maximum, and its powers are all 1.
+        # For a row with no key so far, the floor is the maximum, and all powers are 1.
         powers = jnp.where(allowed, powers, 0)
     shrink = jnp.exp(running.top - top)
     total = shrink * running.total + powers.sum(-1, keepdims=True)
@@ -99,7 +99,7 @@ def backward(
     spec: AttentionSpec,
     tile: Tile,
 ) -> Gradients:
-    """A tile's part in the gradients; `lse` as `Running.finish` gives it, and `delta` of the whole row of keys."""
+    """The gradients with a tile's contribution added; `lse` as `Running.finish` returns it, and `delta` of the whole row."""
     products, logits, allowed = _logits(q, k, spec, tile)
     weights = jnp.exp(logits - lse)
     if allowed is not None:
@@ -107,7 +107,7 @@ def backward(
     dweights = jnp.einsum("BKGTC,BKSC->BKGTS", dout, v, preferred_element_type=weights.dtype)
     kept = weights
     if spec.dropout is not None:
-        # Dropout is linear in the weights, so that it is its own transpose.
+        # Dropout is linear in the weights, so it is its own transpose.
         kept = _by_group(spec.dropout(_by_head(weights), tile), weights.shape)
         dweights = _by_group(spec.dropout(_by_head(dweights), tile), weights.shape)
     dlogits = weights * (dweights - delta)
@@ -124,12 +124,12 @@ def backward(
 def delta(
     dout: Float[Array, "*chunks B K G T C"], out: Float[Array, "*chunks B K G T C"]
 ) -> Float[Array, "*chunks B K G T 1"]:
-    """The sum over C of dout · out: what each row's weights have in common in their gradients."""
+    """The sum over C of dout · out: the term that the gradients of all of a row's weights share."""
     return (widen(dout) * widen(out)).sum(-1, keepdims=True)
 
 
 def _logits(q: Array, k: Array, spec: AttentionSpec, tile: Tile) -> tuple[Array, Array, Array | None]:
-    """A tile's products, its logits, and where they are allowed, all [B_, K_, G_, t, s]."""
+    """A tile's products, its logits, and where the mask allows them, all [B_, K_, G_, t, s]."""
     products = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=wide(q.dtype))
     logits, allowed = spec.logits(_by_head(products), tile)
     allowed = None if allowed is None else _mask_by_group(allowed, products.shape)

@@ -4,14 +4,14 @@ B batch, T query position, S key position, N query heads, K key/value heads, H h
 
 tpu     `splash_attention`: a band of the T×S plane (causal, windows, offsets), packed segments, padding, grouped and
         multi-query heads, logit soft-cap, values of another width than keys. Blocks outside the band are never touched.
-gpu     `attention.mha`: causal or none, packed segments of self-attention. JAX 0.12 calls it deprecated; a JAX without
-        it is a reason why this backend cannot serve.
+gpu     `attention.mha`: causal or no mask, packed segments of self-attention. JAX 0.12 deprecates it; if the installed JAX
+        no longer has it, this backend is not available.
 
-The kernels know whole blocks, and rows that see something. Here lengths are padded up to blocks, and the padding is hidden by
-the band where it can be, else by segment numbers; a row that sees nothing gives zeros. A kernel cannot be partitioned by the
-compiler, so that under a mesh it runs in `jax.shard_map` on each device's share of the batch and the heads.
+The kernels only handle whole blocks, and rows that see at least one key. Lengths are therefore padded to whole blocks, and the
+padding is hidden by the band if possible, otherwise by segment numbers; a row that sees nothing gives zeros. The compiler
+cannot partition a kernel, so under a mesh it runs in `jax.shard_map` on each device's share of the batch and the heads.
 
-Neither the T×S array nor a mask of that size exists.
+Neither the T×S array nor a mask of that size is created.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from transformer.differentiation import reverse_mode_only
 from transformer.types import Array, Float
 
 TPU_BLOCKS = (512, 256, 128)
-"""Blocks of positions for splash attention; the largest one that pads a length by no more than an eighth is taken."""
+"""Block sizes for splash attention; the largest one that pads a length by at most an eighth is used."""
 GPU_BLOCK = 128
-"""What the GPU kernel's lengths are a multiple of; shorter ones are one block of a power of two."""
+"""The GPU kernel's lengths are a multiple of this; shorter ones are one block of a power of two."""
 GPU_BLOCKS = {64: (128, 128), 128: (128, 64), 256: (64, 32)}
-"""Queries and keys in a block of the GPU kernel's forward pass, by the largest head_dim that they leave shared memory for."""
+"""Queries and keys in a block of the GPU kernel's forward pass, by the largest head_dim for which shared memory suffices."""
 
 NO_LOGIT = -1e30
-"""The logit of a key that is always seen and has no value: nothing beside any real logit, everything beside none."""
+"""The logit of an extra key that every query sees and that has no value: it only has weight if there is no real logit."""
 
 
 def pallas(
@@ -55,12 +55,12 @@ def pallas(
     platform: str,
     interpret: bool = False,
 ) -> Float[Array, "B T N C"]:
-    """Attention by the kernel of a platform. Softmax in float32, the result in v's type. Reverse mode only, and once.
+    """Attention with a platform's kernel. Softmax in float32, the result in v's type. Reverse mode only, and only once.
 
     Args:
-        platform: "tpu" or "gpu": whose kernel it is.
-        interpret: run the kernel's program step by step on any platform, to test it; slow. Types and lengths that the hardware
-            would refuse are then allowed.
+        platform: "tpu" or "gpu": which kernel to use.
+        interpret: run the kernel's program step by step on any platform, for tests; slow. Types and lengths that the hardware
+            would reject are then allowed.
 
     Raises:
         ValueError: the platform has no kernel, or its kernel does not compute this spec.
@@ -81,14 +81,14 @@ def pallas(
         "attention backend 'pallas' has a gradient and no derivative in forward mode, nor a second one; "
         "use 'blockwise' or 'reference' for those",
     )
-    # JAX's own functions mix types, whatever stricter rule the program runs under.
+    # JAX's own functions mix types, even if the program runs under a stricter promotion rule.
     with jax.named_scope(f"pallas_{platform}"), jax.numpy_dtype_promotion("standard"):
         out = shard_map_kernel(kernel, q_BTNH, k_BSKH, v_BSKC, ids)
     return out.astype(v_BSKC.dtype)
 
 
 pallas_interpret = functools.partial(pallas, interpret=True)
-"""`pallas` on any platform, to hold a kernel to the reference: `pallas_interpret(q, k, v, spec, platform="tpu")`."""
+"""`pallas` on any platform, to compare a kernel with the reference: `pallas_interpret(q, k, v, spec, platform="tpu")`."""
 
 
 def supports_pallas(request: AttentionShapes) -> str | None:
@@ -97,7 +97,7 @@ def supports_pallas(request: AttentionShapes) -> str | None:
 
 
 def _not_computed(request: AttentionShapes) -> str | None:
-    """Why the kernel does not compute this spec, on whatever machine."""
+    """Why the kernel does not compute this spec on any machine."""
     if request.platform not in ("gpu", "tpu"):
         return f"it has kernels for GPUs and TPUs, and this is {request.platform}"
     score, where = request.spec.score, request.platform.upper()
@@ -172,7 +172,7 @@ class Band:
 
     @staticmethod
     def of(mask: AttentionMask) -> Band:
-        """What a mask's terms of positions leave together."""
+        """The band that a mask's positional terms allow together."""
         lefts: list[int] = []
         rights: list[int] = []
         for term in mask.predicates:
@@ -192,17 +192,17 @@ class Band:
         return left + right < 0 or num_queries - 1 + right < 0 or -left > num_keys - 1
 
     def hides_behind(self, num_queries: int, num_keys: int) -> bool:
-        """Whether no query sees a key behind the last one."""
+        """Whether no query sees a key after the last one."""
         return self.right is not None and num_queries - 1 + self.right < num_keys
 
 
 Ids = tuple[Array, Array]
-"""Segment numbers of queries, int32 [B, T], and of keys, [B, S]. Equal ones see each other, and key 0 is seen by no real
-query: a query with number 0 gives zeros."""
+"""Segment numbers of queries, int32 [B, T], and of keys, [B, S]. Equal numbers see each other. No real query sees key 0, and a
+query with number 0 gives zeros."""
 
 
 def _segment_ids(mask: AttentionMask, B: int, T: int, S: int) -> Ids | None:
-    """What a mask's terms of content leave together."""
+    """The segment numbers that a mask's other terms result in together."""
     segments = [term for term in mask.predicates if isinstance(term, Segments)]
     hidden = [_valid(term, S) for term in mask.predicates if isinstance(term, Padding | Prefix)]
     if not segments and not hidden:
@@ -228,7 +228,7 @@ def _rows(ids: Array, B: int) -> Array:
     return jnp.broadcast_to(ids.astype(jnp.int32), (B, ids.shape[1]))
 
 
-# What follows runs on one device.
+# The functions below run on one device.
 
 
 def _on_tpu(
@@ -264,7 +264,7 @@ def _on_tpu(
         filled(x, length, 1).transpose(0, 2, 1, 3) for x, length in ((scaled, T_padded), (k, S_padded), (v, S_padded))
     )
     of_rows = None if ids is None else splash.SegmentIds(filled(ids[0], T_padded, 1), filled(ids[1], S_padded, 1))
-    # A row that sees nothing has this key to see, and so zeros for its output and gradients in the place of NaN.
+    # A row that sees no other key sees this one, so that its output and gradients are zeros rather than NaN.
     sinks = jnp.full((N,), max(NO_LOGIT, float(jnp.finfo(q.dtype).min)), q.dtype)
     out = jax.vmap(attention, in_axes=(0, 0, 0, 0, None))(q, k, v, of_rows, sinks)
     return _real(out.transpose(0, 2, 1, 3)[:, :T], ids)
@@ -278,7 +278,7 @@ def _on_gpu(
     B, T, N, _ = q.shape
     length = max(16, 1 << (T - 1).bit_length()) if T <= GPU_BLOCK else _up_to(T, GPU_BLOCK)
     is_causal = band.right == 0
-    # Queries and keys have one array of numbers between them, as `supports_pallas` sees to.
+    # Queries and keys share one array of numbers, as `supports_pallas` ensures.
     shared = None if ids is None else ids[0]
     if shared is None and length > T and not is_causal:
         shared = jnp.ones((B, T), jnp.int32)
@@ -294,7 +294,7 @@ def _on_gpu(
 def _gpu_kernel() -> Any:
     """JAX's module of the GPU kernel, or None where it no longer has it."""
     with warnings.catch_warnings():
-        # JAX 0.12 warns that it will go.
+        # JAX 0.12 warns that the module will be removed.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             from jax.experimental.pallas.ops.gpu import attention
@@ -304,7 +304,7 @@ def _gpu_kernel() -> Any:
 
 
 def _real(out: Array, ids: Ids | None) -> Array:
-    """Zeros for queries of no segment, whose gradients then are zero too."""
+    """Zeros for queries without a segment, whose gradients are then zero too."""
     return out if ids is None else jnp.where((ids[0] != 0)[:, :, None, None], out, 0)
 
 

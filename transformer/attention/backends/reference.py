@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as the equation says it: the ground truth for every other backend.
+"""Scaled dot-product attention exactly as in the equation: the reference for every other backend.
 
 B batch, T query position, S key position, N query heads, K key/value heads, G = N / K query heads a group, H head_dim.
 
@@ -23,10 +23,10 @@ def attention_weights(
     spec: AttentionSpec,
     heads: tuple[int, ...] | None = None,
 ) -> Float[Array, "B n T S"]:
-    """Each query's distribution over the keys, [B, n, T, S] in float32 (or wider), before dropout; a row with no key is zeros.
+    """Each query's distribution over the keys, [B, n, T, S] in float32 (or wider), before dropout; zeros for a row with no key.
 
     Args:
-        heads: the query heads to give it for, of which alone anything of size T×S is made; None: all of them at once.
+        heads: the query heads to compute; nothing of size T×S is created for the others. None: all heads at once.
     """
     B, T, N, _ = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -63,7 +63,7 @@ def _weights(q_BTNH: Array, k_BSKH: Array, spec: AttentionSpec, tile: Tile) -> A
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     products = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide(q_BTNH.dtype))
     logits, allowed = spec.logits(products.reshape(B, N, T, S), tile)
-    # A row of nothing but -inf, of a bias or a score_mod that masks so, is a row with no key too.
+    # A row of nothing but -inf, from a bias or a score_mod that masks, is also a row with no key.
     weights = jax.nn.softmax(jnp.maximum(logits, jnp.finfo(logits.dtype).min), axis=-1)
     hidden = jnp.isneginf(logits) if allowed is None else jnp.isneginf(logits) | ~allowed
     return jnp.where(hidden, 0, weights)

@@ -1,4 +1,4 @@
-"""Attention over a sequence that lies along an axis of the mesh: ring and all-to-all.
+"""Attention over a sequence that is sharded along an axis of the mesh: ring and all-to-all.
 
 B batch, T query position, S key position, N query heads, K key/value heads, H head_dim, C value dim; n devices along the
 sequence.
@@ -6,10 +6,10 @@ sequence.
 ring        Each device keeps its queries; keys and values travel around, and no device ever holds more than its share of
             the sequence (Liu et al. 2023). Each device gets one chunk from the front and one from the back of it, so
             that a causal mask leaves all of them the same work ("zigzag", as in striped attention: Brandon et al. 2023).
-ulysses     Two all-to-alls turn a share of the sequence with all heads into the whole sequence with a share of the
-            heads, and back (Jacobs et al. 2023); in between any other backend does the work.
+ulysses     Two all-to-alls exchange a share of the sequence with all heads for the whole sequence with a share of the
+            heads, and back (Jacobs et al. 2023); in between, any other backend computes the attention.
 
-Which axis of the mesh holds the sequence is read from the logical-axis rules in force ("seq").
+The mesh axis that holds the sequence is read from the active logical-axis rules ("seq").
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def ring(
 ) -> Float[Array, "B T N C"]:
     """Exact attention with keys and values passed from device to device. Softmax in float32, the result in v's type.
 
-    A batch or heads that are not divisible by their devices are computed in whole on each of them; a sequence is padded.
+    A batch or heads that are not divisible by their devices are computed in full on each of them; a sequence is padded.
     """
     (B, T, N, _), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     axes = _axes(B, N)
-    # Fewer key/value heads than devices: as many copies as give each device those of its queries.
+    # With fewer key/value heads than devices, there are enough copies for each device to have those of its queries.
     copies = math.lcm(K, axes_size(axes.heads)) // K
     if copies > 1:
         k_BSKH, v_BSKC = (jnp.repeat(x, copies, axis=2) for x in (k_BSKH, v_BSKC))
@@ -63,7 +63,7 @@ def ring(
     if columns > S:
         mask &= AttentionMask.prefix(S)
     layout = PartitionSpec(axes.batch or None, axes.seq, axes.heads or None, None)
-    # The mask's arrays are small beside keys and values: every device has them whole along the sequence.
+    # The mask's arrays are small compared with keys and values: every device has them whole along the sequence.
     mask_layout = AttentionMask(tuple(_layout(term, PartitionSpec(axes.batch or None)) for term in mask.predicates))
     out = jax.shard_map(
         functools.partial(_on_device, axes=axes),
@@ -82,16 +82,16 @@ def ulysses(
     *,
     attend: Callable[[Array, Array, Array, AttentionSpec], Array],
 ) -> Float[Array, "B T N C"]:
-    """Exact attention with heads in the place of positions on the sequence's devices, by `attend` in between."""
+    """Exact attention where the sequence's devices hold heads instead of positions, computed by `attend` in between."""
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
     batch, seq, heads = mesh_axes("batch"), mesh_axes("seq"), _head_axes()
     if K % axes_size(heads + seq):
         k_BSKH, v_BSKC = (jnp.repeat(x, N // K, axis=2) for x in (k_BSKH, v_BSKC))
     by_head = PartitionSpec(batch or None, None, heads + seq, None)
     by_position = PartitionSpec(batch or None, seq, heads or None, None)
-    # From one layout to the other XLA goes by an all-to-all.
+    # XLA uses an all-to-all to change from one layout to the other.
     q, k, v = (jax.lax.with_sharding_constraint(x, by_head) for x in (q_BTNH, k_BSKH, v_BSKC))
-    # Whatever works in between finds no sequence apart, and heads where the sequence was.
+    # The backend in between sees a sequence that is not sharded, and heads that are sharded where the sequence was.
     inside = dict(get_logical_axis_rules()) | {"seq": None, "heads": heads + seq, "kv_heads": heads + seq}
     with nnx.logical_axis_rules(tuple(inside.items())):
         out = attend(q, k, v, spec)
@@ -125,7 +125,7 @@ def supports_ulysses(request: AttentionShapes) -> str | None:
         return reason
     shares = axes_size(_head_axes() + mesh_axes("seq"))
     if request.num_heads % shares:
-        return f"it gives each of {shares} devices as many heads as every other, and there are {request.num_heads}"
+        return f"it divides the heads evenly over {shares} devices, and there are {request.num_heads}"
     return None
 
 
@@ -141,7 +141,7 @@ def _no_sequence_axis(name: str) -> str | None:
 
 
 def _head_axes() -> tuple[str, ...]:
-    """Heads lie apart where key/value heads lie with their query heads."""
+    """The mesh axes of the heads; none if query heads and key/value heads are sharded differently."""
     return mesh_axes("heads") if mesh_axes("heads") == mesh_axes("kv_heads") else ()
 
 
@@ -159,7 +159,7 @@ def _has_plane(term: MaskPredicate) -> bool:
 
 
 def _layout(term: MaskPredicate, by_row: PartitionSpec) -> Any:
-    """Where a term's arrays lie: those with a row for each sequence go with the batch."""
+    """How a term's arrays are sharded: those with a row for each sequence like the batch, the others not at all."""
     if isinstance(term, Either):
         one, other = (tuple(_layout(part, by_row) for part in parts) for parts in (term.one, term.other))
         return Either(one, other)
@@ -167,8 +167,8 @@ def _layout(term: MaskPredicate, by_row: PartitionSpec) -> Any:
     return jax.tree.map(lambda leaf: PartitionSpec() if whole or leaf.shape[0] == 1 else by_row, term)
 
 
-# What follows runs on one device, on its own share of every array. Its share of the sequence is a pair of chunks, one of 2n
-# from the front and one from the back, in a leading dim of 2.
+# The functions below run on one device, on its own share of every array. Its share of the sequence is a pair of chunks, one of
+# 2n from the front and one from the back, in a leading dim of 2.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _on_device(
     q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, dropout: Dropout | None, *, axes: Axes
 ) -> Array:
     if dropout is not None:
-        # A tile's mask is drawn by its queries and keys; the key makes it differ by the device's share of batch and heads.
+        # A tile's dropout is drawn from its queries and keys; the key makes it differ between shares of the batch and the heads.
         key = jax.random.fold_in(jax.random.fold_in(dropout.key, _index(axes.batch)), _index(axes.heads))
         dropout = dataclasses.replace(dropout, key=key)
     B, T, N, H = q.shape
@@ -250,7 +250,7 @@ def _backward(saved: tuple, dout: Array, *, axes: Axes) -> tuple[Array, Array, A
 
 
 def _around(visit: Callable[..., Any], home: Any, guests: Any, axes: Axes) -> tuple[Any, Any]:
-    """Let `visit(home, guests, owner)` change what stays and what travels, once for each owner of guests."""
+    """Call `visit(home, guests, owner)`, which updates what stays and what travels, once for each owner of guests."""
     n, index = jax.lax.axis_size(axes.seq), jax.lax.axis_index(axes.seq)
 
     def step(turn: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -267,7 +267,7 @@ def _passed_on(guests: Any, axes: Axes) -> Any:
 
 
 def _grid(q: Array, k: Array, mine: Array, theirs: Array, owner: Array, axes: Axes) -> Grid:
-    """Where on the whole plane one of this device's chunks meets one of the owner's."""
+    """The grid, in the whole plane, of one of this device's chunks of queries and one of the owner's chunks of keys."""
     n, index = jax.lax.axis_size(axes.seq), jax.lax.axis_index(axes.seq)
     B, K, G, T, _ = q.shape
     rows, heads = (Span(_index(names) * size, size) for names, size in ((axes.batch, B), (axes.heads, K * G)))
@@ -301,17 +301,17 @@ def _routes(n: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 
 
 def _to_zigzag(x: Array, axes: Axes) -> Array:
-    """A device's share of the sequence, which is the last dim but one, exchanged for its pair of chunks."""
+    """A device's share of the sequence, which is the second-to-last dim, exchanged for its pair of chunks."""
     even_route, odd_route = _routes(jax.lax.axis_size(axes.seq))
     first, second = jnp.split(x, 2, axis=-2)
     even, odd = jax.lax.ppermute(first, axes.seq, even_route), jax.lax.ppermute(second, axes.seq, odd_route)
-    # Of chunks i and 2n-1-i the first is even where i is.
+    # Of chunks i and 2n-1-i, the first is even if i is.
     is_even = jax.lax.axis_index(axes.seq) % 2 == 0
     return jnp.stack([jnp.where(is_even, even, odd), jnp.where(is_even, odd, even)])
 
 
 def _from_zigzag(pair: Array, axes: Axes) -> Array:
-    """The way back."""
+    """The inverse of `_to_zigzag`."""
     is_even = jax.lax.axis_index(axes.seq) % 2 == 0
     even, odd = jnp.where(is_even, pair[0], pair[1]), jnp.where(is_even, pair[1], pair[0])
     backwards = ([(there, here) for here, there in route] for route in _routes(jax.lax.axis_size(axes.seq)))

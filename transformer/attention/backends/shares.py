@@ -17,21 +17,21 @@ from transformer.types import Array
 
 
 def shard_map_kernel(kernel: Any, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, rows: Any = None) -> Array:
-    """`kernel(q, k, v, rows)` on each device's share, or on everything where there is no mesh to share by.
+    """`kernel(q, k, v, rows)` on each device's share, or on the whole arrays if there is no mesh.
 
     Args:
         rows: a pytree of arrays whose first dim is the batch, or None.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual}
-    # Where a program is manual over some axes already, the compiler must not look at the others either.
+    # If a program is manual over some axes already, the compiler must not partition over the others either.
     if math.prod(mesh.shape[name] for name in free) == 1 and len(free) in (0, len(mesh.axis_names)):
         return kernel(q_BTNH, k_BSKH, v_BSKH, rows)
     batch, heads = (tuple(name for name in mesh_axes(axis) if name in free) for axis in ("batch", "heads"))
-    # What does not divide is computed by every device in whole: a batch of one, say.
+    # Every device computes the whole of what does not divide, such as a batch of one.
     batch = batch if q_BTNH.shape[0] % axes_size(batch) == 0 else ()
     heads = heads if q_BTNH.shape[2] % axes_size(heads) == 0 else ()
-    # Fewer key/value heads than devices: as many copies as give each device those of its queries.
+    # With fewer key/value heads than devices, there are enough copies for each device to have those of its queries.
     copies = math.lcm(k_BSKH.shape[2], axes_size(heads)) // k_BSKH.shape[2]
     k, v = (x if copies == 1 else jnp.repeat(x, copies, axis=2) for x in (k_BSKH, v_BSKH))
     layout, by_row = PartitionSpec(batch or None, None, heads or None, None), PartitionSpec(batch or None)

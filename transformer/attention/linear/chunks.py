@@ -21,13 +21,13 @@ Body = Callable[[Array, Any], tuple[Array, Array]]
 
 
 def scan_chunks(body: Body, state: Array, tokens: Any, chunk: int) -> tuple[Array, Array]:
-    """`body` over chunk after chunk of `tokens`, a tree of arrays [B, T, ...].
+    """Apply `body` to one chunk of `tokens` after another; `tokens` is a tree of arrays [B, T, ...].
 
-    Chunks are cut, and put together, in place: `jax.lax.scan` over them would lay them, and their gradients, out anew with
-    the chunks in front. The backward pass keeps one state a chunk and computes each chunk again.
+    Chunks are sliced and written in place: `jax.lax.scan` over them would copy them, and their gradients, into a layout with
+    the chunks in front. The backward pass keeps one state per chunk and recomputes each chunk.
 
     Args:
-        body: zeros behind the end fill the last chunk up; they must leave the state as it is.
+        body: zeros after the end fill up the last chunk; they must leave the state unchanged.
 
     Returns:
         The last state, and the outputs [B, T, ...].
@@ -43,7 +43,7 @@ def scan_chunks(body: Body, state: Array, tokens: Any, chunk: int) -> tuple[Arra
         parts = [other if known is None else known for known, other in zip(floats, others, strict=True)]
         return body(state, jax.tree.unflatten(structure, parts))
 
-    # What the body closes over, such as the arrays of a feature map, has gradients too.
+    # Arrays that the body closes over, such as those of a feature map, have gradients too.
     converted, captured = jax.closure_convert(over_parts, state, *_cut((floats, others), 0, chunk))
     forward, backward = functools.partial(_forward, converted, chunk), functools.partial(_backward, converted, chunk)
     state, out = with_backward(forward, backward, state, floats, others, captured)

@@ -1,9 +1,9 @@
-"""Fast weight programmers: a matrix is written to at each position and read by queries. Time is linear in T, the state fixed.
+"""Fast weight programmers: each position writes to a matrix, and queries read it. Time is linear in T, the state's size is fixed.
 
 B batch, T query position, S key position, D embed, N query heads, K memories (key/value heads), G = N / K query heads a
 memory, H head_dim, M features, V value features.
 
-With φ a feature map, W_t the fast weights [M, V], β_t a strength of writing and α_t what is kept of the past:
+With φ a feature map, W_t the fast weights [M, V], β_t the write strength and α_t the fraction of the past that is kept:
 
     sum           W_t = W_t-1 + β_t φ(k_t) v_tᵀ                                     Schmidhuber 1992
     gated_sum     W_t = α_t W_t-1 + β_t φ(k_t) v_tᵀ                                 with decay
@@ -11,9 +11,9 @@ With φ a feature map, W_t the fast weights [M, V], β_t a strength of writing a
     gated_delta   W_t = α_t W_t-1 + β_t φ(k_t) (v_t - α_t W_t-1ᵀ φ(k_t))ᵀ           Yang et al. 2024, Gated DeltaNet
     out_t = W_tᵀ φ(q_t)
 
-One position after another is the definition. A chunk of positions at once is the same up to rounding: what the positions of a
-chunk write, u_t = β_t (v_t - recalled), depends on the chunk's own earlier writes through a unit lower triangular system
-(the UT transform of the WY representation, Yang et al. 2024, Parallelizing linear transformers with the delta rule).
+Computing one position after another is the definition. Computing a chunk at once gives the same up to rounding: what the
+positions of a chunk write, u_t = β_t (v_t - recalled), depends on the chunk's own earlier writes through a unit lower triangular
+system (the UT transform of the WY representation, Yang et al. 2024, Parallelizing linear transformers with the delta rule).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How fast weights change: `erases` takes out what the key recalls before writing, `decays` fades the past."""
+    """How fast weights change: `erases` removes what the key recalls before writing, `decays` lets the past fade."""
 
     erases: bool
     decays: bool
@@ -63,24 +63,24 @@ def fast_weights(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B K M V"]]:
     """Write and read a whole sequence, causally: position t reads what was written up to t.
 
-    The result does not depend on `chunk`, up to rounding. It takes O(T · chunk) time, and memory for one chunk's work beside
-    inputs, outputs and (to differentiate) one state a chunk; the backward pass computes each chunk again.
+    The result does not depend on `chunk`, up to rounding. It takes O(T · chunk) time, and memory for one chunk's work in
+    addition to inputs, outputs and (for gradients) one state per chunk; the backward pass recomputes each chunk.
 
     Args:
         beta_BTK: β, 1 by default. The delta rules are stable for β |φ(k)|² from 0 to 2.
-        log_decay_BTK: log α, finite and at most 0; for the gated rules, which need it, alone.
+        log_decay_BTK: log α, finite and at most 0; the gated rules need it, and only they take it.
         rule: a name of `RULES`.
         feature_map: φ, of both queries and keys; a name of `FEATURE_MAPS` or a function.
-        chunk: positions that are computed at once: 1 is the definition, one after another; None is all of them.
-        segments_BT: document numbers. The state restarts where a number follows another one; 0 is padding, which writes nothing
-            and fades nothing, and over which a document and what it started from go on.
-        state_BKMV: what to start from, as an earlier call returned it; zeros by default.
+        chunk: number of positions computed at once: 1 is the definition, one after another; None is all of them.
+        segments_BT: document numbers. The state restarts where a different number follows. 0 is padding: it writes nothing and
+            fades nothing, and the document before it, or the initial state, continues after it.
+        state_BKMV: the initial state, as returned by an earlier call; zeros by default.
 
     Returns:
         What each query read, in v's type, and the state after the last position, in float32 (float64 for float64 values).
 
     Raises:
-        ValueError: unknown names, shapes that do not fit, a decay missing or out of place, or a chunk below 1.
+        ValueError: unknown names, shapes that do not fit, a decay that is missing or not allowed, or a chunk below 1.
     """
     shapes: dict[str, Any] = {
         "q": (q_BTNH, "B T N H"),
@@ -121,7 +121,7 @@ def fast_weights_step(
     feature_map: str | FeatureMap = "identity",
     valid_B: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B N V"], Float[Array, "B K M V"]]:
-    """One position, as `fast_weights` takes many: what the query reads, and the next state, of the same fixed size."""
+    """One position, with arguments as for `fast_weights`: what the query reads, and the next state, of the same fixed size."""
 
     def one(x: Any) -> Any:
         return None if x is None else x[:, None]
@@ -135,7 +135,7 @@ def fast_weights_step(
 
 
 class _Tokens(NamedTuple):
-    """What positions bring: [B, T, ...] for many, [B, ...] for one. `starts` is true where the state restarts."""
+    """Inputs of the positions: [B, T, ...] for many, [B, ...] for one. `starts` is true where the state restarts."""
 
     q_KGH: Array
     k_KH: Array
@@ -151,10 +151,10 @@ def _tokens(
     check_name("fast_weights", "rule", rule, RULES)
     if RULES[rule].decays != (log_decay is not None):
         given = "None" if log_decay is None else f"of shape {log_decay.shape}"
-        raise ValueError(f"fast_weights: log_decay is {given}; the gated rules alone take it, and rule={rule!r}")
+        raise ValueError(f"fast_weights: log_decay is {given}; only the gated rules take it, and rule={rule!r}")
     N, K = q.shape[-2], k.shape[-2]
     if N % K:
-        raise ValueError(f"fast_weights: q has {N} heads {q.shape}, no multiple of k's {K} {k.shape}")
+        raise ValueError(f"fast_weights: q has {N} heads {q.shape}, not a multiple of k's {K} {k.shape}")
     wide = widen(v).dtype
     beta = jnp.ones(k.shape[:-1], wide) if beta is None else beta.astype(wide)
     log_decay = None if log_decay is None else log_decay.astype(wide)
@@ -176,7 +176,7 @@ def _state_or_zeros(state: Array | None, k: Array, num_values: int, feature_map:
 
 
 def _starts(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Where a document begins that is not the first of its row, padding left out."""
+    """Where a document begins that is not the first of its row; padding is ignored."""
     places_BT = jnp.where(segments_BT != 0, jnp.arange(segments_BT.shape[1]), -1)
     before_BT = jnp.pad(jax.lax.cummax(places_BT, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     last_BT = jnp.take_along_axis(segments_BT, jnp.maximum(before_BT, 0), axis=1)
@@ -184,7 +184,7 @@ def _starts(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
 
 
 def _step(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erases: bool) -> tuple[Array, Array]:
-    """The definition: one position. The next state, and what the queries read, in v's type."""
+    """One position, by the definition: the next state, and what the queries read, in v's type."""
     wide = state_BKMV.dtype
     q_BKGM, k_BKM = feature_map(tokens.q_KGH.astype(wide)), feature_map(tokens.k_KH.astype(wide))
     v_BKV = tokens.v_KV.astype(wide)
@@ -220,10 +220,10 @@ def _chunk(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erase
 
 
 def unit_lower_inverse(lower_TS: Float[Array, "*dims T T"]) -> Float[Array, "*dims T T"]:
-    """(I + L)⁻¹ with L the part of each matrix that is strictly below the diagonal; nothing else is read.
+    """(I + L)⁻¹ with L the strictly lower triangular part of each matrix; the other entries are not read.
 
-    By halves: the inverse of [[A, 0], [C, B]] is [[A⁻¹, 0], [-B⁻¹ C A⁻¹, B⁻¹]], for all blocks of a size at once. As stable as
-    substitution, and log₂ T products in place of T steps. (XLA's batched triangular solve may never return on a CPU of few
+    By halving: the inverse of [[A, 0], [C, B]] is [[A⁻¹, 0], [-B⁻¹ C A⁻¹, B⁻¹]], for all blocks of a size at once. As stable as
+    substitution, with log₂ T products instead of T steps. (XLA's batched triangular solve may never return on a CPU with few
     cores.)
     """
     T, dims = lower_TS.shape[-1], lower_TS.shape[:-2]
@@ -234,7 +234,7 @@ def unit_lower_inverse(lower_TS: Float[Array, "*dims T T"]) -> Float[Array, "*di
     for size in (1 << level for level in range(whole.bit_length() - 1)):
         pairs = whole // (2 * size)
         blocks = lower_TS.reshape(*dims, pairs, 2, size, pairs, 2, size)
-        # Of each pair on the diagonal, the corner below.
+        # For each pair of blocks on the diagonal, the block below it.
         corner = jnp.moveaxis(jnp.diagonal(blocks, axis1=-6, axis2=-3)[..., 1, :, 0, :, :], -1, -3)
         upper, last = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
         top = jnp.concatenate([upper, jnp.zeros_like(corner)], axis=-1)
@@ -245,7 +245,7 @@ def unit_lower_inverse(lower_TS: Float[Array, "*dims T T"]) -> Float[Array, "*di
 
 
 def _kept(tokens: _Tokens) -> tuple[Array, Array]:
-    """What is left at t of what was written at s, and of the state before the chunk: [B_, K_, T, S] and [B_, K_, T]."""
+    """What remains at t of what was written at s, and of the state before the chunk: [B_, K_, T, S] and [B_, K_, T]."""
     T = tokens.beta_K.shape[1]
     seen_BTS = jnp.tril(jnp.ones((1, T, T), bool))
     carried_BT = jnp.ones((1, T), bool)
@@ -257,6 +257,6 @@ def _kept(tokens: _Tokens) -> tuple[Array, Array]:
         wide = tokens.beta_K.dtype
         return seen_BTS[:, None].astype(wide), carried_BT[:, None].astype(wide)
     age_BKT = jnp.cumsum(tokens.log_decay_K, axis=1).swapaxes(1, 2)
-    # Differences first: what an unseen pair would give may be too large for exp.
+    # Differences first: exp might overflow for a pair that is not seen.
     written_BKTS = jnp.exp(jnp.where(seen_BTS[:, None], age_BKT[..., None] - age_BKT[..., None, :], -jnp.inf))
     return written_BKTS, jnp.where(carried_BT[:, None], jnp.exp(age_BKT), 0)

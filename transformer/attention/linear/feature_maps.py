@@ -1,7 +1,7 @@
-"""Feature maps φ of linear attention and fast weights: φ(q)·φ(k) stands in for exp(q·k).
+"""Feature maps φ of linear attention and fast weights: φ(q)·φ(k) replaces exp(q·k).
 
-H head_dim, M features; "*dims" is any number of leading dims. A map looks at one position alone, so that it may be applied
-to a whole sequence, to a chunk of it, or to one token.
+H head_dim, M features; "*dims" is any number of leading dims. A map uses one position alone, so it can be applied to a whole
+sequence, to a chunk of it, or to one token.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def dpfp(x: Float[Array, "*dims H"], *, nu: int = 1) -> Float[Array, "*dims M"]:
 def positive_random_features(
     x: Float[Array, "*dims H"], *, num_features: int | None = None, seed: int = 0
 ) -> Float[Array, "*dims M"]:
-    """FAVOR+: exp(w·x - |x|²/2) / √M for M random w, after a scale of H^(-1/4) on x.
+    """FAVOR+: exp(w·x - |x|²/2) / √M for M random vectors w, after a scale of H^(-1/4) on x.
 
     φ(q)·φ(k) is then exp(q·k / √H) in expectation (Choromanski et al. 2021, lemma 1), with less variance where the w are
     orthogonal (their section 2.4). Nothing is subtracted for stability, which would make a position depend on others; the
@@ -62,7 +62,7 @@ def positive_random_features(
 
     Args:
         num_features: M; 2 H by default.
-        seed: of the w, which are constants of the program: no parameter, nothing to save. Another seed draws others.
+        seed: of the vectors w, which are constants of the program and not parameters: they are not saved.
     """
     w_MH = orthogonal_projection(2 * x.shape[-1] if num_features is None else num_features, x.shape[-1], seed)
     x = x * x.shape[-1] ** -0.25
@@ -77,7 +77,7 @@ def orthogonal_projection(num_features: int, head_dim: int, seed: int) -> np.nda
     Choromanski et al. 2021, section 2.4. Each row's distribution is N(0, I), so that the features stay unbiased.
 
     Raises:
-        ValueError: no feature at all.
+        ValueError: less than one feature.
     """
     if num_features < 1:
         raise ValueError(f"positive_random_features: num_features={num_features}; expected 1 or more")
@@ -95,11 +95,11 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
     "dpfp": dpfp,
     "favor": positive_random_features,
 }
-"""Maps by name, with their defaults; `functools.partial` gives others."""
+"""Feature maps by name, with their defaults; `functools.partial` gives others."""
 
 
 def feature_map_of(name_or_map: str | FeatureMap) -> FeatureMap:
-    """The map of a name, or the map itself.
+    """The map with this name, or the map itself.
 
     Raises:
         ValueError: an unknown name.
@@ -126,4 +126,4 @@ def unit_sum(x: Float[Array, "*dims M"]) -> Float[Array, "*dims M"]:
 
 
 FEATURE_NORMS: dict[str, FeatureMap] = {"none": identity, "l2": unit_length, "sum": unit_sum}
-"""What may be done to features after the map."""
+"""Normalisations of the features after the map."""

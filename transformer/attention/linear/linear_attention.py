@@ -5,8 +5,8 @@ H head_dim, M features, V value features.
 
     out_t = φ(q_t)ᵀ Σ_s φ(k_s) v_sᵀ / (φ(q_t)ᵀ Σ_s φ(k_s))             Katharopoulos et al. 2020, equation 5
 
-Causally, s runs up to t: the sums are then fast weights that the rule `sum` writes (Schlag et al. 2021, section 3.2), and with
-a 1 appended to each value the one memory holds both numerator and denominator.
+If causal, s runs up to t: the sums are then fast weights that the rule `sum` writes (Schlag et al. 2021, section 3.2). With
+a 1 appended to each value, one memory holds both numerator and denominator.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def linear_attention(
     state_BKMV: Float[Array, "B K M V+1"] | None = None,
     epsilon: float = 1e-6,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B K M V+1"] | None]:
-    """Normalised linear attention, of positive features for the weights to be a distribution.
+    """Normalised linear attention. The weights are a distribution if the features are positive.
 
     Args:
-        causal: position t sees keys up to t. Otherwise every key, and T and S may differ.
+        causal: position t sees keys up to t. Otherwise it sees every key, and T and S may differ.
         feature_map: φ, of both queries and keys; a name of `FEATURE_MAPS` or a function.
-        chunk: positions that are computed at once. A number sums keys and values first, O(T + S); None computes all weights,
-            O(T S). The result is the same.
-        valid_BS: keys that are seen.
-        segments_BT: document numbers (0 is padding) of queries and keys, each document in one piece: attention stays in it.
-        state_BKMV: what to start from, as an earlier causal call returned it.
+        chunk: number of positions computed at once. A number sums keys and values first, in O(T + S); None computes all
+            weights, in O(T S). The result is the same.
+        valid_BS: keys that may be seen.
+        segments_BT: document numbers (0 is padding) of queries and keys; each document is contiguous, and attention stays in it.
+        state_BKMV: the initial state, as returned by an earlier causal call.
         epsilon: added to the denominator; a query that sees no key gives zeros.
 
     Returns:
-        The output in v's type; and, when causal, the sums of φ(k) [v, 1]ᵀ (of the last document) to go on from.
+        The output in v's type; and, if causal, the sums of φ(k) [v, 1]ᵀ (of the last document), from which a call can continue.
 
     Raises:
         ValueError: unknown names, shapes that do not fit, or a state where attention is not causal.
@@ -69,15 +69,16 @@ def linear_attention(
         )
     if q_BTNH.shape[2] % k_BSKH.shape[2]:
         raise ValueError(
-            f"linear_attention: q has {q_BTNH.shape[2]} heads {q_BTNH.shape}, no multiple of k's {k_BSKH.shape[2]} {k_BSKH.shape}"
+            f"linear_attention: q has {q_BTNH.shape[2]} heads {q_BTNH.shape}, not a multiple of k's {k_BSKH.shape[2]} "
+            f"{k_BSKH.shape}"
         )
     if state_BKMV is not None and not causal:
         raise ValueError(
-            f"linear_attention: state has shape {state_BKMV.shape}; only causal attention goes on from one"
+            f"linear_attention: state has shape {state_BKMV.shape}; only causal attention continues from a state"
         )
     phi = feature_map_of(feature_map)
     with jax.named_scope("linear_attention"):
-        # A value of 1 beside the others sums what the weights are divided by; a key that is not seen adds to neither.
+        # A value of 1 next to the others sums the denominator of the weights; a key that is not seen adds to neither.
         v = widen(v_BSKV)
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
         for seen_BS in (valid_BS, None if segments_BT is None else segments_BT != 0):
@@ -115,13 +116,13 @@ def _both_ways(
             weights = jnp.where(same_BTS[:, None, None], weights, 0)
         return einsum("BKGTS,BSKV->BTKGV", weights, v_BSKV).reshape(B, T, N, -1)
     if segments_BT is None:
-        # Written by all keys while no query reads.
+        # All keys write, and there are no queries.
         _, state_BKMV = write(k_BSKH[:, :, :0], k_BSKH, v_BSKV)
         return einsum("BTKGM,BKMV->BTKGV", q_BTKGM, state_BKMV).reshape(B, T, N, -1)
     past, _ = write(q_BTNH, k_BSKH, v_BSKV, segments_BT=segments_BT)
     flipped = (jnp.flip(x, axis=1) for x in (q_BTNH, k_BSKH, v_BSKV))
     future = jnp.flip(write(*flipped, segments_BT=jnp.flip(segments_BT, axis=1))[0], axis=1)
-    # Both count the position itself.
+    # Both terms include the position itself.
     own_BTKG = einsum("BTKGM,BTKM->BTKG", q_BTKGM, feature_map(k_BSKH.astype(wide)))
     own_BTKGV = own_BTKG[..., None] * v_BSKV[:, :, :, None]
     return past + future - own_BTKGV.reshape(past.shape)

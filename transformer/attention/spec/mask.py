@@ -1,10 +1,10 @@
-"""Which query may look at which key, as a structure rather than as an array.
+"""Which query may see which key, as a structure rather than as an array.
 
 B batch, T query position, S key position, N query heads.
 
-A mask is a conjunction of predicates (`predicates.py`). A kernel that understands all of them never needs the T×S array; one that
-does not asks for `materialize`, or for one tile after another. Masks are pytrees: they pass through `jax.jit`, and what
-shapes a program (the kinds of predicates, a window's width) is static.
+A mask is a conjunction of predicates (`predicates.py`). A kernel that understands all of them never needs the T×S array; any
+other kernel calls `materialize`, or asks for one tile after another. Masks are pytrees: they pass through `jax.jit`, and what
+determines a program's structure (the kinds of predicates, a window's width) is static.
 
     mask = AttentionMask.causal() & AttentionMask.segments(segments_BT) & AttentionMask.window(left=128)
     longformer = AttentionMask.window(left=64, right=64) | AttentionMask.global_tokens(4)
@@ -31,7 +31,7 @@ from transformer.types import Array, Bool, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """A conjunction of predicates; with none of them, every query sees every key."""
+    """A conjunction of predicates; without any, every query sees every key."""
 
     predicates: tuple[MaskPredicate, ...] = ()
 
@@ -42,7 +42,7 @@ class AttentionMask:
 
     @staticmethod
     def causal(offset: int | Int[Array, " B"] = 0) -> AttentionMask:
-        """Query t, standing at position offset + t, sees the keys up to its own position."""
+        """Query t, at position offset + t, sees the keys up to its own position."""
         return AttentionMask((p.Causal(offset=_whole("causal", "offset", offset)),))
 
     @staticmethod
@@ -80,7 +80,7 @@ class AttentionMask:
 
     @staticmethod
     def sinks(count: int) -> AttentionMask:
-        """Every query sees the first `count` keys, the attention sinks (Xiao et al. 2023), whatever a window hides.
+        """Every query sees the first `count` keys, the attention sinks (Xiao et al. 2023), also outside a window.
 
         Raises:
             ValueError: a count below 1.
@@ -103,7 +103,7 @@ class AttentionMask:
         """Blocks of `size` queries see blocks of `size` keys where the layout is true (Child et al. 2019; Zaheer et al. 2020).
 
         Raises:
-            ValueError: a layout that is no matrix of booleans, or a size below 1.
+            ValueError: a layout that is not a matrix of booleans, or a size below 1.
         """
         _check("block_sparse", layout_QK, 2, jnp.bool_)
         _at_least_one("block_sparse", "size", size)
@@ -127,7 +127,7 @@ class AttentionMask:
 
     @staticmethod
     def explicit(mask_BNTS: Bool[Array, "B_ N_ T_ S_"]) -> AttentionMask:
-        """Exactly the pairs where the array is true."""
+        """Exactly the pairs for which the array is true."""
         _check("explicit", mask_BNTS, 4, jnp.bool_)
         return AttentionMask((p.Explicit(mask_BNTS),))
 
@@ -136,30 +136,30 @@ class AttentionMask:
         """The pairs for which `mask_mod(b, h, q, k)`, a function of four integers, is true (Dong et al. 2024).
 
         Raises:
-            ValueError: the function gives anything but one boolean.
+            ValueError: the function returns anything but one boolean.
         """
         return AttentionMask((p.MaskMod(Mod.mask(mask_mod)),))
 
     def __and__(self, other: AttentionMask) -> AttentionMask:
-        """The pairs that both allow."""
+        """The pairs that both masks allow."""
         extra = tuple(
             predicate for predicate in other.predicates if not (_is_plain_causal(predicate) and self.is_causal)
         )
         return AttentionMask(self.predicates + extra)
 
     def __or__(self, other: AttentionMask) -> AttentionMask:
-        """The pairs that one of the two allows."""
+        """The pairs that at least one of the two masks allows."""
         if not self.predicates or not other.predicates:
             return AttentionMask()
         return AttentionMask((p.Either(self.predicates, other.predicates),))
 
     def shift_queries(self, offset: int | Int[Array, " B"]) -> AttentionMask:
-        """The mask of queries that stand `offset` positions further along the keys (decoding with a cache)."""
+        """The mask for queries that are `offset` positions further along the keys (decoding with a cache)."""
         offset = _whole("moved", "offset", offset)
         return AttentionMask(tuple(predicate.shift_queries(offset) for predicate in self.predicates))
 
     def padded(self, num_queries: int, num_keys: int) -> AttentionMask:
-        """The mask with its arrays filled up to so many queries and keys, which nothing sees."""
+        """The mask with its arrays padded to these numbers of queries and keys; padding is not seen."""
         return AttentionMask(tuple(predicate.padded(num_queries, num_keys) for predicate in self.predicates))
 
     @property
@@ -181,11 +181,11 @@ class AttentionMask:
     def materialize(
         self, num_queries: int, num_keys: int, *, batch_size: int | None = None, num_heads: int | None = None
     ) -> Bool[Array, "B_ N_ T_ S_"] | None:
-        """The array, as small as broadcasting allows; None when everything is allowed.
+        """The array, as small as broadcasting allows; None if everything is allowed.
 
         Args:
-            batch_size, num_heads: those that the predicates are made for, by default; a `mask_mod` that looks at the row or the
-                head needs them.
+            batch_size, num_heads: by default those that the predicates are made for; a `mask_mod` that uses the row or the head
+                needs them.
 
         Raises:
             ValueError: a predicate is made for other numbers of rows, heads, queries or keys.
@@ -207,7 +207,7 @@ class AttentionMask:
         return p.all_allowed(self.predicates, tile) if self.predicates else None
 
     def visible(self, grid: Grid) -> Any:
-        """Which tiles of a grid may have an allowed pair; numpy where that is known before the program runs."""
+        """Which tiles of a grid may have an allowed pair; a numpy array if that is known before the program runs."""
         return p.all_visible(self.predicates, grid)
 
     def visible_beforehand(self, grid: Grid) -> Bool[np.ndarray, "Q K"]:

@@ -1,9 +1,9 @@
-"""A user's own function of (row, head, query, key), as FlexAttention takes them (Dong et al. 2024).
+"""A user's own function of (row, head, query, key), as in FlexAttention (Dong et al. 2024).
 
 B batch, T query position, S key position, N query heads.
 
-The function is written for one pair, in scalars; it is traced once and evaluated for a tile at a time. What it captures,
-a tensor of slopes, a table of biases, becomes data of the `Mod`, so that it may be traced, batched and differentiated.
+The function is written for one pair, in scalars; it is traced once and evaluated for a tile at a time. What it captures, such
+as a tensor of slopes or a table of biases, becomes data of the `Mod`, so that it may be traced, batched and differentiated.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mod:
-    """A traced function: its program is static, what it captured are leaves."""
+    """A traced function: its program is static, and the arrays that it captured are leaves."""
 
     program: Any = dataclasses.field(metadata={"static": True})
     captured: list[Any]
-    """Arrays; not typed so, since JAX also puts placeholders where arrays belong."""
+    """Arrays; the annotation is not more specific, since JAX also puts placeholders in place of arrays."""
 
     @staticmethod
     def mask(function: Callable[..., Any]) -> Mod:
-        """Of a `mask_mod(b, h, q, k) -> bool`.
+        """From a `mask_mod(b, h, q, k) -> bool`.
 
         Raises:
-            ValueError: it gives anything but one boolean.
+            ValueError: it returns anything but one boolean.
         """
         return _trace("mask_mod", function, (), jnp.bool_)
 
     @staticmethod
     def score(function: Callable[..., Any], dtype: DTypeLike) -> Mod:
-        """Of a `score_mod(score, b, h, q, k) -> score`, for scores of type `dtype`.
+        """From a `score_mod(score, b, h, q, k) -> score`, for scores of type `dtype`.
 
         Raises:
-            ValueError: it gives anything but one number of that type.
+            ValueError: it returns anything but one number of that type.
         """
         return _trace("score_mod", function, (jax.ShapeDtypeStruct((), dtype),), dtype)
 
     @property
     def depends_on(self) -> tuple[bool, bool, bool, bool]:
-        """Whether it looks at the row, the head, the query and the key."""
+        """Whether it uses the row, the head, the query and the key."""
         used = {id(atom) for equation in self.program.eqns for atom in equation.invars}
         used |= {id(atom) for atom in self.program.outvars}
         row, head, query, key = (id(atom) in used for atom in self.program.invars[-4:])
         return row, head, query, key
 
     def __call__(self, tile: Tile, scores_BNTS: Array | None = None) -> Array:
-        """Its values over a tile, [B_, N_, t, s]; rows and heads that it doesn't look at are 1 where there are no scores."""
+        """Its values over a tile, [B_, N_, t, s]; without scores, the dims of rows and heads that it does not use are 1."""
         function = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.program, self.captured))
         scores = () if scores_BNTS is None else (scores_BNTS,)
         shape = [
@@ -80,7 +80,7 @@ class Mod:
 
 
 def _trace(name: str, function: Callable[..., Any], scores: tuple[Any, ...], dtype: DTypeLike) -> Mod:
-    # Traced for no mesh, the program can run under any, on one device's share of a sequence too.
+    # Traced without a mesh, the program can run under any mesh, also on one device's share of a sequence.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*scores, *(_INDEX,) * 4)
     if getattr(shape, "shape", None) != () or shape.dtype != dtype:

@@ -3,7 +3,7 @@
 B batch, T query position, S key position, N query heads.
 
 A predicate answers two questions: which pairs of a tile are allowed, and which tiles of a grid can have an allowed pair at all.
-The second is answered without the first where that is cheap, and may err towards yes.
+The second is answered without the first where that is cheap; it may include tiles without an allowed pair, but misses none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def register(cls: type[TermT]) -> type[TermT]:
         return [value for name, value in values if name not in known], static
 
     def unflatten(static: tuple[tuple[str, Any], ...], leaves: Iterable[Any]) -> TermT:
-        # Not by the constructor: JAX also puts placeholders where arrays belong.
+        # Bypasses the constructor, since JAX also puts placeholders in place of arrays.
         predicate, known, rest = object.__new__(cls), dict(static), iter(leaves)
         for name in names:
             object.__setattr__(predicate, name, known[name] if name in known else next(rest))
@@ -56,30 +56,30 @@ class MaskPredicate:
         raise NotImplementedError
 
     def visible(self, grid: Grid) -> Any:
-        """Which tiles may have an allowed pair, [query blocks, key blocks]: numpy where that is known before the program
+        """Which tiles may have an allowed pair, [query blocks, key blocks]: a numpy array if that is known before the program
         runs."""
         return np.ones((grid.queries.count, grid.keys.count), bool)
 
     def extent(self) -> Extent:
-        """How many rows, heads, queries and keys it is made for; None where any number fits."""
+        """The numbers of rows, heads, queries and keys that it is made for; None where any number fits."""
         return None, None, None, None
 
     def depends_on(self) -> tuple[bool, bool]:
-        """Whether its answer depends on the row and on the head beyond what its own arrays say."""
+        """Whether it depends on the row and on the head in addition to its own arrays."""
         return False, False
 
     def shift_queries(self, offset: int | Int[Array, " B"]) -> MaskPredicate:
-        """This predicate when query t of the call stands at position `offset + t` among the keys."""
+        """This predicate with query t of the call at position `offset + t` among the keys."""
         return self
 
     def padded(self, num_queries: int, num_keys: int) -> MaskPredicate:
-        """This predicate with its arrays filled up to so many queries and keys, which nothing sees."""
+        """This predicate with its arrays padded to these numbers of queries and keys; padding is not seen."""
         return self
 
 
 @dataclasses.dataclass(frozen=True)
 class PositionalPredicate(MaskPredicate):
-    """A condition on positions: query t stands at `offset + t` among the keys."""
+    """A condition on positions: query t is at position `offset + t` among the keys."""
 
     offset: int | Int[Array, " B"] = dataclasses.field(default=0, kw_only=True)
 
@@ -165,7 +165,7 @@ class Dilated(PositionalPredicate):
 @register
 @dataclasses.dataclass(frozen=True)
 class Prefix(MaskPredicate):
-    """Keys at the first `length` positions, of each row where it is an array."""
+    """Keys at the first `length` positions; an array gives each row its own length."""
 
     length: int | Int[Array, " B"]
 
@@ -198,7 +198,7 @@ class FirstQueries(PositionalPredicate):
 @register
 @dataclasses.dataclass(frozen=True)
 class Padding(MaskPredicate):
-    """Keys that are real."""
+    """Keys that are not padding."""
 
     valid_BS: Bool[Array, "B S"]
 
@@ -218,7 +218,7 @@ class Padding(MaskPredicate):
 @register
 @dataclasses.dataclass(frozen=True)
 class Segments(MaskPredicate):
-    """Query and key belong to the same packed document. Segment 0 is padding, and sees and is seen by nothing."""
+    """Query and key belong to the same packed document. Segment 0 is padding: it sees nothing and is not seen."""
 
     q_BT: Int[Array, "B T"]
     k_BS: Int[Array, "B S"]
@@ -231,7 +231,7 @@ class Segments(MaskPredicate):
         return (q[:, None, :, None] == k[:, None, None, :]) & (k != 0)[:, None, None, :]
 
     def visible(self, grid):
-        # Blocks whose ranges of segment numbers do not meet share no document.
+        # Blocks whose ranges of segment numbers do not overlap share no document.
         (low_q, high_q), (low_k, high_k) = _extremes(grid.queries, self.q_BT), _extremes(grid.keys, self.k_BS)
         meet = (low_k[:, None] <= high_q[:, :, None]) & (low_q[:, :, None] <= high_k[:, None])
         return meet.any(0)
@@ -276,7 +276,7 @@ class BlockSparse(PositionalPredicate):
     def allowed(self, tile):
         queries, keys = self._pairs(tile)
         rows, columns = self.layout_QK.shape
-        # What lies behind the layout is off, and not the layout's last block.
+        # Positions after the end of the layout are off, rather than in the layout's last block.
         inside = (queries // self.size < rows) & (keys // self.size < columns)
         return (
             inside
@@ -375,7 +375,7 @@ def all_allowed(predicates: tuple[MaskPredicate, ...], tile: Tile) -> Bool[Array
 
 
 def all_visible(predicates: Iterable[MaskPredicate], grid: Grid) -> Any:
-    """The tiles in which every predicate may allow a pair; numpy where all the predicates are known beforehand."""
+    """The tiles in which every predicate may allow a pair; a numpy array if all the predicates are known beforehand."""
     visible = np.ones((grid.queries.count, grid.keys.count), bool)
     for predicate in predicates:
         visible = visible & predicate.visible(grid)

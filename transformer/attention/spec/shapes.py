@@ -1,4 +1,4 @@
-"""What a call of `attend` asks for, as far as the choice of a backend depends on it."""
+"""The properties of a call of `attend` that the choice of a backend depends on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which softmax attention is meant: its mask, its scores, its dropout; every backend computes the same one.
+"""The specification of a softmax attention: its mask, its scores, its dropout. Every backend computes the same function.
 
 B batch, T query position, S key position, N query heads.
 
@@ -27,13 +27,13 @@ _STATIC: dict[str, Any] = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What makes a logit of a query's product with a key."""
+    """Turns the product of a query and a key into a logit."""
 
     scale: float = dataclasses.field(metadata=_STATIC)
     soft_cap: float | None = dataclasses.field(default=None, metadata=_STATIC)
     """c·tanh(logit / c) bounds the logits smoothly (Gemma Team 2024, section 2)."""
     bias_BNTS: Any = None
-    """An array [B_, N_, T_, S_], or None; not typed so, since JAX also puts placeholders where arrays belong."""
+    """An array [B_, N_, T_, S_], or None; the annotation is not more specific, since JAX also puts placeholders here."""
     mod: Mod | None = None
 
     @staticmethod
@@ -45,14 +45,14 @@ class Score:
         scale: float | None = None,
         logit_soft_cap: float | None = None,
     ) -> Score:
-        """That of a call of `attend` with these queries; arguments as there."""
+        """The score of a call of `attend` with these queries; arguments as there."""
         scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
         mod = None if score_mod is None else Mod.score(score_mod, wide(q_BTNH.dtype))
         return Score(scale, logit_soft_cap, bias_BNTS, mod)
 
     @property
     def is_plain(self) -> bool:
-        """Whether it only scales."""
+        """Whether it only scales the products."""
         return self.soft_cap is None and self.bias_BNTS is None and self.mod is None
 
     def __call__(self, products_BNTS: Float[Array, "B N T S"], tile: Tile) -> Float[Array, "B N T S"]:
@@ -62,7 +62,7 @@ class Score:
     def pullback(
         self, products_BNTS: Float[Array, "B N T S"], dlogits_BNTS: Float[Array, "B N T S"], tile: Tile
     ) -> tuple[Float[Array, "B N T S"], list[Array]]:
-        """Gradients of a tile's products, and of what the score learns as far as this tile has a part in it."""
+        """Gradients of a tile's products, and this tile's contribution to the gradients of the score's own arrays."""
         if self.is_plain:
             return dlogits_BNTS * self.scale, []
         _, pull = jax.vjp(
@@ -71,12 +71,12 @@ class Score:
         return pull(dlogits_BNTS)
 
     def zero_gradients(self) -> list[Array]:
-        """Where the gradients of what it learns are summed up, in the order of `pullback`."""
+        """Zeros to which the gradients of the score's own arrays are added, in the order of `pullback`."""
         bias = [] if self.bias_BNTS is None else [self.bias_BNTS]
         return [jnp.zeros_like(array) for array in bias + self._floats()]
 
     def add_gradients(self, total: list[Array], part: list[Array], tile: Tile) -> list[Array]:
-        """The sum with a tile's part in it."""
+        """The sums with a tile's contribution added."""
         if self.bias_BNTS is None:
             return [one + other for one, other in zip(total, part, strict=True)]
         places = (
@@ -90,13 +90,13 @@ class Score:
         return [bias, *(one + other for one, other in zip(total[1:], part[1:], strict=True))]
 
     def cotangent(self, total: list[Array]) -> Score:
-        """The gradients in the place of what they are of; None, JAX's word for no gradient, for the rest."""
+        """The gradients in the structure of the score; None, which JAX takes as no gradient, for everything else."""
         leaves, structure = jax.tree.flatten(self)
         rest = iter(total)
         return jax.tree.unflatten(structure, [next(rest) if _is_float(leaf) else None for leaf in leaves])
 
     def padded(self, num_queries: int, num_keys: int) -> Score:
-        """The same with room for so many queries and keys in its bias."""
+        """The same score with its bias padded to these numbers of queries and keys."""
         if self.bias_BNTS is None:
             return self
         return dataclasses.replace(self, bias_BNTS=plane_filled(self.bias_BNTS, num_queries, num_keys))
@@ -123,14 +123,14 @@ class Score:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Weights set to zero at `rate`, the others scaled up by as much (Srivastava et al. 2014)."""
+    """Weights set to zero at `rate`, the others scaled up to compensate (Srivastava et al. 2014)."""
 
     key: Any
     """A random key."""
     rate: float = dataclasses.field(metadata=_STATIC)
 
     def __call__(self, weights_BNTS: Float[Array, "B N T S"], tile: Tile) -> Float[Array, "B N T S"]:
-        """The weights of a tile with some dropped: the same ones whenever the same tile comes by."""
+        """The weights of a tile with some dropped; the same tile always drops the same ones."""
         key = jax.random.fold_in(jax.random.fold_in(self.key, tile.queries.start), tile.keys.start)
         is_kept, scale = dropout_mask(key, self.rate, weights_BNTS.shape)
         return jnp.where(is_kept, weights_BNTS * jnp.asarray(scale, weights_BNTS.dtype), 0)
@@ -139,7 +139,7 @@ class Dropout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """A softmax attention, up to its inputs."""
+    """A softmax attention without its inputs."""
 
     mask: AttentionMask
     score: Score
@@ -148,7 +148,7 @@ class AttentionSpec:
     def logits(
         self, products_BNTS: Float[Array, "B N T S"], tile: Tile
     ) -> tuple[Float[Array, "B N T S"], Bool[Array, "B_ N_ T_ S_"] | None]:
-        """A tile's logits, with a finite floor where the mask forbids, and the mask."""
+        """A tile's logits, with a finite floor where the mask forbids a pair, and the mask."""
         logits, allowed = self.score(products_BNTS, tile), self.mask.allowed(tile)
         if allowed is None:
             return logits, None

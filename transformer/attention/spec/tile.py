@@ -1,9 +1,9 @@
-"""Which part of the T×S plane a kernel is at: spans, tiles of four spans, and the grid of all tiles.
+"""The part of the T×S plane that a kernel works on: spans, tiles of four spans, and the grid of all tiles.
 
 B batch, T query position, S key position, N query heads.
 
-A mask or a score function is asked for one tile at a time, so that the whole plane never has to exist. A tile speaks of
-the whole sequence's positions, also where a device holds but a part of it.
+A mask or a score function is evaluated for one tile at a time, so that the whole plane is never created. A tile's positions
+are those of the whole sequence, even if a device holds only a part of it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from transformer.types import Array, Int
 
 
 def filled(x: Array, size: int, axis: int, fill: Any = 0) -> Array:
-    """`x` with `axis` filled up to `size` places behind its end."""
+    """`x` with `axis` padded at its end to `size` places."""
     around = [(0, 0)] * x.ndim
     around[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, around, constant_values=fill)
 
 
 def plane_filled(x_BNTS: Array, num_queries: int, num_keys: int) -> Array:
-    """An array over the plane filled up to so many queries and keys; a dim of 1 is the same for every place and stays."""
+    """An array over the plane, padded to these numbers of queries and keys; a dim of 1 applies to every place and is kept."""
     for axis, size in ((2, num_queries), (3, num_keys)):
         if x_BNTS.shape[axis] > 1:
             x_BNTS = filled(x_BNTS, size, axis)
@@ -35,7 +35,7 @@ def plane_filled(x_BNTS: Array, num_queries: int, num_keys: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """`size` places of one dim, from `start` on, which may be traced."""
+    """`size` places of one dim from `start` on; `start` may be traced."""
 
     start: int | Array
     size: int
@@ -46,7 +46,7 @@ class Span:
         return self.start + jnp.arange(self.size)
 
     def cut(self, x: Array, axis: int) -> Array:
-        """These places of `x`; a dim of 1 is the same for every place and stays."""
+        """These places of `x`; a dim of 1 applies to every place and is kept."""
         if x.shape[axis] == 1 or x.shape[axis] == self.size:
             return x
         if isinstance(self.start, int):
@@ -65,7 +65,7 @@ class Tile:
 
     @staticmethod
     def whole(batch_size: int, num_heads: int, num_queries: int, num_keys: int) -> Tile:
-        """All of it."""
+        """The whole plane."""
         return Tile(Span(0, batch_size), Span(0, num_heads), Span(0, num_queries), Span(0, num_keys))
 
     @property
@@ -81,7 +81,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A stretch of one dim, from `base` on, cut into `count` blocks of `size` places."""
+    """A range of one dim, from `base` on, divided into `count` blocks of `size` places."""
 
     size: int
     count: int
@@ -89,7 +89,7 @@ class Blocks:
 
     @property
     def first(self) -> Any:
-        """Each block's first place: numpy where `base` is a plain number, so that it stays static."""
+        """Each block's first place: numpy if `base` is a plain number, so that it stays static."""
         return np.arange(self.count) * self.size + self.base
 
     @property
@@ -98,15 +98,15 @@ class Blocks:
         return self.first + (self.size - 1)
 
     def span(self, index: int | Array) -> Span:
-        """One of the blocks, as places of the whole dim."""
+        """One of the blocks, in places of the whole dim."""
         return Span(self.base + index * self.size, self.size)
 
     def part(self, index: int | Array) -> Span:
-        """One of the blocks, as places of the stretch."""
+        """One of the blocks, in places of the range."""
         return Span(index * self.size, self.size)
 
     def split(self, x: Array, axis: int, fill: Any) -> Array:
-        """The stretch of `x` with `axis` as [count, size], filled up with `fill` behind the dim's end."""
+        """The range of `x` with `axis` as [count, size], padded with `fill` after the end of the dim."""
         length = self.size * self.count
         if isinstance(self.base, int):
             x = filled(x, max(self.base + length, x.shape[axis]), axis, fill)
@@ -116,7 +116,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The plane as blocks of queries times blocks of keys."""
+    """The plane as blocks of queries × blocks of keys."""
 
     batch: Span
     heads: Span
