@@ -1,1 +1,1 @@
-"""`manyheads-bench`: measurements with their circumstances, kept as JSON in `benchmarks/results/`."""
+"""`manyheads-bench`: measurements with device, versions and date, stored as JSON in `benchmarks/results/`."""

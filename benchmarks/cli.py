@@ -1,4 +1,4 @@
-"""`manyheads-bench`: measure. Needs jax, flax, optax and numpy; peers and data packages only where they are compared."""
+"""`manyheads-bench`: benchmarks. Needs jax, flax, optax and numpy; peer and data packages only for comparisons."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from train.interrupt import exit_on_sigint
 from transformer.errors import UserError
 
 OVERRIDABLE = ("plan", "sharding")
-"""Commands with a config, whose fields can be changed: --model.num-layers 8."""
+"""Commands with a config, whose fields can be overridden: --model.num-layers 8."""
 RESUMABLE = ("plan", "history", "mechanisms", "pretraining", "finetuning")
-"""Commands that keep what there is when they are interrupted."""
+"""Commands that keep partial results when they are interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="manyheads-bench", description="Measurements, kept in benchmarks/results/.")
+    parser = argparse.ArgumentParser(
+        prog="manyheads-bench", description="Benchmarks; results are stored in benchmarks/results/."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, call: object, text: str, rounds: int) -> argparse.ArgumentParser:
@@ -43,48 +45,54 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(call=call)
         return sub
 
-    sub = command("step", _step, "a training step beside torch's, eager and compiled", rounds=7)
+    sub = command("step", _step, "a training step compared with torch's, eager and compiled", rounds=7)
     sub.add_argument("--steps", type=_positive, default=3, help="steps in a turn (3)")
     sub.add_argument(
         "--no-compiled-peer", action="store_true", help="leave torch.compile out (it needs a C++ compiler)"
     )
-    sub = command("finetuning-step", _finetuning_step, "a step of fine-tuning an encoder beside torch's", rounds=7)
+    sub = command(
+        "finetuning-step", _finetuning_step, "a step of fine-tuning an encoder compared with torch's", rounds=7
+    )
     sub.add_argument("--steps", type=_positive, default=3, help="steps in a turn (3)")
-    command("embedding", _embedding, "texts to vectors beside sentence-transformers, with the same weights", rounds=3)
-    text = "an imported encoder under fsdp and tensor parallelism beside transformers on one device"
+    command(
+        "embedding", _embedding, "text embedding compared with sentence-transformers, with the same weights", rounds=3
+    )
+    text = "an imported encoder under fsdp and tensor parallelism, compared with transformers on one device"
     sub = commands.add_parser("import-layouts", help=text, description=text)
     sub.set_defaults(call=_import_layouts)
-    sub.add_argument("--devices", type=_positive, default=8, metavar="N", help="virtual devices to make of the CPU (8)")
-    command("decode", _decode, "greedy decoding beside transformers' generate", rounds=5)
-    command("data", _data, "the loader alone beside the step", rounds=3)
+    sub.add_argument("--devices", type=_positive, default=8, metavar="N", help="number of virtual CPU devices (8)")
+    command("decode", _decode, "greedy decoding compared with transformers' generate", rounds=5)
+    command("data", _data, "throughput of the loader compared with the step", rounds=3)
     command("compile", _compile, "compile time of the step at 6 and 48 layers", rounds=3)
-    sub = command("attention", _attention, "attention: exact, fast, long; what each backend can do", rounds=5)
+    sub = command("attention", _attention, "attention: exactness, speed, length; features of each backend", rounds=5)
     sub.add_argument("--certify", action="store_true", help="every mechanism and backend against float64")
     for platform in ("tpu", "gpu"):
-        text = f"--certify also compiles for a {platform.upper()} that is not here, by this interpreter's JAX"
+        text = f"--certify also compiles for a {platform.upper()} with this interpreter's JAX; no such device is needed"
         sub.add_argument(f"--{platform}-python", metavar="PYTHON", help=text)
-    sub.add_argument("--speed", action="store_true", help="the backends against each other")
+    sub.add_argument("--speed", action="store_true", help="compare the speed of the backends")
     sub.add_argument("--length", action="store_true", help="time and memory over the length of the sequence")
     sub.add_argument("--long", type=_positive, metavar="T", help="run blockwise over T tokens, both passes, once")
     sub.add_argument("--budget", type=float, default=10.0, help="seconds a call may take under --length (10)")
     sub.add_argument("--last", type=_positive, default=1 << 20, help="the longest sequence of --length (1048576)")
-    sub.add_argument("--support", action="store_true", help="print the table of what each backend can do")
+    sub.add_argument("--support", action="store_true", help="print the table of features of each backend")
     text = "attention through history: ten models trained on the same pairs at the same budget, and a report"
     sub = commands.add_parser("history", help=text, description=text)
     sub.set_defaults(call=_history)
-    sub.add_argument("--models", metavar="A,B,C", help="names, comma-separated (all)")
-    sub.add_argument("--parameters", type=_positive, metavar="N", help="budget of each model (1000000)")
-    sub.add_argument("--steps", type=_positive, metavar="N", help="of each model, so the same tokens for all")
+    sub.add_argument("--models", metavar="A,B,C", help="comma-separated names (all)")
+    sub.add_argument("--parameters", type=_positive, metavar="N", help="number of parameters of each model (1000000)")
+    sub.add_argument(
+        "--steps", type=_positive, metavar="N", help="training steps of each model, so all see the same tokens"
+    )
     sub.add_argument("--data", metavar="DATA", help="verses, synthetic, or the path of a config of pairs (verses)")
-    sub.add_argument("--seed", type=int, metavar="N", help="of weights, dropout and the order of the data (0)")
+    sub.add_argument("--seed", type=int, metavar="N", help="seed of weights, dropout and the order of the data (0)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/history)")
     text = "every mechanism of attention, trained from a config for the same time on the same data: one table"
     sub = commands.add_parser("mechanisms", help=text, description=text)
     sub.set_defaults(call=_mechanisms)
-    sub.add_argument("--minutes", type=_amount, metavar="N", help="of training for each mechanism (2)")
-    sub.add_argument("--tasks", metavar="A,B,C", help="of language, translation, reviews and pairs (all)")
+    sub.add_argument("--minutes", type=_amount, metavar="N", help="minutes of training for each mechanism (2)")
+    sub.add_argument("--tasks", metavar="A,B,C", help="tasks among language, translation, reviews and pairs (all)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/mechanisms)")
-    text = "a classifier that begins with a pretrained encoder's weights, beside one that begins with random ones"
+    text = "a classifier initialised from a pretrained encoder, compared with random initialisation"
     sub = commands.add_parser("pretraining", help=text, description=text)
     sub.set_defaults(call=_pretraining)
     sub.add_argument("--seeds", type=_positive, default=5, metavar="N", help="runs of each, with seeds 0 to N - 1 (5)")
@@ -96,38 +104,42 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(call=_finetuning)
     sub.add_argument("--seeds", type=_positive, default=5, metavar="N", help="runs of each, with seeds 0 to N - 1 (5)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/finetuning)")
-    text = "one model under every sharding strategy on the devices at hand: exact, how fast, how large, what is sent"
+    text = "one model under every sharding strategy on the available devices: exactness, time, memory, communication"
     sub = commands.add_parser("sharding", help=text, description=text)
     sub.set_defaults(call=_sharding)
     sub.add_argument("config", metavar="CONFIG", help="a YAML file of configs/")
-    sub.add_argument("--strategies", metavar="A,B,C", help="names, comma-separated (all that suit)")
+    sub.add_argument("--strategies", metavar="A,B,C", help="comma-separated names (all that apply)")
     text = "measure each strategy with each of a field's values, such as model.remat=none,full; may be repeated"
     sub.add_argument("--vary", action="append", default=[], metavar="FIELD=A,B", help=text)
-    sub.add_argument("--devices", type=_positive, metavar="N", help="virtual devices to make of the CPU")
+    sub.add_argument("--devices", type=_positive, metavar="N", help="number of virtual CPU devices")
     sub.add_argument(
-        "--target", help="compile for devices that are not here, such as h100:8, and tell what would be sent"
+        "--target", help="compile for devices that are not available, such as h100:8, and report the communication"
     )
     sub.add_argument("--install", action="store_true", help="make an environment with the target's compiler, once")
-    sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment that has it")
+    sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment with that compiler")
     sub.add_argument("--rounds", type=_positive, default=5, help="turns of each strategy (5)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where the report is written (plans)")
-    text = "which sharding for TPUs or GPUs that one may not have, and will it fit: compiled ahead, ranked, explained"
+    text = (
+        "rank sharding layouts for TPUs or GPUs that need not be available: compiled ahead, time and memory predicted"
+    )
     sub = commands.add_parser("plan", help=text, description=text)
     sub.set_defaults(call=_plan)
     sub.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file of configs/")
     sub.add_argument("--target", help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h200:2x8, a100:8")
     sub.add_argument("--candidates", type=_positive, default=24, metavar="N", help="layouts to compile (24)")
-    text = "nothing is planned: what is predicted beside what a device at hand measures, on record for later plans"
+    text = "instead of planning, compare predictions with measurements on this device, and record the errors"
     sub.add_argument("--validate", action="store_true", help=text)
-    sub.add_argument("--tokens", type=_amount, metavar="N", help="of a whole training, such as 1e12: how long it takes")
-    sub.add_argument("--analytic", action="store_true", help="by formula alone, nothing compiled")
+    sub.add_argument(
+        "--tokens", type=_amount, metavar="N", help="training tokens, such as 1e12, to predict the time of training"
+    )
+    sub.add_argument("--analytic", action="store_true", help="by formula only, without compiling")
     sub.add_argument("--install", action="store_true", help="make an environment with the target's compiler, once")
-    sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment that has it")
-    sub.add_argument("--workers", type=_positive, metavar="N", help="compilers at a time (one a core, at most 4)")
+    sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment with that compiler")
+    sub.add_argument("--workers", type=_positive, metavar="N", help="concurrent compilers (one per core, at most 4)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where report and config are written (plans)")
     for name, call, text in (
         ("gpu", _gpu, "all measurements that need an accelerator"),
-        ("report", _report, "the results on record as a Markdown table"),
+        ("report", _report, "the stored results as a Markdown table"),
     ):
         commands.add_parser(name, help=text, description=text).set_defaults(call=call)
     return parser
@@ -182,17 +194,17 @@ def _compile(options: argparse.Namespace) -> None:
 
 def _attention(options: argparse.Namespace) -> None:
     if not (options.certify or options.speed or options.length or options.long or options.support):
-        raise UserError("attention: say what to do: --certify, --speed, --length, --long or --support")
+        raise UserError("attention: choose --certify, --speed, --length, --long or --support")
     if options.certify:
         import jax
 
         from benchmarks.attention import certify
 
-        # A ring needs devices; on a CPU they are virtual, and have to be there before JAX starts.
+        # A ring needs several devices; on a CPU they are virtual, and must be set up before JAX starts.
         jax.config.update("jax_num_cpu_devices", 8)
         compilers = {"tpu": options.tpu_python, "gpu": options.gpu_python}
         if certify.run(compilers={name: python for name, python in compilers.items() if python})["failed"]:
-            raise UserError("attention: something is further from float64 than it may be; see the table")
+            raise UserError("attention: an error against float64 exceeds its limit; see the table")
     if options.speed:
         from benchmarks.attention import speed
 
@@ -254,7 +266,7 @@ def _sharding(options: argparse.Namespace) -> None:
 
         from benchmarks.sharding import traffic
 
-        # Shapes are traced here, nothing runs.
+        # Only shapes are traced here; nothing runs.
         jax.config.update("jax_platforms", "cpu")
         traffic.run(
             options.config, options.target, overrides=tuple(options.overrides), strategies=_names(options.strategies),
@@ -280,16 +292,16 @@ def _plan(options: argparse.Namespace) -> None:
         from benchmarks.sharding import validate
 
         if options.config or options.target or options.overrides:
-            raise UserError("plan: --validate has cases of its own, and takes no config, target or field")
+            raise UserError("plan: --validate has its own cases, and takes no config, target or field")
         validate.run()
         return
     if not (options.config and options.target):
-        raise UserError("plan: a config and a --target are needed, such as configs/scale/gpt_1_3b.yaml --target h100:8")
+        raise UserError("plan: give a config and a --target, such as configs/scale/gpt_1_3b.yaml --target h100:8")
     import jax
 
     from benchmarks.sharding import plan
 
-    # Shapes are traced here, nothing runs.
+    # Only shapes are traced here; nothing runs.
     jax.config.update("jax_platforms", "cpu")
     plan.run(
         options.config, options.target, overrides=tuple(options.overrides), number=options.candidates,

@@ -18,7 +18,7 @@ DEPTHS = (6, 48)
 
 
 def run(rounds: int, work: RunConfig | None = None) -> dict[str, Any]:
-    """Seconds to trace, lower and compile the step, from nothing, at each depth in turn."""
+    """Seconds to trace, lower and compile the step, without a cache, at each depth in turn."""
     base = workload() if work is None else work
     works = {
         depth: dataclasses.replace(base, model=dataclasses.replace(base.model, num_layers=depth)) for depth in DEPTHS

@@ -1,7 +1,7 @@
-"""Compilers for accelerators that are not here: the environments that hold them, and the devices that they compile for.
+"""Compilers for accelerators that are not available: the environments that hold them, and their target devices.
 
-They ask for libraries of their own (`jax[tpu]`, `jax[cuda13]`), which seldom belong into the environment that one works in.
-So another Python does the work; this one finds it, or makes it on request.
+They need their own libraries (`jax[tpu]`, `jax[cuda13]`), which seldom belong in the working environment. So another
+Python does the work; this module finds it, or installs it on request.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from train.files import cache_dir, writing
 from transformer.errors import UserError
 
 PACKAGES = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
-"""Of these modules one has to be there."""
+"""Modules, one of which must be installed."""
 
 EXTRAS = {"tpu": "tpu", "gpu": "cuda13"}
-"""Of jax, to install them."""
+"""The extras of jax that install them."""
 
 _GPUS: dict[str, dict[str, Any]] = {
     "a100": {
@@ -72,39 +72,39 @@ def devices_of(platform: str, topology: str, chip: str = "h100") -> list[Any]:
 
 
 def missing(platform: str) -> str | None:
-    """Why this very process cannot compile for the platform, or None."""
+    """Why this process cannot compile for the platform, or None."""
     if any(map(importlib.util.find_spec, PACKAGES[platform])):
         return None
     return f"the compiler is not installed: {' or '.join(PACKAGES[platform])}"
 
 
 def process_environment(platform: str) -> dict[str, str]:
-    """Of a process that compiles: this program's own modules, and no accelerator to look for."""
+    """Environment variables of a compiling process: this program's own modules, and no search for accelerators."""
     kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    # Without a TPU the process itself runs on the CPU; without a GPU the CUDA plugin's check for one would stop it.
+    # Without a TPU the process itself runs on the CPU; without a GPU the CUDA plugin's check would stop it.
     own = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     if platform == "tpu":
-        # Several may compile at a time: no chip is there that they could take from each other.
+        # Several may compile at the same time, as they share no chip.
         own = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     return kept | own | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 
 
 def absent(platform: str) -> str:
-    """That there is no compiler, and how to come by one."""
+    """The message that there is no compiler, and how to install one."""
     return (
-        f"no compiler for {platform} here; --install makes an environment with jax[{EXTRAS[platform]}], "
-        "--compiler-python PATH names one"
+        f"no compiler for {platform}; --install makes an environment with jax[{EXTRAS[platform]}], "
+        "--compiler-python PATH names an existing one"
     )
 
 
 def find(platform: str, python: str | None = None, *, make: bool = False) -> str | None:
-    """The interpreter of an environment with the platform's compiler: the one given, or the one made before; None without.
+    """The interpreter of an environment with the platform's compiler: the given one, or the one installed before, or None.
 
     Args:
-        make: where there is none, `install` one.
+        make: if there is none, `install` one.
 
     Raises:
-        UserError: the one that is given does not run, or has no compiler.
+        UserError: the given one does not run, or has no compiler.
     """
     if python is None:
         made = _folder(platform) / "bin" / "python"
@@ -123,7 +123,7 @@ def find(platform: str, python: str | None = None, *, make: bool = False) -> str
 
 
 def install(platform: str) -> str:
-    """Make an environment with the platform's compiler in the user's cache, with this environment's versions; its interpreter.
+    """Install the platform's compiler into an environment in the user's cache, with this one's versions; its interpreter.
 
     Raises:
         UserError: pip could not install it.
@@ -137,7 +137,7 @@ def install(platform: str) -> str:
         venv.create(folder, with_pip=True, clear=True)
     done = subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted])
     if done.returncode:
-        raise UserError(f"{folder}: pip could not install {' '.join(wanted)}; name an environment of your own instead")
+        raise UserError(f"{folder}: pip could not install {' '.join(wanted)}; name an existing environment instead")
     (folder / ".complete").touch()
     return str(python)
 

@@ -1,4 +1,4 @@
-"""`manyheads-bench data`: whether the loader keeps up with the step, many times over."""
+"""`manyheads-bench data`: throughput of the loader compared with that of the step."""
 
 from __future__ import annotations
 

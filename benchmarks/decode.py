@@ -1,4 +1,4 @@
-"""`manyheads-bench decode`: greedy decoding beside `transformers`' generate."""
+"""`manyheads-bench decode`: greedy decoding compared with `transformers`' generate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEW_TOKENS = 128
 
 
 def run(rounds: int, work: RunConfig | None = None) -> dict[str, Any]:
-    """New tokens per second at batch 1 and 8, in turn, and the ratios. Both write `NEW_TOKENS` tokens to the end."""
+    """New tokens per second at batch 1 and 8, in turn, and the ratios. Both always generate `NEW_TOKENS` tokens."""
     model = gpt_of(workload() if work is None else work)
     result: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
     for batch_size in (1, 8):

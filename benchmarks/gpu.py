@@ -27,13 +27,13 @@ MEASUREMENTS: dict[str, Callable[[], object]] = {
 
 
 def run() -> None:
-    """Take all measurements, one after the other; one that fails does not keep the rest from running.
+    """Run all measurements in sequence; a failure does not stop the rest.
 
     Raises:
         UserError: there is no accelerator, or a measurement failed.
     """
     if jax.default_backend() == "cpu":
-        raise UserError("no accelerator here: jax sees the CPU alone; install jax for it, such as manyheads[cuda13]")
+        raise UserError("no accelerator found: jax sees only the CPU; install jax for it, such as manyheads[cuda13]")
     failed = []
     for name, measure in MEASUREMENTS.items():
         start = time.monotonic()

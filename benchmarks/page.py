@@ -1,4 +1,4 @@
-"""A report as one page that needs nothing else: its style, tables and pictures."""
+"""A report as a self-contained page: its style, tables and pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ svg { max-width: 100%; height: auto; } .muted { color: #5a6273; }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """The whole document around parts that are HTML already."""
+    """A whole document around parts in HTML."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -36,7 +36,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 def table(
     heads: Sequence[str], rows: Iterable[Sequence[str]], text: Collection[int] = (), long: Collection[int] = ()
 ) -> str:
-    """A table. Columns of `text` are set to the left, those of `long` are wrapped too; `**` around a cell makes it bold."""
+    """A table. Columns in `text` are left-aligned, those in `long` also wrap; `**` around a cell makes it bold."""
 
     def cell(index: int, content: str, tag: str) -> str:
         best = len(content) > 4 and content.startswith("**") and content.endswith("**")
@@ -55,7 +55,7 @@ def svg(figure: Figure, salt: str = "manyheads") -> str:
     """A picture as part of a page; the same figure always gives the same text.
 
     Args:
-        salt: of the names in it, which differs among the pictures of a page.
+        salt: makes the ids inside unique among the pictures of a page.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""The peer: models of transformers, and a training step of torch, set up as their users do."""
+"""The peer: models of transformers, and a training step in torch, in their usual setup."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bert_classifier(config: Any) -> Any:
 def training_step(
     work: RunConfig, model: Any, inputs: Mapping[str, np.ndarray], loss_of: Callable[..., Any]
 ) -> Callable[[], object]:
-    """A function that takes one step: fused AdamW, clipping, autocast to bfloat16 where the work is in it.
+    """A function that takes one step: fused AdamW, clipping, autocast to bfloat16 if the workload uses it.
 
     Args:
         inputs: arguments of `loss_of`, of integers.
@@ -65,7 +65,7 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        # Reading the loss waits for the step, as a training loop that prints it does.
+        # Reading the loss waits for the step, as in a training loop that prints it.
         return loss.item()
 
     return take

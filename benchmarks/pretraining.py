@@ -1,11 +1,11 @@
-"""`manyheads-bench pretraining`: what an encoder's weights are worth to a classifier.
+"""`manyheads-bench pretraining`: the benefit of a pretrained encoder for a classifier.
 
 An encoder is pretrained as a masked language model once. Then the same classifier is trained from its weights and from random
 ones, with each of several seeds, and both are scored on the same held-out documents.
 
     DIRECTORY/FINGERPRINT/encoder/                   the pretraining run
     DIRECTORY/FINGERPRINT/pretrained-0.0003-0/       a classifier's run: arm, learning rate, seed
-    DIRECTORY/FINGERPRINT/pretrained-0.0003-0.json   its figures; there once it is finished
+    DIRECTORY/FINGERPRINT/pretrained-0.0003-0.json   its figures; exists once it is finished
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ SEEDS = 5
 DIRECTORY = "runs/pretraining"
 ARMS = ("pretrained", "random")
 LEARNING_RATES = (3e-4, 1e-3)
-"""Each arm has the one that is better for it: the accuracy with seed 0 decides."""
+"""Candidate learning rates; for each arm the accuracy with seed 0 decides."""
 
 
 def run(
     seeds: int = SEEDS, directory: str = DIRECTORY, *, encoder: Path = ENCODER, classifier: Path = CLASSIFIER
 ) -> dict[str, Any]:
-    """Pretrain, fine-tune with each seed in both arms, print and save. What is finished is not run again.
+    """Pretrain, fine-tune with each seed in both arms, print and save. Finished runs are not repeated.
 
     Args:
         seeds: how many, from 0.
@@ -42,11 +42,11 @@ def run(
         classifier: config of the fine-tuning, whose `init_from` and tokenizer are those of the encoder's run.
 
     Raises:
-        UserError: whatever `train` raises, and an interruption.
+        UserError: errors of `train`, or an interruption.
     """
     pretraining, tuning = load(encoder), load(classifier)
     folder = folder_of(directory, to_data(pretraining), to_data(tuning))
-    print(f"pretraining {pretraining.name}; everything is kept in {folder}", flush=True)
+    print(f"pretraining {pretraining.name}; runs and figures are stored in {folder}", flush=True)
     pretraining = dataclasses.replace(pretraining, run_dir=str(folder / "encoder"))
     score = train_to_the_end(pretraining, "pretraining")["eval/loss"]
     print(f"pretrained for {pretraining.steps} steps: held-out loss {score:.4f}", flush=True)
@@ -93,7 +93,7 @@ def run(
 
 
 def _figures(tuning: RunConfig, folder: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
-    """The score of one classifier at its last step: trained now, or read if it was before."""
+    """The score of one classifier at its last step: trained now, or read if it is already finished."""
     directory = folder / f"{arm}-{rate:g}-{seed}"
     config = dataclasses.replace(
         tuning,

@@ -1,4 +1,4 @@
-"""Timing in turn, and results that say where they come from."""
+"""Interleaved timing, and results with their origin."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def in_turn(candidates: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call each candidate once a round, in an order that turns, and collect what they return.
+    """Call each candidate once per round, in rotating order, and collect what they return.
 
-    A machine's speed drifts; candidates that alternate see the same drift, and their ratio within a round is honest.
+    A machine's speed drifts; alternating candidates see the same drift, so their ratio within a round is fair.
     """
     names = list(candidates)
     seen: dict[str, list[float]] = {name: [] for name in names}
@@ -48,7 +48,7 @@ def seconds_per_call(function: Callable[[], Any], calls: int) -> float:
 def speeds_in_turn(
     candidates: Mapping[str, Callable[[], object]], rounds: int, calls: int, count: int
 ) -> dict[str, list[float]]:
-    """What each candidate does a second, if it is `count` (tokens, texts) a call: warmed up, then in turn, `calls` at a time."""
+    """The throughput of each candidate, for `count` tokens or texts per call: warmed up, then in turn, `calls` at a time."""
     for function in candidates.values():
         seconds_per_call(function, 2)
     timed = {name: functools.partial(seconds_per_call, function, calls) for name, function in candidates.items()}
@@ -66,7 +66,7 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
 
 
 def save(name: str, command: str, result: dict[str, Any], *, show: bool = True, folder: str | None = None) -> Path:
-    """Write a result with date, device and versions, and show it unless it is long; into `folder`, `RESULTS` by default."""
+    """Write a result with date, device and versions into `folder` (`RESULTS` by default), and print it if `show`."""
     device = jax.devices()[0]
     record = {
         "command": command,
@@ -96,10 +96,10 @@ def folder_for(directory: str, usual: str) -> str | None:
 
 
 def report_folder(output: str | None) -> Path:
-    """Where a report goes, `plans` by default; made at once, so that nothing is measured for a place that cannot be written.
+    """The folder of a report, `plans` by default; created at once, so that an unwritable folder fails before measuring.
 
     Raises:
-        UserError: it cannot be.
+        UserError: the folder cannot be created.
     """
     folder = Path(output or "plans")
     with writing(folder):

@@ -1,4 +1,4 @@
-"""`manyheads-bench report`: the results on record as one Markdown table."""
+"""`manyheads-bench report`: the stored results as one Markdown table."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformer.errors import UserError
 
 
 def report(folder: Path | None = None) -> str:
-    """A row a figure, made from the JSON files alone.
+    """One row for each figure, made from the JSON files alone.
 
     Raises:
         UserError: there are no results.
     """
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder or RESULTS).glob("*.json"))]
     if not records:
-        raise UserError(f"{folder or RESULTS}: no results yet; make bench (or make bench-gpu) makes them")
+        raise UserError(f"{folder or RESULTS}: no results yet; run make bench (or make bench-gpu)")
     lines = ["| measured | figure | spread | command | device, date |", "|---|---|---|---|---|"]
     for record in records:
         device = f"{record['device']['kind']}, {record['device']['cpu_cores']} cores, {record['date'][:10]}"
@@ -73,7 +73,7 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     for layout, found in result.get("import_layouts", {}).items():
         what = f"imported encoder, {layout} on {result['devices']} devices"
         yield f"{what}, largest difference", f"{found['largest_difference']:.1e}", ""
-        yield f"{what}, least cosine", f"{found['least_cosine']:.7f}", ""
+        yield f"{what}, smallest cosine", f"{found['least_cosine']:.7f}", ""
     if "embedding_ratio" in result:
         yield "embedding, texts/s over sentence-transformers'", *_figure(result["embedding_ratio"], "{:.2f}×")
     if "auto_over_best" in result:
@@ -99,7 +99,7 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _sharding_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Of a plan, of strategies measured here or compiled for a target, and of predictions held against measurements."""
+    """Figures of a plan, of strategies measured or compiled for a target, and of predictions compared with measurements."""
     if "layouts" in result:
         best = next((row for row in result["layouts"] if row["fits"]), None)
         what = f"plan of {result['config']} on {result['target']}, {result['compiled']} layouts compiled"
@@ -114,12 +114,12 @@ def _sharding_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             for name, row in result["strategies"].items()
             if row["least_bytes"] and row["sent_bytes"]
         }
-        what = f"{result['config']} on {result['target']}, bytes sent over the least on paper"
+        what = f"{result['config']} on {result['target']}, bytes sent over the theoretical minimum"
         yield what, ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()), ""
     elif "strategies" in result:
         rows = result["strategies"].values()
         for part, of in (("loss", "losses"), ("gradient", "the first gradient")):
-            what = f"{result['config']} on {result['devices']} devices, {len(rows)} strategies: {of} beside one's, at worst"
+            what = f"{result['config']} on {result['devices']} devices, {len(rows)} strategies: {of} against one device, at worst"
             yield what, f"{max(row[f'{part}_difference'] for row in rows):.0e}", ""
     else:
         for part, error in result["worst"].items():

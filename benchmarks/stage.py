@@ -1,4 +1,4 @@
-"""A training run as a stage of a benchmark: silent, and its figures kept as JSON once it is finished."""
+"""A training run as a stage of a benchmark: without output, with figures stored as JSON once it is finished."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from transformer.errors import UserError
 
 
 class Interrupted(Exception):
-    """A stage was stopped from the keyboard; its run goes on from there."""
+    """A stage was stopped from the keyboard; its run can be resumed."""
 
 
 def train_silently(config: RunConfig) -> None:
-    """Train to the end, or go on where the run stopped. What it shows goes into output.txt in its folder.
+    """Train to the end, or resume the run. Its output goes into output.txt in its folder.
 
     Raises:
         Interrupted: after a signal; the run is saved.
-        UserError: as of `train`.
+        UserError: as in `train`.
     """
     with writing(config.directory):
         config.directory.mkdir(parents=True, exist_ok=True)
@@ -46,19 +46,19 @@ def train_silently(config: RunConfig) -> None:
 
 
 def keep(path: Path, figures: Any) -> None:
-    """Write figures whole or not at all: where the file is, its stage is finished."""
+    """Write figures atomically: if the file exists, its stage is finished."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(figures, indent=1) + "\n")
 
 
 def kept(path: Path) -> Any:
-    """The figures of a finished stage; None before."""
+    """The figures of a finished stage; None if it is not finished."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def once(path: Path, work: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """The figures that `work` finds, with its seconds; where they are kept already, those."""
+    """The stored figures if there are any; else those that `work` returns, with its seconds."""
     if (figures := kept(path)) is None:
         start = time.monotonic()
         figures = work()
@@ -68,13 +68,13 @@ def once(path: Path, work: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 
 def folder_of(directory: str, *settings: Any) -> Path:
-    """A folder for what is made with these settings (JSON), and with no others."""
+    """The folder for results with these settings (JSON) only."""
     content = json.dumps(settings, sort_keys=True).encode()
     return Path(directory) / hashlib.blake2b(content, digest_size=6).hexdigest()
 
 
 def scored_at_the_end(config: RunConfig) -> RunConfig:
-    """The same run with one evaluation: no step is chosen by what it makes of the held-out documents."""
+    """The run with a single evaluation, so that no step is selected by its score on the held-out documents."""
     return dataclasses.replace(
         config,
         evaluation=EvaluationConfig(every=0),
@@ -87,22 +87,22 @@ def train_to_the_end(config: RunConfig, benchmark: str) -> dict[str, Any]:
     """The scores that a run records at its end.
 
     Raises:
-        UserError: as of `train`, and an interruption, with how to go on.
+        UserError: as in `train`, or an interruption, with how to resume.
     """
     try:
         train_silently(config)
     except Interrupted:
-        raise UserError(f"{benchmark}: stopped in {config.directory}; run the same command again to go on") from None
+        raise UserError(f"{benchmark}: stopped in {config.directory}; run the same command again to resume") from None
     return metrics_of(config.directory)[-1]
 
 
 def metrics_of(directory: Path) -> list[dict[str, Any]]:
-    """All that a run has recorded, in its order."""
+    """All records of a run, in order."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def classify(config: RunConfig, benchmark: str) -> dict[str, float]:
-    """Accuracy and loss of a classifier that is trained to its end. Its checkpoints are deleted: dozens would fill a disk."""
+    """Accuracy and loss of a fully trained classifier. Its checkpoints are deleted: dozens would fill a disk."""
     last = train_to_the_end(config, benchmark)
     shutil.rmtree(config.directory / "checkpoints")
     return {"accuracy": last["eval/accuracy"], "loss": last["eval/loss"]}

@@ -1,4 +1,4 @@
-"""`manyheads-bench step`: one training step beside Hugging Face's GPT-2 in torch, eager and compiled."""
+"""`manyheads-bench step`: one training step compared with Hugging Face's GPT-2 in torch, eager and compiled."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(rounds: int, steps: int, *, compiled_peer: bool = True, work: RunConfig 
 
 
 def matmul_peak(dtype: str) -> float:
-    """FLOP/s of a large square matrix product here: the limit that a step can come near to."""
+    """FLOP/s of a large square matrix product on this device: a practical limit for a step."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a: a @ a)

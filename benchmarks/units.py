@@ -1,4 +1,4 @@
-"""Seconds and bytes for people, in the unit that leaves something to read."""
+"""Formats seconds and bytes in suitable units."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def duration(seconds: float) -> str:
 
 
 def amount(count: float) -> str:
-    """Bytes that are sent, in powers of 1000, as links are sold."""
+    """Bytes of communication, in powers of 1000, as in the specifications of links."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= 0.1 * factor:
             return f"{count / factor:,.3f} {unit}" if unit == "GB" else f"{count / factor:,.1f} {unit}"

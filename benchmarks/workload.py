@@ -1,4 +1,4 @@
-"""The model and batch that the benchmarks share, and our training step over them, without data or config packages."""
+"""The model and batch that the benchmarks share, and their training step, without data or config packages."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def workload() -> RunConfig:
 
 
 def of_model(model: GPTConfig, batch_size: int) -> RunConfig:
-    """A run of the optimiser that all benchmarks have."""
+    """A run with the optimiser of all benchmarks."""
     return RunConfig(name="benchmark", batch_size=batch_size, model=model, optimizer=OPTIMIZER)
 
 
 def gpt_of(work: RunConfig) -> GPTConfig:
-    """The model of a workload, which is a GPT-2."""
+    """The model of a workload, a GPT-2."""
     assert isinstance(work.model, GPTConfig)
     return work.model
 
 
 def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
-    """A batch of the objective's shapes with tokens out of a hat, every row of one document."""
+    """A batch of the objective's shapes with random tokens, each row a single document."""
     rng = np.random.default_rng(0)
     batch = {}
     for name, shape in batch_shapes(config).items():
@@ -61,7 +61,7 @@ def program_of(config: RunConfig, devices: Sequence[Any]) -> Program:
     """The config's step on these devices.
 
     Raises:
-        UserError: a batch or a model that they do not divide.
+        UserError: a batch or a model that the devices do not divide.
     """
     mesh = make_mesh(config.mesh, devices)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)

@@ -1,4 +1,4 @@
-"""Transformers in JAX and Flax, from attention up: what a notebook or a script needs.
+"""Transformers in JAX and Flax, from attention up: the interface for notebooks and scripts.
 
     import manyheads as mh
 
@@ -6,7 +6,7 @@
     run.generate("def read(path):")
     mh.load("runs/minilm").embed(["a text", "another one"])
 
-Nothing is imported before it is used, so that `import manyheads` takes no time.
+Modules are imported on first use, so that `import manyheads` is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A trained model in Python: load a run, an import, or a folder of Hugging Face's, and use it.
+"""A trained model in Python: loads a run, an import, or a Hugging Face folder, and uses it.
 
 S source position, T target position, D embed, L layers, N heads.
 """
@@ -43,14 +43,14 @@ from transformer.types import Float
 
 
 def train(config: RunConfig | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Run:
-    """Train, or continue where the run stopped, and give the run.
+    """Train, or resume a stopped run, and return the run.
 
     Args:
         config: a config, its fields as plain data, or the path of a YAML file.
-        overrides: as on the command line, such as `["--steps=500", "--model.num-layers=8"]`; of a path or plain data.
+        overrides: as on the command line, such as `["--steps=500", "--model.num-layers=8"]`; for a path or plain data.
 
     Raises:
-        UserError: as of `manyheads train`.
+        UserError: as in `manyheads train`.
     """
     if isinstance(config, str | Path):
         config = load_config(config, overrides)
@@ -61,24 +61,24 @@ def train(config: RunConfig | str | Path | Mapping[str, Any], overrides: Sequenc
 
 
 def load(folder: str | Path, step: str | int = "best") -> Run:
-    """A run, an import, or a folder with a Hugging Face checkpoint, with its parameters on the devices that are here.
+    """Load a run, an import, or a folder with a Hugging Face checkpoint, with its parameters on the available devices.
 
     Args:
-        step: of a run: `best` by its scores (the latest where none was scored), `latest`, or a number.
+        step: of a run: `best` by its scores (the latest if none was evaluated), `latest`, or a number.
 
     Raises:
         UserError: no such folder or checkpoint.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; give a run's, an import's, or a Hugging Face checkpoint's")
+        raise UserError(f"{folder}: no such folder; give the folder of a run, an import, or a Hugging Face checkpoint")
     if (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():
         folder = _imported(folder)
     return Run(folder, load_run(folder, str(step)))
 
 
 def _imported(folder: Path) -> Path:
-    """The import of a Hugging Face folder, kept in the cache for as long as the folder's files stay the same."""
+    """The import of a Hugging Face folder, cached as long as the folder's files are unchanged."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     name = hashlib.blake2b(repr((str(folder.resolve()), files)).encode(), digest_size=8).hexdigest()
     place = cache_dir() / "imports" / name
@@ -90,11 +90,11 @@ class Run:
 
     Attributes:
         directory: its folder.
-        config: of the run; `config.model` of the model.
-        tokenizer, target_tokenizer: of what is read, and of what is predicted: the same but for pairs with two vocabularies.
+        config: of the run; `config.model` is the model's.
+        tokenizer, target_tokenizer: of the input, and of the target; they differ only for pairs with two vocabularies.
         params: the model's parameters, as `nnx.State`.
         labels: the names of its classes or tags, in the order of their numbers.
-        step: the checkpoint's.
+        step: the step of the checkpoint.
     """
 
     def __init__(self, directory: Path, loaded: LoadedRun) -> None:
@@ -152,8 +152,8 @@ class Run:
 
         Args:
             max_tokens: of each continuation; 256, or what the context leaves, by default.
-            seed: another one gives another text.
-            beams: search for the likeliest text with that many beams, in place of sampling.
+            seed: random seed of the sampling.
+            beams: beam search with this number of beams, instead of sampling.
             options: of `Sampling` (temperature, top_k, top_p, min_p, repetition_penalty), or with beams of `BeamSearch`.
 
         Raises:
@@ -202,10 +202,10 @@ class Run:
     def embed(
         self, texts: str | Sequence[str], *, pooling: Any = None, normalize: bool = True
     ) -> Float[np.ndarray, "*texts D"]:
-        """The vector of a text, or those of several, in float32.
+        """The vector of a text, or the vectors of several, in float32.
 
         Args:
-            pooling: `mean` or `cls`; the model's own way by default.
+            pooling: `mean` or `cls`; the model's own by default.
             normalize: scale vectors to length 1.
 
         Raises:
@@ -221,13 +221,13 @@ class Run:
         return vectors[0] if isinstance(texts, str) else vectors
 
     def predict(self, documents: Sequence[str | tuple[str, str] | Document]) -> list[Prediction]:
-        """What the model predicts of each document: its label and scores.
+        """The model's prediction for each document: its label and scores.
 
         Args:
             documents: texts; pairs of texts, for a model of pairs; or documents with words or choices.
 
         Raises:
-            UserError: the model was not fine-tuned on a task, or takes other documents.
+            UserError: the model was not fine-tuned on a task, or expects other documents.
         """
         loaded, task, source = as_task_run(self._loaded, str(self.directory))
         made = [_document(document, number) for number, document in enumerate(documents)]
@@ -242,7 +242,7 @@ class Run:
     def attention(
         self, text: str, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None
     ) -> AttentionMaps:
-        """The attention weights of a text, which a notebook shows; of a translator those between a text and its translation.
+        """The attention weights of a text, which a notebook displays; for a translator, those between a text and its translation.
 
         Args:
             layers, heads: numbers from 0; all of them by default.

@@ -64,7 +64,7 @@ class TextTranslator:
         return [self.target_tokenizer.decode(best[0].tokens) if best else "" for best in found]
 
     def quality(self, params: nnx.State, pairs: Sequence[tuple[str, str]], search: BeamSearch | None = None) -> Quality:
-        """Scores of the translations of the pairs' sources against their targets; a source that is too long gives an empty text."""
+        """Scores of the translations of the pairs' sources against their targets; a source that is too long gives empty text."""
         fitting = [pair for pair in pairs if self.fits(pair[0])]
         found = iter(self.translate(params, [source for source, _ in fitting], search))
         return score([next(found) if self.fits(source) else "" for source, _ in pairs], [target for _, target in pairs])

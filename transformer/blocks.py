@@ -31,7 +31,7 @@ class BlockOutput:
 
     state: State | None = None
     weights: Float[Array, "*L B N T S"] | None = None
-    """Of the mixer, or of attention to the memory if there is one."""
+    """Attention weights of the mixer, or of attention to the memory if there is one."""
     router: RouterLosses | None = None
 
 

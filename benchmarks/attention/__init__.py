@@ -1,1 +1,1 @@
-"""Attention measured: certificates of exactness, speed, and length."""
+"""Benchmarks of attention: exactness, speed, and sequence length."""

@@ -1,11 +1,11 @@
-"""Compile the `pallas` backend for accelerators that are not here: TPU slices and 8 H100s.
+"""Compiles the `pallas` backend for accelerators that are not available: TPU slices and 8 H100s.
 
 B batch, T query position, N query heads, K key/value heads, H head_dim.
 
-The compilers ask for libraries of their own (`jax[tpu]`, `jax[cuda13]`), which seldom belong into the environment that one
-works in. So the work is done by another Python, whose interpreter is an argument, and an answer comes back as one line.
-Compiling proves that a kernel is lawful for the chip, that its blocks fit into its memory and that it takes its place among
-sharded arrays. It says nothing of numbers or of speed.
+The compilers need their own libraries (`jax[tpu]`, `jax[cuda13]`), which seldom belong in the working environment. So
+another Python, whose interpreter is an argument, does the work and returns the answer as one line. Compiling proves that
+a kernel is valid for the chip, that its blocks fit into its memory and that it works with sharded arrays. It proves
+nothing about numerical results or speed.
 
     python -m benchmarks.attention.ahead tpu --python PATH/TO/python
 """
@@ -22,18 +22,18 @@ from typing import Any
 from benchmarks import compilers
 
 COMPILED = "compiled, not run"
-"""What `compile_ahead` gives where nothing went wrong."""
+"""What `compile_ahead` returns on success."""
 
 TOPOLOGIES = {"tpu": "v5e:2x4", "gpu": "1x1x8"}
 """8 chips of a TPU v5e, and one host with 8 H100s."""
 
 KERNELS = {"tpu": "tpu_custom_call", "gpu": "__gpu$xla.gpu.triton"}
-"""What a program with a kernel in it calls."""
+"""The custom call of a program that contains the kernel."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """A call of attention, by its whole shapes; batch and heads are spread over the topology's devices."""
+    """A call of attention, by its global shapes; batch and heads are sharded over the topology's devices."""
 
     batch: int = 8
     num_queries: int = 1024
@@ -66,7 +66,7 @@ def compile_ahead(
         call: what to compile; packed segments under a causal mask by default.
         python: the interpreter of an environment with the platform's compiler; this one by default.
         topology: "v5e:2x4", "v5p:2x2x1", "v6e:4x4", ... for a TPU, hosts and devices "1x1x8" for GPUs; None: eight devices.
-        tensor: devices along which the heads lie; the batch lies along the others.
+        tensor: devices over which the heads are sharded; the batch is sharded over the others.
         timeout: seconds.
 
     Returns:
@@ -95,12 +95,12 @@ def compile_ahead(
     try:
         return json.loads(done.stdout.splitlines()[-1])["answer"]
     except (IndexError, ValueError, KeyError, TypeError):
-        # It ended before it could answer: a module is missing, or the compiler took the process with it.
+        # It ended before it could answer: a module is missing, or the compiler crashed.
         return next(reversed(done.stderr.strip().splitlines()), f"it ended with status {done.returncode} and no answer")
 
 
 def answer() -> None:
-    """Do the task that stands in the input, in the process that has the compiler, and print the answer as JSON."""
+    """Do the task in the input, in the process that has the compiler, and print the answer as JSON."""
     task = json.load(sys.stdin)
     try:
         given = _compile(task["platform"], task["topology"], task["tensor"], Call(**task["call"]))
@@ -113,7 +113,7 @@ def answer() -> None:
 def _compile(platform: str, topology_name: str, tensor: int, call: Call) -> str:
     if (reason := compilers.missing(platform)) is not None:
         return reason
-    # Imported here, so that the asking process needs none of it.
+    # Imported here, so that the calling process does not need it.
     import jax
     import numpy as np
     from flax import nnx
@@ -136,7 +136,7 @@ def _compile(platform: str, topology_name: str, tensor: int, call: Call) -> str:
     segments = shape((call.batch, call.num_queries), "int32", "data") if call.segments else None
     with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
         text = jax.jit(jax.grad(_loss(call), (0, 1, 2))).lower(q, k, v, segments).compile().as_text()
-    return COMPILED if text and KERNELS[platform] in text else "compiled, but without the kernel in it"
+    return COMPILED if text and KERNELS[platform] in text else "compiled, but without the kernel"
 
 
 def _loss(call: Call) -> Any:
@@ -157,7 +157,7 @@ def _loss(call: Call) -> Any:
 def main() -> None:
     """Compile one call and print the answer."""
     parser = argparse.ArgumentParser(
-        description="compile the pallas attention backend for an accelerator that is not here"
+        description="compile the pallas attention backend for an accelerator that is not available"
     )
     parser.add_argument("platform", choices=sorted(TOPOLOGIES))
     parser.add_argument("--python", default=sys.executable, help="interpreter of an environment with the compiler")

@@ -1,4 +1,4 @@
-"""What is certified and measured: masks and scores of softmax attention, and every other mechanism with its forms.
+"""The cases to certify and measure: masks and scores of softmax attention, and every other mechanism with its forms.
 
 B batch, T query position, S key position, N query heads, K key/value heads, H head_dim.
 """
@@ -87,17 +87,17 @@ class Mechanism:
     """A mechanism that is not softmax attention over dot products."""
 
     arrays: Callable[[int], list[np.ndarray]]
-    """What it is differentiated by, for a length: parameters, then inputs."""
+    """The arrays to differentiate by, for a length: parameters, then inputs."""
     forms: dict[str, Callable[..., jax.Array]]
     """Ways to compute it from those arrays; the first is its definition."""
     linear_time: bool = False
     differentiable: bool = True
     kinked: bool = False
-    """Its ReLUs turn on and off with a rounding in bfloat16, so that its gradient there is no measure of exactness."""
+    """Rounding in bfloat16 switches its ReLUs on and off, so its gradient in bfloat16 is not compared."""
 
 
 CHUNKS: dict[str, int | None] = {"parallel": None, "chunked": 64, "recurrent": 1}
-"""How many positions of linear attention and fast weights are computed at once."""
+"""Chunk size of linear attention and fast weights."""
 
 
 def normal(*shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -129,7 +129,7 @@ def _module(
     """A mechanism by its module: `call(module, *inputs)`, differentiated by the parameters too.
 
     Args:
-        spread: of the inputs. States of a recurrent network lie well inside (-1, 1); what a norm gives has unit variance.
+        spread: scale of the inputs. States of a recurrent network are well inside (-1, 1); outputs of a norm have unit variance.
     """
 
     def split(dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
@@ -150,7 +150,7 @@ def _module(
 
 
 def _alignment(config: AlignmentConfig) -> Mechanism:
-    """An alignment, asked once for each of T queries."""
+    """An alignment, applied to each of T queries."""
 
     def run(module: Any, query_BTD: jax.Array, states_BSD: jax.Array) -> jax.Array:
         source = module.prepare(states_BSD, jnp.ones(states_BSD.shape[:2], bool), states_BSD[:, 0])

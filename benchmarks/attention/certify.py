@@ -2,7 +2,7 @@
 
 An error is ‖out - truth‖ / ‖truth‖ over the whole output, and likewise over all the gradients taken together. The truth of
 softmax attention is the equation with the T×S array written out, in float64; that of another mechanism its first form, in
-float64. (That the float64 forms are right in the first place is the tests' business, against loops in NumPy.)
+float64. (The tests check the float64 forms themselves, against loops in NumPy.)
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from transformer.attention.spec.spec import AttentionSpec, Score
 from transformer.types import wide
 
 LENGTH = 208
-"""No block of any backend divides it, and a ring of 8 does."""
+"""Not a multiple of any backend's block, but divisible by a ring of 8."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-2)}
-"""What an output and a gradient may differ by."""
+"""The largest allowed errors of an output and of a gradient."""
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ def run(length: int = LENGTH, compilers: dict[str, str] | None = None) -> dict[s
     """Certify everything, write JSON and Markdown, and give the rows.
 
     Args:
-        compilers: for `tpu` and `gpu` the interpreter of an environment whose JAX can compile for hardware that is not here.
+        compilers: for `tpu` and `gpu` the interpreter of an environment whose JAX can compile for that hardware.
     """
     rows = [_ahead(platform, python) for platform, python in (compilers or {}).items()]
     for row in _softmax_rows(length):
@@ -80,7 +80,7 @@ def with_gradients(
         wave = jnp.asarray(np.cos(np.arange(out.size) * 0.7).reshape(out.shape), broad.dtype)
         return jnp.sum(broad * wave), out
 
-    # JAX's own attention mixes types in its backward pass, whatever stricter rule the program runs under.
+    # JAX's own attention mixes types in its backward pass, even if the program runs under a stricter rule.
     with jax.numpy_dtype_promotion("standard"):
         if not differentiable:
             return jax.jit(function)(*arrays), []
@@ -159,7 +159,7 @@ def _ahead(platform: str, python: str) -> Row:
 
 
 def _interpreted(platform: str, mask: AttentionMask, options: dict[str, Any]) -> Callable[..., jax.Array]:
-    """A kernel for hardware that is not here, its program carried out step by step."""
+    """A kernel for hardware that is not available, run in interpret mode."""
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         score = Score.of(q, **options)
@@ -180,7 +180,7 @@ def _certified(
         with _conditions(backend):
             out, gradients = _host(with_gradients(function, arrays, differentiable))
     except ValueError as refusal:
-        # A backend's way to say what it cannot do; the row shows the reason.
+        # The backend does not support this case; the row shows the reason.
         return {"status": "not run", "reason": str(refusal).partition(": ")[2]}
     forward, gradient = error(out, truth[0]), error(gradients, truth[1]) if differentiable else None
     allowed = LIMITS[dtype]

@@ -26,20 +26,20 @@ from transformer.attention.spec.mask import AttentionMask
 HEAD_DIM = 64
 FIRST, LAST = 64, 1 << 20
 MEMORY = 6 * 2**30
-"""Bytes that a program may take above its inputs."""
+"""Bytes that a program may use in addition to its inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to attend, from q, k and v of one head to the output."""
+    """An attention mechanism or backend, from q, k and v of one head to the output."""
 
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     power: int
-    """Of the length, that its time grows with."""
+    """Power of the length with which its time grows."""
 
 
 def candidates() -> dict[str, Candidate]:
-    """Softmax attention by each backend of one device, under a causal mask and a window, and what is linear in time."""
+    """Softmax attention by each single-device backend, under a causal mask and a window, and the linear-time mechanisms."""
     found = {}
     for backend in BACKENDS:
         try:
@@ -55,12 +55,12 @@ def candidates() -> dict[str, Candidate]:
 
 
 def run(budget: float, last: int = LAST, planned: int = 131_072) -> dict[str, Any]:
-    """Measure, save JSON and a plot, and give the figures.
+    """Measure, save JSON and a plot, and return the figures.
 
     Args:
-        budget: seconds that one call may take; a candidate goes no further.
+        budget: seconds that one call may take; a candidate stops at the first length above it.
         last: the longest sequence.
-        planned: the length for which the compiler's plan of memory is kept for every candidate.
+        planned: the length at which the compiler's memory plan of every candidate is recorded.
     """
     figures: dict[str, list[dict[str, float]]] = {}
     for name, candidate in candidates().items():
@@ -82,7 +82,7 @@ def run(budget: float, last: int = LAST, planned: int = 131_072) -> dict[str, An
         "budget_seconds": budget,
         "figures": figures,
         "flat": _flatness(figures),
-        # What the compiler plans, also where running it would take longer than the budget.
+        # The compiler's memory plan, even if running it would exceed the budget.
         f"mebibytes_at_{planned}": {
             name: compiled_with_memory(candidate, planned)[1] / 2**20 for name, candidate in candidates().items()
         },
@@ -93,12 +93,12 @@ def run(budget: float, last: int = LAST, planned: int = 131_072) -> dict[str, An
     if importlib.util.find_spec("matplotlib"):
         plot(figures, path.with_suffix(".png"))
     else:
-        print("no plot is drawn: matplotlib is not installed")
+        print("no plot: matplotlib is not installed")
     return result
 
 
 def plot(figures: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Time a token and memory over the length, as a picture. Needs matplotlib."""
+    """Time per token and memory over the length, as a picture. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -119,18 +119,18 @@ def plot(figures: dict[str, list[dict[str, float]]], path: Path) -> None:
     axes[0].legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-    print(f"drawn in {path}")
+    print(f"plot: {path}")
 
 
 def compiled_with_memory(candidate: Candidate, length: int) -> tuple[Any, float]:
-    """The program of both passes, and the bytes that it takes above its inputs, its results among them."""
+    """The program of both passes, and the bytes that it uses in addition to its inputs, results included."""
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(candidate.attend(q, k, v).astype(jnp.float32)))
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*[_shape(length)] * 3).compile()
     memory = compiled.memory_analysis()
-    assert memory is not None, "this platform's compiler does not say what memory a program takes"
+    assert memory is not None, "this platform's compiler does not report the memory of a program"
     return compiled, float(memory.temp_size_in_bytes + memory.output_size_in_bytes)
 
 
@@ -158,7 +158,7 @@ def _measure(candidate: Candidate, length: int, budget: float) -> dict[str, floa
 
 
 def _flatness(figures: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """Largest over smallest time a token from 4k to 128k tokens, of what got that far."""
+    """Largest over smallest time per token from 4k to 128k tokens, for candidates that reached these lengths."""
     flat = {}
     for name, points in figures.items():
         speeds = {point["length"]: point["microseconds_per_token"] for point in points}

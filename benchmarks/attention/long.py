@@ -1,7 +1,7 @@
-"""`manyheads-bench attention --long T`: blockwise attention forward and backward over one long sequence, really run.
+"""`manyheads-bench attention --long T`: runs blockwise attention forward and backward over one long sequence.
 
-One row and one head of 64, causal, float32 on a CPU and bfloat16 on an accelerator, in a process of its own, so that the peak of
-memory is this program's alone.
+One row and one head of 64, causal, float32 on a CPU and bfloat16 on an accelerator, in a separate process, so that the peak
+memory is that of this program alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MEBIBYTE = 2**20
 
 
 def run(length: int) -> dict[str, Any]:
-    """Measure, save, and give the figures."""
+    """Measure, save, and return the figures."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         result = pool.submit(_measure, length).result()
     save("attention_long", f"manyheads-bench attention --long {length}", result)
@@ -45,5 +45,5 @@ def _measure(length: int) -> dict[str, Any]:
 
 
 def _peak() -> int:
-    """The most memory that this process has had, in bytes."""
+    """The peak memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

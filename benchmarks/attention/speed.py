@@ -1,7 +1,7 @@
-"""`manyheads-bench attention --speed`: the backends of softmax attention against each other, in turn, forward and backward.
+"""`manyheads-bench attention --speed`: compares the backends of softmax attention in turn, forward and backward.
 
-On a CPU: blockwise beside the reference. On a GPU: every backend that can run, `auto`, and torch's own
-scaled_dot_product_attention, in bfloat16, with TFLOP/s beside what a plain matrix product reaches in the same run.
+On a CPU: blockwise and the reference. On a GPU: every backend that can run, `auto`, and torch's own
+scaled_dot_product_attention, in bfloat16, with TFLOP/s, compared with a plain matrix product in the same run.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformer.attention.dispatch import BACKENDS, BackendError, attend
 from transformer.attention.spec.mask import AttentionMask
 
 TOKENS = {"cpu": 8192, "gpu": 32_768}
-"""Rows times length, so that a call does a like amount of work at each length until one row is left."""
+"""Rows times length, so that calls have similar work at each length until one row is left."""
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "gpu": (512, 2048, 8192, 32_768)}
 HEADS = {"cpu": ((4, 64),), "gpu": ((16, 64), (8, 128))}
 """Heads and their width."""
 
 
 def run(rounds: int) -> dict[str, Any]:
-    """Measure, save and give the figures."""
+    """Measure, save and return the figures."""
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
     dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
     cases = [_case(*case, dtype, rounds) for case in _cases(platform)]
@@ -37,7 +37,7 @@ def run(rounds: int) -> dict[str, Any]:
 
 
 def matmul_tflops(dtype: Any) -> float:
-    """What a large square matrix product reaches here, in TFLOP/s."""
+    """TFLOP/s of a large square matrix product on this device."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda a: a @ a)
@@ -46,7 +46,7 @@ def matmul_tflops(dtype: Any) -> float:
 
 
 def flops(batch: int, length: int, num_heads: int, head_dim: int, causal: bool, backward: bool) -> float:
-    """Of the products alone, the causal half counted once: two forwards, five more backwards (Dao et al. 2022)."""
+    """FLOPs of the products alone, counting only the causal half: two products forward, five more backward (Dao et al. 2022)."""
     pairs = batch * num_heads * length**2 * (0.5 if causal else 1.0)
     return pairs * head_dim * 2 * (7 if backward else 2)
 

@@ -1,6 +1,6 @@
 """`manyheads-bench attention --support`: what each backend of softmax attention can do, as a Markdown table.
 
-Made from the backends' own `supports`, for a call as good as any: bfloat16, heads of 64, 1024 queries and keys.
+Made from the backends' own `supports`, for a typical call: bfloat16, heads of 64, 1024 queries and keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LENGTH = 1024
 
 
 def table() -> str:
-    """One column a backend, one row a feature, and the platforms on which it is there."""
+    """One column for each backend, one row for each feature, and the platforms of each backend."""
     rows = [["", *BACKENDS], ["---"] * (len(BACKENDS) + 1)]
     for name, changes in _features().items():
         cells = [_platforms(backend, changes) for backend in BACKENDS]
@@ -79,7 +79,7 @@ def _request(
 
 @contextlib.contextmanager
 def _sequence_axis() -> Iterator[None]:
-    """A mesh on which ring and ulysses have somewhere to go."""
+    """A mesh over which ring and ulysses can shard."""
     mesh = jax.make_mesh((1,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nnx.logical_axis_rules((("seq", "sequence"),)):
         yield

@@ -1,4 +1,4 @@
-"""`manyheads-bench embedding`: texts to vectors, beside sentence-transformers' encode, with the same weights."""
+"""`manyheads-bench embedding`: text embedding compared with sentence-transformers' encode, with the same weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = 4096
 
 
 def run(rounds: int, texts: int = TEXTS) -> dict[str, Any]:
-    """Texts a second of each, in turn, the ratio, and the least cosine between what they give for the same text."""
+    """Texts a second of each, in turn, the ratio, and the smallest cosine between the two vectors of the same text."""
     try:
         import sentence_transformers
     except ImportError:

@@ -1,4 +1,4 @@
-"""`manyheads-bench import-layouts`: an imported encoder, sharded in several ways, beside transformers on one device."""
+"""`manyheads-bench import-layouts`: an imported encoder in several shardings, compared with transformers on one device."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TEXTS, LENGTH = 64, 64
 
 
 def run(devices: int, source: str = MINILM, *, texts: Sequence[str] | None = None) -> dict[str, Any]:
-    """The largest differences of hidden states, and the least cosine between embeddings, in every layout.
+    """The largest differences of hidden states, and the smallest cosine between embeddings, in every layout.
 
     Args:
-        devices: how many there are, an even number.
-        source: as of `manyheads import`.
+        devices: number of devices, even.
+        source: as in `manyheads import`.
         texts: sentences of reviews by default.
     """
     import torch
@@ -69,7 +69,7 @@ def run(devices: int, source: str = MINILM, *, texts: Sequence[str] | None = Non
 
 
 def _rows(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """A text a row, and where it stands."""
+    """The texts' tokens, one text per row, and their segments."""
     cls, sep = tokenizer.special(CLS), tokenizer.special(SEP)
     tokens, valid = (np.zeros((len(texts), LENGTH), np.int32) for _ in range(2))
     for number, ids in enumerate(tokenizer.encode_batch(texts)):
@@ -79,7 +79,7 @@ def _rows(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.nd
 
 
 def _encoded(loaded: LoadedRun, mesh: MeshConfig, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states and embeddings by the model, as it is laid out."""
+    """Hidden states and embeddings by the sharded model."""
     graphdef = graphdef_of(functools.partial(make_model, loaded.config.model))
 
     @jax.jit

@@ -1,11 +1,11 @@
 """`manyheads-bench finetuning`: a classifier fine-tuned here, by transformers, and here with low-rank adapters.
 
 All begin with the same pretrained weights, read the same batches in the same order, and have the same settings (adapters: a
-learning rate of their own, chosen on seed 0); each of several seeds is scored at its last step on the same held-out documents.
+separate learning rate, chosen on seed 0); each of several seeds is scored at its last step on the same held-out documents.
 
     DIRECTORY/FINGERPRINT/weights/           the import
-    DIRECTORY/FINGERPRINT/manyheads-0/       a run: arm and seed, of adapters their learning rate as well
-    DIRECTORY/FINGERPRINT/manyheads-0.json   its figures; there once it is finished
+    DIRECTORY/FINGERPRINT/manyheads-0/       a run: arm and seed, and for adapters their learning rate
+    DIRECTORY/FINGERPRINT/manyheads-0.json   its figures; exists once it is finished
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from transformer.models.bert import BertConfig
 
 OURS, THEIRS, LORA = ARMS = ("manyheads", "transformers", "LoRA")
 ADAPTER = AdapterConfig(rank=8, alpha=16.0, train_also=("pooled_head.out.*",))
-"""The pooler stays the pretrained one."""
+"""Changes of the fine-tuning config: the pretrained pooler is kept."""
 ADAPTER_RATES = (5e-4, 1e-3)
-"""Adapters have the one that is better for them: the accuracy with seed 0 decides."""
+"""Candidates for the adapters' learning rate; the accuracy with seed 0 decides."""
 SEEDS = 5
 DIRECTORY = "runs/finetuning"
 
@@ -45,20 +45,20 @@ DIRECTORY = "runs/finetuning"
 def run(
     seeds: int = SEEDS, directory: str = DIRECTORY, *, config: Path = CONFIG, source: str = MINILM
 ) -> dict[str, Any]:
-    """Fine-tune in every arm with each seed, print and save. What is finished is not run again.
+    """Fine-tune in every arm with each seed, print and save. Finished runs are not repeated.
 
     Args:
         seeds: how many, from 0.
         directory: where runs and figures are kept.
-        source: of the weights, as of `manyheads import`.
+        source: of the weights, as in `manyheads import`.
         config: of the fine-tuning; its `init_from` and tokenizer are those of the import.
 
     Raises:
-        UserError: whatever `train` raises, and an interruption.
+        UserError: errors of `train`, or an interruption.
     """
     tuning = load(config)
     folder = folder_of(directory, to_data(tuning), dataclasses.asdict(ADAPTER))
-    print(f"fine-tuning {tuning.name}; everything is kept in {folder}", flush=True)
+    print(f"fine-tuning {tuning.name}; runs and figures are stored in {folder}", flush=True)
     weights = folder / "weights"
     if not weights.exists():
         import_checkpoint(source, weights, verify=False)
@@ -146,7 +146,7 @@ def _theirs(config: RunConfig, prepared: Prepared, source: str) -> dict[str, flo
 
 
 def _tensors(batch: dict[str, np.ndarray]) -> tuple[dict[str, Any], Any, Any]:
-    """The model's inputs, the labels, and which rows are none that only fill the batch."""
+    """The model's inputs, the labels, and which rows are not padding of the batch."""
     import torch
 
     tensors = {name: torch.tensor(np.asarray(array)) for name, array in batch.items()}

@@ -1,4 +1,4 @@
-"""`manyheads-bench finetuning-step`: a step of fine-tuning an encoder beside transformers' in torch."""
+"""`manyheads-bench finetuning-step`: a step of fine-tuning an encoder compared with transformers' in torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformer.models.heads import ClassificationHeadConfig
 def workload() -> RunConfig:
     """all-MiniLM-L6-v2's shape in float32 on a CPU; BERT's base model in bfloat16, 32 × 128, on an accelerator."""
     if jax.default_backend() == "cpu":
-        # Few layers compile soon without a scan, and XLA:CPU then copies nothing in and out of stacks.
+        # A few layers compile quickly without a scan, and XLA:CPU then copies nothing in and out of stacks.
         small = BertConfig(
             head=ClassificationHeadConfig(),
             num_layers=6,
@@ -42,7 +42,7 @@ def _of(model: BertConfig, length: int) -> RunConfig:
 
 
 def run(rounds: int, steps: int, work: RunConfig | None = None) -> dict[str, Any]:
-    """Tokens per second of each, in turn, and the ratio. Both drop out a tenth, clip, and update by AdamW.
+    """Tokens per second of each, in turn, and the ratio. Both use dropout 0.1, clipping and AdamW.
 
     Args:
         rounds: how often the candidates take turns.

@@ -1,4 +1,4 @@
-"""What the figures say, in sentences: ranks, gaps, and what is too close to tell apart. Nothing here is known beforehand."""
+"""Describes the figures in sentences: ranks, gaps, and ties within noise. All sentences are derived from the figures."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 from benchmarks.history.models import ENTRIES
 
 Figures = dict[str, Any]
-"""What a stage gives, as in its JSON."""
+"""A stage's figures, as in its JSON."""
 
 CLOSE_LOSS = 0.05
 """Nats a token."""
 CLOSE_BLEU = 1.0
 CLOSE_RATE = 0.02
 LEAST_BLEU = 2.0
-"""Below this a model translates next to nothing."""
+"""Below this BLEU a model translates almost nothing."""
 LEAST_PAIRS = 10
-"""A bucket with fewer pairs says nothing."""
+"""A bucket with fewer pairs is ignored."""
 
 
 def title(figures: Figures) -> str:
-    """What a stage's model is called."""
+    """The title of a stage's model."""
     return ENTRIES[figures["model"]].title
 
 
 def findings(stages: Sequence[Figures]) -> list[str]:
-    """Sentences about the models of one task, in the order in which a reader would ask.
+    """Sentences about the models of one task, in reading order.
 
     Args:
         stages: of one task, two or more.
@@ -47,7 +47,7 @@ def _losses(stages: Sequence[Figures]) -> str:
 
 
 def _gain(stages: Sequence[Figures]) -> Iterator[str]:
-    """How those that look at the source compare with the one that does not."""
+    """How the models with attention compare with the one without."""
     without = next((one for one in stages if one["model"] == "none"), None)
     if without is None:
         return
@@ -66,7 +66,7 @@ def _gain(stages: Sequence[Figures]) -> Iterator[str]:
     ]
     widest = max(gains, key=lambda name: abs(gains[name]))
     yield (
-        f"Beside the model without attention, held-out loss is {'; '.join(parts)}. The widest gap is {widest}'s, "
+        f"Compared with the model without attention, held-out loss is {'; '.join(parts)}. The widest gap is {widest}'s, "
         f"{abs(gains[widest]):.3f} nats {'lower' if gains[widest] > 0 else 'higher'}."
     )
 
@@ -77,7 +77,7 @@ def _quality(stages: Sequence[Figures]) -> str:
     if best["bleu"] < LEAST_BLEU:
         return (
             f"BLEU stays below {LEAST_BLEU:g} for every model (best: {title(best)}, {best['bleu']:.2f}): with so little "
-            "training none translates yet, and ranks by BLEU mean nothing."
+            "training no model translates yet, and ranks by BLEU mean nothing."
         )
     near = [title(one) for one in ranked[1:] if best["bleu"] - one["bleu"] < CLOSE_BLEU]
     text = f"BLEU on {best['pairs']} held-out pairs: {title(best)} leads with {best['bleu']:.2f}"
@@ -94,7 +94,7 @@ def _gap(ranked: Sequence[Figures]) -> str:
 
 
 def _lengths(stages: Sequence[Figures]) -> Iterator[str]:
-    """From the shortest sources to the longest for which there are enough pairs."""
+    """From the shortest sources to the longest with enough pairs."""
     usable = [i for i, bucket in enumerate(stages[0]["by_length"]) if bucket["pairs"] >= LEAST_PAIRS]
     able = [one for one in stages if one["bleu"] >= LEAST_BLEU]
     if len(usable) < 2 or len(able) < 2:
@@ -124,8 +124,8 @@ def _alignments(stages: Sequence[Figures]) -> Iterator[str]:
     text = f"Alignment error rate: {best} is lowest with {rate[best]:.3f}"
     text += f", within {CLOSE_RATE} of it {_listed(near)}" if near else ""
     above = [name for name in rate if rate[name] >= diagonal]
-    text += f". A guess along the diagonal errs by {diagonal:.3f}; "
-    text += f"no better than that: {_listed(above)}." if above else "every model is below that."
+    text += f". A diagonal alignment has {diagonal:.3f}; "
+    text += f"not better than that: {_listed(above)}." if above else "every model is below that."
     translator = max(stages, key=lambda one: one["bleu"])
     if translator["bleu"] >= LEAST_BLEU and len(aligned) > 1:
         same = title(translator) == best
@@ -135,7 +135,7 @@ def _alignments(stages: Sequence[Figures]) -> Iterator[str]:
         kept = one["alignment"]
         text += (
             f" Of {title(one)}'s {kept['heads']} heads, head {kept['head']} of layer {kept['layer']} was chosen on other "
-            f"sentences, where it erred by {kept['chosen_at']:.3f}."
+            f"sentences, with an error rate of {kept['chosen_at']:.3f}."
         )
     yield text
 

@@ -1,4 +1,4 @@
-"""What a trained model is asked: translations by length of the source, and where it looks for each word.
+"""Evaluation of a trained model: translations by length of the source, and the alignment of each word.
 
 L layers, B batch, N heads, T target token, S source token, U target words, R source words.
 """
@@ -34,23 +34,23 @@ from transformer.models.families import make_model
 Pair = tuple[str, str]
 
 BUCKETS: tuple[tuple[str, int, int], ...] = (("1–8", 1, 8), ("9–16", 9, 16), ("17+", 17, 1 << 30))
-"""Lengths of a source, in words: what they are called, the shortest and the longest."""
+"""Buckets of source lengths in words: name, shortest and longest."""
 TRANSLATED = 200
 """Held-out pairs that each model translates."""
 CHOOSING, JUDGING = 50, 100
-"""Held-out pairs on which a head is chosen, and others on which its alignments are judged."""
+"""Numbers of held-out pairs on which a head is chosen, and of others on which its alignments are evaluated."""
 EXAMPLE_WORDS = range(7, 11)
-"""Words that each side of the sentence that is shown has, if there is such a one."""
+"""Range of words on each side of the sentence to show, if there is such a sentence."""
 _ROWS = 32
 
 
 def figures(loaded: LoadedRun, task: Task, pairs: Sequence[Pair], count: int = TRANSLATED) -> dict[str, Any]:
-    """BLEU and chrF of held-out pairs, the alignment error rate where it is known, and one sentence to look at."""
+    """BLEU and chrF of held-out pairs, the alignment error rate if alignments are known, and one example sentence."""
     shown = example_pair(loaded, task, pairs)
     quality, translation = translations(loaded, pairs, shown[0], count)
     fitting = [pair for pair in pairs if _fits(loaded, task, pair)]
     judged = spread(fitting, CHOOSING + JUDGING) if task.has_gold else []
-    # All at once, since each call compiles.
+    # All at once, because each call compiles.
     weights = between_words(loaded, task, [*judged, shown])
     aligned = alignments(judged, weights[:-1]) if weights and judged else None
     example = _example(loaded, task, shown, translation, weights[-1] if weights else None, aligned)
@@ -60,7 +60,7 @@ def figures(loaded: LoadedRun, task: Task, pairs: Sequence[Pair], count: int = T
 def translations(
     loaded: LoadedRun, pairs: Sequence[Pair], shown: str, count: int = TRANSLATED
 ) -> tuple[dict[str, Any], str]:
-    """BLEU and chrF of greedy translations of held-out pairs, of all and by the source's length in words; and the
+    """BLEU and chrF of greedy translations of held-out pairs, in total and by the source's length in words; and the
     translation of the source `shown`."""
     translator = TextTranslator(loaded.config, loaded.tokenizer, loaded.target_tokenizer)
     chosen = spread([pair for pair in pairs if translator.fits(pair[0])], count)
@@ -76,11 +76,11 @@ def translations(
 def alignments(pairs: Sequence[Pair], weights: Sequence[np.ndarray]) -> dict[str, Any]:
     """The alignment error rate of synthetic pairs, three or more, from the weights [L, N, U, R] of each.
 
-    Words are aligned with the source word of the greatest weight, ends of text left out. Of several heads the best one is
-    chosen on other sentences than those it is judged on.
+    Words are aligned with the source word of the greatest weight, excluding ends of text. The best of several heads is
+    chosen on sentences other than those of the evaluation.
     """
     gold = [gold_of(source) for source, _ in pairs]
-    # Every third one, so that both parts come from all over.
+    # Every third one, so that both parts are spread over all pairs.
     choosing = range(0, len(pairs), 3)
     judging = [i for i in range(len(pairs)) if i % 3]
     head = best_head([weights[i] for i in choosing], [gold[i] for i in choosing])
@@ -99,7 +99,7 @@ def alignments(pairs: Sequence[Pair], weights: Sequence[np.ndarray]) -> dict[str
 
 
 def example_pair(loaded: LoadedRun, task: Task, pairs: Sequence[Pair]) -> Pair:
-    """The first held-out pair of a length that can be shown; the first one that fits where there is none."""
+    """The first held-out pair of a suitable length to show; else the first one that fits."""
     fitting = [pair for pair in pairs if _fits(loaded, task, pair)]
     middling = (pair for pair in fitting if all(len(side.split()) in EXAMPLE_WORDS for side in pair))
     return next(middling, fitting[0])
@@ -148,7 +148,7 @@ def _example(
     weights_LNUR: np.ndarray | None,
     head: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """One sentence with its weights: of the head that aligns best where that is known, else the mean of all heads."""
+    """One sentence with its weights: those of the best-aligning head if known, else the mean of all heads."""
     source, target = pair
     shown = None
     if weights_LNUR is not None:
@@ -170,13 +170,13 @@ def _example(
 
 
 def _padded(loaded: LoadedRun, task: Task, pairs: Sequence[Pair], rows: int) -> Iterator[np.ndarray]:
-    """Sources with their ends, then what the decoder reads: each with its segments, [rows, length] int32."""
+    """Sources with their ends of text, then the decoder's input: each with its segments, [rows, length] int32."""
     end = loaded.target_tokenizer.end_of_text
     sources = [[*_ids(loaded, source), loaded.tokenizer.end_of_text] for source, _ in pairs]
     targets = [[end, *_ids(loaded, target, True)] for _, target in pairs]
     for side in (sources, targets):
         tokens, segments = np.zeros((rows, task.length), np.int32), np.zeros((rows, task.length), np.int32)
-        # A row of padding alone would be no sentence at all.
+        # A row must not be padding only.
         segments[:, 0] = 1
         for row, ids in enumerate(side):
             tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
@@ -185,7 +185,7 @@ def _padded(loaded: LoadedRun, task: Task, pairs: Sequence[Pair], rows: int) -> 
 
 
 def _spans(loaded: LoadedRun, task: Task, pair: Pair) -> tuple[list[Span], list[Span]]:
-    """Which tokens make which word, of the target and of the source. In the invented languages a token is a word."""
+    """Which tokens make which word, of the target and of the source. In the synthetic languages a token is a word."""
     if task.has_gold:
         target, source = ([(i, i + 1) for i in range(len(side.split()))] for side in pair[::-1])
         return target, source
@@ -206,7 +206,7 @@ def _fits(loaded: LoadedRun, task: Task, pair: Pair) -> bool:
 
 
 def _diagonal(num_targets: int, num_sources: int) -> Alignment:
-    """What one would guess who knows nothing but the two lengths."""
+    """The diagonal alignment, which needs only the two lengths."""
     return {(said * num_sources // num_targets, said) for said in range(num_targets)}
 
 

@@ -1,7 +1,7 @@
-"""The models that are compared, each brought to the same number of parameters.
+"""The models to compare, each scaled to the same number of parameters.
 
-What a model is stands in its config, `configs/history/NAME.yaml`; its sizes are solved for: one width decides the others, and a
-second one takes up what is left.
+A model's architecture is in its config, `configs/history/NAME.yaml`; its sizes are solved for: one width determines the
+others, and a second one uses up the rest of the budget.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformer.models.recurrent import RecurrentConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "history"
 TOLERANCE = 0.03
-"""How far a model's parameters may be from the budget, as a part of it."""
+"""Largest deviation of a model's parameters from the budget, as a fraction of it."""
 _LARGEST = 1 << 13
 _PROBED = (8, 32, 128)
 
@@ -33,7 +33,7 @@ class Entry:
 
     name: str
     title: str
-    """What the report calls it."""
+    """Its name in the report."""
     paper: str
 
     @functools.cached_property
@@ -43,12 +43,12 @@ class Entry:
 
     @property
     def learning_rate(self) -> float:
-        """The highest of the schedule."""
+        """Peak learning rate of the schedule."""
         return self.config.optimizer.learning_rate
 
     @property
     def step(self) -> int:
-        """The first width comes in multiples of this."""
+        """The first width is a multiple of this."""
         model = self.config.model
         return 2 if isinstance(model, RecurrentConfig) else 2 * model.attention.num_heads
 
@@ -65,7 +65,7 @@ class Entry:
             return dataclasses.replace(model, hidden_dim=width, embed_dim=fine, encoder_dim=width // 2, **sizes)
         assert isinstance(model, VaswaniConfig)
         mlp = dataclasses.replace(model.mlp, dim=4 * width if fine is None else fine)
-        # One table serves both sides where their vocabularies are one.
+        # Both sides share one embedding if they share a vocabulary.
         shared = {"source_vocab_size": None} if sizes["source_vocab_size"] == sizes["vocab_size"] else {}
         return dataclasses.replace(model, embed_dim=width, mlp=mlp, **sizes | shared)
 
@@ -91,7 +91,7 @@ def chosen(names: Sequence[str] | None) -> tuple[str, ...]:
     """The models of these names, each once and in the order of history; all of them for None.
 
     Raises:
-        UserError: a name that no model has, or no name.
+        UserError: an unknown name, or no name.
     """
     for name in names or ():
         if name not in ENTRIES:
@@ -121,14 +121,14 @@ def solve(name: str, budget: int, *, source_vocab_size: int, vocab_size: int, ma
     if abs(count - budget) > TOLERANCE * budget:
         raise UserError(
             f"--parameters: got {budget:,}; the nearest size of {name} has {count:,} with vocabularies of "
-            f"{source_vocab_size:,} and {vocab_size:,} tokens: allow more parameters"
+            f"{source_vocab_size:,} and {vocab_size:,} tokens; increase it"
         )
     return found
 
 
 def _nearest(excess: Callable[[int], int]) -> int:
-    """The size, 1 or more, at which a function that grows with it, nearly as a polynomial of degree 2, is nearest 0."""
-    # Each call makes a model, if only its shapes: three of them tell about where to look.
+    """The size, 1 or more, at which an increasing, nearly quadratic function is closest to 0."""
+    # Each call builds a model's shapes; three of them bracket the solution.
     curve = np.polyfit(_PROBED, [excess(size) for size in _PROBED], 2)
     low = 1 + int(np.abs(np.polyval(curve, np.arange(1, _LARGEST))).argmin())
     while low > 1 and excess(low) > 0:

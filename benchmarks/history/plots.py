@@ -1,4 +1,4 @@
-"""The pictures of the report, as SVG: courses of the loss, BLEU by length, and where each model looks.
+"""The pictures of the report, as SVG: loss curves, BLEU by length, and each model's alignment.
 
 U target words, R source words.
 """
@@ -31,7 +31,7 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 """A hue for each family, a dash for each of its members."""
 _PANELS = 5
-"""Alignments beside each other."""
+"""Alignments per row of the picture."""
 
 
 def loss_curves(stages: Sequence[Figures]) -> str:
@@ -77,7 +77,7 @@ def by_length(stages: Sequence[Figures]) -> str:
 
 
 def alignment_sheet(stages: Sequence[Figures]) -> str:
-    """One sentence's weights under each model beside each other; a ring is where its word really came from."""
+    """One sentence's weights under each model, side by side; rings mark the true alignment."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
     from matplotlib.figure import Figure
 
@@ -118,5 +118,5 @@ def _legend(figure: Figure) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean of five neighbours: a batch's loss jumps with its length."""
+    """The mean of five neighbours, because a batch's loss varies with its length."""
     return np.array([values[max(i - 2, 0) : i + 3].mean() for i in range(len(values))])

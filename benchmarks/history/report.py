@@ -1,4 +1,4 @@
-"""The report: what was found, tables and pictures, as one page that needs nothing else and as Markdown."""
+"""The report: findings, tables and pictures, as a self-contained page and as Markdown."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ HEADING = "Attention through history"
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Figures]], str]]] = {
     "loss": ("Loss over the steps; in training the mean of five neighbouring readings", loss_curves),
     "length": ("Quality of held-out translations by the source's length", by_length),
-    "alignment": ("Where each word of one held-out sentence looks", alignment_sheet),
+    "alignment": ("Alignment of one held-out sentence", alignment_sheet),
 }
 
 Table = list[list[str]]
-"""Rows of cells, the heads first; `**` around a cell marks the best of its column."""
+"""Rows of cells, header first; `**` around a cell marks the best of its column."""
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """Write `path` as a page, the same as Markdown beside it, and Markdown's pictures."""
+    """Write the page `path`, and next to it the same report as Markdown with its pictures."""
     parts, markdown = [], [f"# {HEADING}", ""]
     for paragraph in introduction(result):
         parts.append("<p>" + re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(paragraph)) + "</p>")
@@ -57,7 +57,7 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 
 def introduction(result: dict[str, Any]) -> list[str]:
-    """What was done, alike for all models."""
+    """The setup, which is identical for all models."""
     settings = result["settings"]
     dropouts = sorted({model["dropout"] for model in settings["models"].values()})
     rates = sorted({one["learning_rate"] for task in result["tasks"].values() for one in task["stages"]})
@@ -67,8 +67,8 @@ def introduction(result: dict[str, Any]) -> list[str]:
         "pairs in the same batches and the same order, by the same tokenizer. AdamW, cosine schedule with a tenth of "
         f"warm-up, dropout {' or '.join(f'{rate:g}' for rate in dropouts)}; the highest learning rate is "
         f"{' or '.join(f'{rate:g}' for rate in rates)}. Seed {settings['seed']}.",
-        "Recurrent models have a GRU encoder in both directions and a GRU decoder, so that they differ in how the decoder "
-        "looks at the source; Bahdanau's, hard, linear and delta look before a step, Luong's after it. The Transformer is "
+        "Recurrent models have a GRU encoder in both directions and a GRU decoder, so that they differ only in how the decoder "
+        "attends to the source; Bahdanau's, hard, linear and delta attend before a step, Luong's after it. The Transformer is "
         "pre-norm, three layers a side. Losses are nats per target token of all held-out pairs; "
         "speeds are target tokens a second in training; AER is the alignment error rate; translations are greedy, "
         "scored by sacrebleu. One seed and one learning rate: small gaps say little.",
@@ -111,7 +111,7 @@ def tables(stages: Sequence[Figures]) -> list[tuple[str, Table]]:
 
 
 def example_table(stages: Sequence[Figures]) -> Table:
-    """The sentence that is shown, its reference and what each model makes of it."""
+    """The example sentence, its reference and each model's translation."""
     first = stages[0]["example"]
     rows = [["source", first["source"]], ["reference", first["reference"]]]
     return [["", "text"], *rows, *([title(one), one["example"]["translation"] or "(nothing)"] for one in stages)]
@@ -126,11 +126,11 @@ def _amounts(task: dict[str, Any]) -> str:
 
 
 def _caption(stages: Sequence[Figures]) -> str:
-    """What else the alignments need to be read."""
+    """Explanation of the alignments' axes and marks."""
     text = "; rows are the reference's words, columns the source's"
     if stages[0]["example"]["gold"]:
-        return text + ". A ring is where a word really came from. Of several heads: the one that aligns best"
-    return text + ". Of several heads: their mean"
+        return text + ". Rings mark the true alignment. Of several heads, the best-aligning one is shown"
+    return text + ". Several heads are averaged"
 
 
 def _column(values: Sequence[float | None], form: str, sign: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command: every stage in turn, each kept as soon as it is finished, then the report."""
+"""The command: runs every stage in turn, stores each as soon as it is finished, and writes the report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformer.errors import UserError
 
 PARAMETERS = 1_000_000
 STEPS = 200
-"""A small budget, to see all ten models on both tasks; figures worth keeping take more."""
+"""A small budget that shows all ten models on both tasks; meaningful figures need more."""
 DIRECTORY = "runs/history"
 
 
@@ -34,17 +34,17 @@ def run(
     *,
     synthetic_pairs: int | None = None,
 ) -> dict[str, Any]:
-    """Train and ask each model on each task, write JSON and the report, and give the figures. Finished stages are kept.
+    """Train and evaluate each model on each task; write JSON and the report, and return the figures. Finished stages are reused.
 
     Args:
         models: names of `ENTRIES`; None: all.
         parameters, steps: of each model.
         data: `verses`, `synthetic`, or the path of a config of pairs.
         directory: where runs and figures are kept, in a folder for each set of settings.
-        synthetic_pairs: how many there are; None: the usual number.
+        synthetic_pairs: number of synthetic pairs; None: the default.
 
     Raises:
-        UserError: an unknown name, a budget that a model cannot meet, whatever `train` raises, and an interruption.
+        UserError: an unknown name, a budget that a model cannot meet, errors of `train`, or an interruption.
     """
     names = chosen(models)
     tasks = tasks_of(data, parameters, synthetic_pairs=synthetic_pairs)
@@ -54,14 +54,16 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(settings.as_data(), indent=1) + "\n", encoding="utf-8")
     prepared = {task.name: task.prepared() for task in tasks}
-    # Before an hour of training: every model must meet the budget.
+    # Checked before an hour of training: every model must meet the budget.
     for task in tasks:
         for name in names:
             settings.run_config(name, task, prepared[task.name], folder)
 
     stages = [(task, name) for task in tasks for name in names]
     waiting = {(task.name, name) for task, name in stages if not result_path(folder, name, task).exists()}
-    print(f"{len(stages)} stages, {len(stages) - len(waiting)} of them finished before; kept in {folder}", flush=True)
+    print(
+        f"{len(stages)} stages, {len(stages) - len(waiting)} of them already finished; stored in {folder}", flush=True
+    )
     figures: dict[str, list[dict[str, Any]]] = {task.name: [] for task in tasks}
     taken: list[float] = []
     for number, (task, name) in enumerate(stages, start=1):
@@ -71,8 +73,8 @@ def run(
             one = run_stage(settings, name, task, prepared[task.name], folder)
         except (Interrupted, KeyboardInterrupt):
             raise UserError(
-                f"history: stopped in stage {number} of {len(stages)} ({task.name}, {name}); everything is kept in {folder}. "
-                "Run the same command again to go on"
+                f"history: stopped in stage {number} of {len(stages)} ({task.name}, {name}); stages are kept in {folder}. "
+                "Run the same command again to resume"
             ) from None
         figures[task.name].append(one)
         spent = "finished before"
@@ -111,7 +113,7 @@ def run(
 
 
 def _command(names: Sequence[str], parameters: int, steps: int, data: str, seed: int) -> str:
-    """The command that makes these figures, options that are as usual left out."""
+    """The command that makes these figures, without options that have their defaults."""
     given = {
         "models": ",".join(names) if tuple(names) != tuple(ENTRIES) else None,
         "parameters": parameters if parameters != PARAMETERS else None,

@@ -1,8 +1,8 @@
-"""The stages of the comparison: each trains a model on a task as an ordinary run, asks it, and keeps the figures as JSON.
+"""The stages of the comparison: each trains a model on a task as an ordinary run, evaluates it, and stores JSON.
 
     DIRECTORY/FINGERPRINT/settings.json
     DIRECTORY/FINGERPRINT/TASK/MODEL/         the run: checkpoints, metrics.jsonl, what it printed
-DIRECTORY/FINGERPRINT/TASK/MODEL.json     its figures; there once the stage is finished
+DIRECTORY/FINGERPRINT/TASK/MODEL.json     its figures; exists once the stage is finished
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from transformer.models.families import count_parameters
 BATCH_SIZE = 32
 """Pairs in a step."""
 WARMUP = 10
-"""One step in this many is warm-up."""
+"""One in this many steps is warm-up."""
 POINTS = 10
-"""Evaluations on the way."""
+"""Number of evaluations during training."""
 EVALUATION_BATCHES = 4
-"""Batches of each of them; the last takes all of the held-out pairs."""
+"""Batches of each of them; the last evaluation uses all held-out pairs."""
 READINGS = 100
 """Points of a training curve, at most."""
 _VERSION = 1
-"""Changes with whatever changes the figures of the same settings."""
+"""Version of the benchmark: changes when the same settings give different figures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all models have in common."""
+    """Settings shared by all models."""
 
     tasks: tuple[Task, ...]
     parameters: int
-    """Budget of each model."""
+    """Number of parameters of each model."""
     steps: int
     seed: int
 
     def as_data(self) -> dict[str, Any]:
-        """Everything that the figures depend on, as JSON values; which models are compared is not among it."""
+        """Everything that the figures depend on, as JSON values; the choice of models is not included."""
         return {
             "version": _VERSION,
             "tasks": {task.name: [fingerprint(task.data), task.length] for task in self.tasks},
@@ -68,7 +68,7 @@ class Settings:
         }
 
     def folder(self, directory: Path) -> Path:
-        """Where the stages of these settings are kept, and of no others."""
+        """The folder of the stages with these settings only."""
         content = json.dumps(self.as_data(), sort_keys=True).encode()
         return directory / hashlib.blake2b(content, digest_size=6).hexdigest()
 
@@ -99,21 +99,21 @@ class Settings:
 
 
 def run_stage(settings: Settings, name: str, task: Task, prepared: Prepared, folder: Path) -> dict[str, Any]:
-    """Train one model on one task, or go on where it stopped, and give its figures; those of a finished stage are read.
+    """Train one model on one task, or resume it, and return its figures; those of a finished stage are read.
 
     Raises:
         Interrupted: after a signal; the run is saved.
-        UserError: as of `train`.
+        UserError: as in `train`.
     """
     path = result_path(folder, name, task)
     if (figures := kept(path)) is not None:
         return figures
     directory = path.with_suffix("")
     config = settings.run_config(name, task, prepared, directory)
-    # What a run shows would bury the progress of the whole.
+    # A run's output would hide the overall progress.
     train_silently(config)
     keep(path, _figures(name, task, prepared, config, directory))
-    # As they will be read: a run that goes on reports the same as one that never stopped.
+    # As read back from disk, so that a resumed run reports the same as an uninterrupted one.
     return kept(path)
 
 
@@ -123,7 +123,7 @@ def result_path(folder: Path, name: str, task: Task) -> Path:
 
 
 def tokens_of(settings: Settings, task: Task, prepared: Prepared) -> dict[str, int]:
-    """How many tokens every model reads and predicts in all its steps, padding left out."""
+    """How many tokens every model reads and predicts in all its steps, without padding."""
     batches = train_batches(
         prepared, task.data, batch_size=BATCH_SIZE, length=task.length, seed=settings.seed, objective=task.objective
     )
@@ -143,7 +143,7 @@ def _figures(name: str, task: Task, prepared: Prepared, config: RunConfig, direc
     def course(field: str) -> list[tuple[int, float]]:
         return [(record["step"], record[field]) for record in records if field in record]
 
-    # The first readings are of compiling.
+    # The first readings include compilation.
     speeds = [speed for step, speed in course("train/tokens_per_second") if step > config.steps // 4]
     loaded = load_run(directory, "latest")
     with use_mesh(loaded.mesh, loaded.config.mesh.rules):

@@ -1,4 +1,4 @@
-"""The pairs that the models learn from: those of a config, and sentences of two invented languages with known alignments."""
+"""The training pairs: those of a config, and sentences of two synthetic languages with known alignments."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from train.objectives import Seq2Seq
 from transformer.errors import UserError, nearest
 
 DATA = ("verses", "synthetic")
-"""What `--data` takes beside the path of a config."""
+"""Values of `--data` in addition to the path of a config."""
 VERSES = Path(__file__).parents[2] / "configs" / "translate_en_fr_small.yaml"
 """The config whose pairs `--data verses` takes."""
 SYNTHETIC_PAIRS = 20_000
 SYNTHETIC_WORDS = 896
-"""Room for every word of both invented languages: there a token is a word."""
+"""Vocabulary size for every word of both synthetic languages, where a token is a word."""
 HELD_OUT = 0.03
 SHAPES = 2
-"""That batches come in: with ten models, compiling more would take longer than their padding."""
+"""Number of batch shapes: with ten models, compiling more would cost more than the padding saves."""
 PARAMETERS_PER_TOKEN = 500
-"""A smaller budget has a smaller vocabulary, or embeddings would be all of the model."""
+"""Vocabulary sizes by budget: with a large vocabulary, a small model would consist of embeddings only."""
 LEAST_TOKENS, MOST_TOKENS = 320, 4000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """Pairs to learn from, in batches that are the same for every model."""
+    """Training pairs, in batches that are the same for every model."""
 
     name: str
     """`pairs` or `synthetic`."""
@@ -55,11 +55,11 @@ class Task:
 
 
 def tasks_of(data: str, parameters: int, *, synthetic_pairs: int | None = None) -> tuple[Task, ...]:
-    """The tasks for `--data`: its pairs, and the synthetic ones, by which alignments are judged.
+    """The tasks for `--data`: its pairs, and the synthetic ones, which evaluate alignments.
 
     Args:
-        parameters: of each model, by which the size of the vocabulary goes.
-        synthetic_pairs: how many of them; null: `SYNTHETIC_PAIRS`.
+        parameters: of each model; they determine the size of the vocabulary.
+        synthetic_pairs: number of synthetic pairs; None: `SYNTHETIC_PAIRS`.
 
     Raises:
         UserError: neither a known name nor a config of pairs.
@@ -67,7 +67,7 @@ def tasks_of(data: str, parameters: int, *, synthetic_pairs: int | None = None) 
     words = TokenizerConfig(kind="words", vocab_size=SYNTHETIC_WORDS)
     sources = (SyntheticSource(limit=synthetic_pairs or SYNTHETIC_PAIRS),)
     drawn = DataConfig(sources=sources, tokenizer=words, packing="pad", validation_fraction=HELD_OUT)
-    synthetic = Task(name="synthetic", title="Two invented languages", data=drawn, length=32)
+    synthetic = Task(name="synthetic", title="Two synthetic languages", data=drawn, length=32)
     if data == "synthetic":
         return (synthetic,)
     path = VERSES if data == "verses" else Path(data)
@@ -81,7 +81,7 @@ def tasks_of(data: str, parameters: int, *, synthetic_pairs: int | None = None) 
     tokenizer = TokenizerConfig(
         kind="bpe", vocab_size=min(max(parameters // PARAMETERS_PER_TOKEN, LEAST_TOKENS), MOST_TOKENS)
     )
-    # One vocabulary for both sides, and one pair a row: a recurrent model cannot read several.
+    # One vocabulary for both sides, and one pair per row: a recurrent model cannot read several.
     pairs = dataclasses.replace(config.data, tokenizer=tokenizer, target_tokenizer=None, packing="pad")
     title = "English and French verses" if data == "verses" else path.stem
     return Task(name="pairs", title=title, data=pairs, length=48), synthetic

@@ -1,1 +1,1 @@
-"""Which sharding, and will it fit: every strategy measured on devices that are here, or compiled ahead for others."""
+"""Comparison of shardings in time and memory: measured on available devices, or compiled ahead for others."""

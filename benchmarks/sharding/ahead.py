@@ -1,10 +1,10 @@
-"""Compile training steps for a target, in a process that has its compiler.
+"""Compiles training steps for a target, in a process that has its compiler.
 
-A process of this module answers one question a line, so that its start-up is paid once:
+A process of this module answers one request per line, so that it starts only once:
 
-    python -m benchmarks.sharding.ahead       questions on standard input, answers on standard output
+    python -m benchmarks.sharding.ahead       requests on standard input, answers on standard output
 
-Both ends are this very code, so a question is a pickled config.
+Both ends run this code, so a request is a pickled config.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ from transformer.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the target's compiler makes of a training step. Bytes are of one device."""
+    """The target compiler's result for a training step. Bytes are for one device."""
 
     seconds_to_compile: float
     memory: float | None
-    """All that the step holds at its peak; None where it was refused without a figure."""
+    """Peak memory of the step; None if it was refused without a figure."""
     state: float
-    """Parameters and optimiser, and the batch: what the step is given."""
+    """Arguments of the step: parameters, optimiser state and batch."""
     temporary: float
     """Gradients, activations, buffers."""
     fits: bool
     over: float
-    """Bytes beyond the device's memory; 0 for one that fits."""
+    """Bytes by which the device's memory is exceeded; 0 if the step fits."""
     prediction: dict[str, Any] | None
-    """`roofline.Prediction`, its seconds and bound, and how many loops of unknown length were counted once."""
+    """`roofline.Prediction`, with its seconds and bound, and how many loops of unknown length were counted once."""
     collectives: tuple[dict[str, Any], ...]
     """Kind, dtype, devices, count and bytes sent in a step."""
     error: str | None = None
-    """Why there is nothing else, in a line."""
+    """The error if there is no result, in one line."""
 
     @property
     def failed(self) -> bool:
-        """Whether the compiler gave neither a program nor a size that is too large."""
+        """Whether the compiler gave neither a program nor a size that exceeds the memory."""
         return self.error is not None and self.memory is None
 
 
@@ -73,7 +73,7 @@ def require_any(compiled: Iterable[Compiled | None], target: Target) -> None:
 
 
 class Compiler:
-    """A process that compiles for one target, one config after another."""
+    """A process that compiles configs for one target, in sequence."""
 
     def __init__(self, target: Target, python: str) -> None:
         self.target = target
@@ -81,7 +81,7 @@ class Compiler:
             [python, "-c", "from benchmarks.sharding import ahead; ahead.serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=compilers.process_environment(target.chip.platform),
-            # Ctrl-C is for the asking process, which ends this one.
+            # The parent process handles Ctrl-C, and ends this one.
             start_new_session=True,
         )  # fmt: skip
         self._answers: queue.Queue[str | None] = queue.Queue()
@@ -106,7 +106,7 @@ class Compiler:
             self.close()
             raise UserError(f"{self.target.name}: not compiled in {timeout:g} s") from None
         if answer is None:
-            said = next((line for line in reversed(self._last_words) if line.strip()), "it said nothing")
+            said = next((line for line in reversed(self._last_words) if line.strip()), "without output")
             raise UserError(f"{self.target.name}: the compiler's process ended: {said.strip()[:300]}")
         return from_data(json.loads(answer))
 
@@ -121,7 +121,7 @@ class Compiler:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            # Libraries print too.
+            # Libraries also print.
             if line.startswith("{"):
                 self._answers.put(line)
         self._answers.put(None)
@@ -133,19 +133,19 @@ class Compiler:
 
 
 def from_data(data: dict[str, Any]) -> Compiled:
-    """What `dataclasses.asdict` and JSON made of it."""
+    """Restore it from the output of `dataclasses.asdict` and JSON."""
     return Compiled(**data | {"collectives": tuple(data["collectives"])})
 
 
 def serve() -> None:
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     for line in sys.stdin:
         config, target = pickle.loads(base64.b64decode(line))
         print(json.dumps(dataclasses.asdict(answer(config, target))), flush=True)
 
 
 def answer(config: RunConfig, target: Target) -> Compiled:
-    """Compile in this process; what cannot be compiled is told, not raised."""
+    """Compile in this process; errors of the compiler are returned, not raised."""
     start = time.monotonic()
     try:
         if (reason := compilers.missing(target.chip.platform)) is not None:
@@ -165,7 +165,7 @@ def compile_step(program: Program) -> tuple[jax.stages.Compiled, float]:
 
 
 def examined(compiled: jax.stages.Compiled, seconds: float, mesh: Mesh, target: Target) -> Compiled:
-    """What a compiled step says of itself."""
+    """The figures of a compiled step."""
     stats: Any = compiled.memory_analysis()
     module = Module(compiled.as_text() or "")
     places = [target.place(device) for device in mesh.devices.flat]
@@ -183,7 +183,7 @@ def examined(compiled: jax.stages.Compiled, seconds: float, mesh: Mesh, target: 
 
 
 def summary(module: Any) -> list[dict[str, Any]]:
-    """The program's collectives by kind, number type and group size, those that send most first."""
+    """The program's collectives by kind, data type and group size, sorted by bytes sent."""
     sums: dict[tuple[str, str, int], dict[str, Any]] = {}
     for one in module.collectives():
         entry = sums.setdefault(
@@ -204,17 +204,17 @@ def summary(module: Any) -> list[dict[str, Any]]:
 
 
 def refused(error: Exception, seconds: float, target: Target) -> Compiled:
-    """The compiler's own refusal; of a program that is too large, by how much."""
+    """The compiler's error; for a program that is too large, by how much."""
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-    # Two ways of saying so: "Used 20.00G of 15.75G", "required for HLO temporaries (19.70G) exceeds available HBM".
+    # Two forms of the message: "Used 20.00G of 15.75G", "required for HLO temporaries (19.70G) exceeds available HBM".
     used = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMGT]?)(?: of|\) exceeds)", text)
     memory, over = None, 0.0
     if used:
         memory = float(used.group(1)) * 1024 ** " KMGT".index(used.group(2) or " ")
         over = max(memory - target.chip.memory, 1.0)
-        said = "larger than the device's memory, says the compiler"
+        said = "larger than the device's memory, according to the compiler"
     return Compiled(seconds, memory, 0.0, 0.0, False, over, None, (), said)
 
 

@@ -1,8 +1,8 @@
-"""Memory and time of a training step by formulas alone: an answer without a compiler, and what a search is pruned by.
+"""Memory and time of a training step by formulas alone: an estimate without a compiler, which also prunes a search.
 
 The state's memory is exact: the shapes of the real model and optimiser under the strategy's own table. Activations are those
 that the forward pass saves, traced once for one sequence. Time is arithmetic over the peak, the optimiser's and activations'
-traffic over the memory's bandwidth, and the least that the axes send over their links.
+memory traffic over the bandwidth, and the minimum communication of the axes over their links.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from transformer.models.adapted import make_adapted
 from transformer.models.families import flops_per_token
 
 OVERLAP = 0.7
-"""Share of the arithmetic behind which gathers and sums of parameters hide."""
+"""Fraction of the arithmetic that can overlap with gathers and reductions of parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one device."""
+    """Memory and time of a step, for one device."""
 
     parameters: float
-    """Bytes, as the following."""
+    """Bytes, as are the fields below it."""
     gradients: float
     optimizer: float
     activations: float
     gathered: float
-    """Parameters of the layers that are at hand at a time, where they lie sliced."""
+    """Gathered parameters of the layers in use at a time, if they are sharded."""
     seconds: float
-    """Of a step."""
+    """Seconds of a step."""
     arithmetic: float
-    """Seconds of it."""
+    """Seconds of it by part, as are the fields below it."""
     traffic: float
     sending: float
 
     @property
     def memory(self) -> float:
-        """Bytes at the peak."""
+        """Peak bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations + self.gathered
 
 
 class Analysis:
-    """A model and an optimiser, traced once, for estimates of many meshes."""
+    """A model and an optimiser, traced once for estimates on many meshes."""
 
     def __init__(self, config: RunConfig) -> None:
         self.state = described_state(config)
@@ -69,7 +69,7 @@ class Analysis:
         return saved_bytes(graphdef_of(make), self.state.params, batch_shapes(config, 1), config, self.trained)
 
     def estimate(self, config: RunConfig, target: Target) -> Estimate:
-        """Of the config's step on its own mesh over the target's devices."""
+        """The estimate for the config's step on its own mesh over the target's devices."""
         sizes = dict(zip(MESH_AXES, config.mesh.sizes(target.num_devices), strict=True))
         model = config.model
         parameters = sharded_bytes(self.state.params, config.mesh.rules, sizes)
@@ -87,8 +87,8 @@ class Analysis:
         full = self._with_remat(config, "full")
         none = self._with_remat(config, "none")
         own = self.saved(_one(config))
-        # The stream itself is whole along tensor; all else lies sliced. The trace has the logits twice, of which the compiler
-        # keeps one and a part; and what one layer computes again is not all alive at once.
+        # The residual stream itself is replicated over tensor; all else is sharded. The trace has the logits twice, of which
+        # the compiler keeps one and a part; and what one layer recomputes is not all alive at once.
         slices = sizes["tensor"]
         logits = config.sequence_length * model.vocab_size * 4
         kept = max(full - 2 * logits, 0) + max(own - full, 0) / slices
@@ -99,12 +99,12 @@ class Analysis:
             parts = config.mesh.pipeline_microbatches or stages * config.mesh.stages_per_device
             bubble = (stages - 1) / (parts * config.mesh.stages_per_device)
             if config.mesh.schedule == "1f1b":
-                # Inputs of the microbatches under way, and one stage that is computed again.
+                # Inputs of the microbatches in flight, and one recomputed stage.
                 own_input = config.sequence_length * model.embed_dim * wide
                 at_work = kept / stages + again + 1.25 * logits / slices
                 activations, passes = rows / parts * (own_input * (2 * stages - 1) + at_work), passes + 1
             else:
-                # Every tick keeps its own, and the devices share the head.
+                # Every tick stores its own, and the devices share the head.
                 activations = rows / stages * (kept * (1 + bubble) + 1.25 * logits / slices) + rows / parts * again
         gathered = 0.0
         if sizes["fsdp"] > 1 and config.mesh.slices_parameters:
@@ -114,7 +114,7 @@ class Analysis:
         tokens = config.batch_size * config.sequence_length
         forward = flops_per_token(model, config.sequence_length) * tokens / devices
         arithmetic = passes * forward / (target.peak_flops * target.matmul_efficiency)
-        # Written once and read in both passes, of which products hide a part; once more for what is computed again.
+        # Written once and read in both passes, partly overlapped with products; once more for recomputation.
         moved = config.microbatches * rows * none / slices / stages * (2.5 if model.remat == "none" else 3)
         moved += 3 * (parameters + gradients + optimizer)
         traffic = moved / (target.memory_bandwidth * target.memory_efficiency)
@@ -135,7 +135,7 @@ class Analysis:
 
 
 def sharded_bytes(tree: Any, rules: Rules, sizes: dict[str, int]) -> float:
-    """Bytes of a described tree on one device of a mesh that need not exist."""
+    """Bytes of an abstract tree on one device of a mesh that need not exist."""
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     with nnx.logical_axis_rules(rules):
         shardings = shardings_of(tree, mesh)  # type: ignore[arg-type]
@@ -152,5 +152,5 @@ def _names(part: Any) -> tuple[str, ...]:
 
 
 def _one(config: RunConfig) -> RunConfig:
-    """The config as far as it decides what one sequence saves, so that like ones are traced once."""
+    """The part of the config that determines what one sequence saves; configs that agree in it are traced once."""
     return dataclasses.replace(config, mesh=MeshConfig(), batch_size=1, microbatches=1)

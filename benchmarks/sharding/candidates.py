@@ -1,4 +1,4 @@
-"""The ways to lay one training step out over a number of devices that are worth asking about."""
+"""The candidate layouts of one training step over a number of devices."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from transformer.errors import ConfigError
 REMATS = ("none", "light", "full")
 MICROBATCHES = (1, 2, 4, 8)
 DEEPEST = 16
-"""Devices of a pipeline; it waits longer the more they are."""
+"""The most devices of a pipeline, whose bubble grows with them."""
 LONG = 16_384
-"""Tokens in a sequence from which it is worth lying apart."""
+"""The shortest sequence, in tokens, that is worth sharding."""
 
 
 def candidates(config: RunConfig, target: Target) -> list[RunConfig]:
@@ -32,7 +32,7 @@ def candidates(config: RunConfig, target: Target) -> list[RunConfig]:
                 mesh = dataclasses.replace(config.mesh, strategy=strategy, **sizes, **pipeline)  # type: ignore[arg-type]
             except ConfigError:
                 continue
-            # A pipeline has microbatches of its own.
+            # A pipeline has its own microbatches.
             parts = [pipeline["pipeline_microbatches"]] if pipeline else MICROBATCHES
             for remat, microbatches in itertools.product(REMATS, parts):
                 if rows % microbatches:
@@ -44,7 +44,7 @@ def candidates(config: RunConfig, target: Target) -> list[RunConfig]:
 
 
 def describe(config: RunConfig) -> str:
-    """The layout in a line: the axes with more than one device, the strategy, and what else was chosen."""
+    """The layout in one line: the axes with more than one device, the strategy, and the other choices."""
     mesh = config.mesh
     axes = " × ".join(f"{axis} {size}" for axis in MESH_AXES if (size := getattr(mesh, axis) or 1) > 1)
     parts = f"microbatches {config.microbatches}"
@@ -54,11 +54,11 @@ def describe(config: RunConfig) -> str:
 
 
 def _meshes(config: RunConfig, target: Target) -> Iterator[dict[str, int]]:
-    """Devices along each axis, as far as the model's sizes divide by them."""
+    """Devices along each axis that divide the model's sizes."""
     model: Any = config.model
     heads, mlp, mixture = shape.kv_heads(model), shape.mlp_width(model), shape.experts(model)
     experts = 0 if mixture is None else mixture.num_experts
-    # Tensor parallelism sends so much that it stays on the fast links of a host, or along a dim or two of a torus.
+    # Tensor parallelism communicates so much that it stays on the fast links of a host, or on one or two dims of a torus.
     widest = 16 if target.chip.platform == "tpu" else target.shape[-1]
     for tensor in _divisors(target.num_devices):
         if tensor > widest or heads % tensor or model.vocab_size % tensor or (mlp or tensor) % tensor:
@@ -90,7 +90,7 @@ def _strategies(sizes: dict[str, int]) -> list[str]:
 
 
 def _pipelines(devices: int) -> list[dict[str, Any]]:
-    """Schedules, and into how many microbatches for each device."""
+    """Schedules, and the number of microbatches for each device."""
     if devices == 1:
         return [{}]
     schedules: tuple[Any, ...] = ("gpipe", "1f1b")

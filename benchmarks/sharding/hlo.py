@@ -1,7 +1,7 @@
-"""A compiled program's text (HLO): what is executed, how often, and what it sends.
+"""Parses a compiled program's text (HLO): what is executed, how often, and what it sends.
 
-XLA's own `cost_analysis` counts the body of a loop once, and is absent for GPUs compiled ahead. Here the text is read: loops
-count as often as they run, and a collective that the compiler cut into pieces counts once.
+XLA's own `cost_analysis` counts the body of a loop once, and is absent for GPUs compiled ahead. Here the text is parsed: loops
+count as often as they run, and a collective that the compiler split counts once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Shape:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
@@ -55,56 +55,56 @@ class Instruction:
 
     name: str
     shapes: tuple[Shape, ...]
-    """Of what it gives; several for a tuple."""
+    """Shapes of the result; several for a tuple."""
     opcode: str
     operands: tuple[str, ...]
     attributes: str
-    """Everything behind the operands."""
+    """Everything after the operands."""
     text: str
-    """The operands, as they are written."""
+    """The operands, as written."""
     root: bool
-    """Whether it is what its computation gives."""
+    """Whether it is the result of its computation."""
     on_host: bool
-    """Whether it brings something from the host's memory, or takes it there."""
+    """Whether it transfers something from or to host memory."""
 
     @property
     def bytes(self) -> float:
-        """Size of what it gives."""
+        """Bytes of the result."""
         return sum(shape.bytes for shape in self.shapes)
 
     @property
     def index(self) -> int | None:
-        """Of the element of a tuple that it takes."""
+        """Index of the tuple element that it takes."""
         found = re.search(r"\bindex=(\d+)", self.attributes)
         return int(found.group(1)) if found else None
 
     @property
     def called(self) -> str | None:
-        """The computation that it calls, of a loop its body."""
+        """The computation that it calls; for a loop, its body."""
         found = re.search(r"(?:calls|body|to_apply)=%?([\w.\-]+)", self.attributes)
         return found.group(1) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What a device takes part in, and how often in a step."""
+    """A collective in which a device takes part, and how often in a step."""
 
     kind: str
     count: int
-    """Times it is executed."""
+    """Number of executions."""
     sent: float
-    """Bytes that a device sends each time, by the algorithm that sends least: (n-1) slices of a gather, and so on."""
+    """Bytes that a device sends each time, by the algorithm that sends the least: (n-1) slices for a gather, and so on."""
     group: tuple[int, ...]
-    """Partitions that take part together, the first group of all."""
+    """The partitions of the first group that communicates."""
     asynchronous: bool
-    """Whether the compiler lets other work go on meanwhile."""
+    """Whether the compiler overlaps it with other work."""
     dtype: str
     stage: str
     """The part of the model that it belongs to, by its named scope."""
     where: str
     """The computation in which it runs."""
     span: tuple[str, str]
-    """The instructions there with which it begins and ends; those between can hide it."""
+    """The instructions there with which it begins and ends; those between can overlap with it."""
 
     @property
     def total(self) -> float:
@@ -121,7 +121,7 @@ class Module:
         self.uncounted: set[str] = set()
         current: dict[str, Instruction] | None = None
         for line in text.splitlines():
-            # Attributes may go over several lines, of which one may begin with a bracket too.
+            # Attributes may span several lines, which may also begin with a bracket.
             if line.rstrip() == "}":
                 current = None
             elif current is None:
@@ -133,7 +133,7 @@ class Module:
                 current[instruction.name] = instruction
 
     def executed(self) -> Iterator[tuple[int, str, Instruction]]:
-        """(times, computation, instruction) of all that runs; a fusion is one instruction, a loop what is in it."""
+        """(times, computation, instruction) of everything that runs; a fusion is one instruction, a loop is expanded."""
         yield from self._executed(self.entry, 1)
 
     def _executed(self, name: str, times: int) -> Iterator[tuple[int, str, Instruction]]:
@@ -145,7 +145,7 @@ class Module:
                 case "call":
                     yield from self._executed(instruction.called or "", times)
                 case "conditional":
-                    # A device takes one branch: the dearest is counted, as the others wait for it.
+                    # A device takes one branch: the most expensive is counted, as the others wait for it.
                     branches = _branches(instruction)
                     weighed = [list(self._executed(branch, times)) for branch in branches]
                     yield from max(weighed, key=len, default=[])
@@ -153,9 +153,9 @@ class Module:
                     yield times, name, instruction
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as the compiler noted, or by what its counter is compared with and what is added to it.
+        """The trip count of a loop: the compiler's annotation, or derived from its counter's bound and increment.
 
-        A loop whose end is computed, such as one over the blocks that a mask leaves, counts once; `uncounted` names it.
+        A loop with a computed bound, such as one over the unmasked blocks, counts once; `uncounted` names it.
         """
         if found := _TRIPS.search(loop.attributes):
             return int(found.group(1))
@@ -169,7 +169,7 @@ class Module:
         if test.opcode != "compare" or len(limits) != 1 or len(counters) != 1 or counters[0] is None:
             self.uncounted.add(loop.name)
             return 1
-        # An unrolled loop adds more than 1.
+        # An unrolled loop increments by more than 1.
         added = _source(body, _root(body).operands[counters[0]])
         if added is None or added.opcode != "add":
             return limits[0]
@@ -184,9 +184,9 @@ class Module:
         return [inside[name] for name in instruction.operands if name in inside]
 
     def collectives(self) -> list[Collective]:
-        """Everything that is sent, whatever form the compiler gave it."""
+        """All communication, in every form that the compiler uses."""
         found = []
-        # A TPU's compiler cuts a collective into pieces and lets them travel beside several other operations.
+        # A TPU's compiler splits a collective into pieces that overlap with several other operations.
         pieces: dict[str, Collective] = {}
         for times, name, instruction in self.executed():
             if (kind := _kind(instruction.opcode)) is not None:
@@ -212,7 +212,7 @@ class Module:
         return [one for one in (*found, *pieces.values()) if one.sent > 0]
 
     def end_of(self, where: str, instruction: Instruction) -> str:
-        """Where the result of something that was started is waited for; itself where nothing waits."""
+        """The instruction that waits for the result of an asynchronous start; itself if nothing waits."""
         for one in self.computations[where].values():
             if "-done" in one.opcode + one.name and instruction.name in one.operands:
                 return one.name
@@ -237,13 +237,13 @@ class Module:
                 sent = share * size
         shapes = [shape for one in given for shape in one.shapes] or list(instruction.shapes)
         dtype = max(shapes, key=lambda shape: shape.bytes).dtype
-        # Inside a fusion it travels beside the fusion's own work.
+        # Inside a fusion it overlaps with the fusion's own work.
         asynchronous = span[0] != span[1] or inside != where
         return Collective(kind, times, sent, group, asynchronous, dtype, stage_of(instruction), where, span)
 
 
 def stage_of(instruction: Instruction) -> str:
-    """The model's named scopes that an instruction stands in, such as `layers/attention`, and whether in the backward pass."""
+    """The model's named scopes of an instruction, such as `layers/attention`, and whether it is in the backward pass."""
     found = re.search(r'op_name="([^"]*)"', instruction.attributes)
     path = found.group(1) if found else ""
     backward = "backward " if "transpose(" in path else "again " if "rematted" in path else ""
@@ -274,7 +274,7 @@ def _parse(line: str) -> Instruction | None:
         return None
     close = _closing(line, opcode.end() - 1)
     inner = line[opcode.end() : close - 1]
-    # A pair that starts something repeats its operands in its result.
+    # An asynchronous start repeats its operands in its result.
     shapes = tuple(
         Shape(dtype, tuple(int(dim) for dim in dims.split(",") if dim))
         for dtype, dims in _ARRAY.findall(line[start:end])
@@ -286,7 +286,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def _closing(line: str, start: int) -> int:
-    """The place behind the bracket that closes the one at `start`."""
+    """The index after the bracket that closes the one at `start`."""
     depth = 0
     for index in range(start, len(line)):
         if line[index] == "(":
@@ -299,7 +299,7 @@ def _closing(line: str, start: int) -> int:
 
 
 def _source(computation: dict[str, Instruction], name: str) -> Instruction | None:
-    """What an operand is, behind the copies that a compiler puts between."""
+    """The source of an operand, through the copies that the compiler inserts."""
     found = computation.get(name)
     while found is not None and found.opcode in ("copy", "bitcast", "copy-start", "copy-done") and found.operands:
         found = computation.get(found.operands[0])
@@ -321,7 +321,7 @@ def _first_group(attributes: str) -> tuple[int, ...]:
     """The partitions of a collective's first group, in whichever notation it has.
 
     Raises:
-        ValueError: a notation that is not known. To take it for no group would be to say that nothing is sent.
+        ValueError: an unknown notation. Treating it as no group would hide its communication.
     """
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         pairs = re.findall(r"\{(\d+),(\d+)\}", attributes[found.start() :].partition("}}")[0] + "}")
@@ -338,11 +338,11 @@ def _first_group(attributes: str) -> tuple[int, ...]:
         order = [index for index in range(len(sizes)) if index not in used] + used
         ids = _ids(found.group(2) or str(sizes).replace(" ", "")).reshape(sizes).transpose(order).reshape(-1)
         return tuple(ids.tolist())[: math.prod(sizes[index] for index in used)]
-    raise ValueError(f"a collective whose groups are written in an unknown way: {attributes[:200]}")
+    raise ValueError(f"a collective whose groups have an unknown notation: {attributes[:200]}")
 
 
 def _ids(text: str) -> np.ndarray:
-    """`[2,4]T(1,0)`: the numbers from 0 on as an array of these dims, its dims put in this order, flat."""
+    """`[2,4]T(1,0)`: the numbers from 0 as an array of these dims, transposed to this order, and flattened."""
     dims, _, order = text.partition("T")
     sizes = [int(one) for one in dims.strip("[]").split(",")]
     ids = np.arange(math.prod(sizes)).reshape(sizes)

@@ -1,4 +1,4 @@
-"""Every strategy by name, on the devices at hand."""
+"""Every strategy by name, on the available devices."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ NAMES = (
 
 
 def variants(path: str, overrides: Sequence[str] = (), vary: Sequence[str] = ()) -> dict[str, RunConfig]:
-    """The config with every combination of values, by what was varied; one without a name where nothing was.
+    """The config with every combination of values, by the varied fields; one with an empty name if nothing is varied.
 
     Args:
         vary: fields and their values, such as `model.remat=none,full`.
 
     Raises:
-        UserError: one that is written in another way, or that the config does not take.
+        UserError: an entry with another syntax, or that the config does not accept.
     """
     axes = []
     for text in vary:
@@ -46,14 +46,14 @@ def variants(path: str, overrides: Sequence[str] = (), vary: Sequence[str] = ())
 def command_of(
     path: str, strategies: Sequence[str] | None, vary: Sequence[str], overrides: Sequence[str], more: str = ""
 ) -> str:
-    """What makes a comparison again."""
+    """The command that repeats a comparison."""
     names = f"--strategies {','.join(strategies)}" if strategies else ""
     parts = [f"manyheads-bench sharding {path}", more, *overrides, names, *(f"--vary {text}" for text in vary)]
     return " ".join(part for part in parts if part)
 
 
 def subset(strategies: Sequence[str] | None, vary: Sequence[str]) -> str:
-    """What the name of a comparison ends with: nothing for all strategies of a config as it stands."""
+    """Suffix of the name of a comparison: empty for all strategies of an unchanged config."""
     parts = list(strategies or ())
     if len(parts) > 3:
         parts = [f"{len(parts)}-strategies"]
@@ -64,12 +64,12 @@ def subset(strategies: Sequence[str] | None, vary: Sequence[str]) -> str:
 def layouts(
     configs: Mapping[str, RunConfig], num_devices: int, names: Sequence[str] | None = None
 ) -> tuple[dict[str, RunConfig], dict[str, str]]:
-    """The configs (`variants`) under each strategy over `num_devices`, and why those are missing that cannot be.
+    """The configs (`variants`) under each strategy over `num_devices`, and the reasons for strategies that are missing.
 
-    Of a config's own mesh, what goes with every strategy is kept: whether the optimiser's state is on the host.
+    Of a config's own mesh, the setting that applies to every strategy is kept: whether the optimiser's state is on the host.
 
     Raises:
-        UserError: a name that is no strategy.
+        UserError: a name that is not a strategy.
     """
     for name in names or ():
         if name not in NAMES:
@@ -99,7 +99,7 @@ def _mesh(name: str, config: RunConfig, n: int) -> MeshConfig:
             sizes |= {"tensor": heads, "data": n // heads}
         case "fsdp_tensor":
             if heads == 1 or n == heads == 2:
-                raise UserError("it needs devices for both, and heads that divide by some of them")
+                raise UserError("it needs devices for both axes, and heads divisible by a number of them")
             sizes |= {"tensor": 2, "fsdp": n // 2}
         case "context" | "ulysses":
             size = math.gcd(n, config.sequence_length // 2)
@@ -109,7 +109,7 @@ def _mesh(name: str, config: RunConfig, n: int) -> MeshConfig:
             mixture = shape.experts(model)
             experts = 1 if mixture is None else math.gcd(mixture.num_experts, n)
             if experts == 1:
-                raise UserError("the model has no mixture of experts that the devices divide")
+                raise UserError("the model has no mixture of experts divisible by the devices")
             sizes |= {"expert": experts, "data": n // experts}
         case "pipeline":
             layers = getattr(model, "num_layers", 1)
@@ -117,7 +117,7 @@ def _mesh(name: str, config: RunConfig, n: int) -> MeshConfig:
             size = math.gcd(layers // stages if layers % stages == 0 else 1, n)
             if size == 1:
                 raise UserError(f"{layers} layers and {n} devices have no divisor in common")
-            # Many microbatches, so that devices wait little: at the ends of a batch they do for as long as P - 1 take.
+            # Many microbatches, so that the bubble is small: it takes as long as P - 1 of them.
             rows, most = config.batch_size // config.microbatches // (n // size), 32 * size
             parts = [one for one in range(size, min(rows, most) + 1, size) if rows % one == 0]
             sizes |= {"pipeline": size, "data": n // size, "pipeline_microbatches": max(parts, default=None)}

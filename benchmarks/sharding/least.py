@@ -1,7 +1,7 @@
-"""The least that each way of sharding has to send, on paper: what a compiled program is held against.
+"""The theoretical minimum that each sharding must send, with which compiled programs are compared.
 
-Bytes that one device sends in a step. Ψ parameters, s bytes of a number in transit: 4 for gradients and state, which are
-float32, c for parameters and activations in the type that the step computes in; n devices along the axis; B T tokens of a
+Bytes that one device sends in a step. Ψ parameters, s bytes per number sent: 4 for gradients and state, which are
+float32, c for parameters and activations in the step's compute type; n devices along the axis; B T tokens of a
 device, D embed, L layers; m microbatches.
 """
 
@@ -17,31 +17,31 @@ from train.parallel.mesh import STRATEGIES
 from transformer.models.families import count_parameters
 
 SYMBOLS = (
-    "Bytes that one device sends in a step. Ψ: parameters; c: bytes of a number that is computed with (4 where gradients and "
-    "state travel in float32); n: devices along the axis; B T: tokens of a device; D: width; L: layers; N, K, H: query heads, "
-    "key heads and their width; m: microbatches; k C: experts of a token and their room. A compiler that keeps what was "
-    "gathered for the second pass sends less than ZeRO's papers count."
+    "Bytes that one device sends in a step. Ψ: parameters; c: bytes of the compute type (4 for gradients and state, which are "
+    "sent in float32); n: devices along the axis; B T: tokens of a device; D: width; L: layers; N, K, H: query heads, "
+    "key heads and their width; m: microbatches; k C: experts per token and their capacity factor. A compiler that keeps "
+    "gathered parameters for the backward pass sends less than ZeRO's papers count."
 )
-"""What the formulas are written in, for people."""
+"""The legend of the formulas."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Least:
-    """What an axis of the mesh has to send."""
+    """The minimum that an axis of the mesh must send."""
 
     axis: str
     formula: str
     bytes: float
     count: float = 1
-    """Collectives, each of which waits for its devices; those of one tensor, however many a compiler makes of them."""
+    """Number of collectives, each of which waits for its devices; one per tensor, however a compiler splits them."""
 
 
 def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None = None) -> list[Least]:
-    """The least of each axis that holds more than one device, for the model's layers at these sizes.
+    """The minimum of each axis with more than one device, for the model's layers at these sizes.
 
     Args:
         sizes: devices along each axis of the mesh.
-        parameters: of the model, where they are known.
+        parameters: of the model, if known.
     """
     model: Any = config.model
     strategy = STRATEGIES[config.mesh.strategy]
@@ -51,7 +51,7 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
     rows = config.batch_size / (apart["data"] * apart["fsdp"] * apart["expert"])
     tokens = rows * config.sequence_length / apart["context"]
     width, layers = model.embed_dim, getattr(model, "num_layers", 0)
-    # What tensor and pipeline leave to a device, and what of it an fsdp axis slices further.
+    # The parameters that tensor and pipeline leave to a device, and those of them that an fsdp axis shards further.
     own = whole / (apart["tensor"] * apart["pipeline"])
     found = []
 
@@ -71,15 +71,15 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
     if copies > 1:
         found.append(Least("data", "2 (n-1)/n 4 Ψ", 2 * share(copies) * 4 * own))
     if (n := apart["tensor"]) > 1:
-        # Shoeybi et al. 2019, section 3: two all-reduces a layer in each pass, and one at each end. Where the backward pass
-        # computes a layer again it sends again, but for the layer's last sum, which nothing needs; with sequences sliced
-        # too a sum is two halves (Korthikanti et al. 2022, section 4.2), of which three are sent again.
+        # Shoeybi et al. 2019, section 3: two all-reduces a layer in each pass, and one at each end. If the backward pass
+        # recomputes a layer, it sends again, except for the layer's last sum, which nothing needs; with sequences sharded
+        # too, a sum consists of two halves (Korthikanti et al. 2022, section 4.2), of which three are sent again.
         again = 0.0 if getattr(model, "remat", "none") != "full" else 1.5 if strategy.slices_stream else 1.0
         sums = (4 + again) * layers / apart["pipeline"] + 2
         formula = f"2 (n-1)/n ({4 + again:g} L + 2) B T D c"
         each = 2 * share(n) * tokens * width * compute
         found.append(Least("tensor", formula, sums * each, sums * config.microbatches))
-    # Passes that send what a layer's forward pass sends: itself, its gradient, and itself again where it is computed again.
+    # Passes that send what a layer's forward pass sends: the forward pass, the backward pass, and any recomputation.
     passes = 3 if getattr(model, "remat", "none") == "full" else 2
     if (n := apart["context"]) > 1:
         queries, kv = (size / apart["tensor"] for size in widths(model))
@@ -89,13 +89,13 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
             formula = f"{2 * passes} (n-1)/n L B T (N + K) H c"
             found.append(Least("context", formula, bytes_, 4 * passes * layers * config.microbatches))
         else:
-            # Liu et al. 2023, section 3: keys and values go around in each pass; their gradients travel with them in the
-            # backward pass, one step more, to be at home again.
+            # Liu et al. 2023, section 3: keys and values rotate around the ring in each pass; their gradients move with them in
+            # the backward pass, for one more step to return to their own device.
             bytes_ = layers * tokens * 2 * kv * ((n - 1) * passes * compute + n * 4)
             formula = f"L B T 2 K H ({passes} (n-1) c + 4 n)"
             found.append(Least("context", formula, bytes_, passes * layers * n * config.microbatches))
     if (n := apart["expert"]) > 1:
-        # Lepikhin et al. 2020, section 3.2: to the experts and back, as much as they have room for.
+        # Lepikhin et al. 2020, section 3.2: to the experts and back, up to their capacity.
         mlp = experts(model)
         assert mlp is not None
         room = (mlp.capacity_factor or mlp.num_experts / mlp.experts_per_token) * mlp.experts_per_token
@@ -103,13 +103,13 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
         formula = f"{2 * passes} (n-1)/n L B T k C D c"
         found.append(Least("expert", formula, bytes_, 2 * passes * layers * config.microbatches))
         if n * copies > 1:
-            # Everything but the experts is on all of its devices.
+            # Everything except the experts is replicated over the axis.
             others = whole - expert_parameters(model)
             found.append(
                 Least("expert", "2 (n-1)/n 4 Ψ'", 2 * share(n) * 4 * max(others, 0) / apart["tensor"] / apart["fsdp"])
             )
     if (n := apart["pipeline"]) > 1:
-        # Huang et al. 2019: activations to the next stage, and their gradients back; of two stages each does one of both.
+        # Huang et al. 2019: activations to the next stage, and their gradients back; with two stages each does one of them.
         ways = 2 if n > 2 else 1
         ticks = (config.mesh.pipeline_microbatches or n) + n - 1
         found.append(Least("pipeline", f"{ways} B T D c", ways * tokens * width * compute, 2 * ticks))

@@ -1,7 +1,7 @@
-"""`manyheads-bench sharding`: one model, one batch, every strategy on the devices at hand.
+"""`manyheads-bench sharding`: one model, one batch, every strategy on the available devices.
 
-Each is held against one device in its losses and gradients, then timed in turn with the others; beside that stand what the
-compiled program holds, what it sends, and the least that it would have to send on paper.
+Each strategy's losses and gradients are compared with those of one device, then it is timed in turn with the others. The
+report also has the compiled program's memory, its communication, and the theoretical minimum of the latter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from transformer.models.families import flops_per_token
 PLAIN = OptimizerConfig(name="sgd", learning_rate=1.0, schedule="constant", b1=0.0, weight_decay=0.0, clip_norm=None)
 """An optimiser whose update is the gradient itself."""
 STEPS = 5
-"""Whose losses are compared."""
+"""Number of steps whose losses are compared."""
 
 
 def run(
@@ -52,7 +52,7 @@ def run(
     rounds: int = 5,
     output: str | None = None,
 ) -> dict[str, Any]:
-    """Measure every strategy that suits the config and the devices; print a table, write figures and a report.
+    """Measure every strategy that the config and the devices support; print a table, write figures and a report.
 
     Args:
         path: of a config; its mesh is not read.
@@ -62,10 +62,10 @@ def run(
         output: folder of the report; `plans` by default.
 
     Raises:
-        UserError: no such strategy, or none that goes.
+        UserError: no such strategy, or none that is possible.
     """
     folder = record.report_folder(output)
-    # What all are held against is the config as it stands, on one device.
+    # The reference is the unchanged config on one device.
     config = dataclasses.replace(load(path, overrides), mesh=MeshConfig())
     devices = jax.devices()
     chosen, refused = layouts(variants(path, overrides, vary), len(devices), strategies)
@@ -86,7 +86,7 @@ def run(
                 )
         if not measured:
             raise UserError(
-                "sharding: no strategy goes: " + "; ".join(f"{name}: {why}" for name, why in refused.items())
+                "sharding: no strategy is possible: " + "; ".join(f"{name}: {why}" for name, why in refused.items())
             )
         progress.update(task, description="in turn")
         times = record.in_turn({name: one.seconds_a_step for name, one in measured.items()}, rounds)
@@ -105,7 +105,7 @@ def run(
     page = folder / f"{name}.html"
     with writing(page):
         measure_report.write(result, page)
-    print(f"the report: {page}")
+    print(f"report: {page}")
     virtual = f"--devices {len(devices)}" if devices[0].platform == "cpu" else ""
     command = command_of(path, strategies, vary, overrides, virtual)
     record.save(name, command, result, show=False, folder=output)
@@ -114,7 +114,7 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class Followed:
-    """What one device computes."""
+    """The reference: the results on one device."""
 
     losses: np.ndarray
     gradient: list[np.ndarray]
@@ -122,7 +122,7 @@ class Followed:
 
 
 class Measured:
-    """One strategy: compiled, and held against one device."""
+    """One strategy: compiled, and compared with one device."""
 
     def __init__(
         self, config: RunConfig, batch: dict[str, np.ndarray], devices: list[Any], reference: Followed
@@ -142,7 +142,7 @@ class Measured:
         self.gradient_difference = distance / math.sqrt(sum(float(np.sum(b**2)) for b in reference.gradient))
 
     def seconds_a_step(self) -> float:
-        """The mean of three steps, from a fresh state, behind one that is not counted."""
+        """The mean of three steps from a fresh state, after a warm-up step."""
         with use_mesh(self.program.mesh, self.config.mesh.rules):
             held = [self.program.train_step(self.program.init(), self.batch)]
             jax.block_until_ready(held)
@@ -205,7 +205,7 @@ def followed(program: Program, batch: dict[str, np.ndarray]) -> Followed:
 
 @contextlib.contextmanager
 def _own_cache() -> Iterator[None]:
-    """A compilation cache that begins empty: compile times are real, and no program is compiled twice."""
+    """An initially empty compilation cache, so that compile times are real and no program is compiled twice."""
     with tempfile.TemporaryDirectory(prefix="manyheads-") as folder:
         settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
         before = {name: getattr(jax.config, name) for name in settings}
@@ -219,5 +219,5 @@ def _own_cache() -> Iterator[None]:
 def _set_cache(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
-    # JAX keeps to the folder that it first wrote to.
+    # JAX keeps using the folder that it first wrote to.
     compilation_cache.reset_cache()

@@ -1,4 +1,4 @@
-"""Measured strategies for people: a table in the terminal, and a page with the same, its pictures and what was sent."""
+"""Report of measured strategies: a table in the terminal, and a page with the table, pictures and communication."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADS = (
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """Print the table, the fastest strategy first, and what could not be."""
+    """Print the table, the fastest strategy first, and the strategies that were not possible."""
     title = f"{result['config']}: {result['parameters']:,} parameters on {result['devices']} devices"
     grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for head in HEADS:
@@ -30,15 +30,15 @@ def show(result: dict[str, Any], console: Console) -> None:
         grid.add_row(*cells)
     console.print(grid)
     for name, why in result["refused"].items():
-        console.print(f"{name}: not here: {why}", highlight=False)
+        console.print(f"{name}: not measured: {why}", highlight=False)
 
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Write the page."""
     intro = (
         f"{result['parameters']:,} parameters, {result['batch_size']} sequences of {result['length']} tokens a step, on "
-        f"{result['devices']} devices. Losses over 5 steps and the first gradient are held against one device's; times are "
-        "medians of turns; bytes are of one device; the least is what the strategy has to send on paper."
+        f"{result['devices']} devices. Losses over 5 steps and the first gradient are compared with one device's; times are "
+        "medians over rounds; bytes are per device; the minimum is what the strategy must send in theory."
     )
     parts = [
         f"<p>{html.escape(intro)}</p>",
@@ -53,13 +53,13 @@ def write(result: dict[str, Any], path: Path) -> None:
         for name, figures in result["strategies"].items()
         for one in figures["collectives"]
     ]
-    parts.append("<h2>What is sent</h2>" + table(heads, rows, text=(0, 1, 2)))
+    parts.append("<h2>Communication</h2>" + table(heads, rows, text=(0, 1, 2)))
     rows = [
         [name, one["axis"], one["formula"], amount(one["bytes"])]
         for name, figures in result["strategies"].items()
         for one in figures["least"]
     ]
-    parts.append("<h2>The least, on paper</h2>" + table(("strategy", "axis", "formula", "bytes"), rows, text=(0, 1, 2)))
+    parts.append("<h2>Theoretical minimum</h2>" + table(("strategy", "axis", "formula", "bytes"), rows, text=(0, 1, 2)))
     if result["refused"]:
         parts.append(
             "<h2>Not here</h2>" + table(("strategy", "why"), list(result["refused"].items()), text=(0,), long=(1,))

@@ -1,7 +1,7 @@
-"""`manyheads-bench plan`: which sharding for accelerators that one may not have, and whether it fits.
+"""`manyheads-bench plan`: ranks shardings for accelerators that need not be available, and checks that they fit.
 
-Every layout is estimated by formulas; the most promising are compiled by the target's own compiler, and ranked by what the
-compiled programs say.
+Every layout is estimated by formulas; the most promising are compiled by the target's own compiler, and ranked by the
+compiled programs.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from transformer.models.families import flops_per_token
 
 CANDIDATES = 24
 PREDICTOR = 3
-"""Changes with what is read out of a compiled program, so that no answer of an older reading is taken from the cache."""
+"""Version of the analysis of compiled programs, so that the cache returns no results of an older analysis."""
 
 
 @dataclasses.dataclass
 class Entry:
-    """A layout, and what is known of it."""
+    """A layout with its estimate and compiled figures."""
 
     config: RunConfig
     estimate: Estimate
@@ -50,13 +50,13 @@ class Entry:
 
     @property
     def seconds(self) -> float:
-        """Of a step: from the compiled program, else by formula."""
+        """Seconds of a step: from the compiled program, else by formula."""
         if self.compiled is not None and self.compiled.prediction is not None:
             return self.compiled.prediction["seconds"]
         return self.estimate.seconds
 
     def fits(self, target: Target) -> bool:
-        """Whether it fits into a device's memory: says the compiler, else the formula."""
+        """Whether it fits into a device's memory, by the compiler, else by formula."""
         return self.compiled.fits if self.compiled is not None else self.estimate.memory <= target.chip.memory
 
 
@@ -76,17 +76,17 @@ def run(
     """Rank layouts of a config on a target, print them, and write a report, the figures and the best config.
 
     Args:
-        path: of a config; its batch size is kept.
+        path: of a config, whose batch size is kept.
         number: how many layouts to compile.
-        python: interpreter of an environment with the target's compiler; the one made before by default.
-        install: make that environment where there is none.
+        python: interpreter of an environment with the target's compiler; the one installed before by default.
+        install: make that environment if there is none.
         analytic: compile nothing.
-        tokens: of a whole training, whose days are told.
-        workers: processes that compile at a time.
+        tokens: of a whole training, to report its duration.
+        workers: number of processes that compile concurrently.
         output: folder of the report and the config; `plans` by default.
 
     Raises:
-        UserError: no such target, no layout that divides the model's sizes, no compiler where one is named, or every compile
+        UserError: no such target, no layout that divides the model's sizes, no compiler at the given path, or every compile
             failed.
     """
     target, config = parse_target(target_name), load(path, overrides)
@@ -105,7 +105,7 @@ def run(
     if not analytic:
         compiler = compilers.find(target.chip.platform, python, make=install)
         if compiler is None:
-            print(f"this answer is by formula alone: {compilers.absent(target.chip.platform)}", flush=True)
+            print(f"this plan is by formula only: {compilers.absent(target.chip.platform)}", flush=True)
     stopped, kept = False, 0
     if compiler is not None:
         stopped, kept = compile_all(chosen, target, compiler, workers or min(os.cpu_count() or 1, 4))
@@ -119,8 +119,8 @@ def run(
             (folder / f"{name}.yaml").write_text(dump(best.config), encoding="utf-8")
         plan_report.write(result, folder / f"{name}.html")
     plan_report.show(result, console())
-    written = f"the best as a config: {folder / name}.yaml; " if best.fits(target) else ""
-    print(f"{written}the report: {folder / name}.html")
+    written = f"best config: {folder / name}.yaml; " if best.fits(target) else ""
+    print(f"{written}report: {folder / name}.html")
     if result["compiled"]:
         command = " ".join([f"manyheads-bench plan {path} --target {target.name}", *overrides])
         record.save(f"plan_{name}", command, result, show=False, folder=output)
@@ -144,8 +144,8 @@ def estimated(config: RunConfig, target: Target) -> list[Entry]:
 
 
 def promising(entries: list[Entry], target: Target, number: int) -> list[Entry]:
-    """The `number` layouts to compile, best first: those that may fit, no more than two settings of one mesh before others,
-    and no more than a sixth of them pipelines, whose many schedules would else fill the list."""
+    """The `number` layouts to compile, best first: those that may fit, at most two settings of one mesh before others, and
+    at most a sixth of them pipelines, whose many schedules would otherwise fill the list."""
     likely = [entry for entry in entries if entry.estimate.memory <= 1.4 * target.chip.memory] or entries
     likely = sorted(likely, key=lambda entry: entry.seconds * (1 if entry.fits(target) else 1.2))
     first: list[Entry] = []
@@ -159,7 +159,7 @@ def promising(entries: list[Entry], target: Target, number: int) -> list[Entry]:
         seen[key] = seen.get(key, 0) + 1
         (first if seen[key] <= most else later).append(entry)
     chosen = [*first, *later][:number]
-    # What every other layout is held against, however the formulas like it.
+    # The reference for every other layout, whatever its rank by formula.
     plain = next((entry for entry in likely if _is_plain(entry.config)), None)
     if plain is not None and plain not in chosen:
         chosen[-1] = plain
@@ -167,12 +167,12 @@ def promising(entries: list[Entry], target: Target, number: int) -> list[Entry]:
 
 
 def _is_plain(config: RunConfig) -> bool:
-    """Whether every device has all of the model, and its share of the batch."""
+    """Whether every device has the whole model, and its share of the batch."""
     return all((getattr(config.mesh, axis) or 1) == 1 for axis in MESH_AXES if axis != "data")
 
 
 def compile_all(entries: list[Entry], target: Target, python: str, workers: int) -> tuple[bool, int]:
-    """Compile the entries in their order; whether it was stopped from the keyboard, and how many were known from before."""
+    """Compile the entries in order; return whether it was stopped from the keyboard, and how many were cached."""
     versions = _versions(python, target)
     open_ones: queue.Queue[Entry] = queue.Queue()
     for entry in entries:
@@ -198,7 +198,7 @@ def compile_all(entries: list[Entry], target: Target, python: str, workers: int)
             except UserError as error:
                 if stopping.is_set():
                     return None
-                # Some programs take the compiler with them; the others need not go without it.
+                # Some programs crash the compiler; the others get a new process.
                 progress.console.print(f"{describe(entry.config)}: {error}", highlight=False)
                 entry.compiled = refused(error, 0.0, target)
                 running.remove(compiler)
@@ -240,7 +240,7 @@ def compile_all(entries: list[Entry], target: Target, python: str, workers: int)
 
 
 def ranked(entries: list[Entry], target: Target) -> list[Entry]:
-    """Compiled before estimated, those that fit before others, the fastest first."""
+    """Sort key: compiled before estimated, fitting before others, the fastest first."""
     return sorted(entries, key=lambda entry: (not entry.fits(target), entry.compiled is None, entry.seconds))
 
 
@@ -300,7 +300,7 @@ def _best_line(entries: list[Entry], target: Target) -> str:
 
 
 def _versions(python: str, target: Target) -> str:
-    """The compiler's own version, by which answers are kept."""
+    """The compiler's version, which is part of the cache key."""
     packages = ("jaxlib", *(name.replace("_", "-") for name in compilers.PACKAGES[target.chip.platform]))
     code = (
         "import importlib.metadata as m\n"
@@ -310,7 +310,7 @@ def _versions(python: str, target: Target) -> str:
 
 
 def _kept(config: RunConfig, target: Target, versions: str) -> Path:
-    """Where an answer is kept: under everything that decides it."""
+    """The cache file of a result, named by everything that determines it."""
     content = [
         dataclasses.asdict(config.model), dataclasses.asdict(config.mesh), dataclasses.asdict(config.optimizer),
         dataclasses.asdict(config.loss), dataclasses.asdict(config.objective), config.data.packing, config.batch_size,

@@ -1,4 +1,4 @@
-"""A plan for people: a table in the terminal, and a page with the same and a picture of time over memory."""
+"""Report of a plan: a table in the terminal, and a page with the table and a picture of time over memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from transformer.interpret.capture import readable
 
 GIB = 2**30
 WIDE = 130
-"""Columns of a terminal from which a table has all of its own."""
+"""Terminal width from which a table has all of its columns."""
 NARROW = ("", "layout", "step", "MFU", "memory", "bound by")
 HEADS = ("", "layout", "step", "tokens/s", "MFU", "memory", "matmul", "memory-bound", "sending", "bound by")
 
 
 def show(result: dict[str, Any], console: Console, most: int = 12) -> None:
-    """Print the best layouts, what bounds the first of them, and what was too large."""
+    """Print the best layouts, the bound of the first one, and the layouts that are too large."""
     grid = Table(title=f"{result['config']} on {result['target']}", title_justify="left", box=box.SIMPLE_HEAD)
-    # Where not all has room, what one decides by is left.
+    # If not all columns fit, only the most important ones are shown.
     shown = [index for index, head in enumerate(HEADS) if console.width >= WIDE or head in NARROW]
     for index in shown:
         head = HEADS[index]
@@ -37,23 +37,23 @@ def show(result: dict[str, Any], console: Console, most: int = 12) -> None:
     if good:
         console.print(grid)
     if len(good) > most:
-        console.print(f"{len(good) - most} more that fit are in the report.")
+        console.print(f"{len(good) - most} more layouts that fit are in the report.")
     for line in sentences(result):
         console.print(line, highlight=False)
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
-    """What the figures say."""
+    """The figures in sentences."""
     good = [row for row in result["layouts"] if row["fits"]]
     large = [row for row in result["layouts"] if not row["fits"] and (row["compiled"] or {}).get("over", 1)]
     said = []
     whence = f"{result['compiled']} of {result['considered']} layouts compiled by the target's compiler"
     if kept := result.get("kept_from_before"):
-        whence += f", {kept} of them kept from before"
+        whence += f", {kept} of them cached"
     whence += f", in {result['seconds']:.0f} s"
     if not result["compiled"]:
-        whence = f"{result['considered']} layouts by formula alone: nothing was compiled, and no time of it was ever measured"
-    said.append(whence + ("; it was stopped then" if result["stopped"] else "") + ".")
+        whence = f"{result['considered']} layouts. Formula estimate only; never checked on this hardware"
+    said.append(whence + ("; stopped early" if result["stopped"] else "") + ".")
     if failed := result["failed"]:
         said.append(f"{len(failed)} layouts failed to compile; the first error: {failed[0]}")
     if not good:
@@ -69,7 +69,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
     if best["compiled"] and best["compiled"]["prediction"].get("uncounted_loops"):
         count = best["compiled"]["prediction"]["uncounted_loops"]
         said.append(
-            f"Its text has {count} loops of unknown length, which were counted once: it takes longer than that."
+            f"The program has {count} loops of unknown length, each counted once, so it takes longer than predicted."
         )
     if "training" in result:
         training = result["training"]
@@ -84,16 +84,16 @@ def sentences(result: dict[str, Any]) -> list[str]:
     kind = result["target"].partition(":")[0]
     error = on_record(kind)
     said.append(
-        "Predicted, not measured: no run on this kind of device is on record to hold it against."
+        "Unvalidated: no measurements on this kind of device are on record."
         if error is None
-        else f"Predicted, not measured; on {kind} predictions were off by {error['time']:.0%} in time and {error['memory']:.0%} "
-        "in memory at worst."
+        else f"Predicted, not measured. Maximum errors of predictions on {kind}: time {error['time']:.0%}, memory "
+        f"{error['memory']:.0%}."
     )
     return said
 
 
 def memory_of(row: dict[str, Any]) -> str:
-    """What a layout that does not fit needs, and for what."""
+    """The memory that a layout needs which does not fit, and its largest part."""
     estimate, compiled = row["estimate"], row["compiled"]
     parts = {name: estimate[name] for name in ("parameters", "gradients", "optimizer", "activations", "gathered")}
     most = max(parts, key=lambda part: parts[part])
@@ -102,7 +102,7 @@ def memory_of(row: dict[str, Any]) -> str:
 
 
 def bound_of(row: dict[str, Any]) -> str:
-    """What takes most of a layout's time."""
+    """What a layout's time is bound by."""
     if row["compiled"] and row["compiled"]["prediction"]:
         return row["compiled"]["prediction"]["bound"]
     parts = {
@@ -138,7 +138,9 @@ def write(result: dict[str, Any], path: Path) -> None:
             [row["layout"], memory_of(row) if row["memory"] else "", (row["compiled"] or {}).get("error") or ""]
             for row in bad
         ]
-        parts.append("<h2>Layouts that do not</h2>" + table(("layout", "memory", "said"), rows, text=(0,), long=(1, 2)))
+        parts.append(
+            "<h2>Layouts that do not fit</h2>" + table(("layout", "memory", "message"), rows, text=(0,), long=(1, 2))
+        )
     best = good[0]["compiled"] if good else None
     if best and best["collectives"]:
         rows = [
@@ -146,12 +148,12 @@ def write(result: dict[str, Any], path: Path) -> None:
             for one in best["collectives"]
         ]
         heads = ("collective", "numbers", "devices", "times a step", "sent by a device")
-        parts.append("<h2>What the best one sends</h2>" + table(heads, rows, text=(0, 1)))
+        parts.append("<h2>Communication of the best layout</h2>" + table(heads, rows, text=(0, 1)))
     path.write_text(page(f"{result['config']} on {result['target']}", parts), encoding="utf-8")
 
 
 def picture(result: dict[str, Any]) -> str:
-    """Step time over memory, a dot a layout, and the device's limit."""
+    """Step time over memory, one dot per layout, with the device's limit."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")

@@ -1,8 +1,9 @@
-"""How long a compiled step takes on a target, by its own operations: the roofline of each, and what is sent beside them.
+"""Predicts the time of a compiled step on a target: the roofline of each operation, and the exposed communication.
 
 Every operation takes the longer of its arithmetic at the chip's peak and its bytes at the memory's bandwidth (Williams et
-al. 2009); a TPU's compiler says cycles of its own, and they count where they stand. What is
-sent hides behind the operations that the compiler scheduled between its start and its end; the rest is exposed.
+al. 2009); if a TPU's compiler annotates its own estimate in cycles, that is used
+instead. Communication overlaps with the operations that the compiler scheduled between its start and its end; the rest is
+exposed.
 """
 
 from __future__ import annotations
@@ -28,31 +29,31 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Where a step's time goes, in seconds."""
+    """A step's time by part, in seconds."""
 
     compute: float
     """Arithmetic-bound operations."""
     memory: float
-    """Operations bound by the memory's bandwidth."""
+    """Operations bound by memory bandwidth."""
     exposed: float
-    """Sending that nothing hides."""
+    """Exposed communication."""
     overlapped: float
-    """Sending behind other work; no part of the step's time."""
+    """Communication that overlaps with other work; not part of the step's time."""
     links: dict[str, float]
-    """Seconds of sending by kind of link."""
+    """Seconds of communication by kind of link."""
     flops: float
-    """Executed by one device, recomputation included."""
+    """FLOPs of one device, recomputation included."""
     bytes: float
-    """Read and written by one device."""
+    """Bytes read and written by one device."""
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds of a step."""
         return self.compute + self.memory + self.exposed
 
     @property
     def bound(self) -> str:
-        """What takes most of it."""
+        """The largest part of it."""
         parts = {"matmul": self.compute, "memory": self.memory}
         if self.links and self.exposed > 0:
             parts[max(self.links, key=lambda link: self.links[link])] = self.exposed
@@ -63,10 +64,10 @@ def predict(module: Module, target: Target, link_of: Callable[[tuple[int, ...]],
     """The step's time on `target`.
 
     Args:
-        link_of: partitions that send to each other → the kind of link between them and its bytes a second for one device.
+        link_of: partitions that communicate → the kind of link between them and its bytes per second for one device.
     """
     compute = memory = flops = traffic = 0.0
-    # Seconds of each instruction, in the order of its computation: what is being sent meanwhile hides behind them.
+    # Seconds of each instruction, in the order of its computation; concurrent communication overlaps with them.
     spent: dict[str, dict[str, float]] = collections.defaultdict(dict)
     copies = []
     for times, where, instruction in module.executed():
@@ -106,11 +107,11 @@ def predict(module: Module, target: Target, link_of: Callable[[tuple[int, ...]],
 
 
 def hide(seconds: float, order: list[str], span: tuple[str, str], spent: dict[str, float]) -> float:
-    """Seconds that hide behind the instructions of a span; none of those can hide anything else then."""
+    """Seconds that overlap with the instructions of a span; that time is then used up."""
     left = seconds
     for name in order[order.index(span[0]) : order.index(span[1]) + 1]:
         if name in spent:
-            # Taken from both, so that neither is ever below 0, whatever is rounded.
+            # Subtracted from both, so that rounding makes neither negative.
             taken = min(left, spent[name])
             left -= taken
             spent[name] -= taken
@@ -137,7 +138,7 @@ def flops_of(module: Module, where: str, instruction: Instruction) -> float:
 
 
 def _convolution_flops(module: Module, where: str, instruction: Instruction) -> float:
-    """As a TPU's compiler writes matrix products: over the kernel's window and its input features."""
+    """Matrix products as a TPU's compiler writes them: convolutions over the kernel's window and its input features."""
     operands = module.operands(where, instruction)
     labels = re.search(r"dim_labels=\w+_(\w+)->\w+", instruction.attributes)
     if labels is None or len(operands) < 2:
@@ -145,7 +146,7 @@ def _convolution_flops(module: Module, where: str, instruction: Instruction) -> 
     kernel = operands[1].shapes[0].dims
     inner = math.prod(size for size, label in zip(kernel, labels.group(1), strict=False) if label != "o")
     groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
-    # A batch dim is written as a window of which every place but one meets padding, or holes between the input's numbers.
+    # A batch dim is written as a window, all of whose positions but one meet padding, or gaps between the input's numbers.
     if window := re.search(r"window=\{([^}]*)\}", instruction.attributes):
         fields = dict(field.split("=") for field in window.group(1).split())
         sizes = [int(size) for size in fields["size"].split("x")]
@@ -158,7 +159,7 @@ def _convolution_flops(module: Module, where: str, instruction: Instruction) -> 
 
 
 def _library_flops(module: Module, where: str, instruction: Instruction) -> float:
-    """Of cuBLAS's and cuDNN's own kernels, and of the attention kernel for TPUs that ships with JAX."""
+    """FLOPs of cuBLAS's and cuDNN's own kernels, and of the attention kernel for TPUs that ships with JAX."""
     operands = module.operands(where, instruction)
     if "cublas" in instruction.attributes and len(operands) >= 2:
         contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
@@ -169,21 +170,21 @@ def _library_flops(module: Module, where: str, instruction: Instruction) -> floa
         shapes = [shape for one in operands for shape in one.shapes if len(shape.dims) >= 3 and shape.elements > 1]
         if not shapes:
             return 0.0
-        # [..., N, T, H] of queries and keys alike; blocks that a mask hides everywhere are left out.
+        # [..., N, T, H] for both queries and keys; fully masked blocks are skipped.
         queries = max(shapes, key=lambda shape: shape.elements).dims
         pairs = math.prod(queries[:-1]) * queries[-2] * (0.5 if "static_sparsity" in instruction.attributes else 1.0)
         products = 5 if "dkv" in instruction.attributes else 3 if "_dq" in instruction.attributes else 2
         return 2.0 * pairs * queries[-1] * products
     if "fmha" in instruction.attributes and len(operands) >= 3:
         q, k = operands[0].shapes[0].dims, operands[1].shapes[0].dims
-        # [B, T, N, H]: two products forward, five backward; the kernel skips what a causal mask hides.
+        # [B, T, N, H]: two products forward, five backward; the kernel skips blocks that a causal mask hides.
         pairs = q[0] * q[2] * q[1] * k[1] * (0.5 if "CAUSAL" in instruction.attributes else 1.0)
         return 2.0 * pairs * q[3] * (5 if "backward" in instruction.attributes.lower() else 2)
     return 0.0
 
 
 def bytes_of(module: Module, where: str, instruction: Instruction) -> float:
-    """What an instruction reads and writes; of a large array of which it takes or changes a slice, that slice."""
+    """Bytes that an instruction reads and writes; if it only takes or changes a slice of a large array, that slice."""
     operands = module.operands(where, instruction)
     if instruction.opcode in ("dynamic-slice", "gather", "slice"):
         return 2 * instruction.bytes

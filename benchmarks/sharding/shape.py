@@ -1,4 +1,4 @@
-"""What a layout divides of a model, and what its collectives carry, whatever mixers its layers have."""
+"""The sizes of a model that a layout divides and that its collectives carry, for all kinds of mixers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def kv_heads(model: Any) -> int:
 
 
 def query_heads(model: Any) -> int:
-    """The same of query heads."""
+    """The same for query heads."""
     return math.gcd(*(mixer.num_heads for mixer in model.mixers())) if isinstance(model, StackConfig) else 1
 
 
 def widths(model: Any) -> tuple[float, float]:
-    """Features of all queries, and of all keys, of a layer, in the mean over the layers."""
+    """Features of all queries, and of all keys, of a layer, averaged over the layers."""
     if not isinstance(model, StackConfig):
         return model.embed_dim, model.embed_dim
     sizes = []

@@ -1,4 +1,4 @@
-"""Accelerators that one may not have: their chips, their memory, and the links between them, by their makers' data sheets."""
+"""Accelerators that need not be available: chips, memory, and links, by the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ class Chip:
     """One device as JAX sees it."""
 
     kind: str
-    """What JAX calls such devices, or the beginning of it."""
+    """JAX's name of such devices, or a prefix of it."""
     platform: Literal["tpu", "gpu", "cpu"]
     peak_bfloat16: float
     """FLOP/s, dense."""
     peak_float32: float
-    """FLOP/s as XLA multiplies float32 matrices there."""
+    """FLOP/s of XLA's float32 matrix products."""
     memory: float
-    """Bytes that a program can have."""
+    """Bytes available to a program."""
     bandwidth: float
-    """Bytes a second between chip and memory."""
+    """Memory bandwidth in bytes per second."""
     link: float
-    """Bytes a second that a device sends over its fast links: of a TPU along one dim of the torus, both ways together; of a
-    GPU to the others of its host."""
+    """Bytes per second that a device sends over its fast links: for a TPU along one dim of the torus, in both directions
+    together; for a GPU to the others of its host."""
     network: float
-    """The same between hosts, a device's share."""
+    """Bytes per second between hosts, for each device."""
     host: float = 0.0
-    """Bytes a second to or from the memory of its host, where the compiler says what goes there."""
+    """Bytes per second to or from host memory, if the compiler schedules such transfers."""
     clock: float = 0.0
-    """Cycles a second, in which a TPU's compiler gives its estimates."""
+    """Clock in cycles per second, the unit of a TPU compiler's estimates."""
     dims: int = 0
-    """Of the torus."""
+    """Number of dims of the torus."""
     wrap: int = 0
-    """Length from which a dim of the slice is closed to a ring."""
+    """Length from which a dim of the slice wraps around to a ring."""
 
 
 def _chip(kind: str, **data: Any) -> Chip:
-    """Peaks are those by which utilisation is told too."""
+    """Peaks are the same as for utilisation figures."""
     bfloat16, float32 = (PEAK_TFLOPS[kind][dtype] * 1e12 for dtype in ("bfloat16", "float32"))
     platform: Literal["tpu", "gpu"] = "tpu" if kind.startswith("TPU") else "gpu"
     return Chip(kind=kind, platform=platform, peak_bfloat16=bfloat16, peak_float32=float32, **data)
@@ -72,7 +72,7 @@ CHIPS = {
         host=16 * GB, clock=1.05e9, dims=3, wrap=4,
     ),
     # NVIDIA's data sheets: SXM boards, NVLink one way, one 400 Gb/s (A100: 200 Gb/s) adapter a GPU. XLA takes
-    # three quarters of the memory unless told otherwise; a plan assumes 92 %.
+    # three quarters of the memory by default; a plan assumes 92 %.
     "a100": _chip("NVIDIA A100", memory=0.92 * 80 * GB, bandwidth=2039 * GB, link=300 * GB, network=25 * GB),
     "h100": _chip("NVIDIA H100", memory=0.92 * 84.9 * GB, bandwidth=3352 * GB, link=450 * GB, network=50 * GB),
     "h200": _chip("NVIDIA H200", memory=0.92 * 150 * GB, bandwidth=4800 * GB, link=450 * GB, network=50 * GB),
@@ -89,7 +89,7 @@ def chip_name(device: Any) -> str:
     """
     known = {name: chip.kind for name, chip in CHIPS.items() if device.device_kind.startswith(chip.kind)}
     if not known:
-        raise UserError(f"{device.device_kind!r} is no kind of device that a plan knows: {', '.join(CHIPS)}")
+        raise UserError(f"{device.device_kind!r} is not a known kind of device; known: {', '.join(CHIPS)}")
     return max(known, key=lambda name: len(known[name]))
 
 
@@ -100,57 +100,57 @@ class Target:
     name: str
     chip: Chip
     shape: tuple[int, ...]
-    """Of a TPU slice its torus; of a GPU cluster (hosts, GPUs a host)."""
+    """For a TPU slice its torus; for a GPU cluster (hosts, GPUs per host)."""
     dtype: str = "bfloat16"
-    """In which a step computes."""
+    """Compute type of a step."""
 
     matmul_efficiency: float = 0.75
-    """Share of the peak that large products reach, and..."""
+    """Fraction of the peak FLOP/s that large products reach; a typical value of libraries until `plan --validate` measures it."""
     memory_efficiency: float = 0.85
-    """...of the bandwidth; what libraries are known to reach, until `plan --validate` has measured it."""
+    """The same for the memory bandwidth."""
     latency: float = 3e-6
-    """Seconds that a collective takes for each doubling of its devices, however little is sent."""
+    """Latency of a collective in seconds, for each doubling of its devices."""
 
     @property
     def num_devices(self) -> int:
-        """All of them."""
+        """Total number of devices."""
         return math.prod(self.shape)
 
     @property
     def topology(self) -> str:
-        """The name by which the compiler knows it."""
+        """The compiler's name of the topology."""
         if self.chip.platform == "tpu":
             return self.name
         return "x".join(map(str, (1, *self.shape)))
 
     @property
     def peak_flops(self) -> float:
-        """Of one device."""
+        """FLOP/s of one device."""
         return self.chip.peak_bfloat16 if self.dtype == "bfloat16" else self.chip.peak_float32
 
     @property
     def memory_bandwidth(self) -> float:
-        """Of one device, bytes a second."""
+        """Memory bandwidth of one device, bytes per second."""
         return self.chip.bandwidth
 
     @property
     def clock(self) -> float:
-        """Cycles a second in a TPU compiler's estimates; 0 where there are none."""
+        """Cycles per second in a TPU compiler's estimates; 0 without such estimates."""
         return self.chip.clock
 
     def place(self, device: Any) -> tuple[int, ...]:
-        """Where a device of the target stands: in the torus, or (host, GPU)."""
+        """Coordinates of a device of the target: in the torus, or (host, GPU)."""
         if self.chip.platform == "tpu":
             return tuple(device.coords)[: len(self.shape)]
         return divmod(device.id, self.shape[-1])
 
     def link(self, group: tuple[tuple[int, ...], ...]) -> tuple[str, float]:
-        """The kind of link among devices at these coordinates, and the bytes a second that one of them sends over it."""
+        """The kind of link among devices at these coordinates, and the bytes per second that one of them sends over it."""
         spans = [max(places) - min(places) + 1 for places in zip(*group, strict=True)] if group else []
         if self.chip.platform != "tpu":
             between_hosts = bool(spans) and spans[0] > 1
             return ("network", self.chip.network) if between_hosts else ("NVLink", self.chip.link * 0.8)
-        # Along a dim that is closed to a ring data goes both ways; along an open one the middle link carries all.
+        # Along a dim that is a ring data is sent in both directions; along an open one the middle link carries everything.
         ways = [
             self.chip.link if size % self.chip.wrap == 0 and size == span else self.chip.link / 2
             for span, size in zip(spans, self.shape, strict=False)
@@ -159,11 +159,11 @@ class Target:
         return "ICI", 0.9 * (sum(ways) if ways else self.chip.link / 2)
 
     def link_of_axis(self, axis: str, sizes: Mapping[str, int]) -> float:
-        """Bytes a second over an axis of a mesh whose last axis lies closest together, before any device is placed."""
+        """Bytes per second over an axis of a mesh whose last axis has the nearest devices, before devices are assigned."""
         inside = math.prod(size for name, size in list(sizes.items())[list(sizes).index(axis) + 1 :])
         span = inside * sizes[axis]
         if self.chip.platform == "tpu":
-            # An axis as long as several dims of the torus has the links of all.
+            # An axis that spans several dims of the torus has the links of all.
             dims, length = 0, 1
             for size in reversed(self.shape):
                 if length >= span:
@@ -189,7 +189,7 @@ def parse_target(text: str) -> Target:
     chip = CHIPS[name]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         example = "x".join(["4"] * chip.dims) if chip.dims else "8 or 2x8"
-        raise UserError(f"--target: got {text!r}; allowed: {name}: and how many, as in {name}:{example}")
+        raise UserError(f"--target: got {text!r}; allowed: {name}: and a number of chips, as in {name}:{example}")
     dims = tuple(int(size) for size in shape.split("x"))
     if chip.platform == "tpu":
         if len(dims) != chip.dims:

@@ -1,5 +1,5 @@
-"""`manyheads-bench sharding CONFIG --target ...`: what each strategy sends and holds, compiled for devices that are not here,
-beside the least it would have to send on paper and the ideal share of the state."""
+"""`manyheads-bench sharding CONFIG --target ...`: communication and memory of each strategy, compiled for devices that are not
+available, compared with the theoretical minimum of communication and the ideal share of the state."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(
     folder = record.report_folder(output)
     if (found := compilers.find(target.chip.platform, python, make=install)) is None:
         raise UserError(f"sharding: {compilers.absent(target.chip.platform)}")
-    # pmap runs on devices, and has no way to describe them only.
+    # pmap needs real devices; it cannot use abstract ones.
     chosen, refused = layouts(configs, target.num_devices, [name for name in strategies or NAMES if name != "pmap"])
     one_device = dict.fromkeys(MESH_AXES, 1)
     compiler, rows = Compiler(target, found), {}
@@ -100,14 +100,14 @@ def run(
     out = console()
     out.print(grid)
     for name, why in refused.items():
-        out.print(f"{name}: not for this model: {why}")
+        out.print(f"{name}: not possible for this model: {why}")
     name = f"traffic_{config.name}_{target.name.replace(':', '_')}{subset(strategies, vary)}"
     file = folder / f"{name}.html"
     title = f"{config.name} on {target.name}: what each strategy sends"
     text = page(title, [f"<p>{html.escape(SYMBOLS)}</p>", table(HEADS, cells, text=(0, 1, 2))])
     with writing(file):
         file.write_text(text, encoding="utf-8")
-    print(f"the report: {file}")
+    print(f"report: {file}")
     command = command_of(path, strategies, vary, overrides, f"--target {target.name}")
     record.save(name, command, result, show=False, folder=output)
     return result

@@ -1,7 +1,7 @@
-"""`manyheads-bench plan --validate`: predicted against measured memory and time, on a device at hand.
+"""`manyheads-bench plan --validate`: predicted against measured memory and time, on an available device.
 
-Each case runs in a process of its own, so that its peak of memory is its own. A CPU has no data sheet: its peak and its
-bandwidth are measured first, by a large product and a large sum.
+Each case runs in a separate process, so that its peak memory is measured separately. A CPU has no data sheet: its peak
+and its bandwidth are measured first, by a large product and a large sum.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Case:
     dtype: str
 
     def config(self) -> RunConfig:
-        """As a run."""
+        """The case as a run's config."""
         model = GPTConfig(
             vocab_size=self.vocab_size, max_length=self.length, num_layers=self.num_layers, embed_dim=self.embed_dim,
             attention=SoftmaxConfig(num_heads=self.embed_dim // 64), dtype=self.dtype, remat=self.remat,  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def run(rounds: int = 5) -> dict[str, Any]:
     """Predict and measure every case; print and record both, and the errors.
 
     Raises:
-        UserError: the device is of no known kind, or a case failed.
+        UserError: the kind of device is unknown, or a case failed.
     """
     device = jax.devices()[0]
     # A CPU has no data sheet.
@@ -106,7 +106,7 @@ def run(rounds: int = 5) -> dict[str, Any]:
 
 
 def on_record(kind: str) -> dict[str, Any] | None:
-    """The errors of predictions for a kind of chip, as they were measured; None for one that never was."""
+    """The measured errors of predictions for a kind of chip; None if there are none."""
     for path in RESULTS.glob("validation_*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))["result"]
         if result["kind"] == kind:
@@ -140,7 +140,7 @@ def answer() -> None:
     case, chip = Case(**task["case"]), Chip(**task["chip"])
     target = Target("here", chip, (1, 1), dtype=case.dtype)
     if chip.platform == "cpu":
-        # What was measured is what is reached.
+        # The measured peak is already an achieved one.
         target = dataclasses.replace(target, matmul_efficiency=1.0, memory_efficiency=1.0)
     config, devices = case.config(), jax.devices()[:1]
     program = program_of(config, devices)
@@ -177,14 +177,14 @@ def answer() -> None:
 
 
 def _held() -> int:
-    """Bytes that this process has in memory; from here on its peak counts anew, where the system can do that."""
+    """Resident bytes of this process; also resets its peak, if the system supports it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _status("VmRSS")
 
 
 def _peak(device: Any, before: int) -> int:
-    """Bytes at the peak: the allocator's, or on a CPU what the process had beyond `before`."""
+    """Peak bytes: those of the allocator, or on a CPU the process's peak above `before`."""
     stats = device.memory_stats()
     return stats["peak_bytes_in_use"] if stats else _status("VmHWM") - before
 

@@ -137,7 +137,7 @@ def test_inputs_that_do_not_fit():
     q, k, v = inputs()
     with pytest.raises(ValueError, match="normalizer='entmax' does not exist"):
         sparse_attention(q, k, v, normalizer="entmax")
-    with pytest.raises(ValueError, match="q has 3 heads, no multiple of k's 2"):
+    with pytest.raises(ValueError, match="q has 3 heads, not a multiple of k's 2"):
         sparse_attention(q[:, :, :3], k, v)
     with pytest.raises(ValueError, match=r"v is float32 \(2, 4, 2, 8\)"):
         inspect.unwrap(sparse_attention)(q, k, v[:, 1:])

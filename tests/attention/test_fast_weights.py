@@ -253,7 +253,7 @@ def test_types():
         ),
         ({"feature_map": "elu1"}, "Did you mean 'elu'"),
         ({"chunk": 0}, "chunk=0; expected 1 or more"),
-        ({"rule": "gated_delta"}, "log_decay is None; the gated rules alone take it"),
+        ({"rule": "gated_delta"}, "log_decay is None; only the gated rules take it"),
         ({"log_decay_BTK": jnp.zeros((B, T, K))}, r"log_decay is of shape \(2, 13, 2\)"),
         ({"state_BKMV": jnp.zeros((B, K, H + 1, V))}, r"state has shape .* expected \[B, K, M, V\] = \(2, 2, 3, 5\)"),
         (
@@ -261,7 +261,7 @@ def test_types():
             r"segments is int32 \(2, 14\); expected integer \[B=2, T=13\]",
         ),
         ({"segments_BT": jnp.ones((B, T))}, "segments is float32"),
-        ({"q_BTNH": jnp.zeros((B, T, 3, H))}, r"q has 3 heads \(2, 13, 3, 3\), no multiple of k's 2"),
+        ({"q_BTNH": jnp.zeros((B, T, 3, H))}, r"q has 3 heads \(2, 13, 3, 3\), not a multiple of k's 2"),
         (
             {"k_BTKH": jnp.zeros((B, T, K, H + 1))},
             r"k is float32 \(2, 13, 2, 4\); expected floating \[B=2, T=13, K, H=3\]",

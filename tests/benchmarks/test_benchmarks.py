@@ -70,4 +70,4 @@ def test_compile_time_is_taken_at_both_depths(results):
 
 def test_without_an_accelerator_the_gpu_run_says_so(capsys):
     assert main(["gpu"]) == 2
-    assert capsys.readouterr().err.startswith("manyheads-bench: no accelerator here")
+    assert capsys.readouterr().err.startswith("manyheads-bench: no accelerator found")

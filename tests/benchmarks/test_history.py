@@ -148,7 +148,7 @@ def test_findings_follow_the_figures():
     assert "lower by 0.05 or more: Bahdanau (additive), Hard; higher by 0.05 or more: Linear" in text
     assert "leads with 30.00; closer than 1 to it: Hard. Last is Linear with 8.00." in text
     assert "From sources of 1–8 words to those of 9–16" in text  # three pairs say nothing of longer ones
-    assert "within 0.02 of it Linear" in text and "no better than that: Hard." in text
+    assert "within 0.02 of it Linear" in text and "not better than that: Hard." in text
     assert "Linear is fastest with 3,200" in text and "1.6 times Bahdanau (additive), the slowest" in text
 
 

@@ -68,7 +68,7 @@ def test_both_arms_with_each_seed(configs, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stage, "train", stopped)
-    with pytest.raises(UserError, match=r"pretraining: stopped in .*; run the same command again to go on"):
+    with pytest.raises(UserError, match=r"pretraining: stopped in .*; run the same command again to resume"):
         pretraining.run(3, str(tmp_path / "runs"), **configs)
 
 

@@ -103,7 +103,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   ROOT %sum = f32[4]{0} all-reduce(%p), channel_id=1, replica_groups=torus(2), to_apply=%add
 }
 """
-    with pytest.raises(ValueError, match="written in an unknown way: .*torus"):
+    with pytest.raises(ValueError, match="have an unknown notation: .*torus"):
         Module(text).collectives()
 
 

@@ -43,7 +43,7 @@ def config_file(tmp_path):
     ("text", "message"),
     [
         ("h10:8", r"got 'h10:8'; allowed: v5e, .* Did you mean 'h100'"),
-        ("h100", "allowed: h100: and how many"),
+        ("h100", "allowed: h100: and a number of chips"),
         ("v5e:16", "a slice of v5e is a torus of 2 dims"),
         ("h100:12", "allowed: up to 8 GPUs, or a multiple of 8"),
         ("h100:2x2x2", "or hosts x GPUs"),
@@ -150,9 +150,9 @@ def test_an_answer_by_formula_is_a_config_that_loads(config_file, tmp_path, caps
         == 0
     )
     said = capsys.readouterr().out
-    assert "this answer is by formula alone: no compiler for tpu here" in said
+    assert "this plan is by formula only: no compiler for tpu" in said
     assert "Best: " in said and "bound by" in said and "device-hours" in said
-    assert "no run on this kind of device is on record" in said
+    assert "no measurements on this kind of device are on record" in said
     best = load(tmp_path / "plans" / "small_v5e_2x4.yaml")
     assert best.mesh.sizes(8) and best.batch_size == 16
     page = (tmp_path / "plans" / "small_v5e_2x4.html").read_text()
@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_told_with_what_it_needs(config_file, tmp_path, cap
     monkeypatch.setitem(plan.parse_target.__globals__["CHIPS"], "h100", small)
     assert main(["plan", str(config_file), "--target", "h100:8", "--analytic", "--dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "No layout fits. Nearest: " in said and "as a config" not in said
+    assert "No layout fits. Nearest: " in said and "best config" not in said
     assert [path.suffix for path in tmp_path.glob("small_h100_8.*")] == [".html"]
     assert "Layouts that fit" not in (tmp_path / "small_h100_8.html").read_text()
 
@@ -226,7 +226,7 @@ def test_no_layout_divides_the_batch(config_file, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["CONFIG"], "a config and a --target are needed"), (["CONFIG", "--validate"], "--validate has cases of its own")],
+    [(["CONFIG"], "give a config and a --target"), (["CONFIG", "--validate"], "--validate has its own cases")],
 )
 def test_what_a_plan_takes(config_file, capsys, arguments, message):
     assert main(["plan", *(str(config_file) if one == "CONFIG" else one for one in arguments)]) == 2

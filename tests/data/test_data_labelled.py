@@ -270,7 +270,7 @@ def test_what_does_not_suit_is_one_line(reviews: Path, tmp_path: Path) -> None:
         dataclasses.replace(config, packing="chunk")
     )
     bare = dataclasses.replace(config, tokenizer=TokenizerConfig(special_tokens=(MASK,)))
-    assert "takes [CLS], [SEP], which the vocabulary lacks; set data.tokenizer.special_tokens" in told(bare)
+    assert "needs [CLS], [SEP], which the vocabulary lacks; set data.tokenizer.special_tokens" in told(bare)
     plain = dataclasses.replace(config, sources=(FilesSource(path=str(reviews)),))
     assert "needs documents with a class, the sources give none; set their label_field" in told(plain)
     assert "length: got 2; classification needs at least 3 tokens" in told(config, length=2)

@@ -194,7 +194,7 @@ def test_evaluation_can_end_early_and_needs_text() -> None:
 
 
 def test_a_batch_that_the_processes_do_not_divide() -> None:
-    with pytest.raises(UserError, match="a batch of 6 does not divide by 4 processes"):
+    with pytest.raises(UserError, match="batch_size 6 is not divisible by 4 processes"):
         batches_of(process=(0, 4))
 
 

@@ -325,7 +325,7 @@ def test_the_shortest_sequences_work(prepared: Prepared, kind: str, least: int) 
 @pytest.mark.parametrize(
     ("objective", "length", "message"),
     [
-        (objective_of("seq2seq"), 32, "'seq2seq' needs pairs, the sources give single texts; set their target_field"),
+        (objective_of("seq2seq"), 32, "'seq2seq' needs pairs, but the sources give single texts; set their target_field"),
         (objective_of("masked"), 2, "length: got 2; masked needs at least 3"),
         (objective_of("next_sentence"), 4, "length: got 4; next_sentence needs at least 5"),
         (objective_of("prefix"), 1, "length: got 1; prefix needs at least 2"),
@@ -348,13 +348,13 @@ def test_missing_special_tokens_are_named(corpus: Path) -> None:
     config = config_of(corpus / "*.txt", tokenizer=TokenizerConfig(special_tokens=(MASK,)))
     prepared = prepare(config, progress=False)
     with pytest.raises(
-        UserError, match=r'takes \[CLS\], \[SEP\], which.*special_tokens: \["\[MASK\]", "\[CLS\]", "\[SEP\]"\]'
+        UserError, match=r'needs \[CLS\], \[SEP\], which.*special_tokens: \["\[MASK\]", "\[CLS\]", "\[SEP\]"\]'
     ):
         objective_of("masked").check_data(prepared, 32)
-    with pytest.raises(UserError, match=r"takes \[R\], \[S\], \[X\]"):
+    with pytest.raises(UserError, match=r"needs \[R\], \[S\], \[X\]"):
         objective_of("ul2", mode_tokens=True).check_data(prepared, 32)
     with pytest.raises(
-        UserError, match=r"of up to \d+ spans, the vocabulary has 0; set data\.tokenizer\.sentinels: \d+"
+        UserError, match=r"of up to \d+ spans; the vocabulary has 0; set data\.tokenizer\.sentinels: \d+"
     ):
         objective_of("span_corruption").check_data(prepared, 32)
 
@@ -382,7 +382,9 @@ def test_pairs_are_no_running_text(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "other": "b"}\n')
     source = FilesSource(path=str(tmp_path / "rows.jsonl"), target_field="other")
     prepared = prepare(DataConfig(sources=(source,), packing="pad", validation_fraction=0.0), progress=False)
-    with pytest.raises(UserError, match="'causal' is for single texts, the sources give pairs; set it to .*seq2seq"):
+    with pytest.raises(
+        UserError, match="'causal' is for single texts, but the sources give pairs; set it to .*seq2seq"
+    ):
         Causal().check_data(prepared, LENGTH)
 
 

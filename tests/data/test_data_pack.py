@@ -99,7 +99,7 @@ def test_the_index_is_kept_beside_the_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packing", ["chunk", "documents"])
 def test_less_than_one_sequence_is_refused_for_training_only(packing) -> None:
     array = token_array([5, 9])
-    with pytest.raises(UserError, match="test: 14 tokens are fewer than one sequence of 15; give it more text"):
+    with pytest.raises(UserError, match="test: 14 tokens are fewer than one sequence of 15; add text"):
         examples(array, packing, 15, training=True)
     assert len(examples(array, packing, 14, training=True)) == 1
     assert len(examples(array, packing, 15, training=False)) == 1

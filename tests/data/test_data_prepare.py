@@ -161,7 +161,7 @@ def test_rows_left_out_are_counted_and_reported(tmp_path: Path, capsys: pytest.C
     prepared = prepare(DataConfig(sources=(source,), validation_fraction=0.0))
     assert prepared.meta.train[0].skipped == 2
     assert prepared.validation == ()
-    assert "2 documents left out, the first:" in (err := capsys.readouterr().err)
+    assert "2 documents skipped, the first:" in (err := capsys.readouterr().err)
     assert "rows.jsonl:2: malformed JSON" in err
 
 
@@ -203,7 +203,7 @@ def test_an_empty_corpus_is_named(tmp_path: Path) -> None:
 def test_holding_out_no_document_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("text")
     with pytest.raises(
-        UserError, match=r"validation_fraction 0\.001 of so few documents held out none: raise it, cut a long text"
+        UserError, match=r"validation_fraction 0\.001 holds out none of these few documents: raise it, cut a long text"
     ):
         prepare(config_of(tmp_path / "one.txt", validation_fraction=0.001), progress=False)
 

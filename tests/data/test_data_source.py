@@ -147,7 +147,7 @@ def test_a_bad_document_stops_or_is_counted(
         ("cut.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0)[:-20], r"cut\.jsonl\.gz: damaged or cut short"),
         ("cut.txt.xz", b"nothing", r"cut\.txt\.xz: damaged or cut short"),
         ("cut.txt.bz2", b"nothing", r"cut\.txt\.bz2: cannot be read"),
-        ("not.parquet", b"nothing", r"not\.parquet: not a Parquet file"),
+        ("not.parquet", b"nothing", r"not\.parquet: not a readable Parquet file"),
         ("no.csv", b"a,b\n1,2\n", r"no\.csv:1: no field 'text' \(there is a, b\)"),
     ],
 )

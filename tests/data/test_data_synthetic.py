@@ -41,7 +41,7 @@ def test_words_move_as_the_grammar_says() -> None:
     )
     source = f"{adjective} {noun} {verb} {adjective} {object_} {adverb} {joint} {noun} {verb}"
     assert [place for _, place in alignment(source)] == [1, 0, 5, 4, 3, 2, 6, 7, 8]
-    with pytest.raises(UserError, match="'unheard' is no word of the synthetic language"):
+    with pytest.raises(UserError, match="'unheard' is not a word of the synthetic language"):
         alignment("unheard")
 
 

@@ -261,10 +261,10 @@ def test_windows_cover_the_context_and_know_their_answer(tmp_path, stride):
 
 def test_answers_that_do_not_stand_there_are_named(tmp_path):
     rows = [QUESTIONS[0] | {"answers": [{"text": "brown fox", "answer_start": 16}]}]
-    with pytest.raises(UserError, match=r"bad\.jsonl:1: field 'answers': 'brown fox' does not stand at character 16"):
+    with pytest.raises(UserError, match=r"bad\.jsonl:1: field 'answers': 'brown fox' is not at character 16"):
         list(documents(source_of(write(tmp_path / "bad.jsonl", rows), **ANSWERS)))
     rows = [QUESTIONS[0] | {"answers": [{"text": "The", "answer_start": -len(QUESTIONS[0]["context"])}]}]
-    with pytest.raises(UserError, match="'The' does not stand at character -"):
+    with pytest.raises(UserError, match="'The' is not at character -"):
         list(documents(source_of(write(tmp_path / "negative.jsonl", rows), **ANSWERS)))
     rows = [QUESTIONS[0] | {"answers": [{"text": "brown fox", "answer_start": 17}]}]
     (one,) = documents(source_of(write(tmp_path / "good.jsonl", rows), **ANSWERS))
@@ -299,7 +299,7 @@ def test_choices_stand_in_rows_of_their_own(tmp_path):
         assert prepared.train[0].labels.tolist() == [11, 2, 10, 3, 11]
     wrong = write(tmp_path / "wrong.jsonl", [row | {"n": "x"} for row in many])
     with pytest.raises(
-        UserError, match="labels of 12 choices are x; allowed: the number of the right one, from 0 or from 1"
+        UserError, match="labels of 12 choices are x; allowed: the number of the correct one, from 0 or from 1"
     ):
         prepared_of(source_of(wrong, text_field="a", choice_fields=("x",), label_field="n"))
     uneven = write(
@@ -340,7 +340,7 @@ def test_what_does_not_suit_the_task_is_one_line(tmp_path, tagged):
 
     words = source_of(tagged, **TAGGED)
     assert (
-        "'classification' needs documents with a class (label_kind 'class'), the sources give a tag for each"
+        "'classification' needs documents with a class (label_kind 'class'), but the sources give a tag for each"
         in told(words, kind="classification")
     )
     assert "set it to 'token_classification'" not in told(words, kind="regression")

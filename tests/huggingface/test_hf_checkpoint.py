@@ -112,7 +112,7 @@ def test_a_larger_head_is_read_where_all_of_it_is_there_and_a_smaller_one_where_
     smaller = checkpoint.read(tmp_path, head="embedding")
     assert smaller.config.head == EmbeddingHeadConfig(pooler="tanh")
     assert smaller.notes == [
-        "left out, which BertModel has no use for: cls.predictions, cls.predictions.transform.LayerNorm, "
+        "left out, which BertModel does not use: cls.predictions, cls.predictions.transform.LayerNorm, "
         "cls.predictions.transform.dense, cls.seq_relationship"
     ]
     with pytest.raises(UserError, match="missing: classifier.weight"):
@@ -190,7 +190,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no config.json in this folder"):
         checkpoint.read(tmp_path)
     (tmp_path / "config.json").write_text("[1, 2]")
-    with pytest.raises(UserError, match="no mapping of fields"):
+    with pytest.raises(UserError, match="not a mapping of fields"):
         checkpoint.read(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
@@ -233,21 +233,21 @@ def test_layers_that_alternate_as_qwen_may_write_them():
 
 def test_a_model_that_is_nothing_of_theirs():
     layered = dataclasses.replace(MODERN, head=TokensHeadConfig(dense="tanh", bias=False))
-    with pytest.raises(UserError, match="the nearest, modernbert, does not go with head.dense 'tanh'"):
+    with pytest.raises(UserError, match="the nearest, modernbert, does not support head.dense 'tanh'"):
         checkpoint.architecture_of(layered)
     sinks = changed(GPT, attention={"window": 4, "sinks": 2})
     with pytest.raises(
         UserError,
-        match="cannot be written as any architecture of transformers; the nearest, gpt2, does not go with attention.window 4",
+        match="cannot be written as any architecture of transformers; the nearest, gpt2, does not support attention.window 4",
     ):
         checkpoint.architecture_of(sinks)
-    with pytest.raises(UserError, match="cannot be written as gpt2; it does not go with norm 'rms_norm'"):
+    with pytest.raises(UserError, match="cannot be written as gpt2; it does not support norm 'rms_norm'"):
         checkpoint.architecture_of(dataclasses.replace(GPT, norm="rms_norm"), "gpt2")
     recurrent = RecurrentConfig(vocab_size=20, embed_dim=4, hidden_dim=4)
     with pytest.raises(UserError, match="no Hugging Face architecture matches family 'recurrent'"):
         checkpoint.architecture_of(recurrent)
     hybrid = dataclasses.replace(GPT, pattern=(FastWeightConfig(num_heads=2), GPT.attention))
-    with pytest.raises(UserError, match="does not go with a pattern of mixers that differ"):
+    with pytest.raises(UserError, match="does not support a pattern of mixers that differ"):
         checkpoint.architecture_of(hybrid)
     with pytest.raises(UserError, match="Did you mean 'gpt2'"):
         checkpoint.architecture_of(GPT, "gpt")

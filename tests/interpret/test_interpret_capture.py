@@ -64,10 +64,10 @@ def test_layers_whose_weights_are_no_distributions_are_left_out():
     assert maps.layers == (1, 3)
     np.testing.assert_allclose(maps.weights_LNTS.sum(-1), 1, atol=1e-4)
     with pytest.raises(
-        UserError, match="layers: got 2; weights of delta attention are no distributions; allowed: 1, 3"
+        UserError, match="layers: got 2; weights of delta attention are not distributions; allowed: 1, 3"
     ):
         attention_maps(hybrid, IDS, layers=[1, 2])
-    with pytest.raises(UserError, match="weights of differential and delta attention are no distributions"):
+    with pytest.raises(UserError, match="weights of differential and delta attention are not distributions"):
         attention_maps(of_kinds(DifferentialConfig(num_heads=4), delta), IDS)
 
 

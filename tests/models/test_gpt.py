@@ -301,7 +301,7 @@ def test_flops_are_counted_from_the_shapes():
         ),
         (
             {"attention": {"head_dim": 7, "position": RotaryConfig()}},
-            "attention.head_dim: got 7; rotary positions turn pairs of features, and would turn 7; allowed: an even number",
+            "attention.head_dim: got 7; rotary positions rotate pairs of features, and would rotate 7; allowed: an even number",
         ),
         ({"dropout": 1.0}, "dropout: got 1.0"),
         ({"attention_dropout": 1.0}, "attention_dropout: got 1.0"),

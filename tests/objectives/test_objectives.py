@@ -195,7 +195,7 @@ def test_an_objective_and_its_model_make_a_run_and_others_do_not(kind):
     config = RunConfig(name="x", model=model_of(objective), objective=objective)
     assert config.objective is objective
     other = "gpt" if "gpt" not in objective.families else "t5"
-    with pytest.raises(ConfigError, match=rf"kind: got '{kind}'; a model of family '{other}' goes with "):
+    with pytest.raises(ConfigError, match=rf"kind: got '{kind}'; a model of family '{other}' supports "):
         RunConfig(name="x", model=FAMILIES[other].config(), objective=objective)
 
 
@@ -231,7 +231,7 @@ def test_class_weights_are_for_training_alone(kind, folder, monkeypatch):
     assert float(plain.loss(model, batch, LossConfig()).loss) != float(weighted.loss(model, batch, LossConfig()).loss)
     jax.tree.map(np.testing.assert_array_equal, plain.evaluate(model, batch), weighted.evaluate(model, batch))
     balanced = dataclasses.replace(plain, class_weights="balanced")
-    with pytest.raises(UserError, match="known to `manyheads train` alone; give numbers"):
+    with pytest.raises(UserError, match="only `manyheads train` knows the frequencies of classes; give numbers"):
         balanced.loss(model, batch, LossConfig())
     assert len(balanced.with_data(prepared).class_weights) == names
     with pytest.raises(UserError, match=f"got 1 numbers; there are {names} classes"):

@@ -60,7 +60,7 @@ def test_it_begins_as_the_plain_model_does(texts, encoder, tmp_path, adapter):
     assert params.keys() == plain.keys()
     for name, value in params.items():
         np.testing.assert_allclose(value, plain[name], rtol=1e-6, atol=1e-7)
-    assert "; beginning afresh: adapters, pooled_head; left behind: masked_head" in said
+    assert ". New, random: adapters, pooled_head. Not used: masked_head" in said
     assert said.split(" of ")[0] == said_plain.split(" of ")[0]
 
 
@@ -95,7 +95,7 @@ def test_a_run_learns_goes_on_bitwise_and_is_a_plain_model_afterwards(texts, enc
         folder = tmp_path / f"next{number}"
         begun = train(adapted_classifier(texts, folder, tmp_path / "tuned", adapter, steps=1, optimizer=still))
         assert begun.scores.loss == pytest.approx(whole.scores.loss, rel=1e-4)
-        afresh = "" if adapter is None else "; beginning afresh: adapters\n"
+        afresh = "" if adapter is None else ". New, random: adapters\n"
         assert re.search(
             rf"weights from .*tuned, step \d+: [\d,]+ of [\d,]+ parameters{afresh}", capsys.readouterr().out
         )
@@ -111,12 +111,12 @@ def test_a_language_model_writes_with_its_adapters(whole, config_file, tmp_path,
     assert load(tmp_path / "tuned.yaml") == config
     assert main(["train", str(tmp_path / "tuned.yaml"), "--adapter.rank", "2"]) == 0
     said = capsys.readouterr().out
-    assert "── sample ──" in said and "beginning afresh: adapters" in said
+    assert "── sample ──" in said and "New, random: adapters" in said
     assert main(["generate", str(tmp_path / "tuned"), "--prompt", "value_", "--max-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("value_")
     assert main(["explain", str(tmp_path / "tuned.yaml")]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"adapter.rank +4 +8 +Width", said) and "of them; the others are frozen" in said
+    assert re.search(r"adapter.rank +4 +8 +Width", said) and "of the parameters; the others are frozen" in said
     assert (
         main(["train", str(tmp_path / "tuned.yaml"), "--adapter.targets", "querry", "--run-dir", str(tmp_path / "no")])
         == 2

@@ -127,7 +127,7 @@ def test_the_mean_of_a_row_leaves_padding_out():
     ("model", "told"),
     [
         (BertConfig(), r"kind: got 'masked'; objective classification needs 'classification'"),
-        (GPTConfig(), r"kind: got 'classification'; a model of family 'gpt' goes with causal, prefix"),
+        (GPTConfig(), r"kind: got 'classification'; a model of family 'gpt' supports causal, prefix"),
     ],
 )
 def test_another_model_is_refused(model, told):

@@ -149,9 +149,9 @@ def test_every_source_is_dumped_and_loaded_as_it_was(source, tmp_path):
             "name: x\nmodel: {family: bert, head: {kind: answer}}\nobjective: {kind: answer}\nloss: {label_smoothing: 0.1}",
             r"loss.label_smoothing: got 0.1; not for objective answer; allowed: 0",
         ),
-        ("name: 2020-01-01", r"no text, number, list or mapping"),
-        ("name: x\nname: y", r"line 1: the key 'name' stands twice"),
-        ("name: [x", r"no valid YAML"),
+        ("name: 2020-01-01", r"not text, a number, a list or a mapping"),
+        ("name: x\nname: y", r"line 1: the key 'name' appears twice"),
+        ("name: [x", r"not valid YAML"),
         ("steps: 3", r"name: it is missing, and has no default"),
         ("", r"the file: got None; expected a mapping"),
     ],
@@ -305,8 +305,8 @@ def test_a_list_may_be_several_words_or_one():
         (["--model", "3"], r"command line: model: got 3; expected a mapping"),
         (["--data.sources.1.weight", "3"], r"command line: data.sources: got item '1'; allowed: 0 to 0"),
         (["--data.sources.x.weight", "3"], r"command line: data.sources: got item 'x'"),
-        (["--model.num-layers", "[1"], r"command line: model.num_layers: no valid YAML"),
-        (["--model.num-layers", "2020-01-01"], r"command line: model.num_layers: a value that is no text, number"),
+        (["--model.num-layers", "[1"], r"command line: model.num_layers: not valid YAML"),
+        (["--model.num-layers", "2020-01-01"], r"command line: model.num_layers: a value that is not text, a number"),
         (["--objective.kind", "ul"], r"command line: objective.kind: got 'ul'; .*Did you mean 'ul2'"),
         (["--objective.temperature", "2"], r"temperature is a field of kinds contrastive; this objective is causal"),
         (["--microbatches", "5"], r"command line: microbatches: got 5; it must divide batch_size \(32\)"),
@@ -492,7 +492,7 @@ def test_every_field_has_a_meaning():
     missing = [field.path for field in fields(RunConfig(name="x")) if not field.meaning]
     assert not missing
     kinds = {field.path: field.meaning for field in fields(RunConfig(name="x"))}
-    assert kinds["objective.kind"].startswith("Each next token is predicted")
+    assert kinds["objective.kind"].startswith("Predicts each token from those before it")
     assert "One of causal, prefix, masked, " in kinds["objective.kind"]
     assert kinds["data.sources.0.kind"].endswith("One of stdlib, files, hub, wheel, synthetic.")
     assert "One of gpt, bert, " in kinds["model.family"]

@@ -157,7 +157,7 @@ def test_what_does_not_go_with_pairs_is_told(pairs, tmp_path):
         config_of(pairs, tmp_path, mesh=MeshConfig(strategy="pmap"))
     single = dataclasses.replace(config_of(pairs, tmp_path).data, sources=(FilesSource(path=str(pairs)),))
     with pytest.raises(
-        UserError, match="'contrastive' needs pairs, the sources give single texts; set their target_field"
+        UserError, match="'contrastive' needs pairs, but the sources give single texts; set their target_field"
     ):
         train(config_of(pairs, tmp_path / "single", data=single))
     two = dataclasses.replace(config_of(pairs, tmp_path).data, target_tokenizer=TokenizerConfig(special_tokens=SPECIAL))

@@ -60,9 +60,9 @@ def test_what_is_missing_is_told(whole, tmp_path, capsys):
     shutil.copy(whole / "config.yaml", bare)
     assert main(["diff", str(whole), str(bare)]) == 0
     said = capsys.readouterr().out
-    assert f"{bare} has none on record" in said and f"{bare} has recorded none yet" in said
+    assert f"{bare} has no record of them" in said and f"{bare} has none yet" in said
     assert main(["diff", str(whole), str(bare), "--out", str(tmp_path / "curves.png")]) == 2
-    assert "there is no metric in common to draw" in capsys.readouterr().err
+    assert "no common metric to draw" in capsys.readouterr().err
     (bare / "metrics.jsonl").write_text(json.dumps({"step": 1, "train/loss": 2.5}) + "\n" + '{"step": 2, "tr')
     assert main(["diff", str(whole), str(bare), "--out", str(tmp_path / "curves.none")]) == 2
     assert "curves.none: cannot be written" in capsys.readouterr().err

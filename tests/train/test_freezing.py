@@ -176,7 +176,7 @@ def test_explain_counts_what_is_trained(config_file, capsys):
     assert all_.optimizer_bytes - found.optimizer_bytes == 8 * (all_.parameters - trained)
     assert main(["explain", str(config_file), "--optimizer.freeze", "embed.*", "positions.*"]) == 0
     output = capsys.readouterr().out
-    assert re.search(r"trained +[\d,]+ \(\d\d\.\d%\) +of them; the others are frozen", output)
+    assert re.search(r"trained +[\d,]+ \(\d\d\.\d%\) +of the parameters; the others are frozen", output)
 
 
 def test_the_work_of_a_step_is_of_what_is_trained():

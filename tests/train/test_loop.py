@@ -95,7 +95,7 @@ def test_a_signal_in_the_last_evaluation_does_not_wait_for_its_end(config_file, 
     with asked_to_stop(looks=3):
         assert cli(config_file, tmp_path / "run", *arguments) == 128 + signal.SIGTERM
     said = capsys.readouterr().out
-    assert re.search(r"step 3: the evaluation was left after 1 of \d+ batches", said)
+    assert re.search(r"step 3: the evaluation was interrupted after 1 of \d+ batches", said)
     assert "stopped after step 3; the state is saved" in said and "All steps are done" in said
     with Checkpoints(tmp_path / "run") as checkpoints:
         assert checkpoints.latest == 3
@@ -164,7 +164,7 @@ def test_updates_that_are_never_finite_stop_the_run(config_file, tmp_path, capsy
     assert cli(config_file, tmp_path / "run", *arguments, "--steps", "40", "--checkpoint.every", "1") == 2
     message = one_line(capsys)
     assert re.search(r"step \d+: 3 updates in a row were not finite, the last on examples \d+, \d+", message)
-    good = re.search(r"the last good checkpoint is that of step (\d+)", message)
+    good = re.search(r"the last good checkpoint is at step (\d+)", message)
     # It was still being written.
     assert good and load_run(tmp_path / "run", good[1]).step == int(good[1])
 
@@ -196,9 +196,9 @@ def test_without_held_out_text_it_trains_and_saves(config_file, tmp_path, capsys
 def test_a_finished_run_stays_as_it_is(config_file, whole, capsys):
     before = (whole / "metrics.jsonl").read_text()
     assert cli(config_file, whole) == 0
-    assert "finished before, at step 12" in capsys.readouterr().out
+    assert "already finished at step 12" in capsys.readouterr().out
     assert cli(config_file, whole, "--steps", "6") == 2
-    assert "at step 12 already, and steps is 6" in one_line(capsys)
+    assert "already at step 12, and steps is 6" in one_line(capsys)
     assert (whole / "metrics.jsonl").read_text() == before
 
 

@@ -153,7 +153,7 @@ def test_an_encoder_whose_layers_take_turns(layout):
     options = {"model": model, "objective": MASKED, "steps": 2}
     config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
     assert_same_run(run(config, 2, **options), on_one_device(**options))
-    with pytest.raises(UserError, match="num_layers: got 4, 2 in each stage .* takes turns over 4 layers"):
+    with pytest.raises(UserError, match="num_layers: got 4, 2 in each stage .* repeats every 4 layers"):
         run(
             config,
             2,
@@ -216,8 +216,8 @@ WRONG_MESH = [
     ({"schedule": "1f1b", "stages_per_device": 2}, "stages_per_device: got 2; allowed: 1 with schedule 1f1b"),
     ({"stages_per_device": 0}, "stages_per_device: got 0; allowed: 1 or more"),
     ({"pipeline_microbatches": 0}, "pipeline_microbatches: got 0; allowed: 1 or more, or null"),
-    ({"strategy": "ulysses"}, "pipeline: got 2; strategy ulysses slices sequences"),
-    ({"context": 2}, "context: got 2; a pipeline has sequences whole"),
+    ({"strategy": "ulysses"}, "pipeline: got 2; strategy ulysses shards sequences"),
+    ({"context": 2}, "context: got 2; a pipeline needs whole sequences"),
 ]
 
 
@@ -233,7 +233,7 @@ WRONG_RUN = [
     ({"pipeline": 2, "pipeline_microbatches": 3}, 2, {}, "got 3; allowed: a multiple of mesh.pipeline .2., or null"),
     ({"pipeline": 2, "pipeline_microbatches": 6}, 2, {}, "batch_size: got 16, .* try 12 or 18"),
     ({"pipeline": 2, "data": 4}, 8, {"microbatches": 4}, "batch_size: got 16, .* try 32"),
-    ({"pipeline": 2}, 2, {"family": "vaswani"}, "family: got 'vaswani'; a pipeline .* gpt, bert and electra"),
+    ({"pipeline": 2}, 2, {"family": "vaswani"}, "family: got 'vaswani'; a pipeline .* gpt, bert, electra"),
     ({"pipeline": 2}, 2, {"family": "recurrent"}, "family: got 'recurrent'; a pipeline"),
     ({"pipeline": 2, "schedule": "1f1b"}, 2, {"family": "electra"}, "schedule: got '1f1b'; .* two stacks"),
 ]

@@ -87,11 +87,11 @@ def test_a_run_is_scored_and_goes_on_under_another_strategy(strategy, losses_of_
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor", "pipeline"])
 def test_it_has_the_batch_s_axis_alone(axis):
-    with pytest.raises(UserError, match=f"{axis}: got 2; strategy pmap has data alone"):
+    with pytest.raises(UserError, match=f"{axis}: got 2; strategy pmap has only the data axis"):
         MeshConfig(strategy="pmap", **{axis: 2})
 
 
 def test_it_is_for_one_process(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="mesh.strategy: got 'pmap', which is for one process, and there are 2"):
+    with pytest.raises(UserError, match="mesh.strategy: got 'pmap', which needs one process; there are 2"):
         program_of("pmap")

@@ -104,7 +104,7 @@ def test_checkpoints_go_from_two_processes_to_one_and_back(config, one, tmp_path
 def test_processes_with_different_configs(config, tmp_path):
     ended = start(config, tmp_path / "run", "--seed", ("0", "1"), processes=2, devices=1)
     assert [code for code, _, _ in ended] == [2, 2]
-    assert "processes 1 have another config than process 0; of process 1: seed: 0 → 1" in ended[0][2]
+    assert "processes 1 have a different config from process 0; process 1: seed: 0 → 1" in ended[0][2]
 
 
 def test_a_process_that_dies_stops_the_others(config, tmp_path):
@@ -121,7 +121,7 @@ def test_a_process_that_dies_stops_the_others(config, tmp_path):
     # It may not hang, whatever collective it is in.
     _, errors = first.communicate(timeout=90)
     assert first.returncode != 0
-    assert errors.count("manyheads: process 0 of 2 stops, since another one died or cannot be reached") == 1
+    assert errors.count("manyheads: process 0 of 2 stops because another one died or is unreachable") == 1
     assert "Traceback" not in errors
     # JAX's own words, of whichever of its parts noticed first.
     assert re.search(r"[Tt]ask:? ?1\b|heartbeats\):\s+1\b", errors), errors
@@ -133,7 +133,7 @@ def test_a_process_that_dies_stops_the_others(config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--num-processes", "2"], "several processes need --coordinator and --process-id too"),
+        (["--num-processes", "2"], "several processes also need --coordinator and --process-id"),
         (
             ["--coordinator", "127.0.0.1:1", "--num-processes", "2", "--process-id", "2"],
             "--process-id: got 2; allowed: 0 to 1",

@@ -40,7 +40,7 @@ def test_each_seed_is_a_run_and_the_table_is_of_all(config_file, tmp_path, capsy
     # One more: the first two are not run again.
     assert command(config_file, folder, "--seeds", "3") == 0
     said = capsys.readouterr().out
-    assert said.count("finished before, at step 3") == 2 and "small-seed-7: starting" in said
+    assert said.count("already finished at step 3") == 2 and "small-seed-7: starting" in said
     assert times == {seed: (folder / f"seed-{seed}" / "metrics.jsonl").stat().st_mtime_ns for seed in (5, 6)}
     result = json.loads((folder / "seeds.json").read_text())
     assert list(result["seeds"]) == ["5", "6", "7"] and result["config"]["seed"] == 5
@@ -76,7 +76,7 @@ def test_seeds_that_end_early_are_scored_at_their_ends(config_file, tmp_path):
 def test_a_signal_stops_all_of_them(config_file, tmp_path, capsys):
     with asked_to_stop(looks=0):
         assert command(config_file, tmp_path / "run", "--seeds", "2") == 0
-    assert "Run the same command again to go on" in capsys.readouterr().out
+    assert "Run the same command again to resume" in capsys.readouterr().out
     assert not (tmp_path / "run" / "seed-6").exists() and not (tmp_path / "run" / seeds.FILE).exists()
 
 
@@ -84,8 +84,8 @@ def test_a_signal_stops_all_of_them(config_file, tmp_path, capsys):
     ("arguments", "message"),
     [
         (("--seeds", "0"), "--seeds: got 0; allowed: 1 or more"),
-        (("--seeds", "2", "--profile", "1:2"), "--profile: it is of one run; leave --seeds away"),
-        (("--seeds", "2", "--data.validation-fraction", "0"), "it has no held-out scores of its last step, 3"),
+        (("--seeds", "2", "--profile", "1:2"), "--profile: traces a single run; leave out --seeds"),
+        (("--seeds", "2", "--data.validation-fraction", "0"), "no held-out scores of its last step, 3"),
     ],
 )
 def test_what_cannot_be(config_file, tmp_path, capsys, arguments, message):

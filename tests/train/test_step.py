@@ -127,11 +127,11 @@ def test_ulysses_is_a_strategy_of_one_attention():
         assert suited(model, MeshConfig(strategy="ulysses")).attention.backend == "ulysses"
     assert suited(changed(MODEL, attention={"backend": "xla"}), MeshConfig()).attention.backend == "xla"
     with pytest.raises(
-        UserError, match="attention.backend: got 'ring'; mesh.strategy ulysses goes with auto and ulysses"
+        UserError, match="attention.backend: got 'ring'; mesh.strategy ulysses supports auto and ulysses"
     ):
         suited(changed(MODEL, attention={"backend": "ring"}), MeshConfig(strategy="ulysses"))
     hybrid = dataclasses.replace(MODEL, pattern=(FastWeightConfig(num_heads=4), MODEL.attention))
-    with pytest.raises(UserError, match="pattern.0.kind: got 'delta'; mesh.strategy ulysses slices sequences"):
+    with pytest.raises(UserError, match="pattern.0.kind: got 'delta'; mesh.strategy ulysses shards sequences"):
         suited(hybrid, MeshConfig(strategy="ulysses"))
     with pytest.raises(UserError, match="family: got 'recurrent'; mesh.strategy ulysses needs a Transformer"):
         suited(RecurrentConfig(), MeshConfig(strategy="ulysses"))

@@ -61,7 +61,7 @@ def test_entities(tmp_path):
     assert found["f1"] == seqeval.metrics.f1_score(GOLD, told) == pytest.approx(2 / 8)
     assert found["accuracy"] == pytest.approx(5 / 9)
     said = "\n".join(TokenClassification().describe(given(GOLD, TOLD), labels, tmp_path))
-    assert "1 held-out words lie beyond their row or have no token" in said
+    assert "1 held-out words are beyond the end of their row or have no token" in said
     assert [line.split()[0] for line in said.splitlines()[2:5]] == ["LOC", "ORG", "PER"]
     assert (tmp_path / "classes.png").stat().st_size > 1000
 

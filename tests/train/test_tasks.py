@@ -129,7 +129,7 @@ def test_texts_are_told_from_files_and_standard_input(runs, tmp_path, capsys, mo
 def test_a_run_that_tells_nothing_of_documents_is_refused(whole, tmp_path, capsys):
     assert main(["predict", str(whole), "--file", "none.txt"]) == 2
     said = capsys.readouterr().err
-    assert "this one's objective is causal" in said and f"Use manyheads generate {whole}" in said
+    assert "its objective is causal" in said and f"Use manyheads generate {whole}" in said
 
 
 def test_a_run_stops_early_keeps_its_best_and_does_not_go_on(tmp_path, capsys):
@@ -145,13 +145,13 @@ def test_a_run_stops_early_keeps_its_best_and_does_not_go_on(tmp_path, capsys):
     finished = train(config)
     assert finished.step == 12 and not finished.interrupted and finished.scores is not None
     said = capsys.readouterr().out
-    assert "stopped early: the best f1, " in said and "is that of step 4, and 2 evaluations were no better" in said
+    assert "stopped early: best f1 " in said and "at step 4; no improvement in 2 evaluations" in said
     # Of equal ones the first.
     with Checkpoints(config.directory) as checkpoints:
         assert checkpoints.best == 4
     again = train(config)
     assert again.step == 12 and again.scores is None
-    assert "finished before, at step 12. Raise evaluation.patience to train on" in capsys.readouterr().out
+    assert "already finished at step 12; raise evaluation.patience to continue" in capsys.readouterr().out
     more = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, patience=4))
     assert train(more).step == 20
 

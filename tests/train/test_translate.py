@@ -124,7 +124,7 @@ def test_a_model_of_pairs_neither_writes_nor_shows_itself(trained, capsys):
     ("text", "words"),
     [
         ("model: {family: brt}", "Did you mean 'bert'?"),
-        ("model: {family: bert}", "objective.kind: got 'causal'; a model of family 'bert' goes with answer, choice"),
+        ("model: {family: bert}", "objective.kind: got 'causal'; a model of family 'bert' supports answer, choice"),
         ("model: {family: bert, num_layer: 2}", "Did you mean 'num_layers'?"),
         ("model: {family: bert, num_layers: two}", "model.num_layers: got 'two'"),
         (
@@ -132,7 +132,7 @@ def test_a_model_of_pairs_neither_writes_nor_shows_itself(trained, capsys):
             "embedding_size: embedding_size is a field of families bert, electra",
         ),
         ("model: {family: bert}\nobjective: {kind: next_sentence}", "model.head.kind: got 'masked'"),
-        ("objective: {kind: seq2seq}", "a model of family 'gpt' goes with causal, prefix"),
+        ("objective: {kind: seq2seq}", "a model of family 'gpt' supports causal, prefix"),
     ],
 )
 def test_a_family_and_what_does_not_go_with_it(tmp_path, text, words):

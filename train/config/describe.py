@@ -56,7 +56,9 @@ def fields(config: Any, prefix: str = "", kinds: Sequence[type] = ()) -> Iterato
     """
     config_type: type = type(config)
     meanings = _meanings(config_type)
-    for field in dataclasses.fields(config):
+    tag = tag_of(tuple(kinds)) if len(kinds) > 1 else None
+    # The tag decides which fields there are, so it comes first.
+    for field in sorted(dataclasses.fields(config), key=lambda field: field.name != tag):
         value, path = getattr(config, field.name), f"{prefix}{field.name}"
         annotation = field_types(config_type)[field.name]
         if dataclasses.is_dataclass(value):
@@ -66,7 +68,7 @@ def fields(config: Any, prefix: str = "", kinds: Sequence[type] = ()) -> Iterato
                 yield from fields(item, f"{path}.{index}.", configs_in(typing.get_args(annotation)[0]))
         else:
             meaning = meanings.get(field.name, "")
-            if len(kinds) > 1 and field.name == tag_of(tuple(kinds)):
+            if field.name == tag:
                 meaning += f" One of {', '.join(value for one in kinds for value in tag_values(one, field.name))}."
             yield Field(path, value, default_of(config_type, field.name), meaning)
 

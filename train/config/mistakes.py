@@ -40,7 +40,7 @@ class _Place:
     siblings: tuple[type, ...] = ()
     """The other classes that the config might be of."""
     tag: str = ""
-    """The value of the tag that says which of them it is."""
+    """The value of the tag that selects among them."""
 
 
 def first_mistake(config_type: type, errors: typing.Sequence[Any], data: Any) -> Mistake:

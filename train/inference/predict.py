@@ -47,7 +47,7 @@ def predict(run: Path, file: str, out: Path | None = None, step: str = "best") -
     Args:
         file: one text per line (.txt), or records with the fields of the run's source (.jsonl, .csv, .parquet, .conll); `-`:
             standard input, with one text per line, or JSON lines if a document has several fields.
-            out: where to write; None: standard output.
+        out: where to write; None: standard output.
 
     Raises:
         UserError: no such run or checkpoint, a run with another objective, or a file that cannot be read or written.

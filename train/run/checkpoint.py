@@ -149,8 +149,8 @@ class Checkpoints:
             tokenizer: its files by name, so that a checkpoint is enough to generate.
             values: held-out loss and metrics at this step, on the batches by which checkpoints are compared, if they were
                 evaluated.
-                labels: the names of the classes, or tags, that the model predicts.
-                selection: the best evaluation so far.
+            labels: the names of the classes, or tags, that the model predicts.
+            selection: the best evaluation so far.
 
         Raises:
             UserError: the disk is full or read-only, now or while the previous checkpoint was written.
@@ -224,7 +224,7 @@ class Checkpoints:
         if changed:
             raise UserError(
                 f"{self.directory.parent}: its checkpoint at step {step} was made with a different config: "
-                f"{'; '.join(changed)}. Undo the change, or start anew with --run-dir FOLDER"
+                f"{'; '.join(changed)}. Undo the change, or start a new run with --run-dir FOLDER"
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
         return self._manager.restore(step, args=args)["state"]

@@ -1,4 +1,4 @@
-"""The curves of one run, or of several in the same axes, as a picture."""
+"""Draws the curves of one run, or of several in the same axes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformer.errors import UserError
 
 
 def plot(runs: Sequence[Path], out: Path) -> None:
-    """Draw the training loss and the held-out scores that the runs have in common.
+    """Draw the training loss and the held-out scores that all runs have.
 
     Raises:
         UserError: no such run, no metric that all of them have, or a picture that cannot be written.
@@ -34,7 +34,7 @@ def draw(runs: Sequence[tuple[str, Curves]], out: Path) -> None:
 
     names = shared_curves([curves for _, curves in runs])
     if not names:
-        raise UserError(f"--out: {' and '.join(name for name, _ in runs)}: there is no metric in common to draw")
+        raise UserError(f"--out: {' and '.join(name for name, _ in runs)}: no common metric to draw")
     figure = Figure(figsize=(6 * min(len(names), 2), 3.2 * -(-len(names) // 2)), layout="constrained")
     grid = figure.subplots(-(-len(names) // 2), min(len(names), 2), squeeze=False)
     for axes in grid.flat[len(names) :]:

@@ -152,4 +152,5 @@ def _bytes(tree: Any) -> int:
 def _plain(value: Any) -> str:
     if value is None:
         return "null"
+    value = list(value) if isinstance(value, tuple) else value
     return repr(value) if isinstance(value, str) else str(value).replace("True", "true").replace("False", "false")

@@ -77,7 +77,7 @@ def make_pmap_step(
     """
     if jax.process_count() > 1:
         raise UserError(
-            f"mesh.strategy: got 'pmap', which needs one process, and there are {jax.process_count()}; use dp, which computes the same"
+            f"mesh.strategy: got 'pmap', which needs one process; there are {jax.process_count()}. dp computes the same"
         )
     devices = tuple(mesh.devices.flat)
     gradient = accumulated(make_gradient(graphdef, loss, objective, trained=trained), microbatches)

@@ -67,7 +67,7 @@ class FastMemoryAlignment(Alignment):
         else:
             strength_BS1 = jax.nn.sigmoid(widen(self.strength(states_BSE)))
         keys_BS1A = keys_BSA[:, :, None]
-        # Every state writes; there are no queries yet.
+        # Every state writes before any query reads.
         _, fast_B1MV = fast_weights(
             keys_BS1A[:, :, :0], keys_BS1A, values_BS1V, strength_BS1, rule=rule, feature_map=self.features,
             segments_BT=valid_BS.astype(jnp.int32),

@@ -66,7 +66,7 @@ class Beams(NamedTuple):
     """Number of tokens of each, without the end token."""
     score_BQ: Float[Array, "B Q"]
     log_probability_BQ: Float[Array, "B Q"]
-    """Of the tokens, and of the end token if it was written."""
+    """Log-probability of the tokens, and of the end token if it was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Hypothesis:
     score: float
     """The score that it was ranked by."""
     log_probability: float
-    """Of the tokens and the end token, in nats; a sample that was cut off at its limit has no end token."""
+    """Log-probability of the tokens and the end token, in nats; a sample that was cut off at its limit has no end token."""
 
 
 def hypotheses(found: Beams, row: int) -> list[Hypothesis]:
@@ -97,7 +97,7 @@ class _Search(NamedTuple):
     tokens_BKn: Array
     last_BK: Array
     log_probability_BK: Array
-    """Of unfinished hypotheses; -inf in unused places."""
+    """Log-probability of unfinished hypotheses; -inf in unused places."""
     coverage_BKS: Array | None
     found: Beams
 

@@ -50,7 +50,7 @@ class Generator:
 
     Args:
         config: the model's config.
-        end_of_text: the token that ends a row, or None if there is no such token.
+        end_of_text: the token that ends a row, or None if no such token exists.
         num_tokens: number of valid token ids, if the model's vocabulary is padded; other ids are never generated.
     """
 

@@ -30,7 +30,7 @@ from transformer.types import Array
 LENGTH_MULTIPLE = 16
 """Sources and translations are padded to a multiple of this, so that one compiled program serves many lengths."""
 MAX_RATIO = 2.0
-"""Maximum number of tokens of a translation for each source token, if there is no other limit."""
+"""Maximum number of tokens of a translation for each source token, if no other limit is given."""
 
 
 class Translator:

@@ -1,6 +1,6 @@
-"""Low-rank adapters as PEFT keeps them: thin matrices of each adapted map, and whole what was trained beside them.
+"""Low-rank adapters in PEFT's format: low-rank matrices of each adapted layer, and whole modules trained in addition to them.
 
-I inputs of a map, O outputs of it, r rank, M maps that one tensor of theirs holds side by side.
+I inputs of a layer, O outputs of it, r rank, M layers that one tensor of theirs concatenates.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _TASKS = {
     "classification": "SEQ_CLS", "tokens": "TOKEN_CLS", "answer": "QUESTION_ANS", "embedding": "FEATURE_EXTRACTION",
     "gpt": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "vaswani": "SEQ_2_SEQ_LM",
 }  # fmt: skip
-"""By the model's head, or its family where it has no choice of one."""
+"""PEFT's task by the model's head, or by its family if it has no choice of heads."""
 _OWN_MODULES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks for which PEFT expects a head among the modules that are kept whole."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftAdapter:
-    """What a folder of PEFT's holds."""
+    """The contents of a PEFT folder."""
 
     config: dict[str, Any]
     """adapter_config.json."""
@@ -47,19 +47,19 @@ def to_peft(
     model: Any,
     base: str,
 ) -> PeftAdapter:
-    """An adapted model's adapters, and the modules that were trained beside them.
+    """An adapted model's adapters, and the modules that were trained in addition to them.
 
-    Where their tensor holds M maps side by side, M adapters of rank r become one of rank M · r: the same product, for B is
-    zero but where an output belongs to the adapter of the rank.
+    If their tensor concatenates M layers, M adapters of rank r become one of rank M · r. The product is the same, because B
+    is zero except where an output belongs to the adapter of that part of the rank.
 
     Args:
         ours: all parameters of the adapted model.
         trained: paths of those that were trained.
         model: the plain model's config.
-        base: what the adapters belong on, as `from_pretrained` takes it.
+        base: the base model of the adapters, as `from_pretrained` takes it.
 
     Raises:
-        UserError: a part of a tensor was trained, or a layer of a stack alone, which PEFT cannot tell.
+        UserError: only a part of a tensor, or only a layer of a stack, was trained, which PEFT cannot represent.
     """
     tensors: dict[str, np.ndarray] = {}
     targets: list[str] = []
@@ -81,12 +81,12 @@ def to_peft(
         elif any(path in trained for path in rule.paths):
             if rule.stacked or not all(path in trained for path in rule.paths):
                 raise UserError(
-                    f"{rule.theirs}: adapter.train_also has it trained beside the adapters, which PEFT does for whole modules "
-                    "outside the layers alone; export with --format hf, which merges all"
+                    f"{rule.theirs}: adapter.train_also trains it in addition to the adapters, which PEFT supports only for "
+                    "whole modules outside the layers; export with --format hf, which merges all"
                 )
             modules[module] = None
     for rule in tables.rules:
-        # A module is kept whole, with what was not trained of it.
+        # A module is kept whole, including what was not trained of it.
         if (module := rule.theirs.rpartition(".")[0]) in modules:
             held = rule.layout.give([np.asarray(jax.device_get(ours[path])) for path in rule.paths])
             tensors[_PREFIX + rule.theirs] = np.ascontiguousarray(held)
@@ -117,7 +117,7 @@ def to_peft(
 def _matrices(
     rule: Rule, adapted: list[Path], ours: Mapping[Path, Any], module: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and tensor of each layer's thin matrices, and of its lengths (DoRA)."""
+    """Name and tensor of each layer's low-rank matrices, and of its norms (DoRA)."""
     held = {path: _held(ours, path) for path in rule.paths}
     num_in = rule.layout.num_in if isinstance(rule.layout, Matrix) else 1
     for number in range(held[adapted[0]]["kernel"].shape[0]) if rule.stacked else [0]:
@@ -142,16 +142,16 @@ def _matrices(
 
 
 def _held(ours: Mapping[Path, Any], path: Path) -> dict[str, np.ndarray]:
-    """A kernel, and what its adapter has."""
+    """A kernel, and the parameters of its adapter."""
     paths = {"kernel": path} | {name: (*path[:-1], "adapter", name) for name in ("lora_a", "lora_b", "magnitude")}
     return {name: np.asarray(jax.device_get(ours[one])) for name, one in paths.items() if one in ours}
 
 
 def _of_outputs(layout: Layout) -> Layout:
-    """How torch's linear map from r numbers to a map's outputs holds them."""
+    """The layout in torch of a linear layer from r features to the outputs of a layer with this layout."""
     return Matrix() if isinstance(layout, Matrix) else layout
 
 
 def _of_bias(layout: Layout) -> Layout:
-    """How a bias of a map holds them."""
+    """The layout of the bias of a layer with this layout."""
     return Vector() if isinstance(layout, Matrix) else layout

@@ -1,4 +1,4 @@
-"""What an architecture of Hugging Face's is to us: its config, its tensors and its classes, each in both directions."""
+"""How an architecture of Hugging Face corresponds to ours: its config, its tensors and its classes, in both directions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.families import ModelConfig
 
 OTHER_SETTINGS, NO_FIELD, OTHER_MODEL = range(3)
-"""How an architecture differs from a model: in settings; in one that its config has no field for; altogether."""
+"""How an architecture differs from a model: in settings; in one for which its config has no field; altogether."""
 
 
 class Differences(NamedTuple):
@@ -31,15 +31,15 @@ class Architecture:
 
     Args:
         family: type of our configs.
-        classes: name of a class of transformers → the head that it has here; "" for families without a choice.
+        classes: name of a class of transformers → our head; "" for families without a choice.
         prefix: of the body's tensors in classes with a head; classes in `bare` have none.
-        heads: what names that are no part of the body begin with.
-        output: the output projection, where tensors say better than config.json whether it is tied (`fields.UNTIED`);
+        heads: prefixes of names that are not part of the body.
+        output: the output projection, if the tensors show better than config.json whether it is tied (`fields.UNTIED`);
             `tied_to` is the embedding.
         renamed: tensors that are also written under another name.
         read: their fields, and our head → our config.
         write: our config → their fields.
-        tables: our config → where each tensor lies, names with the prefix.
+        tables: our config → the tables of its tensors, with the prefix in the names.
     """
 
     model_type: str
@@ -56,16 +56,16 @@ class Architecture:
     tables: Callable[[Any], Tables]
 
     def config(self, data: Mapping[str, Any], name: str, source: str) -> tuple[ModelConfig, list[str]]:
-        """Our config for a config.json and one of `classes`, and what to say about it.
+        """Our config for a config.json and one of `classes`, and notes for the user.
 
         Raises:
-            UserError: fields that are not supported, all at once.
+            UserError: fields that are not supported, all in one error.
         """
         theirs = HFConfigReader(data)
         try:
             config = self.read(theirs, self.classes[name])
         except UserError as error:
-            # What follows from a field that is wrong is no news.
+            # An error that follows from a wrong field is not reported as well.
             theirs.done(source)
             raise UserError(f"{source}: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
@@ -94,7 +94,7 @@ class Architecture:
         return next((name for name, ours in self.classes.items() if ours == head), None)
 
     def differences(self, config: ModelConfig) -> Differences | None:
-        """Why a model cannot be written as this architecture: what would not be read back as it is. None where it can."""
+        """Why a model cannot be written as this architecture: what would not be read back unchanged. None if it can."""
         if not isinstance(config, self.family) or (name := self.class_of(config)) is None:
             return Differences(OTHER_MODEL, ("a model of this family and head",))
         try:
@@ -119,11 +119,11 @@ _TRAINING = {
     "router_z_loss", "attention", "pattern", "mlp", "head", "position_embedding", "norm_bias", "embedding_size",
     "num_decoder_layers",
 }  # fmt: skip
-"""Fields that change nothing of what a trained model computes, and those whose defaults are filled in below."""
+"""Fields that do not affect what a trained model computes, and those whose defaults are filled in below."""
 
 
 def _computes(config: Any) -> dict[str, Any]:
-    """What decides a model's outputs, defaults filled in, by the field's path."""
+    """The fields that determine a model's outputs, defaults filled in, by the field's path."""
     data = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name not in _TRAINING
     }
@@ -145,7 +145,7 @@ def _computes(config: Any) -> dict[str, Any]:
 
 
 def _filled(mixer: Any, embed_dim: int) -> Any:
-    """A mixer with its defaults filled in, and no choice of an implementation."""
+    """A mixer with its defaults filled in, and without a choice of implementation."""
     if not isinstance(mixer, SoftmaxConfig):
         return mixer
     _, num_kv_heads, head_dim = head_sizes(mixer, embed_dim)

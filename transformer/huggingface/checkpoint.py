@@ -30,19 +30,19 @@ ARCHITECTURES: dict[str, Architecture] = {
 }  # fmt: skip
 """By their model_type."""
 FILE_LIMIT = 5_000_000_000
-"""Bytes of tensors in a file, as transformers has it."""
+"""Maximum bytes of tensors in a file, as in transformers."""
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-"""As BERT's first checkpoints were written."""
+"""Names in BERT's first checkpoints, and their present names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A folder's config, and its tensors, which are read when they are asked for.
+    """A folder's config, and its tensors, which are read on demand.
 
     Attributes:
         name: the class of transformers that it is read as.
         data: config.json.
-        notes: what is otherwise here than there, for people.
+        notes: differences between the model there and here, for the user.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class Checkpoint:
     notes: Sequence[str]
 
     def params(self, described: nnx.State) -> nnx.State:
-        """The parameters, laid out as `described` says; each device's part is read from the files by itself.
+        """The parameters, laid out as `described` says; each device's part is read from the files separately.
 
         Raises:
             UserError: tensors with numbers that are not finite.
@@ -69,10 +69,10 @@ class Checkpoint:
 
 
 def read(folder: Path, *, head: str | None = None) -> Checkpoint:
-    """Open a checkpoint, with everything checked but the numbers themselves.
+    """Open a checkpoint and check everything except the numbers themselves.
 
     Args:
-        head: read it with this head (of an encoder); by default that of its own class, or a larger one that it has all of.
+        head: read it with this head (of an encoder); by default that of its own class, or a larger one that it has completely.
 
     Raises:
         UserError: no such folder or file, an architecture or a setting that is not supported, or tensors that do not agree
@@ -96,28 +96,28 @@ def read(folder: Path, *, head: str | None = None) -> Checkpoint:
             continue
         heads = sorted({part.rpartition(".")[0] for part in left if not part.endswith("_ids")})
         if heads:
-            notes = [*notes, f"left out, which {name} has no use for: {', '.join(heads)}"]
+            notes = [*notes, f"left out, which {name} does not use: {', '.join(heads)}"]
         return Checkpoint(folder, architecture, name, config, data, tensors, tables, notes)
     assert last is not None
     raise last
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json. Raises `UserError` where there is none."""
+    """A folder's config.json. Raises `UserError` if there is none."""
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{folder}: no config.json in this folder, so no Hugging Face checkpoint")
+        raise UserError(f"{folder}: no config.json in this folder, so it is not a Hugging Face checkpoint")
     return read_mapping(path)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON file of fields. Raises `UserError` where it is none."""
+    """A JSON file of fields. Raises `UserError` if it is not one."""
     try:
         data = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: no mapping of fields")
+        raise UserError(f"{path}: not a mapping of fields")
     return data
 
 
@@ -125,17 +125,17 @@ def write(
     folder: Path, config: ModelConfig, params: nnx.State, *, model_type: str | None = None, dtype: Any = np.float32,
     extra: Mapping[str, Any] | None = None, limit: int = FILE_LIMIT,
 ) -> tuple[str, str]:  # fmt: skip
-    """Write config.json and safetensors into a folder; returns the model_type and the class that they are of.
+    """Write config.json and safetensors into a folder; returns the model_type and the class that were written.
 
     Args:
         model_type: of `ARCHITECTURES`; by default the first that the model can be written as.
         dtype: of the tensors.
-        extra: more fields of config.json.
-        limit: bytes of tensors in one file.
+        extra: additional fields of config.json.
+        limit: maximum bytes of tensors in one file.
 
     Raises:
-        UserError: there is no such architecture, or the model is not one.
-        OSError: whatever writing raises.
+        UserError: the architecture does not exist, or cannot represent the model.
+        OSError: any error while writing.
     """
     architecture = architecture_of(config, model_type)
     name = architecture.class_of(config)
@@ -149,7 +149,7 @@ def write(
         "dtype": np.dtype(dtype).name,
         **(extra or {}),
     }
-    # What `extra` says may be another thing than the architecture can have.
+    # The fields in `extra` may contradict the architecture.
     architecture.config(data, name, f"model_type {architecture.model_type}")
     write_folder(folder, described_theirs(tables, flat, dtype), to_theirs(tables, flat, dtype), limit)
     (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", "utf-8")
@@ -157,10 +157,10 @@ def write(
 
 
 def architecture_of(config: ModelConfig, model_type: str | None = None) -> Architecture:
-    """What a model can be written as.
+    """The architecture that a model can be written as.
 
     Raises:
-        UserError: nothing, or not `model_type`, with the settings for which it is not.
+        UserError: there is none, or it is not `model_type`; the message lists the settings that prevent it.
     """
     if model_type is not None and model_type not in ARCHITECTURES:
         raise UserError(
@@ -172,14 +172,14 @@ def architecture_of(config: ModelConfig, model_type: str | None = None) -> Archi
         if (why := one.differences(config)) is None:
             return one
         reasons[one.model_type] = why
-    # One whose fields have no place for the model is further away than one of other settings.
+    # An architecture whose config has no field for a setting is further away than one with other settings.
     closest = min(reasons, key=lambda name: (reasons[name].kind, len(reasons[name].settings)))
     settings = ", ".join(reasons[closest].settings)
     if reasons[closest].kind == OTHER_MODEL:
         head = f" and head {config.head.kind!r}" if hasattr(config, "head") else ""
         said = f"no Hugging Face architecture matches family {config.family!r}{head}"
     else:
-        said = f"{'it' if model_type else f'the nearest, {closest},'} does not go with {settings}"
+        said = f"{'it' if model_type else f'the nearest, {closest},'} does not support {settings}"
     raise UserError(f"this model cannot be written as {model_type or 'any architecture of transformers'}; {said}")
 
 
@@ -193,7 +193,7 @@ def _architecture(data: Mapping[str, Any], folder: Path) -> Architecture:
 
 
 def _candidates(architecture: Architecture, data: Mapping[str, Any], head: str | None, source: str) -> Iterator[str]:
-    """Classes to read a checkpoint as, the likeliest last."""
+    """Classes to read a checkpoint as, the most likely one last."""
     classes = architecture.classes
     if head is not None:
         names = [name for name, ours in classes.items() if ours == head]
@@ -212,7 +212,7 @@ def _candidates(architecture: Architecture, data: Mapping[str, Any], head: str |
             f"{source}: architectures: got {given!r}; supported of {architecture.model_type}: {', '.join(classes)}."
             f"{nearest(str(given), classes)}"
         )
-    # What was pretrained with a second head has often been published as the class with one.
+    # A model pretrained with a second head was often published as the class with one.
     fuller = given.replace("ForMaskedLM", "ForPreTraining")
     if fuller != given and classes.get(fuller) == "pretraining":
         yield fuller

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-NeoX, and the line of Llama: decoders of one family here."""
+"""GPT-2, GPT-NeoX, and Llama and its relatives: all of them are models of the family gpt here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _QKV = [f"{_ATTENTION}.{name}" for name in ("query", "key", "value")]
 
 
 def _head(c: GPTConfig, name: str, tied_to: str) -> tuple[list[Rule], dict[str, str]]:
-    """The output projection, or what it repeats."""
+    """The output projection, or the tensor that it repeats."""
     weight = f"{name}.weight"
     return ([], {weight: tied_to}) if c.tie_embeddings else (list(linear(name, "head", use_bias=False)), {})
 
@@ -153,7 +153,7 @@ GPT_NEOX = Architecture(
 
 
 def _read_llama(kind: str) -> Callable[[HFConfigReader, Any], GPTConfig]:
-    """Of Llama, Mistral, Qwen2 or Qwen3, which differ in biases, windows, and norms of queries and keys."""
+    """Reader of Llama, Mistral, Qwen2 or Qwen3, which differ in biases, windows, and norms of queries and keys."""
 
     def read(theirs: HFConfigReader, head: Any) -> GPTConfig:
         num_heads, dim = theirs.size("num_attention_heads", 32), theirs.size("hidden_size", 4096)
@@ -183,16 +183,16 @@ def _read_llama(kind: str) -> Callable[[HFConfigReader, Any], GPTConfig]:
 
 
 def _window(theirs: HFConfigReader, kind: str, num_layers: int) -> int | None:
-    """How many tokens before itself each token sees; theirs counts the token too."""
+    """How many tokens before itself each token sees; their number includes the token itself."""
     if kind == "llama":
         return None
-    # Mistral has one where nothing is written of it.
+    # Mistral has a window by default.
     if "sliding_window" not in theirs and (kind != "mistral" or theirs.written("sliding_window")):
         return None
     if kind != "mistral":
         if not theirs.get("use_sliding_window", False):
             return None
-        # What transformers goes by; it makes them of max_window_layers where they are not written.
+        # This is what transformers uses; it derives them from max_window_layers if they are not written.
         kinds = set(theirs.get("layer_types") or ())
         if kinds == {"full_attention"}:
             return None

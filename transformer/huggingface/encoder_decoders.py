@@ -23,8 +23,8 @@ _T5_ACTIVATIONS = {
 
 
 def _read_t5(theirs: HFConfigReader, head: Any) -> T5Config:
-    # Version 5 of transformers writes that embeddings are tied where they are not, and says by a field of its own whether
-    # the decoder's output is scaled; before that, both went together.
+    # Version 5 of transformers writes that embeddings are tied even where they are not, and has a separate field for whether
+    # the decoder's output is scaled; in earlier versions, both were one setting.
     said = bool(theirs.get("tie_word_embeddings", True))
     tied = said if UNTIED not in theirs else not theirs.get(UNTIED)
     scaled = theirs.get("model_type") != "mt5" and bool(theirs.get("scale_decoder_outputs", said))
@@ -84,7 +84,7 @@ def _t5_tables(c: T5Config) -> Tables:
             linear(f"{dense}.{one}", f"{blocks}.feed_forward.{name}", use_bias=False) for one, name in maps.items()
         ]
         parts.append(norm(f"{layer}.{last}.layer_norm", f"{blocks}.feed_forward_norm", use_bias=False))
-        # The first layer's is every layer's.
+        # All layers share the first layer's bias.
         first = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias"
         parts.append(table(first, f"{side}.relative"))
         parts.append(norm(f"{side}.final_layer_norm", f"{side}.final_norm", use_bias=False))

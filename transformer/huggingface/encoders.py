@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, DistilBERT and ELECTRA: one body, and names, heads and details of their own."""
+"""BERT, RoBERTa, DistilBERT and ELECTRA: the same body, with different names, heads and details."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ HEADS = {
     "ForMaskedLM": "masked", "ForSequenceClassification": "classification", "ForTokenClassification": "tokens",
     "ForQuestionAnswering": "answer", "ForMultipleChoice": "choice", "Model": "embedding",
 }  # fmt: skip
-"""What the names of their classes end with → our head."""
+"""Suffix of their classes' names → our head."""
 _BUFFERS = ("*.position_ids", "*.token_type_ids", "embeddings.position_ids", "embeddings.token_type_ids")
 
 
 def classes(name: str, **more: str) -> dict[str, str]:
-    """The classes of a family with our heads."""
+    """The classes of a family, with our head for each."""
     return {name + end: head for end, head in HEADS.items()} | {name + end: head for end, head in more.items()}
 
 
@@ -65,7 +65,7 @@ def _bert_body(c: BertConfig, prefix: str, skipped: int = 0) -> Iterator[Rule]:
 
 
 def _small_heads(c: BertConfig) -> Iterator[Rule]:
-    """Of single tokens, which all have under the same names."""
+    """Rules for the heads of single tokens, which have the same names in all of these."""
     if c.head.kind == "tokens":
         yield from linear("classifier", "token_head.out")
     if c.head.kind == "answer":
@@ -142,7 +142,7 @@ def _common_fields(c: BertConfig) -> dict[str, Any]:
 
 
 def num_labels_of(c: BertConfig) -> int:
-    """Classes of the head; of one that has none, theirs by default."""
+    """Number of classes of the head; their default for a head without classes."""
     return getattr(c.head, "num_labels", 2)
 
 
@@ -285,7 +285,7 @@ def _read_electra(theirs: HFConfigReader, head: Any) -> BertConfig:
     width, dim = theirs.size("embedding_size", 128), theirs.size("hidden_size", 256)
     common = _common(theirs, dim=256, num_heads=4, mlp_dim=1024)
     if head == "masked":
-        # Whatever the layers have, the generator's head has this one.
+        # The generator's head uses this activation, whatever the layers use.
         theirs.must("hidden_act", ["gelu"], "gelu")
     made = head_of(head, labels_of(theirs), activation="gelu_exact")
     return BertConfig(**common, embedding_size=None if width == dim else width, head=made)

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json, read with everything that is wrong collected, and the pieces that families share."""
+"""A reader of a checkpoint's config.json that collects all errors, and the helpers that families share."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ ACTIVATIONS = {
 }  # fmt: skip
 """Their name of an activation → ours."""
 GATED = {"gelu": "geglu_exact", "gelu_new": "geglu", "gelu_pytorch_tanh": "geglu", "silu": "swiglu", "swish": "swiglu"}
-"""The same of gated ones."""
+"""The same for gated activations."""
 
 
 UNTIED = "untied by its tensors"
-"""A field that no config.json has: whether the output projection is another tensor than the embedding."""
+"""A field that no config.json has: whether the output projection is a separate tensor from the embedding."""
 
 
 class HFConfigReader:
     """Fields of a config.json.
 
     Attributes:
-        notes: what is read otherwise than it is written there, for people.
+        notes: fields that are interpreted differently here, for the user.
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
@@ -39,16 +39,16 @@ class HFConfigReader:
         return self._data.get(name) is not None
 
     def written(self, name: str) -> bool:
-        """Whether the field is there, if only as null."""
+        """Whether the field is present, even if it is null."""
         return name in self._data
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field's value; `default`, theirs, where it is not written or null."""
+        """A field's value; `default`, which is theirs, if it is missing or null."""
         value = self._data.get(name)
         return default if value is None else value
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A number of things, 1 or more."""
+        """A whole number of 1 or more."""
         value = self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             self._wrong.append(f"{name}: got {value!r}; allowed: a number from 1 up")
@@ -56,7 +56,7 @@ class HFConfigReader:
         return value
 
     def one_of(self, name: str, allowed: Mapping[str, Any], default: str) -> Any:
-        """What stands for a name in a table."""
+        """The entry for a field's value in a table."""
         value = self.get(name, default)
         if value not in allowed:
             self._wrong.append(f"{name}: got {value!r}; supported: {', '.join(allowed)}")
@@ -64,13 +64,13 @@ class HFConfigReader:
         return allowed[value]
 
     def must(self, name: str, allowed: Collection[Any], default: Any) -> None:
-        """A field of which other values change what the model computes in a way that is not supported."""
+        """Check a field of which other values change what the model computes in a way that is not supported."""
         value = self.get(name, default)
         if value not in allowed:
             self._wrong.append(f"{name}: got {value!r}; supported: {', '.join(map(str, allowed))}")
 
     def wrong(self, text: str) -> None:
-        """Something else that is not supported."""
+        """Record another setting that is not supported."""
         self._wrong.append(text)
 
     def dropouts(self, name: str, attention: str, *others: str, default: float = 0.1) -> dict[str, Any]:
@@ -82,11 +82,11 @@ class HFConfigReader:
         return {"dropout": rate, "attention_dropout": float(self.get(attention, default))}
 
     def rotary(self, *, theta: float, section: str | None = None) -> RotaryConfig:
-        """Rotary positions, however the config writes them.
+        """Rotary positions, in any form in which the config writes them.
 
         Args:
-            theta: theirs where none is written.
-            section: of a config with several.
+            theta: their default.
+            section: the section to read, of a config with several.
         """
         new = self.get("rope_parameters") or {}
         new = new.get(section, {}) if section is not None else new
@@ -127,7 +127,7 @@ class HFConfigReader:
 
 
 def rotary_fields(rotary: RotaryConfig) -> dict[str, Any]:
-    """What `HFConfigReader.rotary` reads, as transformers writes it since its version 5."""
+    """The fields that `HFConfigReader.rotary` reads, in the form of version 5 of transformers."""
     scaling = rotary.scaling
     rope: dict[str, Any] = {"rope_theta": rotary.theta, "rope_type": "default"}
     if rotary.fraction != 1.0:
@@ -146,10 +146,10 @@ def rotary_fields(rotary: RotaryConfig) -> dict[str, Any]:
 
 
 def softmax_of(mixer: Any) -> SoftmaxConfig:
-    """A mixer as softmax attention, the only one that their architectures have.
+    """A mixer as softmax attention, the only kind that their architectures have.
 
     Raises:
-        UserError: it is another.
+        UserError: it is of another kind.
     """
     if not isinstance(mixer, SoftmaxConfig):
         raise UserError(f"attention of kind {mixer.kind}")
@@ -160,7 +160,7 @@ def rotary_of(mixer: SoftmaxConfig) -> RotaryConfig:
     """A mixer's rotary positions.
 
     Raises:
-        UserError: it has others, or none.
+        UserError: it has other positions, or none.
     """
     if not isinstance(mixer.position, RotaryConfig):
         raise UserError(f"attention.position of kind {mixer.position.kind!r}")
@@ -168,10 +168,10 @@ def rotary_of(mixer: SoftmaxConfig) -> RotaryConfig:
 
 
 def only_mixer(config: Any) -> SoftmaxConfig:
-    """The one that all layers have.
+    """The mixer that all layers share.
 
     Raises:
-        UserError: they differ, or have another kind.
+        UserError: they differ, or are of another kind.
     """
     first, *others = dict.fromkeys(config.mixers())
     if others:
@@ -191,5 +191,5 @@ def dense_mlp(config: Any) -> DenseConfig:
 
 
 def name_of(table: Mapping[str, str], ours: str) -> str | None:
-    """The first of their names for one of ours; None if they have none."""
+    """The first of their names for one of ours; None if there is none."""
     return next((theirs for theirs, name in table.items() if name == ours), None)

@@ -1,6 +1,6 @@
-"""Tables from the parameters of a checkpoint to ours, used in both directions.
+"""Tables that map the parameters of a checkpoint to ours, used in both directions.
 
-A `Rule` says where a tensor lies on either side, its `Layout` how it is turned. One rule stands for all layers: theirs are
+A `Rule` names a tensor on both sides, its `Layout` defines how the two are arranged. One rule is for all layers: theirs are
 numbered, ours have a leading L. L layers, D embed, N heads, H head_dim, I in, O out.
 """
 
@@ -21,15 +21,15 @@ from transformer.errors import UserError
 
 Shape = tuple[int, ...]
 Path = tuple[Any, ...]
-"""Of one of our parameters, as `nnx.to_flat_state` has it."""
+"""The path of one of our parameters, as in `nnx.to_flat_state`."""
 
 
 class Layout(abc.ABC):
-    """How one of their tensors holds one or several of ours, of single layers."""
+    """How one of their tensors holds one or several of ours, each of a single layer."""
 
     @abc.abstractmethod
     def shape(self, ours: Sequence[Shape]) -> Shape:
-        """Of their tensor."""
+        """The shape of their tensor."""
 
     @abc.abstractmethod
     def take(self, theirs: np.ndarray, ours: Sequence[Shape], which: int) -> np.ndarray:
@@ -42,10 +42,10 @@ class Layout(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Matrix(Layout):
-    """A linear map; of several, side by side.
+    """The kernel of a linear layer; several are concatenated along the outputs.
 
     Args:
-        num_in: how many of our kernel's dims are inputs.
+        num_in: number of our kernel's dims that are inputs.
         transposed: theirs is [O, I], as torch has it; else [I, O].
     """
 
@@ -70,7 +70,7 @@ class Matrix(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Vector(Layout):
-    """Numbers in a row, such as a bias, whatever dims ours has; of several, one after the other."""
+    """A vector, such as a bias, whatever dims ours has; several are concatenated."""
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
         return (sum(math.prod(shape) for shape in ours),)
@@ -85,7 +85,7 @@ class Vector(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class ByHead(Layout):
-    """Queries, keys and values of a head side by side, head after head (GPT-NeoX): [N 3 H, D], or a bias [N 3 H]."""
+    """Queries, keys and values of a head next to each other, head after head (GPT-NeoX): [N 3 H, D], or a bias [N 3 H]."""
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
         *rows, N, H = ours[0]
@@ -118,7 +118,7 @@ class Table(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Row(Layout):
-    """A vector that is written as a matrix of one row."""
+    """A vector that is stored as a matrix with one row."""
 
     def shape(self, ours: Sequence[Shape]) -> Shape:
         return (1, *ours[0])
@@ -132,12 +132,12 @@ class Row(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where a tensor lies.
+    """The correspondence between a tensor of theirs and our parameters.
 
     Args:
-        theirs: its name; `{}` stands for the number of a layer.
+        theirs: its name; `{}` is replaced by the number of a layer.
         ours: dotted paths of the parameters that it holds.
-        first: the first layer that has such a tensor; in those before, ours is `filler`, and has no effect.
+        first: the first layer that has such a tensor; in the layers before it, ours is `filler`, and has no effect.
     """
 
     theirs: str
@@ -148,12 +148,12 @@ class Rule:
 
     @property
     def stacked(self) -> bool:
-        """Whether there is one a layer."""
+        """Whether there is one tensor per layer."""
         return "{}" in self.theirs
 
     @property
     def paths(self) -> list[Path]:
-        """Of the parameters that it holds."""
+        """Paths of the parameters that it holds."""
         return [tuple(path.split(".")) for path in self.ours]
 
 
@@ -162,8 +162,8 @@ class Tables:
     """All tensors of an architecture.
 
     Args:
-        copies: their name → the name of the tensor that it repeats, as ties are written; such a one may be there or not.
-        left_out: patterns of what belongs to other heads, or can be computed.
+        copies: their name → the name of the tensor that it repeats, for tied weights; the copy may be present or not.
+        left_out: patterns of tensors that belong to other heads, or can be computed.
     """
 
     rules: tuple[Rule, ...]
@@ -172,14 +172,14 @@ class Tables:
 
 
 def linear(theirs: str, ours: str, *, use_bias: bool = True, num_in: int = 1, **options: Any) -> Iterator[Rule]:
-    """A linear map's weight, and its bias where it has one."""
+    """A linear layer's weight, and its bias if it has one."""
     yield Rule(f"{theirs}.weight", (f"{ours}.kernel",), Matrix(num_in, **options))
     if use_bias:
         yield Rule(f"{theirs}.bias", (f"{ours}.bias",), Vector())
 
 
 def norm(theirs: str, ours: str, *, use_bias: bool = True, first: int = 0) -> Iterator[Rule]:
-    """A norm's gain, and its bias where it has one."""
+    """A norm's gain, and its bias if it has one."""
     yield Rule(f"{theirs}.weight", (f"{ours}.scale",), Vector(), first, 1.0)
     if use_bias:
         yield Rule(f"{theirs}.bias", (f"{ours}.bias",), Vector(), first)
@@ -191,15 +191,15 @@ def table(theirs: str, ours: str, *, skipped: int = 0) -> Rule:
 
 
 def fused(theirs: str, ours: Sequence[str], *, use_bias: bool, transposed: bool = True) -> Iterator[Rule]:
-    """Several linear maps of one input, side by side."""
+    """Several linear layers of one input, concatenated."""
     yield Rule(f"{theirs}.weight", tuple(f"{one}.kernel" for one in ours), Matrix(1, transposed))
     if use_bias:
         yield Rule(f"{theirs}.bias", tuple(f"{one}.bias" for one in ours), Vector())
 
 
 def check(tables: Tables, theirs: Mapping[str, np.ndarray], ours: Mapping[Path, Any], source: str) -> list[str]:
-    """Raise a `UserError` with everything that does not agree: missing, unknown and misshapen tensors, parameters that no
-    rule fills, ties that are none. Returns the names that are left out.
+    """Raise a `UserError` that lists all disagreements: missing, unknown and misshapen tensors, parameters that no rule
+    fills, and tied tensors that differ. Returns the names that are left out.
 
     Args:
         ours: our parameters' descriptions, with a shape.
@@ -226,11 +226,11 @@ def check(tables: Tables, theirs: Mapping[str, np.ndarray], ours: Mapping[Path, 
 
 
 _SHOWN = 40
-"""Tensors named in a message."""
+"""Maximum number of tensors named in a message."""
 
 
 def to_ours(tables: Tables, theirs: Mapping[str, np.ndarray], described: Mapping[Path, Any]) -> dict[Path, jax.Array]:
-    """Our parameters, each shard read from the files by the device that holds it; nothing is held whole but a parameter.
+    """Our parameters, each shard read from the files by the device that holds it; at most one parameter is held whole.
 
     Args:
         described: shape, dtype and sharding of each.
@@ -262,7 +262,7 @@ def _read(
 
 
 def described_theirs(tables: Tables, ours: Mapping[Path, Any], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `to_theirs` will give, in its order."""
+    """Descriptions of what `to_theirs` returns, in its order."""
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in wanted(tables, ours)}
 
 

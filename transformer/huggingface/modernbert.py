@@ -30,7 +30,7 @@ _HEADS = {
     "masked": ("masked_head", "dense"), "classification": ("pooled_head", "pooler"), "choice": ("pooled_head", "pooler"),
     "tokens": ("token_head", "dense"), "answer": ("token_head", "dense"),
 }  # fmt: skip
-"""Head → our module, and the layer in it that all of theirs begin with."""
+"""Head → our module, and the layer in it that all of their names begin with."""
 
 
 def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
@@ -57,7 +57,7 @@ def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
         )
     near = dataclasses.replace(attention["sliding_attention"], window=max(theirs.size("local_attention", 128) // 2, 1))
     turn = [attention["full_attention"], *[near] * (every - 1)]
-    # A pattern divides the layers; one that does not is written out.
+    # A pattern has to divide the layers; otherwise all layers are listed.
     pattern = turn if layers % every == 0 else [turn[layer % every] for layer in range(layers)]
     pooled = {"activation": "gelu_exact", "norm": True, "bias": has_bias}
     pooled["pooling"] = theirs.one_of("classifier_pooling", {"cls": "cls", "mean": "mean"}, "cls")
@@ -79,7 +79,7 @@ def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
 
 
 def _every(theirs: HFConfigReader, layers: int) -> int:
-    """Every how-manyth layer is global."""
+    """The n for which every n-th layer is global."""
     types = theirs.get("layer_types")
     if types is None:
         return theirs.size("global_attn_every_n_layers", 3)
@@ -140,7 +140,7 @@ def _tables(c: BertConfig) -> Tables:
         ),
         linear(f"{layer}.attn.Wo", f"{attention}.out", use_bias=of_attention, num_in=2),
         norm(f"{layer}.mlp_norm", f"{BLOCKS}.feed_forward_norm", use_bias=of_norms),
-        # HFConfigReader puts through the activation what comes first.
+        # Their implementation applies the activation to the first part.
         fused(
             f"{layer}.mlp.Wi",
             [f"{BLOCKS}.feed_forward.{name}" for name in ("gate", "up")],

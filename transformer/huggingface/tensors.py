@@ -1,7 +1,7 @@
 """Tensors in safetensors files: read lazily, one slice at a time; written in files of a bounded size.
 
-The format is a length, a JSON header, and the tensors' bytes one after the other. Read here through a memory map, since a
-reader is to take slices of any type that checkpoints come in, bfloat16 among them, and no more memory than it looks at.
+The format is a length, a JSON header, and the tensors' bytes one after the other. Files are read through a memory map, so that
+slices of any type of weights, including bfloat16, can be read with no more memory than they need.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from transformer.errors import UserError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-"""Types that weights come in."""
+"""Supported types of weights."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
-"""Types of what is no weight, such as positions, and their sizes."""
+"""Types of tensors that are not weights, such as positions, and their sizes."""
 
 
 def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint's folder by name, each a view of its file, in one file or in several with an index.
 
     Raises:
-        UserError: no safetensors there, pickled weights in their place, or a file that is truncated or damaged.
+        UserError: no safetensors there, pickled weights instead, or a file that is truncated or damaged.
     """
     if (folder / INDEX).exists():
         try:
@@ -54,7 +54,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
 
 
 def open_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of one file, as views of it; of those with another type than weights have only the shape is kept."""
+    """The tensors of one file, as views of it; of tensors with a type other than those of weights only the shape is kept."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -63,7 +63,7 @@ def open_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
                 raise ValueError(f"it has {size} bytes, and its header alone should have {length}")
             header = json.loads(file.read(length))
         if not isinstance(header, dict):
-            raise ValueError("its header is no mapping")
+            raise ValueError("its header is not a mapping")
         data = (
             np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))
             if size > 8 + length
@@ -101,13 +101,13 @@ def _nothing(folder: Path) -> str:
 def write_folder(
     folder: Path, shapes: Mapping[str, Any], tensors: Iterator[tuple[str, np.ndarray]], limit: int
 ) -> None:
-    """Write tensors as they come, in files of at most `limit` bytes each but for a tensor that is larger by itself.
+    """Write tensors as they arrive, in files of at most `limit` bytes each, except for a single tensor that is larger than that.
 
     Args:
-        shapes: of all the tensors, in the order in which they come: descriptions with a shape and a dtype.
+        shapes: of all the tensors, in the order in which they arrive: descriptions with a shape and a dtype.
 
     Raises:
-        OSError: whatever writing raises.
+        OSError: any error while writing.
     """
     from safetensors.numpy import save_file
 

@@ -1,4 +1,4 @@
-"""Looking inside: attention weights captured, measured, drawn, and shown on a page.
+"""Inspecting a model: attention weights captured, measured, drawn, and shown on a page.
 
 In a notebook, `attention_maps(model, tokens, labels)` as the last line of a cell shows the page.
 """

@@ -1,9 +1,9 @@
-"""Word alignments from attention weights, and how well they agree with those of people.
+"""Word alignments from attention weights, and how well they agree with human ones.
 
 L layers, B batch, N query heads, T target position, S source position.
 
-Pure functions in NumPy. Row t of the weights is the query that predicts the decoder's output t, the token behind its t-th
-input: labels of rows are therefore the outputs. An alignment is a set of pairs (source, target), in the order of the
+Pure functions in NumPy. Row t of the weights is the query that predicts the decoder's output t, the token after its t-th
+input, so the labels of rows are the outputs. An alignment is a set of pairs (source, target), in the order of the
 "Pharaoh" format.
 """
 
@@ -17,14 +17,14 @@ import numpy as np
 from transformer.types import Float
 
 Span = tuple[int, int]
-"""First token of a word, and the one behind its last."""
+"""First token of a word, and the one after its last."""
 Alignment = set[tuple[int, int]]
 """Pairs (source, target) that belong together."""
 
 MARKS = " \t\n\r\u00a0\u2581ĠĊĉč"
 """Spaces and line ends, as themselves, as SentencePiece writes a space (▁), and as byte-level vocabularies write them."""
 CONTINUATION = "##"
-"""How WordPiece opens a piece that goes on with a word."""
+"""The prefix of a WordPiece token that continues a word."""
 _MARKS = tuple(MARKS)
 
 
@@ -39,12 +39,12 @@ class HeadScore(NamedTuple):
 def word_spans(pieces: Sequence[str], *, special: Collection[str] = ()) -> list[Span]:
     """Which tokens make which word, from the text of the tokens.
 
-    Where some piece opens with `##`, a word is a piece and those behind it that do. Otherwise a word starts where a piece opens
-    with a space, or where the one before ended with one; spaces that stand alone belong to the word behind them. Every
+    If some piece starts with `##`, a word is a piece and the `##` pieces after it. Otherwise a word starts where a piece starts
+    with a space, or where the one before ended with one; a piece of spaces alone belongs to the word after it. Every
     piece is in one word.
 
     Args:
-        pieces: one text a token, as the vocabulary has it (" the", "Ġthe", "▁the", "##ing").
+        pieces: one text per token, as in the vocabulary (" the", "Ġthe", "▁the", "##ing").
         special: pieces that are words of their own, such as the end of text.
 
     >>> word_spans(["▁Das", "▁Haus", "chen", "</s>"], special={"</s>"})
@@ -109,7 +109,7 @@ def alignment_matrix(
 
 
 def argmax_alignment(weights_TS: Float[np.ndarray, "T S"], *, least: float = 0.0) -> Alignment:
-    """Each target position with the source position of its greatest weight (the first, of equal ones).
+    """Each target position with the source position of its greatest weight (the first of equal ones).
 
     Args:
         least: a weight must be greater than this; a query that sees nothing is aligned with nothing.
@@ -128,14 +128,14 @@ def parse_alignment(line: str) -> tuple[Alignment, Alignment]:
     Sure pairs are possible ones too.
 
     Raises:
-        ValueError: something else than pairs of numbers.
+        ValueError: anything other than pairs of numbers.
     """
     sure, possible = set(), set()
     for word in line.split():
         mark = "?" if "?" in word else "-"
         source, _, target = word.partition(mark)
         if not (source.isdecimal() and target.isdecimal()):
-            raise ValueError(f"alignment: {word!r} in {line.strip()!r} is no pair; expected for example 0-1 or 0?1")
+            raise ValueError(f"alignment: {word!r} in {line.strip()!r} is not a pair; expected for example 0-1 or 0?1")
         pair = (int(source), int(target))
         possible.add(pair)
         if mark == "-":
@@ -148,10 +148,10 @@ def alignment_error_rate(
 ) -> float:
     """AER = 1 - (|A ∩ S| + |A ∩ P|) / (|A| + |S|) over all sentences (Och & Ney 2003).
 
-    0: everything sure was found, and nothing that is not possible.
+    0: all sure pairs were found, and none that is not possible.
 
     Args:
-        predicted, sure, possible: A, S and P of one sentence after the other. Sure pairs count as possible; without possible
+        predicted, sure, possible: A, S and P, one sentence after the other. Sure pairs count as possible; without possible
             ones the rate is one minus the F-score of the sure ones.
 
     Raises:
@@ -176,10 +176,10 @@ def head_error_rates(
     """The alignment error rate of each head's greatest weights.
 
     Args:
-        weights: [L, N, T, S] of one sentence after the other, between words and without padding.
+        weights: [L, N, T, S], one sentence after the other, between words and without padding.
 
     Raises:
-        ValueError: as of `alignment_error_rate`, or no sentence at all.
+        ValueError: as for `alignment_error_rate`, or no sentence at all.
     """
     sentences = list(weights)
     if not sentences:
@@ -197,7 +197,7 @@ def best_head(
     sure: Sequence[Alignment],
     possible: Sequence[Alignment] | None = None,
 ) -> HeadScore:
-    """The head that aligns best, the first of equal ones. Arguments and errors as of `head_error_rates`."""
+    """The head that aligns best, the first of equal ones. Arguments and errors are as for `head_error_rates`."""
     rates_LN = head_error_rates(weights, sure, possible)
     layer, head = np.unravel_index(rates_LN.argmin(), rates_LN.shape)
     return HeadScore(int(layer), int(head), float(rates_LN[layer, head]))

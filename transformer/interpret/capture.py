@@ -1,4 +1,4 @@
-"""The attention weights of one text, of some layers and heads, beside whatever kernel the model runs.
+"""The attention weights of one text, in selected layers and heads, whatever kernel the model runs.
 
 L layers, N query heads, T query position, S key position.
 """
@@ -21,17 +21,17 @@ from transformer.models.gpt import GPT
 from transformer.types import Float
 
 MAX_BYTES = 2 << 30
-"""The most memory that weights may need unless a caller allows more."""
+"""The default limit of the memory that weights may need."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
-    """Attention weights with names on them. In a notebook it shows itself.
+    """Attention weights with labels. In a notebook, the object shows itself as a page.
 
     Rows are queries and columns are keys: the same tokens in self-attention; words of two languages in a translator.
 
     Raises:
-        ValueError: weights of another shape than the names say.
+        ValueError: weights whose shape does not match the labels.
     """
 
     rows: tuple[str, ...]
@@ -67,8 +67,8 @@ class AttentionMaps:
 
 
 def bytes_needed(num_layers: int, num_heads: int, num_queries: int, num_keys: int) -> int:
-    """Memory that capturing takes beside the model: each layer's weights in float32 as they come and once more gathered,
-    and the softmax of one layer on its way.
+    """Memory that capturing needs in addition to the model: each layer's weights in float32, both as they are computed and
+    gathered, and the softmax of one layer in progress.
     """
     return 4 * num_queries * num_keys * num_heads * (2 * num_layers + 4)
 
@@ -83,17 +83,17 @@ def attention_maps(
     title: str = "Attention",
     max_bytes: int = MAX_BYTES,
 ) -> AttentionMaps:
-    """Run the model over one text and keep the weights of the chosen layers and heads; for the others none are made.
+    """Run the model over one text and keep the weights of the chosen layers and heads; none are created for the others.
 
     Args:
         tokens: the text's token ids.
-        labels: what to call each token; its id by default.
-        layers, heads: from 0; all of them by default, but of the layers only those whose weights are distributions.
+        labels: the name of each token; its id by default.
+        layers, heads: from 0; by default all heads, and all layers whose weights are distributions.
         max_bytes: the most memory that the weights may need.
 
     Raises:
-        UserError: a layer or head that does not exist, a layer whose weights are no distributions, no tokens, or weights beyond
-            `max_bytes`: nothing is computed then.
+        UserError: a layer or head that does not exist, a layer whose weights are not distributions, no tokens, or weights
+            beyond `max_bytes`: nothing is computed then.
         ValueError: more or fewer labels than tokens.
     """
     c = model.config
@@ -124,21 +124,21 @@ def choose_layers(name: str, layers: Sequence[int] | None, config: StackConfig) 
     """The layers that can be shown: those asked for, or all whose weights are distributions.
 
     Args:
-        name: what the layers are called where they cannot be.
+        name: what the layers are called in error messages.
 
     Raises:
-        UserError: a layer that does not exist, or whose weights are no distributions; or no layer's are.
+        UserError: a layer that does not exist, or whose weights are not distributions; or no layer's are.
     """
     mixers = config.mixers()
     shown = [layer for layer, mixer in enumerate(mixers) if mixer.has_distributions]
     if not shown:
         kinds = " and ".join(dict.fromkeys(mixer.kind for mixer in mixers))
-        raise UserError(f"this model cannot be shown: weights of {kinds} attention are no distributions")
+        raise UserError(f"this model cannot be shown: weights of {kinds} attention are not distributions")
     chosen = choose(name, shown if layers is None else layers, config.num_layers)
     for layer in chosen:
         if layer not in shown:
             raise UserError(
-                f"{name}s: got {layer}; weights of {mixers[layer].kind} attention are no distributions; allowed: "
+                f"{name}s: got {layer}; weights of {mixers[layer].kind} attention are not distributions; allowed: "
                 f"{', '.join(map(str, shown))}"
             )
     return chosen
@@ -156,7 +156,7 @@ def heads_of(config: StackConfig, layers: Sequence[int]) -> int:
 
 
 def choose(what: str, wanted: Sequence[int] | None, number: int) -> tuple[int, ...]:
-    """The layers or heads that are wanted, each once, in order. Raises `UserError` for none, or one that does not exist."""
+    """The requested layers or heads, each once, in order. Raises `UserError` for none, or one that does not exist."""
     chosen = tuple(range(number)) if wanted is None else tuple(sorted(set(wanted)))
     wrong = [index for index in chosen if not 0 <= index < number]
     if wrong or not chosen:
@@ -166,7 +166,7 @@ def choose(what: str, wanted: Sequence[int] | None, number: int) -> tuple[int, .
 
 
 def check_memory(num_layers: int, num_heads: int, num_queries: int, num_keys: int, max_bytes: int = MAX_BYTES) -> None:
-    """Raise a `UserError` that says what would fit when the weights need more than `max_bytes`."""
+    """Raise a `UserError` that reports what would fit if the weights need more than `max_bytes`."""
     needed = bytes_needed(num_layers, num_heads, num_queries, num_keys)
     if needed <= max_bytes:
         return
@@ -190,7 +190,7 @@ def check_memory(num_layers: int, num_heads: int, num_queries: int, num_keys: in
 
 
 def readable(count: int) -> str:
-    """A number of bytes for people."""
+    """A number of bytes in a readable unit."""
     for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if count >= 1 << power:
             return f"{count / (1 << power):.1f} {unit}"

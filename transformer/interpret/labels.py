@@ -1,4 +1,4 @@
-"""Tokens as short labels in which everything can be seen: spaces, line ends, control and invisible characters."""
+"""Tokens as short labels in which everything is visible: spaces, line ends, control and invisible characters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def visible(token: str) -> str:
-    """A label for one token: one line, nothing invisible in it, nothing that turns the direction of what follows.
+    """A label for one token: one line, without invisible characters or any that reverse the direction of what follows.
 
     >>> visible(" the"), visible("\\n"), visible("\\u202e"), visible("")
     ('␣the', '↵', '‹U+202E›', '∅')
@@ -18,7 +18,7 @@ def visible(token: str) -> str:
     if not token:
         return "∅"
     alone = not token.strip(_JOINERS)
-    # An accent without its letter gets the usual circle to stand on.
+    # An accent without its letter gets the usual circle as its base.
     ground = "\u25cc" if unicodedata.category(token[0]).startswith("M") else ""
     return ground + "".join(
         character if character in _JOINERS and not alone else _visible(character) for character in token
@@ -33,5 +33,5 @@ def _visible(character: str) -> str:
 
 
 def code_point(character: str) -> str:
-    """What stands for a character that cannot be shown: ‹U+202E›."""
+    """The label of a character that cannot be shown: ‹U+202E›."""
     return f"‹U+{ord(character):04X}›"

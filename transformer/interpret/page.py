@@ -3,8 +3,8 @@
 L layers, N query heads, T query position, S key position.
 
 The file is `page.html` with `page.css`, `page.js` and the data written into it. Text from outside reaches the page as
-JSON without a `<` in it, and from there the screen as text; and a policy in the page lets no script run but `page.js`, and
-nothing be loaded.
+JSON without a `<` in it, and is displayed as text; a policy in the page allows only `page.js` to run, and
+nothing to be loaded.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def page(maps: AttentionMaps) -> str:
     """The whole file.
 
     Raises:
-        ValueError: weights that are no numbers from 0 to 1.
+        ValueError: weights that are not numbers from 0 to 1.
     """
     files = importlib.resources.files("transformer.interpret")
     template, style, script = (files.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
-    # All placeholders at once, so that none in the data means anything.
+    # All placeholders at once, so that none in the data is substituted.
     return string.Template(template).substitute(
         title=html.escape(visible_line(maps.title)),
         policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; form-action 'none'",
@@ -49,7 +49,7 @@ def page(maps: AttentionMaps) -> str:
 
 
 def frame(maps: AttentionMaps, height: int = 720) -> str:
-    """The page inside another one, such as a notebook, of which it sees and touches nothing."""
+    """The page inside another one, such as a notebook, which it cannot read or change."""
     return (
         f'<iframe title="{html.escape(visible_line(maps.title))}" sandbox="allow-scripts" srcdoc="{html.escape(page(maps))}" '
         f'style="width: 100%; height: {height}px; border: 0"></iframe>'
@@ -57,7 +57,7 @@ def frame(maps: AttentionMaps, height: int = 720) -> str:
 
 
 def data(maps: AttentionMaps) -> dict[str, Any]:
-    """What `page.js` reads."""
+    """The data that `page.js` reads."""
     weights_LNTS = maps.weights_LNTS
     return {
         "rows": list(map(visible, maps.rows)),
@@ -73,7 +73,7 @@ def data(maps: AttentionMaps) -> dict[str, Any]:
 
 
 def _rollout(maps: AttentionMaps) -> Float[np.ndarray, "l T S"]:
-    """Through the layers from the first on, as far as they were captured without a gap; through none of two texts."""
+    """Rollout through the layers from the first on, up to the first one that was not captured; through none for two texts."""
     known = [index for index, layer in enumerate(maps.layers) if index == layer] if maps.same_tokens else []
     if not known:
         return maps.weights_LNTS[:0, 0] if maps.heads else np.zeros((0, len(maps.rows), len(maps.columns)), np.float32)
@@ -86,7 +86,7 @@ def encode(weights_TS: Float[np.ndarray, "T S"]) -> str:
     Code 0 is the weight 0; code c from 1 to 65,535 is 2^(OCTAVES · (c - 65535) / 65534).
 
     Raises:
-        ValueError: weights that are no numbers from 0 to 1.
+        ValueError: weights that are not numbers from 0 to 1.
     """
     weights = np.asarray(weights_TS, np.float64)
     # A softmax in float32 may end a little above 1.
@@ -106,12 +106,12 @@ def decode(text: str, num_rows: int, num_columns: int) -> Float[np.ndarray, "T S
 
 
 def visible_line(text: str) -> str:
-    """A title: plain spaces stay, all else is as in `visible`."""
+    """A title: plain spaces stay, everything else is as in `visible`."""
     return visible(text.strip() or "Attention").replace(visible(" "), " ")
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the element it stands in, nor open another."""
+    """JSON that can neither end the element it is in, nor open another."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

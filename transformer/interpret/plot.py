@@ -2,7 +2,7 @@
 
 L layers, N query heads, T query position, S key position.
 
-matplotlib is imported here, when a picture is asked for, and by nothing else of the library.
+matplotlib is imported only when a picture is requested, and only by this module.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def thinned(count: int, most: int = MAX_LABELS) -> range:
 
 
 def _image(axes: Axes, weights_TS: Float[np.ndarray, "T S"], **options: Any) -> AxesImage:
-    """Colours go with the square root, so that faint weights are seen beside strong ones."""
+    """The colour scale is the square root of the weight, so that faint weights are visible next to strong ones."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     top = max(float(weights_TS.max()), 1e-9)
@@ -111,12 +111,12 @@ def _name(axis: Any, tokens: Sequence[str], **text: Any) -> None:
     if shown.step > 1:
         labels = [f"{label}  {position}" for label, position in zip(labels, shown, strict=True)]
     families, labels = drawable(labels)
-    # A dollar sign is a dollar sign, no mathematics.
+    # A dollar sign is a plain character, not the start of mathematics.
     axis.set_ticks(shown, labels, fontsize=8, family=families, parse_math=False, **text)
 
 
 def drawable(labels: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The fonts that together hold the labels' letters, and the labels with what no font here holds as ‹U+1F600›."""
+    """The fonts that together cover the labels' letters, and the labels, with what no font covers written as ‹U+1F600›."""
     files = _fonts()
     families, have = ["DejaVu Sans"], _letters(files["DejaVu Sans"])
     missing = {letter for label in labels for letter in label} - have

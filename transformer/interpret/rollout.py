@@ -1,4 +1,4 @@
-"""What attention weights add up to: rollout through the layers, and a head's entropy and distance.
+"""Summaries of attention weights: rollout through the layers, and a head's entropy and distance.
 
 L layers, N query heads, T query position, S key position.
 
@@ -38,7 +38,7 @@ def rollout(weights_LNTT: Float[np.ndarray, "L N T T"], residual: float = 0.5) -
 def entropy(weights: Float[np.ndarray, "*heads T S"]) -> Float[np.ndarray, "*heads"]:
     """Entropy of a query's distribution over the keys in bits, averaged over the queries that see anything.
 
-    0: one key gets everything; log2(S): all get the same. Of a causal head even the most even one stays below, since its
+    0: one key gets everything; log2(S): all get the same. Even a uniform causal head stays below that, since its
     first queries see few keys.
     """
     logs = np.log2(weights, out=np.zeros_like(weights), where=weights > 0)

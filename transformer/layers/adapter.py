@@ -1,6 +1,6 @@
-"""Low-rank adapters: what fine-tuning adds to linear maps that stay as they are (LoRA, DoRA).
+"""Low-rank adapters (LoRA, DoRA): what fine-tuning adds to linear layers whose own parameters stay fixed.
 
-I inputs of a map, O outputs of it, r rank of the adapter.
+I inputs of a layer, O outputs of it, r rank of the adapter.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ _FIRST_NUMBER = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Low-rank adapters of the blocks' linear maps, which are trained in the place of the maps themselves."""
+    """Low-rank adapters of the blocks' linear layers, which are trained instead of the layers' own parameters."""
 
     kind: Literal["lora", "dora"] = "lora"
-    """lora: a product of two thin matrices is added to each kernel (Hu et al. 2021); dora: and each output feature has a
-    learned length (Liu et al. 2024)."""
+    """lora: a product of two low-rank matrices is added to each kernel (Hu et al. 2021); dora: in addition, each output feature
+    has a learned norm (Liu et al. 2024)."""
     rank: int = 8
-    """Width of the thin matrices."""
+    """Rank of the product: the width of the two matrices."""
     alpha: float = 16.0
     """The product is multiplied by alpha / rank."""
     rank_stabilized: bool = False
-    """Multiply by alpha / sqrt(rank) in its place, which suits high ranks (Kalajdzievski 2023)."""
+    """Multiply by alpha / sqrt(rank) instead, which suits high ranks (Kalajdzievski 2023)."""
     dropout: float = 0.0
-    """Drop rate of what the adapters read."""
+    """Drop rate of the adapters' inputs."""
     targets: tuple[str, ...] | None = None
-    """Names of the maps that are adapted, such as query, key, value, out, up, gate and down; null: all in the blocks, but not
-    a mixture's router."""
+    """Names of the linear layers that are adapted, such as query, key, value, out, up, gate and down; null: all in the blocks
+    except a mixture's router."""
     train_also: tuple[str, ...] | None = None
-    """Parameters that are trained beside the adapters: patterns of their paths, such as pooled_head.*; null: those of a head
-    over classes."""
+    """Parameters that are trained in addition to the adapters, as patterns of their paths, such as pooled_head.*; null: those of
+    a head over classes."""
 
     def __post_init__(self) -> None:
         require(self, "rank", self.rank >= 1, "allowed: 1 or more")
@@ -56,21 +56,21 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of the two matrices is multiplied by."""
+        """The factor of the product of the two matrices."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
 class Adapter(nnx.Module):
-    """Makes a linear map's kernel W + scale · A · B; with a length m of each output feature, m (W + scale · A · B) / ‖W + scale
-    · A · B‖, the norm over the inputs.
+    """Gives a linear layer the kernel W + scale · A · B, or, with a learned norm m of each output feature,
+    m (W + scale · A · B) / ‖W + scale · A · B‖, with the norm over the inputs.
 
     Hu et al. 2021, equation 3; Liu et al. 2024, equation 5, whose norm is a constant for the gradient (section 4.3). W gets no
-    gradient unless it is asked for. At first B is zero and m the norm of W: the map is what it was.
+    gradient unless asked for. At first B is zero and m is the norm of W, so the layer computes the same as before.
 
     Args:
         kernel: W, of one layer or of stacked ones.
-        num_in: how many of its dims are inputs.
-        number: of this adapter in its block, from which its dropout draws a key of its own.
+        num_in: number of its dims that are inputs.
+        number: the index of this adapter in its block, from which its dropout derives its own key.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class Adapter(nnx.Module):
         bias_O: Float[Array, " O"] | None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*dims O"]:
-        """What the layer gives with the adapter, of one layer. Computed in x's type, from a kernel in the parameters' own; a
-        key turns dropout on."""
+        """The layer's output with the adapter, for one layer. Computed in x's type, from a kernel in the parameters' type; a
+        key enables dropout."""
         given = (
             x if key is None else dropout(x, self.dropout_rate, jax.random.fold_in(key, _FIRST_NUMBER + self.number))
         )
@@ -123,17 +123,17 @@ class Adapter(nnx.Module):
             y = _spread(gain_O, x.ndim) * (own + added)
             if given is x:
                 return y if bias_O is None else y + _spread(bias_O, x.ndim)
-            # What the length changes is of what the adapter reads, as in PEFT.
+            # The rescaling to the learned norm uses the input after dropout; the kernel's own output uses x, as in PEFT.
             return y + dense(x, cast_IO, bias_O) - own
 
     def merged(self, kernel: Float[Array, ...]) -> Float[Array, ...]:
-        """The kernel of a plain map that gives what this one does with its adapter."""
+        """The kernel of a plain layer that computes the same as this one with its adapter."""
         matrices = {"lora_a": self.lora_a, "lora_b": self.lora_b, "magnitude": self.magnitude}
         return merged_kernel(kernel, {name: m[...] for name, m in matrices.items() if m is not None}, self.scale)
 
 
 def merged_kernel(kernel: Array, adapter: dict[str, Array], scale: float) -> Array:
-    """The kernel of a plain map that gives what an adapted one does, of one layer or of stacked ones.
+    """The kernel of a plain layer that computes the same as an adapted one, for one layer or for stacked ones.
 
     Args:
         kernel: [*layers, *in, *out].
@@ -146,12 +146,12 @@ def merged_kernel(kernel: Array, adapter: dict[str, Array], scale: float) -> Arr
 
 
 def lengths(kernel: Array, lora_a: Array, lora_b: Array) -> Array:
-    """The norm of each output feature of a kernel alone [*layers, *out]; the adapter's matrices tell its dims."""
+    """The norm of each output feature of a kernel alone [*layers, *out]; the shapes of the adapter's matrices define its dims."""
     return _norms(_total(kernel, lora_a, lora_b, 0.0)).reshape(*_lead(kernel, lora_a, lora_b), *_out(kernel, lora_a))
 
 
 def merged(params: nnx.State, scale: float) -> nnx.State:
-    """The parameters of the plain model that gives what an adapted one does.
+    """The parameters of the plain model that computes the same as an adapted one.
 
     Args:
         scale: the adapters' (`AdapterConfig.scale`).
@@ -165,14 +165,14 @@ def merged(params: nnx.State, scale: float) -> nnx.State:
 
 
 def make_merge_fn(config: AdapterConfig | None) -> Callable[[nnx.State], nnx.State]:
-    """From a model's parameters to those of the plain model, compiled; without adapters they are what they are."""
+    """A compiled function from a model's parameters to those of the plain model; without adapters it changes nothing."""
     if config is None:
         return lambda params: params
     return jax.jit(functools.partial(merged, scale=config.scale))
 
 
 def reset_dora_magnitudes(params: nnx.State) -> nnx.State:
-    """`params` where lengths (DoRA) are those of the kernels, which have come from elsewhere since the adapters were made."""
+    """`params` with DoRA's norms set to those of the kernels, which were loaded after the adapters were made."""
     flat, adapters = _apart(params)
     fresh = {}
     for place, adapter in adapters.items():
@@ -192,7 +192,7 @@ def is_adapter(path: tuple[Any, ...]) -> bool:
 def _apart(
     params: nnx.State,
 ) -> tuple[dict[tuple[Any, ...], nnx.Variable], dict[tuple[Any, ...], dict[str, nnx.Variable]]]:
-    """Parameters of the plain model by path, and those of each adapter by the path of its map."""
+    """Parameters of the plain model by path, and those of each adapter by the path of its layer."""
     flat: dict[tuple[Any, ...], nnx.Variable] = {}
     adapters: dict[tuple[Any, ...], dict[str, nnx.Variable]] = {}
     for path, leaf in nnx.to_flat_state(params):
@@ -212,7 +212,7 @@ def _total(kernel: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:
 
 
 def _lead(kernel: Array, lora_a: Array, lora_b: Array) -> tuple[int, ...]:
-    """Dims of a kernel that are neither inputs nor outputs: the layers'."""
+    """Dims of a kernel that are neither inputs nor outputs: those of stacked layers."""
     return kernel.shape[: lora_a.ndim + lora_b.ndim - 2 - kernel.ndim]
 
 
@@ -221,7 +221,7 @@ def _out(kernel: Array, lora_a: Array) -> tuple[int, ...]:
 
 
 def _norms(matrices: Array) -> Array:
-    """Of each column: [..., I, O] → [..., O]."""
+    """The norm of each column: [..., I, O] → [..., O]."""
     return jnp.sqrt(jnp.square(matrices).sum(-2))
 
 

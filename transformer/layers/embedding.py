@@ -25,8 +25,8 @@ def embed_lookup(
 ) -> Float[Array, "*dims D"]:
     """The row of the table for each token, in `dtype` (by default the table's).
 
-    Rows are cast after the lookup, so that gradients of a token that occurs often add up in the table's type. A token
-    outside the table gives a row of NaN: a wrong vocabulary is not to train quietly.
+    Rows are cast after the lookup, so that gradients of a frequent token add up in the table's type. A token
+    outside the table gives a row of NaN, so that training with a wrong vocabulary fails visibly.
     """
     return jnp.take(table_VD, tokens, axis=0, mode="fill").astype(dtype or table_VD.dtype)
 
@@ -49,7 +49,7 @@ def embed_attend(
 
 
 class Embedding(nnx.Module):
-    """A table of `vocab_size` rows, for looking up tokens and, tied, for scoring them.
+    """A table of `vocab_size` rows, to look up tokens and, if tied, to score them.
 
     Args:
         axes: the logical names of the table's two dims.
@@ -83,7 +83,7 @@ class Embedding(nnx.Module):
             return embed_attend(x, self._whole_rows(), dtype=self.dtype)
 
     def _whole_rows(self) -> Float[Array, "V D"]:
-        """The table with its rows in one piece: where they are sharded, they are gathered here, once, and their gradient
+        """The table with whole rows: if they are sharded, they are gathered here, once, and their gradient
         is scattered; otherwise the partitioner might shard activations by features instead, and move those."""
         return constrain(self.table[...], self.vocab_axis, None)
 

@@ -27,7 +27,7 @@ _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 def gelu_tanh(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
     """GELU by its tanh approximation (Hendrycks & Gimpel 2016, section 2).
 
-    Saves its input alone and computes one tanh again backwards; automatic differentiation saves four arrays as large.
+    Saves only its input and recomputes one tanh in the backward pass; automatic differentiation saves four arrays of that size.
     """
     return with_backward(_gelu_forward, _gelu_backward, x)
 
@@ -64,7 +64,7 @@ class DenseConfig(Config):
     dim: int | None = None
     """Width of the hidden layer. null: 4 embed_dim, or 8/3 embed_dim (rounded up to a multiple of 64) when gated."""
     activation: Activation = "gelu"
-    """geglu, geglu_exact and swiglu are gated. gelu and geglu have the tanh approximation, as GPT-2."""
+    """geglu, geglu_exact and swiglu are gated. gelu and geglu use the tanh approximation, as in GPT-2."""
     bias: bool = True
     """Biases in the linear layers."""
 
@@ -77,19 +77,19 @@ class DenseConfig(Config):
         return mlp_width(self.dim, self.activation, embed_dim)
 
     def flops(self, embed_dim: int) -> float:
-        """Of one token: a multiply-add counts as two."""
+        """FLOPs of one token; a multiply-add counts as two."""
         return 2.0 * num_matrices(self.activation) * embed_dim * self.width(embed_dim)
 
 
 def mlp_width(dim: int | None, activation: str, embed_dim: int) -> int:
-    """The width of a hidden layer, its default filled in."""
+    """The width of a hidden layer, with its default filled in."""
     if dim is not None:
         return dim
     return -(-8 * embed_dim // (3 * 64)) * 64 if ACTIVATIONS[activation][1] else 4 * embed_dim
 
 
 def num_matrices(activation: str) -> int:
-    """Of a feed-forward network: three when gated, else two."""
+    """Number of matrices of a feed-forward network: three if gated, else two."""
     return 3 if ACTIVATIONS[activation][1] else 2
 
 
@@ -100,7 +100,7 @@ class FeedForward(nnx.Module):
 
     Args:
         activation: a name of `ACTIVATIONS`.
-        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+        kernel_init, out_init: initialisers of the input projections, and of the output projection to the residual stream.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class FeedForward(nnx.Module):
         )  # fmt: skip
 
     def __call__(self, x_BTD: Float[Array, "B T D"], adapter_key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
-        """Each position on its own, [B, T, D] → [B, T, D]; a key turns the dropout of adapters on."""
+        """Each position separately, [B, T, D] → [B, T, D]; a key enables the dropout of adapters."""
         function, _ = ACTIVATIONS[self.activation]
         with jax.named_scope("feed_forward"):
             up = constrain(self.up(x_BTD, adapter_key), "batch", "seq", "mlp")

@@ -1,4 +1,4 @@
-"""A linear map between tensors of named dims, and dropout.
+"""A linear layer between tensors of named dims, and dropout.
 
 B batch, T position, D embed, N heads, H head_dim, F mlp.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformer.layers.adapter import Adapter
 
 DEFAULT_INIT = nnx.initializers.normal(0.02)
-"""Of kernels, where nothing else is given (Radford et al. 2019)."""
+"""The initialiser of kernels, if none is given (Radford et al. 2019)."""
 
 
 def dense(
@@ -36,12 +36,12 @@ def dense(
 ) -> Float[Array, "*dims O"]:
     """x · kernel + bias over the last dim.
 
-    The gradient is the automatic one, in another order of operands: see `_dense_backward`. Under a wider `out_dtype` the backward
-    pass takes the output's gradient in x's type, so that its products are narrow ones too.
+    The gradient is the automatic one, with another order of operands: see `_dense_backward`. With a wider `out_dtype` the
+    backward pass takes the output's gradient in x's type, so that its products are in the narrow type too.
 
     Args:
         out_dtype: the type of the output, and of the bias; x's by default.
-        is_exact: products of float32 keep all bits (`transformer.precision`), the gradient's too.
+        is_exact: products of float32 at full precision (`transformer.precision`), also in the gradient.
     """
     precision = exact(x, kernel_IO) if is_exact else None
     forward = functools.partial(_dense_forward, out_dtype=out_dtype, precision=precision)
@@ -66,8 +66,8 @@ def _dense_backward(
     dbias = None if bias_O is None else dy.sum(leading, dtype=wide(x.dtype)).astype(bias_O.dtype)
     dy = dy.astype(x.dtype)
     dx = jax.lax.dot_general(dy, kernel_IO, (((dy.ndim - 1,), (1,)), ((), ())), precision=precision)
-    # XLA:CPU turns the first operand round before it multiplies, so the narrower one comes first; in bfloat16 it has no
-    # product that it could turn round itself.
+    # XLA:CPU transposes the first operand before it multiplies, so the narrower one comes first. This does not apply to
+    # bfloat16, for which it has no such product.
     contract = functools.partial(
         jax.lax.dot_general, dimension_numbers=((leading, leading), ((), ())), precision=precision
     )
@@ -79,14 +79,14 @@ def _dense_backward(
 
 
 class Linear(nnx.Module):
-    """An affine map from dims `in_shape` to dims `out_shape`.
+    """A linear layer, with an optional bias, from dims `in_shape` to dims `out_shape`.
 
     Args:
         in_shape, out_shape: for example (D,) and (N, H) for a projection into heads, or (N, H) and (D,) out of them.
         axes: the logical name of each dim of the kernel, `in_shape` first; None for a dim that is never sharded.
-        kernel_init: called on the kernel as a matrix, so that fans are counted right.
+        kernel_init: called on the kernel as a matrix, so that fan-in and fan-out are computed correctly.
         dtype: the type to compute in; parameters are kept in `param_dtype`.
-        is_exact: as of `dense`.
+        is_exact: as for `dense`.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class Linear(nnx.Module):
         self.adapter: Adapter | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, ...], adapter_key: PRNGKeyArray | None = None) -> Float[Array, ...]:
-        """[..., *in_shape] → [..., *out_shape] in `dtype`; a key turns the dropout of an adapter on."""
+        """[..., *in_shape] → [..., *out_shape] in `dtype`; a key enables the dropout of an adapter."""
         return self._mapped(x, adapter_key=adapter_key)
 
     def logits(self, x: Float[Array, ...]) -> Float[Array, ...]:
-        """As a call, of operands in `dtype`, but accumulated and returned in float32 (float64 for float64): scores that a softmax
-        takes are not rounded first."""
+        """As a call, with operands in `dtype`, but accumulated and returned in float32 (float64 for float64): scores are not
+        rounded before a softmax."""
         return self._mapped(x, wide(self.dtype))
 
     def _mapped(self, x: Array, out_dtype: DTypeLike | None = None, adapter_key: PRNGKeyArray | None = None) -> Array:
@@ -139,7 +139,7 @@ class Linear(nnx.Module):
         return y.reshape(*y.shape[:-1], *kernel.shape[self.num_in :])
 
     def plain(self) -> Linear:
-        """The same map without an adapter: with one kernel that gives what both do."""
+        """The same layer without an adapter: its one kernel includes the adapter's product."""
         if self.adapter is None:
             return self
         linear = jax.tree.map(lambda leaf: leaf, self)
@@ -149,7 +149,7 @@ class Linear(nnx.Module):
 
 
 def join(maps: Sequence[Linear]) -> Linear:
-    """One map that gives what `maps` give, side by side along the first output dim: one product in place of several."""
+    """One layer whose outputs are those of `maps`, concatenated along the first output dim: one product instead of several."""
     maps = [linear.plain() for linear in maps]
     first = maps[0]
     joined = nnx.merge(*nnx.split(first))
@@ -171,10 +171,10 @@ def dropout(x: Float[Array, ...], rate: float, key: PRNGKeyArray | None) -> Floa
 
 
 def dropout_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> tuple[Bool[Array, ...], float]:
-    """Which elements dropout leaves, each with probability 1 - rate, and what it multiplies them by.
+    """Which elements dropout keeps, each with probability 1 - rate, and the factor that they are multiplied by.
 
-    From 16 random bits an element, half of what a uniform number takes; the rate is rounded to a multiple of 2⁻¹⁶, and the
-    factor belongs to the rounded one.
+    Uses 16 random bits per element, half of what a uniform number needs; the rate is rounded to a multiple of 2⁻¹⁶, and the
+    factor matches the rounded rate.
     """
     dropped = min(round(rate * 2**16), 2**16 - 1)
     return jax.random.bits(key, shape, jnp.uint16) >= dropped, 2**16 / (2**16 - dropped)

@@ -1,6 +1,6 @@
-"""A mixture of experts: many feed-forward networks, of which each token goes to a few.
+"""A mixture of experts: many feed-forward networks, a few of which process each token.
 
-B batch, T position, D embed, F mlp, E experts, C room of an expert in a row, S = E C slots, k experts a token.
+B batch, T position, D embed, F mlp, E experts, C capacity of an expert in a row, S = E C slots, k experts per token.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig(Config):
-    """A mixture of experts: several feed-forward networks, of which each token goes to a few."""
+    """A mixture of experts: several feed-forward networks, a few of which process each token."""
 
     kind: Literal["experts"] = "experts"
     """A router sends each token to a few of several networks."""
     num_experts: int = 8
     """Number of networks in a block."""
     experts_per_token: int = 1
-    """How many of them a token goes to: 1 in the Switch Transformer, 2 in Mixtral."""
+    """Number of experts that each token goes to: 1 in the Switch Transformer, 2 in Mixtral."""
     capacity_factor: float | None = None
-    """Tokens that an expert takes, as a multiple of an even share; overflow tokens skip it. null: dropless."""
+    """Tokens that an expert takes, as a multiple of an even share; tokens beyond that skip it. null: no limit (dropless)."""
     dim: int | None = None
-    """Width of each network's hidden layer. null: as of a dense one."""
+    """Width of each network's hidden layer. null: same as in a dense one."""
     activation: Activation = "gelu"
-    """geglu, geglu_exact and swiglu are gated. gelu and geglu have the tanh approximation, as GPT-2."""
+    """geglu, geglu_exact and swiglu are gated. gelu and geglu use the tanh approximation, as in GPT-2."""
     balance_loss: float = 0.01
-    """Weight of the loss that spreads tokens evenly over the experts."""
+    """Weight of the load-balancing loss, which spreads tokens evenly over the experts."""
     router_z_loss: float = 0.001
     """Weight of the loss that keeps the router's logits small."""
 
@@ -61,7 +61,7 @@ class ExpertsConfig(Config):
         return mlp_width(self.dim, self.activation, embed_dim)
 
     def flops(self, embed_dim: int) -> float:
-        """Of one token, in the experts that it goes to and the router: a multiply-add counts as two."""
+        """FLOPs of one token, in its experts and the router; a multiply-add counts as two."""
         one = 2.0 * num_matrices(self.activation) * embed_dim * self.width(embed_dim)
         return self.experts_per_token * one + 2 * embed_dim * self.num_experts
 
@@ -69,11 +69,11 @@ class ExpertsConfig(Config):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterLosses:
-    """What a router is trained by beside the model's loss, means over tokens; a stack adds a leading layers axis."""
+    """The losses of a router in addition to the model's, as means over tokens; a stack adds a leading layers axis."""
 
     balance: Float[Array, "*L"]
-    """E Σ_e f_e P_e with f the share of tokens that go to an expert and P the router's mean probability (Fedus et al. 2021,
-    equation 4): 1 when even."""
+    """E Σ_e f_e P_e with f the fraction of tokens that go to an expert and P the router's mean probability (Fedus et al. 2021,
+    equation 4): 1 if even."""
     z: Float[Array, "*L"]
     """log² Σ_e exp(logit_e) (Zoph et al. 2022, equation 5)."""
 
@@ -81,17 +81,17 @@ class RouterLosses:
 def route(
     logits_BTE: Float[Array, "B T E"], valid_BT: Bool[Array, "B T"], room_B: Int[Array, " B"], *, experts_per_token: int
 ) -> tuple[Int[Array, "B T k"], Int[Array, "B T k"], Float[Array, "B T k"], RouterLosses]:
-    """Where each token goes: Switch (Fedus et al. 2021, section 2.1) for one expert a token, top-k (Shazeer et al. 2017) beyond.
+    """Route the tokens: Switch (Fedus et al. 2021, section 2.1) with one expert per token, top-k (Shazeer et al. 2017) with more.
 
-    Each row of the batch fills the experts' room by itself: every token's first choice before any second, and in the
-    row's order. Padding has no part in it.
+    Each row of the batch fills the experts' capacity separately: every token's first choice before any second, and in the
+    row's order. Padding takes no part.
 
     Args:
-        valid_BT: tokens that are no padding; only these take room and count in the losses.
-        room_B: tokens of each row that an expert takes.
+        valid_BT: tokens that are not padding; only these use capacity and count in the losses.
+        room_B: number of tokens of each row that an expert takes.
 
     Returns:
-        Each choice's expert; its place in the expert's room, -1 where it found none; and its weight: the router's
+        Each choice's expert; its place in the expert's capacity, -1 if there was none left; and its weight: the router's
         probability for one expert, normalised over the choices for several (Mixtral; Jiang et al. 2024); and the losses.
     """
     num_experts = logits_BTE.shape[-1]
@@ -102,7 +102,7 @@ def route(
     B, T, k = experts_BTk.shape
     chosen_BTkE = jax.nn.one_hot(experts_BTk, num_experts, dtype=jnp.int32)
     chosen_BTkE = jnp.where(valid_BT[..., None, None], chosen_BTkE, 0)
-    # Choice by choice, then token by token: who comes before in this order comes before in the room.
+    # Choice by choice, then token by token: the earlier entry in this order gets the earlier place.
     in_order = chosen_BTkE.swapaxes(1, 2).reshape(B, k * T, num_experts)
     places = ((jnp.cumsum(in_order, axis=1) - in_order) * in_order).sum(-1)
     places_BTk = places.reshape(B, k, T).swapaxes(1, 2)
@@ -128,7 +128,7 @@ class Slots:
 
     @staticmethod
     def of(experts_BTk: Int[Array, "B T k"], places_BTk: Int[Array, "B T k"], num_experts: int, room: int) -> Slots:
-        """From each choice's expert and its place in the expert's room, -1 where it has none."""
+        """From each choice's expert and its place in the expert's capacity, -1 where it has none."""
         B, T, k = experts_BTk.shape
         size = num_experts * room
         slots_BTk = jnp.where(places_BTk < 0, size, experts_BTk * room + places_BTk)
@@ -140,7 +140,7 @@ class Slots:
 
     @property
     def size(self) -> int:
-        """S: slots of all experts in a row."""
+        """S: number of slots of all experts in a row."""
         return self.choice_BS.shape[1]
 
 
@@ -186,19 +186,19 @@ def _of_choices(x_BSD: Array, slots: Slots) -> Array:
 
 
 def _rows(x_BND: Array, index_BM: Array) -> Array:
-    """Of each row of the batch the vectors at these places; zeros for a place beyond the last."""
+    """For each row of the batch, the vectors at these places; zeros for a place after the last."""
     return jnp.take_along_axis(x_BND, index_BM[..., None], axis=1, mode="fill", fill_value=0)
 
 
 class MixtureOfExperts(nnx.Module):
-    """Feed-forward networks side by side, along the logical axis `expert`, and a router.
+    """Feed-forward networks in parallel, along the logical axis `expert`, and a router.
 
     Args:
-        experts_per_token: how many of them a token goes to.
-        capacity: room of an expert as a multiple of an even share of a row's tokens, padding not counted; a token beyond it
-            passes the expert by, and with it what the expert would have added. None: room for all, which is exact.
+        experts_per_token: number of experts that each token goes to.
+        capacity: tokens that an expert takes, as a multiple of an even share of a row's tokens, padding not counted; a token
+            beyond that skips the expert and gets no output from it. None: no limit, which is exact.
         activation: a name of `ACTIVATIONS`.
-        kernel_init, out_init: initialisers of the projections in, and of the one back to the residual stream.
+        kernel_init, out_init: initialisers of the input projections, and of the output projection to the residual stream.
     """
 
     def __init__(
@@ -218,14 +218,14 @@ class MixtureOfExperts(nnx.Module):
     ) -> None:
         self.num_experts, self.experts_per_token, self.capacity = num_experts, experts_per_token, capacity
         self.activation, self.dtype = activation, dtype
-        # Routing decides on small differences: in the parameters' type, whatever the experts compute in.
+        # Routing depends on small differences, so it uses the parameters' type, whatever type the experts compute in.
         self.router = Linear(
             (embed_dim,), (num_experts,), axes=("embed", "expert"), use_bias=False, kernel_init=kernel_init,
             dtype=param_dtype, param_dtype=param_dtype, is_exact=True, rngs=rngs,
         )  # fmt: skip
 
         def make(init: Callable[..., Array], shape: tuple[int, int], *axes: str) -> nnx.Param:
-            # Each expert is drawn by itself, so that an initialiser that looks at the fan sees one expert's.
+            # Each expert is initialised separately, so that an initialiser that uses the fan gets that of one expert.
             each = jax.vmap(functools.partial(init, shape=shape, dtype=param_dtype))
 
             def stacked(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -240,7 +240,7 @@ class MixtureOfExperts(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], RouterLosses]:
-        """What each token's experts make of it, weighted; zeros for padding and for a token that found no room."""
+        """The weighted outputs of each token's experts; zeros for padding and for a token that got no place."""
         B, T, _ = x_BTD.shape
         with jax.named_scope("mixture_of_experts"):
             valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
@@ -253,7 +253,7 @@ class MixtureOfExperts(nnx.Module):
             slots = Slots.of(experts_BTk, places_BTk, self.num_experts, room)
             given_BSD = given_to_experts(x_BTD.astype(self.dtype), slots)
             given_EBCD = given_BSD.reshape(B, self.num_experts, room, -1).swapaxes(0, 1)
-            # First where the tokens are, then where the experts are: between the two lies one all-to-all.
+            # Sharded first as the tokens are, then as the experts are: one all-to-all changes between the two.
             given_EBCD = constrain(given_EBCD, None, "batch", None, None)
             given_EBCD = constrain(given_EBCD, "expert", "batch", None, None)
             function, _ = ACTIVATIONS[self.activation]
@@ -269,7 +269,7 @@ class MixtureOfExperts(nnx.Module):
             return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), losses
 
     def rooms(self, num_tokens: int) -> Int[np.ndarray, " {num_tokens}+1"]:
-        """How many tokens an expert takes from a row of 0, 1, ... `num_tokens` tokens, padding not counted."""
+        """Number of tokens that an expert takes from a row of 0, 1, ... `num_tokens` tokens, padding not counted."""
         count = np.arange(num_tokens + 1)
         if self.capacity is None:
             return count.astype(np.int32)

@@ -1,9 +1,9 @@
-"""Layer norm and root-mean-square norm, each with a backward pass of its own.
+"""Layer norm and root-mean-square norm, each with a custom backward pass.
 
-D embed (the normalised dim, always the last); "..." is any number of leading dims, most often B batch and T position.
+D embed (the normalised dim, always the last); "..." is any number of leading dims, usually B batch and T position.
 
-Both are differentiated by hand: the backward pass keeps the input and one or two numbers a row, where automatic
-differentiation keeps more copies of the activation. On XLA:CPU a small GPT's training step needs less memory for it.
+Both have hand-written derivatives: the backward pass keeps the input and one or two numbers per row, where automatic
+differentiation keeps more copies of the activation. On XLA:CPU a small GPT's training step needs less memory with it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _layer_norm_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array |
     unit = (widen(x) - mean) * rstd
     dy = dy.astype(unit.dtype)
     dunit = dy * _row(scale, unit)
-    # The projections take out what moves the mean and what moves the variance: neither reaches the output.
+    # The projections remove what changes the mean or the variance: neither affects the output.
     dx = rstd * (dunit - dunit.mean(-1, keepdims=True) - unit * (dunit * unit).mean(-1, keepdims=True))
     dbias = None if bias is None else _column_sum(dy).astype(bias.dtype)
     return dx.astype(x.dtype), _column_sum(dy * unit).astype(scale.dtype), dbias
@@ -141,6 +141,6 @@ def _row(param: Array, like: Array) -> Array:
 
 
 def _column_sum(x: Array) -> Array:
-    """[..., D] → [D]. The leading dims are summed where they stand: flattening them first would make a partitioner
-    gather a batch and a sequence that are sharded apart."""
+    """[..., D] → [D]. The leading dims are summed in place: flattening them first would make a partitioner
+    gather a batch and a sequence that are sharded separately."""
     return x.sum(range(x.ndim - 1))

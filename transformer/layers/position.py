@@ -1,10 +1,10 @@
-"""Where a token stands: sinusoidal and rotary positions, and biases of attention by distance (ALiBi, T5's).
+"""Position of a token: sinusoidal and rotary positions, and attention biases by distance (ALiBi, T5).
 
-B batch, T query position, S key position, D embed, N heads, H head_dim, R distances told apart.
+B batch, T query position, S key position, D embed, N heads, H head_dim, R distances.
 
 Learned positions are an `Embedding` of the position. A bias by distance is added to attention's logits: `score_mod` computes
-it for a pair at a time, so that no array of T×S exists; `bias` is the same as an array. Both count places in the row, which
-a packed document does not change: tokens of one document are as far apart as before, and others are masked.
+it for a pair at a time, so that no T×S array is created; `bias` is the same as an array. Both count positions in the row, which
+packing does not change: tokens of one document are as far apart as before, and other documents are masked.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ ScoreMod = Callable[[Array, Array, Array, Array, Array], Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryScaling(Config):
-    """How rotary positions serve a context longer than the one that a model was trained at."""
+    """How rotary positions are extended to a context longer than the one that a model was trained with."""
 
     kind: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
-    """linear: every period longer by factor; ntk: the longer ones more; yarn, llama3: only those that turn seldom."""
+    """linear: every period is longer by factor; ntk: the longer ones more; yarn, llama3: only the longest ones."""
     factor: float = 1.0
-    """The new context over the old one."""
+    """Ratio of the new context to the original one."""
     original_length: int | None = None
-    """The context that the model was trained at, in tokens; yarn and llama3 need it."""
+    """Context that the model was trained with, in tokens; required by yarn and llama3."""
     slow_turns: float = 1.0
     """Features that turn fewer times than this in original_length get a period longer by factor (yarn, llama3)."""
     fast_turns: float | None = None
     """Features that turn more often than this keep their period (yarn, llama3); null: 32 for yarn, 4 for llama3."""
     attention_factor: float | None = None
-    """What yarn multiplies rotated queries and keys by; null: 0.1 ln(factor) + 1."""
+    """Factor of rotated queries and keys in yarn; null: 0.1 ln(factor) + 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +65,7 @@ class RotaryScaling(Config):
 
     @property
     def magnitude(self) -> float:
-        """What rotated queries and keys are multiplied by: √(1/t) of YaRN's attention temperature t (section 3.4)."""
+        """The factor of rotated queries and keys: √(1/t) of YaRN's attention temperature t (section 3.4)."""
         if self.kind != "yarn":
             return 1.0
         return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
@@ -76,7 +76,7 @@ NO_SCALING = RotaryScaling()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoPositionConfig(Config):
-    """Attention that knows positions from the embeddings or the mask alone."""
+    """No positions in attention: the model knows them only from the embeddings or the mask."""
 
     kind: Literal["none"] = "none"
     """No positions in attention."""
@@ -91,9 +91,9 @@ class RotaryConfig(Config):
     theta: float = 10_000.0
     """Base of the frequencies θ_i = theta^(-2i/d)."""
     fraction: float = 1.0
-    """Share of a head's features, from the first on, that are rotated (GPT-NeoX: 0.25)."""
+    """Fraction of a head's features, from the first on, that are rotated (GPT-NeoX: 0.25)."""
     scaling: RotaryScaling = NO_SCALING
-    """How the rotation is stretched to a longer context than the model was trained at."""
+    """How rotary positions are extended to a longer context than the model was trained with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +110,7 @@ class AlibiConfig(Config):
     """Attention with linear biases (Press et al. 2022)."""
 
     kind: Literal["alibi"] = "alibi"
-    """Each head's logits fall with the distance, at a fixed slope."""
+    """Each head's logits decrease linearly with the distance, at a fixed slope."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +118,9 @@ class RelativeConfig(Config):
     """A learned bias by distance, shared by the layers (Raffel et al. 2020, section 2.1)."""
 
     kind: Literal["relative"] = "relative"
-    """Each head's logits get a learned number for each range of distances."""
+    """A learned number for each range of distances is added to each head's logits."""
     num_buckets: int = 32
-    """Ranges of distances: half of them of a single distance, half that widen geometrically."""
+    """Number of ranges of distances: half of them hold a single distance each, the others widen geometrically."""
     max_distance: int = 128
     """From this distance on, in tokens, all distances share a bucket."""
 
@@ -138,7 +138,7 @@ PositionConfig = NoPositionConfig | RotaryConfig | AlibiConfig | RelativeConfig
 def token_positions(
     batch_size: int, num_tokens: int, start: int | Int[Array, " B"] = 0
 ) -> Int[Array, "{batch_size} {num_tokens}"]:
-    """`num_tokens` positions in each row, from `start` on, which each row may have its own of."""
+    """`num_tokens` positions in each row, from `start` on; an array gives each row its own start."""
     first = start if isinstance(start, int) else start[:, None]
     return jnp.broadcast_to(first + jnp.arange(num_tokens), (batch_size, num_tokens))
 
@@ -146,8 +146,8 @@ def token_positions(
 def sinusoidal(
     positions_BT: Int[Array, "B T"], dim: int, *, max_period: float = 10_000.0, in_halves: bool = False
 ) -> Float[Array, "B T D"]:
-    """Sines in the even features and cosines in the odd ones (Vaswani et al. 2017, section 3.5), [B, T, dim], float32; or, in
-    halves, all sines before all cosines."""
+    """Sines in the even features and cosines in the odd ones (Vaswani et al. 2017, section 3.5), [B, T, dim], float32; or, with
+    `in_halves`, all sines before all cosines."""
     angles = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(dim, max_period)
     waves = jnp.sin(angles), jnp.cos(angles)
     return jnp.concatenate(waves, axis=-1) if in_halves else jnp.stack(waves, axis=-1).reshape(*angles.shape[:-1], dim)
@@ -164,10 +164,10 @@ def rotary(
     """Rotate each pair (i, i + H/2) of features by an angle that grows with the position.
 
     Su et al. 2021, equation 34, with the pairs of GPT-NeoX: a head's first half with its second. The products of
-    rotated queries and keys depend on the distance of their positions alone. Angles in float32.
+    rotated queries and keys depend only on the distance of their positions. Angles are in float32.
 
     Args:
-        dim: rotate so many first features alone, as if a head had no others; None: all.
+        dim: rotate only the first `dim` features, as if a head had no others; None: all.
     """
     if dim is not None and dim < x_BTNH.shape[-1]:
         turned = rotary(x_BTNH[..., :dim], positions_BT, max_period=max_period, scaling=scaling)
@@ -185,16 +185,16 @@ def rotary(
 def rotary_frequencies(
     dim: int, max_period: float = 10_000.0, scaling: RotaryScaling = NO_SCALING
 ) -> Float[np.ndarray, " half"]:
-    """Radians that each pair of features turns from a position to the next, [dim/2] in float32.
+    """Radians by which each pair of features turns from one position to the next, [dim/2] in float32.
 
     θ_i = max_period^(-2i/dim), so that the periods run geometrically from 2π to 2π·max_period; with s = factor:
 
     - linear: θ_i / s, which is position interpolation (Chen et al. 2023, equation 4);
-    - ntk: max_period · s^(dim/(dim-2)) in the place of max_period, by which the fastest pair stays as it is and the slowest
-      turns s times slower (bloc97 2023; Peng et al. 2023, section 3.1);
+    - ntk: max_period · s^(dim/(dim-2)) in place of max_period, so that the fastest pair is unchanged and the slowest
+      turns s times more slowly (bloc97 2023; Peng et al. 2023, section 3.1);
     - yarn: (1 - γ_i) θ_i / s + γ_i θ_i, γ_i from 0 to 1 between `slow_turns` and `fast_turns` in the old context (Peng et al.
       2023, section 3.2). As in its authors' code, and so in published checkpoints, γ is linear in i, between whole numbers;
-    - llama3: the same with γ linear in the number of turns, as YaRN's paper has it (Llama Team 2024).
+    - llama3: the same with γ linear in the number of turns, as in YaRN's paper (Llama Team 2024).
 
     Raises:
         ValueError: an odd `dim`.
@@ -213,7 +213,7 @@ def rotary_frequencies(
 
 
 def _kept(frequencies: np.ndarray, max_period: float, scaling: RotaryScaling) -> np.ndarray:
-    """γ: how much of each frequency is kept, from 0 (turns seldom, all interpolated) to 1."""
+    """γ: the fraction of each frequency that is kept, from 0 (turns slowly, fully interpolated) to 1."""
     length = scaling.original_length
     assert length is not None
     turns = length * frequencies / (2 * math.pi)
@@ -231,16 +231,16 @@ def _kept(frequencies: np.ndarray, max_period: float, scaling: RotaryScaling) ->
 
 @dataclasses.dataclass(frozen=True)
 class Alibi:
-    """Attention with linear biases: each head's logits fall with the distance, at a slope of its own (Press et al. 2022).
+    """Attention with linear biases: each head's logits decrease with the distance, at its own slope (Press et al. 2022).
 
-    The bias is -m |t - s|; section 3 of the paper has it for the keys before a query.
+    The bias is -m |t - s|; section 3 of the paper defines it for the keys before a query.
     """
 
     num_heads: int
 
     def slopes(self, heads: Int[Array, ...]) -> Float[Array, ...]:
-        """Of head 0, 1, ...: 2^(-8/N), 2^(-16/N), ... 2^(-8). Where N is no power of two, those of the power below it, and
-        then every other one of the power above."""
+        """Slopes of heads 0, 1, ...: 2^(-8/N), 2^(-16/N), ... 2^(-8). If N is not a power of two, those for the next lower power,
+        followed by every other one for the next higher power."""
         power = 2 ** math.floor(math.log2(self.num_heads))
         heads = heads.astype(jnp.float32)
         return jnp.exp2(-8 / power * jnp.where(heads < power, heads + 1, heads - power + 0.5))
@@ -248,12 +248,13 @@ class Alibi:
     def bias(
         self, num_queries: int, num_keys: int, offset: int | Int[Array, " B"] = 0
     ) -> Float[Array, "B_ N {num_queries} {num_keys}"]:
-        """As an array of one row, or of as many as there are offsets; query t stands at key `offset + t`."""
+        """The bias as an array, for one row or one for each offset; query t is at key position `offset + t`."""
         distances = jnp.abs(_distances(num_queries, num_keys, offset)).astype(jnp.float32)
         return -self.slopes(jnp.arange(self.num_heads))[:, None, None] * distances
 
     def score_mod(self, offset: int | Int[Array, " B"] = 0) -> ScoreMod:
-        """As a function for `attend`. Query t stands at key `offset + t`: decoding, the length of each row's cache."""
+        """The bias as a function for `attend`. Query t is at key position `offset + t`; in decoding, `offset` is the length of
+        each row's cache."""
 
         def score_mod(score: Array, row: Array, head: Array, query: Array, key: Array) -> Array:
             distance = jnp.abs(key - query - _of_row(offset, row))
@@ -268,10 +269,10 @@ class RelativePosition(nnx.Module):
     Raffel et al. 2020, section 2.1.
 
     Args:
-        num_buckets: half of them for single distances, half for ranges that widen geometrically; when bidirectional, half
-            of all for the keys behind a query.
-        max_distance: from here on all distances share a bucket.
-        bidirectional: tell the keys behind a query apart; otherwise they all count as distance 0.
+        num_buckets: half of them for single distances, half for ranges that widen geometrically; if bidirectional, half
+            of all for the keys after a query.
+        max_distance: from this distance on, all distances share a bucket.
+        bidirectional: distinguish the keys after a query; otherwise they all count as distance 0.
     """
 
     def __init__(
@@ -287,7 +288,7 @@ class RelativePosition(nnx.Module):
     ) -> None:
         _check_buckets(num_buckets, max_distance, bidirectional)
         self.num_buckets, self.max_distance, self.bidirectional = num_buckets, max_distance, bidirectional
-        # One bucket a row.
+        # One bucket per row.
         table = with_axes(init, None, "heads")(rngs.params(), (num_buckets, num_heads), param_dtype)
         self.table = nnx.Param(table)
 
@@ -300,11 +301,12 @@ class RelativePosition(nnx.Module):
     def bias(
         self, num_queries: int, num_keys: int, offset: int | Int[Array, " B"] = 0
     ) -> Float[Array, "B_ N {num_queries} {num_keys}"]:
-        """As an array of one row, or of as many as there are offsets; query t stands at key `offset + t`."""
+        """The bias as an array, for one row or one for each offset; query t is at key position `offset + t`."""
         return jnp.moveaxis(self.by_distance()[:, self._index(_distances(num_queries, num_keys, offset)[:, 0])], 0, 1)
 
     def score_mod(self, offset: int | Int[Array, " B"] = 0) -> ScoreMod:
-        """As a function for `attend`. Query t stands at key `offset + t`: decoding, the length of each row's cache."""
+        """The bias as a function for `attend`. Query t is at key position `offset + t`; in decoding, `offset` is the length of
+        each row's cache."""
         by_distance_NR = self.by_distance()
 
         def score_mod(score: Array, row: Array, head: Array, query: Array, key: Array) -> Array:
@@ -320,7 +322,7 @@ class RelativePosition(nnx.Module):
 def relative_buckets(
     distances: Int[np.ndarray, ...], num_buckets: int, max_distance: int, *, bidirectional: bool
 ) -> Int[np.ndarray, ...]:
-    """T5's bucket of each distance of a key to a query (Raffel et al. 2020), which is negative for keys before the query."""
+    """T5's bucket for each distance of a key from a query (Raffel et al. 2020), which is negative for keys before the query."""
     first: int | np.ndarray = 0
     if bidirectional:
         num_buckets //= 2
@@ -336,7 +338,7 @@ def relative_buckets(
 
 
 def _check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> None:
-    """Raise a `ValueError` for buckets that cannot be."""
+    """Raise a `ValueError` for invalid buckets."""
     step = 4 if bidirectional else 2
     if num_buckets < step or num_buckets % step:
         raise ValueError(f"relative positions: num_buckets={num_buckets}; expected a multiple of {step}")
@@ -345,7 +347,7 @@ def _check_buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> 
 
 
 def _distances(num_queries: int, num_keys: int, offset: int | Array) -> Int[Array, "B_ 1 T S"]:
-    """Key position less query position."""
+    """Key position minus query position."""
     first = jnp.asarray(offset, jnp.int32).reshape(-1, 1, 1, 1)
     return jnp.arange(num_keys) - (first + jnp.arange(num_queries)[:, None])
 

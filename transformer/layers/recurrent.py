@@ -1,9 +1,9 @@
-"""What recurrent encoders and decoders are made of: GRU and LSTM cells, and a scan over a sequence.
+"""Building blocks of recurrent encoders and decoders: GRU and LSTM cells, and a scan over a sequence.
 
-B batch, T position, I input features, D hidden_dim, G all gates' features (3 D of a GRU, 4 D of an LSTM).
+B batch, T position, I input features, D hidden_dim, G features of all gates (3 D for a GRU, 4 D for an LSTM).
 
-What depends on the input alone is one product for the whole sequence, before the scan; inside it are only the products
-with the state, which is kept in float32 or wider, whatever the products are computed in.
+The part that depends only on the input is one product for the whole sequence, before the scan; the scan computes only the
+products with the state, which is kept in float32 or wider, whatever type the products are computed in.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformer.layers.linear import Linear, dense
 from transformer.types import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide, widen
 
 CellState = tuple[Array, ...]
-"""[B, D] each: (h,) of a GRU, (h, c) of an LSTM. The first is the cell's output."""
+"""[B, D] each: (h,) for a GRU, (h, c) for an LSTM. The first is the cell's output."""
 
 
 def gru_step(
@@ -72,17 +72,17 @@ def lstm_step(
 
 
 class Cell(nnx.Module):
-    """What the two cells share: the product with the input, for a whole sequence at once.
+    """What both cells share: the product with the input, for a whole sequence at once.
 
     Args:
         input_dim, hidden_dim: I and D.
-        kernel_init: of the input's kernel; those of the state start orthogonal, gate by gate (Saxe et al. 2014).
+        kernel_init: of the input's kernel; the state's kernels are initialised as orthogonal, gate by gate (Saxe et al. 2014).
     """
 
     num_gates = 0
-    """Linear maps of the input."""
+    """Number of gates, each of which has a linear layer of the input."""
     num_states = 0
-    """Arrays that make the state."""
+    """Number of arrays in the state."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Cell(nnx.Module):
         )  # fmt: skip
 
     def project(self, x: Float[Array, "*dims I"]) -> Float[Array, "*dims G"]:
-        """The input's part of every gate, which depends on no state."""
+        """The input's contribution to every gate, which does not depend on the state."""
         return self.input(x)
 
     def step(self, inputs_BG: Float[Array, "B G"], state: CellState) -> CellState:
@@ -160,7 +160,7 @@ class LSTMCell(Cell):
 
 
 CELLS: dict[str, type[Cell]] = {"gru": GRUCell, "lstm": LSTMCell}
-"""Cells by name."""
+"""Recurrent cells by name."""
 
 
 def scan_cell(
@@ -171,10 +171,10 @@ def scan_cell(
     valid_BT: Bool[Array, "B T"] | None = None,
     reverse: bool = False,
 ) -> tuple[Float[Array, "B T D"], CellState]:
-    """Run a cell along a sequence, or from its end to its start.
+    """Run a cell over a sequence, forward or in reverse.
 
     Args:
-        valid_BT: a position that is not valid leaves the state as it was, exactly, in either direction.
+        valid_BT: a position that is not valid leaves the state exactly as it was, in either direction.
 
     Returns:
         The output at each position, in the cell's type, and the state after the last position (the first, in reverse).
@@ -194,7 +194,7 @@ def scan_cell(
 
 
 def where_valid(valid_B: Bool[Array, " B"] | None, new: Any, old: Any) -> Any:
-    """Of two trees with leading B, the new one's rows where valid, the old one's elsewhere."""
+    """The new tree's rows where valid, the old tree's rows elsewhere; the arrays of both have a leading B."""
     if valid_B is None:
         return new
     return jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(valid_B, range(1, a.ndim)), a, b), new, old)
@@ -205,7 +205,7 @@ def _product(x_BD: Array, kernel_DG: Array) -> Array:
 
 
 def _orthogonal_gates(key: PRNGKeyArray, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    """A square orthogonal matrix a gate, side by side."""
+    """A square orthogonal matrix for each gate, concatenated."""
     init, (rows, columns) = nnx.initializers.orthogonal(), shape
     return jnp.concatenate(
         [init(gate_key, (rows, rows), dtype) for gate_key in jax.random.split(key, columns // rows)], axis=1

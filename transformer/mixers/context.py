@@ -41,7 +41,7 @@ class Context:
     prefix_B: Int[Array, " B"] | None = _batch()
     """The number of first tokens of a row that all of its tokens see."""
     memory: Float[Array, "B M D"] | KVCache | None = _batch()
-    """What cross-attention reads, or its keys and values of that."""
+    """What cross-attention reads: the memory, or the keys and values computed from it."""
     memory_segments_BM: Int[Array, "B M"] | None = _batch()
     """As `segments_BT`, for the memory."""
     mask: AttentionMask | None = None
@@ -52,13 +52,13 @@ class Context:
     relative: RelativePosition | None = None
     """The learned bias by distance that the layers share."""
     state: State | None = None
-    """Of one layer, after the tokens before these."""
+    """The state of one layer after the tokens before these."""
     layer: int | Int[Array, ""] = 0
     """This layer's number, from 0."""
     key: PRNGKeyArray | None = None
-    """Of one layer, or of one mixer; enables dropout."""
+    """The key of one layer, or of one mixer; enables dropout."""
     adapter_key: PRNGKeyArray | None = None
-    """Of one layer; enables the dropout of adapters."""
+    """The key of one layer; enables the dropout of adapters."""
     is_causal: bool = _static(True)
     """Whether a token sees only the tokens before it and itself."""
     return_weights: bool | tuple[int, ...] = _static(False)

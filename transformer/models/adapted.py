@@ -13,7 +13,7 @@ _ROUTER = "router"
 
 
 def make_adapted(config: ModelConfig, adapter: AdapterConfig | None, rngs: nnx.Rngs) -> Model:
-    """The model that a config describes, with fresh parameters, and adapters in its blocks where they are wanted.
+    """The model for a config, with fresh parameters, and, if requested, adapters in its blocks.
 
     Raises:
         UserError: a target that is not a linear layer of the blocks, or a model without blocks.
@@ -25,7 +25,7 @@ def make_adapted(config: ModelConfig, adapter: AdapterConfig | None, rngs: nnx.R
 
 
 def adapt(model: nnx.Module, config: AdapterConfig, rngs: nnx.Rngs) -> None:
-    """Give the linear layers of a model's blocks their adapters; the parameters that are there already stay. Raises as
+    """Add adapters to the linear layers of a model's blocks; existing parameters are unchanged. Raises as
     `make_adapted`."""
     layers = [
         (path[-1], module)

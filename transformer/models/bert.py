@@ -58,7 +58,7 @@ class BertConfig(StackConfig):
     max_length: int = 512
     """Longest context, in tokens."""
     mlp: MlpConfig = DenseConfig(activation="gelu_exact")
-    """The feed-forward part of each block: dense, or a mixture of experts. Heads over tokens have its activation."""
+    """The feed-forward part of each block: dense, or a mixture of experts. Heads over tokens use its activation."""
     norm_first: bool = False
     """Normalise before each sublayer, and once at the end (pre-norm); false: after each sum, as in the paper."""
     norm_eps: float = 1e-12
@@ -68,17 +68,17 @@ class BertConfig(StackConfig):
     attention_dropout: float = 0.1
     """Drop rate of attention weights, in mixers that compute a softmax."""
     embedding_size: int | None = None
-    """Width of the embeddings, which a linear layer brings to embed_dim (as in ELECTRA's small model). null: embed_dim."""
+    """Width of the embeddings; a linear layer projects them to embed_dim (as in ELECTRA's small model). null: embed_dim."""
     token_types: int = 2
-    """Kinds of sentence that a token may belong to, each with an embedding of its own; 0: none, as in RoBERTa."""
+    """Number of sentence types that a token may belong to, each with its own embedding; 0: none, as in RoBERTa."""
     embed_norm: bool = True
     """Normalise the sum of the embeddings."""
     first_norm: bool = True
-    """With norm_first, whether the first block normalises what its attention reads; false: embed_norm has normalised it already
+    """With norm_first, whether the first block normalises the input of its attention; false: embed_norm has already normalised it
     (ModernBERT)."""
     head: HeadConfig = MaskedHeadConfig()
-    """What the hidden states are turned into: by its kind masked, pretraining, replaced, classification, tokens, answer,
-    choice, embedding, structured or decomposable."""
+    """The head on the hidden states, by its kind: masked, pretraining, replaced, classification, tokens, answer, choice,
+    embedding, structured or decomposable."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +90,7 @@ class BertConfig(StackConfig):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether some of the layers see what comes after a token."""
+        """Whether some of the layers see the tokens after a token."""
         return True
 
     @property
@@ -160,7 +160,7 @@ class Bert(nnx.Module):
         key: PRNGKeyArray | None = None,
         return_weights: bool | Chosen = False,
     ) -> tuple[Float[Array, "B T D"], StackOutput]:
-        """The last block's output, and what else the blocks gave; arguments as in `__call__`."""
+        """The last block's output, and the other outputs of the blocks; arguments as in `__call__`."""
         x_BTE, positions_BT, key = self.embedded(
             tokens_BT, positions_BT=positions_BT, token_types_BT=token_types_BT, key=key
         )
@@ -176,11 +176,11 @@ class Bert(nnx.Module):
         token_types_BT: Int[Array, "B T"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B T E"], Int[Array, "B T"], PRNGKeyArray | None]:
-        """The sum of a token's embeddings, where tokens stand, and a key for the layers; arguments as in `__call__`."""
+        """The sum of each token's embeddings, the tokens' positions, and a key for the layers; arguments as in `__call__`."""
 
         def with_types(x_BTD: Array) -> Array:
             if self.types is not None:
-                # A model of one type (RoBERTa) tells the sentences of a pair apart by what stands between them.
+                # A model with one token type (RoBERTa) distinguishes the sentences of a pair by the tokens between them.
                 known_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
                 x_BTD += self.types(jnp.minimum(known_BT, self.config.token_types - 1))
             return x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)
@@ -205,15 +205,15 @@ class Bert(nnx.Module):
         """The head's scores.
 
         Args:
-            positions_BT: where each token stands in its document; 0 to T-1 by default.
+            positions_BT: the position of each token in its document; 0 to T-1 by default.
             segments_BT: which packed document a token belongs to; 0 is padding. Nothing is seen across documents. The heads
-                of whole rows take a row for one document.
+                of whole rows treat a row as one document.
             token_types_BT: which sentence of a pair a token belongs to; 0 by default.
-            predicted_BK: the places that the masked head scores, which saves the others' products; all by default.
+            predicted_BK: the positions that the masked head scores, which saves the products for the others; all by default.
             mask: in addition to windows, documents and padding; for softmax attention.
-            score_mod: a change of each score, `(score, row, head, query, key) -> score`, in softmax attention.
-            key: turns dropout on.
-            return_weights: also give the attention weights, as in `GPT`.
+            score_mod: a function of each score, `(score, row, head, query, key) -> score`, in softmax attention.
+            key: enables dropout.
+            return_weights: also return the attention weights, as in `GPT`.
 
         Returns:
             Float32 logits: [B, K, V] (masked, pretraining; K is T without `predicted_BK`), [B, C] (classification, choice,
@@ -259,13 +259,13 @@ class Bert(nnx.Module):
 
 
 def make_embedding_projection(config: BertConfig, options: dict[str, Any]) -> Linear | None:
-    """From the width of the embeddings to that of the layers; None where they are as wide."""
+    """From the width of the embeddings to that of the layers; None if they are equal."""
     E, D = config.dim_of_embedding, config.embed_dim
     return None if E == D else Linear((E,), (D,), axes=(None, "embed"), **options)
 
 
 def make_masked_head(config: BertConfig, use_bias: bool, options: dict[str, Any]) -> MaskedHead:
-    """The head over the tokens that were hidden."""
+    """The head that predicts the masked tokens."""
     return MaskedHead(
         config.embed_dim, config.vocab_size, table_dim=config.dim_of_embedding, activation=config.mlp.activation,
         norm_epsilon=config.norm_eps, use_bias=use_bias, **options,
@@ -273,7 +273,7 @@ def make_masked_head(config: BertConfig, use_bias: bool, options: dict[str, Any]
 
 
 def flops_per_token(config: BertConfig, length: int) -> float:
-    """Floating-point operations of one token's forward pass at context `length`, counted as in `gpt.flops_per_token`; of a
+    """Floating-point operations of one token's forward pass at context `length`, counted as in `gpt.flops_per_token`; for a
     masked head as if 15% of the tokens were predicted."""
     c, E = config, config.dim_of_embedding
     projection = 0 if c.embed_dim == E else 2 * E * c.embed_dim

@@ -1,4 +1,4 @@
-"""What the configs of all Transformer families have in common: the shape of a stack of blocks."""
+"""What the configs of all Transformer families share: the shape of a stack of blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StackConfig(Config):
     """Fields that every Transformer has; a family adds its own, and its paper's defaults."""
 
     usual_positions: ClassVar[PositionEmbedding] = "learned"
-    """What `position_embedding: null` stands for where attention has no positions of its own."""
+    """The meaning of `position_embedding: null` if attention has no positions of its own."""
 
     vocab_size: int = 50257
     """Number of token ids; at least the tokenizer's. A multiple of 128 runs faster on accelerators."""
@@ -36,13 +36,13 @@ class StackConfig(Config):
     attention: MixerConfig = SoftmaxConfig()
     """The sequence mixer of each block, by its kind."""
     pattern: tuple[MixerConfig, ...] = ()
-    """Mixers that repeat through the layers in place of attention, such as three of gated_delta and one of softmax. In a file,
-    one of attention's kind takes from attention what it leaves out."""
+    """Mixers that repeat through the layers instead of attention, such as three of gated_delta and one of softmax. In a file, a
+    mixer of attention's kind inherits the fields that it omits from attention."""
     mlp: MlpConfig = DenseConfig()
     """The feed-forward part of each block: dense, or a mixture of experts."""
     position_embedding: PositionEmbedding | None = None
     """Positions that are added to the embeddings (sinusoidal_halves: sines before cosines, as in Marian). null: the family's
-    usual ones, or none where attention has positions of its own."""
+    usual ones, or none if attention has positions of its own."""
     norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
     """Kind of normalisation."""
     norm_first: bool = True
@@ -52,20 +52,20 @@ class StackConfig(Config):
     norm_bias: bool | None = None
     """Biases in layer norms. null: true for layer_norm; rms_norm has none."""
     parallel_residual: bool = False
-    """Attention and feed-forward read the same residual stream, each through its norm, and are added to it together
+    """Attention and feed-forward both read the same residual stream, each through its norm, and both outputs are added to it
     (GPT-J, GPT-NeoX); false: one after the other."""
     dropout: float = 0.0
     """Drop rate after the embedding and after each sublayer."""
     attention_dropout: float = 0.0
     """Drop rate of attention weights, in mixers that compute a softmax."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; those that write to the residual stream get it divided by sqrt(2 num_layers)."""
+    """Standard deviation of initial weights; for those that write to the residual stream, divided by sqrt(2 num_layers)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in. Parameters are always float32."""
     scan_layers: bool = True
     """One compiled block, scanned over the layers; false: an unrolled loop (slower to compile)."""
     remat: Literal["none", "light", "dots", "full"] = "none"
-    """What the backward pass computes again to save memory: nothing; norms and activations; all but matrix products; all."""
+    """What the backward pass recomputes to save memory: nothing; norms and activations; all but matrix products; all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,12 +124,12 @@ class StackConfig(Config):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether some of the layers see what comes after a token."""
+        """Whether some of the layers see the tokens after a token."""
         return False
 
     @property
     def decoder_layers(self) -> int:
-        """Depth of a second stack; of a model with one that of the only one."""
+        """Depth of the second stack; for a model with one stack, its depth."""
         return self.num_layers
 
     @property
@@ -145,7 +145,7 @@ class StackConfig(Config):
 
     @property
     def cross_attention(self) -> SoftmaxConfig:
-        """Of attention to a memory, which has neither positions nor a window: as heads of softmax attention in the layers."""
+        """Config of attention to a memory, without positions and window; its heads are those of the layers' softmax attention."""
         for mixer in (self.attention, *self.pattern):
             if isinstance(mixer, SoftmaxConfig):
                 return dataclasses.replace(mixer, position=NoPositionConfig(), window=None, sinks=0)
@@ -173,13 +173,13 @@ class StackConfig(Config):
         return self.norm == "layer_norm" and self.norm_bias is not False
 
     def initialisers(self, num_layers: int) -> tuple[Any, Any]:
-        """Of kernels, and of those that write to the residual stream, which is a sum over the layers (Radford et al. 2019)."""
+        """Initialisers of kernels, and of those that write to the residual stream, a sum over layers (Radford et al. 2019)."""
         init = nnx.initializers.normal(self.init_std)
         return init, nnx.initializers.normal(self.init_std / (2 * num_layers) ** 0.5) if self.norm_first else init
 
 
 def stack_flops(config: StackConfig, length: int, *, causal: bool, num_layers: int | None = None) -> float:
-    """Of one token's way through a stack in a context of `length`, embedding and head left out.
+    """FLOPs of one token in a stack at context `length`, without embedding and head.
 
     A multiply-add counts as two; softmax, norms, activations and biases by distance are not counted.
     """

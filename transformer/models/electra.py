@@ -1,4 +1,4 @@
-"""ELECTRA: an encoder that learns to tell which tokens a small masked language model, trained beside it, put in.
+"""ELECTRA: an encoder that learns to detect tokens replaced by a small masked language model, which is trained with it.
 
 B batch, T position, K predicted position, E table, D embed, V vocab.
 """
@@ -28,11 +28,11 @@ class ElectraConfig(BertConfig):
     family: Literal["electra"] = "electra"  # type: ignore[assignment]
     """Kind of model."""
     head: HeadConfig = ReplacedHeadConfig()
-    """Which tokens were replaced."""
+    """Predicts which tokens were replaced."""
     generator_size: float = 1 / 3
-    """Width of the generator, its heads and its feed-forward layer, as parts of the encoder's."""
+    """Width of the generator, its heads and its feed-forward layer, as a fraction of the encoder's."""
     replaced_weight: float = 50.0
-    """Weight of the encoder's loss next to the generator's (λ)."""
+    """Weight of the encoder's loss relative to the generator's (λ)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +46,7 @@ class ElectraConfig(BertConfig):
 
     @property
     def generator(self) -> BertConfig:
-        """The generator's shape: as many layers, and heads as wide, but fewer of them."""
+        """The generator's config: the same number of layers, and heads of the same width, but fewer of them."""
 
         def narrow(mixer: SoftmaxConfig) -> SoftmaxConfig:
             heads = max(1, round(mixer.num_heads * self.generator_size))
@@ -67,7 +67,7 @@ class ElectraConfig(BertConfig):
 class Electra(Bert):
     """The encoder, and a generator that shares its embeddings (Clark et al. 2020, section 3.1).
 
-    The encoder's parameters have the places that they have in `Bert`; what comes after pretraining needs those alone.
+    The encoder's parameters have the same paths as in `Bert`; fine-tuning needs only those.
     """
 
     def __init__(self, config: ElectraConfig, *, rngs: nnx.Rngs) -> None:
@@ -87,7 +87,7 @@ class Electra(Bert):
         predicted_BK: Int[Array, "B K"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B K V"]:
-        """The generator's scores of the tokens that were masked, float32; arguments as of `Bert`."""
+        """The generator's scores of the tokens that were masked, float32; arguments as for `Bert`."""
         with jax.named_scope("generator"):
             x_BTE, positions_BT, key = self.embedded(tokens_BT, positions_BT=positions_BT, key=key)
             x_BTD = x_BTE if self.generator_projection is None else self.generator_projection(x_BTE)
@@ -97,6 +97,6 @@ class Electra(Bert):
 
 
 def flops_per_token(config: ElectraConfig, length: int) -> float:
-    """Of both networks' forward passes for one token at context `length`, counted as in `gpt.flops_per_token`."""
+    """FLOPs of both networks' forward passes for one token at context `length`, counted as in `gpt.flops_per_token`."""
     head = 2 * config.embed_dim * (config.embed_dim + 1)
     return bert.flops_per_token(config, length) + bert.flops_per_token(config.generator, length) + head

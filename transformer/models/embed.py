@@ -35,14 +35,14 @@ def make_table(
 
 
 def make_positions(config: StackConfig, rngs: nnx.Rngs, *, dim: int | None = None) -> Embedding | None:
-    """A row for each of `max_length` places, where the config has positions learned."""
+    """A row for each of `max_length` positions, if the config has learned positions."""
     if config.embedded_positions != "learned":
         return None
     return make_table(config, config.max_length, dim=dim, axis=None, rngs=rngs)
 
 
 def make_output(config: StackConfig, rngs: nnx.Rngs) -> Linear:
-    """The output projection of a model that does not use its embedding as one."""
+    """The output projection of a model whose embedding is not tied to it."""
     return Linear(
         (config.embed_dim,), (config.vocab_size,), axes=("embed", "vocab"), use_bias=False,
         kernel_init=nnx.initializers.normal(config.init_std), dtype=DTYPES[config.dtype], rngs=rngs,
@@ -61,14 +61,14 @@ def embed(
     finish: Callable[[Array], Array] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], PRNGKeyArray | None]:
-    """Tokens with their positions added, where those stand, and a key for the layers above.
+    """Tokens with their positions added, the positions themselves, and a key for the layers above.
 
     Args:
-        positions: the learned ones.
-        positions_BT: where each token stands; from `start` on by default.
-        scale: of the tokens' rows.
-        finish: what else happens to the sum before dropout.
-        key: turns dropout on.
+        positions: the embedding of learned positions.
+        positions_BT: the position of each token; from `start` on by default.
+        scale: the factor of the token embeddings.
+        finish: applied to the sum before dropout.
+        key: enables dropout.
 
     Raises:
         ValueError: tokens that are not [B, T], ids beyond the vocabulary (as far as they are known before the program runs), or
@@ -118,6 +118,6 @@ def check_segments(segments: Array | None) -> None:
 
 
 def logits_of(table: Embedding, head: Linear | None, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Scores of each token of the vocabulary, float32: by the output projection, or else by the tied table."""
+    """Scores of each token of the vocabulary, float32: by the output projection, or, without one, by the tied table."""
     logits = table.attend(hidden_BTD) if head is None else head.logits(hidden_BTD)
     return constrain(logits.astype("float32"), "batch", "seq", "vocab")

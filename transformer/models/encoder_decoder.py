@@ -29,10 +29,10 @@ from transformer.types import Array, Float, Int, ModelOutput, PRNGKeyArray
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(StackConfig):
-    """What both families have beyond a stack. `num_layers` is the encoder's depth, `vocab_size` the target's vocabulary."""
+    """What both families add to a stack. `num_layers` is the encoder's depth, `vocab_size` the target's vocabulary."""
 
     num_decoder_layers: int | None = None
-    """Number of decoder blocks; null: as many as the encoder has."""
+    """Number of decoder blocks; null: same as the encoder."""
     source_vocab_size: int | None = None
     """Number of source token ids, with a table of their own; null: both sides share one vocabulary and one table."""
     tie_embeddings: bool = True
@@ -72,7 +72,7 @@ class EncoderDecoderConfig(StackConfig):
         return True
 
     def initialisers(self, num_layers: int) -> tuple[Any, Any]:
-        """As of any stack, and by fan-in and fan-out where `init` says so."""
+        """As for any stack, or by fan-in and fan-out if `init` is xavier."""
         if self.init == "normal":
             return super().initialisers(num_layers)
         scale = 1 / (2 * num_layers) if self.norm_first else 1.0
@@ -80,7 +80,7 @@ class EncoderDecoderConfig(StackConfig):
 
     @property
     def written_tokens(self) -> int:
-        """How many ids a target may have: all, or those before a start token that is the last of them (Marian's padding)."""
+        """Number of ids that a target may contain: all, or those before a start token that is the last id (Marian's padding)."""
         return self.vocab_size - (self.start_token == self.vocab_size - 1)
 
 
@@ -131,7 +131,7 @@ class T5Config(EncoderDecoderConfig):
     embed_dim: int = 512
     """Width of the residual stream."""
     attention: MixerConfig = SoftmaxConfig(num_heads=6, head_dim=64, bias=False, scale=1.0, position=RelativeConfig())
-    """The sequence mixer of each block, by its kind. T5 leaves the logits' scale to the queries' initialisation."""
+    """The sequence mixer of each block, by its kind. T5 has no scale of the logits; the queries' initialisation includes it."""
     mlp: MlpConfig = DenseConfig(dim=1024, activation="geglu", bias=False)
     """The feed-forward part of each block; version 1.0 has relu, and 2048."""
     norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
@@ -145,7 +145,7 @@ class T5Config(EncoderDecoderConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What the decoder attends to: the encoder's output, or each decoder layer's keys and values of it."""
+    """What the decoder attends to: the encoder's output, or each decoder layer's keys and values computed from it."""
 
     hidden: Float[Array, "B S D"] | list[KVCache]
     segments_BS: Int[Array, "B S"]
@@ -154,7 +154,7 @@ class Memory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderState:
-    """What has been written, row by row, as each layer carries it."""
+    """The target so far, row by row, in the state of each layer."""
 
     states: list[State]
 
@@ -188,12 +188,12 @@ class EncoderDecoder(nnx.Module):
         source_positions_BS: Int[Array, "B S"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Memory:
-        """Read the source.
+        """Encode the source.
 
         Args:
             source_segments_BS: which packed sentence a token belongs to; 0 is padding.
-            source_positions_BS: where each token stands in its sentence; 0 to S-1 by default.
-            key: turns dropout on.
+            source_positions_BS: the position of each token in its sentence; 0 to S-1 by default.
+            key: enables dropout.
         """
         hidden_BSD, segments_BS, _ = self._encode(source_tokens_BS, source_segments_BS, source_positions_BS, key)
         return Memory(self.decoder.remember(hidden_BSD) if self.decoder.is_unstacked else hidden_BSD, segments_BS)
@@ -213,9 +213,9 @@ class EncoderDecoder(nnx.Module):
         """Scores of each next target token, given those before it (teacher forcing).
 
         Args:
-            tokens_BT: the target, behind the token that it starts with.
+            tokens_BT: the target, preceded by its start token.
             source_segments_BS, segments_BT: which packed pair a token belongs to; 0 is padding. Nothing is seen across.
-            return_weights: also give the weights of the decoder's attention to the source, [L, B, N, T, S].
+            return_weights: also return the weights of the decoder's attention to the source, [L, B, N, T, S].
 
         Raises:
             ValueError: more tokens than learned positions.
@@ -246,10 +246,10 @@ class EncoderDecoder(nnx.Module):
     def step(
         self, token_B: Int[Array, " B"], state: DecoderState, memory: Memory, *, return_weights: bool = False
     ) -> tuple[Any, ...]:
-        """Scores of the token after `token_B` [B, V], and the next state; with weights, also the mean of the last layer's heads
-        over the source [B, S].
+        """Scores of the token after `token_B` [B, V], and the next state; with weights, also the last layer's attention to the
+        source, averaged over its heads [B, S].
 
-        The model's blocks must be separate (`unstacked`), and the memory come from such a model.
+        The model's blocks must be separate (`unstacked`), and the memory must come from such a model.
         """
         start_B = cache_lengths(state.states)
         x_B1D, positions_B1, _ = self._embed(token_B[:, None], None, start_B, False, None)
@@ -294,7 +294,7 @@ class EncoderDecoder(nnx.Module):
     def _embed(
         self, tokens: Array, positions: Array | None, start: int | Array, is_source: bool, key: PRNGKeyArray | None
     ) -> tuple[Array, Array, PRNGKeyArray | None]:
-        """Tokens with their positions, where those stand, and the key for the layers."""
+        """Tokens with their positions added, the positions themselves, and the key for the layers."""
         c = self.config
         if c.start_token is not None and not is_source:
             B, T = tokens.shape
@@ -307,7 +307,7 @@ class EncoderDecoder(nnx.Module):
 
 
 def flops_per_token(config: EncoderDecoderConfig, length: int) -> float:
-    """Of one target token's forward pass where source and target are `length` long, the encoder's work for it included.
+    """FLOPs of one target token's forward pass if source and target are `length` long, the encoder's work for it included.
 
     Counted as in `gpt.flops_per_token`.
     """

@@ -1,4 +1,4 @@
-"""All model families behind one door: the config decides."""
+"""One interface for all model families: the config selects the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Model = GPT | Bert | Electra | EncoderDecoder | RecurrentTranslator
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What belongs to the models of one name."""
+    """What the models of one family name share."""
 
     config: type
     model: Callable[..., Any]
@@ -41,7 +41,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def make_model(config: ModelConfig, rngs: nnx.Rngs) -> Model:
-    """The model that a config describes, with fresh parameters."""
+    """The model for a config, with fresh parameters."""
     return FAMILIES[config.family].model(config, rngs=rngs)
 
 
@@ -51,8 +51,8 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def described_parameters(config: ModelConfig) -> nnx.State:
-    """Shapes and types of the parameters of a model, which is not made."""
-    # A state can be changed, so that each caller gets one of its own.
+    """Shapes and types of a model's parameters, without creating the model."""
+    # A state is mutable, so each caller gets its own copy.
     return jax.tree.map(lambda leaf: leaf, _described(config))
 
 
@@ -67,8 +67,8 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def inherit(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's plain data in which mixers of a pattern have what they leave out from `attention`, or its default in the
-    family, if they are of its kind."""
+    """A model's plain data in which the mixers of a pattern inherit the fields that they omit from `attention`, or from its
+    default in the family, if they are of the same kind."""
     name = model.get("family", "gpt")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     given, pattern = model.get("attention", {}), model.get("pattern", [])

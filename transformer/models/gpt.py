@@ -32,7 +32,7 @@ class GPTConfig(StackConfig):
     tie_embeddings: bool = True
     """Use the token embedding as the output projection too."""
     logit_soft_cap: float | None = None
-    """Bound c of the output logits: c tanh(logits / c). null: none."""
+    """Soft cap c of the output logits: c tanh(logits / c). null: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +68,7 @@ class GPT(nnx.Module):
         key: PRNGKeyArray | None = None,
         return_weights: bool | Chosen = False,
     ) -> tuple[Float[Array, "B T D"], StackOutput]:
-        """The last block's output after the final norm, and what else the blocks gave; arguments as in `__call__`."""
+        """The last block's output after the final norm, and the other outputs of the blocks; arguments as in `__call__`."""
         x_BTD, positions_BT, key = embed(
             self.config, self.embed, self.positions, tokens_BT, positions_BT=positions_BT,
             start=0 if states is None else cache_lengths(states), key=key,
@@ -103,17 +103,17 @@ class GPT(nnx.Module):
 
         Args:
             tokens_BT: token ids below vocab_size.
-            positions_BT: each token's place in its document; 0 to T-1 (after what the states hold) by default.
+            positions_BT: each token's position in its document; 0 to T-1 (after what the states hold) by default.
             segments_BT: which packed document a token belongs to; 0 is padding. Nothing is seen across documents. With states:
                 1, and 0 for padding at the end of a row.
-            prefix_B: how many first tokens of each row all of its tokens see (a prefix language model; Liu et al. 2018); none
-                by default. A row is one document then.
+            prefix_B: number of first tokens of each row that all of its tokens see (a prefix language model; Liu et al. 2018);
+                none by default. With a prefix, a row is one document.
             mask: in addition to causality, windows, documents and prefix; for softmax attention.
-            score_mod: a change of each score, `(score, row, head, query, key) -> score`, in softmax attention.
-            states: what the tokens before these have left in each layer; `make_states` makes empty ones.
-            key: turns dropout on.
-            return_weights: also give every layer's attention weights, recomputed next to the fast kernels; or those of some
-                layers and heads alone, (layers, heads), in that order. For a choice the layers are run one by one.
+            score_mod: a function of each score, `(score, row, head, query, key) -> score`, in softmax attention.
+            states: the states of the layers after the tokens before these; `make_states` makes empty ones.
+            key: enables dropout.
+            return_weights: also return every layer's attention weights, recomputed in addition to the fast kernels; or only those
+                of some layers and heads, (layers, heads), in that order. With a selection the layers are run one by one.
 
         Raises:
             ValueError: more tokens than learned positions, a layer or head that does not exist, or states without room.
@@ -133,7 +133,7 @@ class GPT(nnx.Module):
         return model
 
     def make_states(self, batch_size: int, max_length: int) -> list[State]:
-        """What decoding carries before the first token, one a layer, for `batch_size` rows of up to `max_length` tokens."""
+        """The states before the first token, one per layer, for `batch_size` rows of up to `max_length` tokens."""
         return self.layers.make_states(batch_size, max_length)
 
 

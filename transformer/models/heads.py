@@ -1,4 +1,4 @@
-"""What stands on an encoder: from its hidden states to the scores of a task.
+"""Heads on an encoder: from its hidden states to the scores of a task.
 
 B batch, T position, D embed, V vocab, C classes, Q choices of a question.
 """
@@ -37,7 +37,7 @@ class MaskedHeadConfig(Config):
     """Scores of masked tokens."""
 
     kind: Literal["masked"] = "masked"
-    """Which token was masked."""
+    """Predicts which token was masked."""
     bias: bool = True
     """Biases in the transform and its norm."""
 
@@ -47,17 +47,17 @@ class ReplacedHeadConfig(Config):
     """ELECTRA's head."""
 
     kind: Literal["replaced"] = "replaced"
-    """Which tokens were replaced."""
+    """Predicts which tokens were replaced."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PooledHeadConfig(Config):
-    """What the heads of whole rows have in common: a layer on a pooled vector."""
+    """What the heads of whole rows share: a layer on a pooled vector."""
 
     pooling: Pooling = "cls"
     """The vector of a row: that of its first token, or the mean of its tokens."""
     activation: PoolerActivation = "tanh"
-    """After the layer on that vector (the pooler)."""
+    """Activation after the layer on that vector (the pooler)."""
     norm: bool = False
     """Normalise after the activation (ModernBERT)."""
     bias: bool = True
@@ -69,12 +69,12 @@ class PretrainingHeadConfig(PooledHeadConfig):
     """BERT's two heads of pretraining."""
 
     kind: Literal["pretraining"] = "pretraining"
-    """Which token was masked, and whether the second sentence follows the first."""
+    """Predicts which token was masked, and whether the second sentence follows the first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassificationHeadConfig(PooledHeadConfig):
-    """Scores of classes of a row, or with num_labels 1 of a number."""
+    """Scores of a row's classes, or, with num_labels 1, a number."""
 
     kind: Literal["classification"] = "classification"
     """The class of a row, or a number."""
@@ -91,12 +91,12 @@ class ChoiceHeadConfig(PooledHeadConfig):
     """A score for each choice of a question."""
 
     kind: Literal["choice"] = "choice"
-    """Which of several texts follows another."""
+    """Predicts which of several texts follows another."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenHeadConfig(Config):
-    """What the heads of single tokens have in common."""
+    """What the heads of single tokens share."""
 
     dense: PoolerActivation | None = None
     """Activation of a normalised layer before the scores (ModernBERT). null: no such layer."""
@@ -105,9 +105,7 @@ class TokenHeadConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self, "bias", self.bias or self.dense is not None, "without a dense layer there is no other; allowed: true"
-        )
+        require(self, "bias", self.bias or self.dense is not None, "it has no effect without dense; allowed: true")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +127,7 @@ class AnswerHeadConfig(TokenHeadConfig):
     """Scores of the start and the end of an answer."""
 
     kind: Literal["answer"] = "answer"
-    """Where an answer starts and where it ends."""
+    """Predicts where an answer starts and where it ends."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,8 +139,8 @@ class EmbeddingHeadConfig(Config):
     pooling: Pooling = "cls"
     """The vector of a row: that of its first token, or the mean of its tokens."""
     pooler: PoolerActivation | None = None
-    """Activation of a layer on the first token's vector that is kept next to it, from which classifiers are fine-tuned (BERT's
-    pooler). null: no such layer."""
+    """Activation of a layer on the first token's vector (BERT's pooler), whose output is kept in addition to the embedding for
+    fine-tuning classifiers. null: no such layer."""
 
 
 HeadConfig = (
@@ -157,15 +155,15 @@ HeadConfig = (
     | StructuredHeadConfig
     | DecomposableHeadConfig
 )
-"""What an encoder's hidden states are turned into."""
+"""The heads that an encoder may have."""
 CLASSES = (ClassificationHeadConfig, StructuredHeadConfig, DecomposableHeadConfig)
-"""Those that give scores of classes for a whole row."""
+"""The heads that score classes for a whole row."""
 
 
 def pool(
     hidden_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None, *, pooling: Pooling
 ) -> Float[Array, "B D"]:
-    """One vector a row: that of the first token, or the mean of the tokens that are no padding (zeros where there is none)."""
+    """One vector per row: that of the first token, or the mean of the tokens that are not padding (zeros if there are none)."""
     if pooling == "cls":
         return hidden_BTD[:, 0]
     if valid_BT is None:
@@ -184,14 +182,14 @@ def embedding_of(
 
 
 class MaskedHead(nnx.Module):
-    """Scores of the token at each position: a transform, then the token embedding as output projection, and a bias.
+    """Scores of the token at each position: a transform, then the token embedding as the output projection, and a bias.
 
     Devlin et al. 2018, with the transform of their released code: norm(f(x W + b)).
 
     Args:
         table_dim: width of the token embedding.
-        activation: a name of `ACTIVATIONS`, of which the function is taken.
-        use_bias: in the transform; that over the vocabulary is always there.
+        activation: a name of `ACTIVATIONS`; only its function is used.
+        use_bias: in the transform; the bias over the vocabulary always exists.
     """
 
     def __init__(
@@ -217,7 +215,7 @@ class MaskedHead(nnx.Module):
         embed: Embedding,
         predicted_BK: Int[Array, "B K"] | None = None,
     ) -> Float[Array, "B K V"]:
-        """Float32 logits over the rows of `embed`, at the places `predicted_BK` (by default at all: K is T then)."""
+        """Float32 logits over the rows of `embed`, at the positions `predicted_BK` (by default at all of them: K is T then)."""
         with jax.named_scope("masked_head"):
             if predicted_BK is not None:
                 hidden_BTD = jnp.take_along_axis(hidden_BTD, predicted_BK[..., None], axis=1)
@@ -226,9 +224,9 @@ class MaskedHead(nnx.Module):
 
 
 class ReplacedHead(nnx.Module):
-    """How likely each token is to be another than what stood there (Clark et al. 2020, equation 2).
+    """Scores of whether each token was replaced by another one (Clark et al. 2020, equation 2).
 
-    A transform as wide as the hidden states, and one number a token.
+    A transform as wide as the hidden states, and one number per token.
     """
 
     def __init__(self, embed_dim: int, *, activation: str, **options: Any) -> None:
@@ -245,12 +243,12 @@ class ReplacedHead(nnx.Module):
 class PooledHead(nnx.Module):
     """Scores of a whole row: classes, a number (one class), or a choice among rows.
 
-    The pooled vector through a layer of its own (Devlin et al. 2018's pooler), dropout, and a linear map.
+    The pooled vector through a layer of its own (Devlin et al. 2018's pooler), dropout, and a linear layer.
 
     Args:
-        num_classes: None leaves the map out: what is given is the pooler's own output then.
-        activation: behind the pooler, a name of `POOLERS`.
-        norm_epsilon: of a norm behind that (ModernBERT's); None: there is none.
+        num_classes: None omits the last linear layer: the output is then that of the pooler.
+        activation: of the pooler, a name of `POOLERS`.
+        norm_epsilon: of a norm after the activation (ModernBERT); None: no norm.
         use_bias: in pooler and norm.
     """
 
@@ -284,7 +282,7 @@ class PooledHead(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B C"]:
-        """Float32 logits, or the pooled vectors [B, D]; `key` turns dropout on."""
+        """Float32 logits, or the pooled vectors [B, D]; `key` enables dropout."""
         with jax.named_scope("pooled_head"):
             pooled_BD = self.function(self.pooler(pool(hidden_BTD, valid_BT, pooling=self.pooling)))
             pooled_BD = pooled_BD if self.norm is None else self.norm(pooled_BD)
@@ -296,8 +294,8 @@ class TokenHead(nnx.Module):
     """Scores of each token: classes; or, with two, where an answer starts and where it ends (Devlin et al. 2018, section 4.2).
 
     Args:
-        activation: behind a layer before the scores, a name of `POOLERS`, with a norm behind it (ModernBERT's); None: there is
-            no such layer.
+        activation: of a layer before the scores, a name of `POOLERS`; a norm follows it (ModernBERT). None: no such
+            layer.
         norm_epsilon: of that norm.
         use_bias: in layer and norm.
     """
@@ -324,7 +322,7 @@ class TokenHead(nnx.Module):
         self.out = Linear((embed_dim,), (num_classes,), axes=("embed", None), **options)
 
     def __call__(self, hidden_BTD: Float[Array, "B T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "B T C"]:
-        """Float32 logits; `key` turns dropout on."""
+        """Float32 logits; `key` enables dropout."""
         with jax.named_scope("token_head"):
             if self.function is not None and self.dense is not None and self.norm is not None:
                 hidden_BTD = self.norm(self.function(self.dense(hidden_BTD)))
@@ -332,14 +330,14 @@ class TokenHead(nnx.Module):
 
 
 def choices(logits_R1: Float[Array, "R 1"], num_choices: int) -> Float[Array, "Q {num_choices}"]:
-    """Scores of single rows as those of questions, whose choices follow each other (Devlin et al. 2018, section 4.4)."""
+    """Scores of single rows as scores of questions, whose choices are consecutive rows (Devlin et al. 2018, section 4.4)."""
     return logits_R1.reshape(-1, num_choices)
 
 
 def best_span(
     logits_BT2: Float[Array, "B T 2"], allowed_BT: Bool[Array, "B T"], *, max_tokens: int = 30
 ) -> tuple[Int[Array, " B"], Int[Array, " B"], Float[Array, " B"]]:
-    """The answer of highest start + end score among spans of allowed tokens of at most `max_tokens`: first, last, score."""
+    """The answer with the highest start + end score among spans of allowed tokens of at most `max_tokens`: first, last, score."""
     start_BT, end_BT = jnp.moveaxis(jnp.where(allowed_BT[..., None], logits_BT2, -jnp.inf), -1, 0)
     T = start_BT.shape[1]
     place = jnp.arange(T)
@@ -357,19 +355,19 @@ def contrastive_logits(
     *,
     temperature: float = 0.05,
 ) -> Float[Array, "B B"]:
-    """Scores of each a for every b of the batch, of vectors of length 1, among which its own stands on the diagonal.
+    """Scores of each a for every b of the batch, of vectors of length 1; the matching pairs are on the diagonal.
 
     In-batch negatives (van den Oord et al. 2018, equation 4; Gao et al. 2021). Over devices the batch is the global one.
 
     Args:
-        valid_B: rows that are none are nobody's negatives; all are by default.
-        temperature: by which cosines are divided.
+        valid_B: rows that are not padding; padding rows are not used as negatives. All by default.
+        temperature: divides the cosines.
     """
     logits_BB = einsum("AD,BD->AB", widen(a_BD), widen(b_BD)) / temperature
-    # A finite number: a row that is none itself has no likelihood, whose gradient would not be finite.
+    # A finite number: with -inf, the gradient of a padding row's own likelihood would not be finite.
     return logits_BB if valid_B is None else jnp.where(valid_B, logits_BB, -1e9)
 
 
 def linear_options(init_std: float, dtype: DTypeLike, rngs: nnx.Rngs) -> dict[str, Any]:
-    """What the heads' linear maps have in common."""
+    """The options that the heads' linear layers share."""
     return {"kernel_init": nnx.initializers.normal(init_std), "dtype": dtype, "rngs": rngs}

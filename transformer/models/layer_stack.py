@@ -30,34 +30,34 @@ from transformer.stack import apply_stack, restack, stack, unstack
 from transformer.types import DTYPES, Array, Float, Int, PRNGKeyArray
 
 Chosen = tuple[tuple[int, ...], tuple[int, ...]]
-"""Layers, and query heads of each of them: whose attention weights are wanted."""
+"""Layers, and query heads in each of them, whose attention weights are requested."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackOutput:
-    """What a stack gives besides the residual stream."""
+    """Outputs of a stack in addition to the residual stream."""
 
     states: list[State] | None
-    """One a layer, where the call had some."""
+    """One per layer, if the call had some."""
     weights: Float[Array, "L B N T S"] | None
-    """Of all layers that have weights, or of those chosen, in their order."""
+    """Weights of all layers that have them, or of the layers selected, in their order."""
     added_loss: Float[Array, ""] | None
-    """The routers' losses by the config's weights, summed over the layers; None without a mixture of experts."""
+    """The routers' losses, multiplied by the config's weights and summed over the layers; None without a mixture of experts."""
 
 
 class LayerStack(nnx.Module):
     """`num_layers` blocks, the bias by distance that they share, and the norm after the last one.
 
-    Blocks whose parameters have the same shapes are one stack [L, ...], in which each layer has its own settings. Others
-    repeat as a group of P blocks, each a stack [L / P, ...].
+    Blocks whose parameters have the same shapes are one stack [L, ...], in which each layer has its own settings. Otherwise
+    a group of P blocks repeats, each of which is a stack [L / P, ...].
 
     Args:
         num_layers: of this stack; `config.num_layers` by default.
-        causal: whether a token sees the tokens before it alone.
+        causal: whether a token sees only the tokens before it and itself.
         cross: give each block attention to a memory as wide as the residual stream.
-        first_norm: false leaves attention's norm out of the first block, which gets what is normalised already.
-        final_norm: a norm after the last block; by default where the norm comes first, and nothing else would.
+        first_norm: false omits attention's norm from the first block, whose input is already normalised.
+        final_norm: a norm after the last block; by default with pre-norm, where nothing else would normalise the output.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class LayerStack(nnx.Module):
         self.num_layers = L = c.num_layers if num_layers is None else num_layers
         self.is_causal, self.first_norm = causal, first_norm
         self.schedule: Schedule | None = Schedule()
-        # Of a part of a longer stack, where it begins.
+        # For a part of a longer stack, the index of its first layer.
         self.first_layer: Any = 0
         self.mixers = c.mixers(L)
         self.relative: RelativePosition | None = None
@@ -87,7 +87,7 @@ class LayerStack(nnx.Module):
                 bidirectional=not causal, init=c.initialisers(L)[0], rngs=rngs,
             )  # fmt: skip
             self.relative = nnx.data(shared)
-        # How many blocks make a group whose parameters repeat, and how many layers one whose settings do.
+        # How many blocks form a group whose parameters repeat, and how many layers form one whose settings repeat.
         self.group, self.period = layers_of_group(c), _period(self.mixers)
         makers = [
             functools.partial(_make_block, c, mixer, num_layers=L, cross=cross) for mixer in self.mixers[: self.group]
@@ -108,14 +108,14 @@ class LayerStack(nnx.Module):
         key: PRNGKeyArray | None = None,
         return_weights: bool | Chosen = False,
     ) -> tuple[Float[Array, "B T D"], StackOutput]:
-        """The last block's output after the final norm, and what the blocks gave besides it.
+        """The last block's output after the final norm, and the other outputs of the blocks.
 
         Args:
-            context: what all layers get; the stack fills in causality, the shared bias, and each layer's own part.
+            context: what all layers get; the stack adds causality, the shared bias, and each layer's own part.
             memory: each layer's keys and values of what cross-attention reads (`remember`), for an unstacked stack.
-            states: what the tokens before these have left, one a layer.
-            key: turns dropout on.
-            return_weights: of all layers and heads, or of those chosen; for a choice the layers are run one by one.
+            states: the states of the layers after the tokens before these, one per layer.
+            key: enables dropout.
+            return_weights: of all layers and heads, or of those selected; with a selection the layers are run one by one.
 
         Raises:
             ValueError: a layer that does not exist or has no weights; or segments that make all tokens padding.
@@ -127,7 +127,7 @@ class LayerStack(nnx.Module):
             raise ValueError(f"return_weights: got layers {chosen[0]}; allowed: 0 to {L - 1}")
         context = dataclasses.replace(context, is_causal=self.is_causal, relative=self.relative)
         keys = None if key is None else jax.random.split(key, L)
-        # One by one where each layer has weights of its own; in groups else.
+        # One by one if each layer has weights of its own; otherwise in groups.
         single = chosen is not None or self.is_unstacked
         wanted = [_heads_wanted(return_weights, layer) for layer in range(L)]
         blocks: Any
@@ -160,7 +160,7 @@ class LayerStack(nnx.Module):
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), output
 
     def _call(self, layer: int, heads: bool | tuple[int, ...], *, normed: bool = False) -> Any:
-        """What runs a block as one layer, with the settings of that one."""
+        """A function that runs a block as one layer, with that layer's settings."""
 
         def call(block: Block, x: Array, key: Array | None, inputs: Any, context: Context) -> Any:
             number, state, memory = inputs
@@ -173,7 +173,7 @@ class LayerStack(nnx.Module):
         return call
 
     def _group_call(self, heads: bool | tuple[int, ...]) -> Any:
-        """What runs a group of blocks, one after the other."""
+        """A function that runs a group of blocks, one after the other."""
         calls = [self._call(place, heads) for place in range(self.group)]
 
         def call(blocks: nnx.List, x: Array, keys: Array | None, inputs: Any, context: Context) -> Any:
@@ -188,7 +188,7 @@ class LayerStack(nnx.Module):
         return call
 
     def _gathered(self, outputs: Any, single: bool, chosen: Chosen | None) -> StackOutput:
-        """Outputs of blocks as those of the stack, whether they come one by one, stacked, or stacked in groups."""
+        """Outputs of blocks as those of the stack, whether they are single, stacked, or stacked in groups."""
         L = self.num_layers
         alike = not single and self.group == 1
         routers: list[RouterLosses | None] = [outputs.router] if alike else [output.router for output in outputs]
@@ -209,7 +209,7 @@ class LayerStack(nnx.Module):
         return sum(jnp.sum(mlp.balance_loss * r.balance + mlp.router_z_loss * r.z) for r in found)  # type: ignore[return-value]
 
     def _single_blocks(self) -> list[Block]:
-        """One block a layer."""
+        """One block per layer."""
         if self.is_unstacked:
             return list(self.blocks)
         if self.group == 1:
@@ -218,16 +218,16 @@ class LayerStack(nnx.Module):
         return [block for group in groups for block in group]
 
     def take_part(self, num_layers: int, number: Any) -> None:
-        """Become part `number` of the stack, of `num_layers` layers, whose blocks it has already."""
+        """Become part `number` of the stack, with `num_layers` layers, whose blocks it already has."""
         self.num_layers, self.mixers = num_layers, self.mixers[:num_layers]
         # It may be traced, and is not part of the module's structure.
         object.__setattr__(self, "first_layer", number * num_layers)
 
     def unstack_layers(self) -> None:
-        """Make the blocks a list of single ones, for decoding, which reads each weight once a token.
+        """Make the blocks a list of single ones, for decoding, which reads each weight once per token.
 
-        A scan, and a loop over slices too, copies every layer out of the stack before it reads it. Here each layer is
-        separate, with its three projections of softmax attention as one.
+        A scan, or a loop over slices, copies every layer out of the stack before reading it. Here each layer is
+        separate, and the three projections of its softmax attention are joined into one.
         """
         blocks = self._single_blocks()
         for block in blocks:
@@ -240,7 +240,7 @@ class LayerStack(nnx.Module):
         return [block.cross.remember(memory_BMD) for block in self._single_blocks() if block.cross is not None]
 
     def make_states(self, batch_size: int, max_length: int) -> list[State]:
-        """What decoding carries before the first token, one a layer, with room for `max_length` tokens."""
+        """The states before the first token, one per layer, with room for `max_length` tokens."""
         several = self.is_unstacked or self.group > 1
         blocks = list(self.blocks) if several else [self.blocks]
         return [
@@ -257,7 +257,7 @@ def make_norm(config: StackConfig, rngs: nnx.Rngs, *, dim: int | None = None) ->
 
 
 def layers_of_group(config: StackConfig) -> int:
-    """How many blocks of a pattern have parameters of their own; 1 where all layers' have the same shapes."""
+    """Number of blocks of a pattern that have their own parameters; 1 if all layers have the same shapes."""
     return 1 if len({mixer.structure for mixer in config.mixers()}) == 1 else len(config.pattern)
 
 
@@ -267,7 +267,7 @@ def cache_lengths(states: Sequence[State]) -> Int[Array, " B"]:
 
 
 def with_schedule(model: Any, schedule: Schedule) -> Any:
-    """The model, all of whose stacks go through a pipeline by `schedule`, where the mesh has one."""
+    """The model with all of its stacks run as a pipeline by `schedule`, if the mesh has one."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, LayerStack):
             module.schedule = schedule
@@ -282,13 +282,13 @@ def _heads_wanted(return_weights: bool | Chosen, layer: int) -> bool | tuple[int
 
 
 def _period(mixers: Sequence[MixerConfig]) -> int:
-    """The fewest mixers that make all of them when they repeat; the last repetition may be cut."""
+    """The smallest number of mixers that give all of them by repetition; the last repetition may be incomplete."""
     lengths = range(1, len(mixers) + 1)
     return next(p for p in lengths if all(mixer == mixers[layer % p] for layer, mixer in enumerate(mixers)))
 
 
 def _layers_of(outputs: Sequence[BlockOutput], num_layers: int, group: int) -> list[BlockOutput]:
-    """Stacked outputs, one for each place of a group, as one a layer."""
+    """Stacked outputs, one for each place of a group, as one per layer."""
     by_place = [unstack(output, num_layers // group) for output in outputs]
     return [by_place[layer % group][layer // group] for layer in range(num_layers)]
 

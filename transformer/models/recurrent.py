@@ -4,10 +4,10 @@ B batch, T target position, S source position, I embed_dim, D hidden_dim, E feat
 G all gates' features of a cell, V vocab.
 
     Cho et al. 2014, Sutskever et al. 2014: the source is one vector (attention of kind none)
-    Bahdanau et al. 2014: the decoder's state before a step looks at the source (style: bahdanau)
+    Bahdanau et al. 2014: the decoder's state before a step attends to the source (style: bahdanau)
     Luong et al. 2015: its state after the step does (style: luong)
 
-The decoder asks one query at a time, since where it looks depends on where it has looked before.
+The decoder computes one query at a time, since each attention depends on the previous ones.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class RecurrentConfig(Config):
     cell: Literal["gru", "lstm"] = "gru"
     """Recurrent unit of encoder and decoder."""
     style: Literal["bahdanau", "luong"] = "bahdanau"
-    """What looks at the source: the decoder's state before a step, whose input the context then is; or its state after it,
-    with which the context makes an attentional state."""
+    """bahdanau: the decoder's state before a step attends to the source, and the context is an input of the step; luong: the
+    state after the step attends, and the context and the state form an attentional state."""
     attention: AlignmentConfig = AdditiveConfig()
-    """How it looks at the source, by its kind."""
+    """The kind of attention to the source."""
     embed_dim: int = 620
     """Width of the embeddings, and of the maxout or tanh layer before the output in style bahdanau."""
     hidden_dim: int = 1000
@@ -66,13 +66,13 @@ class RecurrentConfig(Config):
     readout: Literal["maxout", "tanh"] = "maxout"
     """In style bahdanau, the layer before the output."""
     dropout: float = 0.0
-    """Drop rate of embeddings, between layers and before the output; nothing is dropped from step to step."""
+    """Drop rate of embeddings, between layers and before the output; recurrent connections have no dropout."""
     init_std: float = 0.05
-    """Standard deviation of initial weights; those from state to state start orthogonal."""
+    """Standard deviation of initial weights; recurrent weights are initialised as orthogonal."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in. Parameters and recurrent states are always float32."""
     remat: Literal["none", "full"] = "none"
-    """What the backward pass computes again to save memory: nothing; each step of the decoder."""
+    """What the backward pass recomputes to save memory: nothing; each step of the decoder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,7 @@ class RecurrentConfig(Config):
         require(self, "dropout", 0 <= self.dropout < 1, "allowed: 0 or more, below 1")
         require(
             self, "hidden_dim", self.encoder_dim is not None or self.style == "bahdanau" or not self.bidirectional
-            or self.hidden_dim % 2 == 0, "the two directions share it, so it is even, or set encoder_dim",
+            or self.hidden_dim % 2 == 0, "the two directions share it: it must be even, or set encoder_dim",
         )  # fmt: skip
         if (wrong := self.attention.check(self.hidden_dim, self.memory_dim)) is not None:
             raise ConfigError(type(self), "attention.kind", self.attention.kind, wrong)
@@ -105,7 +105,7 @@ class RecurrentConfig(Config):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What the decoder knows of a source. Every array has a leading B."""
+    """The encoded source, as the decoder reads it. Every array has a leading B."""
 
     initial: tuple[CellState, ...]
     """State of each decoder layer before the first token."""
@@ -115,11 +115,11 @@ class Memory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderState:
-    """Where a decoder stands between two tokens. Every array has a leading B."""
+    """The state of a decoder between two tokens. Every array has a leading B."""
 
     layers: tuple[CellState, ...]
     fed_BD: Float[Array, "B D"] | None
-    """The attentional state of the step before, where it is fed."""
+    """The attentional state of the previous step, with input feeding."""
     step_B: Int[Array, " B"]
     """How many tokens were read."""
 
@@ -127,7 +127,7 @@ class DecoderState:
 class RecurrentTranslator(nnx.Module):
     """A recurrent encoder-decoder.
 
-    It reads rows of one sentence each: packed rows would carry a state from one to the next.
+    Each row must hold one sentence: packed rows would carry a state from one to the next.
     """
 
     def __init__(self, config: RecurrentConfig, *, rngs: nnx.Rngs) -> None:
@@ -157,7 +157,8 @@ class RecurrentTranslator(nnx.Module):
         self.cells = nnx.List(
             [cell(c.embed_dim if layer == 0 else c.hidden_dim, c.hidden_dim, **options) for layer in layers]
         )
-        # The first layer's input is the token and what is fed: by its own product, so that the token's needs no step.
+        # The first layer's input is the token and the fed-back state. They have separate products, so that the token's is
+        # computed for all steps at once.
         self.feed = (
             Linear(
                 (_fed_dim(c),), (cell.num_gates * c.hidden_dim,), axes=("embed", "mlp"), use_bias=False, **options
@@ -180,16 +181,16 @@ class RecurrentTranslator(nnx.Module):
         source_positions_BS: Int[Array, "B S"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Memory:
-        """Read sources.
+        """Encode sources.
 
         Args:
             source_tokens_BS: token ids below source_vocab_size.
-            source_segments_BS: 1 for a token and 0 for padding, which stands behind the tokens and has no influence.
-            source_positions_BS: not looked at: a recurrent model knows the order alone.
-            key: turns dropout on.
+            source_segments_BS: 1 for a token and 0 for padding, which follows the tokens and has no influence.
+            source_positions_BS: ignored: a recurrent model uses only the order.
+            key: enables dropout.
 
         Raises:
-            ValueError: packed rows, with a segment above 1. Traced segments are not looked at: 2 counts as 1 there.
+            ValueError: packed rows, with a segment above 1. Traced segments are not checked: 2 counts as 1 there.
         """
         c = self.config
         _refuse_packed("source_segments", source_segments_BS)
@@ -218,7 +219,7 @@ class RecurrentTranslator(nnx.Module):
         return Memory(self._initial(finals, summary_BE), source)
 
     def _initial(self, finals: list[list[CellState]], summary_BE: Array) -> tuple[CellState, ...]:
-        """The decoder's first state: the encoder's last one, layer by layer, or a map of it.
+        """The decoder's first state: the encoder's last one, layer by layer, or a learned function of it.
 
         s_0 = tanh(W_s h←_1) in Bahdanau et al. 2014, appendix A.2.2.
         """
@@ -267,12 +268,12 @@ class RecurrentTranslator(nnx.Module):
         """Scores of each next token of the targets (teacher forcing).
 
         Args:
-            source_tokens_BS, source_segments_BS, source_positions_BS: as of `encode`.
+            source_tokens_BS, source_segments_BS, source_positions_BS: as for `encode`.
             tokens_BT: target tokens, from the start token on.
             segments_BT: 1 for a token and 0 for padding, which has no influence.
-            positions_BT: not looked at.
-            key: turns dropout on, and lets hard attention draw.
-            return_weights: also give the weights, [1, B, 1, T, S], of attention that has them: not of `none` and `delta`.
+            positions_BT: ignored.
+            key: enables dropout, and the random draws of hard attention.
+            return_weights: also return the weights, [1, B, 1, T, S], of attention that has them: not of `none` and `delta`.
 
         Raises:
             ValueError: packed rows, as in `encode`.
@@ -305,7 +306,7 @@ class RecurrentTranslator(nnx.Module):
     def _advance(
         self, inputs_BG: Array, state: DecoderState, memory: Memory, key: Array | None, *, return_weights: bool
     ) -> tuple[DecoderState, tuple[Array, ...], Array | None]:
-        """One step of the decoder from the token's projected embedding: the next state, what the output is made of, and
+        """One step of the decoder from the token's projected embedding: the next state, the features for the output, and
         the weights."""
         c = self.config
         attend_key, *layer_keys = [None] * c.num_layers if key is None else jax.random.split(key, c.num_layers)
@@ -371,7 +372,7 @@ def flops_per_token(config: RecurrentConfig, length: int) -> float:
 
 
 def _copies_states(c: RecurrentConfig) -> bool:
-    """Luong's decoder goes on from the encoder's own states, where they fit."""
+    """Whether the decoder starts from the encoder's own states: in style luong, if their widths are equal."""
     return c.style == "luong" and c.memory_dim == c.hidden_dim
 
 
@@ -380,7 +381,7 @@ def _bridge_dim(c: RecurrentConfig) -> int:
 
 
 def _fed_dim(c: RecurrentConfig) -> int:
-    """Width of what a step's input has beside the token: the context, or the last attentional state."""
+    """Width of a step's input in addition to the token: the context, or the last attentional state."""
     if c.style == "bahdanau":
         return c.memory_dim
     return c.hidden_dim if c.input_feeding else 0
@@ -393,6 +394,6 @@ def _combined_dim(c: RecurrentConfig) -> int:
 def _refuse_packed(name: str, segments: Array | None) -> None:
     if segments is None or isinstance(segments, jax.core.Tracer):
         return
-    # By NumPy, since even a concrete array's maximum is traced where anything is.
+    # With NumPy, since under tracing even the maximum of a concrete array is traced.
     if (most := int(np.asarray(segments).max(initial=0))) > 1:
         raise ValueError(f"{name}: got segment {most}; a recurrent model takes unpacked rows: 1, and 0 for padding")

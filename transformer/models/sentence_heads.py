@@ -1,4 +1,4 @@
-"""Heads that attend: a classifier of one text by several views of it, and one of a pair that compares their words.
+"""Heads that attend: a classifier of one text by several weighted means of it, and one that compares the words of a pair.
 
 B batch, T position, D embed, A alignment features, R hops, C classes.
 """
@@ -22,7 +22,7 @@ from transformer.types import Array, Bool, Float, Int, PRNGKeyArray
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StructuredHeadConfig(Config):
-    """Structured self-attention (Lin et al. 2017) under a classifier."""
+    """Structured self-attention (Lin et al. 2017) followed by a classifier."""
 
     kind: Literal["structured"] = "structured"
     """The class of a row, from several weighted means of its tokens."""
@@ -33,7 +33,7 @@ class StructuredHeadConfig(Config):
     dim: int | None = None
     """Width of the layer that scores the tokens. null: embed_dim."""
     penalty: float = 0.1
-    """Weight in the loss of what keeps the hops apart, |A Aᵀ - 1|²."""
+    """Weight of the penalty |A Aᵀ - 1|², which keeps the hops apart, in the loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +48,7 @@ class DecomposableHeadConfig(Config):
     """Decomposable attention (Parikh et al. 2016) between the two texts of a row."""
 
     kind: Literal["decomposable"] = "decomposable"
-    """The class of a pair, from its words compared with what they see of the other text."""
+    """The class of a pair, from its words compared with what they attend to in the other text."""
     num_labels: int = 2
     """Number of classes."""
     dim: int | None = None
@@ -63,7 +63,7 @@ class DecomposableHeadConfig(Config):
 
 
 class StructuredHead(nnx.Module):
-    """R weighted means of a row's tokens, a layer of ReLUs, dropout, and a linear map to C classes.
+    """R weighted means of a row's tokens, a ReLU layer, dropout, and a linear layer to C classes.
 
     Args:
         options: kernel_init, dtype and rngs of the linear layers.
@@ -82,7 +82,7 @@ class StructuredHead(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "B C"], Float[Array, ""]]:
-        """Float32 logits, and what is added to the loss; `key` turns dropout on."""
+        """Float32 logits, and the penalty to add to the loss; `key` enables dropout."""
         with jax.named_scope("structured_head"):
             mask = None if valid_BT is None else AttentionMask.padding(valid_BT)
             views_BRD, weights_BRT = self.attend(hidden_BTD, mask)

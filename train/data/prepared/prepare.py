@@ -141,7 +141,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
 
 
 def fingerprint(config: DataConfig) -> str:
-    """32 hexadecimal digits that change with whatever changes the prepared tokens.
+    """32 hexadecimal digits that depend on everything that affects the prepared tokens.
 
     Raises `UserError` for a source or tokenizer file that is missing.
     """
@@ -199,7 +199,7 @@ def _make(target: Path, config: DataConfig, *, shown: bool) -> None:
 
 
 def _tokenizers(config: DataConfig, *, shown: bool) -> list[Tokenizer]:
-    """The tokenizer, and that of a pair's other side if it has one of its own."""
+    """The tokenizer, and that of the target side of pairs if it is separate."""
     if config.target_tokenizer is None:
         return [_tokenizer(config.tokenizer, _training_texts(config, config.tokenizer, None), shown=shown)]
     both = (config.tokenizer, config.target_tokenizer)

@@ -22,7 +22,7 @@ from train.data.sources.records import Document
 from transformer.errors import UserError
 
 VERSION = 2
-"""Changes with whatever changes the sentences of a document number."""
+"""Version of the generator: changes when document numbers give different sentences."""
 
 Kind = Literal["noun", "adjective", "verb", "adverb", "particle", "joint"]
 

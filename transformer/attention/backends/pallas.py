@@ -43,7 +43,7 @@ GPU_BLOCKS = {64: (128, 128), 128: (128, 64), 256: (64, 32)}
 """Queries and keys in a block of the GPU kernel's forward pass, by the largest head_dim for which shared memory suffices."""
 
 NO_LOGIT = -1e30
-"""The logit of an extra key that every query sees and that has no value: it only has weight if there is no real logit."""
+"""The logit of an extra key, visible to all and without a value: negligible next to a real logit, and dominant without one."""
 
 
 def pallas(

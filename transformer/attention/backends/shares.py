@@ -17,7 +17,7 @@ from transformer.types import Array
 
 
 def shard_map_kernel(kernel: Any, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, rows: Any = None) -> Array:
-    """`kernel(q, k, v, rows)` on each device's share, or on the whole arrays if there is no mesh.
+    """`kernel(q, k, v, rows)` on each device's share, or on the whole arrays without a mesh.
 
     Args:
         rows: a pytree of arrays whose first dim is the batch, or None.

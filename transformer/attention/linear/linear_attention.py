@@ -116,7 +116,7 @@ def _both_ways(
             weights = jnp.where(same_BTS[:, None, None], weights, 0)
         return einsum("BKGTS,BSKV->BTKGV", weights, v_BSKV).reshape(B, T, N, -1)
     if segments_BT is None:
-        # All keys write, and there are no queries.
+        # All keys write; the array of queries is empty.
         _, state_BKMV = write(k_BSKH[:, :, :0], k_BSKH, v_BSKV)
         return einsum("BTKGM,BKMV->BTKGV", q_BTKGM, state_BKMV).reshape(B, T, N, -1)
     past, _ = write(q_BTNH, k_BSKH, v_BSKV, segments_BT=segments_BT)
