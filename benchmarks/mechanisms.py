@@ -96,7 +96,7 @@ TASKS: dict[str, Task] = {
         },
     ),
     "translation": Task(
-        title="a recurrent translator between two invented languages", config="history/bahdanau.yaml",
+        title="a recurrent translator between two synthetic languages", config="history/bahdanau.yaml",
         figure="eval/loss",
         mechanisms={
             "none": {"attention": {"kind": "none"}},

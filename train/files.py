@@ -61,7 +61,7 @@ def check_place(file: Path) -> None:
     if file.is_dir():
         raise UserError(f"{file}: this is a folder; name a file")
     if not file.absolute().parent.is_dir():
-        raise UserError(f"{file}: there is no folder {file.absolute().parent}; make it first")
+        raise UserError(f"{file}: the folder {file.absolute().parent} does not exist; make it first")
 
 
 @contextlib.contextmanager

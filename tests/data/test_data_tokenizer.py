@@ -130,7 +130,7 @@ def test_an_existing_file_is_used_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no token '<none>'.*end_of_text"):
         make_tokenizer(TokenizerConfig(kind="file", path=str(path), end_of_text="<none>"), [])
     path.write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
         make_tokenizer(TokenizerConfig(kind="file", path=str(path)), [])
     with pytest.raises(UserError, match=r"missing\.json: cannot be read"):
         make_tokenizer(TokenizerConfig(kind="file", path=str(tmp_path / "missing.json")), [])

@@ -384,7 +384,7 @@ def test_empty_records_and_places_that_are_none(imported, tmp_path, capsys):
     (tmp_path / "texts.txt").write_bytes(b"the cat\r\n\r\na mat\r\n")
     for arguments, message in (
         (["--file", "texts.jsonl", "--out", "x.npy"], "texts.jsonl:2: field 'text' is empty; fix it\n"),
-        (["--file", "texts.txt", "--out", "none/x.npy"], "there is no folder"),
+        (["--file", "texts.txt", "--out", "none/x.npy"], "does not exist; make it first"),
     ):
         given = [str(tmp_path / one) if "." in one else one for one in arguments]
         assert main(["embed", str(imported), *given]) == 2

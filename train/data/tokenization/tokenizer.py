@@ -106,7 +106,7 @@ class Tokenizer(abc.ABC):
     special_ids: dict[str, int]
     """Every special token by its name, the end of text included: no text gives them, and `decode` leaves them out."""
     separators: int = 1
-    """How many `[SEP]` stand between the two texts of a pair."""
+    """How many `[SEP]` are between the two texts of a pair."""
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -158,7 +158,7 @@ class Tokenizer(abc.ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """A token is a byte of UTF-8. Byte 0 is the end of text: U+0000 is no part of text, and dropped from it.
+    """A token is a byte of UTF-8. Byte 0 is the end of text: U+0000 is not part of a text, and is dropped from it.
 
     Special tokens have the ids from 256 on, as in ByT5 (Xue et al. 2022).
     """
@@ -222,7 +222,7 @@ class SubwordTokenizer(Tokenizer):
         try:
             model = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing more precise
-            raise ValueError(f"{path.name} is no tokenizer: {error}") from error
+            raise ValueError(f"{path.name} is not a tokenizer: {error}") from error
         return cls(model, end_of_text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -291,7 +291,7 @@ class StreamDecoder:
 
 @functools.cache
 def byte_of_letter() -> dict[str, int]:
-    """The byte that each letter of a byte-level vocabulary stands for (GPT-2's table).
+    """The byte that each letter of a byte-level vocabulary denotes (GPT-2's table).
 
     Printable Latin-1 characters stand for themselves; the other bytes, in order, for the characters from U+0100 on.
     """
@@ -301,7 +301,7 @@ def byte_of_letter() -> dict[str, int]:
 
 
 def sentinel(number: int) -> str:
-    """T5's name of the token that stands for span `number`, counted from 0."""
+    """T5's name of the token for span `number`, counted from 0."""
     return f"<extra_id_{number}>"
 
 

@@ -350,20 +350,13 @@ class Either(MaskPredicate):
         return any(rows), any(heads)
 
     def shift_queries(self, offset):
-        return Either(
-            *(
-                tuple(predicate.shift_queries(offset) for predicate in predicates)
-                for predicates in (self.one, self.other)
-            )
-        )
+        return self._each(lambda predicate: predicate.shift_queries(offset))
 
     def padded(self, num_queries, num_keys):
-        return Either(
-            *(
-                tuple(predicate.padded(num_queries, num_keys) for predicate in predicates)
-                for predicates in (self.one, self.other)
-            )
-        )
+        return self._each(lambda predicate: predicate.padded(num_queries, num_keys))
+
+    def _each(self, change):
+        return Either(tuple(map(change, self.one)), tuple(map(change, self.other)))
 
 
 def all_allowed(predicates: tuple[MaskPredicate, ...], tile: Tile) -> Bool[Array, "B_ N_ T_ S_"]:
