@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STYLE = """
-body { font: 15px/1.55 system-ui, sans-serif; color: #1f2430; background: #fff; max-width: 1180px; margin: 2rem auto;
+body { font: 15px/1.55 system-ui, sans-serif; color: #1f2430; background: #fff; max-width: 1240px; margin: 2rem auto;
   padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; margin-bottom: .3rem; } h2 { margin-top: 2.4rem; border-top: 1px solid #dde1ea; padding-top: 1.3rem; }
 h3 { margin: 1.8rem 0 .5rem; font-size: 1rem; } li { margin: .25rem 0; } li, p { max-width: 60rem; } p { margin: .5rem 0; }
-.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e6e9f0; white-space: nowrap; }
+.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .84rem; }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #e6e9f0; white-space: nowrap; }
 th { color: #5a6273; font-weight: 600; } .text { text-align: left; } .best { font-weight: 700; }
 td.long { text-align: left; white-space: normal; }
 svg { max-width: 100%; height: auto; } .muted { color: #5a6273; }

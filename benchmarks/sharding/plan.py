@@ -95,9 +95,10 @@ def run(
     start = time.monotonic()
     entries = estimated(config, target)
     chosen = promising(entries, target, number)
+    fitting = sum(entry.fits(target) for entry in entries)
     print(
         f"{config.name} on {target.name}: {len(entries)} layouts by formula in {time.monotonic() - start:.1f} s, "
-        f"{sum(entry.fits(target) for entry in entries)} of them fit; the best is {describe(chosen[0].config)}: "
+        f"{fitting} of them fit; the best is {describe(chosen[0].config)}: "
         f"{duration(chosen[0].seconds)}, {readable(int(chosen[0].estimate.memory))} a device",
         flush=True,
     )
@@ -112,6 +113,7 @@ def run(
         if not stopped:
             require_any((entry.compiled for entry in chosen), target)
     result = summarised(config, target, chosen, tokens, len(entries), time.monotonic() - start, stopped, kept)
+    result["fitting"] = fitting
     name = f"{config.name}_{target.name.replace(':', '_')}"
     best = ranked(chosen, target)[0]
     with writing(folder):

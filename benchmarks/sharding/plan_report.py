@@ -132,15 +132,16 @@ def write(result: dict[str, Any], path: Path) -> None:
     parts = ["".join(f"<p>{html.escape(line)}</p>" for line in sentences(result)), picture(result)]
     if good:
         cells = [_cells(number, row) for number, row in enumerate(good, 1)]
-        parts.append("<h2>Layouts that fit</h2>" + table(HEADS, cells, text=(1, 9)))
+        of = f" (of {fitting} by formula)" if (fitting := result.get("fitting", 0)) > len(good) else ""
+        parts.append(f"<h2>{len(good)} layouts that fit{of}</h2>" + table(HEADS, cells, text=(1, 9), long=(1,)))
     if bad:
         rows = [
             [row["layout"], memory_of(row) if row["memory"] else "", (row["compiled"] or {}).get("error") or ""]
             for row in bad
         ]
-        parts.append(
-            "<h2>Layouts that do not fit</h2>" + table(("layout", "memory", "message"), rows, text=(0,), long=(1, 2))
-        )
+        heads = ("layout", "memory", "message") if any(message for *_, message in rows) else ("layout", "memory")
+        rows = [row[: len(heads)] for row in rows]
+        parts.append("<h2>Layouts that do not fit</h2>" + table(heads, rows, text=(0,), long=(1, 2)))
     best = good[0]["compiled"] if good else None
     if best and best["collectives"]:
         rows = [
