@@ -77,7 +77,7 @@ def run(
                 "Run the same command again to resume"
             ) from None
         figures[task.name].append(one)
-        spent = "finished before"
+        spent = "already finished"
         if not known:
             taken.append(time.monotonic() - start)
             waiting.discard((task.name, name))

@@ -78,7 +78,7 @@ def test_whole_numbers_of_any_kind(number):
         ({"dropout_rate": 1.0}, "dropout_rate=1.0"),
         ({"scale": jnp.float32(1)}, "scale is a"),
         ({"return_weights": 1}, "return_weights=1"),
-        ({"return_weights": (2,)}, "no head 2"),
+        ({"return_weights": (2,)}, "head 2 does not exist"),
     ],
 )
 def test_options_that_mean_nothing(options, message):

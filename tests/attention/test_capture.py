@@ -61,7 +61,7 @@ def test_chosen_heads_are_those_among_all(num_kv_heads, mask, bias_heads):
 
 @pytest.mark.parametrize("head", [-1, N])
 def test_a_head_that_does_not_exist(head):
-    with pytest.raises(ValueError, match=f"no head {head}; allowed in return_weights: 0 to 5"):
+    with pytest.raises(ValueError, match=f"head {head} does not exist; allowed in return_weights: 0 to 5"):
         attend(*inputs(2), return_weights=(0, head))
 
 

@@ -71,7 +71,7 @@ def test_finished_stages_are_not_run_again(compared, monkeypatch, capsys):
     monkeypatch.setattr(stage, "train", lambda config: pytest.fail("a finished stage was trained again"))
     again = _compare(runs)
     assert again["tasks"] == result["tasks"]
-    assert capsys.readouterr().out.count("finished before") == 1 + len(NAMES)
+    assert capsys.readouterr().out.count("already finished") == 1 + len(NAMES)
 
 
 def test_a_stop_says_how_to_go_on(compared, monkeypatch):

@@ -116,7 +116,7 @@ def test_a_language_model_writes_with_its_adapters(whole, config_file, tmp_path,
     assert capsys.readouterr().out.startswith("value_")
     assert main(["explain", str(tmp_path / "tuned.yaml")]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"adapter.rank +4 +8 +Width", said) and "of the parameters; the others are frozen" in said
+    assert re.search(r"adapter.rank +4 +8 +Rank", said) and "of the parameters; the others are frozen" in said
     assert (
         main(["train", str(tmp_path / "tuned.yaml"), "--adapter.targets", "querry", "--run-dir", str(tmp_path / "no")])
         == 2
