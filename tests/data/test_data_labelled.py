@@ -272,7 +272,7 @@ def test_what_does_not_suit_is_one_line(reviews: Path, tmp_path: Path) -> None:
     bare = dataclasses.replace(config, tokenizer=TokenizerConfig(special_tokens=(MASK,)))
     assert "needs [CLS], [SEP], which the vocabulary lacks; set data.tokenizer.special_tokens" in told(bare)
     plain = dataclasses.replace(config, sources=(FilesSource(path=str(reviews)),))
-    assert "needs documents with a class, the sources give none; set their label_field" in told(plain)
+    assert "needs documents with a class, but the sources give none; set their label_field" in told(plain)
     assert "length: got 2; classification needs at least 3 tokens" in told(config, length=2)
     prepared = prepare(config, progress=False)
     check_labels(prepared, 3)

@@ -249,6 +249,6 @@ def test_a_factor_is_of_the_rate_and_so_of_the_decay_too(name):
 def test_layer_decay_is_for_one_stack():
     objective, optimizer = Seq2Seq(), OptimizerConfig(layer_decay=0.9)
     with pytest.raises(
-        UserError, match="layer_decay: got 0.9; layer_decay needs one stack of blocks .* family 'vaswani'"
+        UserError, match="layer_decay: got 0.9; layer_decay needs one stack of blocks .* family is 'vaswani'"
     ):
         RunConfig(name="test", model=VaswaniConfig(), objective=objective, optimizer=optimizer)

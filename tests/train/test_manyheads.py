@@ -66,7 +66,7 @@ def test_a_language_model(whole, capsys):
         with pytest.raises(UserError, match=str(whole)):
             wrong()
     assert mh.load(whole, "latest").step == 12
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder; give the folder of a run"):
         mh.load(whole / "nothing")
 
 
