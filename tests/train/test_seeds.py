@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import re
 import statistics
 
@@ -75,7 +76,7 @@ def test_seeds_that_end_early_are_scored_at_their_ends(config_file, tmp_path):
 
 def test_a_signal_stops_all_of_them(config_file, tmp_path, capsys):
     with asked_to_stop(looks=0):
-        assert command(config_file, tmp_path / "run", "--seeds", "2") == 0
+        assert command(config_file, tmp_path / "run", "--seeds", "2") == 128 + signal.SIGTERM
     assert "Run the same command again to resume" in capsys.readouterr().out
     assert not (tmp_path / "run" / "seed-6").exists() and not (tmp_path / "run" / seeds.FILE).exists()
 
