@@ -23,6 +23,7 @@ from transformer.mixers.differential import DifferentialConfig
 from transformer.mixers.fast_weights import FastWeightConfig
 from transformer.mixers.latent import LatentConfig
 from transformer.mixers.linear import LinearAttentionConfig
+from transformer.mixers.lstmn import LSTMNConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.families import count_parameters, make_model
@@ -45,6 +46,7 @@ SHAPES = {
     "relative": RELATIVE,
     "none": dataclasses.replace(CLASSIC, position_embedding="none"),
     "latent": dataclasses.replace(CLASSIC, attention=LatentConfig(num_heads=4)),
+    "lstmn": dataclasses.replace(CLASSIC, attention=LSTMNConfig(hidden_dim=24, attention_dim=8)),
     "differential": dataclasses.replace(CLASSIC, attention=DifferentialConfig(num_heads=2, position=RotaryConfig())),
     "alternating": dataclasses.replace(
         CLASSIC, num_layers=4, pattern=(changed(MODERN.attention, window=2), changed(MODERN.attention, position=YARN))

@@ -92,6 +92,7 @@ class LSTMN(nnx.Module):
         self.config = config
         self.dtype = dtype
         D, (F, A) = embed_dim, config.sizes(embed_dim)
+        self.hidden_dim = F
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def linear(size: int, *out_shape: int, axes: tuple[str, ...], use_bias: bool = False) -> Linear:
@@ -138,7 +139,7 @@ class LSTMN(nnx.Module):
 
     def make_state(self, batch_size: int, max_length: int) -> TapeState:
         """An empty tape for `batch_size` rows of up to `max_length` tokens: 2 F numbers per token, in float32."""
-        return TapeState.empty(batch_size, max_length, self.summary_gates.kernel.shape[0])
+        return TapeState.empty(batch_size, max_length, self.hidden_dim)
 
     def _weights(self) -> LSTMNWeights:
         assert self.input_gates.bias is not None
