@@ -139,9 +139,9 @@ def write(result: dict[str, Any], path: Path) -> None:
             [row["layout"], memory_of(row) if row["memory"] else "", (row["compiled"] or {}).get("error") or ""]
             for row in bad
         ]
-        heads = ("layout", "memory", "message") if any(message for *_, message in rows) else ("layout", "memory")
-        rows = [row[: len(heads)] for row in rows]
-        parts.append("<h2>Layouts that do not fit</h2>" + table(heads, rows, text=(0,), long=(1, 2)))
+        columns = ["layout", "memory", "message"][: 3 if any(message for *_, message in rows) else 2]
+        cells = [row[: len(columns)] for row in rows]
+        parts.append("<h2>Layouts that do not fit</h2>" + table(columns, cells, text=(0,), long=(1, 2)))
     best = good[0]["compiled"] if good else None
     if best and best["collectives"]:
         rows = [

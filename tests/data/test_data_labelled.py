@@ -266,7 +266,7 @@ def test_what_does_not_suit_is_one_line(reviews: Path, tmp_path: Path) -> None:
         return str(raised.value)
 
     config = config_of(reviews)
-    assert "data.packing: got 'chunk'; classification takes one document a row: set it to 'documents'" in told(
+    assert "data.packing: got 'chunk'; classification takes one document per row: set it to 'documents'" in told(
         dataclasses.replace(config, packing="chunk")
     )
     bare = dataclasses.replace(config, tokenizer=TokenizerConfig(special_tokens=(MASK,)))
