@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/stdlib_small.yaml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test lint test-newest bench bench-gpu clean
+.PHONY: help train test test-fast lint test-newest bench bench-gpu clean
 
 help:
 	@echo "make train        train a small GPT on Python's own library (CONFIG=... for another run)"
 	@echo "make test         linters, types and all tests"
+	@echo "make test-fast    linters, types and the quick half of the tests, for work in between"
 	@echo "make lint         linters and types alone"
 	@echo "make test-newest  the tests that need no torch, on Python 3.13 with the newest jax and flax"
 	@echo "make bench        CPU benchmarks, results into benchmarks/results/"
@@ -38,6 +39,9 @@ lint: $(VENV)/.installed-test
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # An environment of its own: jax 0.11 and newer need a newer Python than the main one may be.
 # A name on the PATH may be a stub that does not run.

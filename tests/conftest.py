@@ -39,17 +39,25 @@ from tests.devices import on_one_device
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-# Files of few but long tests. Whoever comes to them last would work on alone.
+# Files that take longest, those of few but long tests first: a worker that got such a file last would work alone at the end.
 _LONG = (
     "test_processes.py", "test_init_from.py", "test_adapter_runs.py", "test_adapters.py", "test_sharding_measure.py",
     "test_pretraining.py", "test_history.py", "test_encoder_bench.py", "test_hf_import.py", "test_task_losses.py",
-    "test_tasks.py", "test_loop.py",
+    "test_tasks.py", "test_loop.py", "test_mechanisms.py", "test_pipeline.py", "test_step.py", "test_configs.py",
+    "test_gpt.py", "test_pmap.py", "test_families.py", "test_ring.py", "test_translate.py", "test_hf_parity.py",
+    "test_protocol.py", "test_recurrent.py", "test_differentiation.py", "test_seeds.py", "test_freezing.py",
+    "test_blockwise.py", "test_beam.py", "test_sharding_plan.py", "test_generate.py", "test_mixture_of_experts.py",
+    "test_docs.py", "test_pallas.py", "test_contrastive.py", "test_adapter.py", "test_attention_bench.py",
+    "test_objectives.py", "test_capture.py", "test_fast_weights.py", "test_manyheads.py", "test_benchmarks.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    """Long files first (with xdist's `--no-loadscope-reorder`, which else begins with those of most tests)."""
+    """Long files first (with xdist's `--no-loadscope-reorder`, which else begins with those of most tests), marked `slow`."""
     items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+    for item in items:
+        if item.path.name in _LONG:
+            item.add_marker("slow")
 
 
 def pytest_collection_finish():
