@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import jax
 import yaml
 
 from benchmarks import record
-from benchmarks.stage import folder_of, metrics_of, once, scored_at_the_end, train_to_the_end
+from benchmarks.stage import folder_of, once, scored_at_the_end, train_for_scores
 from benchmarks.workload import our_step
 from train.config import RunConfig, load, to_data
 from transformer.errors import UserError, nearest
@@ -215,9 +214,7 @@ def _figures(task: Task, title: str, timed_run: tuple[RunConfig, dict[str, float
     config, timed = timed_run
 
     def work() -> dict[str, Any]:
-        train_to_the_end(config, "mechanisms")
-        shutil.rmtree(config.directory / "checkpoints")
-        last = {name: value for one in metrics_of(config.directory) for name, value in one.items()}
+        last = train_for_scores(config, "mechanisms")
         return {
             "arguments": task.arguments(task.mechanisms[title]),
             "model": dict(task.mechanisms[title]),

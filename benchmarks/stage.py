@@ -101,10 +101,20 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def classify(config: RunConfig, benchmark: str) -> dict[str, float]:
-    """Accuracy and loss of a fully trained classifier. Its checkpoints are deleted: dozens would fill a disk."""
-    last = train_to_the_end(config, benchmark)
+def train_for_scores(config: RunConfig, benchmark: str) -> dict[str, Any]:
+    """The newest value of each metric of a fully trained run. Its checkpoints are deleted: dozens would fill a disk.
+
+    Raises:
+        UserError: as in `train_to_the_end`.
+    """
+    train_to_the_end(config, benchmark)
     shutil.rmtree(config.directory / "checkpoints")
+    return {name: value for one in metrics_of(config.directory) for name, value in one.items()}
+
+
+def classify(config: RunConfig, benchmark: str) -> dict[str, float]:
+    """Accuracy and loss of a fully trained classifier."""
+    last = train_for_scores(config, benchmark)
     return {"accuracy": last["eval/accuracy"], "loss": last["eval/loss"]}
 
 

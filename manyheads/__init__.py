@@ -24,23 +24,8 @@ if TYPE_CHECKING:
     from transformer.models.gpt import GPT, GPTConfig
     from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
 
-_PLACES = {
-    "Run": "manyheads.run",
-    "load": "manyheads.run",
-    "train": "manyheads.run",
-    "RunConfig": "train.config",
-    "attend": "transformer",
-    "AttentionMask": "transformer",
-    "GPT": "transformer",
-    "GPTConfig": "transformer",
-    "Bert": "transformer",
-    "BertConfig": "transformer",
-    "EncoderDecoder": "transformer",
-    "T5Config": "transformer",
-    "VaswaniConfig": "transformer",
-    "RecurrentTranslator": "transformer",
-    "RecurrentConfig": "transformer",
-}
+_OWN = {"Run": "manyheads.run", "load": "manyheads.run", "train": "manyheads.run", "RunConfig": "train.config"}
+"""Where the names are defined that `transformer` does not export."""
 
 __all__ = [
     "GPT", "AttentionMask", "Bert", "BertConfig", "EncoderDecoder", "GPTConfig", "RecurrentConfig", "RecurrentTranslator",
@@ -49,10 +34,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'manyheads' has no attribute {name!r}; there are {', '.join(sorted(_PLACES))}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    if name not in __all__:
+        raise AttributeError(f"module 'manyheads' has no attribute {name!r}; there are {', '.join(__all__)}")
+    return getattr(importlib.import_module(_OWN.get(name, "transformer")), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(_PLACES)
+    return sorted(__all__)

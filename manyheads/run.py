@@ -20,9 +20,9 @@ from train.data.sources.records import Document
 from train.data.tokenization.tokenizer import Tokenizer
 from train.files import cache_dir
 from train.huggingface.import_checkpoint import import_checkpoint
-from train.inference.attend import maps_of
+from train.inference.attend import maps_of, tokens_of
 from train.inference.embed import Embedder
-from train.inference.generate import DEFAULT_TOKENS
+from train.inference.generate import default_length
 from train.inference.predict import as_task_run, predictions
 from train.inference.translate import alignment
 from train.objectives.tasks.task import Prediction
@@ -100,6 +100,7 @@ class Run:
     def __init__(self, directory: Path, loaded: LoadedRun) -> None:
         self.directory = directory
         self._loaded = loaded
+        self._embedders: dict[tuple[Any, bool], Embedder] = {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, step={self.step}, family={self.config.model.family!r})"
@@ -165,7 +166,7 @@ class Run:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         ids = [self.tokenizer.encode(text).tolist() for text in texts]
         if max_tokens is None:
-            max_tokens = max(min(DEFAULT_TOKENS, model.max_length - max(map(len, ids), default=0)), 1)
+            max_tokens = default_length(model, ids)
         with self._on_mesh():
             if beams is not None:
                 search = BeamSearch(beams=beams, **options)
@@ -213,11 +214,12 @@ class Run:
         """
         if not isinstance(self.config.model, BertConfig):
             raise self._cannot("embed", "an encoder (bert)")
-        embedder = self._embedders.setdefault(
-            (pooling, normalize), Embedder(self.config.model, self.tokenizer, pooling=pooling, normalize=normalize)
-        )
+        if (kind := (pooling, normalize)) not in self._embedders:
+            self._embedders[kind] = Embedder(
+                self.config.model, self.tokenizer, pooling=pooling, normalize=normalize
+            )  # fmt: skip
         with self._on_mesh():
-            vectors = embedder(self.params, [texts] if isinstance(texts, str) else list(texts))
+            vectors = self._embedders[kind](self.params, [texts] if isinstance(texts, str) else list(texts))
         return vectors[0] if isinstance(texts, str) else vectors
 
     def predict(self, documents: Sequence[str | tuple[str, str] | Document]) -> list[Prediction]:
@@ -235,8 +237,6 @@ class Run:
             if (document.target is not None or bool(document.choices)) != source.gives_pairs:
                 wanted = "pairs of texts" if source.gives_pairs else "single texts"
                 raise UserError(f"document {document.id}: this model takes {wanted}")
-        if source.document_labels == "tags":
-            made = [one if one.words else one._replace(words=tuple(one.text.split())) for one in made]
         return predictions(loaded, task, made, "documents")
 
     def attention(
@@ -252,7 +252,8 @@ class Run:
         """
         with self._on_mesh():
             if not self.config.objective.translates:
-                return maps_of(self._loaded, text, layers, heads, str(self.directory))
+                tokens = tokens_of(self._loaded, text, str(self.directory))
+                return maps_of(self._loaded, tokens, layers, heads)
             best = self._translator.hypotheses(self.params, [text], BeamSearch())[0]
             source = self._translator.tokens_of(text)
             return alignment(self._loaded, source, list(best[0].tokens) if best else [])
@@ -268,10 +269,6 @@ class Run:
         if not self.config.objective.translates:
             raise self._cannot("translate", "a model trained on pairs of texts")
         return TextTranslator(self.config, self.tokenizer, self.target_tokenizer)
-
-    @functools.cached_property
-    def _embedders(self) -> dict[Any, Embedder]:
-        return {}
 
     def _on_mesh(self) -> Any:
         return use_mesh(self._loaded.mesh, self.config.mesh.rules)

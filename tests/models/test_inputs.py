@@ -25,6 +25,7 @@ from transformer import (
     make_model,
 )
 from transformer.layers.position import AlibiConfig
+from transformer.models.embed import check_tokens
 
 B, T, V = 2, 8, 40
 SIZES = {"vocab_size": V, "max_length": 16, "num_layers": 2, "embed_dim": 32}
@@ -97,8 +98,6 @@ def test_tokens_and_segments_that_do_not_fit(name):
 
 
 def test_tokens_of_one_text_need_a_batch():
-    from transformer.models.embed import check_tokens
-
     with pytest.raises(
         ValueError, match=r"tokens: got shape \(3,\); expected \[batch, tokens\], such as tokens\[None\]"
     ):

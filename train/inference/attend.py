@@ -48,7 +48,7 @@ def attend(
     """
     loaded = load_run(run, step)
     model = loaded.config.model
-    ids = _tokens_of(loaded, text, str(run))
+    ids = tokens_of(loaded, text, str(run))
     picked = choose_layers("--layer", layers, model)  # type: ignore[arg-type]
     num_heads = heads_of(model, picked)  # type: ignore[arg-type]
     chosen = picked, choose("--head", heads, num_heads)
@@ -60,7 +60,7 @@ def attend(
     print(
         f"memory    {readable(bytes_needed(*shape))} for {shape[0] * shape[1]:,} maps of {ids.size:,} × {ids.size:,} weights"
     )
-    maps = maps_of(loaded, text, *chosen, str(run))
+    maps = maps_of(loaded, ids, *chosen)
     folder = run / "attention" if out is None else out
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,18 +74,16 @@ def attend(
 
 
 def maps_of(
-    loaded: LoadedRun, text: str, layers: Sequence[int] | None, heads: Sequence[int] | None, name: str
+    loaded: LoadedRun, ids: np.ndarray, layers: Sequence[int] | None, heads: Sequence[int] | None
 ) -> AttentionMaps:
-    """The attention weights of a text, with its tokens as labels.
+    """The attention weights of a text's tokens (`tokens_of`), with the tokens as labels.
 
     Args:
         layers, heads: numbers from 0; all of them by default.
-        name: of the run, for errors.
 
     Raises:
-        UserError: a layer or head that does not exist, or a text that does not fit the model.
+        UserError: a layer or head that does not exist.
     """
-    ids = _tokens_of(loaded, text, name)
     graphdef = graphdef_of(lambda rngs: make_model(loaded.config.model, rngs))
     with use_mesh(loaded.mesh, loaded.config.mesh.rules):
         return attention_maps(
@@ -104,7 +102,7 @@ def numbers(option: str, text: str | None) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def _tokens_of(loaded: LoadedRun, text: str, name: str) -> np.ndarray:
+def tokens_of(loaded: LoadedRun, text: str, name: str) -> np.ndarray:
     """The token ids of the text. Raises `UserError` for a model or a text that does not fit."""
     model, tokenizer = loaded.config.model, loaded.tokenizer
     check_text("--text", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def generate(
         check_text("--prompt", prompt)
     ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     if max_tokens is None:
-        max_tokens = max(min(DEFAULT_TOKENS, model.max_length - max(map(len, ids))), 1)
+        max_tokens = default_length(model, ids)
     generator.check(ids, max_tokens)
     if isinstance(how, BeamSearch):
         with use_mesh(loaded.mesh, loaded.config.mesh.rules):
@@ -86,6 +87,11 @@ def generate(
     for prompt, text in zip(prompts, texts, strict=True):
         console.rule()
         console.print(prompt + text)
+
+
+def default_length(model: GPTConfig, prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens to generate if nobody says: 256, or what the context leaves after the longest prompt; at least 1."""
+    return max(min(DEFAULT_TOKENS, model.max_length - max(map(len, prompts), default=0)), 1)
 
 
 def _show(prompts: list[str], found: list[list[Hypothesis]], tokenizer: Tokenizer) -> None:

@@ -112,14 +112,15 @@ def read_documents(source: RecordSource, file: str) -> list[Document]:
     if is_text:
         # Named by their lines, as records are.
         documents = [one._replace(id=f"{name}:{int(one.id.rpartition('#')[2]) + 1}") for one in documents]
-    if is_text and source.label_kind == "tags":
-        return [document._replace(words=tuple(document.text.split())) for document in documents]
     return documents
 
 
 def predictions(loaded: LoadedRun, task: Task, documents: Sequence[Document], name: str) -> list[Prediction]:
     """The prediction for each document, in order; documents that are too long are cut, with a message."""
     config, task = loaded.config, task.for_any_document()
+    if task.label_kind == "tags":
+        # The words of a plain text are separated by white space.
+        documents = [one if one.words else one._replace(words=tuple(one.text.split())) for one in documents]
     array = array_of(documents, loaded.tokenizer, name)
     length = min(config.sequence_length, _row_length(array, loaded.tokenizer))
     examples = task.rows(array, loaded.tokenizer, length, shown=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.run.run_files import NO_SCORES, Curves, read_metrics
+from train.run.run_files import NO_SCORES, Curves, config_file, read_metrics
 from transformer.errors import UserError
 
 
@@ -16,8 +16,7 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         UserError: no such run, no metric that all of them have, or a picture that cannot be written.
     """
     for run in runs:
-        if not (run / "config.yaml").is_file():
-            raise UserError(f"{run}: no run here (it has no config.yaml)")
+        config_file(run)
     draw([(str(run), read_metrics(run)) for run in runs], out)
 
 

@@ -12,8 +12,7 @@ from rich.table import Table
 from train.config import difference, load, to_data
 from train.report.display import console
 from train.run.curves import draw, shared_curves
-from train.run.run_files import Curves, read_metrics, read_origin
-from transformer.errors import UserError
+from train.run.run_files import Curves, config_file, read_metrics, read_origin
 
 _ROWS = 12
 """The most steps in a table of curves."""
@@ -67,10 +66,7 @@ def diff(first: Path, second: Path, out: Path | None = None) -> None:
 
 
 def _read(folder: Path) -> _Run:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder}: no run here (it has no config.yaml)")
-    return _Run(folder, to_data(load(path)), read_origin(folder), read_metrics(folder))
+    return _Run(folder, to_data(load(config_file(folder))), read_origin(folder), read_metrics(folder))
 
 
 def _print(what: str, lines: list[str], none: str) -> None:

@@ -108,6 +108,14 @@ def read_origin(directory: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+def config_file(directory: Path) -> Path:
+    """The config of a run's folder. Raises `UserError` if there is no run."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{directory}: no run here (it has no config.yaml)")
+    return path
+
+
 def read_metrics(directory: Path) -> Curves:
     """All records in a run's metrics.jsonl; empty if there are none."""
     path, curves = directory / "metrics.jsonl", Curves()

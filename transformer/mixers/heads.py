@@ -94,7 +94,12 @@ def weights_of_reading(
     """
     B, T, _ = x_BTD.shape
     one_hot = jnp.broadcast_to(jnp.eye(T, dtype=jnp.float32)[:, None], (B, T, num_kv_heads, T))
-    return read(one_hot)[:, :, list(heads) if isinstance(heads, tuple) else slice(None)].swapaxes(1, 2)
+    return read(one_hot)[:, :, chosen_heads(heads)].swapaxes(1, 2)
+
+
+def chosen_heads(heads: bool | tuple[int, ...]) -> list[int] | slice:
+    """The index of the heads whose weights are asked for: all of them (True), or those named."""
+    return list(heads) if isinstance(heads, tuple) else slice(None)
 
 
 def refuse_masks(name: str, context: Any, *, causal_only: bool = False) -> None:

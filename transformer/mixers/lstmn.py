@@ -16,7 +16,7 @@ from transformer.alignment.intra import LSTMNWeights, Tape, lstmn
 from transformer.errors import Config, require
 from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.mixers.context import CAUSAL, Context
-from transformer.mixers.heads import refuse_masks, seen_keys
+from transformer.mixers.heads import chosen_heads, refuse_masks, seen_keys
 from transformer.mixers.state import TapeState, nan_on_overflow
 from transformer.sharding import constrain
 from transformer.types import Array, DTypeLike, Float
@@ -132,9 +132,8 @@ class LSTMN(nnx.Module):
             state = state.advanced(tape, x_BTD.shape[1], context.valid_BT)
             hidden_BTF = nan_on_overflow(hidden_BTF, state)
         out_BTD = constrain(self.out(hidden_BTF, context.adapter_key), "batch", "stream", None)
-        weights = None
-        if heads := context.return_weights:
-            weights = weights_BTS[:, None][:, list(heads) if isinstance(heads, tuple) else slice(None)]
+        heads = context.return_weights
+        weights = weights_BTS[:, None][:, chosen_heads(heads)] if heads else None
         return out_BTD, state, weights
 
     def make_state(self, batch_size: int, max_length: int) -> TapeState:
