@@ -32,11 +32,28 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["MANYHEADS_CACHE"] = tempfile.mkdtemp(prefix="manyheads-tests-")
 
 import jax
+import jaxtyping
 import pytest
 
 from tests.devices import on_one_device
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def _check_shapes(fn=None, *, typechecker, jaxtyped=jaxtyping.jaxtyped):
+    """jaxtyping's decorator, which the tests' import hook puts on every function, without its cost where it has no use.
+
+    Decorating a function compiles four others. One that is made within a function is decorated again in each call, which
+    took a tenth of the suite's time.
+    """
+    if fn is None:
+        return lambda fn: _check_shapes(fn, typechecker=typechecker)
+    made_in_a_call = "<locals>" in getattr(fn, "__qualname__", "")
+    annotated = not callable(fn) or isinstance(fn, type) or getattr(fn, "__annotations__", None)
+    return jaxtyped(fn, typechecker=typechecker) if annotated and not made_in_a_call else fn
+
+
+jaxtyping.jaxtyped = _check_shapes
 
 
 # Files that take longest, those of few but long tests first: a worker that got such a file last would work alone at the end.
