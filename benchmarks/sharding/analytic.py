@@ -55,26 +55,37 @@ class Estimate:
 
 
 class Analysis:
-    """A model and an optimiser, traced once for estimates on many meshes."""
+    """A model and an optimiser, traced once for estimates of configs that differ in mesh, microbatches and remat."""
 
     def __init__(self, config: RunConfig) -> None:
+        self._sequence = dataclasses.replace(config, mesh=MeshConfig(), batch_size=1, microbatches=1)
         self.state = described_state(config)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         self.trained = trained_of(config, functools.partial(make_adapted, config.model, config.adapter))
 
     @functools.cache  # noqa: B019
-    def saved(self, config: RunConfig) -> int:
-        """Bytes that the forward pass of one sequence saves under the config's remat policy."""
+    def saved(self, remat: str) -> int:
+        """Bytes that the forward pass of one sequence saves under a remat policy."""
+        model: Any = dataclasses.replace(self._sequence.model, remat=remat)
+        config = dataclasses.replace(self._sequence, model=model)
         make = functools.partial(make_adapted, config.model, config.adapter)
         return saved_bytes(graphdef_of(make), self.state.params, batch_shapes(config, 1), config, self.trained)
+
+    @functools.cache  # noqa: B019
+    def held(self, mesh: MeshConfig, num_devices: int) -> tuple[float, float, float]:
+        """Bytes of parameters, of gradients and of the optimiser's state on a device."""
+        sizes, state = dict(zip(MESH_AXES, mesh.sizes(num_devices), strict=True)), self.state
+        return (
+            sharded_bytes(state.params, mesh.rules, sizes),
+            sharded_bytes(self.trained.select(state.params), mesh.gradient_rules, sizes),
+            sharded_bytes((state.opt_state, state.ema), mesh.optimizer_rules, sizes),
+        )
 
     def estimate(self, config: RunConfig, target: Target) -> Estimate:
         """The estimate for the config's step on its own mesh over the target's devices."""
         sizes = dict(zip(MESH_AXES, config.mesh.sizes(target.num_devices), strict=True))
         model = config.model
-        parameters = sharded_bytes(self.state.params, config.mesh.rules, sizes)
-        gradients = sharded_bytes(self.trained.select(self.state.params), config.mesh.gradient_rules, sizes)
-        optimizer = sharded_bytes((self.state.opt_state, self.state.ema), config.mesh.optimizer_rules, sizes)
+        parameters, gradients, optimizer = self.held(config.mesh, target.num_devices)
         layers = getattr(model, "num_layers", 1)
         wide = 2 if model.dtype == "bfloat16" else 4
 
@@ -84,9 +95,7 @@ class Analysis:
             / config.microbatches
             / sizes["context"]
         )
-        full = self._with_remat(config, "full")
-        none = self._with_remat(config, "none")
-        own = self.saved(_one(config))
+        full, none, own = self.saved("full"), self.saved("none"), self.saved(model.remat)
         # The residual stream itself is replicated over tensor; all else is sharded. The trace has the logits twice, of which
         # the compiler keeps one and a part; and what one layer recomputes is not all alive at once.
         slices = sizes["tensor"]
@@ -130,9 +139,6 @@ class Analysis:
         seconds = (arithmetic + traffic) * (1 + bubble) + sending
         return Estimate(parameters, gradients, optimizer, activations, gathered, seconds, arithmetic, traffic, sending)
 
-    def _with_remat(self, config: RunConfig, remat: Any) -> int:
-        return self.saved(_one(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))))
-
 
 def sharded_bytes(tree: Any, rules: Rules, sizes: dict[str, int]) -> float:
     """Bytes of an abstract tree on one device of a mesh that need not exist."""
@@ -149,8 +155,3 @@ def sharded_bytes(tree: Any, rules: Rules, sizes: dict[str, int]) -> float:
 
 def _names(part: Any) -> tuple[str, ...]:
     return () if part is None else part if isinstance(part, tuple) else (part,)
-
-
-def _one(config: RunConfig) -> RunConfig:
-    """The part of the config that determines what one sequence saves; configs that agree in it are traced once."""
-    return dataclasses.replace(config, mesh=MeshConfig(), batch_size=1, microbatches=1)
