@@ -16,7 +16,7 @@ from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.tile import Blocks, Grid, Span
 
 B, N, K, H, C = 2, 4, 2, 8, 6
-LENGTHS = [(40, 40), (1, 1), (1, 40), (33, 17), (40, 1)]
+LENGTHS = [(1, 1), (1, 40), (33, 17), (40, 1)]
 
 MASKS = {
     "none": lambda T, S: AttentionMask.none(),
@@ -53,89 +53,132 @@ def inputs(T, S, seed=0):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, C))]
 
 
-@pytest.fixture(params=["written out", "looped"])
+def explicit(mask, rows, heads, queries, keys):
+    """The same pairs as an array, so that the truth of all masks is one program."""
+    seen = mask.materialize(queries, keys, batch_size=rows, num_heads=heads)
+    shape = (rows, heads, queries, keys)
+    return AttentionMask.explicit(jnp.ones(shape, bool) if seen is None else jnp.broadcast_to(seen, shape))
+
+
+WAYS = ["written out", "looped"]
+
+
+@pytest.fixture(params=WAYS)
 def small_blocks(request, monkeypatch):
     """Blocks of which even short lengths need several."""
     monkeypatch.setattr(blockwise, "BLOCK", 16)
     monkeypatch.setattr(loops, "BLOCK", 16)
     if request.param == "looped":
         monkeypatch.setattr(blockwise, "MAX_BLOCKS", 0)
+    return request.param
 
 
-def values_and_gradients(backend, arrays, mask, learned=(), **options):
-    @jax.jit
-    def run(arrays, learned):
-        def loss(arrays, learned):
-            made = {name: make(*learned) for name, make in options.items()}
-            out = attend(*arrays, mask, backend=backend, **made)[0]
-            return jnp.sum(
-                jnp.sin(out.astype(jnp.float32)) * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-            ), out
+def values_and_gradients(backend, arrays, mask, learned=(), options=()):
+    def loss(arrays, learned):
+        made = {name: make(*learned) for name, make in options}
+        out = attend(*arrays, mask, backend=backend, **made)[0]
+        return jnp.sum(
+            jnp.sin(out.astype(jnp.float32)) * jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+        ), out
 
-        return jax.value_and_grad(loss, (0, 1), has_aux=True)(arrays, learned)
-
-    return run(arrays, learned)
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(arrays, learned)
 
 
-def compare(arrays, mask, learned=(), **options):
-    ours, truth = (values_and_gradients(name, arrays, mask, learned, **options) for name in ("blockwise", "reference"))
+@functools.partial(jax.jit, static_argnames="options")
+def truth_of(arrays, mask, learned, options):
+    return values_and_gradients("reference", arrays, mask, learned, options)
+
+
+def compare(arrays, mask, learned=(), options=()):
+    """With options (name, function of what is learned)."""
+    ours = values_and_gradients("blockwise", arrays, mask, learned, options)
+    queries, keys = arrays[0].shape[1], arrays[1].shape[1]
+    truth = truth_of(arrays, explicit(mask, B, N, queries, keys), learned, options)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-5), ours, truth)
 
 
-@pytest.mark.parametrize("name", MASKS)
+# The tests below have these in loops.
+ELSEWHERE = ("none", "causal", "window", "two-sided window")
+
+
+@pytest.mark.parametrize(
+    ("small_blocks", "name"),
+    [(way, name) for way in WAYS for name in MASKS if way == "written out" or name not in ELSEWHERE],
+    indirect=["small_blocks"],
+)
 def test_every_mask(small_blocks, name):
     compare(inputs(40, 40), MASKS[name](40, 40))
 
 
-@pytest.mark.parametrize(("T", "S"), LENGTHS)
-def test_lengths_that_no_block_divides(small_blocks, T, S):
-    compare(inputs(T, S), AttentionMask.none())
-    compare(inputs(T, S), MASKS["padding"](T, S) & MASKS["two-sided window"](T, S))
+@pytest.mark.parametrize(
+    ("small_blocks", "T", "S", "name"),
+    [
+        (way, *lengths, ("none", "padding")[(turn + place) % 2])
+        for turn, way in enumerate(WAYS)
+        for place, lengths in enumerate(LENGTHS)
+    ],
+    indirect=["small_blocks"],
+)
+def test_lengths_that_no_block_divides(small_blocks, T, S, name):
+    window = MASKS["two-sided window"](T, S)
+    compare(inputs(T, S), AttentionMask.none() if name == "none" else MASKS["padding"](T, S) & window)
+
+
+def near_and_far(slopes, table):
+    far = jnp.array([3, 5, 7, 9])
+    return lambda score, b, h, q, k: jnp.where(
+        q - k < far[h], score - slopes[h] * jnp.abs(q - k).astype(score.dtype), score * table[q - k + 40]
+    )
 
 
 def test_a_score_mod_and_what_it_learns(small_blocks):
-    slopes, table = jnp.linspace(0.1, 0.5, N), jnp.sin(jnp.arange(80.0))
-
-    def score_mod(slopes, table):
-        far = jnp.array([3, 5, 7, 9])
-        return lambda score, b, h, q, k: jnp.where(
-            q - k < far[h], score - slopes[h] * jnp.abs(q - k).astype(score.dtype), score * table[q - k + 40]
-        )
-
-    compare(inputs(40, 40), AttentionMask.causal(), (slopes, table), score_mod=score_mod)
+    learned = jnp.linspace(0.1, 0.5, N), jnp.sin(jnp.arange(80.0))
+    compare(inputs(40, 40), AttentionMask.causal(), learned, (("score_mod", near_and_far),))
 
 
-@pytest.mark.parametrize("shape", [(B, N, 40, 40), (1, N, 40, 40), (B, 1, 1, 40), (1, 1, 40, 1)])
+BIAS = (("bias_BNTS", lambda bias: bias), ("logit_soft_cap", lambda bias: 5.0))
+
+
+@pytest.mark.parametrize(
+    ("small_blocks", "shape"),
+    [
+        ("written out", (B, N, 40, 40)), ("written out", (1, 1, 40, 1)),
+        ("looped", (1, N, 40, 40)), ("looped", (B, 1, 1, 40)), ("looped", (1, 1, 40, 1)),
+    ],
+    indirect=["small_blocks"],
+)  # fmt: skip
 def test_bias_and_its_gradient(small_blocks, shape):
     bias = jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)
-    compare(
-        inputs(40, 40), MASKS["window"](40, 40), (bias,), bias_BNTS=lambda bias: bias, logit_soft_cap=lambda bias: 5.0
-    )
+    compare(inputs(40, 40), MASKS["window"](40, 40), (bias,), BIAS)
 
 
 def test_dropout_drops_the_same_weights_in_both_passes(small_blocks):
     """Dropout makes the output linear in v with a fixed matrix: its gradient is that matrix's transpose."""
     q, k, v = inputs(40, 40)
 
-    def run(v):
-        return attend(
-            q, k, v, AttentionMask.causal(), backend="blockwise", dropout_rate=0.5, dropout_key=jax.random.key(1)
-        )[0]
+    @jax.jit
+    def both(v):
+        def run(v):
+            key = jax.random.key(1)
+            return attend(q, k, v, AttentionMask.causal(), backend="blockwise", dropout_rate=0.5, dropout_key=key)[0]
 
-    out, pull = jax.vjp(run, v)
-    dout = jnp.cos(out)
-    np.testing.assert_allclose(jnp.vdot(out, dout), jnp.vdot(v, pull(dout)[0]), rtol=1e-4)
-    assert not np.allclose(out, attend(q, k, v, AttentionMask.causal())[0], atol=1e-2)
+        out, pull = jax.vjp(run, v)
+        return out, jnp.cos(out), pull(jnp.cos(out))[0], attend(q, k, v, AttentionMask.causal())[0]
+
+    out, dout, dv, plain = jax.device_get(both(v))
+    np.testing.assert_allclose(np.vdot(out, dout), np.vdot(v, dv), rtol=1e-4)
+    assert not np.allclose(out, plain, atol=1e-2)
 
 
 def test_dropout_keeps_the_mean_and_gives_true_gradients(small_blocks):
     q, k, v = (x[:1, :20, :2] for x in inputs(20, 20))
 
+    @jax.jit
     def run(q, seed):
         key = jax.random.key(seed)
         return attend(q, k, v, backend="blockwise", dropout_rate=0.3, dropout_key=key)[0]
 
-    plain = attend(q, k, v)[0]
+    plain = jax.jit(attend)(q, k, v)[0]
     mean = jax.jit(lambda: jnp.mean(jax.vmap(lambda seed: run(q, seed))(jnp.arange(2000)), axis=0))()
     np.testing.assert_allclose(mean, plain, atol=0.06)
     check_grads(lambda q: run(jnp.asarray(q), 0), (q,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
@@ -163,23 +206,24 @@ def test_a_program_for_many_queries_has_no_array_of_all_pairs():
 @pytest.mark.parametrize("name", MASKS)
 def test_a_tile_that_is_called_empty_is_empty(name):
     mask = MASKS[name](40, 40).padded(48, 48)
-    grid = Grid(Span(0, B), Span(0, N), Blocks(16, 3), Blocks(8, 6))
-    visible = np.asarray(mask.visible(grid))
+    visible = np.asarray(mask.visible(Grid(Span(0, B), Span(0, N), Blocks(16, 3), Blocks(8, 6))))
     assert visible.shape == (3, 6)
-    for i, j in np.ndindex(visible.shape):
-        allowed = mask.allowed(grid.tile(i, j))
-        if not visible[i, j]:
-            assert not np.any(allowed)
+    assert np.all(visible >= some_allowed(mask, 16, 8))
+
+
+def some_allowed(mask, queries, keys):
+    """Of each tile of so many queries and keys, out of 48, whether any pair is allowed in it."""
+    allowed = np.asarray(explicit(mask, B, N, 48, 48).materialize(48, 48)).any((0, 1))
+    return allowed.reshape(48 // queries, queries, 48 // keys, keys).any((1, 3))
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "two-sided window", "mask_mod", "block sparse", "segments"])
 def test_empty_tiles_are_found(name):
     mask = MASKS[name](40, 40).padded(48, 48)
     grid = Grid(Span(0, B), Span(0, N), Blocks(8, 6), Blocks(8, 6))
-    some = [[bool(np.any(mask.allowed(grid.tile(i, j)))) for j in range(6)] for i in range(6)]
     visible = np.asarray(mask.visible(grid))
     # Never a tile too few; for masks of positions alone, none too many.
-    assert np.all(visible >= some)
+    assert np.all(visible >= some_allowed(mask, 8, 8))
     assert not visible.all()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from tests.attention.test_blockwise import MASKS
+from tests.attention.test_blockwise import MASKS, explicit
 from transformer.attention.backends import loops
 from transformer.attention.dispatch import BackendError, attend
 from transformer.attention.spec.mask import AttentionMask
@@ -50,33 +51,47 @@ def values_and_gradients(backend, arrays, mask, slopes):
     return run(arrays, slopes)
 
 
-@pytest.mark.parametrize("backend", ["ring", "ulysses"])
-@pytest.mark.parametrize("name", [name for name in MASKS if name != "explicit"])
+@jax.jit
+def truth_of(arrays, mask, slopes):
+    return values_and_gradients("reference", arrays, mask, slopes)
+
+
+# In a ring the other predicates are among those of `test_what_does_not_divide` and of a ring on any number of devices.
+MASKS_OF = {
+    "ring": ["dilated", "sinks", "global", "prefix", "padding", "block sparse", "mask_mod", "mask_mod with an array"],
+    "ulysses": [name for name in MASKS if name != "explicit"],
+}
+
+
+@pytest.mark.parametrize(("backend", "name"), [(backend, name) for backend in MASKS_OF for name in MASKS_OF[backend]])
 def test_eight_devices_compute_what_one_does(monkeypatch, backend, name):
     monkeypatch.setattr(loops, "BLOCK", 8)
     slopes, mask = jnp.linspace(0.1, 0.5, N), MASKS[name](T, T)
-    truth = values_and_gradients("reference", inputs(), mask, slopes)
+    truth = truth_of(inputs(), explicit(mask, B, N, T, T), slopes)
     sizes = {"data": 2, "sequence": 4} if backend == "ring" else {"data": 2, "sequence": 2, "tensor": 2}
     with mesh_of(**sizes):
         ours = values_and_gradients(backend, inputs(), mask, slopes)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5, rtol=3e-5), ours, truth)
 
 
-@pytest.mark.parametrize("backend", ["ring", "ulysses"])
-@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def outputs(backend, arrays, mask):
+    return jax.jit(lambda *arrays: attend(*arrays, mask, backend=backend)[0])(*arrays)
+
+
+@pytest.mark.parametrize(("backend", "num_kv_heads"), [("ring", 1), ("ulysses", 2)])
 def test_shared_key_heads(backend, num_kv_heads):
     arrays, mask = inputs(num_kv_heads), MASKS["causal"](T, T)
-    truth = attend(*arrays, mask, backend="reference")[0]
+    truth = outputs("reference", arrays, mask)
     with mesh_of(data=2, sequence=4):
-        np.testing.assert_allclose(jax.jit(lambda *x: attend(*x, mask, backend=backend)[0])(*arrays), truth, atol=2e-6)
+        np.testing.assert_allclose(outputs(backend, arrays, mask), truth, atol=2e-6)
 
 
-@pytest.mark.parametrize("sizes", [{"sequence": 8}, {"sequence": 1}, {"data": 2, "sequence": 2, "tensor": 2}])
-def test_ring_on_any_number_of_devices(sizes):
+@pytest.mark.parametrize("devices", [8, 1])
+def test_ring_on_any_number_of_devices(devices):
     arrays, mask = inputs(), MASKS["window"](T, T)
-    truth = attend(*arrays, mask, backend="reference")[0]
-    with mesh_of(**sizes):
-        np.testing.assert_allclose(jax.jit(lambda *x: attend(*x, mask, backend="ring")[0])(*arrays), truth, atol=2e-6)
+    truth = outputs("reference", arrays, mask)
+    with mesh_of(sequence=devices):
+        np.testing.assert_allclose(outputs("ring", arrays, mask), truth, atol=2e-6)
 
 
 def test_each_of_eight_devices_holds_an_eighth():
@@ -142,39 +157,37 @@ def draw(*shapes):
 
 
 @pytest.mark.parametrize(
-    ("rows", "queries", "keys", "heads", "kv_heads"),
+    ("backend", "rows", "queries", "keys", "heads", "kv_heads", "name"),
     [
-        (1, 64, 64, 4, 4),
-        (3, 64, 64, 4, 2),
-        (2, 64, 64, 3, 3),
-        (2, 64, 64, 4, 1),
-        (3, 61, 61, 3, 1),
-        (2, 30, 77, 4, 2),
-        (1, 9, 5, 4, 4),
+        ("ring", 1, 64, 64, 4, 4, "segments"),
+        ("auto", 2, 64, 64, 3, 3, "causal"),
+        ("auto", 2, 64, 64, 4, 1, "none"),
+        ("ring", 3, 61, 61, 3, 1, "segments"),
+        ("auto", 2, 30, 77, 4, 2, "none"),
+        ("ring", 2, 30, 77, 4, 2, "segments"),
+        ("auto", 1, 9, 5, 4, 4, "causal"),
     ],
 )
-def test_what_does_not_divide(monkeypatch, rows, queries, keys, heads, kv_heads):
-    """Rows and heads that are no multiple of their devices, and a sequence that is none of theirs."""
+def test_what_does_not_divide(monkeypatch, backend, rows, queries, keys, heads, kv_heads, name):
+    """Rows, heads and a sequence that are no multiple of their devices; by name, and chosen."""
     monkeypatch.setattr(loops, "BLOCK", 8)
     arrays = draw((rows, queries, heads, H), (rows, keys, kv_heads, H), (rows, keys, kv_heads, H))
     slopes = jnp.linspace(0.1, 0.5, heads)
     numbers = jnp.asarray(np.random.default_rng(1).integers(1, 3, (rows, max(queries, keys))))
-    segments = AttentionMask.segments(jnp.sort(numbers[:, :queries]), jnp.sort(numbers[:, :keys]))
-    for mask in (AttentionMask.none(), AttentionMask.causal(), AttentionMask.causal() & segments):
-        truth = values_and_gradients("reference", arrays, mask, slopes)
-        with mesh_of(data=2, sequence=2, tensor=2):
-            # A choice of its own, and by name.
-            for backend in ("ring", "auto"):
-                ours = values_and_gradients(backend, arrays, mask, slopes)
-                jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5, rtol=3e-5), ours, truth)
+    mask = AttentionMask.none() if name == "none" else AttentionMask.causal()
+    if name == "segments":
+        mask &= AttentionMask.segments(jnp.sort(numbers[:, :queries]), jnp.sort(numbers[:, :keys]))
+    truth = truth_of(arrays, explicit(mask, rows, heads, queries, keys), slopes)
+    with mesh_of(data=2, sequence=2, tensor=2):
+        ours = values_and_gradients(backend, arrays, mask, slopes)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5, rtol=3e-5), ours, truth)
 
 
-def dropped(q, k, v, **options):
-    return jax.jit(
-        lambda q, k, v: attend(
-            q, k, v, AttentionMask.causal(), dropout_rate=0.25, dropout_key=jax.random.key(0), **options
-        )[0]
-    )(q, k, v)
+def dropped(q, k, v):
+    """A sum of the output's sines, and the output, with dropout."""
+    key = jax.random.key(0)
+    out = attend(q, k, v, AttentionMask.causal(), dropout_rate=0.25, dropout_key=key)[0]
+    return jnp.sum(jnp.sin(out)), out
 
 
 def test_dropout_in_a_ring(monkeypatch):
@@ -184,13 +197,14 @@ def test_dropout_in_a_ring(monkeypatch):
     q, k = draw((4, length, 2, length), (4, length, 2, length))
     # Of values that are the identity the output is the weights.
     v = jnp.broadcast_to(jnp.eye(length)[:, None], (4, length, 2, length))
-    whole = np.asarray(attend(q, k, v, AttentionMask.causal(), backend="reference")[0])
+    whole = np.asarray(outputs("reference", (q, k, v), AttentionMask.causal()))
     with mesh_of(data=2, sequence=2, tensor=2):
-        got = np.asarray(dropped(q, k, v))
-        np.testing.assert_array_equal(got, dropped(q, k, v))
-        text = jax.jit(lambda q, k, v: dropped(q, k, v)).lower(q, k, v).as_text()
-        gradient = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(dropped(*x))), (0, 1, 2)))(q, k, v)
-    assert "collective_permute" in text
+        lowered = jax.jit(jax.value_and_grad(dropped, (0, 1, 2), has_aux=True)).lower(q, k, v)
+        run = lowered.compile()
+        (_, got), gradient = jax.device_get(run(q, k, v))
+        np.testing.assert_array_equal(got, run(q, k, v)[0][1])
+        np.testing.assert_array_equal(got, jax.jit(dropped)(q, k, v)[1])
+    assert "collective_permute" in lowered.as_text()
     seen = np.broadcast_to(np.tril(np.ones((length, length), bool))[:, None], whole.shape) & (whole > 1e-6)
     kept = got[seen] > 0
     assert abs(kept.mean() - 0.75) < 0.01
@@ -210,25 +224,25 @@ def test_dropout_in_a_ring(monkeypatch):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-3), gradient, wanted)
 
 
-def collectives(function, *arrays):
-    text = jax.jit(function).lower(*arrays).as_text()
-    return "collective_permute" in text
+def goes_round(function, *arrays):
+    return "ppermute" in str(jax.make_jaxpr(function)(*arrays))
+
+
+OPTIONS = {
+    "logit_soft_cap": 5.0, "scale": 0.3, "dropout_rate": 0.1,
+    "score_mod": lambda score, b, h, q, k: score - (q - k).astype(score.dtype),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"logit_soft_cap": 5.0}, {"scale": 0.3}, {"dropout_rate": 0.1, "dropout_key": 0},
-        {"score_mod": lambda score, b, h, q, k: score - (q - k).astype(score.dtype)},
-    ],
-    ids=lambda options: next(iter(options)),
-)  # fmt: skip
-@pytest.mark.parametrize("mask", [name for name in MASKS if name != "explicit"])
-def test_auto_never_leaves_the_ring(mask, options):
-    if "dropout_key" in options:
-        options = options | {"dropout_key": jax.random.key(0)}
+    ("mask", "option"), list(zip([name for name in MASKS if name != "explicit"], itertools.cycle(OPTIONS)))
+)
+def test_auto_never_leaves_the_ring(mask, option):
+    options = {option: OPTIONS[option]}
+    if option == "dropout_rate":
+        options["dropout_key"] = jax.random.key(0)
     with mesh_of(sequence=4, data=2):
-        assert collectives(lambda *x: attend(*x, MASKS[mask](T, T), **options)[0], *inputs())
+        assert goes_round(lambda *x: attend(*x, MASKS[mask](T, T), **options)[0], *inputs())
 
 
 @pytest.mark.parametrize(
@@ -243,13 +257,16 @@ def test_auto_says_what_it_cannot_do_on_a_sequence_that_lies_apart(given, messag
         with pytest.raises(BackendError, match=message):
             attend(*inputs(), **given)
         # By name it is gathered.
-        attend(*inputs(), **given, backend="blockwise")
+        out = jax.jit(lambda *x: attend(*x, **given, backend="blockwise")[0])(*inputs())
+        np.testing.assert_allclose(
+            out, jax.jit(lambda *x: attend(*x, **given, backend="reference")[0])(*inputs()), atol=1e-5
+        )
 
 
 def test_a_few_queries_need_no_ring():
     """As in decoding: there is nothing to lay apart."""
     q, k, v = inputs()
     with mesh_of(sequence=4, data=2):
-        assert not collectives(lambda *x: attend(*x, AttentionMask.causal(offset=20))[0], q[:, :1], k, v)
+        assert not goes_round(lambda *x: attend(*x, AttentionMask.causal(offset=20))[0], q[:, :1], k, v)
         # Whatever the mask is.
-        attend(q[:, :1], k, v, MASKS["explicit"](1, T))
+        jax.eval_shape(lambda *x: attend(*x, MASKS["explicit"](1, T))[0], q[:, :1], k, v)

@@ -22,10 +22,22 @@ ROWS, LENGTH, PADDED = 3, 13, 9
 """Of the last row only so many tokens are none that pad it."""
 
 
-def model_of(read):
-    """Our model with a checkpoint's parameters."""
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_of_torch():
+    """A second one would wait for the first, at models of this size."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def outputs(read, params, call, *arrays):
+    """What a call gives of our model with a checkpoint's parameters, on the host."""
     graphdef = graphdef_of(functools.partial(make_model, read.config))
-    return nnx.merge(graphdef, read.params(on_one_device(read.config)))
+    run = jax.jit(lambda params, *arrays: call(nnx.merge(graphdef, params), *arrays))
+    return jax.device_get(run(params, *(None if x is None else jnp.asarray(x, jnp.int32) for x in arrays)))
 
 
 def close(ours, theirs):
@@ -43,9 +55,8 @@ def given(vocab):
     return peers.tokens(ROWS, LENGTH, vocab), valid
 
 
-def round_trip(read, name, folder, compare):
+def round_trip(read, params, name, folder, compare):
     """Export, import again: the same bits; and transformers loads what was exported without a word."""
-    params = read.params(on_one_device(read.config))
     folder.mkdir()
     special = {key: value for key, value in read.data.items() if key.endswith("token_id")}
     model_type = read.architecture.model_type
@@ -68,7 +79,7 @@ def test_encoders(case, tmp_path):
     theirs = peers.peer(name, fields)
     read = checkpoint.read(peers.saved(theirs, tmp_path / "theirs"))
     assert read.name == name
-    model = model_of(read)
+    params = read.params(on_one_device(read.config))
     ids, valid = given(fields["vocab_size"])
     types = np.random.default_rng(0).integers(0, max(read.config.token_types, 1), ids.shape)
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(valid)}
@@ -76,81 +87,99 @@ def test_encoders(case, tmp_path):
         inputs["token_type_ids"] = torch.tensor(types)
     if read.config.head.kind == "choice":
         inputs = {key: value[None] for key, value in inputs.items()}
-    ours = {
-        "segments_BT": jnp.asarray(valid),
-        "token_types_BT": jnp.asarray(types, jnp.int32) if read.config.token_types > 1 else None,
-    }
-    hidden, _ = model.hidden(jnp.asarray(ids, jnp.int32), **ours)
-    output = model(jnp.asarray(ids, jnp.int32), **ours)
+    # In the other classes what a head gives tells whether the states are theirs.
+    is_body = name.endswith("Model")
+
+    def call(model, ids, valid, types):
+        options = {"segments_BT": valid, "token_types_BT": types}
+        output = model(ids, **options)
+        return model.hidden(ids, **options)[0] if is_body else None, output.logits, output.pooled_logits
+
+    hidden, logits, pooled_logits = outputs(
+        read, params, call, ids, valid, types if read.config.token_types > 1 else None
+    )
 
     def compare(theirs):
         with torch.no_grad():
-            out = theirs(**inputs, output_hidden_states=True)
+            out = theirs(**inputs)
         real = torch.tensor(valid, dtype=torch.bool)
-        last = out.last_hidden_state if name.endswith("Model") else out.hidden_states[-1]
-        close(np.asarray(hidden)[valid > 0], last.reshape(*valid.shape, -1)[real])
+        if is_body:
+            close(hidden[valid > 0], out.last_hidden_state[real])
         match read.config.head.kind:
             case "masked":
-                close(np.asarray(output.logits)[valid > 0], out.logits[real])
+                close(logits[valid > 0], out.logits[real])
             case "tokens" | "replaced":
-                close(np.asarray(output.logits)[valid > 0], out.logits[real])
+                close(logits[valid > 0], out.logits[real])
             case "pretraining":
-                close(np.asarray(output.logits)[valid > 0], out.prediction_logits[real])
-                close(output.pooled_logits, out.seq_relationship_logits)
+                close(logits[valid > 0], out.prediction_logits[real])
+                close(pooled_logits, out.seq_relationship_logits)
             case "answer":
-                close(output.logits[..., 0][:2], out.start_logits[:2])
-                close(output.logits[..., 1][:2], out.end_logits[:2])
+                close(logits[..., 0][:2], out.start_logits[:2])
+                close(logits[..., 1][:2], out.end_logits[:2])
             case "choice":
-                close(output.logits[:, 0][None], out.logits)
+                close(logits[:, 0][None], out.logits)
             case "classification":
-                close(output.logits, out.logits)
+                close(logits, out.logits)
             case "embedding" if read.config.head.pooler:
-                close(output.pooled_logits, out.pooler_output)
+                close(pooled_logits, out.pooler_output)
 
     compare(theirs)
-    round_trip(read, name, tmp_path / "ours", compare)
+    round_trip(read, params, name, tmp_path / "ours", compare)
 
 
-@pytest.mark.parametrize("case", peers.DECODERS)
+# Each of these differs from another of its architecture in sizes alone, which others have too.
+SIZES = (
+    "GPT2, one head", "Mistral, multi-query", "Mistral, odd sizes", "Qwen2, all heads", "Qwen3, one group",
+    "Marian, wide",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [case for case in peers.DECODERS if case not in SIZES])
 def test_decoders(case, tmp_path):
     import torch
 
     name, fields = peers.DECODERS[case]
     theirs = peers.peer(name, fields)
     read = checkpoint.read(peers.saved(theirs, tmp_path / "theirs"))
-    model = model_of(read)
+    params = read.params(on_one_device(read.config))
     ids, valid = given(fields["vocab_size"])
-    hidden, _ = model.hidden(jnp.asarray(ids, jnp.int32), segments_BT=jnp.asarray(valid))
-    logits = model.logits(hidden)
+
+    def call(model, ids, valid):
+        hidden, _ = model.hidden(ids, segments_BT=valid)
+        return hidden, model.logits(hidden)
+
+    hidden, logits = outputs(read, params, call, ids, valid)
 
     def compare(theirs):
         with torch.no_grad():
             out = theirs(input_ids=torch.tensor(ids), attention_mask=torch.tensor(valid), output_hidden_states=True)
         real = torch.tensor(valid, dtype=torch.bool)
-        close(np.asarray(hidden)[valid > 0], out.hidden_states[-1][real])
+        close(hidden[valid > 0], out.hidden_states[-1][real])
         if not name.endswith("Model"):
-            close(np.asarray(logits)[valid > 0], out.logits[real])
+            close(logits[valid > 0], out.logits[real])
 
     compare(theirs)
     # A body is read as a whole model, whose head is tied.
     whole = read.architecture.class_of(read.config)
-    round_trip(read, whole, tmp_path / "ours", compare)
+    round_trip(read, params, whole, tmp_path / "ours", compare)
 
 
-@pytest.mark.parametrize("case", peers.ENCODER_DECODERS)
+@pytest.mark.parametrize("case", [case for case in peers.ENCODER_DECODERS if case not in SIZES])
 def test_encoder_decoders(case, tmp_path):
     import torch
 
     name, fields = peers.ENCODER_DECODERS[case]
     theirs = peers.peer(name, fields)
     read = checkpoint.read(peers.saved(theirs, tmp_path / "theirs"))
-    model = model_of(read)
+    params = read.params(on_one_device(read.config))
     source, valid = given(fields["vocab_size"])
     target = peers.tokens(ROWS, 7, fields["vocab_size"]).copy()
     target[:, 0] = read.config.start_token
-    logits = model(
-        jnp.asarray(source, jnp.int32), jnp.asarray(target, jnp.int32), source_segments_BS=jnp.asarray(valid)
-    ).logits
+
+    def call(model, source, target, valid):
+        return model(source, target, source_segments_BS=valid).logits
+
+    logits = outputs(read, params, call, source, target, valid)
 
     def compare(theirs):
         with torch.no_grad():
@@ -162,4 +191,4 @@ def test_encoder_decoders(case, tmp_path):
         close(logits, out.logits)
 
     compare(theirs)
-    round_trip(read, name, tmp_path / "ours", compare)
+    round_trip(read, params, name, tmp_path / "ours", compare)

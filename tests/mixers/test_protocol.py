@@ -26,7 +26,7 @@ from transformer.mixers.registry import MIXERS, MixerConfig, make_mixer
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.mixers.state import MatrixState
 
-B, T, D, N = 2, 12, 32, 4
+B, T, D, N = 2, 11, 32, 4
 YARN = RotaryScaling(kind="yarn", factor=4.0, original_length=8, fast_turns=4.0)
 CONFIGS = {
     "softmax": SoftmaxConfig(num_heads=N, num_kv_heads=2),
@@ -51,26 +51,40 @@ CONFIGS = {
     "gated_delta": FastWeightConfig(kind="gated_delta", num_heads=N, num_kv_heads=2, output_norm=False, chunk=5),
     "lstmn": LSTMNConfig(hidden_dim=24, attention_dim=8),
 }
+# One of each kind, the last: whose weights of some heads are looked at too.
+CHOSEN = {config.kind: config for config in CONFIGS.values()}.values()
 EVERY = pytest.mark.parametrize("name", CONFIGS)
-X = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
+X = np.random.default_rng(0).normal(size=(B, T, D)).astype("float32")
+
+
+def make(config, rngs):
+    init = nnx.initializers.normal(0.3)
+    return make_mixer(config, D, dropout_rate=0.0, norm_eps=1e-5, kernel_init=init, rngs=rngs)
 
 
 @functools.cache
 def mixer_of(config):
-    init = nnx.initializers.normal(0.3)
-    make = functools.partial(make_mixer, config, D, dropout_rate=0.0, norm_eps=1e-5, kernel_init=init)
-    return nnx.merge(*jax.jit(lambda: nnx.split(make(rngs=nnx.Rngs(0))))())
+    return nnx.merge(*jax.jit(lambda: nnx.split(make(config, nnx.Rngs(0))))())
+
+
+@functools.cache
+def program(config):
+    graphdef, params = nnx.split(mixer_of(config))
+    call = jax.jit(lambda params, x, context: nnx.merge(graphdef, params)(x, context))
+    return functools.partial(call, params)
 
 
 def run(config, x, **context):
-    """The output, compiled; and the state."""
-    graphdef, params = nnx.split(mixer_of(config))
+    """The output, compiled, on the host; the state; and the weights."""
+    out, state, weights = program(config)(x, Context(layer=1, **context))
+    return np.asarray(out), state, None if weights is None else np.asarray(weights)
 
-    @jax.jit
-    def call(params, x, context):
-        return nnx.merge(graphdef, params)(x, context)
 
-    return call(params, x, Context(layer=1, **context))
+def edited(x, place, value):
+    """The same input with a value at a place."""
+    x = x.copy()
+    x[place] = value
+    return x
 
 
 def test_every_kind_is_here():
@@ -82,7 +96,7 @@ def test_every_kind_is_here():
 @EVERY
 def test_the_future_has_no_influence(name):
     before, _, _ = run(CONFIGS[name], X)
-    after, _, _ = run(CONFIGS[name], X.at[:, 7:].set(0.5))
+    after, _, _ = run(CONFIGS[name], edited(X, np.s_[:, 7:], 0.5))
     assert before.shape == X.shape
     np.testing.assert_allclose(before[:, :7], after[:, :7], atol=1e-5)
     assert np.abs(before[:, 7:] - after[:, 7:]).max() > 1e-3
@@ -98,10 +112,9 @@ def test_cached_equals_uncached_where_rows_differ_in_length(name):
     _, state, _ = run(config, X[:, :5], state=mixer_of(config).make_state(B, 16), segments_BT=padding)
     np.testing.assert_array_equal(state.length, lengths)
     for _ in range(6):
-        places = state.length
-        out, state, _ = run(config, X[jnp.arange(B), places][:, None], state=state)
-        for row in range(B):
-            np.testing.assert_allclose(out[row, 0], expected[row, int(places[row])], atol=1e-4)
+        rows, places = np.arange(B), np.asarray(state.length)
+        out, state, _ = run(config, X[rows, places][:, None], state=state)
+        np.testing.assert_allclose(out[:, 0], expected[rows, places], atol=1e-4)
 
 
 @EVERY
@@ -112,7 +125,7 @@ def test_a_state_takes_a_prompt_in_pieces(name):
     for start, stop in ((0, 5), (5, 6), (6, T)):
         out, state, _ = run(config, X[:, start:stop], state=state)
         parts.append(out)
-    np.testing.assert_allclose(jnp.concatenate(parts, 1), expected, atol=1e-4)
+    np.testing.assert_allclose(np.concatenate(parts, 1), expected, atol=1e-4)
     for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4)
 
@@ -120,12 +133,14 @@ def test_a_state_takes_a_prompt_in_pieces(name):
 @EVERY
 def test_packed_documents_are_apart(name):
     config = CONFIGS[name]
-    segments = jnp.array([[1] * 4 + [2] * 6 + [0] * 2] * B)
-    positions = jnp.array([[*range(4), *range(6), 0, 0]] * B)
+    segments = jnp.array([[1] * 4 + [2] * 6 + [0]] * B)
+    positions = jnp.array([[*range(4), *range(6), 0]] * B)
     packed, _, _ = run(config, X, segments_BT=segments, positions_BT=positions)
     for start, stop in ((0, 4), (4, 10)):
-        apart, _, _ = run(config, X[:, start:stop])
-        np.testing.assert_allclose(packed[:, start:stop], apart, atol=1e-4)
+        # What comes after has no influence.
+        alone = edited(np.zeros_like(X), np.s_[:, : stop - start], X[:, start:stop])
+        apart, _, _ = run(config, alone)
+        np.testing.assert_allclose(packed[:, start:stop], apart[:, : stop - start], atol=1e-4)
 
 
 @EVERY
@@ -136,9 +151,10 @@ def test_weights_are_what_reads_the_values(name):
     assert weights.shape == (B, heads, T, T)
     np.testing.assert_allclose(np.triu(weights[0, 0], 1), 0, atol=1e-6)
     np.testing.assert_allclose(run(config, X)[0], out, atol=1e-6)
-    chosen = (heads - 1, 0)
-    few = run(config, X, return_weights=chosen)[2]
-    np.testing.assert_allclose(few, weights[:, list(chosen)], atol=1e-6)
+    if config in CHOSEN:
+        chosen = (heads - 1, 0)
+        few = run(config, X, return_weights=chosen)[2]
+        np.testing.assert_allclose(few, weights[:, list(chosen)], atol=1e-6)
     if config.kind in ("softmax", "latent") or name == "linear":
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-4)
 
@@ -150,7 +166,7 @@ def test_every_parameter_learns(name):
     @jax.jit
     @jax.grad
     def gradient(params):
-        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(X, Context(layer=1))[0]))
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(jnp.asarray(X), Context(layer=1))[0]))
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(params)):
         # A bias of keys shifts all logits of a query alike.
@@ -160,20 +176,19 @@ def test_every_parameter_learns(name):
 @EVERY
 def test_settings_that_leave_the_parameters_alone(name):
     config = CONFIGS[name]
-    shapes = [
-        [leaf.shape for leaf in jax.tree.leaves(nnx.split(mixer_of(one))[1])] for one in (config, config.structure)
-    ]
+    described = nnx.eval_shape(lambda: make(config.structure, nnx.Rngs(0)))
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(nnx.split(one)[1])] for one in (mixer_of(config), described)]
     assert shapes[0] == shapes[1] and config.structure.structure == config.structure
 
 
 @pytest.mark.parametrize("name", ["softmax", "latent", "differential", "lstmn"])
 def test_a_state_without_room(name):
     config = CONFIGS[name]
-    with pytest.raises(ValueError, match="12 more positions do not fit; it has room for 8 in all"):
-        mixer_of(config)(X, Context(state=mixer_of(config).make_state(B, 8)))
+    with pytest.raises(ValueError, match="11 more positions do not fit; it has room for 8 in all"):
+        run(config, X, state=mixer_of(config).make_state(B, 8))
     _, state, _ = run(config, X[:, :6], state=mixer_of(config).make_state(B, 8))
     with pytest.raises(ValueError, match="row 0 would hold 9 positions; it has room for 8"):
-        mixer_of(config)(X[:, :3], Context(state=state))
+        mixer_of(config)(jnp.asarray(X[:, :3]), Context(state=state))
     # Inside a program nothing can raise.
     out, state, _ = run(config, X[:, :3], state=state)
     assert np.isnan(out).all() and int(state.length[0]) == 9
@@ -214,7 +229,7 @@ def test_a_mask_of_ones_own(name):
 )
 def test_what_a_state_of_fixed_size_cannot_do(name, context, message):
     with pytest.raises(ValueError, match=message):
-        mixer_of(CONFIGS[name])(X, Context(**context))
+        mixer_of(CONFIGS[name])(jnp.asarray(X), Context(**context))
 
 
 @pytest.mark.parametrize(
@@ -242,10 +257,10 @@ def test_a_config_that_exists_is_valid(make, message):
 @pytest.mark.parametrize("name", ["linear", "softmax"])
 def test_both_sides_are_seen_without_causality(name):
     config = CONFIGS[name]
-    segments = jnp.asarray([[1] * 5 + [2] * 7] * B)
+    segments = jnp.asarray([[1] * 5 + [2] * 6] * B)
     out, _, _ = run(config, X, is_causal=False, segments_BT=segments)
     np.testing.assert_allclose(out[:, :5], run(config, X[:, :5], is_causal=False)[0], atol=1e-5)
-    changed = run(config, X.at[:, 4].set(3.0), is_causal=False, segments_BT=segments)[0]
+    changed = run(config, edited(X, np.s_[:, 4], 3.0), is_causal=False, segments_BT=segments)[0]
     assert np.abs(changed[:, 0] - out[:, 0]).max() > 1e-3
 
 
