@@ -16,3 +16,11 @@ def on_one_device():
         patch.setattr(jax, "devices", lambda *_: first)
         patch.setattr(jax, "device_count", lambda *_: 1)
         yield
+
+
+def placed(values, described):
+    """Arrays with the layout of a described tree: cheaper than a program that makes them there."""
+    leaves, structure = jax.tree.flatten(described)
+    values = jax.tree.leaves(jax.device_get(values))
+    arrays = [jax.device_put(value, leaf.sharding) for value, leaf in zip(values, leaves, strict=True)]
+    return jax.tree.unflatten(structure, arrays)

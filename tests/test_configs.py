@@ -1,4 +1,4 @@
-"""Every shipped config loads, opens with what a user must know, and trains a step at a reduced size."""
+"""Every shipped config loads, opens with what a user must know, and has a step for its data; all that differs in kind trains."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests.changed import changed
 from train.config import load
-from train.data.prepared.prepare import DataConfig
+from train.data.loader import train_batches
+from train.data.prepared.prepare import DataConfig, prepare
 from train.data.sources.source_config import FilesSource, SourceConfig, SyntheticSource
 from train.data.tokenization.tokenizer import TokenizerConfig
-from train.run.loop import train
+from train.parallel.mesh import make_mesh, use_mesh
+from train.run.loop import Run, check_data, train
+from train.run.program import batch_shapes
 from transformer.models.recurrent import RecurrentConfig
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -39,22 +43,78 @@ def folder(tmp_path_factory):
     return folder
 
 
+def traits(path):
+    """What a config has that others may not have: settings that choose code, and no sizes."""
+    config, model = load(path), load(path).model
+    found = {
+        "family": model.family, "dtype": model.dtype, "optimizer": config.optimizer.name, "packing": config.data.packing,
+        "strategy": config.mesh.strategy, "objective": (config.objective.kind, config.data.label_kind),
+        "microbatches": config.microbatches > 1, "head": getattr(getattr(model, "head", None), "kind", None),
+    }  # fmt: skip
+    if model.family == "recurrent":
+        return set(found.items())
+    found |= {"mlp": model.mlp.kind, "remat": model.remat}
+    mixers = {("mixer", mixer.kind) for mixer in (model.attention, *model.pattern)}
+    position = getattr(model.attention, "position", None)
+    return {*found.items(), *mixers, ("position", position and position.kind)}
+
+
+def covering(paths):
+    """The configs that have, among them, each trait of all."""
+    chosen, seen = [], set()
+    for path in paths:
+        if new := traits(path) - seen:
+            chosen.append(path)
+            seen |= new
+    return chosen
+
+
+def one_each(paths):
+    """What is there to plan with says how many devices lie where; the others take one."""
+    marks = {path: [pytest.mark.all_devices] if path.parent.name == "scale" else [] for path in paths}
+    return pytest.mark.parametrize("path", [pytest.param(path, id=path.stem, marks=marks[path]) for path in paths])
+
+
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize(
-    "path",
-    [
-        # What is there to plan with says how many devices lie where.
-        pytest.param(path, id=path.stem, marks=[pytest.mark.all_devices] if path.parent.name == "scale" else [])
-        for path in CONFIGS
-    ],
-)
+@one_each(CONFIGS)
+def test_its_step_takes_the_batches_of_its_data(path, folder, tmp_path):
+    config = _small(path, folder, tmp_path)
+    prepared = prepare(config.data)
+    check_data(config, prepared)
+    batch = train_batches(
+        prepared, config.data, batch_size=config.batch_size, length=config.sequence_length, seed=0, objective=config.objective
+    ).batch(0)  # fmt: skip
+    del batch["example"]
+    described = batch_shapes(config)
+    assert batch.keys() == described.keys()
+    # A batch is as long as its bucket, where rows are padded.
+    longest = {name: rows.shape if config.data.packing != "pad" else rows.shape[:1] for name, rows in described.items()}
+    assert {name: rows.shape[: len(longest[name])] for name, rows in batch.items()} == longest
+    mesh = make_mesh(config.mesh)
+    with use_mesh(mesh, config.mesh.rules):
+        program = Run(config, prepared, mesh).program
+        state, metrics = jax.eval_shape(program.train_step, program.abstract, batch)
+    for after, before in zip(jax.tree.leaves(state), jax.tree.leaves(program.abstract), strict=True):
+        assert (after.shape, after.dtype) == (before.shape, before.dtype)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.usefixtures("one_device")
+@one_each(covering(CONFIGS))
 def test_it_trains_a_step(path, folder, tmp_path):
+    finished = train(_small(path, folder, tmp_path))
+    assert finished.step == 1
+    assert finished.scores.loss < 7
+
+
+def _small(path, folder, tmp_path):
+    """The config at a size that a test can train, with few data of the kind that it reads."""
     config = load(path)
     model = _smaller(config.model)
     objective = config.objective
     if hasattr(objective, "source_length"):
         objective = dataclasses.replace(objective, source_length=None)
-    small = dataclasses.replace(
+    return dataclasses.replace(
         config,
         run_dir=str(tmp_path / "run"),
         init_from=None,
@@ -76,9 +136,6 @@ def test_it_trains_a_step(path, folder, tmp_path):
         evaluation=dataclasses.replace(config.evaluation, translations=0),
         sample=dataclasses.replace(config.sample, max_tokens=0),
     )
-    finished = train(small)
-    assert finished.step == 1
-    assert finished.scores.loss < 7
 
 
 def _smaller(model):

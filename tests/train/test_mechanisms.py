@@ -12,9 +12,11 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.devices import placed
 from train.config import parse
 from train.parallel.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
 from train.run.program import batch_shapes
+from train.run.state import abstract_params
 from transformer.alignment.registry import ALIGNMENTS
 from transformer.functional import graphdef_of
 from transformer.mixers.registry import MIXERS
@@ -56,6 +58,8 @@ CONFIGS = {
 }  # fmt: skip
 STACKS = [name for name in CONFIGS if not name.startswith("translator")]
 EVERY = pytest.mark.parametrize("name", CONFIGS)
+# Alignments that have parameters of their own, and those that read a state, keep weights on the whole source, or choose.
+ON_A_MESH = [*STACKS, *(f"translator, {kind}" for kind in ("additive", "local_p", "delta", "hard"))]
 
 
 @functools.cache
@@ -87,18 +91,55 @@ def batch_of(name, shapes=None):
     return batch
 
 
+def maker(name, **changes):
+    return functools.partial(make_model, config_of(name, **changes).model)
+
+
+@functools.cache
+def params_of(name):
+    make = maker(name)
+    return jax.jit(lambda: nnx.state(make(nnx.Rngs(0)), nnx.Param))()
+
+
 def loss_of(name, **changes):
-    """The parameters, and the mean loss of a batch."""
-    config = config_of(name, **changes)
-    make = functools.partial(make_model, config.model)
-    graphdef = graphdef_of(make)
-    params = jax.jit(lambda: nnx.state(make(nnx.Rngs(0)), nnx.Param))()
+    """The mean loss of a batch."""
+    config, graphdef = config_of(name, **changes), graphdef_of(maker(name, **changes))
 
     def mean(params, batch):
         sums = config.objective.loss(nnx.merge(graphdef, params), batch, config.loss)
         return sums.loss / sums.weight
 
-    return params, mean
+    return mean
+
+
+@functools.cache
+def trained(name):
+    """The loss of each step on one batch, and the first gradient."""
+    mean, batch = loss_of(name), batch_of(name)
+    steps, rate = (200, 0.01) if name in STACKS else (100, 0.02)
+    optimizer = optax.adam(rate)
+
+    @jax.jit
+    def train(params, batch):
+        def step(carry, number):
+            params, state, first = carry
+            loss, gradient = jax.value_and_grad(mean)(params, batch)
+            first = jax.tree.map(lambda one, new: jnp.where(number == 0, new, one), first, gradient)
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, updates), state, first), loss
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (_, _, first), losses = jax.lax.scan(step, (params, optimizer.init(params), zeros), jnp.arange(steps))
+        return losses, first
+
+    return train(params_of(name), jax.tree.map(jnp.asarray, batch))
+
+
+def expected(name):
+    """Loss and gradient on one device, with the layers in a scan."""
+    losses, gradient = trained(name)
+    return losses[0], gradient
 
 
 def assert_same(got, expected):
@@ -109,44 +150,24 @@ def assert_same(got, expected):
 
 @EVERY
 def test_it_overfits_a_batch(name):
-    params, mean = loss_of(name)
-    batch, optimizer = batch_of(name), optax.adam(0.01)
-
-    @jax.jit
-    def train(params, batch):
-        def step(carry, _):
-            params, state = carry
-            loss, gradient = jax.value_and_grad(mean)(params, batch)
-            with jax.numpy_dtype_promotion("standard"):
-                updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(params, updates), state), loss
-
-        return jax.lax.scan(step, (params, optimizer.init(params)), length=200)[1]
-
-    losses = np.asarray(train(params, jax.tree.map(jnp.asarray, batch)))
-    assert losses[0] > (1 if "labels" in batch else 2)
+    losses = np.asarray(trained(name)[0])
+    assert losses[0] > (1 if "labels" in batch_of(name) else 2)
     # What keeps the hops of a structured head apart does not go to zero.
     assert losses[-1] < (0.5 if name == "structured" else 0.2)
 
 
 @pytest.mark.parametrize("name", STACKS)
 def test_a_scan_is_a_loop(name):
-    params, mean = loss_of(name)
-    _, loop = loss_of(name, scan_layers=False)
-    batch = batch_of(name)
-    expected, got = (jax.jit(jax.value_and_grad(one))(params, batch) for one in (mean, loop))
-    assert_same(got, expected)
+    loop = loss_of(name, scan_layers=False)
+    assert_same(jax.jit(jax.value_and_grad(loop))(params_of(name), batch_of(name)), expected(name))
 
 
-@EVERY
+@pytest.mark.parametrize("name", ON_A_MESH)
 def test_eight_devices_are_one(name):
-    params, mean = loss_of(name)
-    batch = batch_of(name)
-    expected = jax.jit(jax.value_and_grad(mean))(params, batch)
     config = MeshConfig(strategy="fsdp_tensor", tensor=2)
     mesh = make_mesh(config)
     with use_mesh(mesh, config.rules):
-        # Made under the mesh, so that every parameter has a layout there.
-        params, again = loss_of(name)
-        got = jax.jit(jax.value_and_grad(again))(params, shard_batch(batch, batch_sharding(mesh, config.rules)))
-    assert_same(got, expected)
+        params = placed(params_of(name), abstract_params(maker(name), mesh))
+        batch = shard_batch(batch_of(name), batch_sharding(mesh, config.rules))
+        got = jax.jit(jax.value_and_grad(loss_of(name)))(params, batch)
+    assert_same(got, expected(name))

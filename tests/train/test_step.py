@@ -12,9 +12,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from tests.changed import changed
+from tests.devices import placed
 from train.config import RunConfig
 from train.optimizer import OptimizerConfig, make_optimizer
-from train.parallel.mesh import MESH_AXES, MeshConfig, batch_sharding, check_batch, make_mesh, shard_batch, use_mesh
+from train.parallel.mesh import MESH_AXES, MeshConfig, check_batch, make_mesh, shard_batch, use_mesh
 from train.run.program import Program, suited
 from train.run.state import abstract_state, init_state, state_maker
 from transformer.errors import UserError
@@ -38,35 +39,62 @@ BATCH = {
 
 @dataclasses.dataclass
 class Setup:
-    mesh: jax.sharding.Mesh
-    config: MeshConfig
+    program: Program
     state: object
-    step: object
-    eval_step: object
+
+    def step(self, state, batch=BATCH):
+        return self.program.train_step(state, self.batch(batch))
 
     def batch(self, batch=BATCH):
-        return shard_batch(batch, batch_sharding(self.mesh, self.config.rules))
+        return shard_batch(batch, self.program.batch_sharding)
+
+
+@dataclasses.dataclass
+class Ran:
+    seen: np.ndarray
+    """Losses and gradient norms."""
+    params: object
+    state: object
+    step: object
+    """The compiled program."""
+
+
+@functools.cache
+def initial(run_config):
+    """A fresh state on one device; its values depend on neither mesh nor microbatches."""
+    mesh = make_mesh(run_config.mesh, jax.devices()[:1])
+    with use_mesh(mesh, run_config.mesh.rules):
+        return Program(run_config, mesh).init()
 
 
 def build(config, num_devices, microbatches=1, optimizer=None, ema_decay=None, model=MODEL, batch_size=B):
-    mesh = make_mesh(config, jax.devices()[:num_devices])
+    """Called under the mesh's rules; the initial values are those of one device, laid out as the mesh has them."""
     optimizer = dataclasses.replace(optimizer or OptimizerConfig(learning_rate=1e-2), ema_decay=ema_decay)
     run_config = RunConfig(
         name="test", steps=10, batch_size=batch_size, microbatches=microbatches, model=model, optimizer=optimizer, mesh=config
     )  # fmt: skip
-    program = Program(run_config, mesh)
-    return Setup(mesh, config, program.init(), program.train_step, program.eval_step)
+    program = Program(run_config, make_mesh(config, jax.devices()[:num_devices]))
+    alone = dataclasses.replace(run_config, mesh=MeshConfig(), microbatches=1)
+    return Setup(program, placed(initial(alone), program.abstract))
 
 
-def run(config, num_devices, microbatches=1, steps=3, **options):
-    """Losses, gradient norms and the last parameters."""
+def run(config, num_devices=8, microbatches=1, **options):
+    """Three steps. Asked for again, they are not run again."""
+    return _run(config, num_devices, microbatches, **options)
+
+
+@functools.cache
+def _run(config, num_devices, microbatches, **options):
     with use_mesh(make_mesh(config, jax.devices()[:num_devices]), config.rules):
         setup = build(config, num_devices, microbatches, **options)
-        state, seen = setup.state, []
-        for _ in range(steps):
-            state, metrics = setup.step(state, setup.batch())
+        state, batch, step = setup.state, setup.batch(), setup.program.train_step
+        # A mapped step takes batches apart before its program does.
+        step = step if config.strategy == "pmap" else step.lower(state, batch).compile()
+        seen = []
+        for _ in range(3):
+            state, metrics = step(state, batch)
             seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        return np.array(seen), jax.device_get(state.params), state
+        return Ran(np.array(seen), jax.device_get(state.params), state, step)
 
 
 def layout_name(config):
@@ -77,9 +105,8 @@ def layout_name(config):
     return ", ".join([config.strategy, *sizes])
 
 
-@functools.cache
-def on_one_device():
-    return run(MeshConfig(), 1)[:2]
+def on_one_device(**options):
+    return run(MeshConfig(), 1, **options)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +114,6 @@ def on_one_device():
     [
         (MeshConfig(), 1, 4),
         (MeshConfig(strategy="dp"), 8, 1),
-        (MeshConfig(strategy="pmap"), 8, 1),
         (MeshConfig(strategy="pmap"), 8, 2),
         (MeshConfig(strategy="fsdp"), 8, 1),
         (MeshConfig(strategy="fsdp", data=2), 8, 2),
@@ -104,19 +130,31 @@ def on_one_device():
     ids=layout_name,
 )
 def test_every_layout_computes_what_one_device_does(config, num_devices, microbatches):
-    expected, expected_params = on_one_device()
-    got, params, _ = run(config, num_devices, microbatches)
-    np.testing.assert_allclose(got, expected, rtol=2e-5)
+    got, expected = run(config, num_devices, microbatches), on_one_device()
+    np.testing.assert_allclose(got.seen, expected.seen, rtol=2e-5)
     # Adam divides by the root of squared gradients: where those are near 0, rounding moves an update by up to its size.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), params, expected_params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-3), got.params, expected.params)
+
+
+@pytest.mark.parametrize(
+    "config", [MeshConfig(strategy="fsdp_tensor", tensor=2), MeshConfig(strategy="zero1")], ids=layout_name
+)
+def test_a_state_made_on_its_devices_is_that_of_one_device(config):
+    with use_mesh(make_mesh(config), config.rules):
+        setup = build(config, 8)
+        state = setup.program.init()
+        for made, expected in zip(jax.tree.leaves(state), jax.tree.leaves(setup.state), strict=True):
+            np.testing.assert_array_equal(*map(jax.device_get, (as_data(made), as_data(expected))))
+            assert made.sharding.is_equivalent_to(expected.sharding, made.ndim)
+
+
+def as_data(leaf):
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 @pytest.mark.parametrize(("strategy", "route"), [("context", "collective-permute"), ("ulysses", "all-to-all")])
 def test_a_sliced_sequence_meets_itself_by_the_strategys_route(strategy, route):
-    config = MeshConfig(strategy=strategy)
-    with use_mesh(make_mesh(config, jax.devices()[:2]), config.rules):
-        setup = build(config, 2)
-        compiled = setup.step.lower(setup.state, setup.batch()).compile().as_text()
+    compiled = run(MeshConfig(strategy=strategy, data=2)).step.as_text()
     other = {"collective-permute": "all-to-all", "all-to-all": "collective-permute"}[route]
     assert f" {route}(" in compiled
     assert f" {other}(" not in compiled
@@ -144,10 +182,9 @@ def test_experts_on_devices_of_their_own_compute_what_one_device_does(config):
     model = dataclasses.replace(
         MODEL, mlp=ExpertsConfig(num_experts=4, experts_per_token=2, capacity_factor=1.25, dim=32)
     )
-    expected = run(MeshConfig(), 1, model=model)[0]
-    got, _, state = run(config, 8, model=model)
-    np.testing.assert_allclose(got, expected, rtol=2e-5)
-    up = state.params["layers"]["blocks"]["feed_forward"]["up_EDF"].get_value()
+    got = run(config, model=model)
+    np.testing.assert_allclose(got.seen, on_one_device(model=model).seen, rtol=2e-5)
+    up = got.state.params["layers"]["blocks"]["feed_forward"]["up_EDF"].get_value()
     assert up.addressable_shards[0].data.shape[1] == 1
 
 
@@ -162,7 +199,7 @@ def test_experts_on_devices_of_their_own_compute_what_one_device_does(config):
     ids=layout_name,
 )
 def test_devices_hold_their_slices_of_parameters_and_moments(config, parameters, moments):
-    _, _, state = run(config, 8, steps=1)
+    state = run(config).state
     for tree, slices in ((state.params, parameters), (state.opt_state[1][0].mu, moments)):
         kernel = tree["layers"]["blocks"]["attention"]["query"]["kernel"].get_value()
         assert kernel.addressable_shards[0].data.size * slices == kernel.size
@@ -170,10 +207,10 @@ def test_devices_hold_their_slices_of_parameters_and_moments(config, parameters,
 
 def test_statistics_on_the_host_compute_the_same(tmp_path):
     config = MeshConfig(strategy="fsdp", offload_optimizer=True)
-    seen, params, state = run(config, 8)
-    expected = run(MeshConfig(strategy="fsdp"), 8)
-    np.testing.assert_array_equal(seen, expected[0])
-    jax.tree.map(np.testing.assert_array_equal, params, expected[1])
+    got, expected = run(config), run(MeshConfig(strategy="fsdp"))
+    np.testing.assert_array_equal(got.seen, expected.seen)
+    jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
+    state = got.state
     moments = jax.tree.leaves(state.opt_state[1][0].mu)
     assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host"}
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
@@ -190,66 +227,57 @@ def test_statistics_on_the_host_compute_the_same(tmp_path):
 
 def test_a_narrow_moment_takes_half_and_learns():
     narrow = OptimizerConfig(learning_rate=1e-2, moment_dtype="bfloat16")
-    seen, _, state = run(MeshConfig(), 1, optimizer=narrow)
-    adam = state.opt_state[1][0]
+    got = on_one_device(optimizer=narrow)
+    adam = got.state.opt_state[1][0]
     assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(seen[:, 0], on_one_device()[0][:, 0], rtol=2e-3)
+    np.testing.assert_allclose(got.seen[:, 0], on_one_device().seen[:, 0], rtol=2e-3)
 
 
-def test_the_step_is_compiled_once():
+def test_a_batch_can_be_learnt_by_heart_with_one_program():
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.0)
     with use_mesh(make_mesh(MeshConfig(), jax.devices()[:1]), MeshConfig().rules):
-        setup = build(MeshConfig(), 1)
-        state = setup.state
-        for _ in range(3):
-            state, _ = setup.step(state, setup.batch())
-        assert setup.step._cache_size() == 1
+        setup = build(MeshConfig(), 1, optimizer=optimizer)
+        state, losses = setup.state, []
+        for _ in range(120):
+            state, metrics = setup.step(state)
+            losses.append(float(metrics["loss"]))
+    assert setup.program.train_step._cache_size() == 1
+    assert losses[0] > 3
+    assert losses[-1] < 0.1
 
 
-def test_an_update_that_is_not_finite_is_left_out():
+def test_a_moving_average_and_an_update_that_is_not_finite():
+    """The average is one; what is not finite is left out, of it too."""
     with use_mesh(make_mesh(MeshConfig(), jax.devices()[:1]), MeshConfig().rules):
-        setup = build(MeshConfig(), 1, ema_decay=0.5)
+        setup = build(MeshConfig(), 1, ema_decay=0.75)
         before = jax.device_get((setup.state.params, setup.state.opt_state, setup.state.ema))
-        state, metrics = setup.step(setup.state, setup.batch(BATCH | {"weights": np.full((B, T), np.inf, np.float32)}))
+        state, metrics = setup.step(setup.state, BATCH | {"weights": np.full((B, T), np.inf, np.float32)})
         assert float(metrics["skipped"]) == 1
         assert int(state.step) == 1
         after = jax.device_get((state.params, state.opt_state, state.ema))
         jax.tree.map(np.testing.assert_array_equal, after, before)
-        state, metrics = setup.step(state, setup.batch())
+        state, metrics = setup.step(state)
         assert float(metrics["skipped"]) == 0
         assert np.isfinite(float(metrics["loss"]))
-
-
-def test_the_moving_average_is_one():
-    with use_mesh(make_mesh(MeshConfig(), jax.devices()[:1]), MeshConfig().rules):
-        setup = build(MeshConfig(), 1, ema_decay=0.75)
-        first = jax.device_get(setup.state.params)
-        state, _ = setup.step(setup.state, setup.batch())
-        expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, first, jax.device_get(state.params))
+        expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before[0], jax.device_get(state.params))
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), jax.device_get(state.ema), expected)
-
-
-def test_a_batch_can_be_learnt_by_heart():
-    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.0)
-    seen, _, _ = run(MeshConfig(), 1, steps=120, optimizer=optimizer)
-    assert seen[0, 0] > 3
-    assert seen[-1, 0] < 0.1
 
 
 def test_evaluation_takes_the_same_mean():
     with use_mesh(make_mesh(MeshConfig(), jax.devices()[:1]), MeshConfig().rules):
         setup = build(MeshConfig(), 1)
-        sums, _ = setup.eval_step(setup.state.params, setup.batch())
-        assert float(sums.nll / sums.weight) == pytest.approx(on_one_device()[0][0, 0], rel=1e-5)
+        sums, _ = setup.program.eval_step(setup.state.params, setup.batch())
+        assert float(sums.nll / sums.weight) == pytest.approx(on_one_device().seen[0, 0], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon", "lion", "sgd"])
 def test_every_optimiser_state_can_be_sharded(name):
-    with use_mesh(make_mesh(MeshConfig(strategy="fsdp")), MeshConfig(strategy="fsdp").rules):
-        optimizer = make_optimizer(OptimizerConfig(name=name), 10)
-        make_state = state_maker(lambda rngs: GPT(MODEL, rngs=rngs), optimizer)
-        abstract = abstract_state(make_state, make_mesh(MeshConfig(strategy="fsdp")))
-        state = init_state(make_state, abstract, 0)
+    config = MeshConfig(strategy="fsdp")
+    with use_mesh(make_mesh(config), config.rules):
+        params = build(config, 8).state.params
+        make_state = state_maker(lambda rngs: GPT(MODEL, rngs=rngs), make_optimizer(OptimizerConfig(name=name), 10))
+        state = init_state(make_state, abstract_state(make_state, make_mesh(config)), 0, params)
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.opt_state))
 
 
