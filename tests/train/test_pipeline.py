@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.changed import changed
+from tests.devices import placed
 from train.config import RunConfig
 from train.config.sections import CheckpointConfig
 from train.objectives import OBJECTIVES, Masked
@@ -20,6 +23,7 @@ from train.optimizer import OptimizerConfig
 from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
 from train.run.checkpoint import Checkpoints
 from train.run.program import Program
+from train.run.state import TrainState
 from transformer.errors import UserError
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.layers.position import RelativeConfig
@@ -57,18 +61,44 @@ def program_of(mesh_config, num_devices, model=MODEL, **fields):
         return Program(RunConfig(name="test", model=model, mesh=mesh_config, **fields), mesh)
 
 
-def run(mesh_config, num_devices, steps=5, **options):
-    """Losses and gradient norms; the first moments of the first step, which are its gradients by a factor; the last state."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Some steps on one batch: what they reported, and what was there before and after them."""
+
+    program: Program
+    start: TrainState
+    """On the host."""
+    losses: np.ndarray
+    grad_norms: np.ndarray
+    first_moments: Any
+    """Of the first step: its gradients by a factor."""
+    state: TrainState
+
+    def goes_on(self, state):
+        """The loss of one more step."""
+        with use_mesh(self.program.mesh, self.program.config.mesh.rules):
+            _, metrics = self.program.train_step(state, shard_batch(BATCH, self.program.batch_sharding))
+        return float(metrics["loss"])
+
+    @functools.cached_property
+    def held_out(self):
+        with use_mesh(self.program.mesh, self.program.config.mesh.rules):
+            batch = shard_batch(BATCH, self.program.batch_sharding)
+            return float(self.program.eval_step(self.state.params, batch)[0].nll)
+
+
+def run(mesh_config, num_devices, steps=2, start=None, **options):
+    """Steps from a state that is brought to the mesh, or, without one, is made there."""
     program = program_of(mesh_config, num_devices, **options)
     with use_mesh(program.mesh, mesh_config.rules):
-        state, seen, first = program.init(), [], None
+        state = program.init() if start is None else placed(start, program.abstract)
+        start, seen, first = jax.device_get(state), [], None
         batch = shard_batch(BATCH, program.batch_sharding)
         for _ in range(steps):
             state, metrics = program.train_step(state, batch)
             seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
             first = jax.device_get(moments(state)) if first is None else first
-        held_out = float(program.eval_step(state.params, batch)[0].nll)
-    return np.array(seen), in_order(first), state, held_out
+    return Run(program, start, *np.array(seen).T, in_order(first), state)
 
 
 def moments(state):
@@ -76,99 +106,120 @@ def moments(state):
 
 
 @functools.cache
-def on_one_device(**options):
-    return run(MeshConfig(), 1, **options)
+def on_one_device(steps=2, **options):
+    return run(MeshConfig(), 1, steps, **options)
 
 
 def assert_same_run(got, expected):
-    np.testing.assert_allclose(got[0][:, 0], expected[0][:, 0], rtol=1e-5)
-    np.testing.assert_allclose(got[0][:, 1], expected[0][:, 1], rtol=1e-4)
-    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4 * largest), got[1], expected[1])
-    assert got[3] == pytest.approx(expected[3], rel=1e-4)
+    np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-5)
+    np.testing.assert_allclose(got.grad_norms, expected.grad_norms, rtol=1e-4)
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected.first_moments))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4 * largest)
+    jax.tree.map(close, got.first_moments, expected.first_moments)
+
+
+INTERLEAVED = MeshConfig(strategy="pipeline", data=2, tensor=2, stages_per_device=2)
+
+
+@functools.cache
+def interleaved():
+    """Two stages on each of two devices, and a state that was made there."""
+    return run(INTERLEAVED, 8, steps=4)
 
 
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        ({"data": 2, "tensor": 2}, {}),
-        ({"pipeline": 4, "fsdp": 2}, {"microbatches": 2}),
         ({"data": 2, "tensor": 2, "stages_per_device": 2}, {}),
-        ({"pipeline": 2, "fsdp": 4, "stages_per_device": 2, "pipeline_microbatches": 2}, {}),
-        ({"data": 2, "tensor": 2, "schedule": "1f1b", "pipeline_microbatches": 8}, {}),
-        ({"pipeline": 4, "fsdp": 2, "schedule": "1f1b"}, {"microbatches": 2}),
+        ({"pipeline": 4, "fsdp": 2}, {"microbatches": 2}),
+        # More microbatches than devices, and each a part of a part of the batch.
+        ({"data": 2, "tensor": 2, "schedule": "1f1b", "pipeline_microbatches": 4}, {"microbatches": 2}),
     ],
     ids=str,
 )
 def test_every_schedule_computes_what_one_device_does(layout, options):
     config = MeshConfig(strategy="pipeline", **layout)
-    got = run(config, 8, **options)
-    assert_same_run(got, on_one_device())
+    expected = on_one_device(steps=4)
+    got = interleaved() if config == INTERLEAVED else run(config, 8, steps=4, start=expected.start, **options)
+    assert_same_run(got, expected)
+    assert got.held_out == pytest.approx(expected.held_out, rel=1e-4)
     # Parameters and moments: a device has its layers, and of these its slices.
     slices = 8 // (config.data or 1)
-    for tree in (got[2].params, moments(got[2])):
+    for tree in (got.state.params, moments(got.state)):
         kernel = tree["layers"]["blocks"]["attention"]["query"]["kernel"].get_value()
         assert kernel.addressable_shards[0].data.size * slices == kernel.size
 
 
 LOCAL = SoftmaxConfig(num_heads=2, window=2)
+EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, dim=16, balance_loss=0.0)
+POSITIONS = RelativeConfig(num_buckets=8, max_distance=8)
 MODELS = {
-    "remat": dataclasses.replace(MODEL, remat="full"),
-    "a loop over layers": changed(MODEL, scan_layers=False, attention={"window": 3, "sinks": 1}),
-    "relative positions": changed(MODEL, attention={"position": RelativeConfig(num_buckets=8, max_distance=8)}),
     # Balance is each microbatch's own; without it, experts are exact.
     "experts": dataclasses.replace(
-        MODEL, mlp=ExpertsConfig(num_experts=4, experts_per_token=2, dim=16, balance_loss=0.0)
+        MODEL, remat="full", attention=DifferentialConfig(num_heads=2, position=POSITIONS), mlp=EXPERTS
     ),
-    "differential": dataclasses.replace(MODEL, attention=DifferentialConfig(num_heads=2)),
+    "a loop over layers": changed(MODEL, scan_layers=False, attention={"window": 3, "sinks": 1}),
     "hybrid": dataclasses.replace(
-        MODEL, pattern=(FastWeightConfig(kind="gated_delta", num_heads=2, chunk=4), SoftmaxConfig(num_heads=2))
+        MODEL, pattern=(FastWeightConfig(kind="gated_sum", num_heads=2, chunk=4), SoftmaxConfig(num_heads=2))
     ),
 }
+ONE_FORWARD = {"schedule": "1f1b"}
 
 
-@pytest.mark.parametrize("layout", [{}, {"schedule": "1f1b"}], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("experts", {}),
+        ("experts", {"pipeline": 4, "pipeline_microbatches": 8} | ONE_FORWARD),
+        ("a loop over layers", {}),
+        ("hybrid", {"pipeline_microbatches": 4}),
+        ("hybrid", ONE_FORWARD),
+    ],
+    ids=str,
+)
 def test_every_model_goes_through_a_pipeline(name, layout):
     # With experts the router's loss is a mean over tokens of each microbatch; as many in each leave it what it was.
-    config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
-    options = {"model": MODELS[name], "steps": 2}
-    expected = on_one_device(**options)
-    assert_same_run(run(config, 2, **options), expected)
+    config = MeshConfig(strategy="pipeline", **{"pipeline": 2} | layout)
+    expected = on_one_device(model=MODELS[name])
+    assert_same_run(run(config, config.pipeline, start=expected.start, model=MODELS[name]), expected)
 
 
 def test_the_balance_of_experts_is_near_that_of_the_whole_batch():
-    model = changed(MODELS["experts"], mlp={"balance_loss": 0.1})
-    options = {"model": model, "steps": 1}
-    expected = on_one_device(**options)[0]
-    for layout in ({}, {"schedule": "1f1b"}):
-        got = run(MeshConfig(strategy="pipeline", pipeline=2, **layout), 2, **options)[0]
-        np.testing.assert_allclose(got[:, 0], expected[:, 0], rtol=1e-2)
-        assert not np.array_equal(got, expected)
+    options = {"model": dataclasses.replace(MODEL, mlp=dataclasses.replace(EXPERTS, balance_loss=0.1)), "steps": 1}
+    expected = on_one_device(**options)
+    for layout in ({}, ONE_FORWARD):
+        config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
+        got = run(config, 2, start=expected.start, **options)
+        np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-2)
+        assert not np.array_equal(got.losses, expected.losses)
+        assert not np.array_equal(got.grad_norms, expected.grad_norms)
 
 
-@pytest.mark.parametrize("layout", [{}, {"schedule": "1f1b"}], ids=str)
+@pytest.mark.parametrize("layout", [{}, ONE_FORWARD], ids=str)
 def test_an_encoder_whose_layers_take_turns(layout):
     model = BertConfig(**SHAPE, dropout=0.0, attention_dropout=0.0, pattern=(SoftmaxConfig(num_heads=2), LOCAL))
-    options = {"model": model, "objective": MASKED, "steps": 2}
+    options = {"model": model, "objective": MASKED}
     config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
-    assert_same_run(run(config, 2, **options), on_one_device(**options))
-    with pytest.raises(UserError, match="num_layers: got 4, 2 in each stage .* repeats every 4 layers"):
-        run(
-            config,
-            2,
-            **options
-            | {"model": dataclasses.replace(model, pattern=(SoftmaxConfig(num_heads=2), LOCAL, LOCAL, LOCAL))},
-        )
+    expected = on_one_device(**options)
+    assert_same_run(run(config, 2, start=expected.start, **options), expected)
+    longer = dataclasses.replace(model, pattern=(SoftmaxConfig(num_heads=2), LOCAL, LOCAL, LOCAL))
+    program = program_of(config, 2, longer, objective=MASKED)
+    with (
+        use_mesh(program.mesh, config.rules),
+        pytest.raises(UserError, match="num_layers: got 4, 2 in each stage .* repeats every 4 layers"),
+    ):
+        program.lower()
 
 
-@pytest.mark.parametrize("layout", [{"stages_per_device": 2}, {"schedule": "1f1b"}], ids=str)
+@pytest.mark.parametrize("layout", [{"stages_per_device": 2}, ONE_FORWARD], ids=str)
 def test_dropout_and_a_narrow_type_go_through_a_pipeline(layout):
     config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
     model = dataclasses.replace(MODEL, dropout=0.2, attention_dropout=0.2, dtype="bfloat16")
-    got, expected = run(config, 2, steps=1, model=model)[0], on_one_device()[0][:1]
-    assert not np.allclose(got, expected, rtol=1e-3)
-    np.testing.assert_allclose(got[:, 0], expected[:, 0], rtol=0.1)
+    expected = on_one_device(steps=4)
+    got = run(config, 2, steps=1, start=expected.start, model=model)
+    seen = [(one.losses[0], one.grad_norms[0]) for one in (got, expected)]
+    assert not np.allclose(*seen, rtol=1e-3)
+    np.testing.assert_allclose(got.losses, expected.losses[:1], rtol=0.1)
 
 
 def test_what_one_forward_one_backward_keeps_does_not_grow_with_the_microbatches():
@@ -186,29 +237,26 @@ def test_what_one_forward_one_backward_keeps_does_not_grow_with_the_microbatches
 
 
 def test_a_checkpoint_has_its_layers_in_order(tmp_path):
-    config = MeshConfig(strategy="pipeline", pipeline=2, stages_per_device=2)
-    expected, _, _, _ = on_one_device()
-    program = program_of(config, 2)
-    with use_mesh(program.mesh, config.rules):
-        batch = shard_batch(BATCH, program.batch_sharding)
-        state, _ = program.train_step(program.init(), batch)
-        assert jax.tree.leaves(state.params["layers"]["blocks"])[0].shape[:2] == (2, 2)
-        with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-            checkpoints.save(in_order(state), 1, program.config, {}, None)
-    other = program_of(MeshConfig(strategy="fsdp"), 2)
-    with Checkpoints(tmp_path) as checkpoints, use_mesh(other.mesh, other.config.mesh.rules):
-        state = checkpoints.restore(1, other.abstract, other.config)
-        _, metrics = other.train_step(state, shard_batch(BATCH, other.batch_sharding))
-    assert float(metrics["loss"]) == pytest.approx(expected[1, 0], rel=1e-5)
+    """Written from a pipeline's state in stages, and gone on with on one device."""
+    piped, other = interleaved(), on_one_device(steps=4)
+    assert jax.tree.leaves(piped.state.params["layers"]["blocks"])[0].shape[:2] == (2, 2)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, use_mesh(piped.program.mesh, INTERLEAVED.rules):
+        checkpoints.save(in_order(piped.state), 4, piped.program.config, {}, None)
+    config = other.program.config
+    with Checkpoints(tmp_path) as checkpoints, use_mesh(other.program.mesh, config.mesh.rules):
+        state = checkpoints.restore(4, other.program.abstract, config)
+    # As if it had never been in a pipeline.
+    assert other.goes_on(state) == pytest.approx(other.goes_on(jax.tree.map(jnp.copy, other.state)), rel=1e-5)
 
 
 def test_in_stages_and_in_order_are_each_others_way_back():
-    config = MeshConfig(strategy="pipeline", pipeline=2, stages_per_device=2)
-    program = program_of(config, 2)
-    with use_mesh(program.mesh, config.rules):
-        params = program.init().params
-        there = in_stages(params, 2)
-        jax.tree.map(np.testing.assert_array_equal, in_order(there), params)
+    piped = interleaved()
+    with use_mesh(piped.program.mesh, INTERLEAVED.rules):
+        there = piped.state.params
+        params = in_order(there)
+        assert jax.tree.leaves(params["layers"]["blocks"])[0].shape[0] == 4
+        jax.tree.map(np.testing.assert_array_equal, in_stages(params, 2), there)
+        jax.tree.map(np.testing.assert_array_equal, in_order(params), params)
         jax.tree.map(np.testing.assert_array_equal, in_stages(there, 2), there)
 
 

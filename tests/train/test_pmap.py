@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.devices import on_one_device
 from tests.train.run_records import records
 from train.config import RunConfig, load
 from train.optimizer import OptimizerConfig
@@ -20,12 +21,13 @@ from transformer.models.gpt import GPTConfig
 MODEL = GPTConfig(vocab_size=32, max_length=8, num_layers=1, embed_dim=16, attention=SoftmaxConfig(num_heads=2))
 
 
-def program_of(strategy):
+def program_of(strategy, num_devices=8):
     config = RunConfig(
         name="test", model=MODEL, batch_size=8, mesh=MeshConfig(strategy=strategy), optimizer=OptimizerConfig(ema_decay=0.9)
     )  # fmt: skip
-    with use_mesh(make_mesh(config.mesh), config.mesh.rules):
-        return Program(config, make_mesh(config.mesh))
+    mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
+    with use_mesh(mesh, config.mesh.rules):
+        return Program(config, mesh)
 
 
 def test_the_step_is_compiled_once_and_its_state_is_that_of_the_mesh(caplog):
@@ -49,7 +51,7 @@ def test_the_step_is_compiled_once_and_its_state_is_that_of_the_mesh(caplog):
 
 def test_its_program_adds_up_gradients_as_that_of_jit_does():
     def sums(strategy):
-        program = program_of(strategy)
+        program = program_of(strategy, num_devices=2)
         with use_mesh(program.mesh, program.config.mesh.rules):
             return program.lower().compile()
 
@@ -58,31 +60,28 @@ def test_its_program_adds_up_gradients_as_that_of_jit_does():
     assert mapped.memory_analysis().argument_size_in_bytes == jitted.memory_analysis().argument_size_in_bytes
 
 
-LAYOUTS = {
+STRATEGIES = {
+    "pipeline": ["--mesh.pipeline", "2", "--mesh.data", "4", "--mesh.schedule", "1f1b"],
     "pmap": [],
     "ulysses": ["--mesh.data", "4"],
-    "pipeline": ["--mesh.pipeline", "2", "--mesh.data", "4", "--mesh.schedule", "1f1b"],
 }
 
 
 def train_for(steps, run_dir, config_file, *options):
-    options = ["--model.dropout", "0.0", "--optimizer.schedule", "constant", *options]
+    options = ["--model.dropout", "0.0", "--optimizer.schedule", "constant", "--sample.max-tokens", "0", *options]
     return train(load(config_file, [*options, "--run-dir", str(run_dir), "--steps", str(steps)]))
 
 
-@pytest.fixture(scope="module")
-def losses_of_dp(config_file, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dp")
-    train_for(5, folder, config_file)
-    return records(folder)
-
-
-@pytest.mark.parametrize("strategy", LAYOUTS)
-def test_a_run_is_scored_and_goes_on_under_another_strategy(strategy, losses_of_dp, config_file, tmp_path):
-    first = train_for(3, tmp_path, config_file, "--mesh.strategy", strategy, *LAYOUTS[strategy])
-    assert first.step == 3 and first.scores is not None
-    assert train_for(5, tmp_path, config_file).step == 5
-    assert records(tmp_path) == pytest.approx(losses_of_dp, rel=1e-5)
+def test_a_run_is_scored_and_goes_on_under_another_strategy(config_file, tmp_path):
+    """Two steps under each of them, in one run, are those of a run on one device."""
+    for number, (strategy, layout) in enumerate(STRATEGIES.items(), start=1):
+        finished = train_for(2 * number, tmp_path / "many", config_file, "--mesh.strategy", strategy, *layout)
+        assert finished.step == 2 * number and finished.scores is not None
+    with on_one_device():
+        whole = train_for(6, tmp_path / "one", config_file)
+    assert list(records(tmp_path / "many")) == list(range(1, 7))
+    assert records(tmp_path / "many") == pytest.approx(records(tmp_path / "one"), rel=1e-5)
+    assert finished.scores.loss == pytest.approx(whole.scores.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor", "pipeline"])

@@ -18,13 +18,15 @@ from train.commands.cli import main
 from train.config import RunConfig
 from train.config.sections import CheckpointConfig
 from train.data.prepared.prepare import prepare
-from train.objectives import TokenClassification
+from train.inference.predict import as_task_run
+from train.objectives import Causal, TokenClassification
 from train.parallel.mesh import make_mesh, use_mesh
 from train.run.checkpoint import Checkpoints
 from train.run.loop import train
 from train.run.program import Program
-from train.run.run_files import read_metrics
+from train.run.run_files import load_run, read_metrics
 from transformer.errors import UserError
+from transformer.models.gpt import GPTConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -37,6 +39,9 @@ def runs(tmp_path_factory):
     @functools.cache
     def run(kind: str):
         config = run_of(kind, write_rows(kind, folder), folder / kind)
+        if kind == "token_classification":
+            weighted = dataclasses.replace(config.objective, class_weights="balanced")
+            config = dataclasses.replace(config, objective=weighted)
         return config, train(config)
 
     return run
@@ -126,10 +131,11 @@ def test_texts_are_told_from_files_and_standard_input(runs, tmp_path, capsys, mo
     assert "has the fields a, b; give a .jsonl or .csv file that has them" in capsys.readouterr().err
 
 
-def test_a_run_that_tells_nothing_of_documents_is_refused(whole, tmp_path, capsys):
-    assert main(["predict", str(whole), "--file", "none.txt"]) == 2
-    said = capsys.readouterr().err
-    assert "its objective is causal" in said and f"Use manyheads generate {whole}" in said
+def test_a_run_that_tells_nothing_of_documents_is_refused(runs):
+    loaded = load_run(runs("classification")[0].directory)
+    config = dataclasses.replace(loaded.config, objective=Causal(), model=GPTConfig())
+    with pytest.raises(UserError, match="its objective is causal.* Use manyheads generate a/run"):
+        as_task_run(dataclasses.replace(loaded, config=config), "a/run")
 
 
 def test_a_run_stops_early_keeps_its_best_and_does_not_go_on(tmp_path, capsys):
@@ -187,10 +193,9 @@ def test_the_best_is_kept_by_its_metric(name, values, tmp_path):
         assert checkpoints.best == 1 and checkpoints.meta(1)["labels"] == ["a", "b"]
 
 
-def test_balanced_weights_are_counted(tmp_path):
-    config = run_of("token_classification", write_rows("token_classification", tmp_path), tmp_path / "run", steps=2)
-    config = dataclasses.replace(config, objective=TokenClassification(class_weights="balanced"))
-    assert train(config).step == 2
+def test_balanced_weights_are_counted(runs):
+    config, finished = runs("token_classification")
+    assert config.objective.class_weights == "balanced" and finished.step == config.steps
     prepared = prepare(config.data, progress=False)
     weights = config.objective.with_data(prepared).class_weights
     counts = np.bincount(prepared.train[0].labels[prepared.train[0].labels >= 0])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
-from flax import nnx
 
 from tests.devices import on_one_device
+from tests.made import made
 from tests.train.run_records import records
 from train.commands.cli import main
 from train.config import RunConfig, load
@@ -35,51 +36,65 @@ DATA = DataConfig(
     tokenizer=TokenizerConfig(kind="words", vocab_size=600),
     target_tokenizer=TokenizerConfig(kind="words", vocab_size=700),
     packing="pad",
+    validation_fraction=0.03,
 )
 SIZES = {"source_vocab_size": 600, "vocab_size": 700, "max_length": 40, "embed_dim": 32}
 MODELS = {
-    "transformer": VaswaniConfig(**SIZES, num_layers=2, attention=SoftmaxConfig(num_heads=2)),
+    "transformer": VaswaniConfig(
+        **SIZES, num_layers=1, attention=SoftmaxConfig(num_heads=2), dropout=0.0, attention_dropout=0.0
+    ),
     "recurrent": RecurrentConfig(**SIZES, hidden_dim=16),
 }
+# Those of a recurrent model have other shapes each.
+STEPS = {"transformer": 3, "recurrent": 1}
 
 
 def config_of(directory: Path, name: str) -> RunConfig:
     # Packed where the model can: one shape to compile.
     data = dataclasses.replace(DATA, packing="documents") if name == "transformer" else DATA
     config = RunConfig(
-        name="pairs", run_dir=str(directory), steps=3, batch_size=8, length=40, model=MODELS[name], data=data,
+        name="pairs", run_dir=str(directory), steps=STEPS[name], batch_size=8, length=40, model=MODELS[name], data=data,
         objective=Seq2Seq(),
     )  # fmt: skip
-    evaluation = dataclasses.replace(config.evaluation, translations=5, every=2 if name == "transformer" else 0)
+    # As many sentences as a sample has, rounded up: one program translates both.
+    evaluation = dataclasses.replace(config.evaluation, translations=4, every=2 if name == "transformer" else 0)
     checkpoint = dataclasses.replace(config.checkpoint, best="chrf" if name == "transformer" else "loss")
     return dataclasses.replace(config, evaluation=evaluation, checkpoint=checkpoint)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def trained(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("pairs") / "run"
-    with on_one_device():
-        train(config_of(directory, request.param))
-    return request.param, directory
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of a finished run of each model, when it is first asked for."""
+
+    @functools.cache
+    def run(name):
+        directory = tmp_path_factory.mktemp("pairs") / "run"
+        with on_one_device():
+            train(config_of(directory, name))
+        return directory
+
+    return run
 
 
-def test_a_run_ends_with_the_quality_of_its_translations(trained):
-    assert records(trained[1], "eval/pairs") == {3: 5}
-    (quality,) = records(trained[1], "eval/chrf").values()
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_ends_with_the_quality_of_its_translations(runs, name):
+    assert records(runs(name), "eval/pairs") == {STEPS[name]: 4}
+    (quality,) = records(runs(name), "eval/chrf").values()
     assert 0 <= quality <= 100
 
 
-def test_checkpoints_may_be_compared_by_the_quality_of_translations(trained):
-    name, directory = trained
-    compared = records(directory, "eval/selection_chrf")
-    assert list(compared) == ([2, 3] if name == "transformer" else [])
-    if compared:
-        assert compared[3] == records(directory, "eval/chrf")[3]
+def test_checkpoints_may_be_compared_by_the_quality_of_translations(runs):
+    compared = records(runs("transformer"), "eval/selection_chrf")
+    assert list(compared) == [2, 3]
+    assert compared[3] == records(runs("transformer"), "eval/chrf")[3]
+    assert not records(runs("recurrent"), "eval/selection_chrf")
 
 
-def test_translations_and_the_page(trained, tmp_path, capsys):
+@pytest.mark.parametrize("name", MODELS)
+def test_translations_and_the_page(runs, name, tmp_path, capsys):
     page = tmp_path / "look" / "page.html"
-    command = ["translate", str(trained[1]), "--text", sentence(0), "--num-best", "2", "--attention", str(page)]
+    command = ["translate", str(runs(name)), "--text", sentence(0), "--num-best", "2", "--attention", str(page)]
+    capsys.readouterr()
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "page", "picture"]
@@ -88,10 +103,10 @@ def test_translations_and_the_page(trained, tmp_path, capsys):
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_attention_there_is_nothing_to_look_at(trained):
-    loaded = load_run(trained[1])
+def test_without_attention_there_is_nothing_to_look_at(runs):
+    loaded = load_run(runs("recurrent"))
     blind = RecurrentConfig(**SIZES, hidden_dim=16, attention=NoAlignmentConfig())
-    params = nnx.state(make_model(blind, nnx.Rngs(0)), nnx.Param)
+    _, params = made(functools.partial(make_model, blind))
     loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model=blind), params=params)
     with pytest.raises(UserError, match="no attention"):
         alignment(loaded, [3, 4, 0], [5, 6])
@@ -107,15 +122,18 @@ def test_without_attention_there_is_nothing_to_look_at(trained):
         (["--text", "x", "--num-best", "9"], "num-best"),
     ],
 )
-def test_a_mistake_is_one_line(trained, capsys, arguments, words):
-    assert main(["translate", str(trained[1]), *arguments]) == 2
+def test_a_mistake_is_one_line(runs, capsys, arguments, words):
+    folder = runs("transformer")
+    capsys.readouterr()
+    assert main(["translate", str(folder), *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert len(error.splitlines()) == 1
 
 
-def test_a_model_of_pairs_neither_writes_nor_shows_itself(trained, capsys):
-    for command in (["generate", str(trained[1]), "--prompt", "x"], ["attend", str(trained[1]), "--text", "x"]):
+def test_a_model_of_pairs_neither_writes_nor_shows_itself(runs, capsys):
+    folder = str(runs("transformer"))
+    for command in (["generate", folder, "--prompt", "x"], ["attend", folder, "--text", "x"]):
         assert main(command) == 2
         assert "family" in capsys.readouterr().err
 
