@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,8 +15,11 @@ from benchmarks.cli import OVERRIDABLE
 from benchmarks.cli import _parser as bench_parser
 from benchmarks.cli import main as bench
 from benchmarks.report import report
+from tests.huggingface.ours import write_bert
+from tests.shrunk import shrunk, write_documents
+from tests.train.run_records import surroundings
 from train.commands.cli import main, make_parser
-from train.config import load
+from train.config import dump, load
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -88,14 +93,71 @@ def test_every_block_of_python_runs(name, place):
     assert (place / "attention.html").exists()
 
 
-def test_the_commands_of_the_readme_run(place, capsys):
-    for program, *words in commands(ROOT / "README.md"):
-        if program == "manyheads":
-            assert main(words) == 0, capsys.readouterr().err
-        elif program == "manyheads-bench":
-            assert bench([*words, "--dir", str(place / "plans")]) == 0, capsys.readouterr().err
-    assert (place / "runs" / "tiny" / "attention" / "attention.html").exists()
-    assert list((place / "plans").glob("*.html"))
+# What runs long, with what stands for it: fewer steps and seeds, the layers of a small model, a checkpoint made here.
+SHORTER = [
+    (r"--steps \d+", "--steps 2"), (r"--seeds \d+", "--seeds 2"), (r"--profile \S+", "--profile 1:1"),
+    (r"--layers \S+", "--layers 0,1"), (r"--max-tokens \d+", "--max-tokens 4"), (r"wheel:\S+", "checkpoint"),
+]  # fmt: skip
+# What needs more than this process, with the test that runs it.
+ELSEWHERE = {
+    "--coordinator": "train/test_processes.py",
+    "--install": "benchmarks/test_compile_ahead.py",
+    "gpt_7b.yaml --target": "benchmarks/test_compile_ahead.py",
+    "sharding configs/tiny.yaml": "benchmarks/test_sharding_measure.py",
+    # It is refused, by a test of its own below.
+    "num-heads 7": "test_docs.py",
+}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+def test_its_commands_run(page, tmp_path, monkeypatch, capsys):
+    """In their order, on the shipped configs and the page's own, at a small size."""
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    write_documents(tmp_path / "texts")
+    Path("texts.txt").write_text("a text\nand another\n")
+    write_bert(tmp_path / "checkpoint")
+    (tmp_path / "mine.yaml").write_text("".join(block for block in blocks(page, "yaml") if block.startswith("name:")))
+    for program, *words in commands(page):
+        said = shlex.join(words)
+        if other := next((test for part, test in ELSEWHERE.items() if part in said), None):
+            assert (ROOT / "tests" / other).exists()
+        elif program in ("manyheads", "manyheads-bench"):
+            for pattern, shorter in SHORTER:
+                said = re.sub(pattern, shorter, said)
+            words = shlex.split(said)
+            make_small([word for word in words if word.endswith(".yaml")], tmp_path)
+            for name in {word for word, before in zip(words[1:], words, strict=False) if is_run(word, before)}:
+                path = f"configs/{Path(name).name.replace('-', '_')}.yaml"
+                make_small([path], tmp_path)
+                assert main(["train", path]) == 0
+            run = main if program == "manyheads" else bench
+            run = in_a_process if "--devices" in words else run
+            try:
+                status = run(words)
+            except SystemExit as ended:
+                status = ended.code
+            assert status == 0, (words, capsys.readouterr().err)
+
+
+def in_a_process(words):
+    """Devices are made before anything runs on one."""
+    environment = surroundings(PYTHONPATH=str(ROOT))
+    return subprocess.run([sys.executable, "-m", "train.commands.cli", *words], env=environment, check=False).returncode
+
+
+def is_run(word, before):
+    """Whether a command reads a run that is not there yet: one of an earlier page."""
+    return word.startswith("runs/") and before != "--run-dir" and not Path(word).exists()
+
+
+def make_small(paths, folder):
+    """The configs of these paths, shipped or written on the page, at a size that a test can train."""
+    for path in map(Path, paths):
+        if not (path.exists() and path.parent != Path()):
+            config = load(path if path.exists() else ROOT / path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(dump(shrunk(config, folder / "texts")))
 
 
 def test_a_wrong_number_of_heads_is_said_as_the_docs_show(capsys, monkeypatch):

@@ -64,7 +64,7 @@ class Analysis:
         self.trained = trained_of(config, functools.partial(make_adapted, config.model, config.adapter))
 
     @functools.cache  # noqa: B019
-    def saved(self, remat: str) -> int:
+    def saved(self, remat: Any) -> int:
         """Bytes that the forward pass of one sequence saves under a remat policy."""
         model: Any = dataclasses.replace(self._sequence.model, remat=remat)
         config = dataclasses.replace(self._sequence, model=model)

@@ -62,6 +62,34 @@ def written(config, folder, *, seed=0, dtype="float32", **options):
     return params
 
 
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "dogs", "run", "over", "hills", "far", "away"]
+
+
+def tokenizer_json(folder, special, size=None):
+    """A tokenizer of whole words, lower case."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    vocabulary = {name: number for number, name in enumerate([*special, *WORDS])}
+    if size is not None:
+        vocabulary["last"] = size - 1
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]" if "[UNK]" in special else "<unk>"))
+    model.add_special_tokens(list(special))
+    model.normalizer, model.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    if "[CLS]" in special:
+        ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+        model.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    model.save(str(folder / "tokenizer.json"))
+
+
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def write_bert(folder):
+    """A small BERT with its tokenizer, as a folder of Hugging Face's."""
+    written(BERT, folder, extra={"pad_token_id": 0})
+    tokenizer_json(folder, BERT_SPECIAL)
+
+
 def on_one_device(config):
     """A description of the parameters, all on the first device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -14,7 +14,7 @@ import yaml
 from flax import nnx
 from pyarrow import parquet
 
-from tests.huggingface.ours import BERT, GPT, T5, params_of, written
+from tests.huggingface.ours import BERT, BERT_SPECIAL, GPT, T5, params_of, tokenizer_json, write_bert, written
 from train.commands.cli import main
 from train.data.tokenization.tokenizer import ByteTokenizer
 from train.huggingface import vocabulary
@@ -34,34 +34,11 @@ from transformer.models.heads import ClassificationHeadConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "dogs", "run", "over", "hills", "far", "away"]
-
-
-def tokenizer_json(folder, special, size=None):
-    """A tokenizer of whole words, lower case."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
-    vocabulary = {name: number for number, name in enumerate([*special, *WORDS])}
-    if size is not None:
-        vocabulary["last"] = size - 1
-    model = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]" if "[UNK]" in special else "<unk>"))
-    model.add_special_tokens(list(special))
-    model.normalizer, model.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    if "[CLS]" in special:
-        ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
-        model.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    model.save(str(folder / "tokenizer.json"))
-
-
-BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
 
 @pytest.fixture
 def bert(tmp_path):
-    folder = tmp_path / "bert"
-    written(BERT, folder, extra={"pad_token_id": 0})
-    tokenizer_json(folder, BERT_SPECIAL)
-    return folder
+    write_bert(tmp_path / "bert")
+    return tmp_path / "bert"
 
 
 @pytest.fixture
