@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def first_mistake(config_type: type, errors: typing.Sequence[Any], data: Any) ->
         more = "".join(f"; {'.'.join(place.path)} is now {where}" for place, where in others)
         return Mistake(first.path, f"this field has moved: it is now {to}{more}")
     error, place = next((one for one in found if one[0]["type"] == "extra_forbidden"), found[0])
-    return _mistake(error, place)
+    return _mistake(error, place, config_type)
 
 
 def with_path(config_type: type, error: ConfigError) -> str:
@@ -85,7 +86,7 @@ def _general(path: tuple[str, ...]) -> str:
     return ".".join("*" if part.isdecimal() else part for part in path)
 
 
-def _mistake(error: Any, place: _Place) -> Mistake:
+def _mistake(error: Any, place: _Place, config_type: type) -> Mistake:
     kind, path, value = error["type"], place.path, place.value
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
@@ -93,7 +94,7 @@ def _mistake(error: Any, place: _Place) -> Mistake:
     if kind == "missing":
         return Mistake(path, "it is missing, and has no default")
     if kind == "extra_forbidden":
-        return Mistake(path, _unknown(place))
+        return Mistake(path, _unknown(place, config_type))
     configs = configs_in(place.annotation)
     if kind == "union_tag_invalid" and len(configs) > 1:
         tag = tag_of(configs)
@@ -106,8 +107,8 @@ def _mistake(error: Any, place: _Place) -> Mistake:
     return Mistake(path, f"got {value!r}; {what_fits(place.annotation, value)}")
 
 
-def _unknown(place: _Place) -> str:
-    """The message about a key that its config does not have."""
+def _unknown(place: _Place, config_type: type) -> str:
+    """The message about a key that its config, a part of a `config_type`, does not have."""
     key, names = place.path[-1], list(field_types(place.owner))
     if place.siblings:
         tag = tag_of(place.siblings)
@@ -116,10 +117,30 @@ def _unknown(place: _Place) -> str:
             section = "one" if len(place.path) < 2 or place.path[-2].isdecimal() else place.path[-2]
             plural = "families" if tag == "family" else f"{tag}s"
             return f"{key} is a field of {plural} {', '.join(having)}; this {section} is {place.tag}"
+    under, anywhere = _in_sections(place.owner, place.path[:-1]), _in_sections(config_type, ())
+    if where := under.get(key) or anywhere.get(key):
+        return f"no such field. Did you mean {where!r}?"
     if near := nearest(key, names):
         return f"no such field.{near}"
+    for fields in (under, anywhere):
+        if similar := difflib.get_close_matches(key, fields, n=1, cutoff=0.6):
+            return f"no such field. Did you mean {fields[similar[0]]!r}?"
     listed = f"; allowed: {', '.join(names)}" if len(names) <= _SHOWN else ""
     return f"no such field{listed}"
+
+
+def _in_sections(config_type: type, path: tuple[str, ...]) -> dict[str, str]:
+    """The fields of a config at `path` and of its sections: name → where the first of that name is.
+
+    A section's fields come before those of its own sections, and the default of several classes before the others.
+    """
+    found = {name: ".".join((*path, name)) for name in field_types(config_type)}
+    for name, annotation in field_types(config_type).items():
+        is_list = typing.get_origin(annotation) is tuple
+        inside = (*path, name, "0") if is_list else (*path, name)
+        for inner in configs_in(typing.get_args(annotation)[0] if is_list else annotation):
+            found = _in_sections(inner, inside) | found
+    return found
 
 
 def _locate(config_type: type, loc: list[Any], data: Any) -> _Place:
