@@ -14,7 +14,7 @@ import yaml
 from flax import nnx
 from pyarrow import parquet
 
-from tests.huggingface.ours import BERT, BERT_SPECIAL, GPT, T5, params_of, tokenizer_json, write_bert, written
+from tests.huggingface.ours import BERT, BERT_SPECIAL, GPT, T5, WORDS, params_of, tokenizer_json, write_bert, written
 from train.commands.cli import main
 from train.data.tokenization.tokenizer import ByteTokenizer
 from train.huggingface import vocabulary
