@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from train.commands.cli import message_of
 from train.interrupt import exit_on_sigint
 from transformer.errors import UserError
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with interruptible:
             options.call(options)
     except UserError as error:
-        print(f"manyheads-bench: {error}", file=sys.stderr)
+        print(f"manyheads-bench: {message_of(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -33,7 +33,7 @@ def run() -> None:
         UserError: there is no accelerator, or a measurement failed.
     """
     if jax.default_backend() == "cpu":
-        raise UserError("no accelerator found: jax sees only the CPU; install jax for it, such as manyheads[cuda13]")
+        raise UserError("no accelerator found: jax sees only the CPU; install jax for it, such as jax[cuda13]")
     failed = []
     for name, measure in MEASUREMENTS.items():
         start = time.monotonic()

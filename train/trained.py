@@ -18,7 +18,9 @@ from transformer.pipeline import is_stacked
 ParameterPath = tuple[Any, ...]
 
 
-BELOW = frozenset(("embed", "source_embed", "positions", "source_positions", "types", "embed_norm", "widen"))
+BELOW = frozenset(
+    ("embed", "source_embed", "positions", "source_positions", "types", "embed_norm", "embedding_projection")
+)
 """First names of the parameters below a model's blocks."""
 
 

@@ -99,7 +99,9 @@ def _mesh(name: str, config: RunConfig, n: int) -> MeshConfig:
             sizes |= {"tensor": heads, "data": n // heads}
         case "fsdp_tensor":
             if heads == 1 or n == heads == 2:
-                raise UserError("it needs devices for both axes, and heads divisible by a number of them")
+                raise UserError(
+                    "it needs 4 or more devices, and a number of key/value heads that shares a divisor with them"
+                )
             sizes |= {"tensor": 2, "fsdp": n // 2}
         case "context" | "ulysses":
             size = math.gcd(n, config.sequence_length // 2)
@@ -109,7 +111,9 @@ def _mesh(name: str, config: RunConfig, n: int) -> MeshConfig:
             mixture = shape.experts(model)
             experts = 1 if mixture is None else math.gcd(mixture.num_experts, n)
             if experts == 1:
-                raise UserError("the model has no mixture of experts divisible by the devices")
+                raise UserError(
+                    f"the model has no mixture of experts whose num_experts shares a divisor with {n} devices"
+                )
             sizes |= {"expert": experts, "data": n // experts}
         case "pipeline":
             layers = getattr(model, "num_layers", 1)

@@ -392,7 +392,7 @@ def test_a_vocabulary_holds_what_an_objective_puts_in(prepared: Prepared) -> Non
     check_vocabulary(prepared, 256)
     check_vocabulary(prepared, 259, inserted=objective_of("masked").largest_inserted(prepared.tokenizer))
     for kind in ("masked", "ul2"):
-        with pytest.raises(UserError, match="outside the model's vocabulary of 256; set the model's vocab_size"):
+        with pytest.raises(UserError, match="outside the model's vocabulary of 256; set model.vocab_size"):
             check_vocabulary(prepared, 256, inserted=objective_of(kind).largest_inserted(prepared.tokenizer))
 
 

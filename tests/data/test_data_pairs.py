@@ -148,9 +148,9 @@ def test_vocabularies_of_both_sides_are_checked(verses: Path) -> None:
     prepared = prepare(config, progress=False)
     assert prepared.meta.largest_target_id > 256
     check_vocabulary(prepared, 256, target_vocab_size=300)
-    with pytest.raises(UserError, match="set the model's target_vocab_size to at least"):
+    with pytest.raises(UserError, match="set model.vocab_size to at least"):
         check_vocabulary(prepared, 256, target_vocab_size=200)
-    with pytest.raises(UserError, match="set the model's vocab_size to at least"):
+    with pytest.raises(UserError, match="set model.source_vocab_size to at least"):
         check_vocabulary(prepared, 200)
 
 

@@ -146,7 +146,7 @@ def test_a_run_learns_and_tells_how_often_it_is_right(pairs, tmp_path, capsys):
     done = train(config_of(pairs, tmp_path / "run"))
     assert done.scores.accuracy > 0.5 and done.scores.perplexity is None
     said = capsys.readouterr().out
-    assert "held-out loss" in said and "accuracy" in said and "to embed texts with it: manyheads embed" in said
+    assert "held-out loss" in said and "accuracy" in said and "to embed texts: manyheads embed" in said
     assert load(tmp_path / "run" / "config.yaml").objective.kind == "contrastive"
 
 

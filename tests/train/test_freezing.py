@@ -234,11 +234,12 @@ def test_layer_decay_is_electras():
         embed_dim=8,
         attention=SoftmaxConfig(num_heads=2),
         head=ClassificationHeadConfig(),
+        embedding_size=4,
     )
     factors = {
         dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(layer_factors(described_parameters(model), 0.5, 3))
     }  # fmt: skip
-    for name in ("embed.table", "positions.table", "types.table", "embed_norm.scale"):
+    for name in ("embed.table", "positions.table", "types.table", "embed_norm.scale", "embedding_projection.kernel"):
         assert factors[name] == 0.5**4
     for name, value in factors.items():
         if name.startswith("layers.blocks"):

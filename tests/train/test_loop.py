@@ -198,7 +198,7 @@ def test_a_finished_run_stays_as_it_is(config_file, whole, capsys):
     assert cli(config_file, whole) == 0
     assert "already finished at step 12" in capsys.readouterr().out
     assert cli(config_file, whole, "--steps", "6") == 2
-    assert "already at step 12, and steps is 6" in one_line(capsys)
+    assert "already at step 12, and steps is 6; set steps to 12 or more" in one_line(capsys)
     assert (whole / "metrics.jsonl").read_text() == before
 
 

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with exit_on_sigint("manyheads"):
             return options.command.run(options) or 0
     except UserError as error:
-        print(f"manyheads: {_message(error)}", file=sys.stderr)
+        print(f"manyheads: {message_of(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of the pipe (head, less) has exited: not an error.
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _message(error: UserError) -> str:
+def message_of(error: UserError) -> str:
     """The error's message, which names a field by its whole path."""
     if not isinstance(error, ConfigError):
         return str(error)

@@ -13,6 +13,8 @@ from train.config.tags import chosen, configs_in, default_of, default_tag, tag_o
 from transformer.errors import ConfigError, field_types, nearest, what_fits
 
 _NO_MAPPING = ("dict_type", "union_tag_not_found")
+_LONGEST = 80
+"""The most characters of a value that a message shows."""
 _SHOWN = 12
 """The most fields that a message lists when no name is similar."""
 
@@ -103,8 +105,13 @@ def _mistake(error: Any, place: _Place, config_type: type) -> Mistake:
         near = nearest(given, names) if isinstance(given, str) else ""
         return Mistake((*path, tag), f"got {given!r}; allowed: {', '.join(names)}" + (f".{near}" if near else ""))
     if configs:
-        return Mistake(path, f"got {value!r}; expected a mapping of field: value")
-    return Mistake(path, f"got {value!r}; {what_fits(place.annotation, value)}")
+        return Mistake(path, f"got {_shown(value)}; expected a mapping of field: value")
+    return Mistake(path, f"got {_shown(value)}; {what_fits(place.annotation, value)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _unknown(place: _Place, config_type: type) -> str:

@@ -27,7 +27,7 @@ class Causal(Objective):
 
     families = ("gpt",)
     predicts_all_text = True
-    use = ("write", "manyheads generate {} --prompt TEXT")
+    use = ("generate text", "manyheads generate {} --prompt TEXT")
 
     def _examples(
         self, array: TokenArray, tokenizer: Tokenizer, packing: Packing, length: int, *, training: bool, shown: bool

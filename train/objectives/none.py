@@ -43,7 +43,7 @@ class NoObjective(Objective):
         raise _nothing()
 
     def next_step(self, run: Any) -> str:
-        return f"to fine-tune it: init_from: {run} in a config, with its model section and tokenizer"
+        return f"to fine-tune it: set init_from: {run} in a config, and copy model and data.tokenizer from {run}/config.yaml"
 
 
 def _nothing() -> UserError:

@@ -239,7 +239,7 @@ class Objective(Config, abc.ABC):
         if self.use is None:
             return f"it is in {run}"
         purpose, command = self.use
-        return f"to {purpose} with it: {command.format(run)}"
+        return f"to {purpose}: {command.format(run)}"
 
     @classmethod
     def kind_name(cls) -> str:

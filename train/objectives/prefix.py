@@ -31,7 +31,7 @@ class Prefix(Objective):
     families = ("gpt",)
     packings = ("chunk",)
     least_length = 2
-    use = ("write", "manyheads generate {} --prompt TEXT")
+    use = ("generate text", "manyheads generate {} --prompt TEXT")
 
     def _examples(
         self, array: TokenArray, tokenizer: Tokenizer, packing: Packing, length: int, *, training: bool, shown: bool

@@ -258,7 +258,7 @@ def check_batch(mesh: Mesh, rules: Rules, batch_size: int, microbatches: int) ->
     shards = math.prod(mesh.shape[axis] for axis in axes)
     if shards % (processes := jax.process_count()):
         raise UserError(
-            f"mesh: a batch is split into {shards} parts, and each of {processes} processes reads whole rows; make "
+            f"mesh: the batch is split into {shards} parts, which {processes} processes do not divide; make "
             f"mesh.data × mesh.fsdp a multiple of {processes}"
         )
     if batch_size % (shards * microbatches):
@@ -284,7 +284,7 @@ def check_divisible(abstract: Any, shardings: Any) -> None:
     if bad:
         raise UserError(
             f"mesh: {len(bad)} arrays do not divide evenly, the first is {bad[0]}; choose sizes that divide the model's "
-            "(fsdp: embed_dim; tensor: heads, key/value heads, mlp_dim, vocab_size; expert: num_experts), or strategy dp"
+            "(fsdp: embed_dim; tensor: attention.num_heads, num_kv_heads, mlp.dim, vocab_size; expert: mlp.num_experts), or strategy dp"
         )
 
 

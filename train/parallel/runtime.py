@@ -50,7 +50,7 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
         reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise UserError(
             f"no device of platform {asked!r} here{reason}; choose another with --platform "
-            "(cpu, gpu, tpu), or install jax for it: manyheads[cuda13], manyheads[tpu]"
+            "(cpu, gpu, tpu), or install jax for it: jax[cuda13], jax[tpu]"
         ) from None
 
 

@@ -63,7 +63,7 @@ class WandbWriter:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise UserError("log.wandb_project: wandb is not installed; pip install 'manyheads[wandb]'") from None
+            raise UserError("log.wandb_project: wandb is not installed; pip install wandb") from None
         self._run = wandb.init(
             project=config.log.wandb_project, name=config.name, id=config.name, resume="allow", config=to_data(config)
         )

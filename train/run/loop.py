@@ -80,7 +80,10 @@ def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
         run = Run(config, prepared, mesh)
         with Checkpoints(config.directory, config.checkpoint) as checkpoints:
             if (done := checkpoints.latest) is not None and done > config.steps:
-                raise UserError(f"{config.directory}: this run is already at step {done}, and steps is {config.steps}")
+                raise UserError(
+                    f"{config.directory}: this run is already at step {done}, and steps is {config.steps}; "
+                    f"set steps to {done} or more, or start another run with --run-dir"
+                )
             state = run.start(checkpoints)
             if done == config.steps or (done is not None and run.selection.is_over(config.evaluation.patience)):
                 more = "steps" if done == config.steps else "evaluation.patience"

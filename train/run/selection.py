@@ -69,7 +69,7 @@ def check_selection(config: RunConfig, prepared: Prepared) -> None:
     """Raise a `UserError` if checkpoints cannot be compared by the chosen metric."""
     if is_selective(config) and not prepared.validation:
         field = "evaluation.patience" if config.checkpoint.best == "loss" else "checkpoint.best"
-        raise UserError(f"{field}: there is no held-out text; set data.validation_fraction above 0, or reset {field}")
+        raise UserError(f"{field}: there is no held-out text; set data.validation_fraction above 0, or remove {field}")
     if config.objective.translates and config.checkpoint.best != "loss":
         if jax.process_count() > 1:
             raise UserError("checkpoint.best: translation needs a single process; set it to loss")

@@ -169,17 +169,18 @@ def check_vocabulary(
     """
     meta = prepared.meta
     one_for_all = meta.largest_target_id if target_vocab_size is None else 0
-    _check_ids(prepared, "vocab_size", max(meta.largest_id, inserted, one_for_all), vocab_size, prepared.tokenizer)
+    own = "model.vocab_size" if target_vocab_size is None else "model.source_vocab_size"
+    _check_ids(prepared, own, max(meta.largest_id, inserted, one_for_all), vocab_size, prepared.tokenizer)
     if target_vocab_size is not None:
         target = prepared.target_tokenizer
-        _check_ids(prepared, "target_vocab_size", meta.largest_target_id, target_vocab_size, target)
+        _check_ids(prepared, "model.vocab_size", meta.largest_target_id, target_vocab_size, target)
 
 
 def _check_ids(prepared: Prepared, field: str, largest: int, vocab_size: int, tokenizer: Tokenizer) -> None:
     if largest >= vocab_size:
         raise UserError(
             f"{prepared.directory}: token id {largest} is outside the model's vocabulary of "
-            f"{vocab_size}; set the model's {field} to at least {max(tokenizer.vocab_size, largest + 1)}"
+            f"{vocab_size}; set {field} to at least {max(tokenizer.vocab_size, largest + 1)}"
         )
 
 

@@ -173,4 +173,6 @@ def _hub_documents(config: HubSource, rejects: Rejects) -> Iterator[Document]:
                 yield document
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{config.path}: cannot be read from the hub ({reason}); check name, split, network") from error
+        raise UserError(
+            f"{config.path}: cannot be read from the hub ({reason}); check path, name and split, and the network"
+        ) from error

@@ -27,7 +27,7 @@ class BaseSource(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "limit", self.limit is None or self.limit > 0, "a positive number, or none for all")
+        require(self, "limit", self.limit is None or self.limit > 0, "1 or more, or null for all")
         require(self, "weight", 0 < self.weight < float("inf"), "a positive number")
 
     @property

@@ -57,7 +57,7 @@ class Task(Objective):
     packings: ClassVar[tuple[Packing, ...]] = ("documents",)
     least_length = 3
     unit = "row"
-    use = ("use", "manyheads predict {} --file FILE")
+    use = ("predict", "manyheads predict {} --file FILE")
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

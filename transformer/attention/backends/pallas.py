@@ -130,7 +130,7 @@ def _not_computed(request: AttentionShapes) -> str | None:
         return f"its {where} kernel knows causal attention without an offset, and no window"
     for term in request.spec.mask.predicates:
         if not isinstance(term, Causal | Window | Segments):
-            return f"its {where} kernel cannot hide keys by {type(term).__name__.lower()} from queries that it keeps"
+            return f"its {where} kernel does not support {type(term).__name__.lower()} masks"
         if isinstance(term, Segments) and term.q_BT is not term.k_BS:
             return (
                 f"its {where} kernel takes one array of segment numbers for queries and keys: "

@@ -197,7 +197,7 @@ class AttentionMask:
         rows, heads = (max(sizes, default=1) for sizes in made_for[:2]) if made_for else (1, 1)
         for axis, (given, name) in enumerate(((batch_size, "batch_size"), (num_heads, "num_heads"))):
             if given is None and any(predicate.depends_on()[axis] for predicate in self.predicates):
-                raise ValueError(f"materialize: a mask_mod looks at the row or the head; {name} must be given")
+                raise ValueError(f"materialize: this mask_mod uses the batch or head index; {name} must be given")
         rows, heads = rows if batch_size is None else batch_size, heads if num_heads is None else num_heads
         self.check(rows, heads, num_queries, num_keys)
         return self.allowed(Tile.whole(rows, heads, num_queries, num_keys))
