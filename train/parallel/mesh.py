@@ -284,7 +284,8 @@ def check_divisible(abstract: Any, shardings: Any) -> None:
     if bad:
         raise UserError(
             f"mesh: {len(bad)} arrays do not divide evenly, the first is {bad[0]}; choose sizes that divide the model's "
-            "(fsdp: embed_dim; tensor: attention.num_heads, num_kv_heads, mlp.dim, vocab_size; expert: mlp.num_experts), or strategy dp"
+            "(fsdp: embed_dim; tensor: attention.num_heads, num_kv_heads, mlp.dim, vocab_size; expert: mlp.num_experts), "
+            "or strategy dp"
         )
 
 
