@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--install", action="store_true", help="make an environment with the target's compiler, once")
     sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment with that compiler")
     sub.add_argument("--rounds", type=_positive, default=5, help="turns of each strategy (5)")
-    sub.add_argument("--dir", dest="directory", metavar="DIR", help="where the report is written (plans)")
+    sub.add_argument(
+        "--dir", dest="directory", metavar="DIR", help="where the report and its figures are written (plans)"
+    )
     text = (
         "rank sharding layouts for TPUs or GPUs that need not be available: compiled ahead, time and memory predicted"
     )

@@ -49,7 +49,9 @@ class TextTranslator:
         if len(ids) == 1:
             raise UserError("there is nothing to translate: the text has no tokens")
         if len(ids) > (longest := self.config.model.max_length):
-            raise UserError(f"the text has {len(ids)} tokens, and the model's context is {longest}: give a shorter one")
+            raise UserError(
+                f"the text has {len(ids)} tokens, and the model's context is {longest}; shorten {text[:30]!r}..."
+            )
         return ids
 
     def hypotheses(

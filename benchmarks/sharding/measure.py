@@ -93,6 +93,7 @@ def run(
     result = {
         "config": config.name,
         "devices": len(devices),
+        "platform": devices[0].platform,
         "model_dtype": getattr(config.model, "dtype", "float32"),
         "batch_size": config.batch_size,
         "length": config.sequence_length,
@@ -108,7 +109,7 @@ def run(
     print(f"report: {page}")
     virtual = f"--devices {len(devices)}" if devices[0].platform == "cpu" else ""
     command = command_of(path, strategies, vary, overrides, virtual)
-    record.save(name, command, result, show=False, folder=output)
+    record.save(name, command, result, show=False, folder=str(folder))
     return result
 
 

@@ -15,9 +15,10 @@ from benchmarks.sharding.least import SYMBOLS
 from benchmarks.units import amount
 
 HEADS = (
-    "strategy", "mesh", "loss ±", "gradient ±", "ms a step", "from, to", "tokens/s", "MFU", "compile", "state",
-    "temporary", "sent", "least", "ratio",
+    "strategy", "mesh", "loss error", "gradient error", "ms a step", "min–max", "tokens/s", "MFU", "compile", "state",
+    "temporary", "sent", "minimum", "sent ÷ minimum",
 )  # fmt: skip
+VIRTUAL = "These devices are virtual, parts of one CPU: compare bytes, not milliseconds."
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -29,6 +30,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     for cells in _rows(result):
         grid.add_row(*cells)
     console.print(grid)
+    if result["platform"] == "cpu":
+        console.print(VIRTUAL, highlight=False)
     for name, why in result["refused"].items():
         console.print(f"{name}: not measured: {why}", highlight=False)
 
@@ -39,6 +42,7 @@ def write(result: dict[str, Any], path: Path) -> None:
         f"{result['parameters']:,} parameters, {result['batch_size']} sequences of {result['length']} tokens a step, on "
         f"{result['devices']} devices. Losses over 5 steps and the first gradient are compared with one device's; times are "
         "medians over rounds; bytes are per device; the minimum is what the strategy must send in theory."
+        + (f" {VIRTUAL}" if result["platform"] == "cpu" else "")
     )
     parts = [
         f"<p>{html.escape(intro)}</p>",
@@ -110,7 +114,7 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
             [
                 name, " × ".join(f"{axis} {size}" for axis, size in one["mesh"].items()) or "one device",
                 f"{one['loss_difference']:.0e}", f"{one['gradient_difference']:.0e}", f"{seconds['median'] * 1e3:.1f}",
-                f"{seconds['min'] * 1e3:.1f}, {seconds['max'] * 1e3:.1f}", f"{one['tokens_per_second']:,.0f}",
+                f"{seconds['min'] * 1e3:.1f}–{seconds['max'] * 1e3:.1f}", f"{one['tokens_per_second']:,.0f}",
                 "–" if one["mfu"] is None else f"{one['mfu']:.1%}", f"{one['compile_seconds']:.1f} s",
                 amount(one["memory"]["state"]), amount(one["memory"]["temporary"]), amount(sent),
                 amount(least), f"{sent / least:.2f}" if least else "–",

@@ -28,7 +28,10 @@ from train.report.display import console
 from train.run.program import described_state
 from transformer.errors import UserError
 
-HEADS = ("strategy", "mesh", "formula", "least", "compiled", "ratio", "state", "ideal", "temporary", "step", "compile")
+HEADS = (
+    "strategy", "mesh", "formula", "minimum", "compiled", "compiled ÷ minimum", "state", "ideal state", "temporary", "step",
+    "compile",
+)  # fmt: skip
 
 
 def run(
@@ -109,7 +112,7 @@ def run(
         file.write_text(text, encoding="utf-8")
     print(f"report: {file}")
     command = command_of(path, strategies, vary, overrides, f"--target {target.name}")
-    record.save(name, command, result, show=False, folder=output)
+    record.save(name, command, result, show=False, folder=str(folder))
     return result
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks.cli import main
+from benchmarks.record import RESULTS
 from benchmarks.sharding import measure
 from transformer.errors import UserError
 
@@ -21,10 +22,12 @@ def config_file(tmp_path):
     return path
 
 
-def test_strategies_equal_one_device_and_are_told(config_file, tmp_path, capsys):
-    result = measure.run(
-        str(config_file), strategies=["dp", "fsdp", "pipeline", "expert"], rounds=2, output=str(tmp_path / "plans")
-    )
+def test_strategies_equal_one_device_and_are_told(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published = {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
+    result = measure.run(str(config_file), strategies=["dp", "fsdp", "pipeline", "expert"], rounds=2)
+    # What a user measures does not replace what is published.
+    assert published == {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
     assert result["refused"].keys() == {"expert"}
     for one in result["strategies"].values():
         assert one["loss_difference"] < 1e-5
@@ -38,6 +41,7 @@ def test_strategies_equal_one_device_and_are_told(config_file, tmp_path, capsys)
     assert 1 <= dp["sent_bytes"] / dp["least_bytes"] < 1.1
     said = capsys.readouterr().out
     assert "expert: not measured: the model has no mixture of experts" in said
+    assert "These devices are virtual, parts of one CPU: compare bytes, not milliseconds." in said
     page = (tmp_path / "plans" / "sharding_small_8_4-strategies.html").read_text()
     assert page.count("<svg") == 1 and "Theoretical minimum" in page
     assert json.loads((tmp_path / "plans" / "sharding_small_8_4-strategies_cpu.json").read_text())["result"] == result

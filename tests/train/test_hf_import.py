@@ -290,7 +290,7 @@ def test_an_imported_tagger_and_an_imported_reader_predict(tmp_path, capsys):
 
 def test_an_import_without_such_a_head_is_refused(imported, tmp_path, capsys):
     assert main(["predict", str(imported), "--file", str(tmp_path / "texts.txt")]) == 2
-    assert "its objective is none" in capsys.readouterr().err
+    assert "the imported model has no head that predicts labels" in capsys.readouterr().err
 
 
 @pytest.mark.torch

@@ -79,6 +79,11 @@ def as_task_run(loaded: LoadedRun, name: str) -> tuple[LoadedRun, Task, SourceCo
     if not isinstance(task, Task):
         use = "a run that was fine-tuned on a task" if task.use is None else task.use[1].format(name)
         kinds = ", ".join(one.kind_name() for one in _TASKS)
+        if task.kind == "none":
+            raise UserError(
+                f"{name}: the imported model has no head that predicts labels; fine-tune it on a task ({kinds}) first, by a "
+                f"config with init_from: {name}"
+            )
         raise UserError(f"{name}: predict needs a run with a task ({kinds}); its objective is {task.kind}. Use {use}")
     return loaded, task, loaded.config.data.sources[0]
 
