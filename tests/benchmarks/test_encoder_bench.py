@@ -14,8 +14,7 @@ from benchmarks.cli import main
 from benchmarks.encoders import layouts, quality, step
 from benchmarks.report import report
 from tests.changed import changed
-from tests.huggingface.ours import BERT, written
-from tests.train.test_hf_import import BERT_SPECIAL, WORDS, tokenizer_json
+from tests.huggingface.ours import BERT, BERT_SPECIAL, WORDS, tokenizer_json, written
 from train.config import RunConfig
 from train.objectives import Classification
 from transformer.models.heads import ClassificationHeadConfig
