@@ -56,16 +56,21 @@ def _check_shapes(fn=None, *, typechecker, jaxtyped=jaxtyping.jaxtyped):
 jaxtyping.jaxtyped = _check_shapes
 
 
-# Files that take longest, those of few but long tests first: a worker that got such a file last would work alone at the end.
+# Files that take longest, in this order: a worker that got one of them last would work alone at the end.
 _LONG = (
-    "test_processes.py", "test_init_from.py", "test_adapter_runs.py", "test_adapters.py", "test_sharding_measure.py",
-    "test_pretraining.py", "test_history.py", "test_encoder_bench.py", "test_hf_import.py", "test_task_losses.py",
-    "test_tasks.py", "test_loop.py", "test_mechanisms.py", "test_pipeline.py", "test_step.py", "test_configs.py",
-    "test_gpt.py", "test_pmap.py", "test_families.py", "test_ring.py", "test_translate.py", "test_hf_parity.py",
-    "test_protocol.py", "test_recurrent.py", "test_differentiation.py", "test_seeds.py", "test_freezing.py",
-    "test_blockwise.py", "test_beam.py", "test_sharding_plan.py", "test_generate.py", "test_mixture_of_experts.py",
-    "test_docs.py", "test_pallas.py", "test_contrastive.py", "test_adapter.py", "test_attention_bench.py",
-    "test_objectives.py", "test_capture.py", "test_fast_weights.py", "test_manyheads.py", "test_benchmarks.py",
+    "test_mechanisms.py", "test_pipeline.py", "test_configs.py", "test_docs.py", "test_loop.py", "test_processes.py",
+    "test_gpt.py", "test_adapter_runs.py", "test_families.py", "test_init_from.py", "test_step.py", "test_tasks.py",
+    "test_hf_parity.py", "test_recurrent.py", "test_hf_import.py", "test_protocol.py", "test_ring.py",
+    "test_mixture_of_experts.py", "test_sharding_measure.py", "test_adapters.py", "test_task_losses.py",
+    "test_compile_ahead.py", "test_differentiation.py", "test_pallas.py", "test_attention_bench.py",
+    "test_blockwise.py", "test_history.py", "test_manyheads.py", "test_contrastive.py", "test_freezing.py",
+    "test_beam.py", "test_pmap.py", "test_sharding_plan.py", "test_objectives.py", "test_fast_weights.py",
+    "test_benchmarks.py", "test_adapter.py", "test_capture.py", "test_pretraining.py", "test_encoder_bench.py",
+    "test_translate.py", "test_generate.py", "test_wheel.py", "test_page_browser.py", "test_softmax.py",
+    "test_linear_attention.py", "test_position.py", "test_optimizer.py", "test_self_attention_before.py",
+    "test_inputs.py", "test_classification.py", "test_data_objectives.py", "test_attend.py", "test_norm.py",
+    "test_seeds.py", "test_interpret_capture.py", "test_latent.py", "test_cli.py", "test_hf_checkpoint.py",
+    "test_source_attention.py", "test_hf_peft.py",
 )  # fmt: skip
 
 

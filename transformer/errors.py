@@ -160,6 +160,6 @@ def _phrase(kind: Any) -> str:
         return repr(arguments[0])
     if origin is tuple:
         if arguments[1:] == (...,):
-            return f"a list (tuple), each item of which is {_allowed(arguments[0])}"
+            return f"a list (tuple) where each item is {_allowed(arguments[0])}"
         return f"a list (tuple) of {len(arguments)} items"
     return _PHRASES.get(kind) or str(kind.__name__)
