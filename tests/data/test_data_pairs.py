@@ -151,7 +151,7 @@ def test_vocabularies_of_both_sides_are_checked(verses: Path) -> None:
     with pytest.raises(UserError, match="set model.vocab_size to at least"):
         check_vocabulary(prepared, 256, target_vocab_size=200)
     with pytest.raises(UserError, match="set model.source_vocab_size to at least"):
-        check_vocabulary(prepared, 200, target_vocab_size=300)
+        check_vocabulary(prepared, 50, target_vocab_size=300)
     with pytest.raises(UserError, match="set model.vocab_size to at least"):
         check_vocabulary(prepared, 200)
 
