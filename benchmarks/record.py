@@ -65,7 +65,9 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
     return summary([a / b for a, b in zip(over, under, strict=True)])
 
 
-def save(name: str, command: str, result: dict[str, Any], *, show: bool = True, folder: str | None = None) -> Path:
+def save(
+    name: str, command: str, result: dict[str, Any], *, show: bool = True, folder: Path | str | None = None
+) -> Path:
     """Write a result with date, device and versions into `folder` (`RESULTS` by default), and print it if `show`."""
     device = jax.devices()[0]
     record = {

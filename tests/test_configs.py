@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -37,9 +38,15 @@ def folder(tmp_path_factory):
     return folder
 
 
+@functools.cache
+def config_of(path):
+    return load(path)
+
+
 def traits(path):
     """What a config has that others may not have: settings that choose code, and no sizes."""
-    config, model = load(path), load(path).model
+    config = config_of(path)
+    model = config.model
     found = {
         "family": model.family, "dtype": model.dtype, "optimizer": config.optimizer.name, "packing": config.data.packing,
         "strategy": config.mesh.strategy, "objective": (config.objective.kind, config.data.label_kind),
@@ -72,7 +79,7 @@ def one_each(paths):
 @pytest.mark.usefixtures("one_device")
 @one_each(CONFIGS)
 def test_its_step_takes_the_batches_of_its_data(path, folder, tmp_path):
-    config = dataclasses.replace(shrunk(load(path), folder), run_dir=str(tmp_path / "run"))
+    config = dataclasses.replace(shrunk(config_of(path), folder), run_dir=str(tmp_path / "run"))
     prepared = prepare(config.data)
     check_data(config, prepared)
     batch = train_batches(
@@ -96,6 +103,6 @@ def test_its_step_takes_the_batches_of_its_data(path, folder, tmp_path):
 @pytest.mark.usefixtures("one_device")
 @one_each(covering(CONFIGS))
 def test_it_trains_a_step(path, folder, tmp_path):
-    finished = train(dataclasses.replace(shrunk(load(path), folder), run_dir=str(tmp_path / "run")))
+    finished = train(dataclasses.replace(shrunk(config_of(path), folder), run_dir=str(tmp_path / "run")))
     assert finished.step == 1
     assert finished.scores.loss < 7

@@ -109,6 +109,15 @@ ELSEWHERE = {
 }
 
 
+# What the commands of a page leave behind, where it is a file for the reader.
+LEFT = {
+    "README": ["runs/tiny/attention/attention.html", "plans/*.html"],
+    "hugging-face": ["vectors.npy"],
+    "objectives": ["curves.png"],
+    "translation": ["page.html"],
+}
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
 def test_its_commands_run(page, tmp_path, monkeypatch, capsys):
     """In their order, on the shipped configs and the page's own, at a small size."""
@@ -138,6 +147,8 @@ def test_its_commands_run(page, tmp_path, monkeypatch, capsys):
             except SystemExit as ended:
                 status = ended.code
             assert status == 0, (words, capsys.readouterr().err)
+    for pattern in LEFT.get(page.stem, ()):
+        assert list(tmp_path.glob(pattern)), pattern
 
 
 def in_a_process(words):

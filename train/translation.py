@@ -10,7 +10,7 @@ from flax import nnx
 
 from train.config import RunConfig
 from train.data.tokenization.tokenizer import Tokenizer
-from transformer.errors import UserError
+from transformer.errors import UserError, shown
 from transformer.generation.beam import BeamSearch, Hypothesis
 from transformer.generation.translator import Translator
 from transformer.models.encoder_decoder import EncoderDecoderConfig
@@ -50,7 +50,7 @@ class TextTranslator:
             raise UserError("there is nothing to translate: the text has no tokens")
         if len(ids) > (longest := self.config.model.max_length):
             raise UserError(
-                f"the text has {len(ids)} tokens, and the model's context is {longest}; shorten {text[:30]!r}..."
+                f"the text has {len(ids)} tokens, and the model's context is {longest}; shorten {shown(text)}"
             )
         return ids
 

@@ -107,6 +107,12 @@ def require(config: Any, field: str, holds: bool, allowed: str) -> None:
         raise ConfigError(type(config), field, getattr(config, field), allowed)
 
 
+def shown(value: Any, longest: int = 40) -> str:
+    """A value, in one line of at most `longest` characters, for an error message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest of `names`, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)

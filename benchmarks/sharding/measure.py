@@ -107,9 +107,9 @@ def run(
     with writing(page):
         measure_report.write(result, page)
     print(f"report: {page}")
-    virtual = f"--devices {len(devices)}" if devices[0].platform == "cpu" else ""
+    virtual = f"--devices {len(devices)}" if result["platform"] == "cpu" else ""
     command = command_of(path, strategies, vary, overrides, virtual)
-    record.save(name, command, result, show=False, folder=str(folder))
+    record.save(name, command, result, show=False, folder=folder)
     return result
 
 

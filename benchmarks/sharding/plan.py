@@ -125,7 +125,7 @@ def run(
     print(f"{written}report: {folder / name}.html")
     if result["compiled"]:
         command = " ".join([f"manyheads-bench plan {path} --target {target.name}", *overrides])
-        record.save(f"plan_{name}", command, result, show=False, folder=str(folder))
+        record.save(f"plan_{name}", command, result, show=False, folder=folder)
     return result
 
 

@@ -112,7 +112,7 @@ def run(
         file.write_text(text, encoding="utf-8")
     print(f"report: {file}")
     command = command_of(path, strategies, vary, overrides, f"--target {target.name}")
-    record.save(name, command, result, show=False, folder=str(folder))
+    record.save(name, command, result, show=False, folder=folder)
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from train.config.moved import MOVED
 from train.config.tags import chosen, configs_in, default_of, default_tag, tag_of, tag_values
-from transformer.errors import ConfigError, field_types, nearest, what_fits
+from transformer.errors import ConfigError, field_types, nearest, shown, what_fits
 
 _NO_MAPPING = ("dict_type", "union_tag_not_found")
 _LONGEST = 80
@@ -105,13 +105,8 @@ def _mistake(error: Any, place: _Place, config_type: type) -> Mistake:
         near = nearest(given, names) if isinstance(given, str) else ""
         return Mistake((*path, tag), f"got {given!r}; allowed: {', '.join(names)}" + (f".{near}" if near else ""))
     if configs:
-        return Mistake(path, f"got {_shown(value)}; expected a mapping of field: value")
-    return Mistake(path, f"got {_shown(value)}; {what_fits(place.annotation, value)}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        return Mistake(path, f"got {shown(value, _LONGEST)}; expected a mapping of field: value")
+    return Mistake(path, f"got {shown(value, _LONGEST)}; {what_fits(place.annotation, value)}")
 
 
 def _unknown(place: _Place, config_type: type) -> str:

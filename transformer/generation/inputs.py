@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from transformer.errors import UserError
+from transformer.errors import UserError, shown
 
 MAX_SEED = 2**32 - 1
 
@@ -24,24 +24,24 @@ def check_rows(name: str, rows: Any, vocab_size: int | None) -> None:
         vocab_size: vocabulary size of the model that reads them; None: any whole number of 0 or more is an id.
     """
     if isinstance(rows, str | bytes) or not isinstance(rows, Sequence | np.ndarray | jax.Array):
-        raise UserError(f"{name}s: got {_shown(rows)}; expected a list of {name}s, each a list of token ids")
+        raise UserError(f"{name}s: got {shown(rows)}; expected a list of {name}s, each a list of token ids")
     for number, row in enumerate(rows, start=1):
         where = f"{name} {number}"
         if isinstance(row, str | bytes):
             raise UserError(
-                f"{where}: got the text {_shown(row)}; expected token ids: encode it with the model's tokenizer"
+                f"{where}: got the text {shown(row)}; expected token ids: encode it with the model's tokenizer"
             )
         ids = _ids(row)
         if ids is None:
             raise UserError(
-                f"{where}: got {_shown(row)}; expected a list of token ids (a batch of one is a list in a list)"
+                f"{where}: got {shown(row)}; expected a list of token ids (a batch of one is a list in a list)"
             )
         if not len(ids):
             raise UserError(f"{where} is empty; expected at least one token id")
         for place, token in enumerate(ids, start=1):
             if isinstance(token, bool | np.bool_) or not isinstance(token, int | np.integer):
                 raise UserError(
-                    f"{where}: token {place} is {_shown(token)}, of type {type(token).__name__}; expected a whole number"
+                    f"{where}: token {place} is {shown(token)}, of type {type(token).__name__}; expected a whole number"
                 )
             if token < 0 or (vocab_size is not None and token >= vocab_size):
                 allowed = "0 or more" if vocab_size is None else f"0 to {vocab_size - 1}"
@@ -54,13 +54,13 @@ def check_rows(name: str, rows: Any, vocab_size: int | None) -> None:
 def check_count(name: str, value: Any) -> None:
     """Raise a `UserError` unless `value` is a whole number of 1 or more."""
     if not _is_whole(value) or value < 1:
-        raise UserError(f"{name}: got {_shown(value)}; allowed: a whole number, 1 or more")
+        raise UserError(f"{name}: got {shown(value)}; allowed: a whole number, 1 or more")
 
 
 def check_seed(value: Any) -> None:
     """Raise a `UserError` unless `value` is a valid seed; JAX would map other values to valid ones."""
     if not _is_whole(value) or not 0 <= value <= MAX_SEED:
-        raise UserError(f"seed: got {_shown(value)}; allowed: a whole number, 0 to 2**32 - 1")
+        raise UserError(f"seed: got {shown(value)}; allowed: a whole number, 0 to 2**32 - 1")
 
 
 def _is_whole(value: Any) -> bool:
@@ -77,9 +77,3 @@ def _ids(row: Any) -> Sequence[Any] | None:
         return None
     # A set or a generator becomes an array with no dims.
     return list(array) if array.ndim == 1 else None
-
-
-def _shown(value: Any) -> str:
-    """A value, shortened for an error message."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 40 else f"{text[:37]}..."
