@@ -61,12 +61,11 @@ def traits(path):
 
 
 def covering(paths):
-    """The configs that have, among them, each trait of all."""
-    chosen, seen = [], set()
-    for path in paths:
-        if new := traits(path) - seen:
-            chosen.append(path)
-            seen |= new
+    """Few configs that have, among them, each trait of all: always the one that has most of those still missing."""
+    chosen, missing = [], set().union(*map(traits, paths))
+    while missing:
+        chosen.append(max(paths, key=lambda path: len(traits(path) & missing)))
+        missing -= traits(chosen[-1])
     return chosen
 
 
