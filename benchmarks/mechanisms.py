@@ -22,13 +22,13 @@ import jax
 import yaml
 
 from benchmarks import record
+from benchmarks.shipped import CONFIGS, load
 from benchmarks.stage import folder_of, once, scored_at_the_end, train_for_scores
 from benchmarks.workload import our_step
-from train.config import RunConfig, load, to_data
+from train.config import RunConfig, to_data
 from transformer.errors import UserError, nearest
 from transformer.models.families import count_parameters
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 MINUTES = 2.0
 DIRECTORY = "runs/mechanisms"
 FIGURES = {
@@ -172,8 +172,9 @@ def run(
     show(result)
     given = f" --minutes {minutes:g}" if minutes != MINUTES else ""
     given += f" --tasks {','.join(names)}" if tasks is not None else ""
-    folder = record.folder_for(directory, DIRECTORY)
-    record.save("mechanisms", f"manyheads-bench mechanisms{given}", result, show=False, folder=folder)
+    command = f"manyheads-bench mechanisms{given}"
+    folder = record.folder_for(directory, DIRECTORY, "mechanisms", command)
+    record.save("mechanisms", command, result, show=False, folder=folder)
     return result
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.shipped import CONFIGS, load
 from benchmarks.stage import classify, folder_of, once, over_seeds, scored_at_the_end, train_to_the_end
-from train.config import RunConfig, load, to_data
+from train.config import RunConfig, to_data
 from train.data.examples.labelled import commonest_share
 from train.data.prepared.prepare import prepare
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 ENCODER = CONFIGS / "encoder_reviews_small.yaml"
 CLASSIFIER = CONFIGS / "classify_reviews.yaml"
 SEEDS = 5
@@ -82,13 +82,9 @@ def run(
         "difference": over_seeds(differences),
     }
     _show(result)
-    record.save(
-        "pretraining",
-        "manyheads-bench pretraining" + (f" --seeds {seeds}" if seeds != SEEDS else ""),
-        result,
-        show=False,
-        folder=record.folder_for(directory, DIRECTORY),
-    )
+    command = "manyheads-bench pretraining" + (f" --seeds {seeds}" if seeds != SEEDS else "")
+    results = record.folder_for(directory, DIRECTORY, "pretraining", command)
+    record.save("pretraining", command, result, show=False, folder=results)
     return result
 
 

@@ -92,9 +92,14 @@ def save(
     return path
 
 
-def folder_for(directory: str, usual: str) -> str | None:
-    """Where the results of a run in `directory` go: next to it, and only where it is the usual one among those on record."""
-    return None if directory == usual else directory
+def folder_for(directory: str, usual: str, name: str, command: str) -> str | None:
+    """Where a result goes whose runs are in `directory`: next to them, or among those on record (None).
+
+    Only the command that is on record, with its runs in the usual folder, replaces the record.
+    """
+    path = RESULTS / f"{name}_{jax.devices()[0].platform}.json"
+    recorded = json.loads(path.read_text(encoding="utf-8"))["command"] if path.exists() else command
+    return None if (directory, command) == (usual, recorded) else directory
 
 
 def report_folder(output: str | None) -> Path:

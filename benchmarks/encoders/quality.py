@@ -20,8 +20,9 @@ from rich.progress import track
 
 from benchmarks import record
 from benchmarks.encoders.reviews import CONFIG, MINILM
+from benchmarks.shipped import load
 from benchmarks.stage import classify, folder_of, once, over_seeds, scored_at_the_end
-from train.config import RunConfig, load, to_data
+from train.config import RunConfig, to_data
 from train.data.examples.labelled import commonest_share
 from train.data.loader import evaluation_batches, train_batches
 from train.data.prepared.prepare import prepare
@@ -97,10 +98,9 @@ def run(
         "seconds": {arm: [one["seconds"] for one in each] for arm, each in found.items()},
     }
     print(json.dumps(result["finetuned"], indent=2))
-    record.save(
-        "finetuning", "manyheads-bench finetuning" + (f" --seeds {seeds}" if seeds != SEEDS else ""), result, show=False,
-        folder=record.folder_for(directory, DIRECTORY),
-    )  # fmt: skip
+    command = "manyheads-bench finetuning" + (f" --seeds {seeds}" if seeds != SEEDS else "")
+    results = record.folder_for(directory, DIRECTORY, "finetuning", command)
+    record.save("finetuning", command, result, show=False, folder=results)
     return result
 
 

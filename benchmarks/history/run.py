@@ -103,9 +103,8 @@ def run(
         },
     }
     name = "history" if data == "verses" else f"history_{Path(data).stem}"
-    path = record.save(name, command, result, show=False, folder=record.folder_for(directory, DIRECTORY)).with_suffix(
-        ".html"
-    )
+    results = record.folder_for(directory, DIRECTORY, name, command)
+    path = record.save(name, command, result, show=False, folder=results).with_suffix(".html")
     with writing(path):
         report.write(result, path)
     print(f"report in {path} and {path.with_suffix('.md').name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from train.config import load
+from benchmarks.shipped import CONFIGS, load
 from train.data.prepared.prepare import DataConfig, prepare
 from train.data.prepared.store import Prepared
 from train.data.sources.source_config import SyntheticSource
@@ -15,7 +15,7 @@ from transformer.errors import UserError, nearest
 
 DATA = ("verses", "synthetic")
 """Values of `--data` in addition to the path of a config."""
-VERSES = Path(__file__).parents[2] / "configs" / "translate_en_fr_small.yaml"
+VERSES = CONFIGS / "translate_en_fr_small.yaml"
 """The config whose pairs `--data verses` takes."""
 SYNTHETIC_PAIRS = 20_000
 SYNTHETIC_WORDS = 896

@@ -105,7 +105,7 @@ def test_a_run_begins_so_learns_and_goes_on_without_beginning_again(texts, encod
         np.testing.assert_array_equal(other[path], value)
 
 
-def test_a_run_to_begin_with_that_is_missing_is_told_before_its_vocabulary(texts, tmp_path):
+def test_a_missing_init_from_run_is_refused_before_its_vocabulary_is_read(texts, tmp_path):
     config = classifier_of(texts, tmp_path / "tuned", init_from=str(tmp_path / "none"))
     gone = dataclasses.replace(config.data.tokenizer, kind="file", path=str(tmp_path / "none" / "tokenizer.json"))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=gone))
@@ -137,7 +137,7 @@ def test_another_shape_names_the_field(texts, encoder, tmp_path, changes, told):
     assert found.startswith("init_from: ") and "have a different shape" in found and told in found
 
 
-def test_nothing_in_common_is_told(texts, encoder, tmp_path):
+def test_a_run_with_no_parameter_in_common_is_refused(texts, encoder, tmp_path):
     config = config_of(texts, tmp_path / "tuned", init_from=str(encoder))
     other = dataclasses.replace(config, model=GPTConfig(**SMALL), objective=Causal())
     fresh = nnx.State({"elsewhere": {"kernel": nnx.Param(jnp.zeros((2, 2)))}})
@@ -173,14 +173,18 @@ def test_a_head_over_classes_has_them_in_the_order_of_the_data(texts, tmp_path, 
     _, begun, said = telling("LABEL_0", "LABEL_1")
     np.testing.assert_array_equal(begun[kernel], before[kernel])
     assert "Its classes have no names, and were matched by number" in said
+    assert "Changed" not in said
+    head = ClassificationHeadConfig(pooling="cls")
+    again = dataclasses.replace(again, model=dataclasses.replace(again.model, head=head))
+    assert telling("bad", "good")[2].endswith(". Changed: model.head.pooling: 'mean' → 'cls'")
 
 
-def test_no_run_there_is_told(texts, tmp_path):
+def test_a_missing_init_from_run_is_refused(texts, tmp_path):
     found = refusal(classifier_of(texts, tmp_path / "tuned", init_from=str(tmp_path / "none")))
     assert found.startswith("init_from: ") and "no run here" in found
 
 
-def test_another_tokenizer_is_told_and_how_to_use_the_same(texts, encoder, tmp_path):
+def test_another_tokenizer_is_refused_and_the_message_shows_how_to_use_the_same(texts, encoder, tmp_path):
     tokenizer = TokenizerConfig(special_tokens=(CLS, SEP))
     config = classifier_of(texts, tmp_path / "tuned", init_from=str(encoder))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))

@@ -80,7 +80,14 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
     changed = difference(
         {"model": dataclasses.asdict(loaded.config.model)}, {"model": dataclasses.asdict(config.model)}
     )
-    if changed := [line for line in changed if not line.startswith(_OFTEN_ANOTHER)]:
+    poolings = [getattr(getattr(one.model, "head", None), "pooling", None) for one in (loaded.config, config)]
+    both_pool = None not in poolings
+    # Two heads usually differ, but texts whose vectors are pooled in another way are other vectors.
+    if changed := [
+        line
+        for line in changed
+        if not line.startswith(_OFTEN_ANOTHER) or (both_pool and line.startswith("model.head.pooling:"))
+    ]:
         said += f". Changed: {', '.join(changed)}"
     params = nnx.from_flat_state(ours | taken)
     return params if config.adapter is None else reset_dora_magnitudes(params), said
