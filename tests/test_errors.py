@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from transformer.errors import Config, ConfigError, UserError, check_fields
+from transformer.errors import Config, ConfigError, UserError, check_fields, first_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,18 @@ def test_whatever_does_not_fit_is_refused(config_type, field, value, message):
         config_type(**{field: value})
     assert message in str(caught.value)
     assert (caught.value.owner, caught.value.field) == (config_type, field)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n  first \nsecond"), "first"),
+        (ValueError(), "ValueError"),
+        (ValueError("x" * 99), "x" * 17 + "..."),
+    ],
+)
+def test_the_first_line_of_an_error(error, line):
+    assert first_line(error, 20) == line
 
 
 def test_a_config_error_is_for_users_and_for_validators():

@@ -50,10 +50,10 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {error.filename or path}: {reason}; {advice}, or {other}") from error
 
 
-def check_new(directory: Path, flag: str) -> None:
-    """Raise a `UserError` where a folder to make is there already; `flag` names another."""
+def check_new(directory: Path) -> None:
+    """Raise a `UserError` where a folder to make is there already."""
     if directory.exists():
-        raise UserError(f"{directory}: it exists already; choose another {flag}, or delete it")
+        raise UserError(f"{directory}: it exists already; choose another folder, or delete it")
 
 
 def check_place(file: Path) -> None:

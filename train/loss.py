@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from transformer.errors import Config, UserError, require
+from transformer.resume import OnResume
 from transformer.types import Array, Float, Int
 
 Batch = dict[str, jax.Array]
@@ -22,6 +23,8 @@ Batch = dict[str, jax.Array]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig(Config):
     """Additional terms of the cross-entropy."""
+
+    on_resume: ClassVar[OnResume] = OnResume.ASK
 
     z_loss: float = 0.0
     """Weight of the z-loss log(Z)², which keeps the softmax normaliser Z near 1 (1e-4 is usual)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,16 @@ from optax import contrib
 from train.trained import BELOW
 from transformer.errors import Config, require
 from transformer.pipeline import is_in_stages, is_stacked, is_variable
+from transformer.resume import Never, OnResume
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Config):
     """An optimiser and its schedule, with clipping, decay, freezing and averaging of parameters."""
 
-    name: Literal["adamw", "lion", "adafactor", "muon", "sgd"] = "adamw"
+    on_resume: ClassVar[OnResume] = OnResume.ASK
+
+    name: Never[Literal["adamw", "lion", "adafactor", "muon", "sgd"]] = "adamw"
     """Optimiser. muon updates the matrices of the blocks; adamw then updates embeddings, the output layer, gains and biases."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
@@ -39,7 +42,7 @@ class OptimizerConfig(Config):
     """Decay of the first moment (adamw, lion); momentum of sgd and muon."""
     b2: float = 0.95
     """Decay of the second moment (adamw, lion, and adamw's part in muon)."""
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    moment_dtype: Never[Literal["float32", "bfloat16"]] = "float32"
     """Data type of the first moment (adamw, lion), or of the momentum (sgd, muon); bfloat16 takes half the memory."""
     epsilon: float = 1e-8
     """Epsilon that is added to the root of the second moment."""
@@ -47,12 +50,12 @@ class OptimizerConfig(Config):
     """Peak learning rate of adamw's part in muon; null: learning_rate."""
     clip_norm: float | None = 1.0
     """Gradients with a larger global norm are scaled down to it; null: never."""
-    layer_decay: float | None = None
+    layer_decay: Never[float | None] = None
     """Each block's learning rate is this times that of the block above it, the embeddings' this times that of the first block;
     heads and the final norm have the full rate (Howard & Ruder 2018; Clark et al. 2020). null: the same rate for all."""
-    freeze: tuple[str, ...] = ()
+    freeze: Never[tuple[str, ...]] = ()
     """Parameters that are not trained: patterns of their paths, such as embed.* or layers.blocks.attention.*"""
-    ema_decay: float | None = None
+    ema_decay: Never[float | None] = None
     """Keep a moving average of the parameters with this decay, and evaluate and generate with it; null: none."""
 
     def __post_init__(self) -> None:

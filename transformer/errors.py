@@ -11,7 +11,9 @@ import functools
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from transformer.resume import OnResume
 
 
 class UserError(Exception):
@@ -42,6 +44,9 @@ class Config:
 
     A subclass with checks of its own calls `super().__post_init__()` first.
     """
+
+    on_resume: ClassVar[OnResume] = OnResume.NEVER
+    """What a resumed run may do with a field that does not say it in its own type (`Free[int]`)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -110,6 +115,13 @@ def require(config: Any, field: str, holds: bool, allowed: str) -> None:
 def shown(value: Any, longest: int = 40) -> str:
     """A value, in one line of at most `longest` characters, for an error message."""
     text = " ".join(repr(value).split())
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def first_line(error: BaseException, longest: int = 300) -> str:
+    """The first line with text of an exception's message, at most `longest` characters; its type if it has no message."""
+    lines = (line.strip() for line in str(error).splitlines())
+    text = next((line for line in lines if line), type(error).__name__)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 

@@ -112,7 +112,7 @@ def run_pipeline(
     check_microbatches(P, M)
     if x.shape[0] % M:
         raise UserError(
-            f"batch_size: a pipeline gets {x.shape[0]} sequences at once, which mesh.pipeline_microbatches {M} does not divide"
+            f"pipeline: a batch of {x.shape[0]} sequences cannot be divided into {M} microbatches; allowed: a multiple of {M}"
         )
     flat, structure = jax.tree.flatten(context)
     is_cut = [False] * len(flat) if context is None else context.batch_leaves()
@@ -176,10 +176,10 @@ def check_stages(num_layers: int, num_devices: int, stages_per_device: int, grou
     """Raise a `UserError` unless all stages have the same number of layers, in whole groups of a pattern."""
     stages = num_devices * stages_per_device
     if num_layers % (stages * group):
-        of_pattern = f" × {group} layers of model.pattern" if group > 1 else ""
+        of_pattern = f" × {group} layers of the pattern" if group > 1 else ""
         raise UserError(
-            f"model.num_layers: got {num_layers}; mesh.pipeline {num_devices} × mesh.stages_per_device {stages_per_device}"
-            f"{of_pattern} needs a multiple of {stages * group}"
+            f"num_layers: got {num_layers}; allowed: a multiple of {stages * group} ({num_devices} devices of the pipeline × "
+            f"{stages_per_device} stages per device{of_pattern})"
         )
 
 
@@ -187,7 +187,7 @@ def check_microbatches(num_devices: int, microbatches: int) -> None:
     """Raise a `UserError` unless every device gets the same number of microbatches."""
     if microbatches % num_devices:
         raise UserError(
-            f"mesh.pipeline_microbatches: got {microbatches}; allowed: a multiple of mesh.pipeline ({num_devices}), or null"
+            f"pipeline_microbatches: got {microbatches}; allowed: a multiple of the pipeline's devices ({num_devices}), or null"
         )
 
 
@@ -195,8 +195,8 @@ def check_period(num_layers: int, layers_of_stage: int, period: int) -> None:
     """Raise a `UserError` unless every stage begins with the first layer of a period of layers that differ."""
     if layers_of_stage % period:
         raise UserError(
-            f"model.num_layers: got {num_layers}, {layers_of_stage} in each stage of the pipeline; attention repeats every "
-            f"{period} layers, and a stage needs a multiple of that"
+            f"num_layers: got {num_layers}, {layers_of_stage} in each stage of the pipeline; allowed: a multiple of {period} in "
+            "each stage, since attention repeats after that many layers"
         )
 
 

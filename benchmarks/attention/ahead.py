@@ -20,6 +20,7 @@ import sys
 from typing import Any
 
 from benchmarks import compilers
+from transformer.errors import first_line
 
 COMPILED = "compiled, not run"
 """What `compile_ahead` returns on success."""
@@ -105,8 +106,7 @@ def answer() -> None:
     try:
         given = _compile(task["platform"], task["topology"], task["tensor"], Call(**task["call"]))
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        given = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        given = f"{type(error).__name__}: {first_line(error)}"
     print(json.dumps({"answer": given}))
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from benchmarks.record import in_turn, ratio, save, seconds_per_call, summary
 from transformer.attention.dispatch import BACKENDS, BackendError, attend
 from transformer.attention.spec.mask import AttentionMask
+from transformer.errors import first_line
 
 TOKENS = {"cpu": 8192, "gpu": 32_768}
 """Rows times length, so that calls have similar work at each length until one row is left."""
@@ -73,7 +74,7 @@ def _case(
         try:
             compiled = _compiled(backend, mask, backward, q, k, v)
         except (BackendError, jax.errors.JaxRuntimeError) as refusal:
-            print(f"{backend}: {str(refusal).splitlines()[0][:160]}")
+            print(f"{backend}: {first_line(refusal)}")
             continue
         work[backend] = functools.partial(compiled, q, k, v)
     if not on_cpu:

@@ -21,7 +21,7 @@ PICTURES: dict[str, tuple[str, Callable[[Sequence[Figures]], str]]] = {
     "alignment": ("Alignment of one held-out sentence", alignment_sheet),
 }
 
-Table = list[list[str]]
+Cells = list[list[str]]
 """Rows of cells, header first; `**` around a cell marks the best of its column."""
 
 
@@ -75,7 +75,7 @@ def introduction(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def tables(stages: Sequence[Figures]) -> list[tuple[str, Table]]:
+def tables(stages: Sequence[Figures]) -> list[tuple[str, Cells]]:
     """Captions and tables of one task."""
     by_head: dict[str, tuple[Callable[[Figures], float | None], str, int]] = {
         "parameters": (lambda one: one["parameters"], ",.0f", 0),
@@ -110,7 +110,7 @@ def tables(stages: Sequence[Figures]) -> list[tuple[str, Table]]:
     return found
 
 
-def example_table(stages: Sequence[Figures]) -> Table:
+def example_table(stages: Sequence[Figures]) -> Cells:
     """The example sentence, its reference and each model's translation."""
     first = stages[0]["example"]
     rows = [["source", first["source"]], ["reference", first["reference"]]]
@@ -144,11 +144,11 @@ def _column(values: Sequence[float | None], form: str, sign: int) -> list[str]:
     ]
 
 
-def _table(heads: list[str], columns: list[list[str]]) -> Table:
+def _table(heads: list[str], columns: list[list[str]]) -> Cells:
     return [heads, *(list(row) for row in zip(*columns, strict=True))]
 
 
-def _markdown(table: Table) -> list[str]:
+def _markdown(table: Cells) -> list[str]:
     rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return [lines[0], f"|---|{'---:|' * (len(table[0]) - 1)}", *lines[1:]]

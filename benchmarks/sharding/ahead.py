@@ -4,16 +4,14 @@ A process of this module answers one request per line, so that it starts only on
 
     python -m benchmarks.sharding.ahead       requests on standard input, answers on standard output
 
-Both ends run this code, so a request is a pickled config.
+A request and its answer are each one line of JSON.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import json
-import pickle
 import queue
 import re
 import subprocess
@@ -31,10 +29,10 @@ from benchmarks.sharding.hlo import Module
 from benchmarks.sharding.roofline import predict
 from benchmarks.sharding.targets import Target
 from benchmarks.workload import program_of
-from train.config import RunConfig
+from train.config import RunConfig, parse, to_data
 from train.parallel.mesh import use_mesh
 from train.run.program import Program
-from transformer.errors import UserError
+from transformer.errors import UserError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Compiler:
             UserError: the process ended, or gave no answer in time.
         """
         assert self._process.stdin is not None
-        question = base64.b64encode(pickle.dumps((config, self.target))).decode()
+        question = json.dumps({"config": to_data(config), "target": dataclasses.asdict(self.target)})
         with contextlib.suppress(BrokenPipeError, ValueError):
             print(question, file=self._process.stdin, flush=True)
         try:
@@ -140,8 +138,10 @@ def from_data(data: dict[str, Any]) -> Compiled:
 def serve() -> None:
     """Answer requests until the input ends."""
     for line in sys.stdin:
-        config, target = pickle.loads(base64.b64decode(line))
-        print(json.dumps(dataclasses.asdict(answer(config, target))), flush=True)
+        question = json.loads(line)
+        target = Target.from_data(question["target"])
+        found = answer(parse(question["config"], "the config to compile"), target)
+        print(json.dumps(dataclasses.asdict(found)), flush=True)
 
 
 def answer(config: RunConfig, target: Target) -> Compiled:
@@ -206,16 +206,15 @@ def summary(module: Any) -> list[dict[str, Any]]:
 def refused(error: Exception, seconds: float, target: Target) -> Compiled:
     """The compiler's error; for a program that is too large, by how much."""
     text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    message = f"{type(error).__name__}: {first_line(error)}"
     # Two forms of the message: "Used 20.00G of 15.75G", "required for HLO temporaries (19.70G) exceeds available HBM".
     used = re.search(r"(?:[Uu]sed |temporaries \()([\d.]+)([KMGT]?)(?: of|\) exceeds)", text)
     memory, over = None, 0.0
     if used:
         memory = float(used.group(1)) * 1024 ** " KMGT".index(used.group(2) or " ")
         over = max(memory - target.chip.memory, 1.0)
-        said = "larger than the device's memory, according to the compiler"
-    return Compiled(seconds, memory, 0.0, 0.0, False, over, None, (), said)
+        message = "larger than the device's memory, according to the compiler"
+    return Compiled(seconds, memory, 0.0, 0.0, False, over, None, (), message)
 
 
 if __name__ == "__main__":

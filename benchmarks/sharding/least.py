@@ -98,8 +98,8 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
         # Lepikhin et al. 2020, section 3.2: to the experts and back, up to their capacity.
         mlp = experts(model)
         assert mlp is not None
-        room = (mlp.capacity_factor or mlp.num_experts / mlp.experts_per_token) * mlp.experts_per_token
-        bytes_ = 2 * passes * share(n) * layers * tokens * room * width * compute
+        slots = (mlp.capacity_factor or mlp.num_experts / mlp.experts_per_token) * mlp.experts_per_token
+        bytes_ = 2 * passes * share(n) * layers * tokens * slots * width * compute
         formula = f"{2 * passes} (n-1)/n L B T k C D c"
         found.append(Least("expert", formula, bytes_, 2 * passes * layers * config.microbatches))
         if n * copies > 1:

@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.page import page, svg, table
+from benchmarks.sharding.analytic import OVERLAP
 from benchmarks.sharding.validate import on_record
 from benchmarks.units import amount, duration
 from transformer.interpret.capture import readable
 
 GIB = 2**30
-WIDE = 130
+WIDE = 136
 """Terminal width from which a table has all of its columns."""
 NARROW = ("", "layout", "step", "MFU", "memory", "bound by")
-HEADS = ("", "layout", "step", "tokens/s", "MFU", "memory", "matmul", "memory-bound", "sending", "bound by")
+HEADS = ("", "layout", "step", "tokens/s", "MFU", "memory", "matmul", "memory-bound", "communication", "bound by")
 
 
 def show(result: dict[str, Any], console: Console, most: int = 12) -> None:
@@ -36,39 +37,54 @@ def show(result: dict[str, Any], console: Console, most: int = 12) -> None:
         grid.add_row(*(cells[index] for index in shown))
     if good:
         console.print(grid)
+        if console.width >= WIDE:
+            console.print(times_note(result), highlight=False)
     if len(good) > most:
         console.print(f"{len(good) - most} more layouts that fit are in the report.")
     for line in sentences(result):
         console.print(line, highlight=False)
 
 
+def times_note(result: dict[str, Any]) -> str:
+    """How the times in the table are related, and which part of the communication they include."""
+    if result["compiled"]:
+        return (
+            "step = matmul + memory-bound + communication. Communication is its exposed part: the time during which the compiled "
+            "program computes nothing."
+        )
+    return (
+        "step = (matmul + memory-bound) × (1 + pipeline bubble) + communication. Communication is its exposed part by formula: "
+        f"along the axes data and fsdp the time beyond {OVERLAP:.0%} of matmul, along the other axes all of it."
+    )
+
+
 def sentences(result: dict[str, Any]) -> list[str]:
     """The figures in sentences."""
     good = [row for row in result["layouts"] if row["fits"]]
     large = [row for row in result["layouts"] if not row["fits"] and (row["compiled"] or {}).get("over", 1)]
-    said = []
-    whence = f"{result['compiled']} of {result['considered']} layouts compiled by the target's compiler"
+    lines = []
+    source = f"{result['compiled']} of {result['considered']} layouts compiled by the target's compiler"
     if kept := result.get("kept_from_before"):
-        whence += f", {kept} of them cached"
-    whence += f", in {result['seconds']:.0f} s"
+        source += f", {kept} of them cached"
+    source += f", in {result['seconds']:.0f} s"
     if not result["compiled"]:
-        whence = f"{result['considered']} layouts. Formula estimate only; never checked on this hardware"
-    said.append(whence + ("; stopped early" if result["stopped"] else "") + ".")
+        source = f"{result['considered']} layouts. Formula estimate only; never checked on this hardware"
+    lines.append(source + ("; stopped early" if result["stopped"] else "") + ".")
     if failed := result["failed"]:
-        said.append(f"{len(failed)} layouts failed to compile; the first error: {failed[0]}")
+        lines.append(f"{len(failed)} layouts failed to compile; the first error: {failed[0]}")
     if not good:
         nearest = min(large, key=lambda row: row["memory"] or float("inf"), default=None)
-        said.append("No layout fits." + (f" Nearest: {nearest['layout']}, {memory_of(nearest)}." if nearest else ""))
-        return said
+        lines.append("No layout fits." + (f" Nearest: {nearest['layout']}, {memory_of(nearest)}." if nearest else ""))
+        return lines
     best = good[0]
-    said.append(
+    lines.append(
         f"Best: {best['layout']}: {duration(best['seconds'])} a step, {best['tokens_per_second']:,.0f} tokens/s, "
         f"MFU {best['mfu']:.1%}, {readable(int(best['memory']))} of {readable(int(result['device_memory']))} a device; "
         f"bound by {bound_of(best)}."
     )
     if best["compiled"] and best["compiled"]["prediction"].get("uncounted_loops"):
         count = best["compiled"]["prediction"]["uncounted_loops"]
-        said.append(
+        lines.append(
             f"The program has {count} loops of unknown length, each counted once, so it takes longer than predicted."
         )
     if "training" in result:
@@ -79,17 +95,17 @@ def sentences(result: dict[str, Any]) -> list[str]:
             if days >= 1
             else f"{24 * days:.2g} hours, {hours:.2g} device-hours"
         )
-        said.append(f"{training['tokens']:.3g} tokens take {took}.")
-    said += [f"Too large: {row['layout']}, {memory_of(row)}." for row in large[:3]]
+        lines.append(f"{training['tokens']:.3g} tokens take {took}.")
+    lines += [f"Too large: {row['layout']}, {memory_of(row)}." for row in large[:3]]
     kind = result["target"].partition(":")[0]
     error = on_record(kind)
-    said.append(
+    lines.append(
         "Unvalidated: no measurements on this kind of device are on record."
         if error is None
         else f"Predicted, not measured. Maximum errors of predictions on {kind}: time {error['time']:.0%}, memory "
         f"{error['memory']:.0%}."
     )
-    return said
+    return lines
 
 
 def memory_of(row: dict[str, Any]) -> str:
@@ -134,6 +150,7 @@ def write(result: dict[str, Any], path: Path) -> None:
         cells = [_cells(number, row) for number, row in enumerate(good, 1)]
         of = f" (of {fitting} by formula)" if (fitting := result.get("fitting", 0)) > len(good) else ""
         parts.append(f"<h2>{len(good)} layouts that fit{of}</h2>" + table(HEADS, cells, text=(1, 9), long=(1,)))
+        parts.append(f"<p>{html.escape(times_note(result))}</p>")
     if bad:
         rows = [
             [row["layout"], memory_of(row) if row["memory"] else "", (row["compiled"] or {}).get("error") or ""]

@@ -89,7 +89,8 @@ def chip_name(device: Any) -> str:
     """
     known = {name: chip.kind for name, chip in CHIPS.items() if device.device_kind.startswith(chip.kind)}
     if not known:
-        raise UserError(f"{device.device_kind!r} is not a known kind of device; known: {', '.join(CHIPS)}")
+        kinds = ", ".join(chip.kind for chip in CHIPS.values())
+        raise UserError(f"kind of device: got {device.device_kind!r}; allowed: {kinds}")
     return max(known, key=lambda name: len(known[name]))
 
 
@@ -110,6 +111,11 @@ class Target:
     """The same for the memory bandwidth."""
     latency: float = 3e-6
     """Latency of a collective in seconds, for each doubling of its devices."""
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Target:
+        """Restore it from the output of `dataclasses.asdict` and JSON."""
+        return cls(**data | {"chip": Chip(**data["chip"]), "shape": tuple(data["shape"])})
 
     @property
     def num_devices(self) -> int:

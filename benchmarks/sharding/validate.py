@@ -42,6 +42,11 @@ class Case:
     vocab_size: int
     dtype: str
 
+    @property
+    def title(self) -> str:
+        """What the case is, for a report."""
+        return f"{self.num_layers} layers, {self.embed_dim} wide, {self.batch_size} × {self.length}, remat {self.remat}"
+
     def config(self) -> RunConfig:
         """The case as a run's config."""
         model = GPTConfig(
@@ -88,12 +93,11 @@ def run(rounds: int = 5) -> dict[str, Any]:
         )  # fmt: skip
         if done.returncode:
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
-            raise UserError(f"validate: {case}: {last}")
+            raise UserError(f"plan --validate: the measurement of {case.title} failed: {last}")
         found.append(json.loads(done.stdout.splitlines()[-1]))
         one = found[-1]
         print(
-            f"{case.num_layers} layers, {case.embed_dim} wide, {case.batch_size} × {case.length}, remat {case.remat}: "
-            f"{one['measured_seconds']['median'] * 1e3:.0f} ms, predicted {one['predicted_seconds'] * 1e3:.0f} ms "
+            f"{case.title}: {one['measured_seconds']['median'] * 1e3:.0f} ms, predicted {one['predicted_seconds'] * 1e3:.0f} ms "
             f"({one['time_error']:+.0%}); {one['measured_memory'] / 2**20:,.0f} MiB, predicted "
             f"{one['predicted_memory'] / 2**20:,.0f} MiB ({one['memory_error']:+.1%})",
             flush=True,

@@ -52,7 +52,7 @@ def test_every_mechanism_asks_a_mask_mod_for_each_head_and_row():
         (lambda: jnp.ones((3, 3), bool), "AttentionMask"),
     ],
 )
-def test_masks_that_fit_nothing(monkeypatch, mask, message):
+def test_invalid_masks_are_refused(monkeypatch, mask, message):
     for name in ("causal", "prefix", "window", "padding", "segments"):
         monkeypatch.setattr(AttentionMask, name, staticmethod(inspect.unwrap(getattr(AttentionMask, name))))
 
@@ -81,12 +81,12 @@ def test_whole_numbers_of_any_kind(number):
         ({"return_weights": (2,)}, "head 2 does not exist"),
     ],
 )
-def test_options_that_mean_nothing(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         call(Q, Q, Q, **options)
 
 
-def test_arrays_that_fit_nothing():
+def test_arrays_of_the_wrong_type_or_shape_are_refused():
     with pytest.raises(ValueError, match="q is a list"):
         call([1.0], Q, Q)
     with pytest.raises(ValueError, match="expected one type"):
@@ -109,7 +109,7 @@ def test_a_row_of_minus_infinity_is_a_row_with_no_key(backend):
     assert not attend(Q, Q, Q, None, bias, backend=backend)[0][:, 2].any()
 
 
-def test_a_cache_with_no_room():
+def test_a_full_cache_is_refused():
     cache = KVCache.empty(2, 2, 2, 4, jnp.float32)
     with pytest.raises(ValueError, match="room for 2"):
         cache.append(Q, Q)

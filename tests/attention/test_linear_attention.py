@@ -199,7 +199,7 @@ def test_random_projection_is_orthogonal_within_its_blocks():
     np.testing.assert_allclose(many.T @ many / 4000, np.eye(4), atol=0.1)
 
 
-def test_maps_that_cannot_be():
+def test_invalid_feature_map_sizes_are_refused():
     with pytest.raises(ValueError, match="nu=6; for x of shape .* from 1 to 5"):
         dpfp(jnp.ones(3), nu=6)
     with pytest.raises(ValueError, match="num_features=0; expected 1 or more"):

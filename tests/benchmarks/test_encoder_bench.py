@@ -30,7 +30,7 @@ def results(tmp_path, monkeypatch):
 
 
 @pytest.mark.torch
-def test_a_step_of_fine_tuning_beside_torch(results):
+def test_a_fine_tuning_step_is_compared_with_torch(results):
     model = dataclasses.replace(BERT, head=ClassificationHeadConfig())
     objective = Classification()
     work = RunConfig(name="tiny", batch_size=2, length=8, model=model, objective=objective)
@@ -75,7 +75,7 @@ def test_embedding_says_what_is_missing(monkeypatch, capsys):
 
 @pytest.mark.all_devices
 @pytest.mark.torch
-def test_an_import_in_layouts_beside_transformers(tmp_path, results):
+def test_an_import_in_every_layout_computes_what_transformers_does(tmp_path, results):
     folder = tmp_path / "bert"
     written(changed(BERT, max_length=64, attention={"num_heads": 4}), folder, extra={"pad_token_id": 0})
     tokenizer_json(folder, BERT_SPECIAL)

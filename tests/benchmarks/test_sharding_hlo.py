@@ -58,7 +58,7 @@ def test_a_gather_and_a_permutation_send_what_they_send(line):
     assert found["collective-permute"].sent == 100
 
 
-def test_groups_of_a_mesh_are_told_apart():
+def test_groups_of_different_mesh_axes_are_distinguished():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     spec = PartitionSpec("a", "b")
     for axis, group in (("a", (0, 4)), ("b", (0, 1, 2, 3))):
@@ -96,7 +96,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
     assert sum_.group == group
 
 
-def test_a_notation_that_is_unknown_is_no_silence():
+def test_an_unknown_notation_raises():
     text = """HloModule m
 ENTRY %main (p: f32[4]) -> f32[4] {
   %p = f32[4]{0} parameter(0)
@@ -182,7 +182,7 @@ ENTRY %main (p: bf16[4,1024,16,128], q: bf16[4,16,1024,1024]) -> bf16[4,16,128,1
     assert flops_of(module, where, one) == 2 * 4 * 16 * 128 * 1024 * 1024
 
 
-def test_what_is_sent_hides_behind_what_is_computed_meanwhile():
+def test_communication_overlaps_with_computation_in_between():
     text = """HloModule m
 ENTRY %main (p: f32[1000,1000]) -> f32[1000,1000] {
   %p = f32[1000,1000]{1,0} parameter(0)

@@ -22,7 +22,7 @@ def config_file(tmp_path):
     return path
 
 
-def test_strategies_equal_one_device_and_are_told(config_file, tmp_path, capsys, monkeypatch):
+def test_strategies_equal_one_device_and_are_reported(config_file, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     published = {path: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
     result = measure.run(str(config_file), strategies=["dp", "fsdp", "pipeline", "expert"], rounds=2)
@@ -84,7 +84,7 @@ def test_nothing_to_measure(config_file):
         measure.run(str(config_file), strategies=["expert"])
 
 
-def test_a_strategy_that_is_none(config_file, capsys):
+def test_an_unknown_strategy_is_refused_with_those_allowed(config_file, capsys):
     assert main(["sharding", str(config_file), "--strategies", "dp,ringg"]) == 2
     assert "got 'ringg'; allowed: pmap, dp" in capsys.readouterr().err
 

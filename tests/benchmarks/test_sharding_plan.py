@@ -50,7 +50,7 @@ def config_file(tmp_path):
         ("h100:2x2x2", "or hosts x GPUs"),
     ],
 )
-def test_a_target_that_is_none(text, message):
+def test_an_unknown_target_is_refused_with_what_is_allowed(text, message):
     with pytest.raises(UserError, match=message):
         parse_target(text)
 
@@ -158,9 +158,10 @@ def test_an_answer_by_formula_is_a_config_that_loads(config_file, tmp_path, caps
     assert best.mesh.sizes(8) and best.batch_size == 16
     page = (tmp_path / "plans" / "small_v5e_2x4.html").read_text()
     assert "<svg" in page and re.search(r"<h2>\d+ layouts that fit", page)
+    assert "Communication is its exposed part by formula" in page
 
 
-def test_what_does_not_fit_is_told_with_what_it_needs(config_file, tmp_path, capsys, monkeypatch):
+def test_a_layout_that_does_not_fit_is_reported_with_its_memory(config_file, tmp_path, capsys, monkeypatch):
     small = dataclasses.replace(parse_target("h100:8").chip, memory=1e5)
     monkeypatch.setitem(plan.parse_target.__globals__["CHIPS"], "h100", small)
     assert main(["plan", str(config_file), "--target", "h100:8", "--analytic", "--dir", str(tmp_path)]) == 0
@@ -171,14 +172,14 @@ def test_what_does_not_fit_is_told_with_what_it_needs(config_file, tmp_path, cap
 
 
 @pytest.mark.parametrize("tokens", ["-1", "nan", "inf", "many"])
-def test_tokens_that_are_no_amount(config_file, capsys, tokens):
+def test_tokens_that_are_not_a_positive_number_are_refused(config_file, capsys, tokens):
     with pytest.raises(SystemExit) as refused:
         main(["plan", str(config_file), "--target", "h100:8", f"--tokens={tokens}"])
     assert refused.value.code == 2
     assert f"got '{tokens}'; allowed: a number above 0" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_is_told_first(config_file, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_before_planning(config_file, capsys):
     assert main(["plan", str(config_file), "--target", "h100:8", "--analytic", "--dir", "/dev/null/plans"]) == 2
     told = capsys.readouterr()
     assert "/dev/null/plans" in told.err and "layouts by formula" not in told.out
@@ -229,12 +230,12 @@ def test_no_layout_divides_the_batch(config_file, capsys):
     ("arguments", "message"),
     [(["CONFIG"], "give a config and a --target"), (["CONFIG", "--validate"], "--validate has its own cases")],
 )
-def test_what_a_plan_takes(config_file, capsys, arguments, message):
+def test_plan_refuses_arguments_that_do_not_go_together(config_file, capsys, arguments, message):
     assert main(["plan", *(str(config_file) if one == "CONFIG" else one for one in arguments)]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_compiler_that_is_none(config_file, capsys):
+def test_a_missing_compiler_is_refused_with_its_path(config_file, capsys):
     arguments = ["plan", str(config_file), "--target", "h100:8", "--compiler-python"]
     assert main([*arguments, "/nowhere/python"]) == 2
     assert "/nowhere/python: cannot be started" in capsys.readouterr().err

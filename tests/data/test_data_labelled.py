@@ -92,7 +92,7 @@ def test_every_format_gives_classes(tmp_path: Path, form: str) -> None:
         list(documents(wrong))
 
 
-def test_numbers_are_classes_and_nothing_is_none(tmp_path: Path) -> None:
+def test_numbers_are_class_names_and_an_empty_field_is_refused(tmp_path: Path) -> None:
     path = write_rows(
         tmp_path / "rows.jsonl", [("a", 1, ""), ("b", 0, ""), ("c", None, ""), ("d", " ", ""), ("e", 0.5, "")]
     )
@@ -113,7 +113,7 @@ def test_what_is_passed_over_may_be_broken(tmp_path: Path) -> None:
         list(documents(source_of(path)))
 
 
-def test_classes_are_stored_beside_the_tokens(reviews: Path) -> None:
+def test_classes_are_stored_next_to_the_tokens(reviews: Path) -> None:
     config = config_of(reviews)
     prepared = prepare(config, progress=False)
     assert prepared.meta.labels == ("bad", "fine", "good")
@@ -161,7 +161,7 @@ def test_a_class_that_training_lacks_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_damaged_labels_are_told(reviews: Path) -> None:
+def test_damaged_labels_are_refused_with_their_counts(reviews: Path) -> None:
     prepared = prepare(config_of(reviews), progress=False)
     path = prepared.directory / "train" / "0.labels.npy"
     np.save(path, np.load(path)[:-1])
@@ -310,8 +310,8 @@ def test_inconsistent_sources_are_refused(settings: dict, field: str) -> None:
 
 def test_all_sources_have_classes_or_none(reviews: Path) -> None:
     plain = FilesSource(path=str(reviews))
-    with pytest.raises(ConfigError, match="which has no label_field: all sources do, or none does"):
+    with pytest.raises(ConfigError, match="it has no label_field; allowed: all sources have one, or none has"):
         DataConfig(sources=(source_of(reviews), plain))
-    with pytest.raises(ConfigError, match="which has a label_field: all sources do, or none does") as raised:
+    with pytest.raises(ConfigError, match="it has a label_field; allowed: all sources have one, or none has") as raised:
         DataConfig(sources=(plain,), validation=(source_of(reviews),))
     assert raised.value.field == "validation"

@@ -378,7 +378,7 @@ def test_too_little_text_is_named(tmp_path: Path) -> None:
         objective_of("next_sentence").check_data(prepared, LENGTH)
 
 
-def test_pairs_are_no_running_text(tmp_path: Path) -> None:
+def test_causal_refuses_sources_of_pairs(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "other": "b"}\n')
     source = FilesSource(path=str(tmp_path / "rows.jsonl"), target_field="other")
     prepared = prepare(DataConfig(sources=(source,), packing="pad", validation_fraction=0.0), progress=False)

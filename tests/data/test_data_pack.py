@@ -83,7 +83,7 @@ def test_whole_documents_stay_whole_and_fill_the_examples() -> None:
     assert np.bincount(index[:, 2], index[:, 1]).max() <= 64
 
 
-def test_the_index_is_kept_beside_the_tokens(tmp_path: Path) -> None:
+def test_the_index_is_stored_next_to_the_tokens(tmp_path: Path) -> None:
     array = token_array([5, 9, 3], tmp_path / "0")
     made = Documents(array, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["0.fit1-8.npy"]

@@ -272,7 +272,7 @@ def test_two_at_once_make_it_once(large: Path, cache: Path) -> None:
     assert sorted(path.suffix for path in (cache / "prepared").iterdir()) == ["", ".lock"]
 
 
-def test_configs_need_none_of_the_data_packages() -> None:
+def test_configs_do_not_import_the_data_packages() -> None:
     program = """
 import sys
 import train.data.loader, train.data.prepared.prepare, train.data.sources.source

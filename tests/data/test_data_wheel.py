@@ -53,6 +53,18 @@ def test_a_missing_member_and_another_content_are_named(wheel: Path, cache: Path
     assert not list(cache.glob("**/.download-*"))
 
 
+@pytest.mark.parametrize("name", ["../../outside.csv", "/tmp/outside.csv", "tiny_texts/../../outside.csv"])
+def test_a_member_does_not_leave_the_folder(wheel: Path, cache: Path, name: str) -> None:
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr(name, "text\nhostile\n")
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    with pytest.raises(UserError, match=r"names the file .*outside\.csv', which is not inside its folder"):
+        list(documents(source(sha256, path="*outside.csv")))
+    assert not list(cache.rglob("outside.csv")) and not list(Path("/tmp").glob("outside.csv"))
+    # Another member of the same wheel may be read.
+    assert len(list(documents(source(sha256, path="tiny_texts/a.csv")))) == 1
+
+
 def test_pairs_come_from_a_database_inside(wheel: Path, tmp_path: Path) -> None:
     database = tmp_path / "verses.db"
     connection = sqlite3.connect(database)

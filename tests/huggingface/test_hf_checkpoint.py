@@ -15,7 +15,7 @@ from tests.changed import changed
 from tests.huggingface.ours import BERT, GPT, LLAMA, MODERN, T5, on_one_device, params_of, written
 from transformer.errors import UserError
 from transformer.huggingface import checkpoint
-from transformer.huggingface.mapping import ByHead, Matrix, Row, Table, Vector
+from transformer.huggingface.mapping import ByHead, Matrix, Row, TableLayout, Vector
 from transformer.layers.position import RotaryConfig
 from transformer.mixers.fast_weights import FastWeightConfig
 from transformer.models.heads import (
@@ -38,8 +38,8 @@ from transformer.models.recurrent import RecurrentConfig
         (Vector(), [(2, 4), (1, 4), (1, 4)]),
         (ByHead(), [(6, 2, 4)] * 3),
         (ByHead(), [(2, 4)] * 3),
-        (Table(), [(5, 3)]),
-        (Table(skipped=2), [(5, 3)]),
+        (TableLayout(), [(5, 3)]),
+        (TableLayout(skipped=2), [(5, 3)]),
         (Row(), [(7,)]),
     ],
 )
@@ -117,11 +117,11 @@ def test_a_larger_head_is_read_where_all_of_it_is_there_and_a_smaller_one_where_
     ]
     with pytest.raises(UserError, match="missing: classifier.weight"):
         checkpoint.read(tmp_path, head="classification")
-    with pytest.raises(UserError, match="--head: got 'heart'; bert has answer, choice, classification"):
+    with pytest.raises(UserError, match="head: got 'heart'; bert has answer, choice, classification"):
         checkpoint.read(tmp_path, head="heart")
 
 
-def test_everything_that_disagrees_is_told_at_once(tmp_path):
+def test_all_disagreements_are_reported_in_one_error(tmp_path):
     written(BERT, tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -138,7 +138,7 @@ def test_everything_that_disagrees_is_told_at_once(tmp_path):
     assert "unknown: bert.encoder.layer.2.output.dense.bias [16]" in said
 
 
-def test_a_tie_that_is_none(tmp_path):
+def test_tied_tensors_that_differ_are_refused(tmp_path):
     written(GPT, tmp_path)
     path = tmp_path / "model.safetensors"
     save_file(load_file(path) | {"lm_head.weight": np.ones((GPT.vocab_size, GPT.embed_dim), np.float32)}, str(path))

@@ -81,6 +81,13 @@ def test_types_that_are_no_weights_and_an_index_of_another_kind(tmp_path):
             open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/../../b", "..\\\\b", "C:x", ""])
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path, name):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match=r"index\.json: names the file .*, which is not inside its folder"):
+        open_folder(tmp_path)
+
+
 def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"pytorch_model.bin, and such files can run code .* safe_serialization=True"):

@@ -101,7 +101,7 @@ def test_error_rate_of_a_worked_example():
     assert both == pytest.approx(1 - (3 + 4) / (5 + 4))
 
 
-def test_error_rate_is_zero_for_sure_pairs_with_possible_ones_and_one_for_none_of_them():
+def test_error_rate_is_zero_for_sure_and_possible_pairs_and_one_if_all_are_wrong():
     sure, possible = {(0, 0)}, {(1, 1), (2, 2)}
     assert alignment_error_rate([sure | {(1, 1)}], [sure], [possible]) == 0
     assert alignment_error_rate([{(5, 5)}], [sure], [possible]) == 1

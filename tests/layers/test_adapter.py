@@ -214,6 +214,6 @@ def test_heads_and_routers_are_no_targets():
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": ()}], ids=str)
-def test_an_adapter_that_cannot_be(wrong):
+def test_invalid_adapter_settings_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=f"{next(iter(wrong))}: got "):
         AdapterConfig(**wrong)

@@ -1,4 +1,4 @@
-"""A mixture of experts: what a token becomes, who finds room, and what neither padding nor neighbours can change."""
+"""A mixture of experts: what a token becomes, who finds capacity, and what neither padding nor neighbours can change."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def by_definition(moe, x_BTD, valid_BT):
 
     for b in range(len(x)):
         valid = np.asarray(valid_BT[b])
-        room = valid.sum()
+        capacity = valid.sum()
         if moe.capacity is not None:
-            room = min(max(np.ceil(moe.capacity * valid.sum() * k / moe.num_experts), 1), valid.sum())
+            capacity = min(max(np.ceil(moe.capacity * valid.sum() * k / moe.num_experts), 1), valid.sum())
         taken = np.zeros(moe.num_experts, int)
         order = np.argsort(-shares[b], axis=-1, kind="stable")[:, :k]
         for choice in range(k):
             for t in np.flatnonzero(valid):
                 e = order[t, choice]
                 taken[e] += 1
-                if taken[e] > room:
+                if taken[e] > capacity:
                     continue
                 weight = shares[b, t, e] / (shares[b, t, order[t]].sum() if k > 1 else 1)
                 hidden = x[b, t] @ up[e]
@@ -111,11 +111,14 @@ def test_without_a_limit_no_token_depends_on_another():
 def by_arrays(moe, x_BTD, valid_BT):
     """Tokens brought to experts and back by one-hot products, an array of all pairs of a token and a slot."""
     T = x_BTD.shape[1]
-    rooms = moe.rooms(T)
+    capacities = moe.capacities(T)
     experts, places, weights, _ = route(
-        moe.router(x_BTD), valid_BT, jnp.asarray(rooms)[valid_BT.sum(1)], experts_per_token=moe.experts_per_token
+        moe.router(x_BTD), valid_BT, jnp.asarray(capacities)[valid_BT.sum(1)], experts_per_token=moe.experts_per_token
     )
-    taken = jax.nn.one_hot(experts, moe.num_experts)[..., :, None] * jax.nn.one_hot(places, int(rooms[T]))[..., None, :]
+    taken = (
+        jax.nn.one_hot(experts, moe.num_experts)[..., :, None]
+        * jax.nn.one_hot(places, int(capacities[T]))[..., None, :]
+    )
     given = jnp.einsum("BTkEC,BTD->BECD", taken, x_BTD)
     hidden = ACTIVATIONS[moe.activation][0](jnp.einsum("BECD,EDF->BECF", given, moe.up_EDF[...]))
     out = jnp.einsum("BECF,EFD->BECD", hidden, moe.down_EFD[...])
@@ -154,7 +157,7 @@ def test_memory_is_linear_in_the_length(capacity):
         step = jax.grad(lambda params, x: nnx.merge(graphdef, params)(x)[0].sum(), (0, 1))
         return max(sizes(jax.make_jaxpr(step)(params, jnp.zeros((1, length, D))).jaxpr))
 
-    # Each slot's hidden layer, which is as large as the experts have room.
+    # Each slot's hidden layer, which is as large as the experts have capacity.
     assert largest(512) <= 2.1 * largest(256) and largest(512) <= E * 512 * F
 
 

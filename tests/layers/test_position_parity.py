@@ -43,23 +43,23 @@ def llama(**rope):
     )
 
 
-def scaling_of(name, max_period):
+def scaling_of(name, theta):
     """Our scaling, and Hugging Face's config of the same."""
     kind = name.split()[0]
     ours, theirs = SCALINGS[name]
     scaling = RotaryScaling(
         kind=kind, original_length=theirs.get("original_max_position_embeddings"), **{"factor": 1.0, **ours}
     )
-    return scaling, llama(rope_type=kind, rope_theta=max_period, factor=scaling.factor, **theirs)
+    return scaling, llama(rope_type=kind, rope_theta=theta, factor=scaling.factor, **theirs)
 
 
-@pytest.mark.parametrize("max_period", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 @pytest.mark.parametrize("name", SCALINGS)
-def test_frequencies_are_those_of_transformers(name, max_period):
+def test_frequencies_are_those_of_transformers(name, theta):
     rope = pytest.importorskip("transformers.modeling_rope_utils")
-    scaling, config = scaling_of(name, max_period)
+    scaling, config = scaling_of(name, theta)
     expected, magnitude = rope.ROPE_INIT_FUNCTIONS[scaling.kind](config, "cpu")
-    np.testing.assert_allclose(rotary_frequencies(64, max_period, scaling), expected.numpy(), rtol=2e-6)
+    np.testing.assert_allclose(rotary_frequencies(64, theta, scaling), expected.numpy(), rtol=2e-6)
     assert scaling.magnitude == pytest.approx(magnitude)
 
 

@@ -195,7 +195,7 @@ def test_an_objective_and_its_model_make_a_run_and_others_do_not(kind):
     config = RunConfig(name="x", model=model_of(objective), objective=objective)
     assert config.objective is objective
     other = "gpt" if "gpt" not in objective.families else "t5"
-    with pytest.raises(ConfigError, match=rf"kind: got '{kind}'; a model of family '{other}' supports "):
+    with pytest.raises(ConfigError, match=rf"kind: got '{kind}'; allowed with a model of family '{other}': "):
         RunConfig(name="x", model=FAMILIES[other].config(), objective=objective)
 
 

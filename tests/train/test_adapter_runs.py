@@ -18,11 +18,11 @@ from train.config.sections import CheckpointConfig, EvaluationConfig
 from train.data.prepared.prepare import prepare
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import make_mesh, use_mesh
-from train.run.checkpoint import Checkpoints
 from train.run.init_from import begin_from
 from train.run.loop import train
 from train.run.program import Program
 from train.run.run_files import load_run
+from train.run.stored import StoredCheckpoints
 from transformer.layers.adapter import AdapterConfig, merged
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
@@ -85,8 +85,8 @@ def test_a_run_learns_goes_on_bitwise_and_is_a_plain_model_afterwards(texts, enc
     assert not np.array_equal(
         one["layers.blocks.attention.query.kernel"], theirs["layers.blocks.attention.query.kernel"]
     )
-    with Checkpoints(tmp_path / "tuned") as checkpoints:
-        assert checkpoints.meta(30)["config"]["adapter"]["rank"] == 4
+    checkpoints = StoredCheckpoints(tmp_path / "tuned")
+    assert checkpoints.meta(30)["config"]["adapter"]["rank"] == 4
 
     # What begins with it begins with the plain model, whether it has adapters of its own or not.
     capsys.readouterr()

@@ -127,7 +127,7 @@ def test_dropout_is_of_training_alone():
         assert scores[0] == scores[1]
 
 
-def test_what_is_trained_beside_adapters():
+def test_parameters_trained_in_addition_to_adapters():
     def trained(**options):
         config = RunConfig(
             name="test", model=BertConfig(**SMALL, head=ClassificationHeadConfig()), adapter=AdapterConfig(**options),

@@ -35,7 +35,7 @@ def test_all_layers_and_heads(whole, capsys, tmp_path):
     assert written == {"attention.html", "heads.png"} | pictures
 
 
-def test_some_of_them_beside_the_run(whole, capsys):
+def test_chosen_layers_and_heads_are_written_into_the_runs_folder(whole, capsys):
     assert main(["attend", str(whole), "--text", "a = 1", "--layers", "1", "--heads", "0, 0", "--step", "best"]) == 0
     output = capsys.readouterr().out
     assert "layers    1 (of 2, from 0)\nheads     0 (of 2, from 0)\n" in output
@@ -49,15 +49,15 @@ def test_some_of_them_beside_the_run(whole, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--text", "a", "--layers", "0,2"], "--layers: got 2; allowed: 0 to 1"),
-        (["--text", "a", "--heads", "7"], "--heads: got 7; allowed: 0 to 1"),
+        (["--text", "a", "--layers", "0,2"], "layers: got 2; allowed: 0 to 1"),
+        (["--text", "a", "--heads", "7"], "heads: got 7; allowed: 0 to 1"),
         (["--text", "a", "--heads", "-1"], "--heads: got '-1'; allowed: comma-separated numbers from 0"),
         (["--text", "a", "--layers", ""], "--layers: got ''; allowed"),
         ([], "no text given: use --text TEXT"),
         (["--text", ""], "no text given: use --text TEXT"),
-        (["--text", "\0"], "--text: this run's tokenizer gives no tokens"),
-        (["--text", "a" * 17], "--text: its 17 tokens exceed the model's context of 16"),
-        (["--text", "a", "--step", "5"], "--step: got '5'; this run has latest, best"),
+        (["--text", "\0"], "text: this run's tokenizer gives no tokens"),
+        (["--text", "a" * 17], "text: its 17 tokens exceed the model's context of 16"),
+        (["--text", "a", "--step", "5"], "step: got '5'; this run has latest, best"),
         (["--text", "a", "--out", "/dev/null/x"], "/dev/null/x: cannot be written: Not a directory"),
     ],
 )

@@ -126,8 +126,8 @@ def test_the_mean_of_a_row_leaves_padding_out():
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        (BertConfig(), r"kind: got 'masked'; objective classification needs 'classification'"),
-        (GPTConfig(), r"kind: got 'classification'; a model of family 'gpt' supports causal, prefix"),
+        (BertConfig(), r"kind: got 'masked'; allowed with objective 'classification': 'classification'"),
+        (GPTConfig(), r"kind: got 'classification'; allowed with a model of family 'gpt': causal, prefix"),
     ],
 )
 def test_another_model_is_refused(model, told):

@@ -36,7 +36,7 @@ def test_generate_continues_a_batch_of_different_lengths(whole, capsys, tmp_path
         ([], "nothing to continue"),
         (["--prompt", "a", "--step", "5"], "this run has latest, best, "),
         (["--prompt", "a", "--top-p", "2"], r"--top-p: got 2.0; allowed"),
-        (["--prompt", "a", "--max-tokens", "0"], "--max-tokens: got 0"),
+        (["--prompt", "a", "--max-tokens", "0"], "max_tokens: got 0"),
         (["--prompts-file", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
     ],
 )

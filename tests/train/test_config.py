@@ -96,7 +96,7 @@ def test_every_source_is_dumped_and_loaded_as_it_was(source, tmp_path):
             r"model.attention.num_heads: got 7; allowed: a divisor of embed_dim \(768\)",
         ),
         ("name: x\noptimizer: {b1: 1.0}", r"optimizer.b1: got 1.0; allowed"),
-        ("name: x\nbatch_size: 6\nmicrobatches: 4", r"microbatches: got 4; it must divide batch_size \(6\)"),
+        ("name: x\nbatch_size: 6\nmicrobatches: 4", r"microbatches: got 4; allowed: a divisor of batch_size \(6\)"),
         ("name: x\nlength: 4096", r"length: got 4096; allowed: 1 to model.max_length \(1024\)"),
         ("name: x\nmodel: 3", r"model: got 3; expected a mapping"),
         ("name: x\nobjective: masked", r"objective: got 'masked'; expected a mapping"),
@@ -139,11 +139,11 @@ def test_every_source_is_dumped_and_loaded_as_it_was(source, tmp_path):
             "objective: {kind: classification, class_weights: blanced}",
             r"objective.class_weights: got 'blanced'; allowed: a list.*Did you mean 'balanced'",
         ),
-        ("name: x\ncheckpoint: {best: f1}", r"checkpoint.best: got 'f1'; objective causal has loss"),
+        ("name: x\ncheckpoint: {best: f1}", r"checkpoint.best: got 'f1'; allowed with objective causal: loss"),
         ("name: x\nmesh: {expert: 2}", r"mesh.expert: got 2; the model has no experts"),
         (
             "name: x\nmodel: {family: bert}\nobjective: {kind: choice}",
-            r"model.head.kind: got 'masked'; .* needs 'choice'",
+            r"model.head.kind: got 'masked'; allowed with objective 'choice': 'choice'",
         ),
         (
             "name: x\nmodel: {family: bert, head: {kind: answer}}\nobjective: {kind: answer}\nloss: {label_smoothing: 0.1}",
@@ -260,7 +260,7 @@ def test_a_text_is_taken_as_it_stands(given, prompt, tmp_path):
     assert load(write(tmp_path, dump(config))) == config
 
 
-def test_null_is_no_text_where_there_may_be_none():
+def test_null_is_none_for_an_optional_text_and_a_text_otherwise():
     assert override("--run-dir", "null", run_dir="a").run_dir is None
     assert override("--run-dir", "true").run_dir == "true"
     assert override("--name", "null").name == "null"
@@ -313,8 +313,8 @@ def test_a_list_may_be_several_words_or_one():
         (["--model.num-layers", "2020-01-01"], r"command line: model.num_layers: a value that is not text, a number"),
         (["--objective.kind", "ul"], r"command line: objective.kind: got 'ul'; .*Did you mean 'ul2'"),
         (["--objective.temperature", "2"], r"temperature is a field of kinds contrastive; this objective is causal"),
-        (["--microbatches", "5"], r"command line: microbatches: got 5; it must divide batch_size \(32\)"),
-        (["--batch-size", "3"], r"test.yaml: microbatches: got 2; it must divide batch_size \(3\)"),
+        (["--microbatches", "5"], r"command line: microbatches: got 5; allowed: a divisor of batch_size \(32\)"),
+        (["--batch-size", "3"], r"test.yaml: microbatches: got 2; allowed: a divisor of batch_size \(3\)"),
     ],
 )
 def test_a_wrong_override_is_one_line(arguments, message):

@@ -142,7 +142,7 @@ def losses(pairs, mesh, num_devices):
     return np.array(seen)
 
 
-def test_a_run_learns_and_tells_how_often_it_is_right(pairs, tmp_path, capsys):
+def test_a_run_learns_and_reports_its_accuracy(pairs, tmp_path, capsys):
     done = train(config_of(pairs, tmp_path / "run"))
     assert done.scores.accuracy > 0.5 and done.scores.perplexity is None
     said = capsys.readouterr().out
@@ -150,8 +150,8 @@ def test_a_run_learns_and_tells_how_often_it_is_right(pairs, tmp_path, capsys):
     assert load(tmp_path / "run" / "config.yaml").objective.kind == "contrastive"
 
 
-def test_what_does_not_go_with_pairs_is_told(pairs, tmp_path):
-    with pytest.raises(ConfigError, match="objective contrastive needs 'embedding'"):
+def test_settings_that_do_not_suit_pairs_are_refused(pairs, tmp_path):
+    with pytest.raises(ConfigError, match="allowed with objective 'contrastive': 'embedding'"):
         config_of(pairs, tmp_path, model=dataclasses.replace(MODEL, head=MaskedHeadConfig()))
     with pytest.raises(ConfigError, match="strategy: got 'pmap'; .* any strategy but pmap"):
         config_of(pairs, tmp_path, mesh=MeshConfig(strategy="pmap"))

@@ -27,7 +27,7 @@ def other(whole, config_file, tmp_path_factory):
     return folder
 
 
-def test_what_differs_is_told_and_drawn(whole, other, tmp_path, capsys):
+def test_differences_are_reported_and_drawn(whole, other, tmp_path, capsys):
     assert main(["diff", str(whole), str(other), "--out", str(tmp_path / "new" / "curves.png")]) == 0
     said = capsys.readouterr().out
     assert "optimizer.learning_rate: 0.01 → 0.001" in said and "steps: 12 → 8" in said
@@ -52,7 +52,7 @@ def test_a_run_and_itself_differ_in_nothing(whole, capsys):
     assert re.search(r"^config +the same$", said, re.MULTILINE) and "the same, " in said and "→" not in said
 
 
-def test_what_is_missing_is_told(whole, tmp_path, capsys):
+def test_missing_files_are_reported(whole, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     assert main(["diff", str(whole), str(bare)]) == 2

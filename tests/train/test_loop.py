@@ -19,8 +19,9 @@ from tests.train.run_records import records, surroundings
 from tests.train.stops import asked_to_stop
 from train.commands.cli import main
 from train.config import load
-from train.run.checkpoint import Checkpoints
+from train.run.integrity import write_hashes
 from train.run.run_files import load_run
+from train.run.stored import StoredCheckpoints
 
 
 def params_of(run_dir):
@@ -61,8 +62,8 @@ def test_killed_at_any_moment_it_resumes_bitwise(start, whole, tmp_path):
     wait_until(lambda: (tmp_path / "run" / "checkpoints" / "4").exists(), process)
     process.kill()
     process.wait()
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.latest in (4, 8)
+    checkpoints = StoredCheckpoints(tmp_path / "run")
+    assert checkpoints.latest in (4, 8)
     # Killed again while starting, which must lose nothing either.
     process = start(tmp_path / "run")
     time.sleep(1.5)
@@ -85,8 +86,8 @@ def test_a_signal_saves_and_says_how_to_go_on(start, whole, tmp_path, number):
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors
     stopped = int(re.search(r"stopped after step (\d+); .* Run the same command again", output).group(1))
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.latest == stopped
+    checkpoints = StoredCheckpoints(tmp_path / "run")
+    assert checkpoints.latest == stopped
 
 
 def test_a_signal_in_the_last_evaluation_does_not_wait_for_its_end(config_file, tmp_path, capsys):
@@ -96,9 +97,17 @@ def test_a_signal_in_the_last_evaluation_does_not_wait_for_its_end(config_file, 
         assert cli(config_file, tmp_path / "run", *arguments) == 128 + signal.SIGTERM
     said = capsys.readouterr().out
     assert re.search(r"step 3: the evaluation was interrupted after 1 of \d+ batches", said)
-    assert "stopped after step 3; the state is saved" in said and "All steps are done" in said
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.latest == 3
+    assert "stopped after step 3; the state is saved" in said and "for the results; all steps are done" in said
+    checkpoints = StoredCheckpoints(tmp_path / "run")
+    assert checkpoints.latest == 3
+    assert 3 not in records(tmp_path / "run", "eval/loss")
+    # What is missing is made when the command is given again, and then nothing is.
+    assert cli(config_file, tmp_path / "run", *arguments) == 0
+    said = capsys.readouterr().out
+    assert "all steps are done, 3; making the results" in said and "step 3  held-out loss" in said
+    assert 3 in records(tmp_path / "run", "eval/loss")
+    assert cli(config_file, tmp_path / "run", *arguments) == 0
+    assert "already finished at step 3" in capsys.readouterr().out
 
 
 def test_restores_on_another_number_of_devices(start, whole, tmp_path):
@@ -106,8 +115,8 @@ def test_restores_on_another_number_of_devices(start, whole, tmp_path):
     wait_for(tmp_path / "run", 5, process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.latest < 12
+    checkpoints = StoredCheckpoints(tmp_path / "run")
+    assert checkpoints.latest < 12
     process = start(tmp_path / "run", "--devices", "2", "--mesh.strategy", "dp")
     output, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -117,10 +126,10 @@ def test_restores_on_another_number_of_devices(start, whole, tmp_path):
 
 
 def test_keeps_the_newest_and_the_best(whole):
-    with Checkpoints(whole) as checkpoints:
-        scores = records(whole, "eval/selection_loss")
-        assert checkpoints.best == min(scores, key=scores.__getitem__)
-        assert checkpoints.steps[-2:] == [8, 12]
+    checkpoints = StoredCheckpoints(whole)
+    scores = records(whole, "eval/selection_loss")
+    assert checkpoints.best == min(scores, key=scores.__getitem__)
+    assert checkpoints.steps[-2:] == [8, 12]
 
 
 def cli(config_file, run_dir, *arguments):
@@ -140,7 +149,7 @@ def test_a_checkpoint_of_another_config(config_file, whole, capsys):
     before = (whole / "metrics.jsonl").read_text()
     assert cli(config_file, whole, "--model.embed-dim", "64", "--seed", "3") == 2
     message = one_line(capsys)
-    assert "model.embed_dim: 32 → 64; seed: 0 → 3" in message
+    assert "seed: 0 → 3; model.embed_dim: 32 → 64. Another model.embed_dim makes it another run" in message
     assert "--run-dir" in message
     assert (whole / "metrics.jsonl").read_text() == before
     assert load(whole / "config.yaml").seed == 0
@@ -149,12 +158,13 @@ def test_a_checkpoint_of_another_config(config_file, whole, capsys):
 def test_a_checkpoint_of_a_version_that_knew_fewer_fields(config_file, whole, tmp_path, capsys):
     run = tmp_path / "old"
     shutil.copytree(whole, run)
-    with Checkpoints(run) as checkpoints:
-        step = checkpoints.latest
+    checkpoints = StoredCheckpoints(run)
+    step = checkpoints.latest
     path = run / "checkpoints" / str(step) / "meta" / "metadata"
     meta = json.loads(path.read_text())
     del meta["config"]["optimizer"]["moment_dtype"], meta["config"]["mesh"]["offload_optimizer"]
     path.write_text(json.dumps(meta))
+    write_hashes(path.parents[1])
     assert cli(config_file, run, "--steps", str(step + 1)) == 0
     assert f"resuming after step {step}" in capsys.readouterr().out
 
@@ -189,8 +199,8 @@ def test_without_held_out_text_it_trains_and_saves(config_file, tmp_path, capsys
     arguments = ("--data.validation-fraction", "0", "--model.vocab-size", "300", "--sample.prompt", "a" * 40)
     assert cli(config_file, tmp_path / "run", *arguments, "--steps", "4") == 0
     assert "── sample ──" in capsys.readouterr().out
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.latest == 4
+    checkpoints = StoredCheckpoints(tmp_path / "run")
+    assert checkpoints.latest == 4
 
 
 def test_a_finished_run_stays_as_it_is(config_file, whole, capsys):
@@ -249,9 +259,9 @@ def test_a_full_disk_loses_nothing(start, tmp_path):
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     assert "cannot write" in result.stderr
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.latest == 4
-        assert checkpoints.meta(4)["step"] == 4
+    checkpoints = StoredCheckpoints(tmp_path / "run")
+    assert checkpoints.latest == 4
+    assert checkpoints.meta(4)["step"] == 4
 
 
 def test_an_unknown_device(start, tmp_path):

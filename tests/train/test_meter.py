@@ -20,7 +20,7 @@ def clock(monkeypatch):
 
 
 def take(meter, step, skipped=0.0, keep=1):
-    metrics = {"loss": 1.0, "nll": 1.0, "grad_norm": 1.0, "tokens": 100.0, "skipped": skipped}
+    metrics = {"loss": 1.0, "nll": 1.0, "grad_norm": 1.0, "tokens": 100.0, "skipped": skipped, "updates": step // 2}
     meter.push(step, {name: jnp.float32(value) for name, value in metrics.items()}, np.arange(2))
     return list(meter.ready(keep))
 

@@ -206,7 +206,7 @@ def test_an_encoder_whose_layers_take_turns(layout):
     program = program_of(config, 2, longer, objective=MASKED)
     with (
         use_mesh(program.mesh, config.rules),
-        pytest.raises(UserError, match="num_layers: got 4, 2 in each stage .* repeats every 4 layers"),
+        pytest.raises(UserError, match="num_layers: got 4, 2 in each stage .* a multiple of 4 in each stage"),
     ):
         program.lower()
 
@@ -241,10 +241,10 @@ def test_a_checkpoint_has_its_layers_in_order(tmp_path):
     piped, other = interleaved(), on_one_device(steps=4)
     assert jax.tree.leaves(piped.state.params["layers"]["blocks"])[0].shape[:2] == (2, 2)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, use_mesh(piped.program.mesh, INTERLEAVED.rules):
-        checkpoints.save(in_order(piped.state), 4, piped.program.config, {}, None)
+        checkpoints.save(in_order(piped.state), 4, {}, None)
     config = other.program.config
-    with Checkpoints(tmp_path) as checkpoints, use_mesh(other.program.mesh, config.mesh.rules):
-        state = checkpoints.restore(4, other.program.abstract, config)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, use_mesh(other.program.mesh, config.mesh.rules):
+        state = checkpoints.restore(4, other.program.abstract)
     # As if it had never been in a pipeline.
     assert other.goes_on(state) == pytest.approx(other.goes_on(jax.tree.map(jnp.copy, other.state)), rel=1e-5)
 
@@ -270,15 +270,25 @@ WRONG_MESH = [
 
 
 @pytest.mark.parametrize(("fields", "message"), WRONG_MESH, ids=str)
-def test_a_mesh_that_cannot_be(fields, message):
+def test_an_invalid_pipeline_mesh_is_refused(fields, message):
     with pytest.raises(UserError, match=message):
         MeshConfig(**{"strategy": "pipeline", "pipeline": 2} | fields)
 
 
 WRONG_RUN = [
-    ({"pipeline": 3}, 3, {}, "num_layers: got 4; mesh.pipeline 3 × mesh.stages_per_device 1 needs a multiple of 3"),
-    ({"pipeline": 2, "stages_per_device": 4}, 2, {}, "num_layers: got 4; .* needs a multiple of 8"),
-    ({"pipeline": 2, "pipeline_microbatches": 3}, 2, {}, "got 3; allowed: a multiple of mesh.pipeline .2., or null"),
+    (
+        {"pipeline": 3},
+        3,
+        {},
+        r"num_layers: got 4; allowed: a multiple of 3 \(3 devices of the pipeline × 1 stages per device\)",
+    ),
+    ({"pipeline": 2, "stages_per_device": 4}, 2, {}, "num_layers: got 4; allowed: a multiple of 8"),
+    (
+        {"pipeline": 2, "pipeline_microbatches": 3},
+        2,
+        {},
+        "got 3; allowed: a multiple of the pipeline's devices .2., or null",
+    ),
     ({"pipeline": 2, "pipeline_microbatches": 6}, 2, {}, "batch_size: got 16, .* try 12 or 18"),
     ({"pipeline": 2, "data": 4}, 8, {"microbatches": 4}, "batch_size: got 16, .* try 32"),
     ({"pipeline": 2}, 2, {"family": "vaswani"}, "family: got 'vaswani'; a pipeline .* gpt, bert, electra"),
@@ -288,7 +298,7 @@ WRONG_RUN = [
 
 
 @pytest.mark.parametrize(("layout", "num_devices", "options", "message"), WRONG_RUN, ids=str)
-def test_a_run_that_cannot_be_pipelined(layout, num_devices, options, message):
+def test_a_run_that_cannot_be_pipelined_is_refused(layout, num_devices, options, message):
     if name := options.get("family"):
         family = FAMILIES[name]
         suited = next(one for one in OBJECTIVES.values() if name in one.families)

@@ -85,12 +85,12 @@ def test_a_run_is_scored_and_goes_on_under_another_strategy(config_file, tmp_pat
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "tensor", "pipeline"])
-def test_it_has_the_batch_s_axis_alone(axis):
+def test_it_has_only_the_data_axis(axis):
     with pytest.raises(UserError, match=f"{axis}: got 2; strategy pmap has only the data axis"):
         MeshConfig(strategy="pmap", **{axis: 2})
 
 
-def test_it_is_for_one_process(monkeypatch):
+def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="mesh.strategy: got 'pmap', which needs one process; there are 2"):
         program_of("pmap")

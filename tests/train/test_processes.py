@@ -43,7 +43,7 @@ def config(tmp_path_factory):
     return path
 
 
-def start(config, run, *options, processes=1, devices=4, wait=True):
+def start(config, run, *options, processes=1, devices=4, wait=True, environments=({},) * 2):
     """What each process returned and printed; the processes themselves if they are not to be waited for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,7 +56,7 @@ def start(config, run, *options, processes=1, devices=4, wait=True):
         command = [sys.executable, "-m", "train.commands.cli", "train", str(config), "--run-dir", str(run)]
         command += ["--devices", str(devices), *own, *mine]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen(command, **pipes, text=True, env=surroundings()))
+        started.append(subprocess.Popen(command, **pipes, text=True, env=surroundings(**environments[index])))
     if not wait:
         return started
     said = [process.communicate(timeout=240) for process in started]
@@ -126,8 +126,25 @@ def test_a_process_that_dies_stops_the_others(config, tmp_path):
     # JAX's own words, of whichever of its parts noticed first.
     assert re.search(r"[Tt]ask:? ?1\b|heartbeats\):\s+1\b", errors), errors
     # What is left goes on, here alone.
-    ((code, said, errors),) = start(config, run, "--steps", str(steps_in(run) + 2))
+    ((code, said, errors),) = start(config, run, "--steps", str(steps_in(run) + 2), "--allow-changed", "steps")
     assert code == 0 and "resuming after step" in said, errors
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_a_users_error_in_one_process_ends_all_with_its_line(config, tmp_path, guilty):
+    """Its cache is a file, so that it cannot prepare what the other one reads."""
+    (tmp_path / "file").write_text("")
+    environments = [{}, {}]
+    environments[guilty] = {"MANYHEADS_CACHE": str(tmp_path / "file")}
+    began = time.monotonic()
+    ended = start(config, tmp_path / "run", processes=2, devices=1, environments=environments)
+    assert time.monotonic() - began < 60
+    for index, (code, _, errors) in enumerate(ended):
+        assert code == 2, ended
+        own = "manyheads: " if index == guilty else f"manyheads: process {guilty}: "
+        (line,) = (line for line in errors.splitlines() if line.startswith("manyheads"))
+        assert line.startswith(f"{own}cannot write {tmp_path / 'file'}"), ended
+        assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(

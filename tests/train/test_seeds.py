@@ -76,11 +76,11 @@ def test_a_signal_stops_all_of_them(config_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--seeds", "0"), "--seeds: got 0; allowed: 1 or more"),
+        (("--seeds", "0"), "seeds: got 0; allowed: 1 or more"),
         (("--seeds", "2", "--profile", "1:2"), "--profile: traces a single run; leave out --seeds"),
         (("--seeds", "2", "--data.validation-fraction", "0"), "no held-out scores of its last step, 3"),
     ],
 )
-def test_what_cannot_be(config_file, tmp_path, capsys, arguments, message):
+def test_invalid_arguments_are_refused(config_file, tmp_path, capsys, arguments, message):
     assert command(config_file, tmp_path / "run", *arguments) == 2
     assert message in capsys.readouterr().err

@@ -118,9 +118,13 @@ def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):
         (
             "classification",
             {"checkpoint": {"best": "bleu"}},
-            r"best: got 'bleu'; objective classification has loss, acc",
+            r"best: got 'bleu'; allowed with objective classification: loss, acc",
         ),
-        ("regression", {"model": {"head": ClassificationHeadConfig()}}, "num_labels: got 2; a number needs 1"),
+        (
+            "regression",
+            {"model": {"head": ClassificationHeadConfig()}},
+            "num_labels: got 2; a regression predicts one number; allowed: 1",
+        ),
         ("regression", {"loss": {"z_loss": 0.1}}, "z_loss: got 0.1; not for objective regression"),
         (
             "classification",
@@ -131,7 +135,7 @@ def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):
         (
             "choice",
             {"model": {"head": ClassificationHeadConfig()}},
-            "kind: got 'classification'; objective choice needs 'choice'",
+            "kind: got 'classification'; allowed with objective 'choice': 'choice'",
         ),
         ("classification", {"evaluation": {"patience": 0}}, "patience: got 0; allowed: 1 or more"),
     ],
@@ -146,7 +150,7 @@ def test_what_does_not_go_together_is_refused(kind, changes, told, tmp_path):
 
 def test_an_objective_needs_its_head():
     assert BertConfig(head=TokensHeadConfig()).head.num_labels == 2
-    with pytest.raises(ConfigError, match="needs 'tokens'"):
+    with pytest.raises(ConfigError, match="allowed with objective 'token_classification': 'tokens'"):
         RunConfig(name="x", model=BertConfig(), objective=TokenClassification())
 
 

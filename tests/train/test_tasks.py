@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from tests.train.run_records import records
 from tests.train.task_runs import KINDS, rows_of, run_of, write_rows
 from train.commands.cli import main
-from train.config import RunConfig
+from train.config import RunConfig, to_data
 from train.config.sections import CheckpointConfig
 from train.data.prepared.prepare import prepare
 from train.inference.predict import as_task_run
@@ -25,6 +25,7 @@ from train.run.checkpoint import Checkpoints
 from train.run.loop import train
 from train.run.program import Program
 from train.run.run_files import load_run, read_metrics
+from train.run.stored import StoredCheckpoints
 from transformer.errors import UserError
 from transformer.models.gpt import GPTConfig
 
@@ -153,8 +154,8 @@ def test_a_run_stops_early_keeps_its_best_and_does_not_go_on(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "stopped early: best f1 " in said and "at step 4; no improvement in 2 evaluations" in said
     # Of equal ones the first.
-    with Checkpoints(config.directory) as checkpoints:
-        assert checkpoints.best == 4
+    checkpoints = StoredCheckpoints(config.directory)
+    assert checkpoints.best == 4
     again = train(config)
     assert again.step == 12 and again.scores is None
     assert "already finished at step 12; raise evaluation.patience to continue" in capsys.readouterr().out
@@ -173,8 +174,8 @@ def test_the_best_evaluation_has_a_checkpoint_whenever_it_comes(tmp_path):
     train(config)
     curve = read_metrics(config.directory)["eval/selection_f1"]
     best = max(sorted(curve), key=curve.__getitem__)
-    with Checkpoints(config.directory) as checkpoints:
-        assert checkpoints.best == best and set(checkpoints.steps) == {best, 10}
+    checkpoints = StoredCheckpoints(config.directory)
+    assert checkpoints.best == best and set(checkpoints.steps) == {best, 10}
 
 
 @pytest.mark.parametrize(("name", "values"), [("f1", (0.9, 0.5, 0.6)), ("mse", (0.1, 0.5, 0.4))])
@@ -186,11 +187,10 @@ def test_the_best_is_kept_by_its_metric(name, values, tmp_path):
         state = Program(config, mesh).init()
         for step, value in enumerate(values, start=1):
             scores = {"loss": float(-step), name: value}
-            checkpoints.save(state, step, config, {}, scores, labels=("a", "b"))
+            checkpoints.save(state, step, {"config": to_data(config), "labels": ["a", "b"]}, scores)
             checkpoints.wait()
-        assert checkpoints.steps == [1, 3] and checkpoints.best == 1
-    with Checkpoints(config.directory) as checkpoints:
-        assert checkpoints.best == 1 and checkpoints.meta(1)["labels"] == ["a", "b"]
+    checkpoints = StoredCheckpoints(config.directory)
+    assert checkpoints.steps == [1, 3] and checkpoints.best == 1 and checkpoints.meta(1)["labels"] == ["a", "b"]
 
 
 def test_balanced_weights_are_counted(runs):

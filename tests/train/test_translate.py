@@ -142,7 +142,10 @@ def test_a_model_of_pairs_neither_writes_nor_shows_itself(runs, capsys):
     ("text", "words"),
     [
         ("model: {family: brt}", "Did you mean 'bert'?"),
-        ("model: {family: bert}", "objective.kind: got 'causal'; a model of family 'bert' supports answer, choice"),
+        (
+            "model: {family: bert}",
+            "objective.kind: got 'causal'; allowed with a model of family 'bert': answer, choice",
+        ),
         ("model: {family: bert, num_layer: 2}", "Did you mean 'num_layers'?"),
         ("model: {family: bert, num_layers: two}", "model.num_layers: got 'two'"),
         (
@@ -150,7 +153,7 @@ def test_a_model_of_pairs_neither_writes_nor_shows_itself(runs, capsys):
             "embedding_size: embedding_size is a field of families bert, electra",
         ),
         ("model: {family: bert}\nobjective: {kind: next_sentence}", "model.head.kind: got 'masked'"),
-        ("objective: {kind: seq2seq}", "a model of family 'gpt' supports causal, prefix"),
+        ("objective: {kind: seq2seq}", "allowed with a model of family 'gpt': causal, prefix"),
     ],
 )
 def test_a_family_and_what_does_not_go_with_it(tmp_path, text, words):

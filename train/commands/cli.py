@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from train.commands import (
     attend,
+    checkpoints,
     diff,
     embed,
     explain,
@@ -27,7 +28,8 @@ from transformer.errors import ConfigError, UserError
 COMMANDS = tuple(
     module.COMMAND
     for module in (
-        train, import_checkpoint, export, embed, prepare, explain, plot, diff, generate, attend, translate, predict
+        train, import_checkpoint, export, embed, prepare, explain, plot, diff, checkpoints, generate, attend, translate,
+        predict,
     )
 )  # fmt: skip
 """To add a command, add its file and its name here."""

@@ -23,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     silent = "seconds without a heartbeat after which a process counts as dead (60)"
     parser.add_argument("--heartbeat-seconds", type=int, default=60, metavar="S", help=silent)
     parser.add_argument("--profile", metavar="A:B", help="trace steps A to B for TensorBoard or Perfetto")
+    changed = (
+        "resume though these fields or sections differ from the checkpoint's, or other `data`; several with commas"
+    )
+    parser.add_argument("--allow-changed", metavar="FIELDS", default="", help=changed)
     seeds = "train with N seeds, from the config's seed up, and summarise their scores"
     parser.add_argument("--seeds", type=int, metavar="N", help=seeds)
 
@@ -41,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         from train.run.loop import train
 
-        finished = train(config, profile=profile)
+        allowed = [name.strip().replace("-", "_") for name in options.allow_changed.split(",") if name.strip()]
+        finished = train(config, profile=profile, allow_changed=allowed)
     return 128 + (finished.signal or signal.SIGTERM) if finished.interrupted else 0
 
 

@@ -16,29 +16,30 @@ from transformer.layers.adapter import AdapterConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.models.families import ModelConfig
 from transformer.models.gpt import GPTConfig
+from transformer.resume import Ask, Free, Upwards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
     """Everything that decides what a run computes."""
 
-    name: str
+    name: Free[str]
     """Name of the run."""
-    run_dir: str | None = None
+    run_dir: Free[str | None] = None
     """Folder of the run; null: runs/NAME."""
-    init_from: str | None = None
+    init_from: Ask[str | None] = None
     """Folder of a run with whose weights training begins. Parameters that it lacks are random; null: all are random."""
-    seed: int = 0
+    seed: Ask[int] = 0
     """Random seed of the initial weights, dropout and the order of the data."""
-    steps: int = 1000
+    steps: Upwards[int] = 1000
     """Optimiser steps."""
-    batch_size: int = 32
+    batch_size: Ask[int] = 32
     """Sequences in a step, over all devices and microbatches."""
-    length: int | None = None
+    length: Ask[int | None] = None
     """Tokens in a training sequence; null: model.max_length."""
-    microbatches: int = 1
+    microbatches: Free[int] = 1
     """Number of parts that a step's batch is split into and computed in sequence (gradient accumulation)."""
-    max_skipped: int = 10
+    max_skipped: Free[int] = 10
     """Stop after this many updates in a row were skipped for a loss or gradient that is not finite."""
     model: ModelConfig = GPTConfig()
     """The network; its `family` decides which fields there are."""
@@ -75,7 +76,7 @@ class RunConfig(Config):
         known = ("loss", *self.objective.metrics)
         require(
             self.checkpoint, "best", self.checkpoint.best in known,
-            f"objective {self.objective.kind} has {', '.join(known)}",
+            f"allowed with objective {self.objective.kind}: {', '.join(known)}",
         )  # fmt: skip
         decay = self.optimizer.layer_decay
         require(
@@ -94,7 +95,7 @@ class RunConfig(Config):
             self,
             "microbatches",
             self.batch_size % self.microbatches == 0,
-            f"it must divide batch_size ({self.batch_size})",
+            f"allowed: a divisor of batch_size ({self.batch_size})",
         )
 
     @property

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from transformer.errors import Config, require
+from transformer.resume import OnResume
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Config):
     """When the held-out text is evaluated."""
+
+    on_resume: ClassVar[OnResume] = OnResume.FREE
 
     every: int = 500
     """Steps between evaluations; 0: only at the end."""
@@ -33,6 +37,8 @@ class EvaluationConfig(Config):
 class CheckpointConfig(Config):
     """When checkpoints are written, and which ones are kept."""
 
+    on_resume: ClassVar[OnResume] = OnResume.FREE
+
     every: int = 500
     """Steps between checkpoints; 0: only at the end and on interruption."""
     keep: int = 2
@@ -51,6 +57,8 @@ class CheckpointConfig(Config):
 class LogConfig(Config):
     """Where metrics go, in addition to the terminal and metrics.jsonl."""
 
+    on_resume: ClassVar[OnResume] = OnResume.FREE
+
     every: int = 10
     """Steps between two recorded values."""
     tensorboard: bool = True
@@ -66,6 +74,8 @@ class LogConfig(Config):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig(Config):
     """Sample texts that the model writes during training."""
+
+    on_resume: ClassVar[OnResume] = OnResume.FREE
 
     every: int = 1000
     """Steps between samples; 0: only at the end."""

@@ -40,7 +40,7 @@ def export_adapter(
     from safetensors.numpy import save_file
 
     directory = run / "peft" if directory is None else directory
-    check_new(directory, "--out")
+    check_new(directory)
     loaded = load_run(run, step, merge_adapters=False)
     config = loaded.config
     if config.adapter is None:

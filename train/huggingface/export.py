@@ -47,9 +47,9 @@ def export(
             written.
     """
     directory = run / "huggingface" if directory is None else directory
-    check_new(directory, "--out")
+    check_new(directory)
     if dtype not in DTYPES:
-        raise UserError(f"--dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
+        raise UserError(f"dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     loaded = load_run(run, step)
     model_type = model_type or origin_of(run, loaded)
     config, tokenizer = loaded.config.model, exported_tokenizer(loaded)

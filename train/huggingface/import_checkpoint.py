@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from train.config import RunConfig, dump
+from train.config import RunConfig, dump, to_data
 from train.config.sections import CheckpointConfig
 from train.data.prepared.prepare import DataConfig
 from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
@@ -21,6 +21,7 @@ from train.objectives import Causal, NoObjective, Objective, Seq2Seq
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from train.run.checkpoint import Checkpoints
 from train.run.state import abstract_params
+from train.versions import versions
 from transformer.errors import UserError
 from transformer.huggingface import checkpoint
 from transformer.huggingface.checkpoint import Checkpoint, read_mapping
@@ -49,7 +50,7 @@ def import_checkpoint(
     """
     name = source.name_of(given)
     directory = Path("runs", name) if directory is None else directory
-    check_new(directory, "--run-dir")
+    check_new(directory)
     folder = source.fetch(given, sha256)
     read = _with_pooling(checkpoint.read(folder, head=head))
     tokenizer = tokenizer_of(folder, read.data, read.config.vocab_size)
@@ -130,7 +131,8 @@ def _write(
         tokenizer.save(folder / "tokenizer")
         files = {path.name: path.read_text("utf-8") for path in sorted((folder / "tokenizer").iterdir())}
     with Checkpoints(folder, CheckpointConfig()) as checkpoints:
-        checkpoints.save_params(params, config, files, given, _labels(read))
+        meta = {"step": 0, "config": to_data(config), "tokenizer": files, "labels": _labels(read), "source": given}
+        checkpoints.save_params(params, meta | {"versions": versions()})
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     record = {
         "source": given,

@@ -16,7 +16,7 @@ from flax import nnx
 
 from train.data.tokenization.tokenizer import CLS, SEP, Tokenizer
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
-from transformer.errors import UserError
+from transformer.errors import UserError, first_line
 from transformer.functional import graphdef_of
 from transformer.generation.beam import BeamSearch
 from transformer.generation.generate import Generator
@@ -51,7 +51,7 @@ def report(read: Checkpoint, params: nnx.State, tokenizer: Tokenizer | None, *, 
     """
     installed = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     if required and not installed:
-        raise UserError("--verify: it needs torch and transformers; install them, or leave it out")
+        raise UserError("verify: it needs torch and transformers; install them, or leave it out")
     result: dict[str, Any] = {"class": read.name, "round_trip_bit_for_bit": _same_bits(read, params)}
     if not result["round_trip_bit_for_bit"]:
         raise UserError(f"{read.folder}: its tensors change in a round trip; please report this checkpoint")
@@ -102,8 +102,8 @@ def _compared(read: Checkpoint, params: nnx.State, tokenizer: Tokenizer | None) 
         theirs = kind.from_pretrained(read.folder, dtype=torch.float32, attn_implementation="eager").eval()
     except Exception as error:  # transformers may fail for its own reasons
         raise UserError(
-            f"{read.folder}: transformers {transformers.__version__} does not load it: {str(error).splitlines()[0]}; use "
-            "--no-verify to skip the comparison"
+            f"{read.folder}: transformers {transformers.__version__} does not load it: {first_line(error)}; use "
+            "verify=False (--no-verify) to skip the comparison"
         ) from None
     model = nnx.merge(graphdef_of(functools.partial(make_model, read.config)), params)
     compare = {"gpt": _decoder, "bert": _encoder}.get(read.config.family, _encoder_decoder)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from train.data.sources.wheel import wheel_files
-from transformer.errors import UserError, nearest
+from transformer.errors import UserError, first_line, nearest
 
 WHEEL = "wheel:"
 """Prefix of the name of a source in a wheel."""
@@ -81,11 +81,10 @@ def _from_hub(name: str) -> Path:
     try:
         found = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        raise UserError(f"{name}: not on the hub, and no such folder: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}: not on the hub, and no such folder: {first_line(error)}") from None
     except Exception as error:  # whatever its transport raises without a network
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{name}: no such folder, and the hub cannot be reached ({said}); on a machine with access, run "
+            f"{name}: no such folder, and the hub cannot be reached ({first_line(error)}); on a machine with access, run "
             f"`hf download {repository} --local-dir FOLDER`, and import FOLDER here"
         ) from None
     return Path(found)

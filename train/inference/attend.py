@@ -49,9 +49,9 @@ def attend(
     loaded = load_run(run, step)
     model = loaded.config.model
     ids = tokens_of(loaded, text, str(run))
-    picked = choose_layers("--layer", layers, model)  # type: ignore[arg-type]
+    picked = choose_layers("layer", layers, model)  # type: ignore[arg-type]
     num_heads = heads_of(model, picked)  # type: ignore[arg-type]
-    chosen = picked, choose("--head", heads, num_heads)
+    chosen = picked, choose("head", heads, num_heads)
     shape = len(chosen[0]), len(chosen[1]), ids.size, ids.size
     check_memory(*shape)
     print(f"text      {ids.size:,} token{'' if ids.size == 1 else 's'}")
@@ -105,7 +105,7 @@ def numbers(option: str, text: str | None) -> list[int] | None:
 def tokens_of(loaded: LoadedRun, text: str, name: str) -> np.ndarray:
     """The token ids of the text. Raises `UserError` for a model or a text that does not fit."""
     model, tokenizer = loaded.config.model, loaded.tokenizer
-    check_text("--text", text)
+    check_text("text", text)
     if not isinstance(model, GPTConfig | BertConfig):
         raise UserError(f"{name}: a model of family {model.family!r} reads pairs; use manyheads translate --attention")
     ids = tokenizer.encode(text)
@@ -114,13 +114,13 @@ def tokens_of(loaded: LoadedRun, text: str, name: str) -> np.ndarray:
         around = [np.array([tokenizer.special(token)], ids.dtype) for token in (CLS, SEP)]
         ids = np.concatenate([around[0], ids, around[1]]) if ids.size else ids
     if not ids.size:
-        raise UserError("--text: this run's tokenizer gives no tokens for it")
+        raise UserError("text: this run's tokenizer gives no tokens for it")
     if ids.size > model.max_length:
         raise UserError(
-            f"--text: its {ids.size:,} tokens exceed the model's context of {model.max_length:,}; give a shorter one"
+            f"text: its {ids.size:,} tokens exceed the model's context of {model.max_length:,}; give a shorter one"
         )
     if ids.max() >= model.vocab_size:
-        raise UserError(f"--text: token id {ids.max()} is outside the model's vocabulary of {model.vocab_size}")
+        raise UserError(f"text: token id {ids.max()} is outside the model's vocabulary of {model.vocab_size}")
     return ids
 
 

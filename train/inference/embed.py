@@ -65,7 +65,11 @@ class Embedder:
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), LARGE_BATCH)
         ends = tokenizer.special(CLS), tokenizer.special(SEP)
         if ends[0] is None or ends[1] is None:
-            raise UserError(f"the vocabulary has no {CLS} and {SEP}, with which an encoder's texts begin and end")
+            missing = " and ".join(name for name, one in zip((CLS, SEP), ends, strict=True) if one is None)
+            raise UserError(
+                f"the tokenizer has no {missing}; an encoder needs {CLS} before and {SEP} after each text "
+                "(data.tokenizer.special_tokens)"
+            )
         self._ends: tuple[int, int] = ends  # type: ignore[assignment]
         self._graphdef = graphdef_of(functools.partial(make_model, config))
         self._run = jax.jit(self._run_impl, static_argnames="num_texts")
@@ -154,7 +158,7 @@ def embed(
         UserError: no such run or checkpoint, a model that is not an encoder, or a file that cannot be read or written.
     """
     if out.suffix not in (".npy", ".parquet"):
-        raise UserError(f"--out: got {str(out)!r}; allowed: a name that ends with .npy or .parquet")
+        raise UserError(f"out: got {str(out)!r}; allowed: a name that ends with .npy or .parquet")
     check_place(out)
     loaded = load_run(run, step)
     model = loaded.config.model

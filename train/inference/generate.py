@@ -36,7 +36,7 @@ def generate(
         UserError: no such run or checkpoint, or a prompt that does not fit the model.
     """
     if max_tokens is not None and max_tokens < 1:
-        raise UserError(f"--max-tokens: got {max_tokens}; allowed: 1 or more")
+        raise UserError(f"max_tokens: got {max_tokens}; allowed: 1 or more")
     loaded = load_run(run, step)
     model, tokenizer = loaded.config.model, loaded.tokenizer
     if not isinstance(model, GPTConfig):
@@ -45,7 +45,7 @@ def generate(
         )
     generator = Generator(model, end_of_text=tokenizer.end_of_text, num_tokens=tokenizer.vocab_size)
     for prompt in prompts:
-        check_text("--prompt", prompt)
+        check_text("prompt", prompt)
     ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
     if max_tokens is None:
         max_tokens = default_length(model, ids)

@@ -44,7 +44,7 @@ def translate(
             written.
     """
     for text in texts:
-        check_text("--text", text)
+        check_text("text", text)
     loaded = load_run(run, step)
     if not loaded.config.objective.translates:
         raise UserError(
@@ -84,7 +84,7 @@ def alignment(loaded: LoadedRun, source: list[int], target: list[int]) -> Attent
     # Each position attends to the source for the token that it predicts: the first one for the first word.
     weights = weights_of(loaded.params, jnp.asarray([source]), jnp.asarray([[end, *target]]))
     if weights is None:
-        raise UserError("--attention: this model has no attention")
+        raise UserError("attention: this model has no attention")
     columns, column_spans = words(loaded.tokenizer, source[:-1])
     rows, row_spans = words(loaded.target_tokenizer, target)
     merged = merge_subwords(np.asarray(weights, np.float32)[:, 0], row_spans, column_spans)

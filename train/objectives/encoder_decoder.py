@@ -32,7 +32,9 @@ class EncoderDecoderObjective(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "source_length", self.source_length is None or self.source_length >= 2, "2 or more, or null")
+        require(
+            self, "source_length", self.source_length is None or self.source_length >= 2, "allowed: 2 or more, or null"
+        )
 
     def source_width(self, length: int) -> int:
         """`source_length` with its default filled in."""

@@ -45,11 +45,11 @@ class HiddenTokens(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "mask_rate", 0 < self.mask_rate < 1, "above 0 and below 1")
-        require(self, "mask_share", 0 <= self.mask_share <= 1, "0 to 1")
+        require(self, "mask_rate", 0 < self.mask_rate < 1, "allowed: above 0, below 1")
+        require(self, "mask_share", 0 <= self.mask_share <= 1, "allowed: 0 to 1")
         holds = self.random_share >= 0 and self.mask_share + self.random_share <= 1 + 1e-9
-        require(self, "random_share", holds, "0 or more, and with mask_share at most 1")
-        require(self, "ngram", self.ngram >= 1, "1 or more")
+        require(self, "random_share", holds, f"allowed: 0 to 1 - mask_share ({1 - self.mask_share:g})")
+        require(self, "ngram", self.ngram >= 1, "allowed: 1 or more")
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

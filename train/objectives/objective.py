@@ -25,6 +25,7 @@ from train.parallel.mesh import MeshConfig
 from transformer.errors import Config, ConfigError, UserError, require
 from transformer.models.bert import BertConfig
 from transformer.models.families import ModelConfig
+from transformer.resume import OnResume
 from transformer.types import PRNGKeyArray
 
 Outputs = dict[str, jax.Array]
@@ -41,6 +42,8 @@ class Objective(Config, abc.ABC):
     A subclass is a config whose fields are the objective's settings, with everything that depends on it. The class
     variables say what it supports; the methods make examples, describe batches and compute losses.
     """
+
+    on_resume: ClassVar[OnResume] = OnResume.ASK
 
     kind: str
     """Kind of objective."""
@@ -80,11 +83,13 @@ class Objective(Config, abc.ABC):
         """Raise a `ConfigError` unless the model can be trained on it."""
         if model.family not in self.families:
             suited = sorted(one.kind_name() for one in objectives() if model.family in one.families)
-            allowed = f"a model of family {model.family!r} supports {', '.join(suited)}"
+            allowed = f"allowed with a model of family {model.family!r}: {', '.join(suited)}"
             raise ConfigError(type(self), "kind", self.kind, allowed)
         if self.heads and isinstance(model, BertConfig):
             needed = " or ".join(map(repr, self.heads))
-            require(model.head, "kind", model.head.kind in self.heads, f"objective {self.kind} needs {needed}")
+            require(
+                model.head, "kind", model.head.kind in self.heads, f"allowed with objective {self.kind!r}: {needed}"
+            )
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raise a `ConfigError` unless the objective can be trained in this way."""

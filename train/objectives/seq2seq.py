@@ -38,8 +38,10 @@ class Seq2Seq(EncoderDecoderObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "target_length", self.target_length is None or self.target_length >= 2, "2 or more, or null")
-        require(self, "max_shapes", self.max_shapes >= 1, "1 or more")
+        require(
+            self, "target_length", self.target_length is None or self.target_length >= 2, "allowed: 2 or more, or null"
+        )
+        require(self, "max_shapes", self.max_shapes >= 1, "allowed: 1 or more")
 
     def limits(self, length: int) -> PairLimits:
         """The longest pair in rows of `length` tokens."""

@@ -28,8 +28,8 @@ class SpanCorruption(Denoising):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "noise_density", 0 < self.noise_density <= 0.5, "above 0, at most 0.5")
-        require(self, "mean_span", self.mean_span >= 1, "1 or more")
+        require(self, "noise_density", 0 < self.noise_density <= 0.5, "allowed: above 0, at most 0.5")
+        require(self, "mean_span", self.mean_span >= 1, "allowed: 1 or more")
 
     def lengths(self, length: int) -> list[SpanLengths]:
         return [lengths_filling(self.source_width(length), self.noise_density, self.mean_span)]

@@ -29,7 +29,12 @@ class Ul2(Denoising):
     def __post_init__(self) -> None:
         super().__post_init__()
         weights = self.denoiser_weights
-        require(self, "denoiser_weights", min(weights) >= 0 and sum(weights) > 0, "three numbers, 0 or more, not all 0")
+        require(
+            self,
+            "denoiser_weights",
+            min(weights) >= 0 and sum(weights) > 0,
+            "allowed: three numbers, 0 or more, not all 0",
+        )
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer.errors import Config, UserError, require
+from transformer.resume import OnResume
 from transformer.sharding import LOGICAL_AXES
 
 MESH_AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
@@ -70,6 +71,8 @@ STRATEGIES = {
 class MeshConfig(Config):
     """How many devices each mesh axis has, and what is sharded over it. Any axes can be combined."""
 
+    on_resume: ClassVar[OnResume] = OnResume.FREE
+
     strategy: Literal[
         "dp", "pmap", "zero1", "zero2", "fsdp", "hsdp", "tensor", "tensor_sequence", "fsdp_tensor", "context", "ulysses",
         "expert", "pipeline",
@@ -112,11 +115,17 @@ class MeshConfig(Config):
         )  # fmt: skip
         offloads = self.offload_optimizer
         require(
-            self, "offload_optimizer", not offloads or self.strategy != "pmap", "pmap keeps all of it on the devices"
+            self,
+            "offload_optimizer",
+            not offloads or self.strategy != "pmap",
+            "strategy pmap keeps all of it on the devices; allowed: false",
         )
         for axis in MESH_AXES if self.strategy == "pmap" else ():
             require(
-                self, axis, axis == "data" or getattr(self, axis) in (None, 1), "strategy pmap has only the data axis"
+                self,
+                axis,
+                axis == "data" or getattr(self, axis) in (None, 1),
+                "strategy pmap has only the data axis; allowed: 1 or null",
             )
         if self.strategy == "pipeline" or (self.pipeline or 1) > 1:
             # Ring attention and all-to-alls are manual over the whole mesh; a stage is already manual over a part of it.
@@ -125,12 +134,12 @@ class MeshConfig(Config):
                 self,
                 "pipeline",
                 not apart,
-                f"strategy {self.strategy} shards sequences, and a pipeline needs them whole",
+                f"strategy {self.strategy} shards sequences, and a pipeline needs them whole; allowed: 1 or null",
             )
             require(self, "context", self.context in (None, 1), "a pipeline needs whole sequences; allowed: 1 or null")
         for strategy, axis in (("hsdp", "fsdp"), ("fsdp_tensor", "tensor")):
             given = self.strategy != strategy or getattr(self, axis) is not None
-            require(self, axis, given, f"{strategy} needs a number of devices")
+            require(self, axis, given, f"strategy {strategy} needs a number of devices; allowed: 1 or more")
 
     @property
     def rules(self) -> Rules:

@@ -12,17 +12,23 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from transformer.errors import UserError
+from transformer.errors import UserError, first_line
 
 _FAREWELL = "farewell"
+_ERROR = "manyheads/error"
+"""Key of the error that ends all processes, and prefix of those by which each says that it has it."""
+_PATIENCE_MS = 5000
+_POLL_SECONDS = 0.5
 _LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
 """Beginnings of JAX's messages about a failed collective, in a `JaxRuntimeError` or, from gloo, in a `ValueError`."""
 
@@ -64,9 +70,8 @@ def join(peers: Peers) -> None:
             peers.coordinator, peers.num_processes, peers.process_id, heartbeat_timeout_seconds=peers.heartbeat_seconds
         )
     except (RuntimeError, ValueError) as error:
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"the processes of the run could not connect: {said.strip()[:200]}; start all of them with the same "
+            f"the processes of the run could not connect: {first_line(error)}; start all of them with the same "
             "--coordinator HOST:PORT and --num-processes, each with its own --process-id"
         ) from None
 
@@ -97,6 +102,8 @@ def report_lost_peers(folder: Path) -> Iterator[None]:
     Args:
         folder: of the run, where its checkpoints are.
 
+    A `UserError` inside ends all processes, each with its line, within seconds.
+
     Raises:
         SystemExit: a collective failed; the line was printed.
     """
@@ -107,22 +114,89 @@ def report_lost_peers(folder: Path) -> Iterator[None]:
         f"manyheads: process {jax.process_index()} of {jax.process_count()} stops because another one died or is unreachable "
         f"(JAX names it as a task); rerun the same commands to resume from the last checkpoint in {folder}"
     )
-    last_words = (
-        "import sys; said = sys.stdin.read(); said == sys.argv[2] or print(sys.argv[1] + said, file=sys.stderr)"
-    )
-    command = [sys.executable, "-S", "-c", last_words, message, _FAREWELL]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as beside:
-        assert beside.stdin is not None
-        said = _FAREWELL
+    program = "import sys; message = sys.stdin.read(); message == sys.argv[2] or print(sys.argv[1] + message, file=sys.stderr)"
+    command = [sys.executable, "-S", "-c", program, message, _FAREWELL]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True) as watcher:
+        assert watcher.stdin is not None
+        report = _FAREWELL
+        errors = _SharedErrors(before_exit=lambda: _tell(watcher, _FAREWELL))
         try:
             yield
+        except UserError as error:
+            errors.end_all(error)
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             if not _LOST.match(str(error)):
                 raise
-            said = f". {str(error).splitlines()[0][:200]}"
+            report = f". {first_line(error)}"
             raise SystemExit(2) from None
         finally:
-            beside.stdin.write(said)
+            errors.stop()
+            _tell(watcher, report)
+
+
+def _tell(watcher: subprocess.Popen[str], report: str) -> None:
+    assert watcher.stdin is not None
+    with contextlib.suppress(OSError, ValueError):
+        watcher.stdin.write(report)
+        watcher.stdin.close()
+
+
+class _SharedErrors:
+    """Ends all processes of a run with the error that a user made in one of them.
+
+    The others may wait in a collective for the one that stops, so that a thread of each listens for its message, by the service
+    through which the processes found each other.
+    """
+
+    def __init__(self, before_exit: Callable[[], None]) -> None:
+        self._client: Any = distributed.global_state.client
+        self._before_exit = before_exit
+        self._ending, self._stopped = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Listen no more."""
+        self._stopped.set()
+        self._thread.join()
+
+    def end_all(self, error: UserError) -> NoReturn:
+        """Show the error, pass it on, wait a few seconds until all have it, and exit with status 2."""
+        self._ending.acquire()
+        print(f"manyheads: {error}", file=sys.stderr, flush=True)
+        me = jax.process_index()
+        others = [index for index in range(jax.process_count()) if index != me]
+        # Another one may have passed its own error on, or the service has ended with its process.
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(_ERROR, f"{me}: {error}")
+            for other in others:
+                self._client.blocking_key_value_get(f"{_ERROR}/{other}", _PATIENCE_MS)
+        self._exit()
+
+    def _listen(self) -> None:
+        text = None
+        while text is None:
+            # Not a call that blocks: Python must not end while a thread is in one.
+            if self._stopped.wait(_POLL_SECONDS):
+                return
+            try:
+                text = self._client.key_value_try_get(_ERROR)
+            except Exception as error:
+                if "NOT_FOUND" not in str(error):
+                    return  # the service has ended, which other code reports
+        sender, _, message = text.partition(": ")
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{_ERROR}/{jax.process_index()}", "")
+        if int(sender) == jax.process_index() or not self._ending.acquire(blocking=False):
+            return
+        print(f"manyheads: process {sender}: {message}", file=sys.stderr, flush=True)
+        self._exit()
+
+    def _exit(self) -> NoReturn:
+        self._before_exit()
+        sys.stdout.flush()
+        # Leaving in the usual way would wait for the others.
+        os._exit(2)
 
 
 @contextlib.contextmanager

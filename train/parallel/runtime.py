@@ -12,7 +12,7 @@ import jax
 
 from train.files import cache_dir
 from train.parallel.processes import Peers, join
-from transformer.errors import UserError
+from transformer.errors import UserError, first_line
 
 
 def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = None, peers: Peers | None = None) -> None:
@@ -47,7 +47,7 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         asked = platform or os.environ.get("JAX_PLATFORMS", "the default platform")
-        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        reason = f" ({first_line(error)})" if str(error) else ""
         raise UserError(
             f"no device of platform {asked!r} here{reason}; choose another with --platform "
             "(cpu, gpu, tpu), or install jax for it: jax[cuda13], jax[tpu]"

@@ -40,7 +40,7 @@ class Meter:
     def __init__(
         self, schedule: optax.Schedule, flops_per_prediction: float, devices: list[jax.Device], dtype: str
     ) -> None:
-        self._schedule, self._flops_per_target = schedule, flops_per_prediction
+        self._schedule, self._flops_per_prediction = schedule, flops_per_prediction
         self._devices, self._dtype = devices, dtype
         self._pending: collections.deque[tuple[int, Mapping[str, jax.Array], np.ndarray]] = collections.deque()
         self._in_row = 0
@@ -50,6 +50,11 @@ class Meter:
     def push(self, step: int, metrics: Mapping[str, jax.Array], examples: np.ndarray) -> None:
         """Take the metrics of a step that was just dispatched to the devices."""
         self._pending.append((step, metrics, examples))
+
+    @property
+    def skipped_in_row(self) -> int:
+        """How many of the newest updates that were read were skipped."""
+        return self._in_row
 
     def pause(self) -> None:
         """Exclude the time until the next step from the speed."""
@@ -61,7 +66,8 @@ class Meter:
             step, metrics, examples = self._pending.popleft()
             values: dict[str, float | None] = {k: float(v) for k, v in jax.device_get(metrics).items()}
             self._in_row = self._in_row + 1 if values.pop("skipped") else 0
-            values["learning_rate"] = float(self._schedule(step - 1))
+            # A skipped update leaves the schedule where it is.
+            values["learning_rate"] = float(self._schedule(int(values.pop("updates") or 0)))
             # Read while the next step runs, successive metrics arrive one step time apart. The last ones before a
             # pause are read at once, so their times mean nothing.
             if keep:
@@ -82,5 +88,5 @@ class Meter:
         if not self._seconds_per_token:
             return {"tokens_per_second": None, "mfu": None}
         speed = 1 / self._seconds_per_token
-        mfu = utilization(speed * self._flops_per_target, self._devices, self._dtype)
+        mfu = utilization(speed * self._flops_per_prediction, self._devices, self._dtype)
         return {"tokens_per_second": speed, "mfu": mfu}

@@ -59,13 +59,17 @@ class TensorBoardWriter:
 class WandbWriter:
     """A Weights & Biases run that continues under the same id when the run resumes."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, run_id: str) -> None:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError("log.wandb_project: wandb is not installed; pip install wandb") from None
         self._run = wandb.init(
-            project=config.log.wandb_project, name=config.name, id=config.name, resume="allow", config=to_data(config)
+            project=config.log.wandb_project,
+            name=config.name,
+            id=f"{config.name}-{run_id}",
+            resume="allow",
+            config=to_data(config),
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -76,9 +80,14 @@ class WandbWriter:
 
 
 class MetricLog:
-    """All writers of a run together, as a context manager. Names are `train/loss`, `eval/bits_per_byte` and so on."""
+    """All writers of a run together, as a context manager. Names are `train/loss`, `eval/bits_per_byte` and so on.
 
-    def __init__(self, config: RunConfig, directory: Path, start_step: int) -> None:
+    Args:
+        start_step: the step after which the run begins or resumes.
+        run_id: by which a service recognises the run when it resumes, and no other run of the same name.
+    """
+
+    def __init__(self, config: RunConfig, directory: Path, start_step: int, run_id: str) -> None:
         log: LogConfig = config.log
         self._writers: list[Writer] = []
         if not is_first():
@@ -87,7 +96,7 @@ class MetricLog:
         if log.tensorboard:
             self._writers.append(TensorBoardWriter(directory / "tensorboard", start_step))
         if log.wandb_project:
-            self._writers.append(WandbWriter(config))
+            self._writers.append(WandbWriter(config, run_id))
 
     def write(self, step: int, group: str, values: dict[str, Any]) -> None:
         """Record `values` as `group/name`; None is left out."""

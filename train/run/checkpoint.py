@@ -1,18 +1,14 @@
-"""Checkpoints: a run's state with everything needed to resume from it, or to use it elsewhere.
+"""Writes the checkpoints of a run: its state, with everything needed to resume from it, or to use it elsewhere.
 
-A checkpoint holds three items: `params` (the parameters, or their moving average, for use), `state` (the whole TrainState,
-to resume), and `meta` (step, config, tokenizer, versions). orbax writes it to a temporary folder and renames it last, so a
-kill at any moment leaves the previous one whole.
+orbax writes each to a temporary folder in the background. The hashes of its files are stored in it, all of it is synced to the
+disk, and only then is it renamed: a kill at any moment leaves the previous one whole, and a later change does not pass unseen.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,181 +17,97 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from train.config import RunConfig, difference, parse, to_data
 from train.config.sections import CheckpointConfig
-from train.run.selection import Selection, ranking_key
+from train.parallel.processes import process_zero_first
+from train.run.integrity import HashedTemporaryPath
 from train.run.state import TrainState
-from train.versions import versions
-from transformer.errors import UserError
+from train.run.stored import AVERAGE, META, PARAMS, STATE, STEP, STORED, StoredCheckpoints, rank, restore
+from transformer.errors import UserError, first_line
 from transformer.pipeline import in_order
 
-RESUMABLE = (
-    *("name:", "run_dir:", "steps:", "max_skipped:", "data.num_workers:", "data.prefetch:"),
-    *("evaluation.", "checkpoint.", "log.", "sample.", "mesh."),
-)
-"""Config fields that may differ between a checkpoint and the run that resumes from it.
-
-Only `steps` affects what is computed; it may be raised to continue training, which also extends the schedule.
-"""
-
-_BACKEND = re.compile(r"model\.(attention|pattern\.\d+)\.backend:")
-
-_STORED = {"loss": "nll"}
-"""Metrics whose names on disk differ."""
-_STEP = "step"
-"""The other names on disk."""
+DAMAGED = "damaged"
+"""The folder of a run for checkpoints that were set aside."""
 _SMALL = 2**20
 """Bytes below which an array is written by one device."""
 
 
-def is_resumable(difference: str) -> bool:
-    """Whether a difference between two configs is allowed between a checkpoint and the run that resumes it."""
-    return difference.startswith(RESUMABLE) or _BACKEND.match(difference) is not None
-
-
 class Checkpoints:
-    """The checkpoints of one run, newest last. Use it as a context manager: leaving it waits for what is being written.
+    """The checkpoints of a run that is trained, newest last. Use it as a context manager: leaving it waits for what is being
+    written. Newest ones that are damaged are set aside first.
 
     Args:
         directory: the run's folder.
-        config: how many to keep.
+        config: how many to keep, and which one is best.
+
+    Raises:
+        UserError: all there are are damaged, or the folder cannot be written.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig | None = None) -> None:
+    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         policies = ocp.checkpoint_managers
-        keep = None if config is None else config.keep
-        self._config = config
+        self._best_by = config.best
         options = ocp.CheckpointManagerOptions(
-            best_fn=self._ranking_key,
+            best_fn=self._rank,
             preservation_policy=policies.AnyPreservationPolicy(
                 [
-                    policies.LatestN(keep),
-                    policies.BestN(
-                        get_metric_fn=self._ranking_key,
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
+                    policies.LatestN(config.keep),
+                    policies.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False),
                 ]
             ),
-            read_only=config is None,
-            save_interval_steps=0 if config is None else 1,
-            create=config is not None,
-            cleanup_tmp_directories=config is not None,
+            save_interval_steps=1,
+            create=True,
+            cleanup_tmp_directories=True,
+            temporary_path_class=HashedTemporaryPath,
         )
-        self.directory = (directory / "checkpoints").absolute()
-        if config is None and not self.directory.is_dir():
-            raise UserError(f"{directory}: no run here (it has no folder `checkpoints`)")
-        quiet = _without_warnings() if config is None else contextlib.nullcontext()
-        with _disk_errors(self), quiet:
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with _disk_errors(self):
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._stored = StoredCheckpoints(directory)
+            with process_zero_first("checkpoints"):
+                set_aside_damaged(self._stored)
+            self._manager = ocp.CheckpointManager(self._stored.directory.absolute(), options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            with _disk_errors(self):
-                self._manager.close()
-        elif isinstance(error, Exception):
-            # The error's message may name the checkpoint being written as the one to resume from; its own error adds nothing.
-            with contextlib.suppress(Exception):
-                self._manager.close()
+        with _disk_errors(self, quiet=error is not None):
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
-    @property
-    def steps(self) -> list[int]:
-        """Steps of all whole checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
-
-    @property
-    def best(self) -> int | None:
-        """Step of the best checkpoint by `checkpoint.best`, among those written right after an evaluation."""
-        step = self._manager.best_step()
-        # Checkpoints written while another metric decided may lack this one.
-        known = None if step is None else self._manager.metrics(step)
-        return step if known is not None and _STORED.get(self._best_by, self._best_by) in known else None
-
-    def _ranking_key(self, metrics: Mapping[str, float]) -> tuple[float, float]:
-        first_names = {stored: name for name, stored in _STORED.items()}
-        values = {first_names.get(name, name): value for name, value in metrics.items()}
-        # Of equal values the first is the best.
-        return ranking_key(self._best_by, values), -values.get(_STEP, 0)
-
-    @functools.cached_property
-    def _best_by(self) -> str:
-        """The metric by which checkpoints are compared: the config's, or the run's own if it is only read."""
-        if self._config is not None:
-            return self._config.best
-        return self.meta(self.steps[-1])["config"]["checkpoint"].get("best", "loss")
-
-    def save(
-        self,
-        state: TrainState,
-        step: int,
-        config: RunConfig,
-        tokenizer: dict[str, str],
-        values: Mapping[str, float] | None,
-        *,
-        labels: Sequence[str] = (),
-        selection: Selection | None = None,
-    ) -> None:
+    def save(self, state: TrainState, step: int, meta: Mapping[str, Any], values: Mapping[str, float] | None) -> None:
         """Write in the background; returns once the arrays are copied off the devices.
 
         Args:
-            tokenizer: its files by name, so that a checkpoint is enough to generate.
+            meta: what the run is, as JSON values.
             values: held-out loss and metrics at this step, on the batches by which checkpoints are compared, if they were
                 evaluated.
-            labels: the names of the classes, or tags, that the model predicts.
-            selection: the best evaluation so far.
 
         Raises:
             UserError: the disk is full or read-only, now or while the previous checkpoint was written.
         """
         # On disk a stack has its layers in order, whatever the mesh.
         state = jax.tree.map(_one_copy, in_order(state))
-        meta = {
-            "step": step,
-            "config": to_data(config),
-            "tokenizer": tokenizer,
-            "labels": list(labels),
-            "selection": None if selection is None else dataclasses.asdict(selection),
-            "versions": versions(),
-        }
-        stored = {_STORED.get(name, name): value for name, value in (values or {}).items()}
-        with _disk_errors(self):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params if state.ema is None else state.ema),
-                    state=ocp.args.StandardSave(state),
-                    meta=ocp.args.JsonSave(meta),
-                ),
-                metrics=None if values is None else stored | {_STEP: step},
-            )
+        items = {PARAMS: state.params, STATE: _without_params(state)}
+        items |= {} if state.ema is None else {AVERAGE: state.ema}
+        stored = {STORED.get(name, name): value for name, value in (values or {}).items()}
+        self._save(step, items, meta, None if values is None else stored | {STEP: step})
 
-    def save_params(
-        self, params: nnx.State, config: RunConfig, tokenizer: dict[str, str], source: str, labels: Sequence[str] = ()
-    ) -> None:
-        """Write parameters that were trained elsewhere, as step 0, and wait until they are written.
-
-        Args:
-            source: where they come from.
-            labels: as in `save`.
-        """
-        meta = {
-            "step": 0, "config": to_data(config), "tokenizer": tokenizer, "labels": list(labels),
-            "versions": versions(), "source": source,
-        }  # fmt: skip
-        params = jax.tree.map(_one_copy, params)
-        with _disk_errors(self):
-            self._manager.save(
-                0, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
-            )
+    def save_params(self, params: nnx.State, meta: Mapping[str, Any]) -> None:
+        """Write parameters that were trained elsewhere, as step 0, and wait until they are written. Raises as `save`."""
+        self._save(0, {PARAMS: jax.tree.map(_one_copy, params)}, meta, None)
         self.wait()
+
+    def _save(
+        self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any], scores: Mapping[str, float] | None
+    ) -> None:
+        arguments: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        arguments[META] = ocp.args.JsonSave(dict(meta))
+        with _disk_errors(self):
+            self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=scores)
 
     def wait(self) -> None:
         """Block until the newest checkpoint is written."""
@@ -203,36 +115,42 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The metadata that `save` stored next to the arrays."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        """What the run is, as `save` stored it."""
+        return self._stored.meta(step)
 
-    def restore(self, step: int, abstract: TrainState, config: RunConfig) -> TrainState:
-        """The state of `step`, laid out as `abstract` says, whatever mesh it was written from.
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of `step`, laid out as `abstract` says, whatever mesh it was written from."""
+        folder = self._stored.folder(step)
+        params = restore(folder / PARAMS, abstract.params)
+        average = None if abstract.ema is None else restore(folder / AVERAGE, abstract.ema)
+        return dataclasses.replace(restore(folder / STATE, _without_params(abstract)), params=params, ema=average)
 
-        Raises:
-            UserError: the checkpoint belongs to another config; the fields that differ are named.
-        """
-        meta = self.meta(step)
-        if "source" in meta:
-            raise UserError(
-                f"{self.directory.parent}: holds imported weights ({meta['source']}), not a resumable run; name it "
-                "in init_from and train in another folder"
-            )
-        # A field that an older version lacks takes its default, which is the behaviour of that version.
-        stored = to_data(parse(meta["config"], f"{self.directory.parent}: the config of step {step}"))
-        changed = [line for line in difference(stored, to_data(config)) if not is_resumable(line)]
-        if changed:
-            raise UserError(
-                f"{self.directory.parent}: its checkpoint at step {step} was made with a different config: "
-                f"{'; '.join(changed)}. Undo the change, or start a new run with --run-dir FOLDER"
-            )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
-        return self._manager.restore(step, args=args)["state"]
+    def _rank(self, metrics: Mapping[str, float]) -> tuple[float, float]:
+        return rank(self._best_by, metrics)
 
-    def restore_params(self, step: int, abstract: nnx.State) -> nnx.State:
-        """The parameters to use (their moving average, where the run keeps one), laid out as `abstract` says."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
-        return self._manager.restore(step, args=args)["params"]
+
+def set_aside_damaged(stored: StoredCheckpoints) -> None:
+    """Move the newest checkpoints out of the way as long as they are damaged, with a line for each.
+
+    Raises:
+        UserError: none is left.
+    """
+    steps, moved = stored.steps, []
+    while steps and (found := stored.damage(steps[-1])) is not None:
+        step = steps.pop()
+        place = stored.run / DAMAGED / str(step)
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(exist_ok=True)
+        stored.folder(step).rename(place)
+        moved.append(f"the checkpoint of step {step} is damaged ({found}); it was moved to {place}")
+    if moved and not steps:
+        raise UserError(f"{'; '.join(moved)}; no other is left. Start a new run with --run-dir FOLDER")
+    for line in moved:
+        print(f"{stored.run}: {line}, and that of step {steps[-1]} is the newest")
+
+
+def _without_params(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, params=nnx.State({}), ema=None)
 
 
 def _one_copy(array: jax.Array) -> jax.Array:
@@ -248,21 +166,27 @@ def _one_copy(array: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass
 class _disk_errors:
-    """Turn a full or read-only disk into a `UserError` that names the last good checkpoint."""
+    """Turn a full or read-only disk into a `UserError` that names the last good checkpoint.
+
+    `quiet` drops errors: one that is on its way may name the checkpoint being written, and its own error adds nothing.
+    """
 
     checkpoints: Checkpoints
+    quiet: bool = False
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if self.quiet and isinstance(error, Exception):
+            return True
         if error is None or not is_disk_error(error):
-            return
+            return False
         manager = getattr(self.checkpoints, "_manager", None)
         last = None if manager is None else manager.latest_step()
         good = "there is no earlier one" if last is None else f"the one of step {last} is intact"
         raise UserError(
-            f"{self.checkpoints.directory}: cannot write a checkpoint ({_first_line(error)}); {good}. "
+            f"{self.checkpoints._stored.directory}: cannot write a checkpoint ({first_line(error)}); {good}. "
             "Free some space or choose another --run-dir, then run the same command again to resume"
         ) from None
 
@@ -276,19 +200,3 @@ def is_disk_error(error: BaseException) -> bool:
             return True
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Orbax warns that a folder that is opened to read is opened to read."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -33,7 +33,7 @@ def draw(runs: Sequence[tuple[str, Curves]], out: Path) -> None:
 
     names = shared_curves([curves for _, curves in runs])
     if not names:
-        raise UserError(f"--out: {' and '.join(name for name, _ in runs)}: no common metric to draw")
+        raise UserError(f"{' and '.join(name for name, _ in runs)}: no common metric to draw")
     figure = Figure(figsize=(6 * min(len(names), 2), 3.2 * -(-len(names) // 2)), layout="constrained")
     grid = figure.subplots(-(-len(names) // 2), min(len(names), 2), squeeze=False)
     for axes in grid.flat[len(names) :]:
@@ -51,5 +51,5 @@ def draw(runs: Sequence[tuple[str, Curves]], out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out)
     except (OSError, ValueError) as error:
-        raise UserError(f"--out: {out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     print(f"curves    {out}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,28 +12,31 @@ import numpy as np
 import optax
 from flax import nnx
 
-from train.config import RunConfig, difference, dump, to_data
+from train.config import RunConfig, to_data
+from train.config.changes import check_allowed
 from train.data.loader import Batches, prefetch_to_device, train_batches
-from train.data.prepared.prepare import check_vocabulary, prepare
+from train.data.prepared.prepare import prepare
 from train.data.prepared.store import Prepared
-from train.files import Busy, locked, writing
 from train.loss import Batch
 from train.optimizer import make_schedule
 from train.parallel.mesh import check_batch, make_mesh, shard_batch, use_mesh
-from train.parallel.processes import any_process, gathered, is_first, one_log, process_zero_first, report_lost_peers
+from train.parallel.processes import any_process, is_first, one_log, process_zero_first, report_lost_peers
 from train.parallel.runtime import GracefulStop
 from train.report.display import Display
 from train.report.meter import Meter, Reading
 from train.report.metrics import MetricLog
 from train.report.sample import make_sampler
+from train.run.begin import agree_on, alone_in, check_data
 from train.run.checkpoint import Checkpoints
 from train.run.evaluate import Evaluation, Evaluator, Scores
+from train.run.identity import check_same_run, describe_data, tokenizer_files
 from train.run.init_from import begin_from, check_begin
 from train.run.program import Program, flops_per_prediction
-from train.run.run_files import tokenizer_files, write_origin
-from train.run.selection import Selection, check_selection, is_selective
+from train.run.run_files import finished_step, write_finished, write_run_files
+from train.run.selection import Selection, is_selective
 from train.run.state import TrainState
 from train.translation import TextTranslator
+from train.versions import versions
 from transformer.errors import UserError
 
 
@@ -51,25 +53,28 @@ class Finished:
     """The one that interrupted this process, if one did."""
 
 
-def train(config: RunConfig, *, profile: tuple[int, int] | None = None) -> Finished:
+def train(config: RunConfig, *, profile: tuple[int, int] | None = None, allow_changed: Sequence[str] = ()) -> Finished:
     """Train from a config, or resume from the newest checkpoint in the run's folder.
 
     Args:
         profile: first and last step to trace for TensorBoard or Perfetto.
+        allow_changed: fields and sections of the config that may differ from the checkpoint's though what follows is computed
+            in another way, such as `optimizer.learning_rate`; `data` permits other data too.
 
     Raises:
         UserError: anything that the user can fix; raised before the first step where possible.
         SystemExit: other processes of the run are lost; a line reports it.
     """
+    check_allowed(config, allow_changed)
     with one_log(), report_lost_peers(config.directory):
-        _agree_on(config)
-        with _alone_in(config.directory):
-            return _train(config, profile)
+        agree_on(config)
+        with alone_in(config.directory):
+            return _train(config, profile, allow_changed)
 
 
-def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
+def _train(config: RunConfig, profile: tuple[int, int] | None, allow_changed: Sequence[str]) -> Finished:
     if profile is not None and profile[0] > config.steps:
-        raise UserError(f"--profile: step {profile[0]} is after the last one, {config.steps}")
+        raise UserError(f"profile: step {profile[0]} is after the last one, {config.steps}")
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
     check_begin(config)
@@ -84,16 +89,14 @@ def _train(config: RunConfig, profile: tuple[int, int] | None) -> Finished:
                     f"{config.directory}: this run is already at step {done}, and steps is {config.steps}; "
                     f"set steps to {done} or more, or start another run with --run-dir"
                 )
-            state = run.start(checkpoints)
-            if done == config.steps or (done is not None and run.selection.is_over(config.evaluation.patience)):
+            state = run.start(checkpoints, allow_changed)
+            over = done == config.steps or (done is not None and run.selection.is_over(config.evaluation.patience))
+            if done is not None and over and finished_step(config.directory) == done:
                 more = "steps" if done == config.steps else "evaluation.patience"
                 print(f"{config.directory}: already finished at step {done}; raise {more} to continue")
                 return Finished(config.directory, done, None, False)
-            if is_first():
-                with writing(config.directory):
-                    (config.directory / "config.yaml").write_text(dump(config), encoding="utf-8")
-                    write_origin(config.directory, prepared)
-            return run.loop(state, checkpoints, stop, profile)
+            run_id = write_run_files(config, prepared) if is_first() else ""
+            return run.loop(state, checkpoints, stop, profile, run_id)
 
 
 class Run:
@@ -109,17 +112,30 @@ class Run:
             if config.objective.translates and prepared.validation:
                 self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
             self.sampler = make_sampler(config, prepared, self.translator)
-        self.tokenizer_files = tokenizer_files(prepared, config.directory / "tokenizer")
+        self.identity = {
+            "config": to_data(config),
+            "tokenizer": tokenizer_files(prepared),
+            "labels": list(prepared.meta.labels),
+            "data": describe_data(prepared),
+            "versions": versions(),
+        }
         self.held_out = Evaluator(config, prepared, self.program, self.translator) if prepared.validation else None
         self.selection = Selection(config.checkpoint.best)
         self.flops_per_prediction = flops_per_prediction(config, prepared, self.program)
 
-    def start(self, checkpoints: Checkpoints) -> TrainState:
-        """A fresh state, with another run's weights if the config names one; or the state of the newest checkpoint."""
-        if checkpoints.latest is not None:
-            stored = checkpoints.meta(checkpoints.latest).get("selection")
-            self.selection = Selection.from_data(self.config.checkpoint.best, stored)
-            return checkpoints.restore(checkpoints.latest, self.program.abstract, self.config)
+    def start(self, checkpoints: Checkpoints, allow_changed: Sequence[str] = ()) -> TrainState:
+        """A fresh state, with another run's weights if the config names one; or the state of the newest checkpoint.
+
+        Raises:
+            UserError: the checkpoint is that of another run, or of this one with changes that are not allowed.
+        """
+        if (step := checkpoints.latest) is not None:
+            meta = checkpoints.meta(step)
+            owner = f"{self.config.directory}: the checkpoint of step {step}"
+            for line in check_same_run(meta, self.config, self.prepared, allow_changed, owner):
+                print(f"{self.config.name}: changed since step {step}: {line}")
+            self.selection = Selection.from_data(self.config.checkpoint.best, meta["selection"])
+            return checkpoints.restore(step, self.program.abstract)
         state = self.program.init()
         if self.config.init_from is None:
             return state
@@ -128,23 +144,30 @@ class Run:
         return self.program.init(params)
 
     def loop(
-        self, state: TrainState, checkpoints: Checkpoints, stop: GracefulStop, profile: tuple[int, int] | None
+        self,
+        state: TrainState,
+        checkpoints: Checkpoints,
+        stop: GracefulStop,
+        profile: tuple[int, int] | None,
+        run_id: str,
     ) -> Finished:
-        """Step until the end, a signal, or too many skipped updates."""
+        """Step until the end, a signal, or too many skipped updates; then make the results that are not there yet."""
         config, start = self.config, int(state.step)
+        # A run that was stopped after its last step has no more to take.
+        last = start if self.selection.is_over(config.evaluation.patience) else config.steps
         host = self._host_batches()
         batches = prefetch_to_device(host.iterate(start), self._to_device)
         meter = Meter(self.schedule, self.flops_per_prediction, list(self.mesh.devices.flat), config.model.dtype)
         values, step = None, start
         with (
-            MetricLog(config, config.directory, start) as log,
+            MetricLog(config, config.directory, start, run_id) as log,
             contextlib.closing(batches),
             Display(config.steps, start, unit=config.objective.unit) as display,
         ):
             display.say(self._headline(state, start))
             if padding := _padding(host):
                 display.say(padding)
-            for step in range(start + 1, config.steps + 1):
+            for step in range(start + 1, last + 1):
                 examples, batch = next(batches)
                 if profile is not None and start < profile[0]:
                     _trace(profile, step, config.directory, display)
@@ -173,7 +196,7 @@ class Run:
                     self.sample(state, display)
                 if self.selection.is_over(config.evaluation.patience):
                     break
-                if saves:
+                if saves and not meter.skipped_in_row:
                     self._save(checkpoints, state, step, values)
                 if any_process(stop.requested, step):
                     break
@@ -188,16 +211,18 @@ class Run:
                     found = self._evaluate(state, step, display, log, None, stop)
                     interrupted, values = found is None, values if found is None else found.selection
             finally:
-                # The steps are kept whatever happens to the last evaluation.
-                if checkpoints.latest != step:
+                # The steps are kept whatever happens to the last evaluation, unless the newest ones changed nothing.
+                if checkpoints.latest != step and not meter.skipped_in_row:
                     self._save(checkpoints, state, step, values)
                     checkpoints.wait()
-            self._farewell(state, step, found, interrupted, display, log)
+            if meter.skipped_in_row and not interrupted:
+                raise UserError(f"step {step}: {self._not_finite(meter.skipped_in_row, checkpoints)}")
+            self._farewell(state, step, found, interrupted, display, log, checkpoints)
         return Finished(config.directory, step, None if found is None else found.scores, interrupted, stop.number)
 
     def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, values: Mapping[str, float] | None) -> None:
-        labels, selection = self.prepared.meta.labels, self.selection
-        checkpoints.save(state, step, self.config, self.tokenizer_files, values, labels=labels, selection=selection)
+        meta = {"step": step, **self.identity, "selection": dataclasses.asdict(self.selection)}
+        checkpoints.save(state, step, meta, values)
 
     def sample(self, state: TrainState, display: Display) -> None:
         """Show the current model's continuation of the config's prompt, or its translations of held-out sentences."""
@@ -257,18 +282,24 @@ class Run:
                 f"update skipped ({done.skipped_in_row} in a row)"
             )
         if done.skipped_in_row >= self.config.max_skipped:
-            good = checkpoints.latest
-            kept = "no checkpoint was written yet" if good is None else f"the last good checkpoint is at step {good}"
-            raise UserError(
-                f"step {done.step}: {done.skipped_in_row} updates in a row were not finite, the last on examples "
-                f"{_compact(done.examples)}; {kept} in {self.config.directory}. Lower optimizer.learning_rate or set "
-                "optimizer.clip_norm"
-            )
+            examples = f", the last on examples {_compact(done.examples)}"
+            raise UserError(f"step {done.step}: {self._not_finite(done.skipped_in_row, checkpoints, examples)}")
+
+    def _not_finite(self, count: int, checkpoints: Checkpoints, examples: str = "") -> str:
+        # None is written while updates are skipped, so that the newest is from before the first of them.
+        good = checkpoints.latest
+        kept = "no checkpoint was written before" if good is None else f"the last good checkpoint is at step {good}"
+        return (
+            f"{count} updates in a row were not finite{examples}; {kept} in {self.config.directory}. Resume with a lower"
+            " optimizer.learning_rate or with optimizer.clip_norm, and --allow-changed optimizer"
+        )
 
     def _headline(self, state: TrainState, start: int) -> str:
         devices = self.mesh.devices.size
         kind = self.mesh.devices.flat[0].device_kind
         begins = f"resuming after step {start}" if start else "starting"
+        if start == self.config.steps or self.selection.is_over(self.config.evaluation.patience):
+            begins = f"all steps are done, {start}; making the results"
         counted = self.program.trained.counted(state.params)
         return (
             f"{self.config.name}: {begins}; {counted} on {devices} × {kind} ({self.config.mesh.strategy}); "
@@ -283,11 +314,19 @@ class Run:
         interrupted: bool,
         display: Display,
         log: MetricLog,
+        checkpoints: Checkpoints,
     ) -> None:
         config, directory = self.config, self.config.directory
         if interrupted:
-            how = "Run the same command again to resume" if step < config.steps else "All steps are done"
-            display.say(f"stopped after step {step}; the state is saved in {directory}. {how}")
+            saved = (
+                "state"
+                if checkpoints.latest == step
+                else f"state of step {checkpoints.latest or 0}, before skipped updates,"
+            )
+            how = "to resume" if step < config.steps else "for the results; all steps are done"
+            display.say(
+                f"stopped after step {step}; the {saved} is saved in {directory}. Run the same command again {how}"
+            )
             return
         if step < config.steps:
             display.say(f"stopped early: {self.selection}")
@@ -301,6 +340,8 @@ class Run:
             if self.held_out.task is not None and is_first():
                 for line in self.held_out.task.finish(found.predictions, directory):
                     display.say(line)
+        if is_first():
+            write_finished(directory, step)
         display.say(f"finished; {config.objective.next_step(directory)}")
 
 
@@ -320,42 +361,6 @@ def _padding(batches: Batches) -> str | None:
     return f"padding: {wastes['source']:.1%} of the source's positions, {wastes['target']:.1%} of the target's"
 
 
-def check_data(config: RunConfig, prepared: Prepared) -> None:
-    """Raise a `UserError` unless the data fits the model and the objective."""
-    source_vocab_size = getattr(config.model, "source_vocab_size", None)
-    inserted = config.objective.largest_inserted(prepared.tokenizer)
-    if source_vocab_size is None:
-        check_vocabulary(prepared, config.model.vocab_size, inserted=inserted)
-    else:
-        check_vocabulary(prepared, source_vocab_size, target_vocab_size=config.model.vocab_size, inserted=inserted)
-    config.objective.check_data(prepared, config.sequence_length)
-    config.objective.check_classes(prepared, config.model)
-    check_selection(config, prepared)
-
-
-@contextlib.contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    """Make the folder, and keep a second process from training in it; a run that is refused leaves no folder."""
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    lock, refused = directory / f".lock-{jax.process_index()}", False
-    try:
-        with locked(lock):
-            try:
-                yield
-            finally:
-                if refused := not (directory / "config.yaml").exists():
-                    lock.unlink(missing_ok=True)
-    except Busy:
-        raise UserError(f"{directory}: another process is training here; choose another --run-dir") from None
-    finally:
-        if refused:
-            # A folder that holds something else stays.
-            for folder in (directory / "checkpoints", directory):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-
-
 def _trace(profile: tuple[int, int], step: int, directory: Path, display: Display) -> None:
     if step == profile[0]:
         jax.profiler.start_trace(str(directory / "profile"), create_perfetto_trace=True)
@@ -371,18 +376,3 @@ def _due(step: int, every: int) -> bool:
 def _compact(examples: np.ndarray) -> str:
     ids = examples.tolist()
     return ", ".join(map(str, ids[:16])) + (" ..." if len(ids) > 16 else "")
-
-
-def _agree_on(config: RunConfig) -> None:
-    """Raise a `UserError` in every process unless all have the same config."""
-    if jax.process_count() == 1:
-        return
-    texts = gathered(json.dumps(to_data(config), sort_keys=True))
-    others = {index: text for index, text in enumerate(texts) if text != texts[0]}
-    if others:
-        index, text = next(iter(others.items()))
-        changed = difference(json.loads(texts[0]), json.loads(text))
-        raise UserError(
-            f"processes {', '.join(map(str, others))} have a different config from process 0; process {index}: "
-            f"{'; '.join(changed)}. Start all with the same config and overrides"
-        )

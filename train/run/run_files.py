@@ -5,29 +5,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import tempfile
+import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
-from train.config import RunConfig, parse
+from train.config import RunConfig, dump, parse
+from train.data.prepared.content import Content
 from train.data.prepared.store import Prepared
 from train.data.tokenization.tokenizer import Tokenizer
-from train.files import writing
+from train.files import write_whole, writing
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
-from train.run.checkpoint import Checkpoints
+from train.run.identity import load_tokenizers, tokenizer_files
 from train.run.state import abstract_params
+from train.run.stored import AVERAGE, META, METRICS, PARAMS, StoredCheckpoints
 from train.versions import versions
 from transformer.errors import UserError
 from transformer.layers.adapter import merged
 from transformer.models.adapted import make_adapted
 from transformer.models.families import make_model
 
-_TARGET = "target/"
-"""Prefix of the files of a separate target tokenizer."""
 _ORIGIN = "origin.json"
+_FINISHED = "finished.json"
+_USED = (PARAMS, AVERAGE, META, METRICS)
+"""The parts of a checkpoint that using a model needs."""
 
 NO_SCORES = ("eval/selection_loss", "eval/tokens", "eval/pairs")
 """What an evaluation records in addition to its scores."""
@@ -61,49 +65,65 @@ def load_run(run: Path, step: str = "best", *, like: RunConfig | None = None, me
     Raises:
         UserError: no such run or checkpoint.
     """
-    with Checkpoints(run) as checkpoints:
-        number = _choose(checkpoints, run, step)
-        meta = checkpoints.meta(number)
-        config = parse(meta["config"], f"{run}, step {number}")
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in meta["tokenizer"].items():
-                path = Path(folder, name)
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-            tokenizer = Tokenizer.load(Path(folder))
-            target = Path(folder, _TARGET)
-            target_tokenizer = Tokenizer.load(target) if target.is_dir() else tokenizer
-        placed = MeshConfig(strategy="fsdp" if config.mesh.slices_parameters else "dp") if like is None else like.mesh
-        mesh = make_mesh(placed)
-        with use_mesh(mesh, placed.rules):
-            described = abstract_params(functools.partial(make_adapted, config.model, config.adapter), mesh)
-            params = checkpoints.restore_params(number, described)
-            if config.adapter is not None and merge_adapters:
-                plain = abstract_params(functools.partial(make_model, config.model), mesh)
-                layout = jax.tree.map(lambda leaf: leaf.sharding, plain)
-                params = jax.jit(merged, static_argnums=1, out_shardings=layout)(params, config.adapter.scale)
-                config = dataclasses.replace(config, adapter=None)
+    checkpoints = StoredCheckpoints(run)
+    number = _choose(checkpoints, step)
+    meta = checkpoints.meta(number)
+    config = parse(meta["config"], f"{run}, step {number}")
+    tokenizer, target_tokenizer = load_tokenizers(meta["tokenizer"], f"{run}, step {number}")
+    placed = MeshConfig(strategy="fsdp" if config.mesh.slices_parameters else "dp") if like is None else like.mesh
+    mesh = make_mesh(placed)
+    with use_mesh(mesh, placed.rules):
+        described = abstract_params(functools.partial(make_adapted, config.model, config.adapter), mesh)
+        params = checkpoints.restore_params(number, described)
+        if config.adapter is not None and merge_adapters:
+            plain = abstract_params(functools.partial(make_model, config.model), mesh)
+            layout = jax.tree.map(lambda leaf: leaf.sharding, plain)
+            params = jax.jit(merged, static_argnums=1, out_shardings=layout)(params, config.adapter.scale)
+            config = dataclasses.replace(config, adapter=None)
     return LoadedRun(config, tokenizer, target_tokenizer, params, mesh, number, tuple(meta.get("labels", ())))
 
 
-def tokenizer_files(prepared: Prepared, directory: Path) -> dict[str, str]:
-    """Save the tokenizers in the run's folder, and return their files as text, by name, for its checkpoints."""
+def write_run_files(config: RunConfig, prepared: Prepared) -> str:
+    """Write what a run's folder says about the run, each file whole: its config, its tokenizers, and its origin.
+
+    Returns:
+        The run's id, which stays the same for as long as its folder is there.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    directory, content = config.directory, Content.of(prepared)
+    origin: dict[str, Any] = {
+        "id": (read_origin(directory) or {}).get("id", secrets.token_hex(4)),
+        "data": content.digest,
+        "versions": versions(),
+    }
+    texts = {f"tokenizer/{name}": text for name, text in tokenizer_files(prepared).items()}
+    texts |= {_ORIGIN: json.dumps(origin, indent=2) + "\n", "config.yaml": dump(config)}
     with writing(directory):
-        prepared.tokenizer.save(directory)
-        if prepared.own_target_tokenizer is not None:
-            prepared.own_target_tokenizer.save(directory / _TARGET)
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+        for name, text in texts.items():
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
+    return origin["id"]
 
 
-def write_origin(directory: Path, prepared: Prepared) -> None:
-    """Record a run's origin in its folder, in addition to its config: the data's fingerprint, and versions of packages."""
-    origin = {"data": prepared.meta.fingerprint, "versions": versions()}
-    (directory / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+def write_finished(directory: Path, step: int) -> None:
+    """Record that all results of a run whose last step is `step` are there. Raises `UserError` if it cannot be written."""
+    with writing(directory):
+        write_whole(directory / _FINISHED, json.dumps({"step": step}) + "\n")
+
+
+def finished_step(directory: Path) -> int | None:
+    """The last step of a run whose results are all there; None if any is missing."""
+    try:
+        return json.loads((directory / _FINISHED).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_origin(directory: Path) -> dict[str, Any] | None:
-    """What `write_origin` wrote; None without a record."""
+    """The run's own id, a digest of its data, and versions of packages; None without a record."""
     path = directory / _ORIGIN
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -131,14 +151,22 @@ def read_metrics(directory: Path) -> Curves:
     return curves
 
 
-def _choose(checkpoints: Checkpoints, run: Path, step: str) -> int:
-    steps = checkpoints.steps
+def _choose(checkpoints: StoredCheckpoints, step: str) -> int:
+    """The number of a whole checkpoint: the one that is named, or the newest or best that is not damaged."""
+    run, steps = checkpoints.run, checkpoints.steps
     if not steps:
         raise UserError(f"{run}: this run has no checkpoint yet")
-    if step == "latest":
-        return steps[-1]
-    if step == "best":
-        return steps[-1] if checkpoints.best is None else checkpoints.best
-    if not step.isdecimal() or int(step) not in steps:
-        raise UserError(f"--step: got {step!r}; this run has latest, best, {', '.join(map(str, steps))}")
-    return int(step)
+    if step not in ("latest", "best"):
+        if not step.isdecimal() or int(step) not in steps:
+            raise UserError(f"step: got {step!r}; this run has latest, best, {', '.join(map(str, steps))}")
+        checkpoints.check(int(step), _USED)
+        return int(step)
+    wanted = checkpoints.best if step == "best" else None
+    lines: list[str] = []
+    for number in dict.fromkeys([*([] if wanted is None else [wanted]), *reversed(steps)]):
+        if (found := checkpoints.damage(number, _USED)) is None:
+            for line in lines:
+                print(f"{line}; taking step {number} instead", file=sys.stderr)
+            return number
+        lines.append(f"{checkpoints.folder(number)}: this checkpoint is damaged: {found}")
+    raise UserError(f"{'; '.join(lines)}; no other is left")

@@ -35,7 +35,7 @@ def train_seeds(config: RunConfig, count: int) -> Finished:
         UserError: errors of `train`, too few seeds, or a run without held-out scores.
     """
     if count < 1:
-        raise UserError(f"--seeds: got {count}; allowed: 1 or more")
+        raise UserError(f"seeds: got {count}; allowed: 1 or more")
     found: dict[int, dict[str, float]] = {}
     for seed in range(config.seed, config.seed + count):
         folder = f"seed-{seed}"

@@ -24,6 +24,8 @@ class TrainState:
     """Everything that a step changes. `key` is constant: step s draws from `fold_in(key, s)`."""
 
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    """How many of the steps' updates were skipped. The schedule counts the others."""
     params: nnx.State
     opt_state: optax.OptState
     key: PRNGKeyArray
@@ -55,7 +57,8 @@ def state_maker(
         if params is None:
             params = nnx.state(make_model(nnx.Rngs(params=init_key)), nnx.Param)
         ema = jax.tree.map(jnp.copy, params) if keep_ema else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained.select(params)), train_key, ema)
+        none = jnp.zeros((), jnp.int32)
+        return TrainState(none, none, params, optimizer.init(trained.select(params)), train_key, ema)
 
     return make
 

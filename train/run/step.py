@@ -54,7 +54,7 @@ def make_train_step(
 
     Returns:
         A function whose metrics are float32 scalars: loss, nll (nats per token), grad_norm (before clipping), tokens,
-        skipped.
+        skipped (1 or 0), and the number of earlier updates, by which the schedule counts.
     """
     compute = accumulated(gradient, microbatches, _layout(gradients))
 
@@ -147,8 +147,12 @@ def update(
         "grad_norm": grad_norm,
         "tokens": sums.weight if sums.count is None else sums.count,
         "skipped": 1 - finite.astype(jnp.float32),
+        "updates": (state.step - state.skipped).astype(jnp.float32),
     }
-    changed = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+    changed = dataclasses.replace(
+        state, step=state.step + 1, skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+        params=params, opt_state=opt_state, ema=ema,
+    )  # fmt: skip
     return changed, metrics
 
 

@@ -71,8 +71,8 @@ class MultiplicativeConfig(AlignmentBase):
         if self.kind == "general" or query_dim == memory_dim:
             return None
         return (
-            f"it needs the encoder's states ({memory_dim} wide) as wide as hidden_dim ({query_dim}); "
-            "encoder_dim sets their width in each direction"
+            f"the encoder's states ({memory_dim} wide) are not as wide as hidden_dim ({query_dim}); allowed: 'general', or "
+            "an equal width, which encoder_dim sets for each direction"
         )
 
     def flops(self, query_dim: int, memory_dim: int, length: int) -> float:

@@ -78,13 +78,13 @@ def sparse_attention(
         raise ValueError(f"sparse_attention: q has {N} heads, not a multiple of k's {K} {k_BSKH.shape}")
     scale = H**-0.5 if scale is None else scale
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    wide = widen(q_BTNH).dtype
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=wide).reshape(B, N, T, S) * scale
+    dtype = widen(q_BTNH).dtype
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=dtype).reshape(B, N, T, S) * scale
     weights_BNTS = NORMALIZERS[normalizer](
         scores, None if mask is None else mask.materialize(T, S, batch_size=B, num_heads=N)
     )
     weights = weights_BNTS.astype(v_BSKH.dtype).reshape(B, K, N // K, T, S)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, preferred_element_type=wide).astype(v_BSKH.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH, preferred_element_type=dtype).astype(v_BSKH.dtype)
     return out.reshape(B, T, N, H), weights_BNTS
 
 

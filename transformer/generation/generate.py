@@ -32,7 +32,7 @@ PREFILL_MULTIPLE = 32
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecodeState:
+class GenerationState:
     """The state of a batch between two tokens."""
 
     states: list[State]
@@ -107,7 +107,7 @@ class Generator:
         )
 
     def _chunks(
-        self, params: nnx.State, state: DecodeState, max_tokens: int, chunk: int, sampling: Sampling
+        self, params: nnx.State, state: GenerationState, max_tokens: int, chunk: int, sampling: Sampling
     ) -> Iterator[Int[np.ndarray, "B n"]]:
         unstacked = self._unstack(params)
         for start in range(0, max_tokens, chunk):
@@ -172,7 +172,7 @@ class Generator:
 
     def _prefill_impl(
         self, params: nnx.State, tokens_BT: Array, lengths_B: Array, key: Array, *, max_length: int, sampling: Sampling
-    ) -> DecodeState:
+    ) -> GenerationState:
         model = nnx.merge(self._graphdef, params)
         batch_size, width = tokens_BT.shape
         real_BT = jnp.arange(width) < lengths_B[:, None]
@@ -186,7 +186,7 @@ class Generator:
         if sampling.repetition_penalty != 1:
             rows = jnp.arange(batch_size)[:, None]
             seen_BV = jnp.zeros((batch_size, self.config.vocab_size), bool).at[rows, tokens_BT].max(real_BT)
-        return DecodeState(
+        return GenerationState(
             output.states,
             model.logits(last_B1D)[:, 0],
             jnp.zeros(batch_size, bool),
@@ -226,16 +226,16 @@ class Generator:
         )  # fmt: skip
 
     def _decode_impl(
-        self, params: nnx.State, state: DecodeState, *, num_tokens: int, sampling: Sampling
-    ) -> tuple[DecodeState, Array]:
+        self, params: nnx.State, state: GenerationState, *, num_tokens: int, sampling: Sampling
+    ) -> tuple[GenerationState, Array]:
         model = nnx.merge(self._unstacked_graphdef, params)
         rows = jnp.arange(state.done_B.shape[0])
 
-        def unfinished(carry: tuple[Array, DecodeState, Array]) -> Array:
+        def unfinished(carry: tuple[Array, GenerationState, Array]) -> Array:
             index, state, _ = carry
             return (index < num_tokens) & ~state.done_B.all()
 
-        def step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
+        def step(carry: tuple[Array, GenerationState, Array]) -> tuple[Array, GenerationState, Array]:
             index, state, tokens_Bn = carry
             # The key is derived from the position, so that the text does not depend on how it is divided into chunks.
             keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, cache_lengths(state.states))
@@ -249,7 +249,7 @@ class Generator:
                 done_B = done_B | (token_B == self.end_of_text)
             seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows, token_B].set(True)
             output = model(token_B[:, None], states=state.states)
-            state = DecodeState(output.states, output.logits[:, 0], done_B, seen_BV, state.keys_B)
+            state = GenerationState(output.states, output.logits[:, 0], done_B, seen_BV, state.keys_B)
             return index + 1, state, tokens_Bn.at[:, index].set(token_B)
 
         fill = 0 if self.end_of_text is None else self.end_of_text

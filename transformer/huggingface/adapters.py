@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from transformer.errors import UserError
-from transformer.huggingface.mapping import Layout, Matrix, Path, Rule, Tables, Vector
+from transformer.huggingface.mapping import Layout, Matrix, Path, Tables, TensorRule, Vector
 from transformer.layers.adapter import AdapterConfig
 
 _PREFIX = "base_model.model."
@@ -82,7 +82,7 @@ def to_peft(
             if rule.stacked or not all(path in trained for path in rule.paths):
                 raise UserError(
                     f"{rule.theirs}: adapter.train_also trains it in addition to the adapters, which PEFT supports only for "
-                    "whole modules outside the layers; export with --format hf, which merges all"
+                    "whole modules outside the layers; export the merged model instead of the adapters"
                 )
             modules[module] = None
     for rule in tables.rules:
@@ -115,7 +115,7 @@ def to_peft(
 
 
 def _matrices(
-    rule: Rule, adapted: list[Path], ours: Mapping[Path, Any], module: str
+    rule: TensorRule, adapted: list[Path], ours: Mapping[Path, Any], module: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Name and tensor of each layer's low-rank matrices, and of its norms (DoRA)."""
     held = {path: _held(ours, path) for path in rule.paths}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformer.errors import UserError
 from transformer.huggingface.fields import HFConfigReader
-from transformer.huggingface.mapping import Rule, Tables
+from transformer.huggingface.mapping import Tables, TensorRule
 from transformer.mixers.heads import head_sizes
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.families import ModelConfig
@@ -106,11 +106,11 @@ class Architecture:
         return Differences(OTHER_SETTINGS, found) if found else None
 
 
-def rules_of(*parts: Any) -> tuple[Rule, ...]:
+def rules_of(*parts: Any) -> tuple[TensorRule, ...]:
     """Rules and iterators of rules as one tuple."""
-    found: list[Rule] = []
+    found: list[TensorRule] = []
     for part in parts:
-        found += [part] if isinstance(part, Rule) else list(part)
+        found += [part] if isinstance(part, TensorRule) else list(part)
     return tuple(found)
 
 

@@ -199,7 +199,7 @@ def _candidates(architecture: Architecture, data: Mapping[str, Any], head: str |
         names = [name for name, ours in classes.items() if ours == head]
         if not names:
             heads = ", ".join(sorted({ours for ours in classes.values() if ours})) or "none to choose from"
-            raise UserError(f"--head: got {head!r}; {architecture.model_type} has {heads}")
+            raise UserError(f"head: got {head!r}; {architecture.model_type} has {heads}")
         yield names[0]
         return
     written = data.get("architectures") or [None]

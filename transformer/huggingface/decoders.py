@@ -18,7 +18,7 @@ from transformer.huggingface.fields import (
     rotary_fields,
     rotary_of,
 )
-from transformer.huggingface.mapping import ByHead, Rule, Tables, Vector, fused, linear, norm, table
+from transformer.huggingface.mapping import ByHead, Tables, TensorRule, Vector, fused, linear, norm, table
 from transformer.layers.feed_forward import DenseConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
@@ -27,7 +27,7 @@ _ATTENTION, _FEED_FORWARD = f"{BLOCKS}.attention", f"{BLOCKS}.feed_forward"
 _QKV = [f"{_ATTENTION}.{name}" for name in ("query", "key", "value")]
 
 
-def _head(c: GPTConfig, name: str, tied_to: str) -> tuple[list[Rule], dict[str, str]]:
+def _head(c: GPTConfig, name: str, tied_to: str) -> tuple[list[TensorRule], dict[str, str]]:
     """The output projection, or the tensor that it repeats."""
     weight = f"{name}.weight"
     return ([], {weight: tied_to}) if c.tie_embeddings else (list(linear(name, "head", use_bias=False)), {})
@@ -127,9 +127,11 @@ def _neox_fields(c: GPTConfig) -> dict[str, Any]:
 def _neox_tables(c: GPTConfig) -> Tables:
     layer, has_bias = "gpt_neox.layers.{}", only_mixer(c).bias
     head, copies = _head(c, "embed_out", "gpt_neox.embed_in.weight")
-    qkv = [Rule(f"{layer}.attention.query_key_value.weight", tuple(f"{one}.kernel" for one in _QKV), ByHead())]
+    qkv = [TensorRule(f"{layer}.attention.query_key_value.weight", tuple(f"{one}.kernel" for one in _QKV), ByHead())]
     if has_bias:
-        qkv.append(Rule(f"{layer}.attention.query_key_value.bias", tuple(f"{one}.bias" for one in _QKV), ByHead()))
+        qkv.append(
+            TensorRule(f"{layer}.attention.query_key_value.bias", tuple(f"{one}.bias" for one in _QKV), ByHead())
+        )
     rules = rules_of(
         table("gpt_neox.embed_in", "embed"),
         norm(f"{layer}.input_layernorm", f"{BLOCKS}.attention_norm"),
@@ -240,10 +242,10 @@ def _llama_tables(c: GPTConfig) -> Tables:
     layer, mixer, of_mlp = "model.layers.{}", only_mixer(c), dense_mlp(c).bias
     head, copies = _head(c, "lm_head", "model.embed_tokens.weight")
     projections = zip("qkv", _QKV, strict=True)
-    norms: list[Rule] = []
+    norms: list[TensorRule] = []
     if mixer.qk_norm:
         norms = [
-            Rule(f"{layer}.self_attn.{short}_norm.weight", (f"{_ATTENTION}.{name}_norm.scale",), Vector())
+            TensorRule(f"{layer}.self_attn.{short}_norm.weight", (f"{_ATTENTION}.{name}_norm.scale",), Vector())
             for short, name in (("q", "query"), ("k", "key"))
         ]
     rules = rules_of(

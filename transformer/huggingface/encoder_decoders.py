@@ -7,7 +7,7 @@ from typing import Any
 from transformer.errors import UserError
 from transformer.huggingface.architecture import Architecture, rules_of
 from transformer.huggingface.fields import ACTIVATIONS, GATED, UNTIED, HFConfigReader, dense_mlp, name_of, only_mixer
-from transformer.huggingface.mapping import Row, Rule, Tables, linear, norm, table
+from transformer.huggingface.mapping import Row, Tables, TensorRule, linear, norm, table
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.position import RelativeConfig
 from transformer.mixers.softmax import SoftmaxConfig
@@ -166,7 +166,7 @@ def _marian_tables(c: VaswaniConfig) -> Tables:
             linear(f"{layer}.{one}", f"{blocks}.feed_forward.{name}") for one, name in (("fc1", "up"), ("fc2", "down"))
         ]
         parts.append(norm(f"{layer}.final_layer_norm", f"{blocks}.feed_forward_norm"))
-    parts.append(Rule("final_logits_bias", ("output_bias",), Row()))
+    parts.append(TensorRule("final_logits_bias", ("output_bias",), Row()))
     names = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
     buffers = ("model.*.embed_positions.weight",)
     return Tables(rules_of(*parts), dict.fromkeys(names, "model.shared.weight"), buffers)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformer.huggingface.architecture import Architecture, rules_of
 from transformer.huggingface.fields import ACTIVATIONS, HFConfigReader, dense_mlp, name_of, only_mixer
-from transformer.huggingface.mapping import Rule, Tables, Vector, linear, norm, table
+from transformer.huggingface.mapping import Tables, TensorRule, Vector, linear, norm, table
 from transformer.layers.feed_forward import DenseConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
@@ -40,7 +40,7 @@ def classes(name: str, **more: str) -> dict[str, str]:
 def _body(
     c: BertConfig, prefix: str, *, embeddings: str, layer: str, attention: dict[str, str], feed_forward: tuple[str, str],
     norms: tuple[str, str], skipped: int = 0,
-) -> Iterator[Rule]:  # fmt: skip
+) -> Iterator[TensorRule]:  # fmt: skip
     yield table(f"{prefix}.{embeddings}.word_embeddings", "embed")
     yield table(f"{prefix}.{embeddings}.position_embeddings", "positions", skipped=skipped)
     if c.token_types:
@@ -55,7 +55,7 @@ def _body(
         yield from norm(f"{one}.{theirs}", f"{BLOCKS}.{ours}")
 
 
-def _bert_body(c: BertConfig, prefix: str, skipped: int = 0) -> Iterator[Rule]:
+def _bert_body(c: BertConfig, prefix: str, skipped: int = 0) -> Iterator[TensorRule]:
     inner = {name: f"attention.self.{name}" for name in ("query", "key", "value")}
     return _body(
         c, prefix, embeddings="embeddings", layer="encoder.layer", skipped=skipped,
@@ -64,7 +64,7 @@ def _bert_body(c: BertConfig, prefix: str, skipped: int = 0) -> Iterator[Rule]:
     )  # fmt: skip
 
 
-def _small_heads(c: BertConfig) -> Iterator[Rule]:
+def _small_heads(c: BertConfig) -> Iterator[TensorRule]:
     """Rules for the heads of single tokens, which have the same names in all of these."""
     if c.head.kind == "tokens":
         yield from linear("classifier", "token_head.out")
@@ -72,10 +72,10 @@ def _small_heads(c: BertConfig) -> Iterator[Rule]:
         yield from linear("qa_outputs", "token_head.out")
 
 
-def _masked_head(dense: str, norm_name: str, bias: str) -> Iterator[Rule]:
+def _masked_head(dense: str, norm_name: str, bias: str) -> Iterator[TensorRule]:
     yield from linear(dense, "masked_head.dense")
     yield from norm(norm_name, "masked_head.norm")
-    yield Rule(bias, ("masked_head.bias",), Vector())
+    yield TensorRule(bias, ("masked_head.bias",), Vector())
 
 
 def head_of(
@@ -151,7 +151,7 @@ def _read_bert(theirs: HFConfigReader, head: Any) -> BertConfig:
 
 
 def _bert_tables(c: BertConfig) -> Tables:
-    heads: list[Rule] = list(_small_heads(c))
+    heads: list[TensorRule] = list(_small_heads(c))
     copies = {}
     if c.head.kind in ("masked", "pretraining"):
         names = [f"cls.predictions.{name}" for name in ("transform.dense", "transform.LayerNorm", "bias")]
@@ -197,7 +197,7 @@ def _roberta_fields(c: BertConfig) -> dict[str, Any]:
 
 
 def _roberta_tables(c: BertConfig) -> Tables:
-    heads: list[Rule] = list(_small_heads(c))
+    heads: list[TensorRule] = list(_small_heads(c))
     copies = {}
     if c.head.kind == "masked":
         heads += _masked_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
@@ -260,7 +260,7 @@ def _distilbert_tables(c: BertConfig) -> Tables:
         attention={"query": "attention.q_lin", "key": "attention.k_lin", "value": "attention.v_lin", "out": "attention.out_lin"},
         feed_forward=("ffn.lin1", "ffn.lin2"), norms=("sa_layer_norm", "output_layer_norm"),
     )  # fmt: skip
-    heads: list[Rule] = list(_small_heads(c))
+    heads: list[TensorRule] = list(_small_heads(c))
     copies = {}
     if c.head.kind == "masked":
         heads += _masked_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias")
@@ -296,7 +296,7 @@ def _electra_fields(c: BertConfig) -> dict[str, Any]:
 
 
 def _electra_tables(c: BertConfig) -> Tables:
-    heads: list[Rule] = list(_small_heads(c))
+    heads: list[TensorRule] = list(_small_heads(c))
     copies = {}
     if c.dim_of_embedding != c.embed_dim:
         heads += linear("electra.embeddings_project", "embedding_projection")

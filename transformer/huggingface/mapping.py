@@ -1,6 +1,6 @@
 """Tables that map the parameters of a checkpoint to ours, used in both directions.
 
-A `Rule` names a tensor on both sides, its `Layout` defines how the two are arranged. One rule is for all layers: theirs are
+A `TensorRule` names a tensor on both sides, its `Layout` defines how the two are arranged. One rule is for all layers: theirs are
 numbered, ours have a leading L. L layers, D embed, N heads, H head_dim, I in, O out.
 """
 
@@ -101,7 +101,7 @@ class ByHead(Layout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Table(Layout):
+class TableLayout(Layout):
     """The same on both sides; theirs may begin with rows that are never looked up (RoBERTa's positions)."""
 
     skipped: int = 0
@@ -131,7 +131,7 @@ class Row(Layout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class TensorRule:
     """The correspondence between a tensor of theirs and our parameters.
 
     Args:
@@ -166,35 +166,35 @@ class Tables:
         left_out: patterns of tensors that belong to other heads, or can be computed.
     """
 
-    rules: tuple[Rule, ...]
+    rules: tuple[TensorRule, ...]
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
 
-def linear(theirs: str, ours: str, *, use_bias: bool = True, num_in: int = 1, **options: Any) -> Iterator[Rule]:
+def linear(theirs: str, ours: str, *, use_bias: bool = True, num_in: int = 1, **options: Any) -> Iterator[TensorRule]:
     """A linear layer's weight, and its bias if it has one."""
-    yield Rule(f"{theirs}.weight", (f"{ours}.kernel",), Matrix(num_in, **options))
+    yield TensorRule(f"{theirs}.weight", (f"{ours}.kernel",), Matrix(num_in, **options))
     if use_bias:
-        yield Rule(f"{theirs}.bias", (f"{ours}.bias",), Vector())
+        yield TensorRule(f"{theirs}.bias", (f"{ours}.bias",), Vector())
 
 
-def norm(theirs: str, ours: str, *, use_bias: bool = True, first: int = 0) -> Iterator[Rule]:
+def norm(theirs: str, ours: str, *, use_bias: bool = True, first: int = 0) -> Iterator[TensorRule]:
     """A norm's gain, and its bias if it has one."""
-    yield Rule(f"{theirs}.weight", (f"{ours}.scale",), Vector(), first, 1.0)
+    yield TensorRule(f"{theirs}.weight", (f"{ours}.scale",), Vector(), first, 1.0)
     if use_bias:
-        yield Rule(f"{theirs}.bias", (f"{ours}.bias",), Vector(), first)
+        yield TensorRule(f"{theirs}.bias", (f"{ours}.bias",), Vector(), first)
 
 
-def table(theirs: str, ours: str, *, skipped: int = 0) -> Rule:
+def table(theirs: str, ours: str, *, skipped: int = 0) -> TensorRule:
     """An embedding."""
-    return Rule(f"{theirs}.weight", (f"{ours}.table",), Table(skipped))
+    return TensorRule(f"{theirs}.weight", (f"{ours}.table",), TableLayout(skipped))
 
 
-def fused(theirs: str, ours: Sequence[str], *, use_bias: bool, transposed: bool = True) -> Iterator[Rule]:
+def fused(theirs: str, ours: Sequence[str], *, use_bias: bool, transposed: bool = True) -> Iterator[TensorRule]:
     """Several linear layers of one input, concatenated."""
-    yield Rule(f"{theirs}.weight", tuple(f"{one}.kernel" for one in ours), Matrix(1, transposed))
+    yield TensorRule(f"{theirs}.weight", tuple(f"{one}.kernel" for one in ours), Matrix(1, transposed))
     if use_bias:
-        yield Rule(f"{theirs}.bias", tuple(f"{one}.bias" for one in ours), Vector())
+        yield TensorRule(f"{theirs}.bias", tuple(f"{one}.bias" for one in ours), Vector())
 
 
 def check(tables: Tables, theirs: Mapping[str, np.ndarray], ours: Mapping[Path, Any], source: str) -> list[str]:
@@ -245,7 +245,7 @@ def to_ours(tables: Tables, theirs: Mapping[str, np.ndarray], described: Mapping
 
 
 def _read(
-    rule: Rule, which: int, theirs: Mapping[str, np.ndarray], described: Mapping[Path, Any], index: Any
+    rule: TensorRule, which: int, theirs: Mapping[str, np.ndarray], described: Mapping[Path, Any], index: Any
 ) -> np.ndarray:
     """A slice of our parameter number `which` of a rule."""
     shapes = [described[path].shape[int(rule.stacked) :] for path in rule.paths]

@@ -16,8 +16,7 @@ from transformer.huggingface.fields import (
     rotary_of,
     softmax_of,
 )
-from transformer.huggingface.mapping import Rule, Tables, Vector, fused, linear, norm
-from transformer.huggingface.mapping import Table as TableLayout
+from transformer.huggingface.mapping import TableLayout, Tables, TensorRule, Vector, fused, linear, norm
 from transformer.layers.feed_forward import DenseConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
@@ -117,7 +116,7 @@ def _tables(c: BertConfig) -> Tables:
     of_norms, of_attention, of_mlp = c.has_norm_bias, softmax_of(c.mixers()[0]).bias, dense_mlp(c).bias
     layer = "model.layers.{}"
     attention = f"{BLOCKS}.attention"
-    heads: list[Rule] = []
+    heads: list[TensorRule] = []
     copies = {}
     without = EmbeddingHeadConfig | ReplacedHeadConfig | StructuredHeadConfig | DecomposableHeadConfig
     if not isinstance(c.head, without):
@@ -125,12 +124,12 @@ def _tables(c: BertConfig) -> Tables:
         heads += linear("head.dense", f"{head}.{dense}", use_bias=c.head.bias)
         heads += norm("head.norm", f"{head}.norm", use_bias=c.head.bias)
         if c.head.kind == "masked":
-            heads += [Rule("decoder.bias", ("masked_head.bias",), Vector())]
+            heads += [TensorRule("decoder.bias", ("masked_head.bias",), Vector())]
             copies = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
         else:
             heads += linear("classifier", f"{head}.out")
     rules = rules_of(
-        Rule("model.embeddings.tok_embeddings.weight", ("embed.table",), TableLayout()),
+        TensorRule("model.embeddings.tok_embeddings.weight", ("embed.table",), TableLayout()),
         norm("model.embeddings.norm", "embed_norm", use_bias=of_norms),
         norm(f"{layer}.attn_norm", f"{BLOCKS}.attention_norm", use_bias=of_norms, first=1),
         fused(

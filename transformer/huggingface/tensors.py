@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from transformer.errors import UserError
+from transformer.paths import path_inside
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,18 +31,20 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint's folder by name, each a view of its file, in one file or in several with an index.
 
     Raises:
-        UserError: no safetensors there, pickled weights instead, or a file that is truncated or damaged.
+        UserError: no safetensors there, pickled weights instead, a file that is truncated or damaged, or an index that
+            names a file outside the folder.
     """
     if (folder / INDEX).exists():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{folder / INDEX}: no index of tensors can be read here: {error}") from None
-        if absent := [name for name in names if not (folder / name).exists()]:
+        paths = [path_inside(folder, name, source=folder / INDEX) for name in names]
+        if absent := [name for name, path in zip(names, paths, strict=True) if not path.exists()]:
             raise UserError(
                 f"{folder}: {len(absent)} of {len(names)} files of the index are missing: {', '.join(absent)}"
             )
-        files = [folder / name for name in names]
+        files = paths
     else:
         single = folder / SINGLE
         files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))

@@ -84,7 +84,7 @@
     return context;
   }
 
-  // ---- the tip beside the pointer
+  // ---- the tooltip next to the pointer
 
   const tip = $("#tip");
   function showTip(x, y, weight, t, s) {

@@ -18,6 +18,7 @@ from flax import nnx
 from transformer.errors import require
 from transformer.layers.linear import dense, dropout
 from transformer.precision import matmul
+from transformer.resume import Ask
 from transformer.sharding import with_axes
 from transformer.types import Array, DTypeLike, Float, PRNGKeyArray
 
@@ -39,7 +40,7 @@ class AdapterConfig:
     """The product is multiplied by alpha / rank."""
     rank_stabilized: bool = False
     """Multiply by alpha / sqrt(rank) instead, which suits high ranks (Kalajdzievski 2023)."""
-    dropout: float = 0.0
+    dropout: Ask[float] = 0.0
     """Drop rate of the adapters' inputs."""
     targets: tuple[str, ...] | None = None
     """Names of the linear layers that are adapted, such as query, key, value, out, up, gate and down; null: all in the blocks

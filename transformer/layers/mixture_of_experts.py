@@ -19,6 +19,7 @@ from transformer.differentiation import with_backward
 from transformer.errors import Config, require
 from transformer.layers.feed_forward import ACTIVATIONS, Activation, mlp_width, num_matrices
 from transformer.layers.linear import Linear
+from transformer.resume import Ask
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
 
@@ -35,13 +36,13 @@ class ExpertsConfig(Config):
     """Number of networks in a block."""
     experts_per_token: int = 1
     """Number of experts that each token goes to: 1 in the Switch Transformer, 2 in Mixtral."""
-    capacity_factor: float | None = None
+    capacity_factor: Ask[float | None] = None
     """Tokens that an expert takes, as a multiple of an even share; tokens beyond that skip it. null: no limit (dropless)."""
     dim: int | None = None
     """Width of each network's hidden layer. null: same as in a dense one."""
     activation: Activation = "gelu"
     """geglu, geglu_exact and swiglu are gated. gelu and geglu use the tanh approximation, as in GPT-2."""
-    balance_loss: float = 0.01
+    balance_loss: Ask[float] = 0.01
     """Weight of the load-balancing loss, which spreads tokens evenly over the experts."""
     router_z_loss: float = 0.001
     """Weight of the loss that keeps the router's logits small."""
@@ -79,7 +80,11 @@ class RouterLosses:
 
 
 def route(
-    logits_BTE: Float[Array, "B T E"], valid_BT: Bool[Array, "B T"], room_B: Int[Array, " B"], *, experts_per_token: int
+    logits_BTE: Float[Array, "B T E"],
+    valid_BT: Bool[Array, "B T"],
+    capacity_B: Int[Array, " B"],
+    *,
+    experts_per_token: int,
 ) -> tuple[Int[Array, "B T k"], Int[Array, "B T k"], Float[Array, "B T k"], RouterLosses]:
     """Route the tokens: Switch (Fedus et al. 2021, section 2.1) with one expert per token, top-k (Shazeer et al. 2017) with more.
 
@@ -88,7 +93,7 @@ def route(
 
     Args:
         valid_BT: tokens that are not padding; only these use capacity and count in the losses.
-        room_B: number of tokens of each row that an expert takes.
+        capacity_B: number of tokens of each row that an expert takes.
 
     Returns:
         Each choice's expert; its place in the expert's capacity, -1 if there was none left; and its weight: the router's
@@ -106,7 +111,7 @@ def route(
     in_order = chosen_BTkE.swapaxes(1, 2).reshape(B, k * T, num_experts)
     places = ((jnp.cumsum(in_order, axis=1) - in_order) * in_order).sum(-1)
     places_BTk = places.reshape(B, k, T).swapaxes(1, 2)
-    places_BTk = jnp.where(valid_BT[..., None] & (places_BTk < room_B[:, None, None]), places_BTk, -1)
+    places_BTk = jnp.where(valid_BT[..., None] & (places_BTk < capacity_B[:, None, None]), places_BTk, -1)
     count = jnp.maximum(valid_BT.sum(), 1).astype(logits_BTE.dtype)
     share_E = chosen_BTkE.sum((0, 1, 2)).astype(logits_BTE.dtype) / (count * k)
     mean_E = jnp.where(valid_BT[..., None], probabilities_BTE, 0).sum((0, 1)) / count
@@ -127,11 +132,11 @@ class Slots:
     """The choice in each slot, counted token by token; T k where the slot is empty."""
 
     @staticmethod
-    def of(experts_BTk: Int[Array, "B T k"], places_BTk: Int[Array, "B T k"], num_experts: int, room: int) -> Slots:
+    def of(experts_BTk: Int[Array, "B T k"], places_BTk: Int[Array, "B T k"], num_experts: int, capacity: int) -> Slots:
         """From each choice's expert and its place in the expert's capacity, -1 where it has none."""
         B, T, k = experts_BTk.shape
-        size = num_experts * room
-        slots_BTk = jnp.where(places_BTk < 0, size, experts_BTk * room + places_BTk)
+        size = num_experts * capacity
+        slots_BTk = jnp.where(places_BTk < 0, size, experts_BTk * capacity + places_BTk)
 
         def inverse(slots_N: Array) -> Array:
             return jnp.full(size, T * k, jnp.int32).at[slots_N].set(jnp.arange(T * k, dtype=jnp.int32), mode="drop")
@@ -144,22 +149,20 @@ class Slots:
         return self.choice_BS.shape[1]
 
 
-def given_to_experts(x_BTD: Float[Array, "B T D"], slots: Slots) -> Float[Array, "B S D"]:
+def dispatch(x_BTD: Float[Array, "B T D"], slots: Slots) -> Float[Array, "B S D"]:
     """The token in each slot; zeros in an empty one."""
 
     def forward(x_BTD: Array, slots: Slots) -> tuple[Array, Slots]:
         tokens_BS = slots.choice_BS // slots.of_choice_BTk.shape[2]
         return _rows(x_BTD, tokens_BS), slots
 
-    def backward(slots: Slots, dgiven_BSD: Array) -> tuple[Array, None]:
-        return _of_choices(dgiven_BSD, slots).sum(2), None
+    def backward(slots: Slots, dslots_BSD: Array) -> tuple[Array, None]:
+        return _of_choices(dslots_BSD, slots).sum(2), None
 
     return with_backward(forward, backward, x_BTD, slots)
 
 
-def taken_from_experts(
-    out_BSD: Float[Array, "B S D"], weights_BTk: Float[Array, "B T k"], slots: Slots
-) -> Float[Array, "B T D"]:
+def combine(out_BSD: Float[Array, "B S D"], weights_BTk: Float[Array, "B T k"], slots: Slots) -> Float[Array, "B T D"]:
     """Each token's choices, weighted and summed in the weights' type; zeros for a choice without a slot."""
 
     def forward(out_BSD: Array, weights_BTk: Array, slots: Slots) -> tuple[Array, tuple[Array, Array, Slots]]:
@@ -244,31 +247,31 @@ class MixtureOfExperts(nnx.Module):
         B, T, _ = x_BTD.shape
         with jax.named_scope("mixture_of_experts"):
             valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
-            rooms = self.rooms(T)
-            room = int(rooms[T])
+            capacities = self.capacities(T)
+            capacity = int(capacities[T])
             experts_BTk, places_BTk, weights_BTk, losses = route(
-                self.router(widen(x_BTD)), valid_BT, jnp.asarray(rooms)[valid_BT.sum(1)],
+                self.router(widen(x_BTD)), valid_BT, jnp.asarray(capacities)[valid_BT.sum(1)],
                 experts_per_token=self.experts_per_token,
             )  # fmt: skip
-            slots = Slots.of(experts_BTk, places_BTk, self.num_experts, room)
-            given_BSD = given_to_experts(x_BTD.astype(self.dtype), slots)
-            given_EBCD = given_BSD.reshape(B, self.num_experts, room, -1).swapaxes(0, 1)
+            slots = Slots.of(experts_BTk, places_BTk, self.num_experts, capacity)
+            dispatched_BSD = dispatch(x_BTD.astype(self.dtype), slots)
+            dispatched_EBCD = dispatched_BSD.reshape(B, self.num_experts, capacity, -1).swapaxes(0, 1)
             # Sharded first as the tokens are, then as the experts are: one all-to-all changes between the two.
-            given_EBCD = constrain(given_EBCD, None, "batch", None, None)
-            given_EBCD = constrain(given_EBCD, "expert", "batch", None, None)
+            dispatched_EBCD = constrain(dispatched_EBCD, None, "batch", None, None)
+            dispatched_EBCD = constrain(dispatched_EBCD, "expert", "batch", None, None)
             function, _ = ACTIVATIONS[self.activation]
-            hidden = jnp.einsum("EBCD,EDF->EBCF", given_EBCD, self.up_EDF[...].astype(self.dtype))
+            hidden = jnp.einsum("EBCD,EDF->EBCF", dispatched_EBCD, self.up_EDF[...].astype(self.dtype))
             if self.gate_EDF is None:
                 hidden = function(hidden)
             else:
-                hidden *= function(jnp.einsum("EBCD,EDF->EBCF", given_EBCD, self.gate_EDF[...].astype(self.dtype)))
+                hidden *= function(jnp.einsum("EBCD,EDF->EBCF", dispatched_EBCD, self.gate_EDF[...].astype(self.dtype)))
             hidden = constrain(hidden, "expert", "batch", None, "mlp")
             out_EBCD = jnp.einsum("EBCF,EFD->EBCD", hidden, self.down_EFD[...].astype(self.dtype))
             out_EBCD = constrain(constrain(out_EBCD, "expert", "batch", None, None), None, "batch", None, None)
-            out_BTD = taken_from_experts(out_EBCD.swapaxes(0, 1).reshape(B, slots.size, -1), weights_BTk, slots)
+            out_BTD = combine(out_EBCD.swapaxes(0, 1).reshape(B, slots.size, -1), weights_BTk, slots)
             return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), losses
 
-    def rooms(self, num_tokens: int) -> Int[np.ndarray, " {num_tokens}+1"]:
+    def capacities(self, num_tokens: int) -> Int[np.ndarray, " {num_tokens}+1"]:
         """Number of tokens that an expert takes from a row of 0, 1, ... `num_tokens` tokens, padding not counted."""
         count = np.arange(num_tokens + 1)
         if self.capacity is None:

@@ -100,12 +100,12 @@ class RMSNorm(nnx.Module):
 
 
 def _layer_norm_forward(x: Array, scale: Array, bias: Array | None, *, epsilon: float) -> tuple[Array, tuple]:
-    wide = widen(x)
-    mean = wide.mean(-1, keepdims=True)
-    rstd = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
-    y = (wide - mean) * rstd * _row(scale, wide)
+    widened = widen(x)
+    mean = widened.mean(-1, keepdims=True)
+    rstd = jax.lax.rsqrt(jnp.square(widened - mean).mean(-1, keepdims=True) + epsilon)
+    y = (widened - mean) * rstd * _row(scale, widened)
     if bias is not None:
-        y = y + _row(bias, wide)
+        y = y + _row(bias, widened)
     return y.astype(x.dtype), (x, scale, bias, mean, rstd)
 
 
@@ -121,9 +121,9 @@ def _layer_norm_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array |
 
 
 def _rms_norm_forward(x: Array, scale: Array, *, epsilon: float) -> tuple[Array, tuple]:
-    wide = widen(x)
-    rstd = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
-    return (wide * rstd * _row(scale, wide)).astype(x.dtype), (x, scale, rstd)
+    widened = widen(x)
+    rstd = jax.lax.rsqrt(jnp.square(widened).mean(-1, keepdims=True) + epsilon)
+    return (widened * rstd * _row(scale, widened)).astype(x.dtype), (x, scale, rstd)
 
 
 def _rms_norm_backward(saved: tuple, dy: Array) -> tuple[Array, Array]:

@@ -50,7 +50,12 @@ class RotaryScaling(Config):
         require(
             self, "original_length", self.original_length is None or self.original_length >= 1, "allowed: 1 or more"
         )
-        require(self, "original_length", not needs_length or self.original_length is not None, f"{self.kind} needs it")
+        require(
+            self,
+            "original_length",
+            not needs_length or self.original_length is not None,
+            f"{self.kind} needs it; allowed: 1 or more",
+        )
         require(self, "slow_turns", self.slow_turns > 0, "allowed: above 0")
         require(self, "fast_turns", self.most_turns > self.slow_turns, f"allowed: above slow_turns ({self.slow_turns})")
         allowed = self.attention_factor is None or (self.kind == "yarn" and self.attention_factor > 0)
@@ -144,11 +149,11 @@ def token_positions(
 
 
 def sinusoidal(
-    positions_BT: Int[Array, "B T"], dim: int, *, max_period: float = 10_000.0, in_halves: bool = False
+    positions_BT: Int[Array, "B T"], dim: int, *, theta: float = 10_000.0, in_halves: bool = False
 ) -> Float[Array, "B T D"]:
     """Sines in the even features and cosines in the odd ones (Vaswani et al. 2017, section 3.5), [B, T, dim], float32; or, with
     `in_halves`, all sines before all cosines."""
-    angles = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(dim, max_period)
+    angles = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(dim, theta)
     waves = jnp.sin(angles), jnp.cos(angles)
     return jnp.concatenate(waves, axis=-1) if in_halves else jnp.stack(waves, axis=-1).reshape(*angles.shape[:-1], dim)
 
@@ -157,7 +162,7 @@ def rotary(
     x_BTNH: Float[Array, "B T N H"],
     positions_BT: Int[Array, "B T"],
     *,
-    max_period: float = 10_000.0,
+    theta: float = 10_000.0,
     scaling: RotaryScaling = NO_SCALING,
     dim: int | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -170,9 +175,9 @@ def rotary(
         dim: rotate only the first `dim` features, as if a head had no others; None: all.
     """
     if dim is not None and dim < x_BTNH.shape[-1]:
-        turned = rotary(x_BTNH[..., :dim], positions_BT, max_period=max_period, scaling=scaling)
+        turned = rotary(x_BTNH[..., :dim], positions_BT, theta=theta, scaling=scaling)
         return jnp.concatenate([turned, x_BTNH[..., dim:]], axis=-1)
-    frequencies = rotary_frequencies(x_BTNH.shape[-1], max_period, scaling)
+    frequencies = rotary_frequencies(x_BTNH.shape[-1], theta, scaling)
     angles = (positions_BT[..., None].astype(jnp.float32) * frequencies)[:, :, None, :]  # [B, T, 1, H/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if scaling.magnitude != 1:
@@ -183,14 +188,14 @@ def rotary(
 
 
 def rotary_frequencies(
-    dim: int, max_period: float = 10_000.0, scaling: RotaryScaling = NO_SCALING
+    dim: int, theta: float = 10_000.0, scaling: RotaryScaling = NO_SCALING
 ) -> Float[np.ndarray, " half"]:
     """Radians by which each pair of features turns from one position to the next, [dim/2] in float32.
 
-    θ_i = max_period^(-2i/dim), so that the periods run geometrically from 2π to 2π·max_period; with s = factor:
+    θ_i = theta^(-2i/dim), so that the periods run geometrically from 2π to 2π·theta; with s = factor:
 
     - linear: θ_i / s, which is position interpolation (Chen et al. 2023, equation 4);
-    - ntk: max_period · s^(dim/(dim-2)) in place of max_period, so that the fastest pair is unchanged and the slowest
+    - ntk: theta · s^(dim/(dim-2)) in place of theta, so that the fastest pair is unchanged and the slowest
       turns s times more slowly (bloc97 2023; Peng et al. 2023, section 3.1);
     - yarn: (1 - γ_i) θ_i / s + γ_i θ_i, γ_i from 0 to 1 between `slow_turns` and `fast_turns` in the old context (Peng et al.
       2023, section 3.2). As in its authors' code, and so in published checkpoints, γ is linear in i, between whole numbers;
@@ -202,17 +207,17 @@ def rotary_frequencies(
     if dim % 2:
         raise ValueError(f"positions of sines and cosines need an even dim; got {dim}")
     if scaling.kind == "ntk":
-        max_period *= scaling.factor ** (dim / max(dim - 2, 1))
-    frequencies = max_period ** (-np.arange(0, dim, 2) / dim)
+        theta *= scaling.factor ** (dim / max(dim - 2, 1))
+    frequencies = theta ** (-np.arange(0, dim, 2) / dim)
     if scaling.kind == "linear":
         frequencies = frequencies / scaling.factor
     elif scaling.kind in ("yarn", "llama3"):
-        keep = _kept(frequencies, max_period, scaling)
+        keep = _kept(frequencies, theta, scaling)
         frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
     return frequencies.astype(np.float32)
 
 
-def _kept(frequencies: np.ndarray, max_period: float, scaling: RotaryScaling) -> np.ndarray:
+def _kept(frequencies: np.ndarray, theta: float, scaling: RotaryScaling) -> np.ndarray:
     """γ: the fraction of each frequency that is kept, from 0 (turns slowly, fully interpolated) to 1."""
     length = scaling.original_length
     assert length is not None
@@ -223,7 +228,7 @@ def _kept(frequencies: np.ndarray, max_period: float, scaling: RotaryScaling) ->
     dim = 2 * len(frequencies)
 
     def pair_with(turns: float) -> float:
-        return dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(max_period))
+        return dim * math.log(length / (2 * math.pi * turns)) / (2 * math.log(theta))
 
     low, high = max(math.floor(pair_with(many)), 0), min(math.ceil(pair_with(few)), dim - 1)
     return 1 - np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)

@@ -26,6 +26,7 @@ from transformer.layers.position import NoPositionConfig, PositionConfig, Rotary
 from transformer.mixers.context import NO_CONTEXT, Context
 from transformer.mixers.heads import Backend, check_heads, check_rotary, seen_keys
 from transformer.mixers.state import KVCache, nan_on_overflow
+from transformer.resume import Free
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, DTypeLike, Float, Int, PRNGKeyArray, widen
 
@@ -56,7 +57,7 @@ class DifferentialConfig(Config):
     """Each token sees this many tokens before itself, and in an encoder as many after. null: all."""
     bias: bool = False
     """Biases in the linear layers."""
-    backend: Backend = "auto"
+    backend: Free[Backend] = "auto"
     """Implementation of attention. It is an error to name one that cannot run."""
 
     def __post_init__(self) -> None:
@@ -193,7 +194,7 @@ class DifferentialAttention(nnx.Module):
         """Rotates each map's half separately."""
         dim = position.dim(self.sizes[2])
         halves = (
-            rotary(half, positions_BT, max_period=position.theta, scaling=position.scaling, dim=dim)
+            rotary(half, positions_BT, theta=position.theta, scaling=position.scaling, dim=dim)
             for half in jnp.split(x, 2, axis=-1)
         )
         return jnp.concatenate(list(halves), axis=-1)

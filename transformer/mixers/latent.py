@@ -31,6 +31,7 @@ from transformer.layers.position import NO_SCALING, RotaryScaling, rotary
 from transformer.mixers.context import NO_CONTEXT, Context
 from transformer.mixers.heads import Backend, check_heads, check_width, seen_keys
 from transformer.mixers.state import LatentCache, nan_on_overflow
+from transformer.resume import Free
 from transformer.sharding import constrain
 from transformer.types import Array, DTypeLike, Float
 
@@ -70,7 +71,7 @@ class LatentConfig(Config):
     """How rotary positions are extended to a longer context."""
     window: int | None = None
     """Each token sees this many tokens before itself, and in an encoder as many after. null: all."""
-    backend: Backend = "auto"
+    backend: Free[Backend] = "auto"
     """Implementation of attention. It is an error to name one that cannot run."""
 
     def __post_init__(self) -> None:
@@ -234,7 +235,7 @@ class LatentAttention(nnx.Module):
         return constrain(jnp.concatenate([self.norm(c_BTR), turned_BTP], axis=-1), "batch", "seq", None)
 
     def _rotary(self, x: Array, positions_BT: Array) -> Array:
-        return rotary(x, positions_BT, max_period=self.config.theta, scaling=self.config.scaling)
+        return rotary(x, positions_BT, theta=self.config.theta, scaling=self.config.scaling)
 
     def _absorbing_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
         """Compares the multiplications per head of both forms, for T queries and S keys."""

@@ -29,6 +29,7 @@ from transformer.mixers.heads import (
     seen_keys,
 )
 from transformer.mixers.state import KVCache, nan_on_overflow
+from transformer.resume import Free
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, DTypeLike, Float
 
@@ -66,7 +67,7 @@ class SoftmaxConfig(Config):
     """Multiplies the logits. null: 1 / sqrt(head_dim)."""
     soft_cap: float | None = None
     """Soft cap c of the logits: c tanh(logits / c). null: none."""
-    backend: Backend = "auto"
+    backend: Free[Backend] = "auto"
     """Implementation of attention. It is an error to name one that cannot run."""
 
     def __post_init__(self) -> None:
@@ -256,7 +257,7 @@ class MultiHeadAttention(nnx.Module):
 
     def _rotate(self, x: Array, positions_BT: Array, position: RotaryConfig) -> Array:
         dim = position.dim(self.sizes[2])
-        return rotary(x, positions_BT, max_period=position.theta, scaling=position.scaling, dim=dim)
+        return rotary(x, positions_BT, theta=position.theta, scaling=position.scaling, dim=dim)
 
     def _written(self, out_BTNH: Array, context: Context) -> Array:
         return constrain(self.out(out_BTNH, context.adapter_key), "batch", "stream", None)

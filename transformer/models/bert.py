@@ -44,6 +44,7 @@ from transformer.models.sentence_heads import (
     StructuredHead,
     StructuredHeadConfig,
 )
+from transformer.resume import Ask
 from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
 
 
@@ -63,9 +64,9 @@ class BertConfig(StackConfig):
     """Normalise before each sublayer, and once at the end (pre-norm); false: after each sum, as in the paper."""
     norm_eps: float = 1e-12
     """Added to the variance in a norm."""
-    dropout: float = 0.1
+    dropout: Ask[float] = 0.1
     """Drop rate after the embedding and after each sublayer."""
-    attention_dropout: float = 0.1
+    attention_dropout: Ask[float] = 0.1
     """Drop rate of attention weights, in mixers that compute a softmax."""
     embedding_size: int | None = None
     """Width of the embeddings; a linear layer projects them to embed_dim (as in ELECTRA's small model). null: embed_dim."""

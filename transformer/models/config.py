@@ -13,6 +13,7 @@ from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.layers.position import NoPositionConfig, RelativeConfig
 from transformer.mixers.registry import DROPS_WEIGHTS, MixerConfig
 from transformer.mixers.softmax import SoftmaxConfig
+from transformer.resume import Ask, Free
 
 MlpConfig = DenseConfig | ExpertsConfig
 PositionEmbedding = Literal["learned", "sinusoidal", "sinusoidal_halves", "none"]
@@ -54,17 +55,17 @@ class StackConfig(Config):
     parallel_residual: bool = False
     """Attention and feed-forward both read the same residual stream, each through its norm, and both outputs are added to it
     (GPT-J, GPT-NeoX); false: one after the other."""
-    dropout: float = 0.0
+    dropout: Ask[float] = 0.0
     """Drop rate after the embedding and after each sublayer."""
-    attention_dropout: float = 0.0
+    attention_dropout: Ask[float] = 0.0
     """Drop rate of attention weights, in mixers that compute a softmax."""
     init_std: float = 0.02
     """Standard deviation of initial weights; for those that write to the residual stream, divided by sqrt(2 num_layers)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in. Parameters are always float32."""
-    scan_layers: bool = True
+    scan_layers: Free[bool] = True
     """One compiled block, scanned over the layers; false: an unrolled loop (slower to compile)."""
-    remat: Literal["none", "light", "dots", "full"] = "none"
+    remat: Free[Literal["none", "light", "dots", "full"]] = "none"
     """What the backward pass recomputes to save memory: nothing; norms and activations; all but matrix products; all."""
 
     def __post_init__(self) -> None:
@@ -77,7 +78,12 @@ class StackConfig(Config):
             require(self, field, 0 <= getattr(self, field) < 1, "allowed: 0 or more, below 1")
         holds = self.norm_bias is None or self.norm == "layer_norm"
         require(self, "norm_bias", holds, "rms_norm has no biases; allowed: null")
-        require(self, "parallel_residual", self.norm_first or not self.parallel_residual, "it needs norm_first")
+        require(
+            self,
+            "parallel_residual",
+            self.norm_first or not self.parallel_residual,
+            "it needs norm_first; allowed: false",
+        )
         self._check_mixers()
         self._check_positions()
         drops = any(isinstance(mixer, DROPS_WEIGHTS) for mixer in self.mixers()) or self.has_cross
@@ -115,7 +121,12 @@ class StackConfig(Config):
                 f"attention has positions of its own ({own}); allowed: none, or null",
             )  # fmt: skip
         if self.embedded_positions in ("sinusoidal", "sinusoidal_halves"):
-            require(self, "embed_dim", self.embed_dim % 2 == 0, "sinusoidal positions need an even one")
+            require(
+                self,
+                "embed_dim",
+                self.embed_dim % 2 == 0,
+                "sinusoidal positions need an even number; allowed: a multiple of 2",
+            )
         positions = [(mixer.num_heads, getattr(mixer, "position", None)) for mixer in self.mixers()]
         shared = {(heads, position) for heads, position in positions if isinstance(position, RelativeConfig)}
         if len(shared) > 1:

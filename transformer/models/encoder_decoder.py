@@ -23,6 +23,7 @@ from transformer.mixers.state import KVCache, State
 from transformer.models.config import MlpConfig, PositionEmbedding, StackConfig, stack_flops
 from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table
 from transformer.models.layer_stack import LayerStack, cache_lengths
+from transformer.resume import Ask
 from transformer.sharding import with_axes
 from transformer.types import Array, Float, Int, ModelOutput, PRNGKeyArray
 
@@ -106,9 +107,9 @@ class VaswaniConfig(EncoderDecoderConfig):
     """The feed-forward part of each block: dense, or a mixture of experts."""
     norm_first: bool = False
     """Normalise before each sublayer, and once at the end (pre-norm); false: after each sum, as in the paper."""
-    dropout: float = 0.1
+    dropout: Ask[float] = 0.1
     """Drop rate after the embedding and after each sublayer."""
-    attention_dropout: float = 0.1
+    attention_dropout: Ask[float] = 0.1
     """Drop rate of attention weights, in mixers that compute a softmax."""
     scale_embeddings: bool = True
     """Multiply token embeddings by sqrt(embed_dim)."""

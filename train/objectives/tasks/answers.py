@@ -69,7 +69,7 @@ class Answer(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("stride", "question_length", "answer_length"):
-            require(self, field, getattr(self, field) >= 1, "1 or more")
+            require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
 
     def rows(self, array: TokenArray, tokenizer: Tokenizer, length: int, *, shown: bool = False) -> TaskRows:
         return AnswerWindows(

@@ -51,7 +51,7 @@ class Choice(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "num_choices", self.num_choices >= 2, "2 or more")
+        require(self, "num_choices", self.num_choices >= 2, "allowed: 2 or more")
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         allowed = "a choice needs all of its rows together; allowed: gpipe"

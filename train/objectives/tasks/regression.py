@@ -48,7 +48,9 @@ class Regression(Task):
     def check_model(self, model: ModelConfig) -> None:
         super().check_model(model)
         if isinstance(model, BertConfig) and isinstance(model.head, ClassificationHeadConfig):
-            require(model.head, "num_labels", model.head.num_labels == 1, "a number needs 1")
+            require(
+                model.head, "num_labels", model.head.num_labels == 1, "a regression predicts one number; allowed: 1"
+            )
 
     def for_any_document(self) -> Self:
         return dataclasses.replace(self, too_long="truncate")

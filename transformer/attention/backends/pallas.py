@@ -191,8 +191,8 @@ class Band:
         left, right = (math.inf if width is None else width for width in (self.left, self.right))
         return left + right < 0 or num_queries - 1 + right < 0 or -left > num_keys - 1
 
-    def hides_behind(self, num_queries: int, num_keys: int) -> bool:
-        """Whether no query sees a key after the last one."""
+    def excludes_padding(self, num_queries: int, num_keys: int) -> bool:
+        """Whether no query sees the keys that padding adds after the last one."""
         return self.right is not None and num_queries - 1 + self.right < num_keys
 
 
@@ -240,7 +240,7 @@ def _on_tpu(
     (B, T, N, _), S = q.shape, k.shape[1]
     rows, columns = _tpu_block(T), _tpu_block(S)
     T_padded, S_padded = _up_to(T, rows), _up_to(S, columns)
-    if ids is None and S_padded > S and not band.hides_behind(T, S):
+    if ids is None and S_padded > S and not band.excludes_padding(T, S):
         ids = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
     full = band == Band()
     shape = (T_padded, S_padded)

@@ -203,18 +203,18 @@ def _ring(q: Array, k: Array, v: Array, score: Score, rest: Rest, axes: Axes) ->
 def _forward(q: Array, k: Array, v: Array, score: Score, rest: Rest, *, axes: Axes) -> tuple[Array, tuple]:
     spec = AttentionSpec(rest[0], score, rest[1])
 
-    def step(running: Running, guests: tuple[Array, Array], owner: Array) -> tuple[Running, tuple[Array, Array]]:
+    def step(running: Running, travelling: tuple[Array, Array], source: Array) -> tuple[Running, tuple[Array, Array]]:
         def pair(number: Array, running: Running) -> Running:
-            mine, theirs = number // 2, number % 2
-            q_chunk, (k_chunk, v_chunk) = _at(q, mine), _at(guests, theirs)
-            grid = _grid(q_chunk, k_chunk, mine, theirs, owner, axes)
-            part = loops.forward(_at(running, mine), q_chunk, k_chunk, v_chunk, spec, grid)
-            return _put(running, part, mine)
+            q_index, k_index = number // 2, number % 2
+            q_chunk, (k_chunk, v_chunk) = _at(q, q_index), _at(travelling, k_index)
+            grid = _grid(q_chunk, k_chunk, q_index, k_index, source, axes)
+            part = loops.forward(_at(running, q_index), q_chunk, k_chunk, v_chunk, spec, grid)
+            return _put(running, part, q_index)
 
-        return jax.lax.fori_loop(0, 4, pair, running), guests
+        return jax.lax.fori_loop(0, 4, pair, running), travelling
 
     start = jax.vmap(lambda x: Running.start(x.shape[:4], v.shape[-1], wide(x.dtype)))(q)
-    running, _ = _around(step, start, (k, v), axes)
+    running, _ = _over_sources(step, start, (k, v), axes)
     out, lse = running.finish(v.dtype)
     out, lse = checkpoint_name(out, ATTENTION_RESIDUALS), checkpoint_name(lse, ATTENTION_RESIDUALS)
     return out, (q, k, v, spec, out, lse)
@@ -225,49 +225,51 @@ def _backward(saved: tuple, dout: Array, *, axes: Axes) -> tuple[Array, Array, A
     score = spec.score
     delta = online.delta(dout, out)
 
-    def step(home: tuple, guests: tuple, owner: Array) -> tuple[tuple, tuple]:
-        k, v, *_ = guests
+    def step(resident: tuple, travelling: tuple, source: Array) -> tuple[tuple, tuple]:
+        k, v, *_ = travelling
 
         def pair(number: Array, sums: Gradients) -> Gradients:
-            mine, theirs = number // 2, number % 2
-            q_chunk, lse_chunk, delta_chunk, dout_chunk = _at((q, lse, delta, dout), mine)
-            k_chunk, v_chunk = _at((k, v), theirs)
-            grid = _grid(q_chunk, k_chunk, mine, theirs, owner, axes)
-            so_far = Gradients(_at(sums.q, mine), _at(sums.k, theirs), _at(sums.v, theirs), sums.score)
+            q_index, k_index = number // 2, number % 2
+            q_chunk, lse_chunk, delta_chunk, dout_chunk = _at((q, lse, delta, dout), q_index)
+            k_chunk, v_chunk = _at((k, v), k_index)
+            grid = _grid(q_chunk, k_chunk, q_index, k_index, source, axes)
+            so_far = Gradients(_at(sums.q, q_index), _at(sums.k, k_index), _at(sums.v, k_index), sums.score)
             part = loops.backward(so_far, q_chunk, k_chunk, v_chunk, lse_chunk, delta_chunk, dout_chunk, spec, grid)
-            dk, dv = _put((sums.k, sums.v), (part.k, part.v), theirs)
-            return Gradients(_put(sums.q, part.q, mine), dk, dv, part.score)
+            dk, dv = _put((sums.k, sums.v), (part.k, part.v), k_index)
+            return Gradients(_put(sums.q, part.q, q_index), dk, dv, part.score)
 
-        (dq, dscore), (dk, dv) = home, guests[2:]
+        (dq, dscore), (dk, dv) = resident, travelling[2:]
         sums = jax.lax.fori_loop(0, 4, pair, Gradients(dq, dk, dv, dscore))
         return (sums.q, sums.score), (k, v, sums.k, sums.v)
 
     dq, dk, dv = (jnp.zeros(x.shape, wide(x.dtype)) for x in (q, k, v))
-    (dq, dscore), (_, _, dk, dv) = _around(step, (dq, score.zero_gradients()), (k, v, dk, dv), axes)
-    # After its last visit a chunk is one step away from its owner.
-    dk, dv = _passed_on((dk, dv), axes)
+    (dq, dscore), (_, _, dk, dv) = _over_sources(step, (dq, score.zero_gradients()), (k, v, dk, dv), axes)
+    # After the last step, each chunk's gradients are on the device before the one that holds the chunk.
+    dk, dv = _rotate((dk, dv), axes)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), score.cotangent(dscore), None
 
 
-def _around(visit: Callable[..., Any], home: Any, guests: Any, axes: Axes) -> tuple[Any, Any]:
-    """Call `visit(home, guests, owner)`, which updates what stays and what travels, once for each owner of guests."""
+def _over_sources(step: Callable[..., Any], resident: Any, travelling: Any, axes: Axes) -> tuple[Any, Any]:
+    """Call `step(resident, travelling, source)` once for each source, the device that the travelling arrays started from. It
+    updates the arrays that stay on this device and those that travel around the ring."""
     n, index = jax.lax.axis_size(axes.seq), jax.lax.axis_index(axes.seq)
 
-    def step(turn: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
-        home, guests = visit(*state, (index - turn) % n)
-        return home, _passed_on(guests, axes)
+    def body(turn: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        resident, travelling = step(*state, (index - turn) % n)
+        return resident, _rotate(travelling, axes)
 
-    home, guests = jax.lax.fori_loop(0, n - 1, step, (home, guests))
-    return visit(home, guests, (index + 1) % n)
+    resident, travelling = jax.lax.fori_loop(0, n - 1, body, (resident, travelling))
+    return step(resident, travelling, (index + 1) % n)
 
 
-def _passed_on(guests: Any, axes: Axes) -> Any:
+def _rotate(travelling: Any, axes: Axes) -> Any:
+    """The arrays of the previous device of the ring."""
     n = jax.lax.axis_size(axes.seq)
-    return jax.lax.ppermute(guests, axes.seq, [(device, (device + 1) % n) for device in range(n)])
+    return jax.lax.ppermute(travelling, axes.seq, [(device, (device + 1) % n) for device in range(n)])
 
 
-def _grid(q: Array, k: Array, mine: Array, theirs: Array, owner: Array, axes: Axes) -> Grid:
-    """The grid, in the whole plane, of one of this device's chunks of queries and one of the owner's chunks of keys."""
+def _grid(q: Array, k: Array, q_index: Array, k_index: Array, source: Array, axes: Axes) -> Grid:
+    """The grid, in the whole plane, of one of this device's chunks of queries and one of the source device's chunks of keys."""
     n, index = jax.lax.axis_size(axes.seq), jax.lax.axis_index(axes.seq)
     B, K, G, T, _ = q.shape
     rows, heads = (Span(_index(names) * size, size) for names, size in ((axes.batch, B), (axes.heads, K * G)))
@@ -276,7 +278,7 @@ def _grid(q: Array, k: Array, mine: Array, theirs: Array, owner: Array, axes: Ax
         size = max(size for size in range(1, min(length, loops.BLOCK) + 1) if length % size == 0)
         return Blocks(size, length // size, jnp.where(which == 0, device, 2 * n - 1 - device) * length)
 
-    return Grid(rows, heads, blocks(T, index, mine), blocks(k.shape[2], owner, theirs))
+    return Grid(rows, heads, blocks(T, index, q_index), blocks(k.shape[2], source, k_index))
 
 
 def _at(tree: Any, index: Array) -> Any:
@@ -294,10 +296,10 @@ def _index(names: tuple[str, ...]) -> int | Array:
 def _routes(n: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Device j holds chunks 2j and 2j + 1 in the sequence's own order; each goes to the device that has it in zigzag."""
 
-    def owner(chunk: int) -> int:
+    def zigzag_device(chunk: int) -> int:
         return chunk if chunk < n else 2 * n - 1 - chunk
 
-    return [(j, owner(2 * j)) for j in range(n)], [(j, owner(2 * j + 1)) for j in range(n)]
+    return [(j, zigzag_device(2 * j)) for j in range(n)], [(j, zigzag_device(2 * j + 1)) for j in range(n)]
 
 
 def _to_zigzag(x: Array, axes: Axes) -> Array:

@@ -33,18 +33,18 @@ from transformer.types import Array, Bool, DTypeLike, Float, Int, widen
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class UpdateRule:
     """How fast weights change: `erases` removes what the key recalls before writing, `decays` lets the past fade."""
 
     erases: bool
     decays: bool
 
 
-RULES: dict[str, Rule] = {
-    "sum": Rule(erases=False, decays=False),
-    "gated_sum": Rule(erases=False, decays=True),
-    "delta": Rule(erases=True, decays=False),
-    "gated_delta": Rule(erases=True, decays=True),
+RULES: dict[str, UpdateRule] = {
+    "sum": UpdateRule(erases=False, decays=False),
+    "gated_sum": UpdateRule(erases=False, decays=True),
+    "delta": UpdateRule(erases=True, decays=False),
+    "gated_delta": UpdateRule(erases=True, decays=True),
 }
 
 
@@ -155,9 +155,9 @@ def _tokens(
     N, K = q.shape[-2], k.shape[-2]
     if N % K:
         raise ValueError(f"fast_weights: q has {N} heads {q.shape}, not a multiple of k's {K} {k.shape}")
-    wide = widen(v).dtype
-    beta = jnp.ones(k.shape[:-1], wide) if beta is None else beta.astype(wide)
-    log_decay = None if log_decay is None else log_decay.astype(wide)
+    dtype = widen(v).dtype
+    beta = jnp.ones(k.shape[:-1], dtype) if beta is None else beta.astype(dtype)
+    log_decay = None if log_decay is None else log_decay.astype(dtype)
     if segments is not None:
         valid_BT1 = (segments != 0)[..., None]
         beta = jnp.where(valid_BT1, beta, 0)
@@ -185,9 +185,9 @@ def _starts(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
 
 def _step(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erases: bool) -> tuple[Array, Array]:
     """One position, by the definition: the next state, and what the queries read, in v's type."""
-    wide = state_BKMV.dtype
-    q_BKGM, k_BKM = feature_map(tokens.q_KGH.astype(wide)), feature_map(tokens.k_KH.astype(wide))
-    v_BKV = tokens.v_KV.astype(wide)
+    dtype = state_BKMV.dtype
+    q_BKGM, k_BKM = feature_map(tokens.q_KGH.astype(dtype)), feature_map(tokens.k_KH.astype(dtype))
+    v_BKV = tokens.v_KV.astype(dtype)
     if tokens.starts is not None:
         state_BKMV = jnp.where(tokens.starts[:, None, None, None], 0, state_BKMV)
     if tokens.log_decay_K is not None:
@@ -200,11 +200,11 @@ def _step(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erases
 
 def _chunk(state_BKMV: Array, tokens: _Tokens, *, feature_map: FeatureMap, erases: bool) -> tuple[Array, Array]:
     """`_step` over all positions of a chunk at once."""
-    wide = state_BKMV.dtype
-    q_BTKGM, k_BTKM = feature_map(tokens.q_KGH.astype(wide)), feature_map(tokens.k_KH.astype(wide))
+    dtype = state_BKMV.dtype
+    q_BTKGM, k_BTKM = feature_map(tokens.q_KGH.astype(dtype)), feature_map(tokens.k_KH.astype(dtype))
     written_BKTS, carried_BKT = _kept(tokens)
     beta_BKT = tokens.beta_K.swapaxes(1, 2)
-    u_BKTV = beta_BKT[..., None] * tokens.v_KV.astype(wide).swapaxes(1, 2)
+    u_BKTV = beta_BKT[..., None] * tokens.v_KV.astype(dtype).swapaxes(1, 2)
     if erases:
         recalled_BKTV = einsum("BTKM,BKMV->BKTV", k_BTKM, state_BKMV)
         u_BKTV = u_BKTV - (beta_BKT * carried_BKT)[..., None] * recalled_BKTV
@@ -254,8 +254,8 @@ def _kept(tokens: _Tokens) -> tuple[Array, Array]:
         seen_BTS &= document_BT[:, :, None] == document_BT[:, None, :]
         carried_BT = document_BT == 0
     if tokens.log_decay_K is None:
-        wide = tokens.beta_K.dtype
-        return seen_BTS[:, None].astype(wide), carried_BT[:, None].astype(wide)
+        dtype = tokens.beta_K.dtype
+        return seen_BTS[:, None].astype(dtype), carried_BT[:, None].astype(dtype)
     age_BKT = jnp.cumsum(tokens.log_decay_K, axis=1).swapaxes(1, 2)
     # Differences first: exp might overflow for a pair that is not seen.
     written_BKTS = jnp.exp(jnp.where(seen_BTS[:, None], age_BKT[..., None] - age_BKT[..., None, :], -jnp.inf))

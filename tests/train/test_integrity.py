@@ -1,0 +1,175 @@
+"""Checkpoints that changed on the disk: none is used, each is named, and the one before it is taken."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.devices import on_one_device
+from train.commands.cli import main
+from train.run.checkpoint import DAMAGED, set_aside_damaged
+from train.run.integrity import HASHES, damage, write_hashes
+from train.run.run_files import load_run
+from train.run.stored import StoredCheckpoints
+from transformer.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+CONFIG = """
+name: small
+steps: 3
+batch_size: 8
+model: {{vocab_size: 300, max_length: 16, num_layers: 1, embed_dim: 16, attention: {{num_heads: 2}}}}
+data: {{sources: [{{kind: files, path: "{folder}/*.txt"}}], validation_fraction: 0.3}}
+optimizer: {{ema_decay: 0.5}}
+checkpoint: {{every: 1, keep: 3}}
+evaluation: {{every: 1, batches: 1}}
+log: {{every: 1, tensorboard: false}}
+sample: {{max_tokens: 0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("integrity")
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"text {number} " * 20)
+    (folder / "small.yaml").write_text(CONFIG.format(folder=folder))
+    with on_one_device():
+        assert main(["train", str(folder / "small.yaml"), "--run-dir", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, to damage."""
+    return shutil.copytree(trained / "run", tmp_path / "run")
+
+
+def resume(trained, run, *arguments):
+    return main(["train", str(trained / "small.yaml"), "--run-dir", str(run), *arguments])
+
+
+def files_of(run, step=3):
+    """The files of a checkpoint whose bytes matter, largest last."""
+    found = [path for path in (run / "checkpoints" / str(step)).rglob("*") if path.is_file()]
+    folder = run / "checkpoints" / str(step)
+    later = {folder / "_CHECKPOINT_METADATA", folder / "commit_success.txt"}
+    return sorted((path for path in found if path not in later), key=lambda path: path.stat().st_size)
+
+
+def first(run, step=3):
+    return damage(run / "checkpoints" / str(step))
+
+
+def test_a_whole_checkpoint_has_every_item_once(trained):
+    stored = StoredCheckpoints(trained / "run")
+    assert stored.steps == [1, 2, 3] and all(stored.damage(step) is None for step in stored.steps)
+    kept = {}
+    for item in ("params", "average", "state"):
+        described = json.loads((stored.folder(3) / item / "_METADATA").read_text())["tree_metadata"].values()
+        kept[item] = ["/".join(key["key"] for key in one["key_metadata"]) for one in described]
+    assert kept["params"] == kept["average"]
+    # Of the state neither, but the moments of each parameter.
+    assert not [path for path in kept["state"] if path.startswith(("params", "ema")) and path.count("/")]
+    assert sum(path.startswith("opt_state") for path in kept["state"]) > 2 * len(kept["params"])
+
+
+def test_no_bit_flips_unseen(run):
+    rng, paths = np.random.default_rng(0), files_of(run)
+    for number in range(60):
+        path = paths[number % len(paths)]
+        before = path.read_bytes()
+        data = bytearray(before)
+        if not data:
+            continue
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        # White space around JSON is of no importance.
+        if path.name != HASHES:
+            assert path.name in first(run)
+        path.write_bytes(before)
+        assert first(run) is None
+
+
+WAYS = {
+    "cut": lambda folder: _write(folder, lambda data: data[: len(data) // 2]),
+    "empty file": lambda folder: _write(folder, lambda data: b""),
+    "longer": lambda folder: _write(folder, lambda data: data + b"x"),
+    "no file": lambda folder: files_of(folder.parents[1])[-1].unlink(),
+    "no item": lambda folder: shutil.rmtree(folder / "params"),
+    "empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "no hashes": lambda folder: (folder / HASHES).unlink(),
+    "other hashes": lambda folder: (folder / HASHES).write_text((folder / HASHES).read_text().replace("0", "1")),
+    "no end": lambda folder: (folder / "commit_success.txt").unlink(),
+    "no JSON": lambda folder: (folder / "meta" / "metadata").write_text("{"),
+    "hashes of another kind": lambda folder: (folder / HASHES).write_text("[]"),
+}
+
+
+def _write(folder, change):
+    path = files_of(folder.parents[1])[-1]
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_newest_one_is_set_aside_and_named(run, way, capsys):
+    WAYS[way](run / "checkpoints" / "3")
+    stored = StoredCheckpoints(run)
+    set_aside_damaged(stored)
+    assert stored.steps == [1, 2] and (run / DAMAGED / "3").is_dir()
+    said = capsys.readouterr().out
+    assert re.search(
+        r"the checkpoint of step 3 is damaged \(.+\); it was moved to .*, and that of step 2 is the newest\n", said
+    )
+
+
+def test_a_run_resumes_from_the_one_before(trained, run, capsys):
+    WAYS["cut"](run / "checkpoints" / "3")
+    assert resume(trained, run) == 0
+    said = capsys.readouterr().out
+    assert "the checkpoint of step 3 is damaged" in said and "resuming after step 2" in said
+    assert StoredCheckpoints(run).steps == [1, 2, 3] and first(run) is None
+
+
+def test_what_orbax_writes_last_may_be_lost(trained, run, capsys):
+    (run / "checkpoints" / "3" / "_CHECKPOINT_METADATA").write_text("{")
+    assert resume(trained, run, "--steps", "4") == 0
+    assert "resuming after step 3" in capsys.readouterr().out
+
+
+def test_without_a_whole_one_it_stops(trained, run, capsys):
+    for step in (1, 2, 3):
+        (run / "checkpoints" / str(step) / HASHES).unlink()
+    assert resume(trained, run) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.count("is damaged") == 3 and "no other is left" in line
+
+
+def test_readers_take_another_and_say_so(trained, run, capsys):
+    WAYS["no item"](run / "checkpoints" / "3")
+    assert load_run(run, "latest").step == 2
+    assert re.search(r"checkpoints/3: this checkpoint is damaged: .*; taking step 2 instead", capsys.readouterr().err)
+    with pytest.raises(UserError, match=r"checkpoints/3: this checkpoint is damaged: params/.* is missing"):
+        load_run(run, "3")
+    # The state of the optimizer is not read.
+    shutil.rmtree(run / "checkpoints" / "2" / "state")
+    assert load_run(run, "2").step == 2
+    assert main(["generate", str(run), "--prompt", "a", "--step", "1", "--max-tokens", "2"]) == 0
+    for step in (1, 2):
+        (run / "checkpoints" / str(step) / HASHES).unlink()
+    with pytest.raises(UserError, match="no other is left"):
+        load_run(run)
+
+
+def test_hashes_are_of_all_files(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_bytes(b"1")
+    write_hashes(tmp_path)
+    assert damage(tmp_path) is None
+    (tmp_path / "a" / "b" / "c").write_bytes(b"2")
+    assert damage(tmp_path) == "a/b/c has changed" and damage(tmp_path, ["other"]) is None

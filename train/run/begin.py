@@ -1,0 +1,69 @@
+"""What is checked before a run begins: its folder, its config in all processes, and its data."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from train.config import RunConfig, difference, to_data
+from train.data.prepared.prepare import check_vocabulary
+from train.data.prepared.store import Prepared
+from train.files import Busy, locked, writing
+from train.parallel.processes import gathered
+from train.run.selection import check_selection
+from transformer.errors import UserError
+
+
+def check_data(config: RunConfig, prepared: Prepared) -> None:
+    """Raise a `UserError` unless the data fits the model and the objective."""
+    source_vocab_size = getattr(config.model, "source_vocab_size", None)
+    inserted = config.objective.largest_inserted(prepared.tokenizer)
+    if source_vocab_size is None:
+        check_vocabulary(prepared, config.model.vocab_size, inserted=inserted)
+    else:
+        check_vocabulary(prepared, source_vocab_size, target_vocab_size=config.model.vocab_size, inserted=inserted)
+    config.objective.check_data(prepared, config.sequence_length)
+    config.objective.check_classes(prepared, config.model)
+    check_selection(config, prepared)
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Make the folder, and keep a second process from training in it; a run that is refused leaves no folder."""
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    lock, refused = directory / f".lock-{jax.process_index()}", False
+    try:
+        with locked(lock):
+            try:
+                yield
+            finally:
+                if refused := not (directory / "config.yaml").exists():
+                    lock.unlink(missing_ok=True)
+    except Busy:
+        raise UserError(f"{directory}: another process is training here; choose another --run-dir") from None
+    finally:
+        if refused:
+            # A folder that holds something else stays.
+            for folder in (directory / "checkpoints", directory):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def agree_on(config: RunConfig) -> None:
+    """Raise a `UserError` in every process unless all have the same config."""
+    if jax.process_count() == 1:
+        return
+    texts = gathered(json.dumps(to_data(config), sort_keys=True))
+    others = {index: text for index, text in enumerate(texts) if text != texts[0]}
+    if others:
+        index, text = next(iter(others.items()))
+        changed = difference(json.loads(texts[0]), json.loads(text))
+        raise UserError(
+            f"processes {', '.join(map(str, others))} have a different config from process 0; process {index}: "
+            f"{'; '.join(changed)}. Start all with the same config and overrides"
+        )

@@ -1,0 +1,96 @@
+"""Whether a checkpoint on disk is what was written: the hashes of its files, stored with them before it counts as one."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint import path as orbax_path
+
+from train.files import sync, write_whole
+
+HASHES = "hashes.json"
+_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""Files that orbax writes last. Nothing of the state is in them, but orbax does not see a checkpoint without them."""
+_THREADS = 8
+
+
+def write_hashes(folder: Path, later: Sequence[str] = ()) -> None:
+    """Store the hash of every file under `folder` in it, and wait until all of them are on the disk. Raises `OSError`.
+
+    Args:
+        later: names of files whose content is not fixed yet.
+    """
+    left_out = {folder / name for name in (*later, HASHES)}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in left_out)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        hashes = dict(zip((path.relative_to(folder).as_posix() for path in paths), pool.map(_hash, paths), strict=True))
+        list(pool.map(sync, paths))
+    content = {"files": hashes, "later": list(later)}
+    write_whole(folder / HASHES, json.dumps(content | {"all": _hash_of_all(content)}, indent=1) + "\n")
+    for inner in (path for path in folder.rglob("*") if path.is_dir()):
+        sync(inner)
+    sync(folder)
+
+
+def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
+    """The first file of a checkpoint that is not as it was written, with what is wrong; None for a whole one.
+
+    Args:
+        items: look at the files of these of its folders only; None: at all.
+    """
+    try:
+        stored = json.loads((folder / HASHES).read_bytes())
+        if stored.pop("all") != _hash_of_all(stored):
+            return f"{HASHES} has changed"
+        hashes, later = stored["files"], stored["later"]
+    except FileNotFoundError:
+        return f"{HASHES} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{HASHES} cannot be read"
+    if items is None and (lost := [name for name in later if not (folder / name).is_file()]):
+        return f"{lost[0]} is missing"
+    names = [name for name in hashes if items is None or name.split("/")[0] in items]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for name, (found, wrong) in zip(names, pool.map(lambda name: _found(folder / name), names), strict=True):
+            if found != hashes[name]:
+                return f"{name} {wrong}"
+    return None
+
+
+class HashedTemporaryPath(orbax_path.atomicity.AtomicRenameTemporaryPath):
+    """A folder that orbax fills, which gets its hashes before it is renamed to a checkpoint, and is on the disk afterwards."""
+
+    async def finalize(self) -> None:
+        await asyncio.to_thread(write_hashes, Path(self.get()), _LATER)
+        await super().finalize()
+        await asyncio.to_thread(self._sync_names)
+
+    def _sync_names(self) -> None:
+        final = Path(self.get_final())
+        for path in (*(final / name for name in _LATER if (final / name).exists()), final, final.parent):
+            sync(path)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _found(path: Path) -> tuple[str | None, str]:
+    """A file's hash, and what is wrong if it is not the expected one."""
+    try:
+        return _hash(path), "has changed"
+    except FileNotFoundError:
+        return None, "is missing"
+    except OSError:
+        return None, "cannot be read"
+
+
+def _hash_of_all(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
