@@ -23,8 +23,9 @@ from benchmarks.encoders.reviews import CONFIG, MINILM
 from benchmarks.shipped import load
 from benchmarks.stage import classify, folder_of, once, over_seeds, scored_at_the_end
 from train.config import RunConfig, to_data
+from train.data.evaluation import evaluation_batches
 from train.data.examples.labelled import commonest_share
-from train.data.loader import evaluation_batches, train_batches
+from train.data.loader import train_batches
 from train.data.prepared.prepare import prepare
 from train.data.prepared.store import Prepared
 from train.huggingface.import_checkpoint import import_checkpoint

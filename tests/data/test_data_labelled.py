@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from train.data.evaluation import evaluation_batches
 from train.data.examples.labelled import LabelledDocuments, commonest_share
-from train.data.loader import Batches, evaluation_batches, train_batches
+from train.data.loader import Batches, train_batches
 from train.data.prepared.prepare import DataConfig, fingerprint, prepare
 from train.data.prepared.store import Prepared
 from train.data.sources.records import Rejects

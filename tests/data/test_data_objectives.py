@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train.data.evaluation import evaluation_batches
 from train.data.examples.spans import MODES
-from train.data.loader import Batches, evaluation_batches, train_batches
+from train.data.loader import Batches, train_batches
 from train.data.prepared.prepare import DataConfig, check_vocabulary, prepare
 from train.data.prepared.store import Prepared
 from train.data.sources.source_config import FilesSource

@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
+from train.data.evaluation import evaluation_batches
 from train.data.examples.choices import Choices
 from train.data.examples.labelled import LabelledDocuments
 from train.data.examples.rows import longest_first
 from train.data.examples.tagged import TaggedWords
 from train.data.examples.windows import AnswerWindows
-from train.data.loader import evaluation_batches, train_batches
+from train.data.loader import train_batches
 from train.data.prepared.prepare import DataConfig, prepare
 from train.data.sources.records import Answers, Document, Rejects
 from train.data.sources.source import documents

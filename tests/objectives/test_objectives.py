@@ -18,8 +18,9 @@ from flax import nnx
 import train.objectives
 from tests.train.task_runs import KINDS, SETTINGS, SOURCES, write_rows
 from train.config import RunConfig, to_data
+from train.data.evaluation import evaluation_batches
 from train.data.examples.spans import MODES
-from train.data.loader import evaluation_batches, train_batches
+from train.data.loader import train_batches
 from train.data.prepared.prepare import DataConfig, prepare
 from train.data.sources.source_config import FilesSource, SyntheticSource
 from train.data.tokenization.tokenizer import CLS, MASK, SEP, TokenizerConfig

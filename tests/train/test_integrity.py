@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from tests.devices import on_one_device
+from tests.train.run_records import records
 from train.commands.cli import main
 from train.run.checkpoint import DAMAGED, set_aside_damaged
 from train.run.integrity import HASHES, damage, write_hashes
 from train.run.run_files import load_run
-from train.run.stored import StoredCheckpoints
+from train.run.stored import SCORES, StoredCheckpoints
 from transformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -134,6 +135,25 @@ def test_a_run_resumes_from_the_one_before(trained, run, capsys):
     said = capsys.readouterr().out
     assert "the checkpoint of step 3 is damaged" in said and "resuming after step 2" in said
     assert StoredCheckpoints(run).steps == [1, 2, 3] and first(run) is None
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(trained, run, capsys):
+    """A checkpoint is written before its step is evaluated."""
+    before = records(run, "eval/loss")
+    shutil.rmtree(run / "checkpoints" / "3")
+    scores = json.loads((run / SCORES).read_text())
+    (run / SCORES).write_text(json.dumps({"1": scores["1"]}))
+    lines = [
+        line
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+        if not ('"step": 2' in line and "eval" in line)
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert resume(trained, run) == 0
+    said = capsys.readouterr().out
+    assert "resuming after step 2" in said and "step 2  held-out loss" in said
+    assert records(run, "eval/loss") == before
+    assert json.loads((run / SCORES).read_text()) == scores
 
 
 def test_what_orbax_writes_last_may_be_lost(trained, run, capsys):

@@ -241,7 +241,7 @@ def test_a_checkpoint_has_its_layers_in_order(tmp_path):
     piped, other = interleaved(), on_one_device(steps=4)
     assert jax.tree.leaves(piped.state.params["layers"]["blocks"])[0].shape[:2] == (2, 2)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, use_mesh(piped.program.mesh, INTERLEAVED.rules):
-        checkpoints.save(in_order(piped.state), 4, {}, None)
+        checkpoints.save(in_order(piped.state), 4, {})
     config = other.program.config
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, use_mesh(other.program.mesh, config.mesh.rules):
         state = checkpoints.restore(4, other.program.abstract)

@@ -187,7 +187,8 @@ def test_the_best_is_kept_by_its_metric(name, values, tmp_path):
         state = Program(config, mesh).init()
         for step, value in enumerate(values, start=1):
             scores = {"loss": float(-step), name: value}
-            checkpoints.save(state, step, {"config": to_data(config), "labels": ["a", "b"]}, scores)
+            checkpoints.save(state, step, {"config": to_data(config), "labels": ["a", "b"]})
+            checkpoints.record(step, scores)
             checkpoints.wait()
     checkpoints = StoredCheckpoints(config.directory)
     assert checkpoints.steps == [1, 3] and checkpoints.best == 1 and checkpoints.meta(1)["labels"] == ["a", "b"]

@@ -12,6 +12,7 @@ from train.commands import (
     checkpoints,
     diff,
     embed,
+    evaluate,
     explain,
     export,
     generate,
@@ -28,7 +29,7 @@ from transformer.errors import ConfigError, UserError
 COMMANDS = tuple(
     module.COMMAND
     for module in (
-        train, import_checkpoint, export, embed, prepare, explain, plot, diff, checkpoints, generate, attend, translate,
+        train, evaluate, import_checkpoint, export, embed, prepare, explain, plot, diff, checkpoints, generate, attend, translate,
         predict,
     )
 )  # fmt: skip

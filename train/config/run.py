@@ -114,6 +114,19 @@ class RunConfig(Config):
         return self.batch_size * self.tokens_per_example
 
     @property
+    def evaluation_batch_size(self) -> int:
+        """`evaluation.batch_size` with its default filled in."""
+        # A loss that compares rows is another one in a smaller batch.
+        usual = self.batch_size if self.objective.compares_rows else self.batch_size // self.microbatches
+        return usual if self.evaluation.batch_size is None else self.evaluation.batch_size
+
+    @property
+    def evaluation_batches(self) -> int | None:
+        """Batches of `evaluation_batch_size` in an evaluation during training; None: all."""
+        batches = self.evaluation.batches
+        return None if batches is None else -(-batches * self.batch_size // self.evaluation_batch_size)
+
+    @property
     def directory(self) -> Path:
         """`run_dir` with its default filled in."""
         return Path("runs", self.name) if self.run_dir is None else Path(self.run_dir)

@@ -18,7 +18,10 @@ class EvaluationConfig(Config):
     every: int = 500
     """Steps between evaluations; 0: only at the end."""
     batches: int | None = 20
-    """Batches of an evaluation during training; null: all of the held-out text. The last evaluation always takes all of it."""
+    """Size of an evaluation during training, in training batches: always the same examples, drawn from all sources and classes;
+    null: all of the held-out text. The last evaluation always takes all of it."""
+    batch_size: int | None = None
+    """Examples that are evaluated at once; null: as many as a microbatch has, which need less memory than a training step."""
     translations: int = 500
     """seq2seq: number of held-out pairs, evenly spaced, that are translated for BLEU and chrF at the end; 0: none."""
     patience: int | None = None
@@ -28,6 +31,7 @@ class EvaluationConfig(Config):
         super().__post_init__()
         require(self, "every", self.every >= 0, "allowed: 0 or more")
         require(self, "batches", self.batches is None or self.batches >= 1, "allowed: 1 or more, or null")
+        require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "allowed: 1 or more, or null")
         require(self, "translations", self.translations >= 0, "allowed: 0 or more")
         holds = self.patience is None or (self.patience >= 1 and self.every > 0)
         require(self, "patience", holds, "allowed: 1 or more, with evaluation.every above 0; or null")

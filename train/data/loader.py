@@ -29,7 +29,6 @@ Batch = dict[str, np.ndarray]
 """The arrays of the objective, as the modules of `train.data.examples` describe them, and `example` [B] int64: which example a
 row is, -1 for a row of padding, whose weights are 0 and whose label is -1."""
 
-_VALIDATION_KEY = draw_key(0, "validation")  # one seed for all runs, so that they are scored on the same examples
 _ENDLESS = 1 << 62
 _OnDevice = TypeVar("_OnDevice")
 
@@ -76,7 +75,7 @@ class Batches(abc.ABC):
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches from `start_step` on, fetched ahead on threads. Close it to end the threads."""
-        return _fetch_ahead(self.batch, start_step, _ENDLESS, self._threads, self._prefetch)
+        return fetch_ahead(self.batch, start_step, _ENDLESS, self._threads, self._prefetch)
 
 
 class MixedBatches(Batches):
@@ -118,7 +117,7 @@ class MixedBatches(Batches):
 
     def batch(self, step: int) -> Batch:
         draws = Draws(self._key, step * self._batch_size + np.array(self._rows, np.int64))
-        return _gather(self._sources, self._first_id, self._ids(step), draws)
+        return gather(self._sources, self._first_id, self._ids(step), draws)
 
     def _ids(self, step: int) -> np.ndarray:
         first = step * self._batch_size
@@ -156,79 +155,7 @@ class BucketedBatches(Batches):
         number, ordinal = self._order[step]
         source = self._sources[number]
         width, pairs = source.numbers(*divmod(int(ordinal), source.batches))
-        return _pairs_of(source, width, pairs[self._rows], self._first_id[number])
-
-
-class EvaluationBatches(abc.ABC):
-    """The validation examples of one process, each once. `len` is the number of batches."""
-
-    def __init__(self, count: int, threads: int, prefetch: int, max_batches: int | None) -> None:
-        """Of `count` batches, `max_batches` at most are used."""
-        self._len = count if max_batches is None else min(count, max_batches)
-        self._threads, self._prefetch = threads, prefetch
-
-    def __len__(self) -> int:
-        return self._len
-
-    @abc.abstractmethod
-    def batch(self, index: int) -> Batch:
-        """This process's rows of one batch."""
-
-    def __iter__(self) -> Generator[Batch, None, None]:
-        return _fetch_ahead(self.batch, 0, len(self), self._threads, self._prefetch)
-
-
-class OrderedBatches(EvaluationBatches):
-    """The examples in order, in batches of one shape."""
-
-    def __init__(
-        self,
-        sources: list[Examples],
-        *,
-        batch_size: int,
-        rows: slice,
-        threads: int,
-        prefetch: int,
-        max_batches: int | None,
-    ) -> None:
-        """As for `MixedBatches`; `max_batches` ends early."""
-        self._sources = sources
-        self._first_id = np.cumsum([0, *map(len, sources)])
-        self._batch_size = batch_size
-        self._rows = range(batch_size)[rows]
-        super().__init__(-(-int(self._first_id[-1]) // batch_size), threads, prefetch, max_batches)
-
-    def batch(self, index: int) -> Batch:
-        """This process's rows of one batch. Rows after the last example have weight 0, so that all shapes are equal."""
-        ids = index * self._batch_size + np.array(self._rows, np.int64)
-        inside = ids < self._first_id[-1]
-        draws = Draws(_VALIDATION_KEY, ids)
-        batch = _gather(self._sources, self._first_id, np.where(inside, ids, 0), draws)
-        batch["weights"] *= inside[:, None]
-        if "labels" in batch:
-            batch["labels"][~inside] = -1
-        batch["example"] = np.where(inside, ids, -1)
-        return batch
-
-
-class BucketedEvaluation(EvaluationBatches):
-    """The pairs in batches of similar length, in shuffled order, so that the first few batches are representative."""
-
-    def __init__(
-        self, sources: list[Buckets], *, rows: slice, threads: int, prefetch: int, max_batches: int | None
-    ) -> None:
-        """As for `OrderedBatches`."""
-        self._sources = sources
-        self._first_id = np.cumsum([0, *map(len, sources)])
-        self._first_batch = np.cumsum([0, *(source.batches for source in sources)])
-        self._rows = rows
-        super().__init__(int(self._first_batch[-1]), threads, prefetch, max_batches)
-
-    def batch(self, index: int) -> Batch:
-        number = int(np.searchsorted(self._first_batch, index, side="right")) - 1
-        source = self._sources[number]
-        width, pairs = source.numbers(0, index - int(self._first_batch[number]))
-        return _pairs_of(source, width, pairs[self._rows], self._first_id[number])
+        return pairs_of(source, width, pairs[self._rows], self._first_id[number])
 
 
 def train_batches(
@@ -250,7 +177,7 @@ def train_batches(
     """
     objective.check_data(prepared, length)
     weights = [source.weight for source in config.sources]
-    rows = _rows(batch_size, process_index, process_count)
+    rows = rows_of(batch_size, process_index, process_count)
     shown = process_index == 0
     if config.packing == "pad":
         buckets = [objective.buckets(array, length, batch_size, seed, shown=shown) for array in prepared.train]
@@ -264,42 +191,6 @@ def train_batches(
         rows=rows,
         threads=config.workers,
         prefetch=config.prefetch,
-    )
-
-
-def evaluation_batches(
-    prepared: Prepared,
-    config: DataConfig,
-    *,
-    batch_size: int,
-    length: int,
-    objective: ExampleMaker,
-    process_index: int = 0,
-    process_count: int = 1,
-    max_batches: int | None = None,
-) -> EvaluationBatches:
-    """The validation batches of one process, as `train_batches`.
-
-    Objectives that predict all tokens (causal, seq2seq) predict every validation token once. Random draws of an objective
-    are the same for an example every time; span corruption leaves out what does not fill a sequence. Raises `UserError` if no
-    validation text was prepared.
-    """
-    if not prepared.validation:
-        raise UserError("no validation text: set data.validation_fraction above 0, or give data.validation a source")
-    objective.check_data(prepared, length)
-    rows = _rows(batch_size, process_index, process_count)
-    threads, prefetch, shown = config.workers, config.prefetch, process_index == 0
-    if config.packing == "pad":
-        buckets = [objective.buckets(array, length, batch_size, 0, shown=shown) for array in prepared.validation]
-        return BucketedEvaluation(buckets, rows=rows, threads=threads, prefetch=prefetch, max_batches=max_batches)
-    common = (prepared.tokenizer, config.packing, length)
-    return OrderedBatches(
-        [objective.examples(array, *common, training=False, shown=shown) for array in prepared.validation],
-        batch_size=batch_size,
-        rows=rows,
-        threads=threads,
-        prefetch=prefetch,
-        max_batches=max_batches,
     )
 
 
@@ -323,7 +214,7 @@ def prefetch_to_device(
             close()
 
 
-def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
+def rows_of(batch_size: int, process_index: int, process_count: int) -> slice:
     """The rows of a global batch that a process holds: an equal, contiguous part."""
     if batch_size % process_count:
         raise UserError(f"batch_size {batch_size} is not divisible by {process_count} processes; make it a multiple")
@@ -355,7 +246,7 @@ def _endless_order(sources: int, weights: list[float]) -> Any:
     return grain.MapDataset.mix(counted, weights) if sources > 1 else counted[0]
 
 
-def _gather(sources: list[Examples], first_id: np.ndarray, ids: np.ndarray, draws: Draws) -> Batch:
+def gather(sources: list[Examples], first_id: np.ndarray, ids: np.ndarray, draws: Draws) -> Batch:
     """The examples of global `ids` [B], whichever sources they belong to."""
     owner = np.searchsorted(first_id, ids, side="right") - 1
     if np.all(owner == owner[0]):
@@ -368,7 +259,7 @@ def _gather(sources: list[Examples], first_id: np.ndarray, ids: np.ndarray, draw
     return batch
 
 
-def _pairs_of(source: Buckets, width: int, pairs: np.ndarray, first_id: int) -> Batch:
+def pairs_of(source: Buckets, width: int, pairs: np.ndarray, first_id: int) -> Batch:
     return source.gather(width, pairs) | {"example": np.where(pairs < 0, -1, pairs + first_id)}
 
 
@@ -377,7 +268,7 @@ def _mean(parts: list[tuple[int, float]]) -> float:
     return sum(count * value for count, value in parts) / sum(count for count, _ in parts)
 
 
-def _fetch_ahead(
+def fetch_ahead(
     fetch: Callable[[int], Batch], start: int, stop: int, threads: int, prefetch: int
 ) -> Generator[Batch, None, None]:
     """`fetch` of start, start + 1, ..., in order, up to `prefetch` of them ahead."""

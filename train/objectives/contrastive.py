@@ -39,6 +39,7 @@ class Contrastive(Objective):
     families = ("bert",)
     heads = ("embedding",)
     takes_pairs = True
+    compares_rows = True
     packings = ("documents",)
     least_length = 3
     metrics = ("accuracy",)

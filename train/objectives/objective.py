@@ -68,6 +68,8 @@ class Objective(Config, abc.ABC):
     """Those of the loss and the metrics for which lower is better."""
     unit: ClassVar[str] = "tok"
     """The name of one prediction, in messages."""
+    compares_rows: ClassVar[bool] = False
+    """Whether the loss compares the rows of a batch with each other, so that it depends on the size of the batch."""
     predicts_all_text: ClassVar[bool] = False
     """Whether every token of the text is predicted once, from those before it, so that bits per byte are meaningful."""
     translates: ClassVar[bool] = False

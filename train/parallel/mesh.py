@@ -260,11 +260,15 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(dict(rules)["batch"]))
 
 
-def check_batch(mesh: Mesh, rules: Rules, batch_size: int, microbatches: int) -> None:
-    """Raise a `UserError` unless all devices get the same number of sequences of each microbatch."""
+def batch_parts(mesh: Mesh, rules: Rules) -> int:
+    """Into how many parts, one or more devices each, the rows of a batch are split."""
     axes = dict(rules)["batch"] or ()
-    axes = (axes,) if isinstance(axes, str) else axes
-    shards = math.prod(mesh.shape[axis] for axis in axes)
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def check_batch(mesh: Mesh, rules: Rules, batch_size: int, microbatches: int, field: str = "batch_size") -> None:
+    """Raise a `UserError` that names `field` unless all devices get the same number of sequences of each microbatch."""
+    shards = batch_parts(mesh, rules)
     if shards % (processes := jax.process_count()):
         raise UserError(
             f"mesh: the batch is split into {shards} parts, which {processes} processes do not divide; make "
@@ -275,7 +279,7 @@ def check_batch(mesh: Mesh, rules: Rules, batch_size: int, microbatches: int) ->
         lower, upper = batch_size // step * step, -(-batch_size // step) * step
         near = f"{lower} or {upper}" if lower else str(upper)
         raise UserError(
-            f"batch_size: got {batch_size}, which {shards} devices × {microbatches} microbatches do not divide; try {near}"
+            f"{field}: got {batch_size}, which {shards} devices × {microbatches} microbatches do not divide; try {near}"
         )
 
 

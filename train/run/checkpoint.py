@@ -7,8 +7,9 @@ disk, and only then is it renamed: a kill at any moment leaves the previous one 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,10 +19,11 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from train.config.sections import CheckpointConfig
-from train.parallel.processes import process_zero_first
+from train.files import write_whole
+from train.parallel.processes import is_first, process_zero_first
 from train.run.integrity import HashedTemporaryPath
 from train.run.state import TrainState
-from train.run.stored import AVERAGE, META, PARAMS, STATE, STEP, STORED, StoredCheckpoints, rank, restore
+from train.run.stored import AVERAGE, META, PARAMS, SCORES, STATE, StoredCheckpoints, best_of, read_scores, restore
 from transformer.errors import UserError, first_line
 from transformer.pipeline import in_order
 
@@ -44,16 +46,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
-        policies = ocp.checkpoint_managers
-        self._best_by = config.best
+        self._config = config
         options = ocp.CheckpointManagerOptions(
-            best_fn=self._rank,
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(config.keep),
-                    policies.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False),
-                ]
-            ),
+            preservation_policy=_NewestAndBest(self),
             save_interval_steps=1,
             create=True,
             cleanup_tmp_directories=True,
@@ -64,6 +59,7 @@ class Checkpoints:
             self._stored = StoredCheckpoints(directory)
             with process_zero_first("checkpoints"):
                 set_aside_damaged(self._stored)
+            self._scores = read_scores(directory)
             self._manager = ocp.CheckpointManager(self._stored.directory.absolute(), options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -78,13 +74,27 @@ class Checkpoints:
         """Step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int, meta: Mapping[str, Any], values: Mapping[str, float] | None) -> None:
+    def scores(self, step: int) -> Mapping[str, float] | None:
+        """The held-out scores at a step, on the batches by which checkpoints are compared; None if they are not known."""
+        return self._scores.get(step)
+
+    def record(self, step: int, scores: Mapping[str, float]) -> None:
+        """Store held-out scores of a step: its checkpoint may be the best one, and is kept. Raises `UserError` as `save`."""
+        kept = {*self._manager.all_steps(), step}
+        self._scores = {one: known for one, known in self._scores.items() if one in kept} | {step: dict(scores)}
+        if is_first():
+            with _disk_errors(self):
+                write_whole(self._stored.run / SCORES, json.dumps(self._scores) + "\n")
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Which of the checkpoints there are stay: the newest ones, and the best one."""
+        return {*sorted(steps)[-self._config.keep :], best_of(self._scores, steps, self._config.best) or steps[-1]}
+
+    def save(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
         """Write in the background; returns once the arrays are copied off the devices.
 
         Args:
             meta: what the run is, as JSON values.
-            values: held-out loss and metrics at this step, on the batches by which checkpoints are compared, if they were
-                evaluated.
 
         Raises:
             UserError: the disk is full or read-only, now or while the previous checkpoint was written.
@@ -93,21 +103,18 @@ class Checkpoints:
         state = jax.tree.map(_one_copy, in_order(state))
         items = {PARAMS: state.params, STATE: _without_params(state)}
         items |= {} if state.ema is None else {AVERAGE: state.ema}
-        stored = {STORED.get(name, name): value for name, value in (values or {}).items()}
-        self._save(step, items, meta, None if values is None else stored | {STEP: step})
+        self._save(step, items, meta)
 
     def save_params(self, params: nnx.State, meta: Mapping[str, Any]) -> None:
         """Write parameters that were trained elsewhere, as step 0, and wait until they are written. Raises as `save`."""
-        self._save(0, {PARAMS: jax.tree.map(_one_copy, params)}, meta, None)
+        self._save(0, {PARAMS: jax.tree.map(_one_copy, params)}, meta)
         self.wait()
 
-    def _save(
-        self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any], scores: Mapping[str, float] | None
-    ) -> None:
+    def _save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         arguments: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         arguments[META] = ocp.args.JsonSave(dict(meta))
         with _disk_errors(self):
-            self._manager.save(step, args=ocp.args.Composite(**arguments), metrics=scores)
+            self._manager.save(step, args=ocp.args.Composite(**arguments))
 
     def wait(self) -> None:
         """Block until the newest checkpoint is written."""
@@ -125,8 +132,16 @@ class Checkpoints:
         average = None if abstract.ema is None else restore(folder / AVERAGE, abstract.ema)
         return dataclasses.replace(restore(folder / STATE, _without_params(abstract)), params=params, ema=average)
 
-    def _rank(self, metrics: Mapping[str, float]) -> tuple[float, float]:
-        return rank(self._best_by, metrics)
+
+@dataclasses.dataclass
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    checkpoints: Checkpoints
+
+    def should_preserve(
+        self, checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo], *, context: Any
+    ) -> Sequence[bool]:
+        kept = self.checkpoints.kept([one.step for one in checkpoints])
+        return [one.step in kept for one in checkpoints]
 
 
 def set_aside_damaged(stored: StoredCheckpoints) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from train.config import RunConfig
-from train.data.loader import evaluation_batches, prefetch_to_device
+from train.data.evaluation import evaluation_batches
+from train.data.loader import prefetch_to_device
 from train.data.prepared.store import Prepared
 from train.loss import Batch, LossSums
 from train.objectives import Task
@@ -45,6 +46,8 @@ class Scores:
     """The fraction of rows, or words, that are classified correctly; None for tokens."""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """The objective's metrics, by name."""
+    sources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """The loss on each source by its name, if there are several."""
 
     def __str__(self) -> str:
         """The available scores, as text."""
@@ -58,7 +61,8 @@ class Scores:
 
     def values(self) -> dict[str, float | None]:
         """All scores by name."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "metrics"} | {**self.metrics}
+        own = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("metrics", "sources")}
+        return own | {**self.metrics} | {f"loss of {name}": value for name, value in self.sources.items()}
 
 
 def evaluate(step: Callable[[nnx.State, Batch], T], params: nnx.State, batches: Iterable[Batch]) -> list[T]:
@@ -128,7 +132,7 @@ class Evaluator:
         host = evaluation_batches(
             self._prepared,
             config.data,
-            batch_size=config.batch_size,
+            batch_size=config.evaluation_batch_size,
             length=config.sequence_length,
             objective=config.objective,
             process_index=jax.process_index(),
@@ -139,19 +143,35 @@ class Evaluator:
         found = evaluate(self._program.eval_step, params, itertools.takewhile(lambda _: not stopped(), device))
         if len(found) < len(host):
             return len(found), len(host)
-        few = slice(config.evaluation.batches)
+        few = slice(config.evaluation_batches)
         if self.task is None:
             quality = self._quality(params)
             sums = [sums for sums, _ in found]
             scores, selected = (scores_of(part, self._bytes) for part in (sums, sums[few]))
+            scores = dataclasses.replace(scores, sources=self._by_source(sums, host.sources))
             return Evaluation(scores, _selection(selected) | _metrics_of(quality), (), quality)
         scores, predictions = self._scores_of_task(found)
+        scores = dataclasses.replace(scores, sources=self._by_source([sums for sums, _ in found], host.sources))
         selected = scores if len(found[few]) == len(found) else self._scores_of_task(found[few])[0]
         return Evaluation(scores, _selection(selected), predictions, None)
 
     def say(self, scores: Scores) -> str:
         """The scores as text."""
-        return f"held-out {scores}{self._baseline}"
+        own = "".join(f"\n    {name}: loss {loss:.4f}" for name, loss in scores.sources.items())
+        return f"held-out {scores}{self._baseline}{own}"
+
+    def _by_source(self, sums: Sequence[LossSums], sources: Sequence[int]) -> dict[str, float]:
+        """The loss on each source of which there are batches; empty for a single source."""
+        names = [array.name for array in self._prepared.validation]
+        if len(names) < 2:
+            return {}
+        parts = {
+            number: [one for one, of in zip(sums, sources, strict=False) if of == number]
+            for number in range(len(names))
+        }
+        # Two sources may have one name.
+        titles = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
+        return {titles[number]: scores_of(own, None).loss for number, own in parts.items() if own}
 
     def quality(self, params: nnx.State) -> Quality | None:
         """The quality of translations of the config's number of held-out pairs."""

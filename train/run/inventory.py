@@ -13,7 +13,7 @@ from rich.table import Table
 
 from train.files import Busy, locked, writing
 from train.report.display import console
-from train.run.stored import StoredCheckpoints
+from train.run.stored import StoredCheckpoints, read_scores
 from transformer.errors import UserError
 
 
@@ -30,13 +30,13 @@ def list_checkpoints(run: Path) -> bool:
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("step", "written", "size", "loss", ""):
         table.add_column(column, justify="right" if column in ("step", "size", "loss") else "left")
-    whole = True
+    whole, scores = True, read_scores(run)
     for step in stored.steps:
         folder, found = stored.folder(step), stored.damage(step)
         whole &= found is None
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         written = datetime.datetime.fromtimestamp(folder.stat().st_mtime).isoformat(" ", "seconds")
-        loss = stored.score(step, "loss")
+        loss = scores.get(step, {}).get("loss")
         table.add_row(
             str(step), written, _size(size), "–" if loss is None else f"{loss:.4f}",
             marks.get(step, "") if found is None else f"damaged: {found}",

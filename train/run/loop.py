@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -77,6 +77,7 @@ def _train(config: RunConfig, profile: tuple[int, int] | None, allow_changed: Se
         raise UserError(f"profile: step {profile[0]} is after the last one, {config.steps}")
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
+    check_batch(mesh, config.mesh.rules, config.evaluation_batch_size, 1, "evaluation.batch_size")
     check_begin(config)
     with process_zero_first("prepare"):
         prepared = prepare(config.data)
@@ -135,6 +136,10 @@ class Run:
             for line in check_same_run(meta, self.config, self.prepared, allow_changed, owner):
                 print(f"{self.config.name}: changed since step {step}: {line}")
             self.selection = Selection.from_data(self.config.checkpoint.best, meta["selection"])
+            # A checkpoint is written before its step is evaluated.
+            scores, name = checkpoints.scores(step) or {}, self.selection.name
+            if name in scores and self.selection.counted < step:
+                self.selection = self.selection.after(step, scores[name])
             return checkpoints.restore(step, self.program.abstract)
         state = self.program.init()
         if self.config.init_from is None:
@@ -158,7 +163,7 @@ class Run:
         host = self._host_batches()
         batches = prefetch_to_device(host.iterate(start), self._to_device)
         meter = Meter(self.schedule, self.flops_per_prediction, list(self.mesh.devices.flat), config.model.dtype)
-        values, step = None, start
+        step = start
         with (
             MetricLog(config, config.directory, start, run_id) as log,
             contextlib.closing(batches),
@@ -167,6 +172,8 @@ class Run:
             display.say(self._headline(state, start))
             if padding := _padding(host):
                 display.say(padding)
+            if self._lacks_evaluation(start, last, checkpoints):
+                self._evaluate(state, start, display, log, checkpoints, stop)
             for step in range(start + 1, last + 1):
                 examples, batch = next(batches)
                 if profile is not None and start < profile[0]:
@@ -177,7 +184,6 @@ class Run:
                 meter.push(step, metrics, examples)
                 for done in meter.ready(keep=1):
                     self._record(done, display, log, checkpoints)
-                values = None
                 if step == config.steps:
                     break
                 evaluates = self.held_out is not None and _due(step, config.evaluation.every)
@@ -187,17 +193,19 @@ class Run:
                     # A step is built upon only after its update is known to be finite.
                     self._drain(meter, display, log, checkpoints)
                     meter.pause()
+                # Whatever happens in an evaluation, the steps before it are kept.
+                if saves and not meter.skipped_in_row:
+                    self._save(checkpoints, state, step)
                 if evaluates:
-                    found = self._evaluate(state, step, display, log, config.evaluation.batches, stop)
-                    values = None if found is None else found.selection
-                    # The best of all evaluations is wanted, not only of those that a checkpoint happens to follow.
-                    saves |= is_selective(config) and self.selection.step == step
+                    self._evaluate(state, step, display, log, checkpoints, stop)
+                    # The best of all evaluations is wanted, not only of those that follow a checkpoint.
+                    best = is_selective(config) and self.selection.step == step
+                    if best and not saves and not meter.skipped_in_row:
+                        self._save(checkpoints, state, step)
                 if samples:
                     self.sample(state, display)
                 if self.selection.is_over(config.evaluation.patience):
                     break
-                if saves and not meter.skipped_in_row:
-                    self._save(checkpoints, state, step, values)
                 if any_process(stop.requested, step):
                     break
             self._drain(meter, display, log, checkpoints)
@@ -206,23 +214,24 @@ class Run:
                 display.say(f"profile from step {profile[0]}: {config.directory / 'profile'}")
             found = None
             interrupted = step < config.steps and not self.selection.is_over(config.evaluation.patience)
-            try:
-                if self.held_out is not None and not interrupted:
-                    found = self._evaluate(state, step, display, log, None, stop)
-                    interrupted, values = found is None, values if found is None else found.selection
-            finally:
-                # The steps are kept whatever happens to the last evaluation, unless the newest ones changed nothing.
-                if checkpoints.latest != step and not meter.skipped_in_row:
-                    self._save(checkpoints, state, step, values)
-                    checkpoints.wait()
+            if checkpoints.latest != step and not meter.skipped_in_row:
+                self._save(checkpoints, state, step)
+            if self.held_out is not None and not interrupted:
+                found = self._evaluate(state, step, display, log, checkpoints, stop, all_of_it=True)
+                interrupted = found is None
+            checkpoints.wait()
             if meter.skipped_in_row and not interrupted:
                 raise UserError(f"step {step}: {self._not_finite(meter.skipped_in_row, checkpoints)}")
             self._farewell(state, step, found, interrupted, display, log, checkpoints)
         return Finished(config.directory, step, None if found is None else found.scores, interrupted, stop.number)
 
-    def _save(self, checkpoints: Checkpoints, state: TrainState, step: int, values: Mapping[str, float] | None) -> None:
-        meta = {"step": step, **self.identity, "selection": dataclasses.asdict(self.selection)}
-        checkpoints.save(state, step, meta, values)
+    def _lacks_evaluation(self, start: int, last: int, checkpoints: Checkpoints) -> bool:
+        """Whether the run was stopped between the checkpoint that it resumes from and an evaluation that follows it."""
+        due = start > 0 and _due(start, self.config.evaluation.every)
+        return due and start < last and self.held_out is not None and checkpoints.scores(start) is None
+
+    def _save(self, checkpoints: Checkpoints, state: TrainState, step: int) -> None:
+        checkpoints.save(state, step, {"step": step, **self.identity, "selection": dataclasses.asdict(self.selection)})
 
     def sample(self, state: TrainState, display: Display) -> None:
         """Show the current model's continuation of the config's prompt, or its translations of held-out sentences."""
@@ -249,12 +258,21 @@ class Run:
         )
 
     def _evaluate(
-        self, state: TrainState, step: int, display: Display, log: MetricLog, batches: int | None, stop: GracefulStop
+        self,
+        state: TrainState,
+        step: int,
+        display: Display,
+        log: MetricLog,
+        checkpoints: Checkpoints,
+        stop: GracefulStop,
+        *,
+        all_of_it: bool = False,
     ) -> Evaluation | None:
-        """Scores on the first `batches` batches (None: all); None if a signal interrupted it."""
+        """Scores on a part of the held-out text, or on all of it; None if a signal interrupted it."""
         assert self.held_out is not None
         # Several processes would stop at different batches, and wait for each other.
         alone = jax.process_count() == 1
+        batches = None if all_of_it else self.config.evaluation_batches
         found = self.held_out.evaluate(_used(state), batches, lambda: alone and stop.requested)
         if isinstance(found, tuple):
             display.say(f"step {step}: the evaluation was interrupted after {found[0]} of {found[1]} batches")
@@ -262,6 +280,7 @@ class Run:
         own = {f"selection_{name}": found.selection[name] for name in dict.fromkeys(("loss", self.selection.name))}
         log.write(step, "eval", found.scores.values() | own)
         display.say(f"step {step}  {self.held_out.say(found.scores)}")
+        checkpoints.record(step, found.selection)
         # The evaluation at the last step is counted too, even if it was not due.
         if self.selection.counted < step:
             self.selection = self.selection.after(step, found.selection[self.selection.name])

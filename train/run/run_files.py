@@ -21,7 +21,7 @@ from train.files import write_whole, writing
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from train.run.identity import load_tokenizers, tokenizer_files
 from train.run.state import abstract_params
-from train.run.stored import AVERAGE, META, METRICS, PARAMS, StoredCheckpoints
+from train.run.stored import AVERAGE, META, PARAMS, StoredCheckpoints
 from train.versions import versions
 from transformer.errors import UserError
 from transformer.layers.adapter import merged
@@ -30,7 +30,7 @@ from transformer.models.families import make_model
 
 _ORIGIN = "origin.json"
 _FINISHED = "finished.json"
-_USED = (PARAMS, AVERAGE, META, METRICS)
+_USED = (PARAMS, AVERAGE, META)
 """The parts of a checkpoint that using a model needs."""
 
 NO_SCORES = ("eval/selection_loss", "eval/tokens", "eval/pairs")

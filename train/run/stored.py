@@ -17,13 +17,13 @@ from transformer.errors import UserError
 
 FOLDER = "checkpoints"
 """The folder of a run that holds one folder for each, by the number of its step."""
-STATE, PARAMS, AVERAGE, META, METRICS = "state", "params", "average", "meta", "metrics"
-"""The items of a checkpoint: all but the parameters; the parameters; their moving average, where the run keeps one; what the run
-is; and held-out scores, where it was evaluated at this step."""
-STORED = {"loss": "nll"}
-"""Metrics whose names on disk differ."""
-STEP = "step"
-"""The other names on disk."""
+STATE, PARAMS, AVERAGE, META = "state", "params", "average", "meta"
+"""The items of a checkpoint: all but the parameters; the parameters; their moving average, where the run keeps one; and what the
+run is."""
+SCORES = "scores.json"
+"""The file of a run with the held-out scores of its checkpoints, which are evaluated after they are written."""
+Scores = dict[int, dict[str, float]]
+"""Step → name → value."""
 
 
 class StoredCheckpoints:
@@ -53,13 +53,8 @@ class StoredCheckpoints:
 
     @property
     def best(self) -> int | None:
-        """Step of the best checkpoint by `checkpoint.best`, among those written right after an evaluation."""
-        scores = {step: found for step in self.steps if (found := self._scores(step)) is not None}
-        if not scores:
-            return None
-        best = max(scores, key=lambda step: rank(self._best_by, scores[step]))
-        # Checkpoints written while another metric decided may lack this one.
-        return best if STORED.get(self._best_by, self._best_by) in scores[best] else None
+        """Step of the best checkpoint by `checkpoint.best`, among those that were evaluated."""
+        return best_of(read_scores(self.run), self.steps, self._best_by) if self.steps else None
 
     def folder(self, step: int) -> Path:
         """The folder of one checkpoint."""
@@ -87,28 +82,27 @@ class StoredCheckpoints:
         average = self.folder(step) / AVERAGE
         return restore(average if average.is_dir() else self.folder(step) / PARAMS, abstract)
 
-    def score(self, step: int, name: str) -> float | None:
-        """A held-out score of a checkpoint; None if it was not evaluated."""
-        return (self._scores(step) or {}).get(STORED.get(name, name))
-
-    def _scores(self, step: int) -> Mapping[str, float] | None:
-        try:
-            return json.loads((self.folder(step) / METRICS / METRICS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-
     @functools.cached_property
     def _best_by(self) -> str:
         """The metric by which the run compares its checkpoints."""
-        return self.meta(self.steps[-1])["config"]["checkpoint"].get("best", "loss")
+        return self.meta(self.steps[-1])["config"]["checkpoint"]["best"]
 
 
-def rank(best_by: str, stored: Mapping[str, float]) -> tuple[float, float]:
-    """A key that is larger for better scores, as they are on disk."""
-    first_names = {stored_name: name for name, stored_name in STORED.items()}
-    values = {first_names.get(name, name): value for name, value in stored.items()}
-    # Of equal values the first is the best.
-    return ranking_key(best_by, values), -values.get(STEP, 0)
+def read_scores(run: Path) -> Scores:
+    """The held-out scores of a run's checkpoints; empty if there are none."""
+    try:
+        stored = json.loads((run / SCORES).read_text(encoding="utf-8"))
+        return {
+            int(step): {str(name): float(value) for name, value in scores.items()} for step, scores in stored.items()
+        }
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def best_of(scores: Mapping[int, Mapping[str, float]], steps: Sequence[int], name: str) -> int | None:
+    """The step with the best value of a metric, the first of equal ones; None if no step has one."""
+    known = [step for step in sorted(steps) if name in scores.get(step, {})]
+    return max(known, key=lambda step: ranking_key(name, scores[step]), default=None)
 
 
 def restore(folder: Path, abstract: Any) -> Any:

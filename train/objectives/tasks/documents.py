@@ -37,6 +37,9 @@ class TaskDocuments:
     def predictions(self, parts: Sequence[Rows]) -> list[Prediction]:
         """The predictions for documents whose examples are in `parts`, the outputs of batches; rows of padding are skipped."""
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        # In the order of the documents, whatever that of the batches was.
+        order = np.argsort(rows["example"], kind="stable")
+        rows = {name: values[order] for name, values in rows.items()}
         ids = rows.pop("example")
         found = []
         for number, (examples, documents) in enumerate(self._sources):
