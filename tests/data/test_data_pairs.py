@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.data.examples.pairs import choose_widths, fit_pairs
 from train.data.evaluation import EvaluationBatches, evaluation_batches
+from train.data.examples.pairs import choose_widths, fit_pairs
 from train.data.loader import Batches, train_batches
 from train.data.prepared.prepare import DataConfig, check_vocabulary, fingerprint, prepare
 from train.data.prepared.store import Prepared
