@@ -101,6 +101,7 @@ SHORTER = [
 # What needs more than this process, with the test that runs it.
 ELSEWHERE = {
     "--coordinator": "train/test_processes.py",
+    "verify-resume": "train/test_verify_resume.py",
     "--install": "benchmarks/test_compile_ahead.py",
     "gpt_7b.yaml --target": "benchmarks/test_compile_ahead.py",
     "sharding configs/tiny.yaml": "benchmarks/test_sharding_measure.py",

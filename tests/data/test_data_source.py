@@ -58,6 +58,46 @@ def test_parquet(tmp_path: Path) -> None:
     assert texts(files(tmp_path / "rows.parquet", text_field="body")) == ROWS
 
 
+def test_sqlite_reads_rows_that_are_in_the_log_alone(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "texts.db")
+    connection.execute("pragma journal_mode=wal")
+    connection.execute("create table t (text)")
+    connection.execute("insert into t values ('first')")
+    connection.commit()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert "texts.db-wal" in before
+    config = FilesSource(path=str(tmp_path / "texts.db"), query="select text from t")
+    assert [document.text for document in documents(config)] == ["first"]
+    one = identity(config)
+    connection.execute("insert into t values ('second')")
+    connection.commit()
+    assert [document.text for document in documents(config)] == ["first", "second"] and identity(config) != one
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    connection.close()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.tsv", "a.tar.gz", "a.safetensors", "a.pdf", "a.npz", "a.JSON", "a.zip"])
+def test_what_is_not_text_by_its_name_is_refused(tmp_path: Path, name: str) -> None:
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"some text"))
+    else:
+        (tmp_path / name).write_text("some text")
+    with pytest.raises(UserError, match=rf"{name}: \.\w+ files are not read as text: .*format: text"):
+        list(documents(FilesSource(path=str(tmp_path / name))))
+    assert [document.text for document in documents(FilesSource(path=str(tmp_path / name), format="text"))] == [
+        "some text"
+    ]
+
+
+def test_what_is_not_text_by_its_beginning_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "unknown.xyz").write_bytes(b"ELF\0\1\2")
+    with pytest.raises(UserError, match=r"unknown\.xyz: not a text file \(it has zero bytes\)"):
+        list(documents(FilesSource(path=str(tmp_path / "unknown.xyz"))))
+    for name in ("README", "notes.tex", "a.b.c"):
+        (tmp_path / name).write_text("plain")
+        assert [document.text for document in documents(FilesSource(path=str(tmp_path / name)))] == ["plain"]
+
+
 def test_sqlite_reads_one_column_of_a_query(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "rows.db")
     connection.execute("create table t (k integer, body text)")

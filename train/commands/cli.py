@@ -17,11 +17,13 @@ from train.commands import (
     export,
     generate,
     import_checkpoint,
+    inspect_data,
     plot,
     predict,
     prepare,
     train,
     translate,
+    verify_resume,
 )
 from train.interrupt import exit_on_sigint
 from transformer.errors import ConfigError, UserError
@@ -29,8 +31,8 @@ from transformer.errors import ConfigError, UserError
 COMMANDS = tuple(
     module.COMMAND
     for module in (
-        train, evaluate, import_checkpoint, export, embed, prepare, explain, plot, diff, checkpoints, generate, attend, translate,
-        predict,
+        train, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, plot, diff, checkpoints, generate,
+        attend, translate, predict, verify_resume,
     )
 )  # fmt: skip
 """To add a command, add its file and its name here."""

@@ -45,8 +45,12 @@ class CheckpointConfig(Config):
 
     every: int = 500
     """Steps between checkpoints; 0: only at the end and on interruption."""
+    every_minutes: float | None = None
+    """Minutes after which a checkpoint is written too; null: only by steps."""
     keep: int = 2
     """Number of newest checkpoints to keep, in addition to the best one."""
+    keep_every: int = 0
+    """Checkpoints of steps that this number divides are kept for good; 0: none."""
     best: str = "loss"
     """The held-out score that decides which checkpoint is best: the loss, or a metric of the objective (a wrong name lists
     them). Higher is better, except for loss and mse."""
@@ -54,7 +58,10 @@ class CheckpointConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "every", self.every >= 0, "allowed: 0 or more")
+        minutes = self.every_minutes
+        require(self, "every_minutes", minutes is None or minutes > 0, "allowed: above 0, or null")
         require(self, "keep", self.keep >= 1, "allowed: 1 or more")
+        require(self, "keep_every", self.keep_every >= 0, "allowed: 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import numpy as np
 from train.config import RunConfig
 from train.data.examples.rows import text_sizes
 from train.data.prepared.store import TokenArray
-from train.data.sources.readers import Format, Reader, format_of
+from train.data.sources.readers import Reader, format_of
 from train.data.sources.records import Document, Rejects
 from train.data.sources.source_config import FilesSource, RecordSource, SourceConfig
 from train.data.tokenization.tokenise import encode_documents
@@ -104,8 +104,11 @@ def read_documents(source: RecordSource, file: str) -> list[Document]:
         raise UserError(
             f"{file}: a document of this run has the fields {names}; give a .jsonl or .csv file that has them"
         )
-    form: Format = "text" if is_text else "jsonl" if file == "-" else format_of(Path(file))
-    reader = Reader(format=form, records=records, separator="\n" if is_text else "")
+    reader = Reader(
+        format="auto" if file != "-" else "text" if is_text else "jsonl",
+        records=records,
+        separator="\n" if is_text else "",
+    )
     with tempfile.TemporaryDirectory() as folder:
         path, name = Path(file), Path(file).name
         if file == "-":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
@@ -27,12 +29,15 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "Tesla T4": {"float16": 65, "float32": 8.1},
     "Tesla V100": {"float16": 125, "float32": 15.7},
 }
-"""Device kind (the longest matching prefix counts) → compute type → TFLOP/s of one JAX device."""
+"""Device kind, without the board and the size of its memory → compute type → TFLOP/s of one JAX device."""
+_BOARD = re.compile(r"([- ](SXM\d?|PCIe|PCIE|HBM\d\w?|\d+GB))*")
+"""What a name may have in addition, such as `-SXM4-80GB`. Whatever else it has is another device, such as a part of one."""
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
     """Dense peak of one device in FLOP/s, or None if it is not known, as for every CPU."""
-    kinds = [kind for kind in PEAK_TFLOPS if device.device_kind.startswith(kind)]
+    name = device.device_kind
+    kinds = [kind for kind in PEAK_TFLOPS if name.startswith(kind) and _BOARD.fullmatch(name.removeprefix(kind))]
     tflops = PEAK_TFLOPS[max(kinds, key=len)].get(dtype) if kinds else None
     return None if tflops is None else tflops * 1e12
 

@@ -27,8 +27,9 @@ class Display:
     def __init__(self, num_steps: int, start_step: int, console: Console | None = None, *, unit: str = "tok") -> None:
         # Files and pipes get no wrapping and no cursor movements.
         self.console = console or Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
-        self._num_steps, self._start_step, self._began = num_steps, start_step, time.monotonic()
-        self._unit = unit
+        self._num_steps, self._unit = num_steps, unit
+        self._first: tuple[int, float] | None = None
+        """The first step that was shown, and when."""
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=20),
@@ -67,14 +68,17 @@ class Display:
             f"grad {values['grad_norm']:.2f}",
             f"{'–' if speed is None else _short(speed)} {self._unit}/s",
             f"MFU {'–' if mfu is None else f'{mfu:.1%}'}",
-            f"left {self._left(step, speed, values.get('tokens'))}",
+            f"left {self._left(step)}",
         ]
         return "  ".join(parts)
 
-    def _left(self, step: int, speed: float | None, tokens: float | None) -> str:
-        if not speed or not tokens:
-            return "–"
-        return clock((self._num_steps - step) * tokens / speed)
+    def _left(self, step: int) -> str:
+        """The time left at the mean speed so far: that of evaluations and checkpoints too, and not that of compiling."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+        first, began = self._first
+        return "–" if step == first else clock((self._num_steps - step) * (now - began) / (step - first))
 
 
 def clock(seconds: float) -> str:

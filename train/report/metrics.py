@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +15,7 @@ from train.config import RunConfig, to_data
 from train.config.sections import LogConfig
 from train.files import write_whole
 from train.parallel.processes import is_first
-from transformer.errors import UserError
+from transformer.errors import UserError, first_line
 
 
 class Writer(Protocol):
@@ -24,20 +29,32 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object per line. Records after the step that a run resumes from are dropped: they will be written again."""
+    """One JSON object per line. Records after the step that a run resumes from are dropped: they will be written again.
+
+    Records that cannot be written, such as on a full disk, are kept and written with the next.
+    """
 
     def __init__(self, path: Path, start_step: int) -> None:
+        self._path, self._waiting = path, ""
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start_step]
             write_whole(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps({"step": step, **values}) + "\n"
+        self.close()
 
     def close(self) -> None:
-        self._file.close()
+        # Opened anew each time, since a network's file system may have been away. A part of a line that is left ends there.
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("ab") as file:
+                file.write(self._waiting.encode())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
+            raise
+        self._waiting = ""
 
 
 class TensorBoardWriter:
@@ -89,6 +106,7 @@ class MetricLog:
 
     def __init__(self, config: RunConfig, directory: Path, start_step: int, run_id: str) -> None:
         log: LogConfig = config.log
+        self._refused = ""
         self._writers: list[Writer] = []
         if not is_first():
             return
@@ -99,17 +117,26 @@ class MetricLog:
             self._writers.append(WandbWriter(config, run_id))
 
     def write(self, step: int, group: str, values: dict[str, Any]) -> None:
-        """Record `values` as `group/name`; None is left out."""
+        """Record `values` as `group/name`; None is left out. A disk that refuses does not end the run."""
         named = {f"{group}/{name}": float(value) for name, value in values.items() if value is not None}
         for writer in self._writers:
-            writer.write(step, named)
+            self._try(functools.partial(writer.write, step, named))
 
     def __enter__(self) -> MetricLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         for writer in self._writers:
-            writer.close()
+            self._try(writer.close)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+            self._refused = ""
+        except OSError as error:
+            if (reason := first_line(error)) != self._refused:
+                self._refused = reason
+                print(f"metrics cannot be written ({reason}); the run goes on without them", file=sys.stderr)
 
 
 def _step_of(line: str) -> float:

@@ -87,8 +87,10 @@ class Checkpoints:
                 write_whole(self._stored.run / SCORES, json.dumps(self._scores) + "\n")
 
     def kept(self, steps: Sequence[int]) -> set[int]:
-        """Which of the checkpoints there are stay: the newest ones, and the best one."""
-        return {*sorted(steps)[-self._config.keep :], best_of(self._scores, steps, self._config.best) or steps[-1]}
+        """Which of the checkpoints there are stay: the newest ones, the best one, and those that are kept for good."""
+        every, best = self._config.keep_every, best_of(self._scores, steps, self._config.best)
+        for_good = [step for step in steps if every and step % every == 0]
+        return {*sorted(steps)[-self._config.keep :], *for_good, *([] if best is None else [best])}
 
     def save(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
         """Write in the background; returns once the arrays are copied off the devices.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from train.run.checkpoint import Checkpoints
 from train.run.evaluate import Evaluation, Evaluator, Scores
 from train.run.identity import check_same_run, describe_data, tokenizer_files
 from train.run.init_from import begin_from, check_begin
+from train.run.messages import headline, not_finite, padding_of, stopped
 from train.run.program import Program, flops_per_prediction
 from train.run.run_files import finished_step, write_finished, write_run_files
 from train.run.selection import Selection, is_selective
@@ -141,12 +143,11 @@ class Run:
             if name in scores and self.selection.counted < step:
                 self.selection = self.selection.after(step, scores[name])
             return checkpoints.restore(step, self.program.abstract)
-        state = self.program.init()
         if self.config.init_from is None:
-            return state
-        params, said = begin_from(state.params, self.config, self.prepared)
+            return self.program.init()
+        params, said = begin_from(self.program.init_params(), self.config, self.prepared)
         print(f"{self.config.name}: {said}")
-        return self.program.init(params)
+        return self.program.init(params, donate=True)
 
     def loop(
         self,
@@ -163,14 +164,14 @@ class Run:
         host = self._host_batches()
         batches = prefetch_to_device(host.iterate(start), self._to_device)
         meter = Meter(self.schedule, self.flops_per_prediction, list(self.mesh.devices.flat), config.model.dtype)
-        step = start
+        step, self._saved_at = start, time.monotonic()
         with (
             MetricLog(config, config.directory, start, run_id) as log,
             contextlib.closing(batches),
             Display(config.steps, start, unit=config.objective.unit) as display,
         ):
-            display.say(self._headline(state, start))
-            if padding := _padding(host):
+            display.say(headline(config, self.mesh, self.program.trained.counted(state.params), start, start == last))
+            if padding := padding_of(host):
                 display.say(padding)
             if self._lacks_evaluation(start, last, checkpoints):
                 self._evaluate(state, start, display, log, checkpoints, stop)
@@ -188,20 +189,20 @@ class Run:
                     break
                 evaluates = self.held_out is not None and _due(step, config.evaluation.every)
                 samples = _due(step, config.sample.every)
-                saves = _due(step, config.checkpoint.every)
+                saves = self._saves(step)
                 if evaluates or samples or saves:
                     # A step is built upon only after its update is known to be finite.
                     self._drain(meter, display, log, checkpoints)
                     meter.pause()
                 # Whatever happens in an evaluation, the steps before it are kept.
                 if saves and not meter.skipped_in_row:
-                    self._save(checkpoints, state, step)
+                    self._save(checkpoints, state, step, display, log)
                 if evaluates:
                     self._evaluate(state, step, display, log, checkpoints, stop)
                     # The best of all evaluations is wanted, not only of those that follow a checkpoint.
                     best = is_selective(config) and self.selection.step == step
                     if best and not saves and not meter.skipped_in_row:
-                        self._save(checkpoints, state, step)
+                        self._save(checkpoints, state, step, display, log)
                 if samples:
                     self.sample(state, display)
                 if self.selection.is_over(config.evaluation.patience):
@@ -215,13 +216,15 @@ class Run:
             found = None
             interrupted = step < config.steps and not self.selection.is_over(config.evaluation.patience)
             if checkpoints.latest != step and not meter.skipped_in_row:
-                self._save(checkpoints, state, step)
+                self._save(checkpoints, state, step, display, log, last=True)
             if self.held_out is not None and not interrupted:
                 found = self._evaluate(state, step, display, log, checkpoints, stop, all_of_it=True)
                 interrupted = found is None
             checkpoints.wait()
             if meter.skipped_in_row and not interrupted:
-                raise UserError(f"step {step}: {self._not_finite(meter.skipped_in_row, checkpoints)}")
+                raise UserError(
+                    f"step {step}: {not_finite(meter.skipped_in_row, checkpoints.latest, config.directory)}"
+                )
             self._farewell(state, step, found, interrupted, display, log, checkpoints)
         return Finished(config.directory, step, None if found is None else found.scores, interrupted, stop.number)
 
@@ -230,8 +233,38 @@ class Run:
         due = start > 0 and _due(start, self.config.evaluation.every)
         return due and start < last and self.held_out is not None and checkpoints.scores(start) is None
 
-    def _save(self, checkpoints: Checkpoints, state: TrainState, step: int) -> None:
-        checkpoints.save(state, step, {"step": step, **self.identity, "selection": dataclasses.asdict(self.selection)})
+    def _save(
+        self,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        step: int,
+        display: Display,
+        log: MetricLog,
+        *,
+        last: bool = False,
+    ) -> None:
+        """Write a checkpoint. A disk that refuses ends the run only at its end, or among several processes.
+
+        An error may be that of the checkpoint before, which was written in the background, so that a second try may be good.
+        """
+        began, meta = time.monotonic(), {"step": step, **self.identity, "selection": dataclasses.asdict(self.selection)}
+        for tries_left in (1, 0):
+            try:
+                checkpoints.save(state, step, meta)
+                break
+            except UserError as error:
+                if jax.process_count() > 1 or (last and not tries_left):
+                    raise
+                display.say(f"step {step}: {error}")
+        self._saved_at = time.monotonic()
+        log.write(step, "checkpoint", {"stall_seconds": self._saved_at - began})
+
+    def _saves(self, step: int) -> bool:
+        """Whether a checkpoint is due, by steps or by time."""
+        config = self.config.checkpoint
+        minutes = config.every_minutes
+        late = minutes is not None and any_process(time.monotonic() - self._saved_at >= 60 * minutes, step)
+        return _due(step, config.every) or late
 
     def sample(self, state: TrainState, display: Display) -> None:
         """Show the current model's continuation of the config's prompt, or its translations of held-out sentences."""
@@ -301,29 +334,8 @@ class Run:
                 f"update skipped ({done.skipped_in_row} in a row)"
             )
         if done.skipped_in_row >= self.config.max_skipped:
-            examples = f", the last on examples {_compact(done.examples)}"
-            raise UserError(f"step {done.step}: {self._not_finite(done.skipped_in_row, checkpoints, examples)}")
-
-    def _not_finite(self, count: int, checkpoints: Checkpoints, examples: str = "") -> str:
-        # None is written while updates are skipped, so that the newest is from before the first of them.
-        good = checkpoints.latest
-        kept = "no checkpoint was written before" if good is None else f"the last good checkpoint is at step {good}"
-        return (
-            f"{count} updates in a row were not finite{examples}; {kept} in {self.config.directory}. Resume with a lower"
-            " optimizer.learning_rate or with optimizer.clip_norm, and --allow-changed optimizer"
-        )
-
-    def _headline(self, state: TrainState, start: int) -> str:
-        devices = self.mesh.devices.size
-        kind = self.mesh.devices.flat[0].device_kind
-        begins = f"resuming after step {start}" if start else "starting"
-        if start == self.config.steps or self.selection.is_over(self.config.evaluation.patience):
-            begins = f"all steps are done, {start}; making the results"
-        counted = self.program.trained.counted(state.params)
-        return (
-            f"{self.config.name}: {begins}; {counted} on {devices} × {kind} ({self.config.mesh.strategy}); "
-            f"{self.config.tokens_per_step:,} tokens a step"
-        )
+            said = not_finite(done.skipped_in_row, checkpoints.latest, self.config.directory, done.examples)
+            raise UserError(f"step {done.step}: {said}")
 
     def _farewell(
         self,
@@ -337,15 +349,7 @@ class Run:
     ) -> None:
         config, directory = self.config, self.config.directory
         if interrupted:
-            saved = (
-                "state"
-                if checkpoints.latest == step
-                else f"state of step {checkpoints.latest or 0}, before skipped updates,"
-            )
-            how = "to resume" if step < config.steps else "for the results; all steps are done"
-            display.say(
-                f"stopped after step {step}; the {saved} is saved in {directory}. Run the same command again {how}"
-            )
+            display.say(stopped(step, checkpoints.latest or 0, directory, over=step == config.steps))
             return
         if step < config.steps:
             display.say(f"stopped early: {self.selection}")
@@ -369,17 +373,6 @@ def _used(state: TrainState) -> nnx.State:
     return state.params if state.ema is None else state.ema
 
 
-def _padding(batches: Batches) -> str | None:
-    """The fraction of positions that is padding, as text; None if it is negligible."""
-    parts = {"source": batches.source_efficiency, "target": batches.efficiency}
-    wastes = {side: 1 - part for side, part in parts.items() if part is not None}
-    if max(wastes.values()) < 0.001:
-        return None
-    if len(wastes) == 1:
-        return f"padding: {wastes['target']:.1%} of all positions"
-    return f"padding: {wastes['source']:.1%} of the source's positions, {wastes['target']:.1%} of the target's"
-
-
 def _trace(profile: tuple[int, int], step: int, directory: Path, display: Display) -> None:
     if step == profile[0]:
         jax.profiler.start_trace(str(directory / "profile"), create_perfetto_trace=True)
@@ -390,8 +383,3 @@ def _trace(profile: tuple[int, int], step: int, directory: Path, display: Displa
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _compact(examples: np.ndarray) -> str:
-    ids = examples.tolist()
-    return ", ".join(map(str, ids[:16])) + (" ..." if len(ids) > 16 else "")

@@ -18,7 +18,16 @@ from train.optimizer import make_optimizer
 from train.parallel.mesh import STRATEGIES, MeshConfig, batch_sharding
 from train.run.pipeline import StagedStep, one_forward_one_backward, schedule_of
 from train.run.pmap import make_pmap_step
-from train.run.state import StateMaker, TrainState, abstract_state, described_key, init_state, lay_out, state_maker
+from train.run.state import (
+    StateMaker,
+    TrainState,
+    abstract_state,
+    described_key,
+    init_params,
+    init_state,
+    lay_out,
+    state_maker,
+)
 from train.run.step import make_eval_step, make_gradient, make_train_step
 from train.trained import ALL, TrainableMask, chosen
 from transformer.errors import ConfigError
@@ -83,9 +92,13 @@ class Program:
         self.plain = make_merge_fn(config.adapter)
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
 
-    def init(self, params: nnx.State | None = None) -> Any:
-        """A fresh state on the devices, by the config's seed; with `params` as parameters if they are given."""
-        return init_state(self.make_state, self.abstract, self.config.seed, params)
+    def init(self, params: nnx.State | None = None, *, donate: bool = False) -> Any:
+        """A fresh state on the devices, by the config's seed; with `params` as parameters, or in their memory (`donate`)."""
+        return init_state(self.make_state, self.abstract, self.config.seed, params, donate=donate)
+
+    def init_params(self) -> nnx.State:
+        """The parameters that `init` makes."""
+        return init_params(self.make_state, self.abstract, self.config.seed)
 
     def lower(self) -> jax.stages.Lowered:
         """The training step over a whole batch, traced for the mesh's devices."""

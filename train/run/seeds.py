@@ -69,8 +69,8 @@ def final_scores(directory: Path, step: int) -> dict[str, float]:
     }
     if not found:
         raise UserError(
-            f"{directory}: no held-out scores of its last step, {step}; --seeds needs held-out text "
-            "(data.validation_fraction), and a last evaluation that was not interrupted (remove the folder to run it again)"
+            f"{directory}: no held-out scores of its last step, {step}; --seeds needs held-out text: set "
+            "data.validation_fraction above 0, or give data.validation a source"
         )
     return found
 

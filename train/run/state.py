@@ -114,11 +114,21 @@ def abstract_params(make_model: ModelFactory, mesh: Mesh) -> nnx.State:
     return describe(lambda: nnx.state(make_model(nnx.Rngs(0)), nnx.Param), mesh)
 
 
-def init_state(make_state: StateMaker, abstract: TrainState, seed: int, params: nnx.State | None = None) -> TrainState:
+def init_state(
+    make_state: StateMaker, abstract: TrainState, seed: int, params: nnx.State | None = None, *, donate: bool = False
+) -> TrainState:
     """A fresh state, each array made on its own devices. The values depend on `seed` alone, not on the mesh.
 
     Args:
         params: initial parameters; None: random ones.
+        donate: take the memory of `params`, which nothing else uses.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(make_state, out_shardings=shardings)(jax.random.key(seed), params)
+    make = jax.jit(make_state, out_shardings=shardings, donate_argnums=(1,) if donate else ())
+    return make(jax.random.key(seed), params)
+
+
+def init_params(make_state: StateMaker, abstract: TrainState, seed: int) -> nnx.State:
+    """The parameters of `init_state` without the rest of the state, whose memory is not needed for them."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    return jax.jit(lambda key: make_state(key).params, out_shardings=shardings)(jax.random.key(seed))

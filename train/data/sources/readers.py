@@ -9,8 +9,10 @@ import io
 import itertools
 import json
 import lzma
+import shutil
 import sqlite3
 import sys
+import tempfile
 import tokenize
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,6 +37,20 @@ _FORMATS: dict[str, Format] = {
     ".conll": "conll",
 }
 _CHUNK_BYTES = 1 << 20
+_NOT_TEXT = {
+    ".json": "set format: jsonl if it has one object per line",
+    ".tsv": "write it with commas, as .csv",
+    **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar"), "unpack it"),
+    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx"), "write it as .parquet, .csv or .jsonl"),
+    **dict.fromkeys(
+        (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".pickle", ".h5"), "it holds arrays"
+    ),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub"), "convert it to plain text"),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".wav", ".mp4"), "it holds no text"),
+}
+"""Suffixes of files that are not plain text, with what to do. Whatever they are, `format: text` reads them as text."""
+_BEGINNING = 8192
+"""Bytes of a file with an unknown suffix in which a zero byte tells that it is not text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +80,8 @@ class Reader:
             "conll": self._conll,
         }
         try:
+            if self.format == "auto" and form == "text":
+                check_is_text(path)
             for document in readers[form](path, name):
                 if document.text:
                     yield document
@@ -174,9 +192,20 @@ class Reader:
                     rows = []
 
     def _sqlite(self, path: Path, name: str) -> Iterator[Document]:
-        # Read-only and immutable: no journal is written next to a file that is not ours. A tokenizer that is trained on
-        # these documents requests them from its own threads, one at a time.
-        uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        with tempfile.TemporaryDirectory() as folder:
+            log = write_ahead_log(path)
+            if log is not None:
+                # Rows that are in the log alone are part of the database, but SQLite would write next to a file that is not
+                # ours to read them.
+                copy = Path(folder, path.name)
+                shutil.copyfile(path, copy)
+                shutil.copyfile(log, copy.with_name(log.name))
+                yield from self._rows(copy.as_uri(), path, name)
+            else:
+                yield from self._rows(f"{path.absolute().as_uri()}?mode=ro&immutable=1", path, name)
+
+    def _rows(self, uri: str, path: Path, name: str) -> Iterator[Document]:
+        # A tokenizer that is trained on these documents requests them from its own threads, one at a time.
         connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
         connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
         try:
@@ -195,12 +224,30 @@ class Reader:
             connection.close()
 
 
+def write_ahead_log(path: Path) -> Path | None:
+    """The file in which SQLite keeps rows that are not in the database's own file yet; None if there are none."""
+    log = path.with_name(f"{path.name}-wal")
+    return log if log.exists() and log.stat().st_size else None
+
+
 def format_of(path: Path) -> Format:
     """The format that a file's name implies: `pages.jsonl.gz` is `jsonl`, and an unknown one is `text`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
     return _FORMATS.get(suffixes[-1], "text") if suffixes else "text"
+
+
+def check_is_text(path: Path) -> None:
+    """Raise a `UserError` for a file whose name has no known format, and which is not plain text by its name or beginning."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    if suffixes and (advice := _NOT_TEXT.get(suffixes[-1])):
+        raise UserError(f"{path}: {suffixes[-1]} files are not read as text: {advice}, or set format: text")
+    with open_bytes(path) as stream:
+        if b"\0" in stream.read(_BEGINNING):
+            raise UserError(f"{path}: not a text file (it has zero bytes); set format to what it is, or format: text")
 
 
 def is_compressed(path: Path) -> bool:

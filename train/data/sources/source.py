@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from train.data.sources import synthetic
-from train.data.sources.readers import Reader, format_of, is_compressed
+from train.data.sources.readers import Reader, format_of, is_compressed, write_ahead_log
 from train.data.sources.records import Document, Fields, Records, Rejects
 from train.data.sources.source_config import (
     FilesSource,
@@ -62,7 +62,9 @@ def identity(config: SourceConfig) -> dict[str, Any]:
         return settings
     if isinstance(config, SyntheticSource):
         return settings | {"language": synthetic.VERSION}
-    stats = [(name, path.stat()) for name, path in source_files(config)]
+    files = source_files(config)
+    logs = [(f"{name}-wal", log) for name, path in files if (log := write_ahead_log(path)) is not None]
+    stats = [(name, path.stat()) for name, path in [*files, *logs]]
     if isinstance(config, StdlibSource):
         return settings | {"python": platform.python_version(), "files": [[name, s.st_size] for name, s in stats]}
     return settings | {"files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]}

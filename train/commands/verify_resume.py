@@ -1,0 +1,39 @@
+"""`manyheads verify-resume`: whether a run that is killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from train.commands.command import Command, load_config
+from transformer.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kills", type=int, default=5, metavar="N", help="how often the run is killed (5)")
+    devices = "numbers of virtual CPU devices that it takes in turn, such as 8,4,2,1 (1)"
+    parser.add_argument("--meshes", default="1", metavar="COUNTS", help=devices)
+    parser.add_argument("--moments-seed", type=int, default=0, metavar="SEED", help="random seed of the moments (0)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for both runs and the report (runs/NAME-verify-resume)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """The exit status: 1 where the runs differ."""
+    config = load_config(options)
+    counts = [int(word) if word.isdecimal() else 0 for word in options.meshes.split(",")]
+    if min(counts) < 1:
+        raise UserError(f"--meshes: got {options.meshes!r}; allowed: numbers of devices with commas, such as 8,4,2,1")
+    if options.kills < 1:
+        raise UserError(f"--kills: got {options.kills}; allowed: 1 or more")
+    from train.run.verify_resume import verify_resume
+
+    folder = options.out or Path("runs", f"{config.name}-verify-resume")
+    return 0 if verify_resume(config, folder, kills=options.kills, devices=counts, seed=options.moments_seed) else 1
+
+
+COMMAND = Command(
+    name="verify-resume", help="kill a run at random moments, resume it, and compare it with one that was not interrupted",
+    run=run, add_arguments=add_arguments, takes_config=True,
+)  # fmt: skip
