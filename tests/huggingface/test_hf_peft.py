@@ -108,7 +108,9 @@ def test_what_peft_cannot_tell():
     norms = {path for path in zeros if "attention_norm" in path}
     architecture = checkpoint.architecture_of(CLASSIFIER, "bert")
     tables = architecture.named(CLASSIFIER, "BertForSequenceClassification")
-    with pytest.raises(UserError, match=r"attention.output.LayerNorm.weight: adapter.train_also .* --format hf"):
+    with pytest.raises(
+        UserError, match=r"attention.output.LayerNorm.weight: adapter.train_also .* export the merged model"
+    ):
         to_peft(tables, zeros, adapter, norms, model=CLASSIFIER, base="base")
 
 

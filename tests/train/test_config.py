@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ import pytest
 from train.config import MOVED, RunConfig, difference, dump, fields, load, parse, to_data
 from train.config.load import build
 from train.config.mistakes import with_path
+from train.config.restore import restore
 from train.data.prepared.prepare import DataConfig
 from train.data.sources.source_config import FilesSource, HubSource, StdlibSource, SyntheticSource, WheelSource
 from train.loss import LossConfig
@@ -512,3 +514,10 @@ def test_an_error_of_a_config_that_exists_has_its_path_too():
     assert with_path(RunConfig, error) == "model.head: got 'masked'; for no reason"
     assert with_path(RunConfig, ConfigError(FilesSource, "path", "", "a path")) == "data.sources.*.path: got ''; a path"
     assert with_path(RunConfig, ConfigError(Softmax, "num_heads", 3, "allowed")) == "num_heads: got 3; allowed"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_restored_from_its_data_without_pydantic(path, monkeypatch):
+    config = load(path)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    assert restore(RunConfig, to_data(config)) == config
