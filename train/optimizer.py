@@ -160,15 +160,14 @@ def make_optimizer(
                     schedule, momentum=config.b1 or None, nesterov=config.b1 > 0, accumulator_dtype=config.moment_dtype
                 ),
             )
-    parts = [update]
-    if config.clip_norm is not None:
-        parts = [optax.clip_by_global_norm(config.clip_norm), update]
+    # The state has the same parts with clipping and without, so that a run may resume with another clip_norm.
+    parts = [optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm), update]
     if config.layer_decay is not None:
         assert num_layers is not None
         # Every rule here ends with the rate, applied to weight decay too, and keeps no state that depends on it, so
         # multiplying an update multiplies the rate.
         parts.append(_scaled_by_layer(config.layer_decay, num_layers))
-    return parts[0] if len(parts) == 1 else optax.chain(*parts)
+    return optax.chain(*parts)
 
 
 def layer_factors(params: nnx.State, decay: float, num_layers: int) -> nnx.State:

@@ -15,7 +15,8 @@ from train.commands.cli import main
 from train.run.checkpoint import DAMAGED, set_aside_damaged
 from train.run.integrity import HASHES, damage, write_hashes
 from train.run.run_files import load_run
-from train.run.stored import SCORES, StoredCheckpoints
+from train.run.selection import Selection
+from train.run.stored import SCORES, StoredCheckpoints, best_of
 from transformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -168,6 +169,27 @@ def test_without_a_whole_one_it_stops(trained, run, capsys):
     assert resume(trained, run) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.count("is damaged") == 3 and "no other is left" in line
+    # Given again it does not begin anew in the same folder.
+    assert resume(trained, run) == 2 and StoredCheckpoints(run).steps == [1, 2, 3]
+
+
+def test_steps_that_are_taken_again_are_evaluated_again(trained, run, capsys):
+    """Scores and the record of the end of an earlier life are of no use."""
+    assert main(["checkpoints", str(run), "--remove", "2,3"]) == 0
+    wrong = json.loads((run / SCORES).read_text()) | {"2": {"loss": -1.0}, "3": {"loss": -1.0}}
+    (run / SCORES).write_text(json.dumps(wrong))
+    assert resume(trained, run) == 0
+    said = capsys.readouterr().out
+    assert "resuming after step 1" in said and "finished; " in said
+    scores = json.loads((run / SCORES).read_text())
+    assert list(scores) == ["1", "2", "3"] and min(found["loss"] for found in scores.values()) > 0
+
+
+def test_a_value_that_is_no_number_is_never_the_best():
+    scores = {1: {"loss": float("nan")}, 2: {"loss": 3.0}, 3: {"loss": 2.0}, 4: {"loss": float("nan")}}
+    assert best_of(scores, [1, 2, 3, 4], "loss") == 3 and best_of(scores, [], "loss") is None
+    selection = Selection("loss").after(1, float("nan")).after(2, 3.0)
+    assert selection.value == 3.0 and selection.after(3, float("nan")).step == 2
 
 
 def test_readers_take_another_and_say_so(trained, run, capsys):

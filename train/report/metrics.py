@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from train.config import RunConfig, to_data
 from train.config.sections import LogConfig
-from train.files import write_whole
+from train.files import write_whole, writing
 from train.parallel.processes import is_first
 from transformer.errors import UserError, first_line
 
@@ -106,13 +106,14 @@ class MetricLog:
 
     def __init__(self, config: RunConfig, directory: Path, start_step: int, run_id: str) -> None:
         log: LogConfig = config.log
-        self._refused = ""
+        self._refused = dict[Writer, str]()
         self._writers: list[Writer] = []
         if not is_first():
             return
-        self._writers.append(JsonlWriter(directory / "metrics.jsonl", start_step))
-        if log.tensorboard:
-            self._writers.append(TensorBoardWriter(directory / "tensorboard", start_step))
+        with writing(directory):
+            self._writers.append(JsonlWriter(directory / "metrics.jsonl", start_step))
+            if log.tensorboard:
+                self._writers.append(TensorBoardWriter(directory / "tensorboard", start_step))
         if log.wandb_project:
             self._writers.append(WandbWriter(config, run_id))
 
@@ -120,22 +121,22 @@ class MetricLog:
         """Record `values` as `group/name`; None is left out. A disk that refuses does not end the run."""
         named = {f"{group}/{name}": float(value) for name, value in values.items() if value is not None}
         for writer in self._writers:
-            self._try(functools.partial(writer.write, step, named))
+            self._try(writer, functools.partial(writer.write, step, named))
 
     def __enter__(self) -> MetricLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         for writer in self._writers:
-            self._try(writer.close)
+            self._try(writer, writer.close)
 
-    def _try(self, act: Callable[[], None]) -> None:
+    def _try(self, writer: Writer, act: Callable[[], None]) -> None:
         try:
             act()
-            self._refused = ""
+            self._refused.pop(writer, None)
         except OSError as error:
-            if (reason := first_line(error)) != self._refused:
-                self._refused = reason
+            if (reason := first_line(error)) != self._refused.get(writer):
+                self._refused[writer] = reason
                 print(f"metrics cannot be written ({reason}); the run goes on without them", file=sys.stderr)
 
 

@@ -19,11 +19,22 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from train.config.sections import CheckpointConfig
-from train.files import write_whole
+from train.files import write_whole, writing
 from train.parallel.processes import is_first, process_zero_first
 from train.run.integrity import HashedTemporaryPath
 from train.run.state import TrainState
-from train.run.stored import AVERAGE, META, PARAMS, SCORES, STATE, StoredCheckpoints, best_of, read_scores, restore
+from train.run.stored import (
+    AVERAGE,
+    FOLDER,
+    META,
+    PARAMS,
+    SCORES,
+    STATE,
+    StoredCheckpoints,
+    best_of,
+    read_scores,
+    restore,
+)
 from transformer.errors import UserError, first_line
 from transformer.pipeline import in_order
 
@@ -54,11 +65,14 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             temporary_path_class=HashedTemporaryPath,
         )
+        with writing(directory):
+            (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+        self._stored = StoredCheckpoints(directory)
         with _disk_errors(self):
-            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._stored = StoredCheckpoints(directory)
             with process_zero_first("checkpoints"):
-                set_aside_damaged(self._stored)
+                if is_first():
+                    set_aside_damaged(self._stored)
+                    _forget_scores(self._stored)
             self._scores = read_scores(directory)
             self._manager = ocp.CheckpointManager(self._stored.directory.absolute(), options=options)
 
@@ -118,6 +132,13 @@ class Checkpoints:
         with _disk_errors(self):
             self._manager.save(step, args=ocp.args.Composite(**arguments))
 
+    def after_failure(self) -> None:
+        """Look at the disk anew: orbax forgets old checkpoints before a new one is whole; and remove what is left of that."""
+        self._manager.reload()
+        if is_first():
+            for partial in self._stored.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+
     def wait(self) -> None:
         """Block until the newest checkpoint is written."""
         with _disk_errors(self):
@@ -128,11 +149,21 @@ class Checkpoints:
         return self._stored.meta(step)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of `step`, laid out as `abstract` says, whatever mesh it was written from."""
+        """The state of `step`, laid out as `abstract` says, whatever mesh it was written from.
+
+        Raises:
+            UserError: the state has other parts, such as the momentum of another optimiser.
+        """
         folder = self._stored.folder(step)
-        params = restore(folder / PARAMS, abstract.params)
-        average = None if abstract.ema is None else restore(folder / AVERAGE, abstract.ema)
-        return dataclasses.replace(restore(folder / STATE, _without_params(abstract)), params=params, ema=average)
+        try:
+            params = restore(folder / PARAMS, abstract.params)
+            average = None if abstract.ema is None else restore(folder / AVERAGE, abstract.ema)
+            return dataclasses.replace(restore(folder / STATE, _without_params(abstract)), params=params, ema=average)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder}: the state does not fit this config ({first_line(error)}); undo the change of the model or the "
+                "optimiser, or start a new run with --run-dir FOLDER"
+            ) from error
 
 
 @dataclasses.dataclass
@@ -150,20 +181,31 @@ def set_aside_damaged(stored: StoredCheckpoints) -> None:
     """Move the newest checkpoints out of the way as long as they are damaged, with a line for each.
 
     Raises:
-        UserError: none is left.
+        UserError: none is left, or one cannot be read; then all stay where they are.
     """
-    steps, moved = stored.steps, []
+    steps, damaged = stored.steps, dict[int, str]()
     while steps and (found := stored.damage(steps[-1])) is not None:
-        step = steps.pop()
+        damaged[steps.pop()] = found
+    lines = [f"the checkpoint of step {step} is damaged ({found})" for step, found in damaged.items()]
+    # A disk that cannot be read now may be read later.
+    if damaged and (not steps or any(found.endswith("cannot be read") for found in damaged.values())):
+        left = "no other is left" if not steps else "try again when the disk can be read"
+        raise UserError(f"{stored.run}: {'; '.join(lines)}; {left}, or start a new run with --run-dir FOLDER")
+    for step, line in zip(damaged, lines, strict=True):
         place = stored.run / DAMAGED / str(step)
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(exist_ok=True)
         stored.folder(step).rename(place)
-        moved.append(f"the checkpoint of step {step} is damaged ({found}); it was moved to {place}")
-    if moved and not steps:
-        raise UserError(f"{'; '.join(moved)}; no other is left. Start a new run with --run-dir FOLDER")
-    for line in moved:
-        print(f"{stored.run}: {line}, and that of step {steps[-1]} is the newest")
+        print(f"{stored.run}: {line}; it was moved to {place}, and that of step {steps[-1]} is the newest")
+
+
+def _forget_scores(stored: StoredCheckpoints) -> None:
+    """Drop the scores of checkpoints that are not there: their steps will be taken and evaluated again."""
+    steps, scores = stored.steps, read_scores(stored.run)
+    if left := {step: found for step, found in scores.items() if step in steps}:
+        write_whole(stored.run / SCORES, json.dumps(left) + "\n")
+    else:
+        (stored.run / SCORES).unlink(missing_ok=True)
 
 
 def _without_params(state: TrainState) -> TrainState:

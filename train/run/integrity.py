@@ -51,8 +51,10 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
         hashes, later = stored["files"], stored["later"]
     except FileNotFoundError:
         return f"{HASHES} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError:
         return f"{HASHES} cannot be read"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{HASHES} has changed"
     if items is None and (lost := [name for name in later if not (folder / name).is_file()]):
         return f"{lost[0]} is missing"
     names = [name for name in hashes if items is None or name.split("/")[0] in items]

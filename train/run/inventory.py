@@ -33,6 +33,8 @@ def list_checkpoints(run: Path) -> bool:
     whole, scores = True, read_scores(run)
     for step in stored.steps:
         folder, found = stored.folder(step), stored.damage(step)
+        if not folder.is_dir():
+            continue  # the run has removed it by now
         whole &= found is None
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         written = datetime.datetime.fromtimestamp(folder.stat().st_mtime).isoformat(" ", "seconds")

@@ -34,7 +34,7 @@ from train.run.identity import check_same_run, describe_data, tokenizer_files
 from train.run.init_from import begin_from, check_begin
 from train.run.messages import headline, not_finite, padding_of, stopped
 from train.run.program import Program, flops_per_prediction
-from train.run.run_files import finished_step, write_finished, write_run_files
+from train.run.run_files import finished_step, forget_finished, write_finished, write_run_files
 from train.run.selection import Selection, is_selective
 from train.run.state import TrainState
 from train.translation import TextTranslator
@@ -98,7 +98,10 @@ def _train(config: RunConfig, profile: tuple[int, int] | None, allow_changed: Se
                 more = "steps" if done == config.steps else "evaluation.patience"
                 print(f"{config.directory}: already finished at step {done}; raise {more} to continue")
                 return Finished(config.directory, done, None, False)
-            run_id = write_run_files(config, prepared) if is_first() else ""
+            run_id = ""
+            if is_first():
+                run_id = write_run_files(config, prepared)
+                forget_finished(config.directory)
             return run.loop(state, checkpoints, stop, profile, run_id)
 
 
@@ -174,7 +177,9 @@ class Run:
             if padding := padding_of(host):
                 display.say(padding)
             if self._lacks_evaluation(start, last, checkpoints):
-                self._evaluate(state, start, display, log, checkpoints, stop)
+                cut_off = self._evaluate(state, start, display, log, checkpoints, stop) is None
+                if cut_off or self.selection.is_over(config.evaluation.patience):
+                    last = start
             for step in range(start + 1, last + 1):
                 examples, batch = next(batches)
                 if profile is not None and start < profile[0]:
@@ -215,16 +220,15 @@ class Run:
                 display.say(f"profile from step {profile[0]}: {config.directory / 'profile'}")
             found = None
             interrupted = step < config.steps and not self.selection.is_over(config.evaluation.patience)
-            if checkpoints.latest != step and not meter.skipped_in_row:
+            # What was skipped is skipped again when the run resumes; at its end the parameters are those before it.
+            if checkpoints.latest != step and not (interrupted and meter.skipped_in_row):
                 self._save(checkpoints, state, step, display, log, last=True)
             if self.held_out is not None and not interrupted:
                 found = self._evaluate(state, step, display, log, checkpoints, stop, all_of_it=True)
                 interrupted = found is None
             checkpoints.wait()
-            if meter.skipped_in_row and not interrupted:
-                raise UserError(
-                    f"step {step}: {not_finite(meter.skipped_in_row, checkpoints.latest, config.directory)}"
-                )
+            if int(state.skipped) == step:
+                raise UserError(f"step {step}: {not_finite(step, checkpoints.latest, config.directory)}")
             self._farewell(state, step, found, interrupted, display, log, checkpoints)
         return Finished(config.directory, step, None if found is None else found.scores, interrupted, stop.number)
 
@@ -248,6 +252,7 @@ class Run:
         An error may be that of the checkpoint before, which was written in the background, so that a second try may be good.
         """
         began, meta = time.monotonic(), {"step": step, **self.identity, "selection": dataclasses.asdict(self.selection)}
+        said = ""
         for tries_left in (1, 0):
             try:
                 checkpoints.save(state, step, meta)
@@ -255,7 +260,10 @@ class Run:
             except UserError as error:
                 if jax.process_count() > 1 or (last and not tries_left):
                     raise
-                display.say(f"step {step}: {error}")
+                checkpoints.after_failure()
+                if str(error) != said:
+                    said = str(error)
+                    display.say(f"step {step}: {said}; the run goes on")
         self._saved_at = time.monotonic()
         log.write(step, "checkpoint", {"stall_seconds": self._saved_at - began})
 
@@ -313,7 +321,11 @@ class Run:
         own = {f"selection_{name}": found.selection[name] for name in dict.fromkeys(("loss", self.selection.name))}
         log.write(step, "eval", found.scores.values() | own)
         display.say(f"step {step}  {self.held_out.say(found.scores)}")
-        checkpoints.record(step, found.selection)
+        try:
+            checkpoints.record(step, found.selection)
+        except UserError as error:
+            # They are written with the next ones.
+            display.say(f"step {step}: {error}")
         # The evaluation at the last step is counted too, even if it was not due.
         if self.selection.counted < step:
             self.selection = self.selection.after(step, found.selection[self.selection.name])
@@ -349,7 +361,7 @@ class Run:
     ) -> None:
         config, directory = self.config, self.config.directory
         if interrupted:
-            display.say(stopped(step, checkpoints.latest or 0, directory, over=step == config.steps))
+            display.say(stopped(step, checkpoints.latest, directory, over=step == config.steps))
             return
         if step < config.steps:
             display.say(f"stopped early: {self.selection}")

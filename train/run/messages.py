@@ -55,13 +55,15 @@ def not_finite(count: int, good: int | None, directory: Path, examples: np.ndarr
     )
 
 
-def stopped(step: int, saved: int, directory: Path, *, over: bool) -> str:
+def stopped(step: int, saved: int | None, directory: Path, *, over: bool) -> str:
     """What an interrupted run says at its end.
 
     Args:
-        saved: the step of the newest checkpoint.
+        saved: the step of the newest checkpoint; None if there is none.
         over: whether all steps are done.
     """
+    if saved is None:
+        return f"stopped after step {step}; all updates were skipped, and nothing is saved"
     state = "state" if saved == step else f"state of step {saved}, before skipped updates,"
     how = "for the results; all steps are done" if over else "to resume"
     return f"stopped after step {step}; the {state} is saved in {directory}. Run the same command again {how}"

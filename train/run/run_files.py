@@ -114,6 +114,12 @@ def write_finished(directory: Path, step: int) -> None:
         write_whole(directory / _FINISHED, json.dumps({"step": step}) + "\n")
 
 
+def forget_finished(directory: Path) -> None:
+    """Drop the record: the run goes on. Raises `UserError` if it cannot be written."""
+    with writing(directory):
+        (directory / _FINISHED).unlink(missing_ok=True)
+
+
 def finished_step(directory: Path) -> int | None:
     """The last step of a run whose results are all there; None if any is missing."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def ranking_key(name: str, values: Mapping[str, float]) -> float:
-    """A number that is higher for better values of the metric `name`; a missing value is the worst."""
-    if name not in values:
+    """A number that is higher for better values of the metric `name`; a missing value, or NaN, is the worst."""
+    if name not in values or math.isnan(values[name]):
         return float("-inf")
     return -values[name] if any(name in one.lower_is_better for one in objectives()) else values[name]
 

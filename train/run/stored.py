@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -84,8 +85,11 @@ class StoredCheckpoints:
 
     @functools.cached_property
     def _best_by(self) -> str:
-        """The metric by which the run compares its checkpoints."""
-        return self.meta(self.steps[-1])["config"]["checkpoint"]["best"]
+        """The metric by which the run compares its checkpoints, as the newest one that can be read has it."""
+        for step in reversed(self.steps):
+            with contextlib.suppress(UserError, KeyError, TypeError):
+                return self.meta(step)["config"]["checkpoint"]["best"]
+        return "loss"
 
 
 def read_scores(run: Path) -> Scores:

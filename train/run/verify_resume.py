@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 from train.config import RunConfig, dump
 from train.files import check_new, write_whole, writing
 from train.run.run_files import read_metrics
-from train.run.stored import PARAMS, STATE, StoredCheckpoints
+from train.run.stored import AVERAGE, PARAMS, STATE, StoredCheckpoints
 from train.versions import versions
 from transformer.errors import UserError
 
@@ -116,7 +117,7 @@ def compare(whole: Path, killed: Path, *, exact: bool) -> list[str]:
             lines.append(f"{name}: {len(before)} and {len(after)} records")
             continue
         allowed = 0.0 if exact else TOLERANCE
-        far = [step for step in before if abs(before[step] - after[step]) > allowed * abs(before[step])]
+        far = [step for step in before if not _near(before[step], after[step], allowed)]
         if far and (exact or name != "train/grad_norm"):
             step = min(far)
             lines.append(f"{name}: {len(far)} steps differ, the first is {step}: {before[step]!r} and {after[step]!r}")
@@ -125,10 +126,17 @@ def compare(whole: Path, killed: Path, *, exact: bool) -> list[str]:
     return lines
 
 
+def _near(one: float, other: float, allowed: float) -> bool:
+    return abs(one - other) <= allowed * abs(one) or (math.isnan(one) and math.isnan(other))
+
+
 def _arrays_that_differ(whole: Path, killed: Path) -> list[str]:
     stored = [StoredCheckpoints(run) for run in (whole, killed)]
     found = []
-    for item in (PARAMS, STATE):
+    items = [PARAMS, STATE]
+    if (stored[0].folder(stored[0].steps[-1]) / AVERAGE).is_dir():
+        items.append(AVERAGE)
+    for item in items:
         one, other = (_arrays(checkpoints.folder(checkpoints.steps[-1]) / item) for checkpoints in stored)
         found += [name for name in sorted(one.keys() | other.keys()) if not _equal(one.get(name), other.get(name))]
     return found
@@ -155,22 +163,31 @@ def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
     return one is not None and other is not None and one.dtype == other.dtype and one.tobytes() == other.tobytes()
 
 
-def _start(folder: Path, run: Path, devices: int) -> subprocess.Popen[str]:
+def _start(folder: Path, run: Path, devices: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "train.commands.cli", "train", str(folder / "config.yaml"), "--run-dir", str(run)]
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [*command, "--devices", str(devices)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
+    with _errors_of(run).open("w", encoding="utf-8") as errors:
+        return subprocess.Popen(
+            [*command, "--devices", str(devices)], stdout=subprocess.DEVNULL, stderr=errors,
+            env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
 
 
-def _end(process: subprocess.Popen[str], run: Path) -> None:
+def _errors_of(run: Path) -> Path:
+    """The file of what a run's newest process wrote to standard error."""
+    return run.with_name(f"{run.name}.errors.txt")
+
+
+def _last_line(run: Path) -> str:
+    lines = _errors_of(run).read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "without a message")
+
+
+def _end(process: subprocess.Popen[bytes], run: Path) -> None:
     """Wait for a run. Raises `UserError` with its error unless it finished."""
-    _, errors = process.communicate()
-    if process.returncode:
-        last = next((line for line in reversed(errors.splitlines()) if line.strip()), "without a message")
-        raise UserError(f"{run}: ended with status {process.returncode}: {last}")
+    if process.wait():
+        raise UserError(f"{run}: ended with status {process.returncode}: {_last_line(run)}")
 
 
 def _killed(
@@ -198,11 +215,11 @@ def _killed(
         time.sleep(_POLL_SECONDS)
     in_save = _is_saving(run)
     process.kill()
-    _, errors = process.communicate()
+    process.wait()
     if process.returncode == 0:
         return None
     if process.returncode > 0:
-        raise UserError(f"{run}: ended with status {process.returncode}: {errors.strip().splitlines()[-1:]}")
+        raise UserError(f"{run}: ended with status {process.returncode}: {_last_line(run)}")
     return Kill(meant, _last_step(run), in_save, devices, round(time.monotonic() - began, 3))
 
 
