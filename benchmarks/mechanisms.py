@@ -22,8 +22,7 @@ import jax
 import yaml
 
 from benchmarks import record
-from benchmarks.shipped import CONFIGS, load
-from benchmarks.stage import folder_of, once, scored_at_the_end, train_for_scores
+from benchmarks.stage import CONFIGS, folder_of, load, once, scored_at_the_end, train_for_scores
 from benchmarks.workload import our_step
 from train.config import RunConfig, to_data
 from transformer.errors import UserError, nearest

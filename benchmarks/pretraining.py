@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.shipped import CONFIGS, load
-from benchmarks.stage import classify, folder_of, once, over_seeds, scored_at_the_end, train_to_the_end
+from benchmarks.stage import CONFIGS, classify, folder_of, load, once, over_seeds, scored_at_the_end, train_to_the_end
 from train.config import RunConfig, to_data
 from train.data.examples.labelled import commonest_share
 from train.data.prepared.prepare import prepare

@@ -1,4 +1,4 @@
-"""A training run as a stage of a benchmark: without output, with figures stored as JSON once it is finished."""
+"""A training run as a stage of a benchmark, of a shipped config or another: without output, with figures stored as JSON."""
 
 from __future__ import annotations
 
@@ -9,15 +9,30 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
+from train.config import load as load_config
 from train.config.sections import CheckpointConfig, EvaluationConfig, LogConfig
 from train.files import write_whole, writing
 from train.run.loop import train
 from transformer.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a file, shipped or another.
+
+    Raises:
+        UserError: it is not a valid config, or it is a shipped one of a package that is installed outside a checkout.
+    """
+    if path.is_relative_to(CONFIGS) and not CONFIGS.is_dir():
+        name = path.relative_to(CONFIGS.parent)
+        raise UserError(f"{name}: an installed package has no configs; run this benchmark in a checkout of the source")
+    return load_config(path, overrides)
 
 
 class Interrupted(Exception):

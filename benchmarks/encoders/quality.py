@@ -20,8 +20,7 @@ from rich.progress import track
 
 from benchmarks import record
 from benchmarks.encoders.reviews import CONFIG, MINILM
-from benchmarks.shipped import load
-from benchmarks.stage import classify, folder_of, once, over_seeds, scored_at_the_end
+from benchmarks.stage import classify, folder_of, load, once, over_seeds, scored_at_the_end
 from train.config import RunConfig, to_data
 from train.data.evaluation import evaluation_batches
 from train.data.examples.labelled import commonest_share

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.shipped import CONFIGS, load
+from benchmarks.stage import CONFIGS, load
 from train.data.sources.source import documents
 
 CONFIG = CONFIGS / "finetune_minilm_reviews.yaml"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.shipped import CONFIGS, load
+from benchmarks.stage import CONFIGS, load
 from train.config import RunConfig
 from transformer.errors import UserError, nearest
 from transformer.models.encoder_decoder import VaswaniConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from benchmarks.shipped import CONFIGS, load
+from benchmarks.stage import CONFIGS, load
 from train.data.prepared.prepare import DataConfig, prepare
 from train.data.prepared.store import Prepared
 from train.data.sources.source_config import SyntheticSource

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import record, shipped
+from benchmarks import record, stage
 from transformer.errors import UserError
 
 
@@ -27,7 +27,7 @@ def test_only_the_command_on_record_replaces_it(tmp_path, monkeypatch, capsys):
 
 
 def test_a_shipped_config_outside_a_checkout(tmp_path, monkeypatch):
-    assert shipped.load(shipped.CONFIGS / "tiny.yaml").name == "tiny"
-    monkeypatch.setattr(shipped, "CONFIGS", tmp_path / "configs")
+    assert stage.load(stage.CONFIGS / "tiny.yaml").name == "tiny"
+    monkeypatch.setattr(stage, "CONFIGS", tmp_path / "configs")
     with pytest.raises(UserError, match=r"^configs/tiny\.yaml: .* in a checkout of the source$"):
-        shipped.load(tmp_path / "configs" / "tiny.yaml")
+        stage.load(tmp_path / "configs" / "tiny.yaml")

@@ -16,11 +16,11 @@ from tests.devices import placed
 from tests.train.fine_tuning import by_path
 from train.commands.cli import main
 from train.config import RunConfig
+from train.examine.explain import cost
 from train.loss import LossConfig, LossSums
 from train.objectives import Seq2Seq
 from train.optimizer import OptimizerConfig, layer_factors, make_optimizer
 from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
-from train.run.explain import cost
 from train.run.program import Program
 from train.run.state import TrainState
 from train.run.step import make_gradient, update

@@ -10,9 +10,10 @@ import pytest
 from tests.devices import on_one_device
 from tests.train.run_records import records
 from tests.train.task_runs import rows_of, run_of, write_rows
+from tests.train.test_identity import parsed, write_texts
 from train.commands.cli import main
+from train.examine.score import score
 from train.run.loop import train
-from train.run.score import score
 from transformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -69,8 +70,6 @@ def test_classes_have_the_runs_numbers(classifier, tmp_path, capsys):
 
 
 def test_a_run_whose_data_has_changed(tmp_path, corpus):
-    from tests.train.test_identity import parsed, write_texts
-
     write_texts(tmp_path / "texts")
     source = {"kind": "files", "path": f"{tmp_path}/texts/*.txt"}
     data = {"sources": [source], "tokenizer": {"kind": "bpe", "vocab_size": 270}, "validation_fraction": 0.3}
@@ -91,3 +90,14 @@ def test_without_held_out_text(tmp_path, classifier):
     train(without)
     with pytest.raises(UserError, match="no held-out text; give a file"):
         score(tmp_path / "run")
+
+
+def test_a_run_on_the_standard_library_and_another_file(tmp_path):
+    """Its source has no fields to take over."""
+    config = parsed(
+        data={"sources": [{"kind": "stdlib", "limit": 40}], "tokenizer": {"kind": "bytes"}, "validation_fraction": 0.3},
+        run_dir=str(tmp_path / "run"), steps=1,
+    )  # fmt: skip
+    train(config)
+    (tmp_path / "other.txt").write_text("some words of another kind " * 20)
+    assert score(tmp_path / "run", data=str(tmp_path / "other.txt")).loss > 0

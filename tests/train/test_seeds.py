@@ -12,7 +12,7 @@ import pytest
 from tests.train.run_records import records
 from tests.train.stops import asked_to_stop
 from train.commands.cli import main
-from train.run import seeds
+from train.examine import seeds
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from train.commands.cli import main
-from train.run.verify_resume import compare
+from train.examine.verify_resume import compare
 
 
 def test_a_killed_run_is_the_same_and_reported(config_file, tmp_path, capsys):

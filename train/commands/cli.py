@@ -7,24 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from train.commands import (
-    attend,
-    checkpoints,
-    diff,
-    embed,
-    evaluate,
-    explain,
-    export,
-    generate,
-    import_checkpoint,
-    inspect_data,
-    plot,
-    predict,
-    prepare,
-    train,
-    translate,
-    verify_resume,
-)
+from train.commands import attend, embed, export, generate, import_checkpoint, predict, prepare, train, translate
+from train.commands.examine import checkpoints, diff, evaluate, explain, inspect_data, plot, verify_resume
 from train.interrupt import exit_on_sigint
 from transformer.errors import ConfigError, UserError
 

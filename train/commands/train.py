@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--profile: traces a single run; leave out --seeds")
     set_up(options, _peers(options))
     if options.seeds is not None:
-        from train.run.seeds import train_seeds
+        from train.examine.seeds import train_seeds
 
         finished = train_seeds(config, options.seeds)
     else:

@@ -30,6 +30,7 @@ from train.run.stored import (
     PARAMS,
     SCORES,
     STATE,
+    Scores,
     StoredCheckpoints,
     best_of,
     read_scores,
@@ -98,7 +99,7 @@ class Checkpoints:
         self._scores = {one: known for one, known in self._scores.items() if one in kept} | {step: dict(scores)}
         if is_first():
             with _disk_errors(self):
-                write_whole(self._stored.run / SCORES, json.dumps(self._scores) + "\n")
+                _write_scores(self._stored, self._scores)
 
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Which of the checkpoints there are stay: the newest ones, the best one, and those that are kept for good."""
@@ -202,10 +203,13 @@ def set_aside_damaged(stored: StoredCheckpoints) -> None:
 def _forget_scores(stored: StoredCheckpoints) -> None:
     """Drop the scores of checkpoints that are not there: their steps will be taken and evaluated again."""
     steps, scores = stored.steps, read_scores(stored.run)
-    if left := {step: found for step, found in scores.items() if step in steps}:
-        write_whole(stored.run / SCORES, json.dumps(left) + "\n")
-    else:
-        (stored.run / SCORES).unlink(missing_ok=True)
+    left = {step: found for step, found in scores.items() if step in steps}
+    if left != scores:
+        _write_scores(stored, left)
+
+
+def _write_scores(stored: StoredCheckpoints, scores: Scores) -> None:
+    write_whole(stored.run / SCORES, json.dumps(scores) + "\n")
 
 
 def _without_params(state: TrainState) -> TrainState:

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--meshes: got {options.meshes!r}; allowed: numbers of devices with commas, such as 8,4,2,1")
     if options.kills < 1:
         raise UserError(f"--kills: got {options.kills}; allowed: 1 or more")
-    from train.run.verify_resume import verify_resume
+    from train.examine.verify_resume import verify_resume
 
     folder = options.out or Path("runs", f"{config.name}-verify-resume")
     return 0 if verify_resume(config, folder, kills=options.kills, devices=counts, seed=options.moments_seed) else 1

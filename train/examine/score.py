@@ -80,9 +80,11 @@ def _data_of(loaded: LoadedRun, run: Path, path: str) -> DataConfig:
     """The data of files with the fields of the run's first source, tokenised as the run's."""
     config = loaded.config.data
     first = config.sources[0]
-    fields = {field.name: getattr(first, field.name) for field in dataclasses.fields(RecordSource)}
-    own = {name: value for name, value in fields.items() if name not in ("kind", "weight", "limit")}
-    source: SourceConfig = FilesSource(path=path, **own if isinstance(first, RecordSource) else {})
+    own = {}
+    if isinstance(first, RecordSource):
+        names = {field.name for field in dataclasses.fields(RecordSource)} - {"kind", "weight", "limit"}
+        own = {name: getattr(first, name) for name in names}
+    source: SourceConfig = FilesSource(path=path, **own)
     both = [
         _tokenizer_of(one, run / "tokenizer" / folder) for one, folder in
         ((config.tokenizer, ""), (config.target_tokenizer, "target")) if one is not None

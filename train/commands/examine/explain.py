@@ -9,7 +9,7 @@ from train.commands.command import Command, load_config
 
 def run(options: argparse.Namespace) -> None:
     config = load_config(options)
-    from train.run.explain import explain
+    from train.examine.explain import explain
 
     explain(config)
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     set_up(options)
-    from train.run.score import score
+    from train.examine.score import score
 
     score(options.run, step=options.step, data=options.data, out=options.out)
 

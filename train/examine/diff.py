@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 
 from train.config import difference, load, to_data
+from train.examine.curves import draw, shared_curves
 from train.report.display import console
-from train.run.curves import draw, shared_curves
 from train.run.run_files import Curves, config_file, read_metrics, read_origin
 
 _ROWS = 12

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from train.run.curves import plot
+    from train.examine.curves import plot
 
     plot(options.runs, options.out or options.runs[0] / "curves.png")
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The exit status: 1 where two batches differ."""
-    from train.run.inspect_data import inspect_data
+    from train.examine.inspect_data import inspect_data
 
     config = _config_of(options.config, options.overrides)
     other = None if options.diff is None else _config_of(options.diff, [])

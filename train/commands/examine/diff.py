@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from train.run.diff import diff
+    from train.examine.diff import diff
 
     diff(options.run_a, options.run_b, options.out)
 

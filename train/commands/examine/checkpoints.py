@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The exit status: 1 where a checkpoint is damaged."""
-    from train.run.inventory import list_checkpoints, remove_checkpoints
+    from train.examine.inventory import list_checkpoints, remove_checkpoints
 
     if options.remove:
         remove_checkpoints(options.run, options.remove.split(","))
