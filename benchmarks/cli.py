@@ -13,7 +13,7 @@ from transformer.errors import UserError
 
 OVERRIDABLE = ("plan", "sharding")
 """Commands with a config, whose fields can be overridden: --model.num-layers 8."""
-RESUMABLE = ("plan", "history", "mechanisms", "pretraining", "finetuning")
+RESUMABLE = ("plan", "history", "mechanisms", "pretraining", "finetuning", "resume")
 """Commands that keep partial results when they are interrupted."""
 
 
@@ -105,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(call=_finetuning)
     sub.add_argument("--seeds", type=_positive, default=5, metavar="N", help="runs of each, with seeds 0 to N - 1 (5)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs and figures are kept (runs/finetuning)")
+    text = "runs that are killed at random moments, and moved between devices and processes, held against whole ones"
+    sub = commands.add_parser("resume", help=text, description=text)
+    sub.set_defaults(call=_resume)
+    sub.add_argument("--kills", type=_positive, default=25, metavar="N", help="of each family on one device (25)")
+    sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs are kept (runs/resume)")
     text = "one model under every sharding strategy on the available devices: exactness, time, memory, communication"
     sub = commands.add_parser("sharding", help=text, description=text)
     sub.set_defaults(call=_sharding)
@@ -261,6 +266,12 @@ def _finetuning(options: argparse.Namespace) -> None:
 
     set_up_devices()
     quality.run(options.seeds, options.directory or quality.DIRECTORY)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from benchmarks import resume
+
+    resume.run(options.kills, options.directory or resume.DIRECTORY)
 
 
 def _sharding(options: argparse.Namespace) -> None:

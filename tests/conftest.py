@@ -17,6 +17,9 @@ _flags = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_cpu_parallel_codegen_split_count=1",
+    # A virtual device that a busy machine does not run for 40 seconds would abort the process.
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=900",
 ]
 # A jaxlib without the choice stops at the flag.
 if importlib.metadata.version("jaxlib").startswith("0.10."):

@@ -76,6 +76,8 @@ class LogConfig(Config):
     """Write TensorBoard events under the run's folder."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (needs the extra `wandb`); null: no."""
+    examples: bool = False
+    """Also write the ids of every step's examples, a line for each step, to examples/PROCESS.jsonl in the run's folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

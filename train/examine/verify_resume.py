@@ -6,10 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,101 +14,107 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from train.config import RunConfig, dump
+from train.examine.interrupted import MOMENTS, Kill, Layout, Running, kill_at, seconds_to_first_step
 from train.files import check_new, write_whole, writing
+from train.report.metrics import read_examples
 from train.run.run_files import read_metrics
 from train.run.stored import AVERAGE, PARAMS, STATE, StoredCheckpoints
 from train.versions import versions
-from transformer.errors import UserError
 
 REPORT = "report.json"
 TOLERANCE = 1e-5
-"""Relative difference of losses between numbers of devices, whose sums round differently. On one number none is allowed."""
-_POLL_SECONDS = 0.005
+"""Relative difference of losses between layouts, whose sums round differently. In one layout none is allowed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Kill:
-    """One SIGKILL."""
-
-    meant: str
-    """What it waited for: `start` (a moment while it starts), `step` (a step), `save` (a checkpoint being written)."""
-    step: int
-    """The last step that was recorded before it."""
-    while_saving: bool
-    """Whether a checkpoint was being written."""
-    devices: int
-    seconds: float
-    """After the process began."""
-
-
-def verify_resume(config: RunConfig, folder: Path, *, kills: int, devices: Sequence[int], seed: int = 0) -> bool:
+def verify_resume(config: RunConfig, folder: Path, *, kills: int, layouts: Sequence[Layout], seed: int = 0) -> bool:
     """Train without interruption; then again, killed at random moments and resumed; compare, and write a report.
 
     Args:
         folder: where both runs and the report are kept; a new one.
-        kills: how often the second run is killed, in turn while it starts, after a step, and while it writes a checkpoint. If it
-            ends before, it is compared, and begins again.
-        devices: numbers of virtual CPU devices, which the second run takes in turn; the first run takes the first of them.
+        kills: how often the second run is killed, in turn at each of `MOMENTS`. If it ends before, it is compared, and begins
+            again.
+        layouts: the second run takes them in turn, from one start to the next; the first run takes the first of them.
         seed: of the moments.
 
     Returns:
-        Whether losses, parameters and optimiser state are the same: bit for bit on one number of devices.
+        Whether examples and losses of all steps, parameters and optimiser state are the same: bit for bit in one layout.
 
     Raises:
         UserError: a run fails, or the folder is there already.
     """
     check_new(folder)
+    log = dataclasses.replace(config.log, every=1, examples=True)
+    file = folder / "config.yaml"
     with writing(folder):
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(dump(dataclasses.replace(config, run_dir=None)), encoding="utf-8")
+        file.write_text(dump(dataclasses.replace(config, run_dir=None, log=log)), encoding="utf-8")
     whole, killed = folder / "whole", folder / "killed"
     print(f"{config.name}: {config.steps} steps without interruption", flush=True)
-    process, began = _start(folder, whole, devices[0]), time.monotonic()
-    while process.poll() is None and not _last_step(whole):
-        time.sleep(_POLL_SECONDS)
-    starting = time.monotonic() - began
-    _end(process, whole)
-    random, found, exact = np.random.default_rng(seed), list[Kill](), len(set(devices)) == 1
-    runs, meant = 0, itertools.cycle(("start", "step", "save"))
-    while len(found) < kills:
-        count = devices[(len(found) + runs) % len(devices)]
-        if (kill := _killed(folder, killed, next(meant), count, starting, random)) is not None:
+    running = Running(file, whole, layouts[0])
+    starting = seconds_to_first_step(running)
+    running.finish()
+    random, found, exact = np.random.default_rng(seed), list[Kill](), len(set(layouts)) == 1
+    places = itertools.cycle(layouts)
+    moments = itertools.cycle(moment for moment in MOMENTS if moment != "evaluation" or config.evaluation.every)
+    runs, differences, moment = 0, list[str](), next(moments)
+    while len(found) < kills and not differences:
+        kill = kill_at(moment, file, killed, next(places), starting, config.evaluation.every, random)
+        if kill is not None:
             found.append(kill)
-            where = "a checkpoint was being written" if kill.while_saving else f"{kill.seconds:.1f} s after its start"
-            print(f"kill {len(found)} of {kills}: after step {kill.step}, {where}", flush=True)
+            print(f"kill {len(found)} of {kills}: {_said(kill)}", flush=True)
+            moment = next(moments)
             continue
         # It ended before the moment came: this one is compared, and the next begins again.
         runs += 1
-        if lines := compare(whole, killed, exact=exact):
-            raise UserError(f"{killed}: {'; '.join(lines)}")
+        if differences := compare(whole, killed, exact=exact):
+            break
         killed.rename(killed.with_name(f"killed-{runs}"))
-    _end(_start(folder, killed, devices[0]), killed)
-    differences = compare(whole, killed, exact=exact)
+    if not differences:
+        Running(file, killed, next(places)).finish()
+        runs += 1
+        differences = compare(whole, killed, exact=exact)
     report = {
-        "config": config.name, "steps": config.steps, "seed": seed, "devices": list(devices), "differences": differences,
+        "config": config.name, "steps": config.steps, "seed": seed,
+        "layouts": [dataclasses.asdict(layout) for layout in layouts], "runs": runs, "differences": differences,
+        "largest_difference": _largest_difference(whole, killed),
         "kills": [dataclasses.asdict(kill) for kill in found], "versions": versions(),
     }  # fmt: skip
     with writing(folder):
         write_whole(folder / REPORT, json.dumps(report, indent=1) + "\n")
-    saving = sum(kill.while_saving for kill in found)
-    print(f"{runs + 1} runs were killed and finished" if runs else "one run was killed and finished")
+    saving, evaluating = (sum(getattr(kill, name) for kill in found) for name in ("while_saving", "while_evaluating"))
+    print(f"{runs} runs were killed and finished" if runs > 1 else "one run was killed and finished")
     print(
-        f"{len(found)} kills, {saving} of them while a checkpoint was written: {'; '.join(differences) or 'no difference'}"
+        f"{len(found)} kills, {saving} of them while a checkpoint was written, {evaluating} in an evaluation: "
+        f"{'; '.join(differences) or 'no difference'}"
     )
     print(f"report: {folder / REPORT}")
     return not differences
+
+
+def _said(kill: Kill) -> str:
+    where = f"{kill.seconds:.1f} s after its start"
+    if kill.while_saving:
+        where = "a checkpoint was being written"
+    elif kill.while_evaluating:
+        where = "in an evaluation"
+    return f"after step {kill.step}, {where} ({Layout(kill.devices, kill.processes)})"
 
 
 def compare(whole: Path, killed: Path, *, exact: bool) -> list[str]:
     """A line for each difference between two finished runs.
 
     Args:
-        exact: bit for bit; otherwise losses within `TOLERANCE`, and no look at the arrays.
+        exact: bit for bit; otherwise the same examples, losses within `TOLERANCE`, and no look at the arrays.
     """
     lines = []
-    one, other = (read_metrics(run) for run in (whole, killed))
+    taken = [read_examples(run) for run in (whole, killed)]
+    if other := [
+        step for step in sorted(taken[0].keys() | taken[1].keys()) if taken[0].get(step) != taken[1].get(step)
+    ]:
+        lines.append(f"examples: {len(other)} steps differ, the first is {other[0]}")
+    one, another = (read_metrics(run) for run in (whole, killed))
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
-        before, after = one.get(name, {}), other.get(name, {})
+        before, after = one.get(name, {}), another.get(name, {})
         if before.keys() != after.keys():
             lines.append(f"{name}: {len(before)} and {len(after)} records")
             continue
@@ -124,6 +126,12 @@ def compare(whole: Path, killed: Path, *, exact: bool) -> list[str]:
     if exact:
         lines += [f"{name}: not the same bits" for name in _arrays_that_differ(whole, killed)]
     return lines
+
+
+def _largest_difference(whole: Path, killed: Path) -> float:
+    """The largest relative difference of the losses of a step."""
+    one, other = (read_metrics(run).get("train/loss", {}) for run in (whole, killed))
+    return max((abs(one[step] / other[step] - 1) for step in one.keys() & other.keys() if other[step]), default=0.0)
 
 
 def _near(one: float, other: float, allowed: float) -> bool:
@@ -161,72 +169,3 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:
     """Whether both have the same bits, NaN included."""
     return one is not None and other is not None and one.dtype == other.dtype and one.tobytes() == other.tobytes()
-
-
-def _start(folder: Path, run: Path, devices: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "train.commands.cli", "train", str(folder / "config.yaml"), "--run-dir", str(run)]
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with _errors_of(run).open("w", encoding="utf-8") as errors:
-        return subprocess.Popen(
-            [*command, "--devices", str(devices)], stdout=subprocess.DEVNULL, stderr=errors,
-            env=os.environ | {"PYTHONPATH": path},
-        )  # fmt: skip
-
-
-def _errors_of(run: Path) -> Path:
-    """The file of what a run's newest process wrote to standard error."""
-    return run.with_name(f"{run.name}.errors.txt")
-
-
-def _last_line(run: Path) -> str:
-    lines = _errors_of(run).read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line.strip()), "without a message")
-
-
-def _end(process: subprocess.Popen[bytes], run: Path) -> None:
-    """Wait for a run. Raises `UserError` with its error unless it finished."""
-    if process.wait():
-        raise UserError(f"{run}: ended with status {process.returncode}: {_last_line(run)}")
-
-
-def _killed(
-    folder: Path, run: Path, meant: str, devices: int, starting: float, random: np.random.Generator
-) -> Kill | None:
-    """Start or resume the run, and kill it at a random moment; None if it finished before.
-
-    Args:
-        meant: as in `Kill`.
-        starting: seconds until the first step of a run.
-    """
-    before = _last_step(run)
-    process, began = _start(folder, run, devices), time.monotonic()
-    moment, steps, more = random.uniform(0.0, starting), random.integers(1, 8), random.uniform(0.0, 0.05)
-    while process.poll() is None:
-        late = time.monotonic() - began
-        if meant == "start" and late >= moment:
-            break
-        # Records of steps that were taken before are not new ones.
-        if meant != "start" and late > 0.3 * starting and _last_step(run) >= before + steps:
-            while meant == "save" and process.poll() is None and not _is_saving(run):
-                time.sleep(_POLL_SECONDS)
-            time.sleep(more)
-            break
-        time.sleep(_POLL_SECONDS)
-    in_save = _is_saving(run)
-    process.kill()
-    process.wait()
-    if process.returncode == 0:
-        return None
-    if process.returncode > 0:
-        raise UserError(f"{run}: ended with status {process.returncode}: {_last_line(run)}")
-    return Kill(meant, _last_step(run), in_save, devices, round(time.monotonic() - began, 3))
-
-
-def _last_step(run: Path) -> int:
-    return max(read_metrics(run).get("train/loss", {}), default=0)
-
-
-def _is_saving(run: Path) -> bool:
-    folder = run / "checkpoints"
-    return folder.is_dir() and any("tmp" in name for name in os.listdir(folder))

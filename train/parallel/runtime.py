@@ -14,6 +14,11 @@ from train.files import cache_dir
 from train.parallel.processes import Peers, join
 from transformer.errors import UserError, first_line
 
+_PATIENT = (
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
+)
+"""Virtual devices share the cores: one that has to wait for 40 seconds, XLA's limit, is not lost."""
+
 
 def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = None, peers: Peers | None = None) -> None:
     """Choose the devices. Call it before anything runs on one.
@@ -32,6 +37,8 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
         if platform not in (None, "cpu"):
             raise UserError(f"--devices makes virtual CPU devices; it cannot be combined with --platform {platform}")
         platform = "cpu"
+        # Read when the devices are made.
+        os.environ["XLA_FLAGS"] = f"{_PATIENT} {os.environ.get('XLA_FLAGS', '')}".strip()
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     if platform is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))

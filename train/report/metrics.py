@@ -7,15 +7,21 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+import jax
+import numpy as np
 
 from train.config import RunConfig, to_data
 from train.config.sections import LogConfig
 from train.files import write_whole, writing
 from train.parallel.processes import is_first
 from transformer.errors import UserError, first_line
+
+EXAMPLES = "examples"
+"""The folder of a run for the ids of the examples of each step."""
 
 
 class Writer(Protocol):
@@ -40,7 +46,7 @@ class JsonlWriter:
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start_step]
             write_whole(path, "".join(f"{line}\n" for line in kept))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._waiting += json.dumps({"step": step, **values}) + "\n"
         self.close()
 
@@ -108,6 +114,10 @@ class MetricLog:
         log: LogConfig = config.log
         self._refused = dict[Writer, str]()
         self._writers: list[Writer] = []
+        self._examples = None
+        if log.examples:
+            with writing(directory):
+                self._examples = _example_writer(directory / EXAMPLES, start_step)
         if not is_first():
             return
         with writing(directory):
@@ -122,6 +132,11 @@ class MetricLog:
         named = {f"{group}/{name}": float(value) for name, value in values.items() if value is not None}
         for writer in self._writers:
             self._try(writer, functools.partial(writer.write, step, named))
+
+    def write_examples(self, step: int, ids: np.ndarray) -> None:
+        """Record which examples a step took, those of this process, if the config asks for it."""
+        if self._examples is not None:
+            self._try(self._examples, functools.partial(self._examples.write, step, {"examples": ids.tolist()}))
 
     def __enter__(self) -> MetricLog:
         return self
@@ -138,6 +153,28 @@ class MetricLog:
             if (reason := first_line(error)) != self._refused.get(writer):
                 self._refused[writer] = reason
                 print(f"metrics cannot be written ({reason}); the run goes on without them", file=sys.stderr)
+
+
+def _example_writer(folder: Path, start_step: int) -> JsonlWriter:
+    """The writer of this process. Process 0 also drops later records of processes that the run had before."""
+    folder.mkdir(exist_ok=True)
+    if is_first():
+        own = {f"{index}.jsonl" for index in range(jax.process_count())}
+        for path in folder.glob("*.jsonl"):
+            if path.name not in own:
+                JsonlWriter(path, start_step)
+    return JsonlWriter(folder / f"{jax.process_index()}.jsonl", start_step)
+
+
+def read_examples(directory: Path) -> dict[int, list[int]]:
+    """The ids of each step's examples, in the order of the batch, as the processes of a run recorded them."""
+    found = dict[int, list[int]]()
+    for path in sorted((directory / EXAMPLES).glob("*.jsonl"), key=lambda path: int(path.stem)):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if _step_of(line) < float("inf"):
+                record = json.loads(line)
+                found.setdefault(record["step"], []).extend(record["examples"])
+    return found
 
 
 def _step_of(line: str) -> float:

@@ -336,6 +336,7 @@ class Run:
             self._record(done, display, log, checkpoints)
 
     def _record(self, done: Reading, display: Display, log: MetricLog, checkpoints: Checkpoints) -> None:
+        log.write_examples(done.step, done.examples)
         record = done.step % self.config.log.every == 0 or done.step == self.config.steps
         display.step(done.step, done.values, record=record)
         if record:

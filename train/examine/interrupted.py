@@ -1,0 +1,185 @@
+"""Processes of a run that are started to be killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from train.run.run_files import read_metrics
+from transformer.errors import UserError
+
+MOMENTS = ("start", "step", "save", "evaluation")
+"""When a run is killed: at some time before its first step, after a step, while a checkpoint is written, in an evaluation."""
+_POLL_SECONDS = 0.005
+_FOLLOW_SECONDS = 90.0
+"""How long the other processes of a run may take to end by themselves after one of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a run computes: virtual CPU devices, divided among processes on this machine."""
+
+    devices: int
+    processes: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.devices} devices of {self.processes} processes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """One SIGKILL of all processes of a run."""
+
+    meant: str
+    """One of `MOMENTS`, for which it waited."""
+    step: int
+    """The last step that was recorded before it."""
+    while_saving: bool
+    """Whether a checkpoint was being written."""
+    while_evaluating: bool
+    devices: int
+    processes: int
+    seconds: float
+    """After the processes began."""
+
+
+class Running:
+    """A run whose processes are started here. What they say on standard error is kept next to its folder.
+
+    Args:
+        config: the file of the config.
+        run: the run's folder.
+    """
+
+    def __init__(self, config: Path, run: Path, layout: Layout) -> None:
+        self.run, self.began = run, time.monotonic()
+        command = [sys.executable, "-m", "train.commands.cli", "train", str(config), "--run-dir", str(run)]
+        command += ["--devices", str(layout.devices // layout.processes)]
+        root = str(Path(__file__).parents[2])
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+        several = ["--coordinator", f"127.0.0.1:{_free_port()}", "--num-processes", str(layout.processes)]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for index in range(layout.processes):
+            own = [*several, "--process-id", str(index)] if layout.processes > 1 else []
+            with self._errors(index).open("w", encoding="utf-8") as errors:
+                self._processes.append(
+                    subprocess.Popen([*command, *own], stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+                )
+
+    @property
+    def seconds(self) -> float:
+        """Since the processes began."""
+        return time.monotonic() - self.began
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether no process has ended."""
+        return all(process.poll() is None for process in self._processes)
+
+    def kill(self) -> bool:
+        """Kill all processes; False if the run had finished before.
+
+        Raises:
+            UserError: it ended with an error before.
+        """
+        for process in self._processes:
+            process.kill()
+        statuses = [process.wait() for process in self._processes]
+        for index, status in enumerate(statuses):
+            if status > 0:
+                raise UserError(f"{self.run}: ended with status {status}: {self._last_line(index)}")
+        # One process may have finished just before the others were killed; their work is done too.
+        return 0 not in statuses
+
+    def finish(self) -> None:
+        """Wait until the run ends. Raises `UserError` with its error unless it finished."""
+        while self.is_alive:
+            time.sleep(0.05)
+        statuses = []
+        for process in self._processes:
+            try:
+                statuses.append(process.wait(_FOLLOW_SECONDS))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                statuses.append(process.wait())
+        for index, status in enumerate(statuses):
+            if status:
+                raise UserError(f"{self.run}: ended with status {status}: {self._last_line(index)}")
+
+    def _errors(self, index: int) -> Path:
+        return self.run.with_name(f"{self.run.name}.errors-{index}.txt")
+
+    def _last_line(self, index: int) -> str:
+        lines = self._errors(index).read_text(encoding="utf-8", errors="replace").splitlines()
+        return next((line for line in reversed(lines) if line.strip()), "without a message")
+
+
+def seconds_to_first_step(running: Running) -> float:
+    """Wait for the first recorded step of a new run, or its end; the seconds from its start."""
+    while running.is_alive and not last_step(running.run):
+        time.sleep(_POLL_SECONDS)
+    return running.seconds
+
+
+def kill_at(
+    meant: str, config: Path, run: Path, layout: Layout, starting: float, every: int, random: np.random.Generator
+) -> Kill | None:
+    """Start or resume a run, and kill it at a random moment; None if it finished before.
+
+    Args:
+        meant: as in `Kill`.
+        starting: seconds until the first step of a run.
+        every: steps between evaluations.
+
+    Raises:
+        UserError: the run ended with an error.
+    """
+    before = last_step(run)
+    running = Running(config, run, layout)
+    moment, steps, more = random.uniform(0.0, starting), random.integers(1, 8), random.uniform(0.0, 0.05)
+    while running.is_alive:
+        if meant == "start" and running.seconds >= moment:
+            break
+        # Records of steps that were taken before are not new ones.
+        if meant != "start" and running.seconds > 0.3 * starting and last_step(run) >= before + steps:
+            reached = {"save": is_saving, "evaluation": lambda run: is_evaluating(run, every)}.get(meant)
+            while reached is not None and running.is_alive and not reached(run):
+                time.sleep(_POLL_SECONDS)
+            time.sleep(more)
+            break
+        time.sleep(_POLL_SECONDS)
+    saving, evaluating, seconds = is_saving(run), is_evaluating(run, every), running.seconds
+    if not running.kill():
+        return None
+    return Kill(meant, last_step(run), saving, evaluating, layout.devices, layout.processes, round(seconds, 3))
+
+
+def last_step(run: Path) -> int:
+    """The last step that a run recorded; 0 before the first."""
+    return max(read_metrics(run).get("train/loss", {}), default=0)
+
+
+def is_saving(run: Path) -> bool:
+    """Whether a run has a checkpoint that is not whole yet."""
+    folder = run / "checkpoints"
+    return folder.is_dir() and any("tmp" in name for name in os.listdir(folder))
+
+
+def is_evaluating(run: Path, every: int) -> bool:
+    """Whether the evaluation of a run's last recorded step is due and not recorded."""
+    metrics = read_metrics(run)
+    step = max(metrics.get("train/loss", {}), default=0)
+    return bool(every and step and step % every == 0 and step not in metrics.get("eval/loss", {}))
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
