@@ -11,7 +11,7 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options)
     from train.data.prepared.prepare import prepare
     from train.data.prepared.store import Split
-    from train.run.loop import check_data
+    from train.run.begin import check_data
 
     prepared = prepare(config.data)
     check_data(config, prepared)

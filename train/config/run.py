@@ -11,6 +11,7 @@ from train.loss import LossConfig
 from train.objectives import AnyObjective, Causal
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import MeshConfig
+from train.spikes import SpikeConfig
 from transformer.errors import Config, require
 from transformer.layers.adapter import AdapterConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
@@ -40,7 +41,7 @@ class RunConfig(Config):
     microbatches: Free[int] = 1
     """Number of parts that a step's batch is split into and computed in sequence (gradient accumulation)."""
     max_skipped: Free[int] = 10
-    """Stop after this many updates in a row were skipped for a loss or gradient that is not finite."""
+    """Stop after this many updates in a row were skipped, for a loss or gradient that is not finite or a loss spike."""
     model: ModelConfig = GPTConfig()
     """The network; its `family` decides which fields there are."""
     adapter: AdapterConfig | None = None
@@ -53,6 +54,8 @@ class RunConfig(Config):
     """The optimiser and its learning-rate schedule."""
     loss: LossConfig = LossConfig()
     """Additional terms of the loss."""
+    spikes: SpikeConfig | None = None
+    """What counts as a loss spike, and what is done about it; null: nothing."""
     mesh: MeshConfig = MeshConfig()
     """How the run is spread over devices."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,27 +10,49 @@ from typing import Any
 
 import numpy as np
 
-from train.config import RunConfig
-from train.data.loader import Batch, train_batches
+from train.config import RunConfig, load
+from train.data.decoded import SIDES, segments_of, text_of, tokenizer_of
+from train.data.loader import Batch
 from train.data.prepared.prepare import prepare
 from train.data.prepared.store import Prepared
-from train.data.tokenization.tokenizer import Tokenizer
 from train.files import write_whole, writing
-from train.run.begin import check_data
+from train.run.begin import batches_of, check_data
+from train.run.order import Order
+from train.run.run_files import config_file
+from train.run.stored import FOLDER, StoredCheckpoints
 from transformer.errors import UserError
 
-_SIDES = ("", "source_", "other_")
-"""Prefixes of the names of a batch's arrays."""
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A run, or a config that may become one, and which batches its steps take."""
+
+    config: RunConfig
+    order: Order = Order()
+
+    @classmethod
+    def of(cls, path: Path, overrides: Sequence[str] = ()) -> Planned:
+        """That of a config's file, or of a run's folder. Raises `UserError` if there is neither."""
+        if not path.is_dir():
+            return cls(load(path, overrides))
+        config = load(config_file(path), overrides)
+        stored = StoredCheckpoints(path) if (path / FOLDER).is_dir() else None
+        newest = None if stored is None else stored.latest
+        # Imported weights, and runs of an older version, have passed over none.
+        return cls(
+            config,
+            Order() if stored is None or newest is None else Order.from_data(stored.meta(newest).get("passed", ())),
+        )
 
 
 def inspect_data(
-    config: RunConfig, *, step: int = 1, rows: int = 4, other: RunConfig | None = None, out: Path | None = None
+    planned: Planned, *, step: int = 1, rows: int = 4, other: Planned | None = None, out: Path | None = None
 ) -> bool:
     """Print the examples of a step: their ids, their text by segments, what is predicted, and their labels.
 
     Args:
         rows: how many of them.
-        other: compare with the batch of another config, and print only the rows that differ.
+        other: compare with the batch of another one, and print only the rows that differ.
         out: a file for all rows of the batch, arrays included, as one JSON object a line.
 
     Returns:
@@ -40,7 +63,7 @@ def inspect_data(
     """
     if step < 1:
         raise UserError(f"step: got {step}; allowed: 1 or more")
-    prepared, batch = _batch_of(config, step)
+    prepared, batch = _batch_of(planned, step)
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in batch.items() if name != "example")
     print(f"step {step}: {shapes}")
     numbers = list(range(len(batch["example"])))
@@ -60,14 +83,11 @@ def inspect_data(
     return same
 
 
-def _batch_of(config: RunConfig, step: int) -> tuple[Prepared, Batch]:
+def _batch_of(planned: Planned, step: int) -> tuple[Prepared, Batch]:
+    config = planned.config
     prepared = prepare(config.data)
     check_data(config, prepared)
-    batches = train_batches(
-        prepared, config.data, batch_size=config.batch_size, length=config.sequence_length, seed=config.seed,
-        objective=config.objective.with_data(prepared),
-    )  # fmt: skip
-    return prepared, batches.batch(step - 1)
+    return prepared, batches_of(config, prepared).batch(planned.order.batch(step))
 
 
 def _differing(one: Batch, other: Batch) -> list[int]:
@@ -80,13 +100,13 @@ def _differing(one: Batch, other: Batch) -> list[int]:
 
 def _row(batch: Batch, row: int, prepared: Prepared) -> Iterator[str]:
     yield f"\nrow {row}, example {batch['example'][row]}"
-    for side in _SIDES:
+    for side in SIDES:
         if f"{side}tokens" not in batch:
             continue
-        tokenizer = prepared.tokenizer if side or not prepared.pairs else prepared.target_tokenizer
-        for number, ids in _segments(batch, side, row):
+        tokenizer = tokenizer_of(side, prepared)
+        for number, ids in segments_of(batch, side, row):
             what = f"{side.rstrip('_') or 'text'} {number}".strip()
-            yield f"  {what} ({len(ids)} tokens): {json.dumps(shown_text(tokenizer, ids), ensure_ascii=False)}"
+            yield f"  {what} ({len(ids)} tokens): {json.dumps(text_of(tokenizer, ids), ensure_ascii=False)}"
     if "weights" in batch and "targets" in batch:
         weights, targets = batch["weights"][row], batch["targets"][row]
         predicted = weights > 0
@@ -95,38 +115,10 @@ def _row(batch: Batch, row: int, prepared: Prepared) -> Iterator[str]:
             text = f": {_label(targets[predicted], prepared.meta.labels)}"
         elif predicted.sum() < 0.5 * len(weights):
             tokenizer = prepared.target_tokenizer if prepared.pairs else prepared.tokenizer
-            text = f": {json.dumps([shown_text(tokenizer, [id]) for id in targets[predicted]], ensure_ascii=False)}"
+            text = f": {json.dumps([text_of(tokenizer, [id]) for id in targets[predicted]], ensure_ascii=False)}"
         yield f"  predicted: {int(predicted.sum())} of {len(weights)} positions{text}"
     if "labels" in batch:
         yield f"  label: {_label(batch['labels'][row], prepared.meta.labels)}"
-
-
-def _segments(batch: Batch, side: str, row: int) -> Iterator[tuple[str, np.ndarray]]:
-    """The ids of each segment of a row, padding left out, with its number where there are several."""
-    ids = batch[f"{side}tokens"][row]
-    if (segments := batch.get(f"{side}segments")) is None:
-        yield "", ids
-        return
-    numbers = [number for number in np.unique(segments[row]) if number > 0]
-    for number in numbers:
-        yield str(number) if len(numbers) > 1 else "", ids[segments[row] == number]
-
-
-def shown_text(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> str:
-    """The text of ids, with special tokens by their names."""
-    names = {id: name for name, id in tokenizer.special_ids.items()}
-    parts: list[str] = []
-    run: list[int] = []
-    for id in [*map(int, ids), None]:
-        if id is not None and id not in names:
-            run.append(id)
-            continue
-        if run:
-            parts.append(tokenizer.decode(run))
-            run = []
-        if id is not None:
-            parts.append(names[id])
-    return "".join(parts)
 
 
 def _label(label: np.ndarray, names: Sequence[str]) -> str:
@@ -140,8 +132,8 @@ def _label(label: np.ndarray, names: Sequence[str]) -> str:
 def _as_data(batch: Batch, row: int, prepared: Prepared, step: int) -> dict[str, Any]:
     arrays = {name: array[row].tolist() for name, array in batch.items()}
     texts = {}
-    for side in _SIDES:
+    for side in SIDES:
         if f"{side}tokens" in batch:
-            tokenizer = prepared.tokenizer if side or not prepared.pairs else prepared.target_tokenizer
-            texts[f"{side}text"] = [shown_text(tokenizer, ids) for _, ids in _segments(batch, side, row)]
+            tokenizer = tokenizer_of(side, prepared)
+            texts[f"{side}text"] = [text_of(tokenizer, ids) for _, ids in segments_of(batch, side, row)]
     return {"step": step, "row": row, **texts, **arrays}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping
 
@@ -25,6 +26,13 @@ class Reading:
     values: dict[str, float | None]
     skipped_in_row: int
     examples: np.ndarray
+
+    @property
+    def is_spike(self) -> bool:
+        """Whether the update was skipped though its loss and gradient are finite."""
+        return self.skipped_in_row > 0 and all(
+            math.isfinite(self.values[name] or 0.0) for name in ("loss", "grad_norm")
+        )
 
 
 class Meter:
@@ -55,6 +63,12 @@ class Meter:
     def skipped_in_row(self) -> int:
         """How many of the newest updates that were read were skipped."""
         return self._in_row
+
+    def forget(self) -> None:
+        """Drop what waits to be read: its steps will be taken in another way."""
+        self._pending.clear()
+        self._in_row = 0
+        self.pause()
 
     def pause(self) -> None:
         """Exclude the time until the next step from the speed."""

@@ -20,6 +20,8 @@ from train.files import write_whole, writing
 from train.parallel.processes import is_first
 from transformer.errors import UserError, first_line
 
+SKIPPED = "skipped.jsonl"
+"""The file of a run for the steps whose updates were skipped."""
 EXAMPLES = "examples"
 """The folder of a run for the ids of the examples of each step."""
 
@@ -51,6 +53,8 @@ class JsonlWriter:
         self.close()
 
     def close(self) -> None:
+        if not self._waiting:
+            return
         # Opened anew each time, since a network's file system may have been away. A part of a line that is left ends there.
         size = self._path.stat().st_size if self._path.exists() else 0
         try:
@@ -111,27 +115,49 @@ class MetricLog:
     """
 
     def __init__(self, config: RunConfig, directory: Path, start_step: int, run_id: str) -> None:
-        log: LogConfig = config.log
+        self._log: LogConfig = config.log
+        self._directory = directory
         self._refused = dict[Writer, str]()
+        self._wandb = WandbWriter(config, run_id) if config.log.wandb_project and is_first() else None
+        self._skipped = None
+        if is_first():
+            with writing(directory):
+                self._skipped = JsonlWriter(directory / SKIPPED, start_step)
+        self._begin(start_step)
+
+    def _begin(self, step: int) -> None:
+        """Make the writers of all that is recorded anew when training goes back to `step`."""
         self._writers: list[Writer] = []
         self._examples = None
-        if log.examples:
-            with writing(directory):
-                self._examples = _example_writer(directory / EXAMPLES, start_step)
-        if not is_first():
-            return
-        with writing(directory):
-            self._writers.append(JsonlWriter(directory / "metrics.jsonl", start_step))
-            if log.tensorboard:
-                self._writers.append(TensorBoardWriter(directory / "tensorboard", start_step))
-        if log.wandb_project:
-            self._writers.append(WandbWriter(config, run_id))
+        with writing(self._directory):
+            if self._log.examples:
+                self._examples = _example_writer(self._directory / EXAMPLES, step)
+            if not is_first():
+                return
+            self._writers.append(JsonlWriter(self._directory / "metrics.jsonl", step))
+            if self._log.tensorboard:
+                self._writers.append(TensorBoardWriter(self._directory / "tensorboard", step))
+        if self._wandb is not None:
+            self._writers.append(self._wandb)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`: its next steps are taken once more. Weights & Biases keeps what it has."""
+        for writer in self._writers:
+            if writer is not self._wandb:
+                self._try(writer, writer.close)
+        self._begin(step)
 
     def write(self, step: int, group: str, values: dict[str, Any]) -> None:
         """Record `values` as `group/name`; None is left out. A disk that refuses does not end the run."""
         named = {f"{group}/{name}": float(value) for name, value in values.items() if value is not None}
         for writer in self._writers:
             self._try(writer, functools.partial(writer.write, step, named))
+
+    def write_skipped(self, record: Mapping[str, Any]) -> None:
+        """Record a step whose update was skipped."""
+        if self._skipped is not None:
+            values = {name: value for name, value in record.items() if name != "step"}
+            self._try(self._skipped, functools.partial(self._skipped.write, record["step"], values))
 
     def write_examples(self, step: int, ids: np.ndarray) -> None:
         """Record which examples a step took, those of this process, if the config asks for it."""
@@ -142,8 +168,9 @@ class MetricLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in self._writers:
-            self._try(writer, writer.close)
+        for writer in (*self._writers, self._skipped, self._examples):
+            if writer is not None:
+                self._try(writer, writer.close)
 
     def _try(self, writer: Writer, act: Callable[[], None]) -> None:
         try:
@@ -152,7 +179,7 @@ class MetricLog:
         except OSError as error:
             if (reason := first_line(error)) != self._refused.get(writer):
                 self._refused[writer] = reason
-                print(f"metrics cannot be written ({reason}); the run goes on without them", file=sys.stderr)
+                print(f"metrics cannot be written ({reason}); training continues without them", file=sys.stderr)
 
 
 def _example_writer(folder: Path, start_step: int) -> JsonlWriter:
@@ -178,8 +205,10 @@ def read_examples(directory: Path) -> dict[int, list[int]]:
 
 
 def _step_of(line: str) -> float:
-    """A record's step; infinite for a truncated line, so that it is dropped."""
+    """A record's step, or that of the checkpoint that training went back to; infinite for a truncated line: it is dropped."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        record = json.loads(line)
+        back_to = record.get("rolled_back_to")
+        return record["step"] if back_to is None else back_to
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         return float("inf")

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 
 from train.config import RunConfig, difference, to_data
+from train.data.loader import Batches, train_batches
 from train.data.prepared.prepare import check_vocabulary
 from train.data.prepared.store import Prepared
 from train.files import Busy, locked, writing
@@ -29,6 +30,14 @@ def check_data(config: RunConfig, prepared: Prepared) -> None:
     config.objective.check_data(prepared, config.sequence_length)
     config.objective.check_classes(prepared, config.model)
     check_selection(config, prepared)
+
+
+def batches_of(config: RunConfig, prepared: Prepared) -> Batches:
+    """The training batches of a run: the rows of this process."""
+    return train_batches(
+        prepared, config.data, batch_size=config.batch_size, length=config.sequence_length, seed=config.seed,
+        objective=config.objective.with_data(prepared), process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

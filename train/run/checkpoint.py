@@ -89,6 +89,26 @@ class Checkpoints:
         """Step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
+    def to_roll_back_to(self) -> int | None:
+        """Step of the newest checkpoint that is due by steps, once what is being written is whole; None before the first.
+
+        Those of interruptions do not count: a run that was interrupted rolls back as one that was not. Raises `UserError` as
+        `save`.
+        """
+        self.wait()
+        every = self._config.every
+        return max((step for step in self._manager.all_steps() if not every or step % every == 0), default=None)
+
+    def drop_after(self, step: int) -> None:
+        """Remove later checkpoints, and their scores: their steps will be taken in another way. Raises `UserError` as `save`."""
+        with _disk_errors(self):
+            for later in self._manager.all_steps():
+                if later > step:
+                    self._manager.delete(later)
+            self._scores = {one: known for one, known in self._scores.items() if one <= step}
+            if is_first():
+                _write_scores(self._stored, self._scores)
+
     def scores(self, step: int) -> Mapping[str, float] | None:
         """The held-out scores at a step, on the batches by which checkpoints are compared; None if they are not known."""
         return self._scores.get(step)
@@ -102,10 +122,12 @@ class Checkpoints:
                 _write_scores(self._stored, self._scores)
 
     def kept(self, steps: Sequence[int]) -> set[int]:
-        """Which of the checkpoints there are stay: the newest ones, the best one, and those that are kept for good."""
-        every, best = self._config.keep_every, best_of(self._scores, steps, self._config.best)
-        for_good = [step for step in steps if every and step % every == 0]
-        return {*sorted(steps)[-self._config.keep :], *for_good, *([] if best is None else [best])}
+        """Which of the checkpoints there are stay: the newest ones, the best one, and those that are kept for good; the one that
+        a run would roll back to, which may be older than those of interruptions, too."""
+        config, best = self._config, best_of(self._scores, steps, self._config.best)
+        for_good = [step for step in steps if config.keep_every and step % config.keep_every == 0]
+        scheduled = [step for step in sorted(steps) if config.every and step % config.every == 0]
+        return {*sorted(steps)[-config.keep :], *scheduled[-1:], *for_good, *([] if best is None else [best])}
 
     def save(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
         """Write in the background; returns once the arrays are copied off the devices.

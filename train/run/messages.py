@@ -40,8 +40,8 @@ def padding_of(batches: Batches) -> str | None:
     return f"padding: {wastes['source']:.1%} of the source's positions, {wastes['target']:.1%} of the target's"
 
 
-def not_finite(count: int, good: int | None, directory: Path, examples: np.ndarray | None = None) -> str:
-    """Why a run ends whose last `count` updates were skipped.
+def all_skipped(count: int, good: int | None, directory: Path, examples: np.ndarray | None = None) -> str:
+    """Why a run ends whose last `count` updates were skipped, as text.
 
     Args:
         good: the step of the newest checkpoint. None is written while updates are skipped, so that it is from before them.
@@ -50,7 +50,7 @@ def not_finite(count: int, good: int | None, directory: Path, examples: np.ndarr
     last = "" if examples is None else f", the last on examples {_compact(examples)}"
     kept = "no checkpoint was written before" if good is None else f"the last good checkpoint is at step {good}"
     return (
-        f"{count} updates in a row were not finite{last}; {kept} in {directory}. Resume with a lower optimizer.learning_rate or "
+        f"{count} updates in a row were skipped{last}; {kept} in {directory}. Resume with a lower optimizer.learning_rate or "
         "with optimizer.clip_norm, and --allow-changed optimizer"
     )
 

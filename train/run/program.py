@@ -71,6 +71,7 @@ class Program:
             summed = lay_out(trained.select(staged.params), mesh)
         options: dict[str, Any] = {
             "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "trained": trained,
+            "spikes": config.spikes,
         }  # fmt: skip
         self.train_step: Any
         if config.mesh.strategy == "pmap":

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from train.parallel.mesh import Rules, check_divisible, shardings_of
 from train.trained import ALL, TrainableMask
 from transformer.functional import ModelFactory
-from transformer.types import Array, Int, PRNGKeyArray
+from transformer.types import Array, Float, Int, PRNGKeyArray
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +29,8 @@ class TrainState:
     params: nnx.State
     opt_state: optax.OptState
     key: PRNGKeyArray
+    losses: Float[Array, 2]
+    """Mean and variance of the losses so far whose updates were made, as `train.spikes` has them."""
     ema: nnx.State | None = None
     """Exponential moving average of the parameters, when the optimiser keeps one."""
 
@@ -57,8 +59,8 @@ def state_maker(
         if params is None:
             params = nnx.state(make_model(nnx.Rngs(params=init_key)), nnx.Param)
         ema = jax.tree.map(jnp.copy, params) if keep_ema else None
-        none = jnp.zeros((), jnp.int32)
-        return TrainState(none, none, params, optimizer.init(trained.select(params)), train_key, ema)
+        none, losses = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.float32)
+        return TrainState(none, none, params, optimizer.init(trained.select(params)), train_key, losses, ema)
 
     return make
 

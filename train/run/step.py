@@ -16,6 +16,7 @@ from train.loss import Batch, LossConfig, LossSums
 from train.objectives import Causal, Objective
 from train.objectives.objective import Outputs
 from train.run.state import TrainState
+from train.spikes import WINDOW, SpikeConfig, moments_after, z_score
 from train.trained import ALL, TrainableMask
 from transformer.types import Array
 
@@ -37,6 +38,7 @@ def make_train_step(
     gradients: nnx.State | None = None,
     summed: nnx.State | None = None,
     trained: TrainableMask = ALL,
+    spikes: SpikeConfig | None = None,
 ) -> jax.stages.Wrapped:
     """The jitted step `(state, batch) -> (state, metrics)`; the given state is donated.
 
@@ -51,10 +53,12 @@ def make_train_step(
         gradients: shapes and shardings of the gradients of each of several parts; by default the compiler lays them out.
         summed: the same for their sum over all parts, as the optimiser takes it.
         trained: which parameters have gradients and are updated.
+        spikes: which losses are so high that their updates are skipped too; None: none.
 
     Returns:
         A function whose metrics are float32 scalars: loss, nll (nats per token), grad_norm (before clipping), tokens,
-        skipped (1 or 0), and the number of earlier updates, by which the schedule counts.
+        skipped (1 or 0), the number of earlier updates, by which the schedule counts, and with `spikes` loss_z, the z-score
+        of the loss.
     """
     compute = accumulated(gradient, microbatches, _layout(gradients))
 
@@ -69,7 +73,7 @@ def make_train_step(
         grads, sums = compute(state.params, batch, jax.random.fold_in(state.key, state.step))
         if summed is not None:
             grads = jax.lax.with_sharding_constraint(grads, _layout(summed))
-        return update(state, grads, sums, optimizer, ema_decay, trained)
+        return update(state, grads, sums, optimizer, ema_decay, trained, spikes)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -122,6 +126,7 @@ def update(
     optimizer: optax.GradientTransformation,
     ema_decay: float | None = None,
     trained: TrainableMask = ALL,
+    spikes: SpikeConfig | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The state after a step, and its metrics, from the gradient of the global batch's summed loss."""
     before, ema = trained.select(state.params), None if state.ema is None else trained.select(state.ema)
@@ -130,28 +135,36 @@ def update(
         weight = jnp.maximum(sums.weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
+        loss, count = sums.loss / weight, state.step - state.skipped
+        made = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        window = WINDOW if spikes is None else spikes.window
+        z = z_score(loss, state.losses, count, window)
+        if spikes is not None:
+            made &= z <= spikes.threshold
         updates, opt_state = optimizer.update(grads, state.opt_state, before)
         params = optax.apply_updates(before, updates)
-        kept = (before, state.opt_state, ema)
+        losses = moments_after(loss, state.losses, count, window)
+        kept = (before, state.opt_state, ema, state.losses)
         if ema is not None and ema_decay is not None:
             ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, params)
-        params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), kept
+        params, opt_state, ema, losses = jax.tree.map(
+            lambda new, old: jnp.where(made, new, old), (params, opt_state, ema, losses), kept
         )
         params = trained.merge(params, state.params)
         ema = None if ema is None or state.ema is None else trained.merge(ema, state.ema)
     metrics = {
-        "loss": sums.loss / weight,
+        "loss": loss,
         "nll": sums.nll / weight,
         "grad_norm": grad_norm,
         "tokens": sums.weight if sums.count is None else sums.count,
-        "skipped": 1 - finite.astype(jnp.float32),
-        "updates": (state.step - state.skipped).astype(jnp.float32),
+        "skipped": 1 - made.astype(jnp.float32),
+        "updates": count.astype(jnp.float32),
     }
+    if spikes is not None:
+        metrics["loss_z"] = z
     changed = dataclasses.replace(
-        state, step=state.step + 1, skipped=state.skipped + (1 - finite.astype(jnp.int32)),
-        params=params, opt_state=opt_state, ema=ema,
+        state, step=state.step + 1, skipped=state.skipped + (1 - made.astype(jnp.int32)),
+        params=params, opt_state=opt_state, losses=losses, ema=ema,
     )  # fmt: skip
     return changed, metrics
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from train.commands.command import Command
-
-if TYPE_CHECKING:
-    from train.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,20 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The exit status: 1 where two batches differ."""
-    from train.examine.inspect_data import inspect_data
+    from train.examine.inspect_data import Planned, inspect_data
 
-    config = _config_of(options.config, options.overrides)
-    other = None if options.diff is None else _config_of(options.diff, [])
-    same = inspect_data(config, step=options.step, rows=options.rows, other=other, out=options.out)
+    planned = Planned.of(Path(options.config), options.overrides)
+    other = None if options.diff is None else Planned.of(Path(options.diff))
+    same = inspect_data(planned, step=options.step, rows=options.rows, other=other, out=options.out)
     return 0 if same else 1
-
-
-def _config_of(path: str, overrides: list[str]) -> RunConfig:
-    """The config of a file, or of a run's folder."""
-    from train.config import load
-    from train.run.run_files import config_file
-
-    return load(config_file(Path(path)) if Path(path).is_dir() else path, overrides)
 
 
 COMMAND = Command(
