@@ -13,7 +13,7 @@ from train.data.evaluation import evaluation_batches
 from train.data.prepared.prepare import prepare
 from train.parallel.mesh import make_mesh, use_mesh
 from train.run.evaluate import Evaluator
-from train.run.loop import Run
+from train.run.steps import Run
 from transformer.errors import UserError
 
 BERT = {"family": "bert", "vocab_size": 300, "max_length": 32, "embed_dim": 16, "num_layers": 1, "dropout": 0.0,

@@ -110,7 +110,7 @@ def test_numbers_are_class_names_and_an_empty_field_is_refused(tmp_path: Path) -
 def test_what_is_passed_over_may_be_broken(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [("a", "good", ""), (None, "plot", "")])
     assert len(list(documents(source_of(path, labels=("good",))))) == 1
-    with pytest.raises(UserError, match="holds NoneType, not text"):
+    with pytest.raises(UserError, match="holds null, not text"):
         list(documents(source_of(path)))
 
 

@@ -7,6 +7,7 @@ B batch, T position, K text of a row, D embed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,16 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.progress import Progress
 
 from train.data.examples.masked import framed
 from train.data.examples.pack import Placed, best_fit_decreasing
+from train.data.sources.new_documents import new_documents
+from train.data.sources.records import Document
 from train.data.sources.source_config import FilesSource
+from train.data.tokenization.tokenise import batches
 from train.data.tokenization.tokenizer import CLS, SEP, Tokenizer
 from train.files import check_place, whole_file, writing
-from train.inference.predict import read_documents
+from train.inference.predict import counting
 from train.parallel.mesh import use_mesh
-from train.report.display import console
 from train.run.run_files import load_run
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
@@ -39,7 +41,9 @@ BATCH_TOKENS = {"cpu": 2048}
 """Tokens in one call of the model, by JAX's backend: limited by the caches of a CPU, enough to keep other devices busy."""
 LARGE_BATCH = 65_536
 CHUNK = 16_384
-"""Texts that are packed together."""
+"""Texts that are packed together, and in memory together."""
+CHUNK_CHARACTERS = 1 << 22
+"""Characters of text after which there are fewer."""
 
 
 class Embedder:
@@ -78,12 +82,8 @@ class Embedder:
 
     def __call__(self, params: nnx.State, texts: Sequence[str]) -> np.ndarray:
         """The vectors of texts, [texts, D] float32, in their order."""
-        return np.concatenate([np.zeros((0, self.config.embed_dim), np.float32), *self.chunks(params, texts)])
-
-    def chunks(self, params: nnx.State, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        """The vectors in successive parts, so that they are written while the next texts are embedded."""
-        for first in range(0, len(texts), CHUNK):
-            yield self._chunk(params, texts[first : first + CHUNK])
+        parts = [self._chunk(params, texts[first : first + CHUNK]) for first in range(0, len(texts), CHUNK)]
+        return np.concatenate([np.zeros((0, self.config.embed_dim), np.float32), *parts])
 
     def _chunk(self, params: nnx.State, texts: Sequence[str]) -> np.ndarray:
         longest = self.config.max_length
@@ -164,29 +164,69 @@ def embed(
     model = loaded.config.model
     if not isinstance(model, BertConfig):
         raise UserError(f"{run}: a model of family {model.family!r} is not an encoder; embed needs family bert")
-    documents = read_documents(FilesSource(path=file, text_field=field), file)
-    texts = [document.text for document in documents]
+    documents = new_documents(FilesSource(path=file, text_field=field), file)
     embedder = Embedder(model, loaded.tokenizer, pooling=pooling, normalize=normalize)
-    vectors, out_to = np.empty((len(texts), model.embed_dim), np.float32), console()
+    open_writer = _ArrayFile if out.suffix == ".npy" else _TableFile
     with (
         use_mesh(loaded.mesh, loaded.config.mesh.rules),
-        Progress(console=out_to, transient=True, disable=not out_to.is_terminal) as progress,
+        writing(out),
+        whole_file(out) as partial,
+        counting("embedding") as advance,
+        open_writer(partial, model.embed_dim) as writer,
     ):
-        task, done = progress.add_task("embedding", total=len(texts)), 0
-        for chunk in embedder.chunks(loaded.params, texts):
-            vectors[done : done + len(chunk)] = chunk
-            done += len(chunk)
-            progress.update(task, completed=done)
-    with writing(out), whole_file(out) as partial:
-        if out.suffix == ".npy":
-            with partial.open("wb") as stream:
-                np.save(stream, vectors)
-        else:
-            import pyarrow
-            from pyarrow import parquet
-
-            ids = [document.id for document in documents]
-            column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.reshape(-1)), model.embed_dim)
-            parquet.write_table(pyarrow.table({"id": ids, "text": texts, "embedding": column}), partial)
+        for chunk in batches(documents, CHUNK, CHUNK_CHARACTERS):
+            writer.add(chunk, embedder(loaded.params, [document.text for document in chunk]))
+            advance(len(chunk))
     cut = f"; {embedder.cut} of them were longer than {model.max_length} tokens, and cut" if embedder.cut else ""
-    print(f"{len(texts)} texts, {model.embed_dim} numbers each ({embedder.pooling} pooling): {out}{cut}")
+    print(f"{writer.count} texts, {model.embed_dim} numbers each ({embedder.pooling} pooling): {out}{cut}")
+
+
+class _ArrayFile(contextlib.AbstractContextManager["_ArrayFile"]):
+    """A `.npy` file of vectors, [texts, D] float32, whose number is not known before all of them are written."""
+
+    def __init__(self, path: Path, dim: int) -> None:
+        self.count, self._dim = 0, dim
+        self._stream = path.open("wb")
+        self._write_header()
+
+    def add(self, documents: Sequence[Document], vectors: np.ndarray) -> None:
+        """Append the vectors [documents, D]."""
+        self._stream.write(vectors.astype("<f4").tobytes())
+        self.count += len(documents)
+
+    def _write_header(self) -> None:
+        # numpy pads the header with room for any number of rows, so that it can be written again in the same place.
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self.count, self._dim)}
+        self._stream.seek(0)
+        np.lib.format.write_array_header_1_0(self._stream, header)
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._write_header()
+        finally:
+            self._stream.close()
+
+
+class _TableFile(contextlib.AbstractContextManager["_TableFile"]):
+    """A `.parquet` file of ids, texts and vectors, a row group for each part that is added."""
+
+    def __init__(self, path: Path, dim: int) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
+        vector = pyarrow.list_(pyarrow.float32(), dim)
+        fields = [("id", pyarrow.string()), ("text", pyarrow.string()), ("embedding", vector)]
+        self.count, self._dim, self._schema = 0, dim, pyarrow.schema(fields)
+        self._writer = parquet.ParquetWriter(path, self._schema)
+
+    def add(self, documents: Sequence[Document], vectors: np.ndarray) -> None:
+        """Append the documents and their vectors [documents, D]."""
+        import pyarrow
+
+        column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.reshape(-1)), self._dim)
+        columns = [[document.id for document in documents], [document.text for document in documents], column]
+        self._writer.write_table(pyarrow.table(columns, schema=self._schema))
+        self.count += len(documents)
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from train.config import RunConfig
-from train.data.examples.rows import text_sizes
+from train.data.examples.rows import LongTexts, text_sizes
 from train.data.prepared.store import TokenArray
-from train.data.sources.readers import Reader, format_of
-from train.data.sources.records import Document, Rejects
+from train.data.sources.new_documents import new_documents
+from train.data.sources.records import Document
 from train.data.sources.source_config import FilesSource, RecordSource, SourceConfig
-from train.data.tokenization.tokenise import encode_documents
+from train.data.tokenization.tokenise import batches, encode_documents
 from train.data.tokenization.tokenizer import Tokenizer
 from train.files import check_place
 from train.objectives import OBJECTIVES, Task
 from train.objectives.tasks.documents import TaskDocuments, write_predictions
 from train.objectives.tasks.task import Labelling, Prediction
 from train.parallel.mesh import use_mesh
+from train.report.display import console
 from train.run.run_files import LoadedRun, load_run
 from train.run.step import make_eval_step
 from transformer.errors import UserError
@@ -37,8 +38,12 @@ from transformer.models.families import make_model
 _TASKS: list[Any] = [one for one in OBJECTIVES.values() if issubclass(one, Task)]
 _LONGEST = 512
 """Tokens of the longest row of an import; its context may be much longer."""
-_LENGTHS = 64
-"""Row lengths are rounded up to a multiple of this many tokens if all documents are short."""
+_SHORTEST_ROW = 64
+"""Tokens of the shortest rows; longer documents have rows of twice as many, and so on."""
+CHUNK = 4096
+"""Documents that are in memory together, rounded down to whole batches."""
+CHUNK_CHARACTERS = 1 << 22
+"""Characters of text after which there are fewer."""
 
 
 def predict(run: Path, file: str, out: Path | None = None, step: str = "best") -> None:
@@ -57,14 +62,35 @@ def predict(run: Path, file: str, out: Path | None = None, step: str = "best") -
     loaded, task, source = as_task_run(load_run(run, step), str(run))
     if not isinstance(source, RecordSource):
         raise UserError(f"{run}: its documents are synthetic (source {source.kind}), so no fields of a file match them")
-    documents = read_documents(source, file)
-    found = predictions(loaded, task, documents, file)
-    if out is not None:
-        write_predictions(found, out)
-        print(f"{len(found)} predictions: {out}")
+    found = iter_predictions(loaded, task, new_documents(source, file), file)
+    if out is None:
+        for one in found:
+            print(json.dumps(one, ensure_ascii=False))
         return
+    with counting("predicting") as advance:
+        count = write_predictions(_advancing(found, advance), out)
+    print(f"{count} predictions: {out}")
+
+
+@contextlib.contextmanager
+def counting(title: str) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(documents)`; a terminal shows how many are done. How many there will be is not known."""
+    out_to = console()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(16),
+        TextColumn("{task.completed:,.0f}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=out_to, transient=True, disable=not out_to.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda count: progress.advance(task, count)
+
+
+def _advancing(found: Iterable[Prediction], advance: Callable[[int], None]) -> Iterator[Prediction]:
     for one in found:
-        print(json.dumps(one, ensure_ascii=False))
+        yield one
+        advance(1)
 
 
 def as_task_run(loaded: LoadedRun, name: str) -> tuple[LoadedRun, Task, SourceConfig]:
@@ -88,59 +114,41 @@ def as_task_run(loaded: LoadedRun, name: str) -> tuple[LoadedRun, Task, SourceCo
     return loaded, task, loaded.config.data.sources[0]
 
 
-def read_documents(source: RecordSource, file: str) -> list[Document]:
-    """The documents of a file, without labels; in a text file, the lines that are not blank.
+def predictions(loaded: LoadedRun, task: Task, documents: Iterable[Document], name: str) -> list[Prediction]:
+    """The prediction for each document, in order; documents that are too long are cut, with a message.
 
-    Raises `UserError` for an unreadable file, a record with an empty text, and a file without documents.
+    Args:
+        name: what the documents are called in messages.
+
+    Raises:
+        UserError: documents with different numbers of choices, or with another number than the model's.
     """
-    # Words may be given as a text or as a list.
-    is_text = format_of(Path(file)) == "text" if file != "-" else not source.fields.target and not source.fields.choices
-    records = dataclasses.replace(source, on_error="stop").records(Rejects(advice=""))
-    fields = records.fields._replace(label="", group="")
-    # Predictions and vectors come in the order of the file, so no document is skipped.
-    records = dataclasses.replace(records, fields=fields, labels=(), needs_text=True)
-    if is_text and len(records.fields.by_setting()) > 1:
-        names = ", ".join(field for _, field in records.fields.by_setting())
-        raise UserError(
-            f"{file}: a document of this run has the fields {names}; give a .jsonl or .csv file that has them"
-        )
-    reader = Reader(
-        format="auto" if file != "-" else "text" if is_text else "jsonl",
-        records=records,
-        separator="\n" if is_text else "",
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path, name = Path(file), Path(file).name
-        if file == "-":
-            path, name = Path(folder, "stdin"), "stdin"
-            path.write_bytes(sys.stdin.buffer.read())
-        documents = [document for document in reader.read(path, name) if document.text.strip()]
-    if not documents:
-        raise UserError(f"{file}: it has no documents")
-    if is_text:
-        # Named by their lines, as records are.
-        documents = [one._replace(id=f"{name}:{int(one.id.rpartition('#')[2]) + 1}") for one in documents]
-    return documents
+    return list(iter_predictions(loaded, task, documents, name))
 
 
-def predictions(loaded: LoadedRun, task: Task, documents: Sequence[Document], name: str) -> list[Prediction]:
-    """The prediction for each document, in order; documents that are too long are cut, with a message."""
+def iter_predictions(loaded: LoadedRun, task: Task, documents: Iterable[Document], name: str) -> Iterator[Prediction]:
+    """As `predictions`, in bounded memory: documents are taken as their predictions are asked for, some thousands at a time."""
     config, task = loaded.config, task.for_any_document()
     if task.label_kind == "tags":
         # The words of a plain text are separated by white space.
-        documents = [one if one.words else one._replace(words=tuple(one.text.split())) for one in documents]
-    array = array_of(documents, loaded.tokenizer, name)
-    length = min(config.sequence_length, _row_length(array, loaded.tokenizer))
-    examples = task.rows(array, loaded.tokenizer, length, shown=True)
-    graphdef = graphdef_of(functools.partial(make_model, config.model))
-    parts = []
-    with use_mesh(loaded.mesh, loaded.config.mesh.rules):
-        step = make_eval_step(graphdef, task)
-        for batch in _batches(len(examples), config.batch_size):
-            rows = examples.gather(np.maximum(batch, 0)) | {"example": batch.astype(np.int32)}
-            parts.append(jax.device_get(step(loaded.params, jax.tree.map(jnp.asarray, rows))[1]))
+        documents = (one if one.words else one._replace(words=tuple(one.text.split())) for one in documents)
+    step = make_eval_step(graphdef_of(functools.partial(make_model, config.model)), task)
     names = Labelling(loaded.tokenizer, loaded.labels)
-    return TaskDocuments(task, names, [(examples, documents)]).predictions(parts)
+    # Whole batches, so that only the last one is padded.
+    most = max(1, CHUNK // config.batch_size) * config.batch_size
+    too_long = LongTexts(0, 0)
+    for chunk in batches(_with_as_many_choices(documents), most, CHUNK_CHARACTERS):
+        array = array_of(chunk, loaded.tokenizer, name)
+        length = min(config.sequence_length, _row_length(array, loaded.tokenizer))
+        examples = task.rows(array, loaded.tokenizer, length)
+        too_long += examples.too_long
+        parts = []
+        with use_mesh(loaded.mesh, loaded.config.mesh.rules):
+            for batch in _batches(len(examples), config.batch_size):
+                rows = examples.gather(np.maximum(batch, 0)) | {"example": batch.astype(np.int32)}
+                parts.append(jax.device_get(step(loaded.params, jax.tree.map(jnp.asarray, rows))[1]))
+        yield from TaskDocuments(task, names, [(examples, chunk)]).predictions(parts)
+    too_long.say(name)
 
 
 def _as_task(config: RunConfig) -> RunConfig:
@@ -158,17 +166,25 @@ def _as_task(config: RunConfig) -> RunConfig:
 
 
 def _row_length(array: TokenArray, tokenizer: Tokenizer) -> int:
-    """The length of a row that holds any of the documents whole."""
-    longest = sum(int(text_sizes(side).max()) for side in (array, array.target) if side is not None)
-    return -(-(longest + 2 + tokenizer.separators) // _LENGTHS) * _LENGTHS
+    """The length of a row that holds any of the documents whole, one of few: each is a program to compile."""
+    first, second = (0 if side is None else int(text_sizes(side).max()) for side in (array, array.target))
+    # A question may take half of its row. What is cut from it must not depend on the documents next to it.
+    longest = first + max(first, second) if array.target is not None else first
+    return max(_SHORTEST_ROW, 1 << (longest + 1 + tokenizer.separators).bit_length())
+
+
+def _with_as_many_choices(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents. Raises `UserError` for one with another number of choices than the first."""
+    choices = None
+    for document in documents:
+        choices = len(document.choices) if choices is None else choices
+        if len(document.choices) != choices:
+            raise UserError(f"{document.id}: {len(document.choices)} choices, where others have {choices}")
+        yield document
 
 
 def array_of(documents: Sequence[Document], tokenizer: Tokenizer, name: str) -> TokenArray:
-    """The documents as tokens, in memory. Raises `UserError` if they have different numbers of choices."""
-    if other := [document for document in documents if len(document.choices) != len(documents[0].choices)]:
-        raise UserError(
-            f"{other[0].id}: {len(other[0].choices)} choices, where others have {len(documents[0].choices)}"
-        )
+    """The documents, which have the same number of choices, as tokens, in memory."""
     found = encode_documents((tokenizer, tokenizer), list(documents))
     sides = [[one.sides[0] for one in found], [ids for one in found for ids in one.sides[1:]]]
     end = np.array([tokenizer.end_of_text], tokenizer.dtype)

@@ -35,7 +35,7 @@ class Choices(TaskRows):
         assert array.target is not None
         self._count = array.others
         text, choices = text_sizes(array), text_sizes(array.target).reshape(-1, self._count)
-        self.documents = fitting(
+        self.documents, self.too_long = fitting(
             array, text + choices.max(axis=1, initial=0) + self.frame(2), length, too_long, shown=shown
         )
         rows = (self.documents[:, None] * self._count + np.arange(self._count)).reshape(-1)

@@ -43,7 +43,8 @@ class LabelledDocuments(TaskRows):
         super().__init__(array, tokenizer, length)
         sides = [array] if array.target is None else [array, array.target]
         sizes = [text_sizes(side) for side in sides]
-        self.documents = fitting(array, np.sum(sizes, axis=0) + self.frame(len(sides)), length, too_long, shown=shown)
+        whole = np.sum(sizes, axis=0) + self.frame(len(sides))
+        self.documents, self.too_long = fitting(array, whole, length, too_long, shown=shown)
         sizes = [side[self.documents] for side in sizes]
         room = length - self.frame(len(sides))
         taken = [np.minimum(sizes[0], room)] if len(sides) == 1 else longest_first(sizes[0], sizes[1], room)

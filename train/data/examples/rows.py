@@ -30,6 +30,26 @@ TooLong = Literal["drop", "truncate"]
 """What happens to a document longer than a row: it is left out, or cut."""
 
 
+@dataclass(frozen=True)
+class LongTexts:
+    """How many of the texts of an array are too long for their rows."""
+
+    count: int
+    total: int
+    """How many texts there are."""
+    limit: str = ""
+    """What the texts are, the most tokens that one may have, and what happens to a longer one."""
+
+    def __add__(self, other: LongTexts) -> LongTexts:
+        """Those of two arrays with the same limit; an array without long texts may have any other."""
+        return LongTexts(self.count + other.count, self.total + other.total, self.limit if self.count else other.limit)
+
+    def say(self, name: str) -> None:
+        """Print their number, if there are any, once for each array `name`."""
+        if self.count:
+            say_once(f"{name}: {self.count} of {self.total} {self.limit}")
+
+
 @dataclass(frozen=True, eq=False)
 class Stretches:
     """A stretch of tokens for each example."""
@@ -55,6 +75,8 @@ class TaskRows(Examples):
     """[N] int64: which document of the array each example is about."""
     sides: list[Stretches]
     """The stretches in the rows: of one text, or of two."""
+    too_long: LongTexts
+    """The documents, or questions, that are left out or cut."""
 
     def __init__(self, array: TokenArray, tokenizer: Tokenizer, length: int) -> None:
         super().__init__(array, length)
@@ -110,10 +132,13 @@ def text_sizes(array: TokenArray) -> np.ndarray:
     return np.diff(array.offsets) - 1
 
 
-def fitting(array: TokenArray, sizes: np.ndarray, length: int, too_long: TooLong, *, shown: bool) -> np.ndarray:
-    """Which documents make examples, by the `sizes` [documents] of their rows, special tokens counted: all, or those that fit.
+def fitting(
+    array: TokenArray, sizes: np.ndarray, length: int, too_long: TooLong, *, shown: bool
+) -> tuple[np.ndarray, LongTexts]:
+    """Which documents make examples, by the `sizes` [documents] of their rows, special tokens counted: all, or those that fit;
+    and those that are too long.
 
-    `shown` says how many are too long. Raises `UserError` if none is short enough.
+    `shown` says how many these are. Raises `UserError` if none is short enough.
     """
     fits = sizes <= length
     count, drops = int(np.sum(~fits)), too_long == "drop"
@@ -122,12 +147,11 @@ def fitting(array: TokenArray, sizes: np.ndarray, length: int, too_long: TooLong
             f"{array.name}: none of {count} documents fits a row of {length} tokens; make length larger, or set "
             "objective.too_long: truncate"
         )
-    if count and shown:
-        say_once(
-            f"{array.name}: {count} of {len(fits)} documents are longer than {length} tokens with [CLS] and "
-            f"[SEP]: {'left out' if drops else 'cut'}"
-        )
-    return np.flatnonzero(fits) if drops else np.arange(len(fits))
+    limit = f"documents are longer than {length} tokens with [CLS] and [SEP]: {'left out' if drops else 'cut'}"
+    found = LongTexts(count, len(fits), limit)
+    if shown:
+        found.say(array.name)
+    return np.flatnonzero(fits) if drops else np.arange(len(fits)), found
 
 
 def longest_first(first: np.ndarray, second: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ class TaggedWords(TaskRows):
         """`shown` says how many are too long. Raises `UserError` if no text is short enough."""
         super().__init__(array, tokenizer, length)
         sizes = text_sizes(array)
-        self.documents = fitting(array, sizes + 2, length, too_long, shown=shown)
+        self.documents, self.too_long = fitting(array, sizes + 2, length, too_long, shown=shown)
         text = Stretches.of(array, self.documents, np.minimum(sizes[self.documents], length - 2))
         self.sides = [text]
         # Stored like tokens, so that they are laid out the same way.

@@ -13,10 +13,9 @@ import numpy as np
 
 from train.data.examples.draws import Draws
 from train.data.examples.pack import place_in_group
-from train.data.examples.rows import Stretches, TaskRows, one_each, text_sizes
+from train.data.examples.rows import LongTexts, Stretches, TaskRows, one_each, text_sizes
 from train.data.prepared.store import TokenArray
 from train.data.tokenization.tokenizer import Tokenizer
-from train.progress import say_once
 
 
 class AnswerWindows(TaskRows):
@@ -38,8 +37,10 @@ class AnswerWindows(TaskRows):
         questions = text_sizes(array)
         room = length - self.frame(2)
         most = min(question_length, room // 2)
-        if shown and (cut := int(np.sum(questions > most))):
-            say_once(f"{array.name}: {cut} of {len(questions)} questions are longer than {most} tokens: cut")
+        limit = f"questions are longer than {most} tokens: cut"
+        self.too_long = LongTexts(int(np.sum(questions > most)), len(questions), limit)
+        if shown:
+            self.too_long.say(array.name)
         questions = np.minimum(questions, most)
         room, contexts = room - questions, text_sizes(array.target)
         # No token is left out, however long the stride is.

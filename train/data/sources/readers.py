@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from train.data.sources.records import Document, Records
+from train.data.sources.records import Document, Records, kind_of
 from transformer.errors import UserError, first_line
+from transformer.paths import check_file
 
 Format = Literal["text", "python", "jsonl", "csv", "parquet", "sqlite", "conll"]
 
@@ -37,6 +38,8 @@ _FORMATS: dict[str, Format] = {
     ".conll": "conll",
 }
 _CHUNK_BYTES = 1 << 20
+_ROWS = 4096
+"""Rows of a Parquet file that are in memory together."""
 _NOT_TEXT = {
     ".json": "set format: jsonl if it has one object per line",
     ".tsv": "write it with commas, as .csv",
@@ -79,6 +82,7 @@ class Reader:
             "sqlite": self._sqlite,
             "conll": self._conll,
         }
+        check_file(path)
         try:
             if self.format == "auto" and form == "text":
                 check_is_text(path)
@@ -130,7 +134,7 @@ class Reader:
                     self.records.rejects.add(place, f"malformed JSON ({error})")
                     continue
                 if not isinstance(row, dict):
-                    self.records.rejects.add(place, f"expected a JSON object, got {type(row).__name__}")
+                    self.records.rejects.add(place, f"expected a JSON object, got {kind_of(row)}")
                 elif document := self.records.document(row, f"{name}:{line}", place):
                     yield document
 
@@ -138,7 +142,10 @@ class Reader:
         csv.field_size_limit(sys.maxsize)  # a document may be longer than the module's limit of 128 KiB
         with open_bytes(path) as stream:
             rows = csv.DictReader(data.decode("utf-8", "surrogateescape") for data in stream)
-            fields = [field.removeprefix("\ufeff") for field in rows.fieldnames or ()]
+            try:
+                fields = [field.removeprefix("\ufeff") for field in rows.fieldnames or ()]
+            except csv.Error as error:
+                raise UserError(f"{path}:1: malformed CSV ({error}); fix its header") from None
             if fields:
                 self.records.columns(fields, f"{path}:1")
             rows.fieldnames = fields
@@ -161,10 +168,11 @@ class Reader:
         import pyarrow.parquet as pq
 
         try:
-            with pq.ParquetFile(path) as file:
+            # In memory that does not grow with the file, or with its row groups.
+            with pq.ParquetFile(path, buffer_size=_CHUNK_BYTES) as file:
                 columns = self.records.columns(file.schema_arrow.names, str(path))
                 number = 0
-                for batch in file.iter_batches(columns=columns):
+                for batch in file.iter_batches(_ROWS, columns=columns):
                     for row in batch.to_pylist():
                         number += 1
                         if document := self.records.document(row, f"{name}:{number}", f"{path}:{number}"):

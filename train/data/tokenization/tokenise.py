@@ -46,7 +46,7 @@ def tokenised(tokenizers: Sequence[Tokenizer], documents: Iterable[Document], wo
 
     waiting: deque[Future[list[Tokenised]]] = deque()
     with _library_threads_off(), ThreadPoolExecutor(workers, "tokenise") as pool:
-        for batch in _batches(documents):
+        for batch in batches(documents, _BATCH_DOCUMENTS, _BATCH_CHARACTERS):
             waiting.append(pool.submit(encode, batch))
             if len(waiting) > workers * _BATCHES_PER_WORKER:
                 yield from waiting.popleft().result()
@@ -81,13 +81,14 @@ def _answer(document: Document, places: np.ndarray) -> np.ndarray:
     return tokens_of_answer(places, starts[0], starts[0] + len(texts[0]))
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def batches(documents: Iterable[Document], most: int, characters_enough: int) -> Iterator[list[Document]]:
+    """The documents in successive parts: each ends with its `most`th document, or once it has `characters_enough`."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
         batch.append(document)
         characters += sum(map(len, document.sides))
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+        if characters >= characters_enough or len(batch) >= most:
             yield batch
             batch, characters = [], 0
     if batch:

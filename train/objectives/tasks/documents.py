@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from train.data.examples.rows import TaskRows
 from train.data.prepared.store import Prepared
 from train.data.sources.records import Document
-from train.files import writing
+from train.files import whole_file, writing
 from train.objectives.tasks.task import Labelling, Prediction, Rows, Task
 
 
@@ -68,7 +69,18 @@ class TaskDocuments:
         return [*lines, f"{len(predictions)} predictions: {path}"]
 
 
-def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:
-    """Write one prediction per line. Raises `UserError` if the file cannot be written."""
+def write_predictions(predictions: Iterable[Prediction], path: Path) -> int:
+    """Write one prediction per line, as they come; the file is whole, or there is none. How many there are.
+
+    Raises `UserError` if the file cannot be written, and whatever `predictions` raises.
+    """
+    path = path.resolve()  # a link stays a link
+    count = 0
     with writing(path):
-        path.write_text("".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in predictions), encoding="utf-8")
+        # What is no file on a disk, such as a pipe, cannot be replaced by one.
+        place = contextlib.nullcontext(path) if path.exists() and not path.is_file() else whole_file(path)
+        with place as partial, partial.open("w", encoding="utf-8") as stream:
+            for one in predictions:
+                stream.write(f"{json.dumps(one, ensure_ascii=False)}\n")
+                count += 1
+    return count
