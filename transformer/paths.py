@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path, PurePosixPath
 
 from transformer.errors import UserError, shown
@@ -23,3 +24,22 @@ def path_inside(folder: Path, name: object, *, source: object) -> Path:
             f"{source}: names the file {shown(name)}, which is not inside its folder; the file may be hostile"
         )
     return folder.joinpath(*parts)
+
+
+def check_file(path: Path) -> None:
+    """Raise a `UserError` for a path of a device, a socket or a named pipe: reading one may wait, or go on, for ever.
+
+    A pipe that the shell made (`/dev/stdin`, `/dev/fd/63`) has a writer, and is accepted. So is what does not exist, or cannot
+    be looked at: opening it fails with a reason.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return
+    if stat.S_ISFIFO(mode) and path.absolute().parts[1:2] in (("dev",), ("proc",)):
+        return
+    kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    kind = next((name for holds, name in kinds if holds(mode)), "a device")
+    raise UserError(f"{path}: this is {kind}; name a file")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from train.commands import attend, embed, export, generate, import_checkpoint, predict, prepare, train, translate
-from train.commands.examine import checkpoints, diff, evaluate, explain, inspect_data, plot, verify_resume
+from train.commands.examine import checkpoints, diff, evaluate, explain, inspect_data, plot, replay, verify_resume
 from train.interrupt import exit_on_sigint
-from transformer.errors import ConfigError, UserError
+from transformer.errors import ConfigError, UserError, printable, shown
 
 COMMANDS = tuple(
     module.COMMAND
     for module in (
         train, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, plot, diff, checkpoints, generate,
-        attend, translate, predict, verify_resume,
+        attend, translate, predict, replay, verify_resume,
     )
 )  # fmt: skip
 """To add a command, add its file and its name here."""
@@ -38,12 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of the pipe (head, less) has exited: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        # Even a check of whether there is a file of this name raises it.
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"manyheads: {shown(error.filename)}: {error.strerror}; give a shorter one", file=sys.stderr)
+        return 2
     return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors show control characters as escapes."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `command` of what it gives is the one that was named."""
-    parser = argparse.ArgumentParser(prog="manyheads", description="Train and use Transformers from a config.")
+    parser = Parser(prog="manyheads", description="Train and use Transformers from a config.")
     parsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(parsers)
@@ -53,11 +68,11 @@ def make_parser() -> argparse.ArgumentParser:
 def message_of(error: UserError) -> str:
     """The error's message, which names a field by its whole path."""
     if not isinstance(error, ConfigError):
-        return str(error)
+        return printable(str(error))
     from train.config import RunConfig
     from train.config.mistakes import with_path
 
-    return with_path(RunConfig, error)
+    return printable(with_path(RunConfig, error))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ from train.run.stored import (
     StoredCheckpoints,
     best_of,
     read_scores,
-    restore,
+    restore_state,
+    without_params,
 )
 from transformer.errors import UserError, first_line
 from transformer.pipeline import in_order
@@ -140,7 +141,7 @@ class Checkpoints:
         """
         # On disk a stack has its layers in order, whatever the mesh.
         state = jax.tree.map(_one_copy, in_order(state))
-        items = {PARAMS: state.params, STATE: _without_params(state)}
+        items = {PARAMS: state.params, STATE: without_params(state)}
         items |= {} if state.ema is None else {AVERAGE: state.ema}
         self._save(step, items, meta)
 
@@ -177,16 +178,7 @@ class Checkpoints:
         Raises:
             UserError: the state has other parts, such as the momentum of another optimiser.
         """
-        folder = self._stored.folder(step)
-        try:
-            params = restore(folder / PARAMS, abstract.params)
-            average = None if abstract.ema is None else restore(folder / AVERAGE, abstract.ema)
-            return dataclasses.replace(restore(folder / STATE, _without_params(abstract)), params=params, ema=average)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder}: the state does not fit this config ({first_line(error)}); undo the change of the model or the "
-                "optimiser, or start a new run with --run-dir FOLDER"
-            ) from error
+        return restore_state(self._stored.folder(step), abstract)
 
 
 @dataclasses.dataclass
@@ -232,10 +224,6 @@ def _forget_scores(stored: StoredCheckpoints) -> None:
 
 def _write_scores(stored: StoredCheckpoints, scores: Scores) -> None:
     write_whole(stored.run / SCORES, json.dumps(scores) + "\n")
-
-
-def _without_params(state: TrainState) -> TrainState:
-    return dataclasses.replace(state, params=nnx.State({}), ema=None)
 
 
 def _one_copy(array: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from train.run.state import (
     lay_out,
     state_maker,
 )
-from train.run.step import make_eval_step, make_gradient, make_train_step
+from train.run.step import accumulated, make_eval_step, make_gradient, make_train_step
 from train.trained import ALL, TrainableMask, chosen
 from transformer.errors import ConfigError
 from transformer.functional import ModelFactory, graphdef_of
@@ -73,6 +73,7 @@ class Program:
             "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "trained": trained,
             "spikes": config.spikes,
         }  # fmt: skip
+        gradient = make_gradient(graphdef, config.loss, config.objective, trained)
         self.train_step: Any
         if config.mesh.strategy == "pmap":
             self.train_step = make_pmap_step(
@@ -82,13 +83,13 @@ class Program:
             pipelined = schedule.microbatches is not None
             if pipelined and config.mesh.schedule == "1f1b":
                 gradient = one_forward_one_backward(graphdef, config.loss, config.objective, schedule, trained)
-            else:
-                gradient = make_gradient(graphdef, config.loss, config.objective, trained)
             self.train_step = make_train_step(
                 gradient, optimizer, staged, gradients=gradients, summed=summed, **options
             )
             if V > 1:
                 self.train_step = StagedStep(self.train_step, staged, V)
+        self.gradient = accumulated(gradient, config.microbatches)
+        """Of a whole batch, as the step computes it."""
         self.eval_step = make_eval_step(graphdef, config.objective)
         self.plain = make_merge_fn(config.adapter)
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)

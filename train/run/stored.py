@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,9 @@ from flax import nnx
 
 from train.run.integrity import damage
 from train.run.selection import ranking_key
-from transformer.errors import UserError
+from train.run.state import TrainState
+from transformer.errors import UserError, first_line
+from transformer.paths import check_file
 
 FOLDER = "checkpoints"
 """The folder of a run that holds one folder for each, by the number of its step."""
@@ -73,33 +76,52 @@ class StoredCheckpoints:
     def meta(self, step: int) -> dict[str, Any]:
         """What the run is, as it was stored. Raises `UserError` if it cannot be read."""
         path = self.folder(step) / META / "metadata"
+        check_file(path)
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
+            meta = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+        kinds = {"config": dict, "tokenizer": dict, "labels": list}
+        wrong = [
+            name for name, kind in kinds.items() if not isinstance(meta, dict) or not isinstance(meta.get(name), kind)
+        ]
+        if wrong:
+            raise UserError(f"{path}: not what a run stores: {', '.join(wrong)} missing or of another type")
+        return meta
 
     def restore_params(self, step: int, abstract: nnx.State) -> nnx.State:
         """The parameters to use (their moving average, where the run keeps one), laid out as `abstract` says."""
         average = self.folder(step) / AVERAGE
-        return restore(average if average.is_dir() else self.folder(step) / PARAMS, abstract)
+        folder = average if average.is_dir() else self.folder(step) / PARAMS
+        try:
+            return restore(folder, abstract)
+        except MemoryError:
+            raise
+        except Exception as error:  # orbax and the library below it raise whatever they run into
+            raise UserError(
+                f"{folder}: the parameters cannot be read, or do not fit the run's config ({first_line(error)}); restore the "
+                "folder from a copy, or choose another checkpoint with --step"
+            ) from error
 
     @functools.cached_property
     def _best_by(self) -> str:
         """The metric by which the run compares its checkpoints, as the newest one that can be read has it."""
         for step in reversed(self.steps):
             with contextlib.suppress(UserError, KeyError, TypeError):
-                return self.meta(step)["config"]["checkpoint"]["best"]
+                return str(self.meta(step)["config"]["checkpoint"]["best"])
         return "loss"
 
 
 def read_scores(run: Path) -> Scores:
     """The held-out scores of a run's checkpoints; empty if there are none."""
+    if not (run / SCORES).is_file():
+        return {}
     try:
         stored = json.loads((run / SCORES).read_text(encoding="utf-8"))
         return {
             int(step): {str(name): float(value) for name, value in scores.items()} for step, scores in stored.items()
         }
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return {}
 
 
@@ -113,3 +135,25 @@ def restore(folder: Path, abstract: Any) -> Any:
     """The arrays of one item of a checkpoint, laid out as `abstract` says."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder.absolute(), abstract)
+
+
+def restore_state(folder: Path, abstract: TrainState) -> TrainState:
+    """The state of a checkpoint, laid out as `abstract` says, whatever mesh it was written from.
+
+    Raises:
+        UserError: the state has other parts, such as the momentum of another optimiser.
+    """
+    try:
+        params = restore(folder / PARAMS, abstract.params)
+        average = None if abstract.ema is None else restore(folder / AVERAGE, abstract.ema)
+        return dataclasses.replace(restore(folder / STATE, without_params(abstract)), params=params, ema=average)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: the state does not fit this config ({first_line(error)}); undo the change of the model or the "
+            "optimiser, or start a new run with --run-dir FOLDER"
+        ) from error
+
+
+def without_params(state: TrainState) -> TrainState:
+    """What is stored apart from the parameters."""
+    return dataclasses.replace(state, params=nnx.State({}), ema=None)

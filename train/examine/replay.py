@@ -1,0 +1,163 @@
+"""`manyheads replay`: takes a step of a run again, and shows what it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import track
+
+from train.config import RunConfig, load
+from train.data.decoded import texts_of
+from train.data.loader import Batch
+from train.data.prepared.prepare import prepare
+from train.data.prepared.store import Prepared
+from train.examine.nonfinite import Origin, first_non_finite
+from train.parallel.mesh import make_mesh, shard_batch, use_mesh
+from train.report.display import console
+from train.run.begin import batches_of, check_data
+from train.run.init_from import begin_from
+from train.run.order import Order
+from train.run.program import Program
+from train.run.run_files import config_file, read_metrics
+from train.run.state import TrainState
+from train.run.stored import FOLDER, StoredCheckpoints, restore_state
+from transformer.errors import UserError
+
+_COMPARED = ("loss", "grad_norm")
+_CHARACTERS = 100
+
+
+def replay(run: Path, step: int, *, rows: int = 8) -> bool:
+    """Take the steps from the checkpoint before `step` again, up to it, and print its metrics and the loss of each example.
+
+    Where they are not finite, the operation that made the first value that is not is printed too. The run's folder is not
+    changed.
+
+    Args:
+        rows: how many examples to print, those of the highest losses.
+
+    Returns:
+        Whether loss and gradient norm are those that the run recorded, bit for bit; True if it did not record the step.
+
+    Raises:
+        UserError: no such run or step, or data that changed.
+    """
+    config = load(config_file(run))
+    if not 1 <= step <= config.steps:
+        raise UserError(f"--step: got {step}; allowed: 1 to {config.steps}, the run's last step")
+    prepared = prepare(config.data)
+    check_data(config, prepared)
+    mesh = make_mesh(config.mesh)
+    stored = StoredCheckpoints(run) if (run / FOLDER).is_dir() else None
+    known = [] if stored is None else stored.steps
+    with use_mesh(mesh, config.mesh.rules):
+        program = Program(_with_data(config, prepared), mesh)
+        order, state = Order(), None
+        if stored is not None and known:
+            order = Order.from_data(stored.meta(known[-1])["passed"])
+            before = [one for one in known if one < step and stored.damage(one) is None]
+            if before:
+                state = restore_state(stored.folder(before[-1]), program.abstract)
+        state = _begin(program, config, prepared) if state is None else state
+        start, batches = int(state.step), batches_of(config, prepared)
+        print(f"{run}: step {step}, from {f'the checkpoint of step {start}' if start else 'the beginning'}")
+        out = console()
+        for earlier in track(
+            range(start + 1, step),
+            "taking the steps before it",
+            console=out,
+            transient=True,
+            disable=not out.is_terminal,
+        ):
+            state, _ = program.train_step(state, _on_devices(batches.batch(order.batch(earlier)), program))
+        batch = batches.batch(order.batch(step))
+        losses = _losses(state, batch, config, program)
+        origin_of = _origin_in(program, state, batch)
+        _, metrics = program.train_step(state, _on_devices(batch, program))
+        values = {name: float(value) for name, value in metrics.items()}
+        same = _say_metrics(run, step, values)
+        _say_examples(losses, batch, prepared, rows)
+        if not all(math.isfinite(values[name]) for name in _COMPARED):
+            print(f"first value that is not finite: {origin_of()}")
+    return same
+
+
+def _with_data(config: RunConfig, prepared: Prepared) -> RunConfig:
+    return dataclasses.replace(config, objective=config.objective.with_data(prepared))
+
+
+def _begin(program: Program, config: RunConfig, prepared: Prepared) -> TrainState:
+    """The state before the first step."""
+    if config.init_from is None:
+        return program.init()
+    return program.init(begin_from(program.init_params(), config, prepared)[0])
+
+
+def _on_devices(batch: Batch, program: Program) -> dict[str, jax.Array]:
+    return shard_batch({name: array for name, array in batch.items() if name != "example"}, program.batch_sharding)
+
+
+def _losses(state: TrainState, batch: Batch, config: RunConfig, program: Program) -> np.ndarray | None:
+    """The loss of each example alone [B], without dropout; None for an objective that compares examples with each other."""
+    if config.objective.compares_rows:
+        return None
+    found = []
+    for row in range(len(batch["example"])):
+        # As many copies as an evaluation takes at once, so that the run's own program computes them.
+        copies = {
+            name: np.repeat(array[row : row + 1], config.evaluation_batch_size, 0) for name, array in batch.items()
+        }
+        sums, _ = program.eval_step(state.params, _on_devices(copies, program))
+        found.append(float(sums.loss / jnp.maximum(sums.weight, 1)))
+    return np.array(found)
+
+
+def _say_metrics(run: Path, step: int, values: dict[str, float]) -> bool:
+    recorded = {name: read_metrics(run).get(f"train/{name}", {}).get(step) for name in _COMPARED}
+    print("; ".join(f"{name.replace('_', ' ')} {values[name]!r}" for name in _COMPARED))
+    if None in recorded.values():
+        print("the run did not record this step")
+        return True
+    differing = [name for name in _COMPARED if not _equal(values[name], recorded[name])]
+    for name in differing:
+        print(f"the run recorded another {name.replace('_', ' ')}: {recorded[name]!r}")
+    if differing:
+        print(
+            f"on another kind or number of devices than the {jax.device_count()} here, sums round differently (--devices)"
+        )
+    else:
+        print("the run recorded the same, bit for bit")
+    return not differing
+
+
+def _equal(one: float, other: float | None) -> bool:
+    return one == other or (other is not None and math.isnan(one) and math.isnan(other))
+
+
+def _say_examples(losses: np.ndarray | None, batch: Batch, prepared: Prepared, rows: int) -> None:
+    if losses is None:
+        print("examples have no losses of their own: the objective compares them with each other")
+        return
+    print("loss of each example alone, without dropout:")
+    # Those that are not finite come first.
+    order = np.argsort(np.where(np.isfinite(losses), -losses, -np.inf), kind="stable")
+    for row in order[:rows].tolist():
+        text = json.dumps(" | ".join(texts_of(batch, row, prepared))[:_CHARACTERS], ensure_ascii=False)
+        print(f"  {losses[row]:9.4f}  row {row}, example {batch['example'][row]}: {text}")
+    if len(order) > rows:
+        print(f"  and {len(order) - rows} more")
+
+
+def _origin_in(program: Program, state: TrainState, batch: Batch) -> Callable[[], Origin | None]:
+    """A function that finds the first value that is not finite in the step. The step itself takes the state's memory."""
+    params = jax.tree.map(jnp.copy, state.params)
+    key = jax.random.fold_in(state.key, state.step)
+    arrays = _on_devices(batch, program)
+    return lambda: first_non_finite(lambda params, batch: program.gradient(params, batch, key), params, arrays)
