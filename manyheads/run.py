@@ -27,6 +27,7 @@ from train.inference.predict import as_task_run, predictions
 from train.inference.translate import alignment
 from train.objectives.tasks.task import Prediction
 from train.parallel.mesh import use_mesh
+from train.remote import local_run
 from train.run.loop import train as train_run
 from train.run.run_files import LoadedRun, load_run
 from train.translation import TextTranslator
@@ -63,13 +64,15 @@ def train(config: RunConfig | str | Path | Mapping[str, Any], overrides: Sequenc
 def load(folder: str | Path, step: str | int = "best") -> Run:
     """Load a run, an import, or a folder with a Hugging Face checkpoint, with its parameters on the available devices.
 
+    The folder may be at an address such as `s3://bucket/runs/one`.
+
     Args:
         step: of a run: `best` by its scores (the latest if none was evaluated), `latest`, or a number.
 
     Raises:
         UserError: no such folder or checkpoint.
     """
-    folder = Path(folder).expanduser()
+    folder = local_run(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a run, an import, or a Hugging Face checkpoint")
     if (folder / "config.json").is_file() and not (folder / "checkpoints").is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ COMMANDS = tuple(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name or a text that the terminal's encoding lacks does not end a command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not options.command.takes_config:
@@ -33,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = rest
     try:
         with exit_on_sigint("manyheads"):
+            _fetch_runs(options)
             return options.command.run(options) or 0
     except UserError as error:
         print(f"manyheads: {message_of(error)}", file=sys.stderr)
@@ -54,6 +59,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
+
+
+def _fetch_runs(options: argparse.Namespace) -> None:
+    """Replace the runs that a command names by their folders on this machine."""
+    from train.remote import local_run
+
+    whole = options.command in (checkpoints.COMMAND, replay.COMMAND)
+    for name, value in vars(options).items():
+        if name in ("run", "run_a", "run_b"):
+            setattr(options, name, local_run(value, whole=whole))
+        elif name == "runs":
+            options.runs = [local_run(one) for one in value]
 
 
 def make_parser() -> argparse.ArgumentParser:

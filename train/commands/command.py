@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from transformer.errors import ConfigError, UserError
+from transformer.paths import check_file
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -55,7 +56,7 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Which run, and which of its checkpoints."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or its address")
     parser.add_argument("--step", default="best", metavar="STEP", help="checkpoint: best, latest, or a step (best)")
 
 
@@ -84,6 +85,8 @@ def from_flags(kind: type[T], options: argparse.Namespace) -> T:
 
 def read_lines(name: str) -> list[str]:
     """The lines of a file, or of standard input (`-`), without empty ones. Raises `UserError`."""
+    if name != "-":
+        check_file(Path(name))
     try:
         text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -11,6 +11,7 @@ from train.loss import LossConfig
 from train.objectives import AnyObjective, Causal
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import MeshConfig
+from train.remote import local_path
 from train.spikes import SpikeConfig
 from transformer.errors import Config, require
 from transformer.layers.adapter import AdapterConfig
@@ -27,9 +28,9 @@ class RunConfig(Config):
     name: Free[str]
     """Name of the run."""
     run_dir: Free[str | None] = None
-    """Folder of the run; null: runs/NAME."""
+    """Folder of the run, also at an address such as s3://bucket/runs/one; null: runs/NAME."""
     init_from: Ask[str | None] = None
-    """Folder of a run with whose weights training begins. Parameters that it lacks are random; null: all are random."""
+    """Folder or address of a run with whose weights training begins. Parameters that it lacks are random; null: all are."""
     seed: Ask[int] = 0
     """Random seed of the initial weights, dropout and the order of the data."""
     steps: Upwards[int] = 1000
@@ -69,7 +70,8 @@ class RunConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "name", bool(self.name) and "/" not in self.name, "allowed: any text without a slash")
+        plain = self.name.strip(". ") and not any(letter in self.name for letter in "/\\\0") and self.name.isprintable()
+        require(self, "name", bool(plain), "allowed: text that can be the name of a folder, without a slash")
         for field in ("steps", "batch_size", "microbatches", "max_skipped"):
             require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
         require(self, "seed", 0 <= self.seed < 2**32, "allowed: 0 to 2**32 - 1")
@@ -131,5 +133,5 @@ class RunConfig(Config):
 
     @property
     def directory(self) -> Path:
-        """`run_dir` with its default filled in."""
-        return Path("runs", self.name) if self.run_dir is None else Path(self.run_dir)
+        """The run's folder on this machine: `run_dir` with its default filled in; where that is an address, its local copy."""
+        return Path("runs", self.name) if self.run_dir is None else local_path(self.run_dir)

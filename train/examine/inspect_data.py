@@ -16,6 +16,7 @@ from train.data.loader import Batch
 from train.data.prepared.prepare import prepare
 from train.data.prepared.store import Prepared
 from train.files import write_whole, writing
+from train.remote import local_run
 from train.run.begin import batches_of, check_data
 from train.run.order import Order
 from train.run.run_files import config_file
@@ -31,8 +32,9 @@ class Planned:
     order: Order = Order()
 
     @classmethod
-    def of(cls, path: Path, overrides: Sequence[str] = ()) -> Planned:
-        """That of a config's file, or of a run's folder. Raises `UserError` if there is neither."""
+    def of(cls, named: str, overrides: Sequence[str] = ()) -> Planned:
+        """That of a config's file, or of a run's folder or address. Raises `UserError` if there is neither."""
+        path = local_run(named)
         if not path.is_dir():
             return cls(load(path, overrides))
         config = load(config_file(path), overrides)

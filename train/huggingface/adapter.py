@@ -16,6 +16,7 @@ from train.huggingface.import_checkpoint import record_of
 from train.huggingface.source import WHEEL
 from train.huggingface.vocabulary import written
 from train.parallel.mesh import use_mesh
+from train.remote import local_path
 from train.run.program import trained_of
 from train.run.run_files import load_run
 from transformer.errors import UserError
@@ -52,7 +53,7 @@ def export_adapter(
     architecture = checkpoint.architecture_of(config.model, model_type or origin_of(run, loaded))
     name = architecture.class_of(config.model)
     assert name is not None
-    base, revision = _base_of(Path(config.init_from))
+    base, revision = _base_of(local_path(config.init_from))
     ours = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(loaded.params)}
     frozen = trained_of(config, functools.partial(make_adapted, config.model, config.adapter)).frozen
     # A base with another head lacks these, trained or not.
@@ -69,7 +70,7 @@ def export_adapter(
         files["README.md"] = card.text(loaded, run, name, architecture.model_type, base=base)
         for place, text in files.items():
             (partial / place).write_text(text, encoding="utf-8")
-    if base == str(_exported(Path(config.init_from))) and not Path(base).exists():
+    if base == str(_exported(local_path(config.init_from))) and not Path(base).exists():
         print(f"  note: their base model is written by: manyheads export {config.init_from}")
     count = sum(tensor.size for tensor in found.tensors.values())
     print(f"written to {directory}: {count:,} numbers; peft.PeftModel.from_pretrained(BASE, {str(directory)!r})")

@@ -17,6 +17,7 @@ from train.huggingface import card, parity
 from train.huggingface.import_checkpoint import record_of
 from train.huggingface.vocabulary import as_subwords, special_ids, written
 from train.parallel.mesh import use_mesh
+from train.remote import local_path
 from train.run.run_files import LoadedRun, load_run
 from train.versions import version
 from transformer.errors import UserError
@@ -85,7 +86,7 @@ def export(
 
 def origin_of(run: Path, loaded: LoadedRun) -> str | None:
     """The architecture that the weights were imported from, if the model still fits it."""
-    for folder in (run, Path(loaded.config.init_from or run)):
+    for folder in (run, local_path(loaded.config.init_from or run)):
         kind = record_of(folder).get("model_type")
         if kind in checkpoint.ARCHITECTURES and not checkpoint.ARCHITECTURES[kind].differences(loaded.config.model):
             return str(kind)

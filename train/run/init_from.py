@@ -13,6 +13,7 @@ from flax import nnx
 from train.config import RunConfig, difference, fields
 from train.data.prepared.store import Prepared
 from train.data.tokenization.tokenizer import ByteTokenizer, Tokenizer
+from train.remote import local_run
 from train.run.run_files import load_run
 from train.trained import ParameterPath, dotted, size
 from transformer.errors import ConfigError, UserError
@@ -37,7 +38,7 @@ def check_begin(config: RunConfig) -> None:
     vocabulary of that run."""
     if config.init_from is None or (config.directory / "checkpoints").exists():
         return
-    if not Path(config.init_from).is_dir():
+    if not local_run(config.init_from).is_dir():
         raise UserError(f"init_from: {config.init_from}: no such run; train it first, or set init_from to null")
 
 
@@ -50,7 +51,7 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
         UserError: no such run, a different tokenizer, a parameter of another shape, or no parameter with the same path.
     """
     assert config.init_from is not None
-    run = Path(config.init_from)
+    run = local_run(config.init_from)
     try:
         loaded = load_run(run, "best", like=config)
     except UserError as error:

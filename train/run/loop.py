@@ -13,6 +13,7 @@ from train.parallel.runtime import GracefulStop
 from train.run.begin import agree_on, alone_in, check_data
 from train.run.checkpoint import Checkpoints
 from train.run.init_from import check_begin
+from train.run.mirror import mirrored
 from train.run.run_files import finished_step, forget_finished, write_run_files
 from train.run.steps import Finished, Run
 from transformer.errors import UserError
@@ -33,7 +34,7 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None, allow_ch
     check_allowed(config, allow_changed)
     with one_log(), report_lost_peers(config.directory):
         agree_on(config)
-        with alone_in(config.directory):
+        with alone_in(config.directory), mirrored(config):
             return _train(config, profile, allow_changed)
 
 

@@ -9,8 +9,8 @@ from train.commands.command import Command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_a", type=Path, metavar="RUN_A", help="folder of a run")
-    parser.add_argument("run_b", type=Path, metavar="RUN_B", help="folder of another")
+    parser.add_argument("run_a", metavar="RUN_A", help="folder of a run")
+    parser.add_argument("run_b", metavar="RUN_B", help="folder of another")
     parser.add_argument("--out", type=Path, metavar="PICTURE", help="draw the curves of both, such as curves.png")
 
 

@@ -23,8 +23,8 @@ def run(options: argparse.Namespace) -> int:
     """The exit status: 1 where two batches differ."""
     from train.examine.inspect_data import Planned, inspect_data
 
-    planned = Planned.of(Path(options.config), options.overrides)
-    other = None if options.diff is None else Planned.of(Path(options.diff))
+    planned = Planned.of(options.config, options.overrides)
+    other = None if options.diff is None else Planned.of(options.diff)
     same = inspect_data(planned, step=options.step, rows=options.rows, other=other, out=options.out)
     return 0 if same else 1
 

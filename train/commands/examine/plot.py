@@ -9,7 +9,7 @@ from train.commands.command import Command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run; several share the axes")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; several share the axes")
     parser.add_argument(
         "--out", type=Path, metavar="PICTURE", help="file to write (curves.png in the first run's folder)"
     )

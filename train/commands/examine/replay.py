@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from train.commands.command import Command, add_devices, set_up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or its address")
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step to take again")
     parser.add_argument(
         "--rows", type=int, default=8, metavar="N", help="how many examples to print, highest loss first (8)"

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from train.commands.command import Command, load_config
-from transformer.errors import UserError
+from transformer.errors import UserError, is_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _counts(flag: str, text: str) -> list[int]:
-    counts = [int(word) if word.isdecimal() else 0 for word in text.split(",")]
+    counts = [int(word) if is_number(word) else 0 for word in text.split(",")]
     if min(counts) < 1:
         raise UserError(f"{flag}: got {text!r}; allowed: numbers with commas, such as 4,2,1")
     return counts
