@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.report.metrics import METRICS
 from train.run.run_files import read_metrics
 from transformer.errors import UserError
 
@@ -128,37 +129,59 @@ def seconds_to_first_step(running: Running) -> float:
     return running.seconds
 
 
-def kill_at(
-    meant: str, config: Path, run: Path, layout: Layout, starting: float, every: int, random: np.random.Generator
-) -> Kill | None:
-    """Start or resume a run, and kill it at a random moment; None if it finished before.
+class Killer:
+    """Starts a run again and again, and kills it at random moments.
 
     Args:
-        meant: as in `Kill`.
-        starting: seconds until the first step of a run.
+        config: the file of the config.
+        run: the run's folder.
+        starting: seconds until the first step of a run; corrected by what is seen.
         every: steps between evaluations.
-
-    Raises:
-        UserError: the run ended with an error.
+        seed: of the moments.
     """
-    before = last_step(run)
-    running = Running(config, run, layout)
-    moment, steps, more = random.uniform(0.0, starting), random.integers(1, 8), random.uniform(0.0, 0.05)
-    while running.is_alive:
-        if meant == "start" and running.seconds >= moment:
-            break
-        # Records of steps that were taken before are not new ones.
-        if meant != "start" and running.seconds > 0.3 * starting and last_step(run) >= before + steps:
-            reached = {"save": is_saving, "evaluation": lambda run: is_evaluating(run, every)}.get(meant)
-            while reached is not None and running.is_alive and not reached(run):
+
+    def __init__(self, config: Path, run: Path, starting: float, every: int, seed: int) -> None:
+        self._config, self._run, self._starting, self._every = config, run, starting, every
+        self._random = np.random.default_rng(seed)
+
+    def kill(self, meant: str, layout: Layout) -> Kill | None:
+        """Start or resume the run, and kill it at a moment as `meant`, in `Kill`; None if it finished before.
+
+        Raises:
+            UserError: the run ended with an error.
+        """
+        random, run = self._random, self._run
+        moment, steps, more = random.uniform(0.0, self._starting), random.integers(1, 8), random.uniform(0.0, 0.05)
+        records, base = _identity_of(run / METRICS), None
+        running = Running(self._config, run, layout)
+        while running.is_alive:
+            if meant == "start" and running.seconds >= moment:
+                break
+            # A run that resumes writes the file of its records anew.
+            if base is None and _identity_of(run / METRICS) != records:
+                base = last_step(run)
+            if base is not None and last_step(run) > base:
+                self._starting = min(self._starting, running.seconds)
+                if meant != "start" and last_step(run) >= base + steps:
+                    break
+            time.sleep(_POLL_SECONDS)
+        if meant in ("save", "evaluation"):
+            while running.is_alive and not (is_saving(run) if meant == "save" else is_evaluating(run, self._every)):
                 time.sleep(_POLL_SECONDS)
+        if meant != "start":
             time.sleep(more)
-            break
-        time.sleep(_POLL_SECONDS)
-    saving, evaluating, seconds = is_saving(run), is_evaluating(run, every), running.seconds
-    if not running.kill():
+        saving, evaluating, seconds = is_saving(run), is_evaluating(run, self._every), running.seconds
+        if not running.kill():
+            return None
+        return Kill(meant, last_step(run), saving, evaluating, layout.devices, layout.processes, round(seconds, 3))
+
+
+def _identity_of(file: Path) -> int | None:
+    """Another one for a file that was written anew; None if there is none."""
+    try:
+        return file.stat().st_ino
+    except FileNotFoundError:
         return None
-    return Kill(meant, last_step(run), saving, evaluating, layout.devices, layout.processes, round(seconds, 3))
 
 
 def last_step(run: Path) -> int:

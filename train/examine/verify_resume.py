@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from train.config import RunConfig, dump
-from train.examine.interrupted import MOMENTS, Kill, Layout, Running, kill_at, seconds_to_first_step
+from train.examine.interrupted import MOMENTS, Kill, Killer, Layout, Running, seconds_to_first_step
 from train.files import check_new, write_whole, writing
 from train.report.metrics import read_examples
 from train.run.run_files import read_metrics
@@ -53,16 +53,15 @@ def verify_resume(config: RunConfig, folder: Path, *, kills: int, layouts: Seque
     running = Running(file, whole, layouts[0])
     starting = seconds_to_first_step(running)
     running.finish()
-    random, found, exact = np.random.default_rng(seed), list[Kill](), len(set(layouts)) == 1
+    killer = Killer(file, killed, starting, config.evaluation.every, seed)
+    found, exact = list[Kill](), len(set(layouts)) == 1
     places = itertools.cycle(layouts)
     moments = itertools.cycle(moment for moment in MOMENTS if moment != "evaluation" or config.evaluation.every)
-    runs, differences, moment = 0, list[str](), next(moments)
+    runs, differences = 0, list[str]()
     while len(found) < kills and not differences:
-        kill = kill_at(moment, file, killed, next(places), starting, config.evaluation.every, random)
-        if kill is not None:
+        if (kill := killer.kill(next(moments), next(places))) is not None:
             found.append(kill)
             print(f"kill {len(found)} of {kills}: {_said(kill)}", flush=True)
-            moment = next(moments)
             continue
         # It ended before the moment came: this one is compared, and the next begins again.
         runs += 1

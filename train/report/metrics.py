@@ -20,6 +20,8 @@ from train.files import write_whole, writing
 from train.parallel.processes import is_first
 from transformer.errors import UserError, first_line
 
+METRICS = "metrics.jsonl"
+"""The file of a run for its metrics."""
 SKIPPED = "skipped.jsonl"
 """The file of a run for the steps whose updates were skipped."""
 EXAMPLES = "examples"
@@ -134,7 +136,7 @@ class MetricLog:
                 self._examples = _example_writer(self._directory / EXAMPLES, step)
             if not is_first():
                 return
-            self._writers.append(JsonlWriter(self._directory / "metrics.jsonl", step))
+            self._writers.append(JsonlWriter(self._directory / METRICS, step))
             if self._log.tensorboard:
                 self._writers.append(TensorBoardWriter(self._directory / "tensorboard", step))
         if self._wandb is not None:
