@@ -7,7 +7,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from train.commands.command import Command, add_devices, load_config, set_up
-from transformer.errors import UserError
+from transformer.errors import UserError, is_number, shown
 
 if TYPE_CHECKING:
     from train.parallel.processes import Peers
@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
     silent = "seconds without a heartbeat after which a process counts as dead (60)"
     parser.add_argument("--heartbeat-seconds", type=int, default=60, metavar="S", help=silent)
+    hang = "seconds without a step after which the process ends, with the stacks of its threads; 0: never (1800)"
+    parser.add_argument("--hang-seconds", type=float, default=1800.0, metavar="S", help=hang)
     parser.add_argument("--profile", metavar="A:B", help="trace steps A to B for TensorBoard or Perfetto")
     changed = (
         "resume though these fields or sections differ from the checkpoint's, or other `data`; several with commas"
@@ -46,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         from train.run.loop import train
 
         allowed = [name.strip().replace("-", "_") for name in options.allow_changed.split(",") if name.strip()]
-        finished = train(config, profile=profile, allow_changed=allowed)
+        finished = train(config, profile=profile, allow_changed=allowed, hang_seconds=options.hang_seconds)
     return 128 + (finished.signal or signal.SIGTERM) if finished.interrupted else 0
 
 
@@ -66,8 +68,8 @@ def _profile_range(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise UserError(f"--profile: got {text!r}; allowed: FIRST:LAST, two steps from 1 up, such as 10:20")
+    if not (colon and is_number(first) and is_number(last) and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile: got {shown(text)}; allowed: FIRST:LAST, two steps from 1 up, such as 10:20")
     return int(first), int(last)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from train.report.pictures import save_figure
 from train.run.run_files import NO_SCORES, Curves, config_file, read_metrics
 from transformer.errors import UserError
 
@@ -47,9 +48,5 @@ def draw(runs: Sequence[tuple[str, Curves]], out: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     grid.flat[0].legend(frameon=False)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    save_figure(figure, out)
     print(f"curves    {out}")

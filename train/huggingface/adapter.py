@@ -22,6 +22,7 @@ from train.run.run_files import load_run
 from transformer.errors import UserError
 from transformer.huggingface import checkpoint
 from transformer.huggingface.adapters import to_peft
+from transformer.huggingface.tensors import save_file
 from transformer.models.adapted import make_adapted
 
 
@@ -38,8 +39,6 @@ def export_adapter(
         UserError: no such run or checkpoint, a run without adapters or without a base, a model that fits no architecture, or
             a folder that exists already or cannot be written.
     """
-    from safetensors.numpy import save_file
-
     directory = run / "peft" if directory is None else directory
     check_new(directory)
     loaded = load_run(run, step, merge_adapters=False)
@@ -62,7 +61,7 @@ def export_adapter(
         found = to_peft(
             architecture.named(config.model, name), ours, config.adapter, kept, model=config.model, base=base
         )
-        save_file(found.tensors, str(partial / "adapter_model.safetensors"), metadata={"format": "pt"})
+        save_file(partial / "adapter_model.safetensors", found.tensors)
         about = found.config | ({"revision": revision} if revision else {})
         files = {"adapter_config.json": json.dumps(about, indent=2) + "\n", "config.yaml": dump(config)}
         if (tokenizer := exported_tokenizer(loaded)) is not None:

@@ -16,6 +16,7 @@ from flax import nnx
 from train.data.tokenization.tokenizer import Tokenizer
 from train.inference.labels import labels
 from train.parallel.mesh import use_mesh
+from train.report.pictures import save_figure
 from train.run.run_files import LoadedRun, load_run
 from train.translation import TextTranslator
 from transformer.errors import UserError, check_text
@@ -118,8 +119,8 @@ def _save(maps: AttentionMaps, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         page = maps.save(path)
-        picture.savefig(path.with_suffix(".png"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    save_figure(picture, path.with_suffix(".png"))
     print(f"page      {page}")
     print(f"picture   {path.with_suffix('.png')}")

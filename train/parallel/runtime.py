@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -48,6 +50,8 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
     orbax = logging.getLogger("absl")
     orbax.setLevel(logging.ERROR)
     orbax.addFilter(_without_traceback)
+    # Of several files of a checkpoint that a full disk refuses, one error is raised; the others would be printed at its end.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if peers is not None:
         join(peers)
     try:
@@ -65,6 +69,33 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     """Drops orbax's logged tracebacks of exceptions that it also raises: the code that catches those says what to do."""
     record.exc_info = None
     return True
+
+
+class Watchdog:
+    """A context manager that ends the process, with the stacks of all its threads, when nothing says that it is alive.
+
+    Python need not be able to run any more: a thread of the interpreter in C does it.
+
+    Args:
+        seconds: after which a process counts as hanging; 0: never.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        # Notebooks replace the standard error by one that this interpreter cannot write to.
+        self._seconds, self._file = seconds, sys.__stderr__
+
+    def alive(self) -> None:
+        """To be called at least every `seconds`."""
+        if self._seconds and self._file is not None:
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
+
+    def __enter__(self) -> Watchdog:
+        self.alive()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._seconds:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class GracefulStop:

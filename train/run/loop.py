@@ -9,7 +9,7 @@ from train.config.changes import check_allowed
 from train.data.prepared.prepare import prepare
 from train.parallel.mesh import check_batch, make_mesh, use_mesh
 from train.parallel.processes import is_first, one_log, process_zero_first, report_lost_peers
-from train.parallel.runtime import GracefulStop
+from train.parallel.runtime import GracefulStop, Watchdog
 from train.run.begin import agree_on, alone_in, check_data
 from train.run.checkpoint import Checkpoints
 from train.run.init_from import check_begin
@@ -19,13 +19,20 @@ from train.run.steps import Finished, Run
 from transformer.errors import UserError
 
 
-def train(config: RunConfig, *, profile: tuple[int, int] | None = None, allow_changed: Sequence[str] = ()) -> Finished:
+def train(
+    config: RunConfig,
+    *,
+    profile: tuple[int, int] | None = None,
+    allow_changed: Sequence[str] = (),
+    hang_seconds: float = 0.0,
+) -> Finished:
     """Train from a config, or resume from the newest checkpoint in the run's folder.
 
     Args:
         profile: first and last step to trace for TensorBoard or Perfetto.
         allow_changed: fields and sections of the config that may differ from the checkpoint's though what follows is computed
             in another way, such as `optimizer.learning_rate`; `data` permits other data too.
+        hang_seconds: after which a process without a new step or evaluated batch ends, with the stacks of its threads; 0: never.
 
     Raises:
         UserError: anything that the user can fix; raised before the first step where possible.
@@ -35,10 +42,12 @@ def train(config: RunConfig, *, profile: tuple[int, int] | None = None, allow_ch
     with one_log(), report_lost_peers(config.directory):
         agree_on(config)
         with alone_in(config.directory), mirrored(config):
-            return _train(config, profile, allow_changed)
+            return _train(config, profile, allow_changed, hang_seconds)
 
 
-def _train(config: RunConfig, profile: tuple[int, int] | None, allow_changed: Sequence[str]) -> Finished:
+def _train(
+    config: RunConfig, profile: tuple[int, int] | None, allow_changed: Sequence[str], hang_seconds: float
+) -> Finished:
     if profile is not None and profile[0] > config.steps:
         raise UserError(f"profile: step {profile[0]} is after the last one, {config.steps}")
     mesh = make_mesh(config.mesh)
@@ -48,7 +57,7 @@ def _train(config: RunConfig, profile: tuple[int, int] | None, allow_changed: Se
     with process_zero_first("prepare"):
         prepared = prepare(config.data)
     check_data(config, prepared)
-    with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop:
+    with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop, Watchdog(hang_seconds) as watch:
         run = Run(config, prepared, mesh)
         with Checkpoints(config.directory, config.checkpoint) as checkpoints:
             if (done := checkpoints.latest) is not None and done > config.steps:
@@ -66,4 +75,4 @@ def _train(config: RunConfig, profile: tuple[int, int] | None, allow_changed: Se
             if is_first():
                 run_id = write_run_files(config, prepared)
                 forget_finished(config.directory)
-            return run.loop(state, checkpoints, stop, profile, run_id)
+            return run.loop(state, checkpoints, stop, watch, profile, run_id)

@@ -55,7 +55,7 @@ def all_skipped(count: int, good: int | None, directory: Path, examples: np.ndar
     )
 
 
-def stopped(step: int, saved: int | None, directory: Path, *, over: bool) -> str:
+def interrupted_at(step: int, saved: int | None, directory: Path, *, over: bool) -> str:
     """What an interrupted run says at its end.
 
     Args:

@@ -22,7 +22,7 @@ from train.loss import Batch
 from train.optimizer import make_schedule
 from train.parallel.mesh import shard_batch
 from train.parallel.processes import any_process, is_first
-from train.parallel.runtime import GracefulStop
+from train.parallel.runtime import GracefulStop, Watchdog
 from train.report.display import Display
 from train.report.meter import Meter, Reading
 from train.report.metrics import MetricLog
@@ -32,7 +32,7 @@ from train.run.checkpoint import Checkpoints
 from train.run.evaluate import Evaluation, Evaluator, Scores
 from train.run.identity import check_same_run, describe_data, tokenizer_files
 from train.run.init_from import begin_from
-from train.run.messages import all_skipped, headline, padding_of, stopped
+from train.run.messages import all_skipped, headline, interrupted_at, padding_of
 from train.run.order import Order
 from train.run.program import Program, flops_per_prediction
 from train.run.run_files import write_finished
@@ -67,6 +67,7 @@ class Session:
     log: MetricLog
     meter: Meter
     stop: GracefulStop
+    watch: Watchdog
 
 
 class Run:
@@ -128,6 +129,7 @@ class Run:
         state: TrainState,
         checkpoints: Checkpoints,
         stop: GracefulStop,
+        watch: Watchdog,
         profile: tuple[int, int] | None,
         run_id: str,
     ) -> Finished:
@@ -142,7 +144,7 @@ class Run:
             Display(config.steps, start, unit=config.objective.unit) as display,
             Trace(profile, config.directory, start, display.say) as trace,
         ):
-            session = Session(checkpoints, display, log, meter, stop)
+            session = Session(checkpoints, display, log, meter, stop, watch)
             display.say(headline(config, self.mesh, self.program.trained.counted(state.params), start, start == last))
             if padding := padding_of(self.batches):
                 display.say(padding)
@@ -181,6 +183,7 @@ class Run:
             for step in range(start + 1, last + 1):
                 examples, batch = next(on_devices)
                 trace.step(step)
+                session.watch.alive()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = self.program.train_step(state, batch)
                 # The host reads a step's metrics while the devices compute the next one.
@@ -272,7 +275,12 @@ class Run:
         # Several processes would stop at different batches, and wait for each other.
         alone, display = jax.process_count() == 1, session.display
         batches = None if all_of_it else self.config.evaluation_batches
-        found = self.held_out.evaluate(_used(state), batches, lambda: alone and session.stop.requested)
+
+        def stopped() -> bool:
+            session.watch.alive()
+            return alone and session.stop.requested
+
+        found = self.held_out.evaluate(_used(state), batches, stopped)
         if isinstance(found, tuple):
             display.say(f"step {step}: the evaluation was interrupted after {found[0]} of {found[1]} batches")
             return None
@@ -354,7 +362,7 @@ class Run:
     ) -> None:
         config, directory, display = self.config, self.config.directory, session.display
         if interrupted:
-            display.say(stopped(step, session.checkpoints.latest, directory, over=step == config.steps))
+            display.say(interrupted_at(step, session.checkpoints.latest, directory, over=step == config.steps))
             return
         if step < config.steps:
             display.say(f"stopped early: {self.selection}")

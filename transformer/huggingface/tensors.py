@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from transformer.errors import UserError
-from transformer.paths import path_inside
+from transformer.errors import UserError, first_line, shown
+from transformer.paths import check_file, path_inside
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,10 +37,15 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
             names a file outside the folder.
     """
     if (folder / INDEX).exists():
+        check_file(folder / INDEX)
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{folder / INDEX}: no index of tensors can be read here: {error}") from None
+            index = json.loads((folder / INDEX).read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{folder / INDEX}: no index of tensors can be read here: {first_line(error)}") from None
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"{folder / INDEX}: no index of tensors: weight_map should name the file of each tensor")
+        names = sorted(set(places.values()))
         paths = [path_inside(folder, name, source=folder / INDEX) for name in names]
         if absent := [name for name, path in zip(names, paths, strict=True) if not path.exists()]:
             raise UserError(
@@ -58,6 +65,7 @@ def open_folder(folder: Path) -> dict[str, np.ndarray]:
 
 def open_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of one file, as views of it; of tensors with a type other than those of weights only the shape is kept."""
+    check_file(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -72,14 +80,17 @@ def open_file(path: Path) -> Iterator[tuple[str, np.ndarray]]:
             if size > 8 + length
             else np.zeros(0, np.uint8)
         )
-        for name, about in header.items():
-            if name != "__metadata__":
-                yield name, _view(name, about, data)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a whole safetensors file: {error}; get it again") from None
+        header.pop("__metadata__", None)
+        views = {name: _view(name, about, data) for name, about in header.items()}
+        _check_contiguous(header, len(data))
+        yield from views.items()
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {first_line(error)}; get it again") from None
 
 
 def _view(name: str, about: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
+    if not _is_described(about):
+        raise ValueError(f"{shown(name)} has no dtype, shape and data_offsets as the format has them")
     kind, shape, (first, last) = about["dtype"], tuple(about["shape"]), about["data_offsets"]
     if kind not in _OTHERS and kind not in DTYPES:
         raise UserError(f"tensor {name} is of type {kind}; supported: {', '.join(DTYPES)}")
@@ -89,6 +100,27 @@ def _view(name: str, about: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
     if kind in _OTHERS:
         return np.broadcast_to(np.zeros((), np.int64), shape)
     return data[first:last].view(DTYPES[kind]).reshape(shape)
+
+
+def _check_contiguous(header: Mapping[str, Any], size: int) -> None:
+    """Raise a `ValueError` for tensors that share bytes, and for bytes that are no tensor's: the format has neither."""
+    end = 0
+    for (first, last), name in sorted((tuple(about["data_offsets"]), name) for name, about in header.items()):
+        if first != end:
+            raise ValueError(f"{shown(name)} begins at byte {first}, and the tensor before it ends at {end}")
+        end = last
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end} of {size}")
+
+
+def _is_described(about: Any) -> bool:
+    """Whether a tensor's part of the header has a type, a shape, and where it begins and ends."""
+    if not isinstance(about, dict) or not isinstance(about.get("dtype"), str):
+        return False
+    shape, offsets = about.get("shape"), about.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(one) is int and one >= 0 for one in (*shape, *offsets))
 
 
 def _nothing(folder: Path) -> str:
@@ -112,8 +144,6 @@ def write_folder(
     Raises:
         OSError: any error while writing.
     """
-    from safetensors.numpy import save_file
-
     groups: list[list[str]] = [[]]
     room = limit
     for name, about in shapes.items():
@@ -126,12 +156,26 @@ def write_folder(
     files = [SINGLE] if len(groups) == 1 else [_numbered(number, len(groups)) for number in range(len(groups))]
     for file, names in zip(files, groups, strict=True):
         held = {name: np.asarray(next(tensors)[1], order="C") for name in names}
-        save_file(held, str(folder / file), metadata={"format": "pt"})
+        save_file(folder / file, held)
     if len(files) > 1:
         total = sum(math.prod(about.shape) * np.dtype(about.dtype).itemsize for about in shapes.values())
         places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def save_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors as one file. Raises `OSError`."""
+    from safetensors import SafetensorError
+    from safetensors import numpy as safetensors
+
+    try:
+        safetensors.save_file(dict(tensors), str(path), metadata={"format": "pt"})
+    except SafetensorError as error:
+        # The library has errors of its own for what the system refuses.
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def _numbered(number: int, count: int) -> str:

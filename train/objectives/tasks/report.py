@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.files import writing
+from train.report.pictures import save_figure
 
 _MOST_NUMBERED = 30
 """With more classes than this, the cells of a confusion matrix are too small for numbers."""
@@ -57,8 +57,7 @@ def draw_confusion(counts_CC: np.ndarray, names: Sequence[str], path: Path) -> N
             color = "white" if shares_CC[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.6, label="share of the gold class")
-    with writing(path):
-        figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_classes(classes: Sequence[ClassScores], path: Path) -> None:
@@ -74,5 +73,4 @@ def draw_classes(classes: Sequence[ClassScores], path: Path) -> None:
     table = axes.table(cells, colLabels=["class", "precision", "recall", "F1", "count"], loc="center")
     table.auto_set_font_size(False)
     table.set_fontsize(9)
-    with writing(path):
-        figure.savefig(path)
+    save_figure(figure, path)
