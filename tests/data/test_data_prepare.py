@@ -261,7 +261,8 @@ def test_a_killed_prepare_is_not_taken_for_whole(large: Path, corpus: Path, cach
     prepared = prepare(config_of(large if next_one == "the same" else corpus / "*.txt"), progress=False)
     counts = (*prepared.meta.train, *prepared.meta.validation)
     assert sum(split.documents for split in counts) == (LARGE_DOCUMENTS if next_one == "the same" else 40)
-    assert not list(folder.glob("*.partial"))
+    # Of other data it may still be continued.
+    assert len(list(folder.glob("*.partial"))) == (next_one == "another")
 
 
 def test_two_at_once_make_it_once(large: Path, cache: Path) -> None:

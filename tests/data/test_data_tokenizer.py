@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -153,6 +154,21 @@ def test_merges_are_recovered_from_ranks(tmp_path: Path) -> None:
     (tmp_path / "ranks.tiktoken").write_bytes(lines[0] + b"\n!\n")
     with pytest.raises(UserError, match=r"ranks\.tiktoken:2: not 'base64 rank'"):
         make_tokenizer(TokenizerConfig(kind="gpt2", path=str(tmp_path / "ranks.tiktoken")), [])
+
+
+def test_ids_that_no_array_holds(tmp_path: Path) -> None:
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 77, "</s>": 1}, unk_token="a"))
+    (tmp_path / "tokenizer.json").write_text(model.to_str().replace("77", str(2**32 - 1)))
+    with pytest.raises(UserError, match="the tokenizer's ids go up to 4,294,967,295; allowed: below 16,777,216"):
+        make_tokenizer(TokenizerConfig(kind="file", path=str(tmp_path / "tokenizer.json")), ())
+
+
+def test_text_that_a_vocabulary_cannot_encode(tmp_path: Path) -> None:
+    words = tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="?")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = make_tokenizer(TokenizerConfig(kind="file", path=str(tmp_path / "tokenizer.json")), ())
+    with pytest.raises(UserError, match="this vocabulary cannot encode the text: .*; give its tokenizer.json a token"):
+        tokenizer.encode("b")
 
 
 def test_gpt2_gives_the_known_ids() -> None:

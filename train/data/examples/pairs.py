@@ -13,13 +13,15 @@ import numpy as np
 
 from train.data.examples.draws import Draws
 from train.data.examples.pack import Examples, Placed, kept_index, place_in_group
+from train.data.examples.pair_packing import fit_pairs
 from train.data.prepared.store import TokenArray
 from train.progress import say_once
 from transformer.errors import UserError
 
 _INDEX_VERSION = 1
-_WINDOW = 1 << 14  # pairs that are packed together: bounds the time that packing takes
 _WIDTH_STEP = 8
+_MANY = 1_000_000
+"""Pairs whose packing takes some seconds, which is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +115,13 @@ class PackedPairs(Examples):
         self._sizes = PairSizes.of(array, limits, shown=shown)
         self._rows = PairRows(array, self._sizes)
         key = f"{limits.source}-{length}-{limits.target}-{limits.too_long}"
-        index = kept_index(
-            array,
-            f"fit-pairs{_INDEX_VERSION}-{key}",
-            lambda: fit_pairs(self._sizes.source, self._sizes.target, self._source_length, length),
-        )
+
+        def pack() -> np.ndarray:
+            if shown and len(self._sizes) > _MANY:
+                say_once(f"{array.name}: packing {len(self._sizes):,} pairs into rows")
+            return fit_pairs(self._sizes.source, self._sizes.target, self._source_length, length)
+
+        index = kept_index(array, f"fit-pairs{_INDEX_VERSION}-{key}", pack)
         self._numbers = index[:, 0]
         count = int(index[-1, 1]) + 1 if len(index) else 0
         self._bounds = np.searchsorted(index[:, 1], np.arange(count + 1))
@@ -137,48 +141,6 @@ class PackedPairs(Examples):
     @property
     def source_efficiency(self) -> float:
         return int(self._sizes.source.sum()) / max(1, len(self) * self._source_length)
-
-
-def fit_pairs(source: np.ndarray, target: np.ndarray, source_room: int, target_room: int) -> np.ndarray:
-    """Pack pairs of these sizes [N] into rows: [N, 2] int64, for each pair its number and its row, sorted by row.
-
-    Each row is filled greedily with the pair that minimises the sum of squares of the room left on both sides, until none
-    fits: the norm-based greedy of Panigrahy et al. 2011. It prefers large pairs, and those whose longer side is the one
-    with more room. Every size must be at most the room of its side.
-    """
-    parts = []
-    count = 0
-    for begin in range(0, len(source), _WINDOW):
-        window = slice(begin, begin + _WINDOW)
-        rows = count + _fit(np.stack([source[window], target[window]], axis=1), np.array([source_room, target_room]))
-        order = np.argsort(rows, kind="stable")
-        parts.append(np.stack([order + begin, rows[order]], axis=1))
-        count = int(rows.max()) + 1
-    return np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)
-
-
-def _fit(sizes: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """A row for each of the pairs [P, 2]. Pairs of the same sizes are interchangeable, so the choice is among distinct sizes."""
-    kinds, kind, counts = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
-    members = np.argsort(kind.ravel(), kind="stable")
-    following = np.cumsum(counts) - counts  # for each size, the index in `members` of the next pair to take
-    ends = np.cumsum(counts)
-    rows = np.empty(len(sizes), np.int64)
-    waiting, row, done = np.arange(len(kinds)), 0, 0
-    while done < len(sizes):
-        left = room.copy()
-        while True:
-            rest = left - kinds[waiting]
-            fits = (rest.min(axis=1) >= 0) & (following[waiting] < ends[waiting])
-            if not fits.any():
-                break
-            chosen = waiting[np.argmin(np.where(fits, np.square(rest / room).sum(axis=1), np.inf))]
-            rows[members[following[chosen]]] = row
-            following[chosen] += 1
-            left -= kinds[chosen]
-            done += 1
-        waiting, row = waiting[following[waiting] < ends[waiting]], row + 1
-    return rows
 
 
 def choose_widths(

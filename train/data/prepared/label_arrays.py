@@ -1,13 +1,14 @@
-"""The labels of documents, gathered while their tokens are written, and written once all of them are known."""
+"""The labels of documents, stored while their tokens are written, and numbered once all of them are known."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import string
-from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,24 +22,55 @@ NONE = -1
 """The number of a missing class."""
 
 
+@dataclass
+class LabelsPart:
+    """What a part of the documents adds to what is known of the labels."""
+
+    names: list[str] = field(default_factory=list)
+    """The new classes, or tags, in the order in which they came."""
+    arrays: list[tuple[Split, int]] = field(default_factory=list)
+    """The new splits and sources, in the same order."""
+    lost: int = 0
+    """Words with a tag, or answers, that have no token."""
+    choices: int = 0
+    """For documents whose label is the number of a choice: how many choices there are."""
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> LabelsPart:
+        """What `dataclasses.asdict` gave, read back from JSON."""
+        return cls(**data | {"arrays": [tuple(one) for one in data["arrays"]]})
+
+
 class Labels:
     """The labels of each source and split, in the order of the documents; classes and tags as numbers.
 
     Written for D documents of N tokens (all ends of text included): int32 [D] (class), float32 [D] (number), int32 [D, 2]
     (answers: the first and the last token of the first answer in its context), int32 [N] (tags: a word's tag at its first
-    token); -1 if there is none.
+    token); -1 if there is none. Until all are known, classes and tags are numbered in the order in which they came.
     """
 
-    def __init__(self, kind: LabelKind) -> None:
+    def __init__(self, kind: LabelKind, parts: Iterable[LabelsPart] = ()) -> None:
+        """Goes on after `parts`, which `end_part` gave."""
         self._kind = kind
-        self._numbers: dict[str, int] = {}  # in the order in which they came
-        self._found: dict[tuple[Split, int], array] = {}
-        self._lost = 0
-        self._choices = 0
-        """For documents whose label is the number of a choice: how many choices there are."""
+        self._numbers: dict[str, int] = {}
+        self._arrays: list[tuple[Split, int]] = []
+        self._lost = self._choices = 0
+        self._part = LabelsPart()
+        for part in parts:
+            for name in part.names:
+                self._number(name)
+            self._arrays += part.arrays
+            self._lost += part.lost
+            self._choices = part.choices or self._choices
+        self._part = LabelsPart()
 
-    def add(self, split: Split, source: int, document: Document, tokens: int, marks: np.ndarray | None) -> None:
-        """Take the label of the next document of source number `source`.
+    @property
+    def begin(self) -> bytes:
+        """What the labels of each source and split begin with: a token array begins with an end of text."""
+        return np.array([NONE] if self._kind == "tags" else [], np.int32).tobytes()
+
+    def add(self, split: Split, source: int, document: Document, tokens: int, marks: np.ndarray | None) -> bytes:
+        """The label of the next document of source number `source`, to be stored until `write`.
 
         Args:
             tokens: how many its first side has, without end of text.
@@ -46,32 +78,39 @@ class Labels:
         """
         label, kind = document.label, self._kind
         assert label is not None
-        found = self._found.get((split, source))
-        if found is None:
-            # A token array begins with an end of text.
-            before = [NONE] if kind == "tags" else []
-            found = self._found[split, source] = array("f" if kind == "number" else "i", before)
+        if (split, source) not in self._arrays:
+            self._arrays.append((split, source))
+            self._part.arrays.append((split, source))
         if isinstance(label, float):
-            found.append(label)
-        elif isinstance(label, str):
-            self._choices = len(document.choices)
-            found.append(self._number(label))
-        elif kind == "answers":
-            assert marks is not None
-            self._lost += bool(label.texts) and marks[0] == NONE  # type: ignore[union-attr]
-            found.extend(marks.tolist())
-        else:
-            assert marks is not None
-            numbers = np.full(tokens + 1, NONE, np.int32)
-            places = marks >= 0
-            numbers[marks[places]] = np.array([self._number(str(tag)) for tag in label], np.int32)[places]
-            found.frombytes(numbers.tobytes())
-            self._lost += int(np.sum(~places))
+            return np.float32(label).tobytes()
+        if isinstance(label, str):
+            self._choices = self._part.choices = len(document.choices)
+            return np.int32(self._number(label)).tobytes()
+        assert marks is not None
+        if kind == "answers":
+            self._part.lost += bool(label.texts) and int(marks[0]) == NONE  # type: ignore[union-attr]
+            return marks.astype(np.int32).tobytes()
+        numbers = np.full(tokens + 1, NONE, np.int32)
+        places = marks >= 0
+        numbers[marks[places]] = np.array([self._number(str(tag)) for tag in label], np.int32)[places]
+        self._part.lost += int(np.sum(~places))
+        return numbers.tobytes()
 
-    def write(self, directory: Path, *, shown: bool) -> tuple[tuple[str, ...], str]:
+    def end_part(self, *, known: bool = False) -> LabelsPart:
+        """What was added since the last part; `known`: it was made again, and is counted already."""
+        part, self._part = self._part, LabelsPart()
+        self._lost += 0 if known else part.lost
+        return part
+
+    def write(self, directory: Path, stored: Path, *, shown: bool) -> tuple[tuple[str, ...], str]:
         """Number the training documents' classes, or tags, by name, write all labels; their names, and a digest of all labels.
 
-        Raises `UserError` for a held-out document of a class that no training document has, and `OSError`.
+        Args:
+            stored: the folder with what `add` gave, by `stored_path`.
+
+        Raises:
+            UserError: a held-out document is of a class that no training document has.
+            OSError: a file cannot be read or written.
         """
         if self._lost:
             what = "words have a tag and" if self._kind == "tags" else "answers have"
@@ -80,11 +119,11 @@ class Labels:
         if self._choices:
             names = _names_of_choices(self._numbers, self._choices)
         elif self._kind in ("class", "tags"):
-            names = self._names()
+            names = self._names(stored)
         new_number = np.array([*(names.index(name) for name in self._numbers), NONE], np.int32)
         digest = hashlib.blake2b(json.dumps(names).encode(), digest_size=16)
-        for (split, source), own in self._found.items():
-            values = np.frombuffer(own, np.float32 if self._kind == "number" else np.int32)
+        for split, source in self._arrays:
+            values = self._stored(stored, split, source)
             if names:
                 values = new_number[values]
             path = labels_path(directory, split, source)
@@ -93,13 +132,20 @@ class Labels:
             digest.update(values.tobytes())
         return names, digest.hexdigest()
 
-    def _number(self, name: str) -> int:
-        return self._numbers.setdefault(name, len(self._numbers))
+    def _stored(self, stored: Path, split: Split, source: int) -> np.ndarray:
+        return np.fromfile(stored_path(stored, split, source), np.float32 if self._kind == "number" else np.int32)
 
-    def _names(self) -> tuple[str, ...]:
+    def _number(self, name: str) -> int:
+        if name not in self._numbers:
+            self._numbers[name] = len(self._numbers)
+            self._part.names.append(name)
+        return self._numbers[name]
+
+    def _names(self, stored: Path) -> tuple[str, ...]:
         """The names of the training documents' classes, or tags, sorted. Raises `UserError` for a held-out one that is not."""
         found = list(self._numbers)
-        known = {number for (split, _), own in self._found.items() if split == "train" for number in set(own)} - {NONE}
+        trained = [np.unique(self._stored(stored, *array)) for array in self._arrays if array[0] == "train"]
+        known = {int(number) for numbers in trained for number in numbers} - {NONE}
         names = tuple(sorted(found[number] for number in known))
         if unseen := [name for number, name in enumerate(found) if number not in known]:
             what = ("of class", "set labels of the sources to the classes to read")
@@ -110,6 +156,11 @@ class Labels:
                 f"out fewer, or {what[1]}"
             )
         return names
+
+
+def stored_path(stored: Path, split: Split, source: int) -> Path:
+    """The file of one source's labels until all of them are known."""
+    return stored / f"{split}-{source}.labels"
 
 
 def _names_of_choices(labels: Iterable[str], count: int) -> tuple[str, ...]:

@@ -28,9 +28,7 @@ preceding token to predict it from, and `offsets[d] - 1` is where the inputs of 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +44,9 @@ from transformer.errors import UserError
 Split = Literal["train", "validation"]
 
 FORMAT_VERSION = 5
-_META_FILE = "meta.json"
-_SIDES = ("", ".target")
+META_FILE = "meta.json"
+SIDES = ("", ".target")
+"""What the names of the files of each side have before their suffix."""
 _TOKENIZER_FOLDERS = ("tokenizer", "target_tokenizer")
 
 
@@ -184,10 +183,9 @@ class Prepared:
 
     @classmethod
     def load(cls, directory: Path) -> Prepared:
-        """Open what `finish` wrote. Raises `UserError` if it is missing or damaged."""
-        own, other = (directory / folder for folder in _TOKENIZER_FOLDERS)
-        tokenizer = Tokenizer.load(own)
-        target_tokenizer = Tokenizer.load(other) if other.is_dir() else None
+        """Open a folder of prepared data. Raises `UserError` if it is missing or damaged."""
+        tokenizer, *others = read_tokenizers(directory)
+        target_tokenizer = others[0] if others else None
         dtypes = (tokenizer.dtype, (target_tokenizer or tokenizer).dtype)
         try:
             meta = _read_meta(directory)
@@ -230,115 +228,33 @@ class Prepared:
         return [(document.text, document.sides[1]) for array in arrays for document in self.held_out(array)]
 
 
-class _TokenWriter:
-    """Writes one token array, a document at a time."""
-
-    def __init__(self, path: Path, side: str, name: str, tokenizer: Tokenizer) -> None:
-        self._path = Path(f"{path}{side}.tokens")
-        self._offsets_path = Path(f"{path}{side}.offsets.npy")
-        self._end = np.array([tokenizer.end_of_text], tokenizer.dtype).tobytes()
-        self._offsets = array("q", [1])
-        self._name = name
-        self._bytes = 0
-        self._largest_id = tokenizer.end_of_text
-        self._digest = hashlib.blake2b(digest_size=16)
-        self._file = self._path.open("wb")
-        self._file.write(self._end)
-
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        for part in (ids.tobytes(), self._end):
-            self._file.write(part)
-            self._digest.update(part)
-        self._offsets.append(self._offsets[-1] + len(ids) + 1)
-        self._bytes += text_bytes
-        self._largest_id = max(self._largest_id, int(ids.max(initial=0)))
-
-    def finish(self) -> Counts:
-        self._file.close()
-        offsets = np.frombuffer(self._offsets, np.int64)
-        np.save(self._offsets_path, offsets)
-        self._digest.update(offsets.tobytes())
-        sync(self._path)
-        sync(self._offsets_path)
-        documents, tokens = len(self._offsets) - 1, self._offsets[-1] - 1
-        return Counts(
-            self._name, documents, tokens, self._bytes, skipped=0, largest_id=self._largest_id,
-            digest=self._digest.hexdigest(),
-        )  # fmt: skip
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class DocumentWriter:
-    """Writes the token arrays of one source and split, one for each side, and the held-out documents themselves.
-
-    A context manager, which closes its files.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        split: Split,
-        source: int,
-        name: str,
-        tokenizers: Sequence[Tokenizer],
-        *,
-        labelled: bool = False,
-    ) -> None:
-        """Creates the files under `directory`, one tokenizer for each side. Raises `OSError`, as do the methods."""
-        path = _array_path(directory, split, source)
-        path.parent.mkdir(exist_ok=True)
-        self._sides = [
-            _TokenWriter(path, side, name, tokenizer) for side, tokenizer in zip(_SIDES, tokenizers, strict=False)
-        ]
-        self._texts_path = Path(f"{path}.documents.jsonl")
-        keeps_texts = split == "validation" and (labelled or len(tokenizers) == 2)
-        self._texts = self._texts_path.open("w", encoding="utf-8") if keeps_texts else None
-
-    def add(self, document: Document, ids: Sequence[np.ndarray]) -> None:
-        """Append one document with the ids [n] of each of its texts, without end of text."""
-        for place, (side_ids, text) in enumerate(zip(ids, document.sides, strict=True)):
-            self._sides[min(place, 1)].add(side_ids, len(text.encode()))
-        if self._texts:
-            self._texts.write(document.to_json() + "\n")
-
-    def finish(self) -> Counts:
-        """Write the rest and sync to disk."""
-        if self._texts:
-            self._texts.close()
-            sync(self._texts_path)
-        own, *other = (side.finish() for side in self._sides)
-        return dataclasses.replace(own, target=other[0] if other else None)
-
-    def __enter__(self) -> DocumentWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for side in self._sides:
-            side.close()
-        if self._texts:
-            self._texts.close()
-
-
-def write_tokenizers(directory: Path, tokenizers: Sequence[Tokenizer]) -> None:
-    """Save the tokenizer, and that of the target side if there is one. Raises `OSError`."""
+def write_tokenizers(directory: Path, tokenizers: Sequence[Tokenizer]) -> list[Path]:
+    """Save the tokenizer, and that of the target side if there is one; the files. Raises `OSError`."""
+    paths = []
     for folder, tokenizer in zip(_TOKENIZER_FOLDERS, tokenizers, strict=False):
         tokenizer.save(directory / folder)
-        for path in (directory / folder).iterdir():
+        paths += sorted((directory / folder).iterdir())
+        for path in (*paths, directory / folder):
             sync(path)
+    return paths
+
+
+def read_tokenizers(directory: Path) -> list[Tokenizer]:
+    """What `write_tokenizers` wrote. Raises `UserError` if it is missing or damaged."""
+    own, other = (directory / folder for folder in _TOKENIZER_FOLDERS)
+    return [Tokenizer.load(own), *([Tokenizer.load(other)] if other.is_dir() else [])]
 
 
 def write_meta(directory: Path, meta: Meta) -> None:
     """Write the counts and sync them to disk. Raises `OSError`."""
-    path = directory / _META_FILE
+    path = directory / META_FILE
     path.write_text(json.dumps(dataclasses.asdict(meta), indent=2) + "\n", "utf-8")
     for written in (path, *(folder for folder in directory.iterdir() if folder.is_dir()), directory):
         sync(written)
 
 
 def _read_meta(directory: Path) -> Meta:
-    fields = json.loads((directory / _META_FILE).read_text("utf-8"))
+    fields = json.loads((directory / META_FILE).read_text("utf-8"))
     for split in ("train", "validation"):
         fields[split] = tuple(_read_counts(counts) for counts in fields[split])
     return Meta(**fields | {"labels": tuple(fields["labels"])})
@@ -350,9 +266,9 @@ def _read_counts(fields: dict[str, Any]) -> Counts:
 
 
 def _open(directory: Path, split: Split, source: int, meta: Meta, dtypes: tuple[np.dtype, np.dtype]) -> TokenArray:
-    path = _array_path(directory, split, source)
+    path = array_path(directory, split, source)
     counts = meta.counts(split)[source]
-    target = None if counts.target is None else _open_side(path, _SIDES[1], counts.target, dtypes[1])
+    target = None if counts.target is None else _open_side(path, SIDES[1], counts.target, dtypes[1])
     labels = None
     if meta.label_kind is not None and counts.documents:
         labels = np.load(labels_path(directory, split, source), mmap_mode="r")
@@ -360,7 +276,7 @@ def _open(directory: Path, split: Split, source: int, meta: Meta, dtypes: tuple[
         wanted, what = (counts.tokens + 1, "tokens") if of_tokens else (counts.documents, "documents")
         if len(labels) != wanted:
             raise ValueError(f"{path.name}: {len(labels)} labels where meta.json counts {wanted} {what}")
-    return dataclasses.replace(_open_side(path, _SIDES[0], counts, dtypes[0]), target=target, labels=labels)
+    return dataclasses.replace(_open_side(path, SIDES[0], counts, dtypes[0]), target=target, labels=labels)
 
 
 def _open_side(path: Path, side: str, counts: Counts, dtype: np.dtype) -> TokenArray:
@@ -373,8 +289,9 @@ def _open_side(path: Path, side: str, counts: Counts, dtype: np.dtype) -> TokenA
 
 def labels_path(directory: Path, split: Split, source: int) -> Path:
     """The file of the classes of one source's documents."""
-    return Path(f"{_array_path(directory, split, source)}.labels.npy")
+    return Path(f"{array_path(directory, split, source)}.labels.npy")
 
 
-def _array_path(directory: Path, split: Split, source: int) -> Path:
+def array_path(directory: Path, split: Split, source: int) -> Path:
+    """The beginning of the names of one source's files."""
     return directory / split / str(source)

@@ -13,9 +13,10 @@ import itertools
 import os
 import platform
 import sysconfig
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from train.data.sources import synthetic
 from train.data.sources.readers import Reader, format_of, is_compressed, write_ahead_log
@@ -30,23 +31,53 @@ from train.data.sources.source_config import (
 )
 from train.data.sources.wheel import wheel_files
 from transformer.errors import UserError, first_line
+from transformer.paths import expanded
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 _GENERATED = ("config-", "_sysconfigdata")  # made when this Python was built: they hold paths of the build machine
 
 
-def documents(config: SourceConfig, rejects: Rejects | None = None) -> Iterator[Document]:
+class FileStart(NamedTuple):
+    """Where a file of a source begins, so that reading can begin there too."""
+
+    file: int = 0
+    """The number of the file."""
+    document: int = 0
+    """The number of its first document in the source."""
+    rejected: int = 0
+    """How many documents of the files before were left out as unreadable."""
+    first_rejected: str = ""
+
+
+def documents(
+    config: SourceConfig,
+    rejects: Rejects | None = None,
+    *,
+    begin: FileStart | None = None,
+    starts: deque[FileStart] | None = None,
+) -> Iterator[Document]:
     """The source's documents, always in the same order, none of them empty.
 
-    `rejects` counts what `on_error: skip` leaves out. Raises `UserError`, naming file and line, for a document that cannot
-    be read.
+    Args:
+        rejects: counts what `on_error: skip` leaves out; those of the files before `begin` included.
+        begin: where to begin, one of `starts`; None: at the first document.
+        starts: gets the beginning of each file, when that is reached. A source without files has none.
+
+    Raises:
+        UserError: a document cannot be read; it names file and line.
     """
     if isinstance(config, SyntheticSource):
         return synthetic.documents(config.limit or 0, config.mismatched)
     rejects = Rejects(config.on_error) if rejects is None else rejects
-    found = _hub_documents(config, rejects) if isinstance(config, HubSource) else _file_documents(config, rejects)
-    return itertools.islice(found, config.limit)
+    begin = FileStart() if begin is None else begin
+    if begin.rejected:
+        rejects.count, rejects.first = begin.rejected, begin.first_rejected
+    if isinstance(config, HubSource):
+        found = _hub_documents(config, rejects)
+    else:
+        found = _file_documents(config, rejects, begin, deque() if starts is None else starts)
+    return itertools.islice(found, None if config.limit is None else config.limit - begin.document)
 
 
 def identity(config: SourceConfig) -> dict[str, Any]:
@@ -95,15 +126,21 @@ def validation_position(split_by: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _file_documents(config: StdlibSource | FilesSource | WheelSource, rejects: Rejects) -> Iterator[Document]:
+def _file_documents(
+    config: StdlibSource | FilesSource | WheelSource, rejects: Rejects, begin: FileStart, starts: deque[FileStart]
+) -> Iterator[Document]:
     if isinstance(config, StdlibSource):
         reader = Reader(format="python", records=Records(fields=Fields("text"), rejects=rejects))
     else:
         reader = Reader(
             format=config.format, records=config.records(rejects), separator=config.separator, query=config.query
         )
-    for name, path in source_files(config):
-        yield from reader.read(path, name)
+    number = begin.document
+    for file, (name, path) in enumerate(source_files(config)[begin.file :], begin.file):
+        starts.append(FileStart(file, number, rejects.count, rejects.first))
+        for document in reader.read(path, name):
+            number += 1
+            yield document
 
 
 def _library_files(include_tests: bool) -> list[tuple[str, Path]]:
@@ -122,15 +159,16 @@ def _library_files(include_tests: bool) -> list[tuple[str, Path]]:
 
 
 def _local_files(pattern: str) -> list[tuple[str, Path]]:
-    expanded = Path(pattern).expanduser()
-    if expanded.is_dir():
+    place = expanded(pattern)
+    # These two are False for a name that no disk takes, such as a long one.
+    if os.path.isdir(place):
         raise UserError(f"{pattern}: this is a folder; name its files, such as {pattern.rstrip('/')}/**/*.txt")
-    if expanded.is_file():  # before globbing: a name may hold brackets
-        return [(expanded.name, expanded)]
-    paths = [Path(path) for path in glob.glob(str(expanded), recursive=True)]
-    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), expanded.parts))
+    if os.path.isfile(place):  # before globbing: a name may hold brackets
+        return [(place.name, place)]
+    paths = [Path(path) for path in glob.glob(str(place), recursive=True)]
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), place.parts))
     root = Path(*fixed)
-    files = sorted((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
+    files = sorted((path.relative_to(root).as_posix(), path) for path in paths if os.path.isfile(path))
     if not files:
         raise UserError(f"{pattern}: no such file (looked in {Path.cwd()}); correct path")
     return files
