@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from train.commands.cli import message_of
 from train.interrupt import exit_on_sigint
-from transformer.errors import UserError
+from transformer.errors import UserError, is_number
 
 OVERRIDABLE = ("plan", "sharding")
 """Commands with a config, whose fields can be overridden: --model.num-layers 8."""
@@ -337,7 +337,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
+    if not is_number(text.strip()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: 1 or more")
     return int(text)
 

@@ -65,12 +65,10 @@ def ratio(over: list[float], under: list[float]) -> dict[str, float]:
     return summary([a / b for a, b in zip(over, under, strict=True)])
 
 
-def save(
-    name: str, command: str, result: dict[str, Any], *, show: bool = True, folder: Path | str | None = None
-) -> Path:
-    """Write a result with date, device and versions into `folder` (`RESULTS` by default), and print it if `show`."""
+def with_origin(command: str, result: Any) -> dict[str, Any]:
+    """A result with its command, date, device and versions."""
     device = jax.devices()[0]
-    record = {
+    return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": {
@@ -82,9 +80,16 @@ def save(
         "versions": versions(),
         "result": result,
     }
+
+
+def save(
+    name: str, command: str, result: dict[str, Any], *, show: bool = True, folder: Path | str | None = None
+) -> Path:
+    """Write a result with date, device and versions into `folder` (`RESULTS` by default), and print it if `show`."""
+    record, platform = with_origin(command, result), jax.devices()[0].platform
     place = RESULTS if folder is None else Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    path = place / f"{name}_{device.platform}.json"
+    path = place / f"{name}_{platform}.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if show:
         print(json.dumps(result, indent=2))

@@ -16,8 +16,8 @@ from train.data.prepared.prepare import prepare
 from train.parallel.mesh import make_mesh, use_mesh
 from train.run.begin import check_data
 from train.run.loop import train
-from train.run.steps import Run
 from train.run.program import batch_shapes
+from train.run.steps import Run
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))

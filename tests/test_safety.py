@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from transformer.errors import UserError
-from transformer.paths import path_inside
+from transformer.paths import check_file, expanded, path_inside
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for room in ("transformer", "train", "benchmarks", "manyheads") for path in (ROOT / room).rglob("*.py")]
@@ -63,3 +65,30 @@ def test_names_inside_a_folder(tmp_path, name):
 def test_names_that_lead_elsewhere(tmp_path, name):
     with pytest.raises(UserError, match=r"^the index: names the file .*not inside its folder"):
         path_inside(tmp_path, name, source="the index")
+
+
+def test_only_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    (tmp_path / "file").write_text("a")
+    (tmp_path / "link").symlink_to("pipe")
+    for path, kind in (
+        (tmp_path / "pipe", "a named pipe"), (tmp_path / "link", "a named pipe"), (tmp_path / "socket", "a socket"),
+        (Path("/dev/zero"), "a device"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"^{path}: this is {kind}; name a file"):
+            check_file(path)
+    for name in ("file", "nothing", ".", "x" * 300, "a\0b"):
+        check_file(tmp_path / name)
+    # What a shell puts in the place of <(command).
+    reading, writing = os.pipe()
+    check_file(Path(f"/dev/fd/{reading}"))
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_home_that_there_is_not():
+    assert expanded("~/x") == Path.home() / "x"
+    with pytest.raises(UserError, match="^~nosuchuser/x: there is no home directory for '~nosuchuser'"):
+        expanded("~nosuchuser/x")

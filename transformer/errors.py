@@ -32,7 +32,7 @@ class ConfigError(UserError, ValueError):
     """
 
     def __init__(self, owner: type, field: str, given: Any, allowed: str) -> None:
-        super().__init__(f"{field}: got {given!r}; {allowed}")
+        super().__init__(f"{field}: got {shown(given, 200)}; {allowed}")
         self.owner = owner
         self.field = field
         self.given = given
@@ -118,7 +118,20 @@ def shown(value: Any, longest: int = 40) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
-def first_line(error: BaseException, longest: int = 300) -> str:
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number from 0 up, in ASCII, of as many digits as a count has."""
+    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
+
+
+def printable(text: str) -> str:
+    """A text with escapes in the place of control characters: a name from a file may hold commands for the terminal."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def first_line(error: BaseException | str, longest: int = 300) -> str:
     """The first line with text of an exception's message, at most `longest` characters; its type if it has no message."""
     lines = (line.strip() for line in str(error).splitlines())
     text = next((line for line in lines if line), type(error).__name__)
@@ -132,6 +145,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 _MISFIT = object()
+_MOST_DIGITS = 18
 _PHRASES: dict[Any, str] = {
     bool: "true or false", int: "an integer", float: "a number", str: "a text", type(None): "null", Any: "anything",
 }  # fmt: skip

@@ -26,6 +26,16 @@ def path_inside(folder: Path, name: object, *, source: object) -> Path:
     return folder.joinpath(*parts)
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with a home directory in the place of `~` or `~user`. Raises `UserError` for a user that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path}: there is no home directory for {Path(path).parts[0]!r}; write the path in full"
+        ) from None
+
+
 def check_file(path: Path) -> None:
     """Raise a `UserError` for a path of a device, a socket or a named pipe: reading one may wait, or go on, for ever.
 

@@ -175,13 +175,41 @@ def test_a_number_that_is_not_finite(tmp_path):
         ({"id2label": ["a", "b"]}, "id2label: supported: a name for each number from 0 up"),
         ({"id2label": {"x": "a"}}, "id2label: supported: a name for each number from 0 up"),
         ({"num_attention_heads": 5}, r"attention.num_heads: got 5; allowed: a divisor of embed_dim \(16\)"),
-        ({"hidden_size": "wide"}, "hidden_size: got 'wide'; allowed: a number from 1 up"),
+        ({"hidden_size": "wide"}, "hidden_size: got 'wide'; allowed: a whole number from 1 to"),
+        (
+            {"hidden_size": 10**30},
+            "hidden_size: got 1000000000000000000000000000000; allowed: a whole number from 1 to",
+        ),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers: got 1000000; allowed: a whole number from 1 to 10,000"),
+        ({"hidden_act": [["gelu"]]}, r"hidden_act: got \[\['gelu'\]\]; supported"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps: got 'small'; allowed: a number"),
+        ({"initializer_range": float("nan")}, "initializer_range: got nan; allowed: a number"),
+        ({"hidden_dropout_prob": {}}, "hidden_dropout_prob: got {}; allowed: a number"),
     ],
 )
 def test_configs_that_are_not_supported(tmp_path, change, message):
     written(BERT, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        checkpoint.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": "linear"}, "rope_scaling: got 'linear'; allowed: a mapping of fields"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor: got None; allowed: a number"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope_type: got \['linear'\]; supported"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta: got 'x'; allowed: a number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: got 'no'; allowed: true or false"),
+        ({"attention_bias": 0.5}, "attention_bias: got 0.5; allowed: true or false"),
+    ],
+)
+def test_decoders_that_are_not_supported(tmp_path, change, message):
+    written(LLAMA, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": None} | change))
     with pytest.raises(UserError, match=message):
         checkpoint.read(tmp_path)
 

@@ -77,8 +77,30 @@ def test_types_that_are_no_weights_and_an_index_of_another_kind(tmp_path):
         open_folder(tmp_path)
     for index in ("[]", '{"weight_map": {"a": 1, "b": "c"}}', '{"weight_map": {"a": ["b"]}}'):
         (tmp_path / "model.safetensors.index.json").write_text(index)
-        with pytest.raises(UserError, match="no index of tensors can be read here"):
+        with pytest.raises(UserError, match="no index of tensors"):
             open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (([0, 8], [2]), ([4, 12], [2]), "'b' begins at byte 4, and the tensor before it ends at 8"),
+        (([0, 8], [2]), ([12, 16], [1]), "'b' begins at byte 12, and the tensor before it ends at 8"),
+        (([0, 8], [2]), ([8, 12], [1]), "its tensors end at byte 12 of 16"),
+        (([0, 8], [2]), ([8, 24], [4]), "should be at bytes 8 to 24 of 16"),
+        (([0, 8], [2]), ([-8, 0], [2]), "'b' has no dtype, shape and data_offsets"),
+        (([0, 8], [2]), ([8, 16, 0], [2]), "'b' has no dtype, shape and data_offsets"),
+        (([0, 8], [2]), (8, [2]), "'b' has no dtype, shape and data_offsets"),
+        (([0, 8], [2]), ([8, 16], [2.0]), "'b' has no dtype, shape and data_offsets"),
+        (([0, 8], [2]), ([8, 16], [2**32, 2**32]), "should be at bytes 8 to 16 of 16"),
+    ],
+)
+def test_tensors_that_are_not_where_the_format_has_them(tmp_path, a, b, message):
+    header = {name: {"dtype": "F32", "shape": one[1], "data_offsets": one[0]} for name, one in (("a", a), ("b", b))}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(UserError, match=f"not a whole safetensors file: .*{message}"):
+        open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/../../b", "..\\\\b", "C:x", ""])

@@ -35,6 +35,8 @@ def test_generate_continues_a_batch_of_different_lengths(whole, capsys, tmp_path
         (["--prompt", ""], "prompt 1 is empty"),
         ([], "nothing to continue"),
         (["--prompt", "a", "--step", "5"], "this run has latest, best, "),
+        (["--prompt", "a", "--step", "9" * 5_000], "this run has latest, best, "),
+        (["--prompts-file", "x" * 300], "File name too long"),
         (["--prompt", "a", "--top-p", "2"], r"--top-p: got 2.0; allowed"),
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens: got 0"),
         (["--prompts-file", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
@@ -95,3 +97,16 @@ def test_what_orbax_logs_of_an_error_is_a_line():
     finally:
         logger.removeHandler(handler)
     assert said.getvalue() == "saving failed\n"
+
+
+def test_what_is_shown_of_a_name_is_printable(capsys):
+    assert main(["train", "\x1b[31m.yaml"]) == 2
+    with pytest.raises(SystemExit):
+        main(["plot", "run", "--\x1b[31m"])
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and said.count("\\x1b[31m") == 2
+
+
+def test_a_name_that_no_disk_takes(whole, capsys):
+    assert main(["export", str(whole), "--no-verify", "--out", "x" * 300]) == 2
+    assert "File name too long; give a shorter one" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
@@ -66,6 +67,75 @@ def files_of(run, step=3):
 
 def first(run, step=3):
     return damage(run / "checkpoints" / str(step))
+
+
+def rewritten(run, change, step=3):
+    """What a checkpoint says of its run, changed by someone who changes its hash too."""
+    path = run / "checkpoints" / str(step) / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+    write_hashes(run / "checkpoints" / str(step), ("_CHECKPOINT_METADATA", "commit_success.txt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta: meta.pop("config"), "not what a run stores: config missing or of another type"),
+        (lambda meta: meta.update(tokenizer=[], labels=3), "not what a run stores: tokenizer, labels missing"),
+        (lambda meta: meta["tokenizer"].update({"../../x": "a"}), "names the file '../../x', which is not inside"),
+        (
+            lambda meta: meta["tokenizer"].update({"tokenizer_about.json/x": "a"}),
+            "has no file 'tokenizer_about.json/x'",
+        ),
+        (lambda meta: meta["tokenizer"].update({"x": 7}), "its tokenizer has no file 'x' with a text in it"),
+        (lambda meta: meta["tokenizer"].update({"x" * 300: "a"}), "its tokenizer has no file 'xxx"),
+        (lambda meta: meta["config"]["model"].update(embed_dim=32), "the parameters cannot be read, or do not fit"),
+    ],
+)
+def test_what_a_hostile_checkpoint_says_of_its_run(run, change, message):
+    rewritten(run, change)
+    with pytest.raises(UserError, match=message):
+        load_run(run, "latest")
+
+
+def test_parameters_that_are_not_described(run):
+    folder = run / "checkpoints" / "3"
+    (folder / "average" / "_METADATA").write_text("{}")
+    write_hashes(folder, ("_CHECKPOINT_METADATA", "commit_success.txt"))
+    with pytest.raises(UserError, match="average: the parameters cannot be read, or do not fit the run's config"):
+        load_run(run, "latest")
+
+
+@pytest.mark.parametrize("name", ["meta/metadata", "params/_METADATA", HASHES])
+def test_a_named_pipe_or_a_device_in_a_checkpoint_is_not_read(run, name):
+    path = run / "checkpoints" / "3" / name
+    path.unlink()
+    os.mkfifo(path)
+    assert first(run) == f"{name} is not a file"
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    if name != HASHES:
+        write_hashes(run / "checkpoints" / "3", ("_CHECKPOINT_METADATA", "commit_success.txt"))
+    assert first(run) == f"{name} is not a file"
+    load_run(run, "latest")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.jsonl", "[1]\n", r"metrics.jsonl:1: not a step with numbers; delete this line"),
+        ("metrics.jsonl", '{"step": 1, "train/loss": "low"}\n', r"metrics.jsonl:1: not a step with numbers"),
+        ("metrics.jsonl", '{"train/loss": 1.0}\n', r"metrics.jsonl:1: not a step with numbers"),
+        ("origin.json", "{", r"origin.json: cannot be read: .*; delete it"),
+        ("origin.json", "[]", r"origin.json: not the record of a run's data and versions; delete it"),
+        ("origin.json", '{"data": "a", "versions": {"jax": 1}}', r"origin.json: not the record of"),
+    ],
+)
+def test_records_of_a_run_that_are_not_its_own(run, capsys, name, text, message):
+    (run / name).write_text(text)
+    assert main(["diff", str(run), str(run)]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_whole_checkpoint_has_every_item_once(trained):

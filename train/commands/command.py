@@ -89,6 +89,6 @@ def read_lines(name: str) -> list[str]:
         check_file(Path(name))
     try:
         text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{name}: cannot be read: {error}") from None
     return [line for line in text.splitlines() if line]

@@ -92,7 +92,7 @@ def _mistake(error: Any, place: _Place, config_type: type) -> Mistake:
     kind, path, value = error["type"], place.path, place.value
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
-        return Mistake((*path, *cause.field.split(".")), f"got {cause.given!r}; {cause.allowed}")
+        return Mistake((*path, *cause.field.split(".")), f"got {shown(cause.given, _LONGEST)}; {cause.allowed}")
     if kind == "missing":
         return Mistake(path, "it is missing, and has no default")
     if kind == "extra_forbidden":
@@ -103,7 +103,9 @@ def _mistake(error: Any, place: _Place, config_type: type) -> Mistake:
         names = [value for one in configs for value in tag_values(one, tag)]
         given = value.get(tag)
         near = nearest(given, names) if isinstance(given, str) else ""
-        return Mistake((*path, tag), f"got {given!r}; allowed: {', '.join(names)}" + (f".{near}" if near else ""))
+        return Mistake(
+            (*path, tag), f"got {shown(given, _LONGEST)}; allowed: {', '.join(names)}" + (f".{near}" if near else "")
+        )
     if configs:
         return Mistake(path, f"got {shown(value, _LONGEST)}; expected a mapping of field: value")
     return Mistake(path, f"got {shown(value, _LONGEST)}; {what_fits(place.annotation, value)}")

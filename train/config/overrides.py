@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from train.config.tags import chosen, configs_in, default_of, is_config
 from train.config.yaml_files import as_json, parse_yaml
-from transformer.errors import UserError, alternatives, field_types
+from transformer.errors import UserError, alternatives, field_types, first_line, is_number, shown
 
 WHERE = "command line"
 
@@ -39,7 +39,7 @@ def _flags(arguments: Sequence[str]) -> list[tuple[Path, list[str]]]:
         word = words.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not name:
-            raise UserError(f"{WHERE}: got {word!r}; expected --field value, such as --steps 500")
+            raise UserError(f"{WHERE}: got {shown(word)}; expected --field value, such as --steps 500")
         values = [value] if equals else []
         while not equals and words and not words[0].startswith("--"):
             values.append(words.pop(0))
@@ -56,9 +56,9 @@ def _assign(config_type: type, data: Any, path: Path, words: list[str]) -> None:
     for depth, key in enumerate(path):
         last = depth + 1 == len(path)
         if isinstance(here, list):
-            if not key.isdecimal() or int(key) >= len(here):
+            if not is_number(key) or int(key) >= len(here):
                 allowed = f"0 to {len(here) - 1}" if here else "none; the list is empty"
-                raise UserError(f"{WHERE}: {'.'.join(path[:depth])}: got item {key!r}; allowed: {allowed}")
+                raise UserError(f"{WHERE}: {'.'.join(path[:depth])}: got item {shown(key)}; allowed: {allowed}")
             place: Any = int(key)
             parts = typing.get_args(annotation)
             annotation = (parts[0] if parts[1:] == (...,) else parts[place]) if parts else None
@@ -94,7 +94,9 @@ def _value(words: list[str], annotation: Any, name: str) -> Any:
     items = [typing.get_args(one)[0] for one in alternatives(annotation) if typing.get_origin(one) is tuple]
     if len(words) > 1:
         if not items:
-            raise UserError(f"{WHERE}: {name}: got {len(words)} values, {', '.join(words)}; it takes one")
+            raise UserError(
+                f"{WHERE}: {name}: got {len(words)} values, {first_line(', '.join(words), 80)}; it takes one"
+            )
         return [_scalar(word, items[0], name) for word in words]
     value = _scalar(words[0], annotation, name)
     return [value] if str in items and isinstance(value, str) and not _is_named(value, annotation) else value

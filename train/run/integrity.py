@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
     Args:
         items: look at the files of these of its folders only; None: at all.
     """
+    if (stranger := _stranger(folder, items)) is not None:
+        return f"{stranger} is not a file"
     try:
         stored = json.loads((folder / HASHES).read_bytes())
         if stored.pop("all") != _hash_of_all(stored):
@@ -53,7 +56,7 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
         return f"{HASHES} is missing"
     except OSError:
         return f"{HASHES} cannot be read"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{HASHES} has changed"
     if items is None and (lost := [name for name in later if not (folder / name).is_file()]):
         return f"{lost[0]} is missing"
@@ -82,6 +85,17 @@ class HashedTemporaryPath(orbax_path.atomicity.AtomicRenameTemporaryPath):
 def _hash(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _stranger(folder: Path, items: Sequence[str] | None) -> str | None:
+    """A named pipe, a device or a socket in a checkpoint, which no run writes: reading one may go on for ever."""
+    for directory, _, names in os.walk(folder):
+        for path in (Path(directory, name) for name in names):
+            name = path.relative_to(folder).as_posix()
+            wanted = items is None or name == HASHES or name.split("/")[0] in items
+            if wanted and path.exists() and not path.is_file():
+                return name
+    return None
 
 
 def _found(path: Path) -> tuple[str | None, str]:

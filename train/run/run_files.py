@@ -23,7 +23,7 @@ from train.run.identity import load_tokenizers, tokenizer_files
 from train.run.state import abstract_params
 from train.run.stored import AVERAGE, META, PARAMS, StoredCheckpoints
 from train.versions import versions
-from transformer.errors import UserError
+from transformer.errors import UserError, first_line, shown
 from transformer.layers.adapter import merged
 from transformer.models.adapted import make_adapted
 from transformer.models.families import make_model
@@ -122,16 +122,27 @@ def forget_finished(directory: Path) -> None:
 
 def finished_step(directory: Path) -> int | None:
     """The last step of a run whose results are all there; None if any is missing."""
-    try:
-        return json.loads((directory / _FINISHED).read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if not (directory / _FINISHED).is_file():
         return None
+    try:
+        step = json.loads((directory / _FINISHED).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def read_origin(directory: Path) -> dict[str, Any] | None:
     """The run's own id, a digest of its data, and versions of packages; None without a record."""
     path = directory / _ORIGIN
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        origin = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}; delete it") from None
+    if not (isinstance(origin, dict) and isinstance(origin.get("data"), str) and _are_texts(origin.get("versions"))):
+        raise UserError(f"{path}: not the record of a run's data and versions; delete it")
+    return origin
 
 
 def config_file(directory: Path) -> Path:
@@ -145,16 +156,27 @@ def config_file(directory: Path) -> Path:
 def read_metrics(directory: Path) -> Curves:
     """All records in a run's metrics.jsonl; empty if there are none."""
     path, curves = directory / "metrics.jsonl", Curves()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             # A kill truncated the last line.
             continue
+        step = record.pop("step", None) if isinstance(record, dict) else None
+        if not isinstance(step, int) or not all(isinstance(value, int | float) for value in record.values()):
+            raise UserError(f"{path}:{number}: not a step with numbers; delete this line")
         for name, value in record.items():
-            if name != "step":
-                curves.setdefault(name, {})[record["step"]] = value
+            curves.setdefault(name, {})[step] = value
     return curves
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether a value of JSON is a mapping of texts."""
+    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
 
 
 def _choose(checkpoints: StoredCheckpoints, step: str) -> int:
@@ -163,8 +185,8 @@ def _choose(checkpoints: StoredCheckpoints, step: str) -> int:
     if not steps:
         raise UserError(f"{run}: this run has no checkpoint yet")
     if step not in ("latest", "best"):
-        if not step.isdecimal() or int(step) not in steps:
-            raise UserError(f"step: got {step!r}; this run has latest, best, {', '.join(map(str, steps))}")
+        if step not in map(str, steps):
+            raise UserError(f"step: got {shown(step)}; this run has latest, best, {', '.join(map(str, steps))}")
         checkpoints.check(int(step), _USED)
         return int(step)
     wanted = checkpoints.best if step == "best" else None

@@ -99,7 +99,7 @@ class StoredCheckpoints:
             raise
         except Exception as error:  # orbax and the library below it raise whatever they run into
             raise UserError(
-                f"{folder}: the parameters cannot be read, or do not fit the run's config ({first_line(error)}); restore the "
+                f"{folder}: the parameters cannot be read, or do not fit the run's config{_why(error)}; restore the "
                 "folder from a copy, or choose another checkpoint with --step"
             ) from error
 
@@ -131,6 +131,12 @@ def best_of(scores: Mapping[int, Mapping[str, float]], steps: Sequence[int], nam
     return max(known, key=lambda step: ranking_key(name, scores[step]), default=None)
 
 
+def _why(error: Exception) -> str:
+    """What an error of orbax's says, in brackets; nothing where it is one of Python's own, about orbax's code."""
+    is_own = isinstance(error, AttributeError | TypeError | LookupError | AssertionError)
+    return "" if is_own else f" ({first_line(error)})"
+
+
 def restore(folder: Path, abstract: Any) -> Any:
     """The arrays of one item of a checkpoint, laid out as `abstract` says."""
     with ocp.StandardCheckpointer() as checkpointer:
@@ -147,9 +153,11 @@ def restore_state(folder: Path, abstract: TrainState) -> TrainState:
         params = restore(folder / PARAMS, abstract.params)
         average = None if abstract.ema is None else restore(folder / AVERAGE, abstract.ema)
         return dataclasses.replace(restore(folder / STATE, without_params(abstract)), params=params, ema=average)
-    except (ValueError, KeyError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # orbax and the library below it raise whatever they run into
         raise UserError(
-            f"{folder}: the state does not fit this config ({first_line(error)}); undo the change of the model or the "
+            f"{folder}: the state does not fit this config, or cannot be read{_why(error)}; undo the change of the model or the "
             "optimiser, or start a new run with --run-dir FOLDER"
         ) from error
 

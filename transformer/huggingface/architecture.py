@@ -68,11 +68,9 @@ class Architecture:
             # An error that follows from a wrong field is not reported as well.
             theirs.done(source)
             raise UserError(f"{source}: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             theirs.done(source)
-            raise UserError(
-                f"{source}: a field is missing or of another type: {type(error).__name__}: {error}"
-            ) from None
+            raise UserError(f"{source}: a field is missing, or of another type than transformers writes") from error
         theirs.done(source)
         return config, theirs.notes
 

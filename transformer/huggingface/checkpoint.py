@@ -19,6 +19,7 @@ from transformer.huggingface.fields import UNTIED
 from transformer.huggingface.mapping import Tables, check, described_theirs, to_ours, to_theirs
 from transformer.huggingface.tensors import open_folder, write_folder
 from transformer.models.families import ModelConfig, described_parameters
+from transformer.paths import check_file
 
 ARCHITECTURES: dict[str, Architecture] = {
     one.model_type: one
@@ -112,6 +113,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """A JSON file of fields. Raises `UserError` if it is not one."""
+    check_file(path)
     try:
         data = json.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:

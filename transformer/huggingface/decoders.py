@@ -40,15 +40,15 @@ def _read_gpt2(theirs: HFConfigReader, head: Any) -> GPTConfig:
     dim = theirs.size("n_embd", 768)
     return GPTConfig(
         vocab_size=theirs.size("vocab_size", 50257), max_length=theirs.size("n_positions", 1024),
-        num_layers=theirs.size("n_layer", 12), embed_dim=dim,
+        num_layers=theirs.layers("n_layer", 12), embed_dim=dim,
         attention=SoftmaxConfig(num_heads=theirs.size("n_head", 12)),
         mlp=DenseConfig(
             dim=theirs.size("n_inner", 4 * dim), activation=theirs.one_of("activation_function", ACTIVATIONS, "gelu_new")
         ),
-        norm_eps=float(theirs.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=theirs.number("layer_norm_epsilon", 1e-5),
         **theirs.dropouts("resid_pdrop", "attn_pdrop", "embd_pdrop"),
-        init_std=float(theirs.get("initializer_range", 0.02)),
-        tie_embeddings=bool(theirs.get("tie_word_embeddings", True)),
+        init_std=theirs.number("initializer_range", 0.02),
+        tie_embeddings=theirs.flag("tie_word_embeddings", True),
     )  # fmt: skip
 
 
@@ -89,24 +89,24 @@ GPT2 = Architecture(
 
 
 def _read_neox(theirs: HFConfigReader, head: Any) -> GPTConfig:
-    rotary = theirs.rotary(theta=float(theirs.get("rotary_emb_base", 10_000)))
-    written = (theirs.get("rope_parameters") or {}).get("partial_rotary_factor")
-    fraction = float(theirs.get("rotary_pct", 0.25)) if written is None else float(written)
+    rotary = theirs.rotary(theta=theirs.number("rotary_emb_base", 10_000.0))
+    written = "partial_rotary_factor" in theirs.section("rope_parameters")
+    fraction = rotary.fraction if written else theirs.number("rotary_pct", 0.25)
     return GPTConfig(
         vocab_size=theirs.size("vocab_size", 50432), max_length=theirs.size("max_position_embeddings", 2048),
-        num_layers=theirs.size("num_hidden_layers", 44), embed_dim=theirs.size("hidden_size", 6144),
+        num_layers=theirs.layers("num_hidden_layers", 44), embed_dim=theirs.size("hidden_size", 6144),
         attention=SoftmaxConfig(
-            num_heads=theirs.size("num_attention_heads", 64), bias=bool(theirs.get("attention_bias", True)),
+            num_heads=theirs.size("num_attention_heads", 64), bias=theirs.flag("attention_bias", True),
             position=dataclasses.replace(rotary, fraction=fraction),
         ),
         mlp=DenseConfig(
             dim=theirs.size("intermediate_size", 24576), activation=theirs.one_of("hidden_act", ACTIVATIONS, "gelu")
         ),
-        norm_eps=float(theirs.get("layer_norm_eps", 1e-5)),
+        norm_eps=theirs.number("layer_norm_eps", 1e-5),
         **theirs.dropouts("hidden_dropout", "attention_dropout", default=0.0),
-        init_std=float(theirs.get("initializer_range", 0.02)),
-        parallel_residual=bool(theirs.get("use_parallel_residual", True)),
-        tie_embeddings=bool(theirs.get("tie_word_embeddings", False)),
+        init_std=theirs.number("initializer_range", 0.02),
+        parallel_residual=theirs.flag("use_parallel_residual", True),
+        tie_embeddings=theirs.flag("tie_word_embeddings", False),
     )  # fmt: skip
 
 
@@ -160,25 +160,25 @@ def _read_llama(kind: str) -> Callable[[HFConfigReader, Any], GPTConfig]:
     def read(theirs: HFConfigReader, head: Any) -> GPTConfig:
         num_heads, dim = theirs.size("num_attention_heads", 32), theirs.size("hidden_size", 4096)
         head_dim = theirs.size("head_dim", 128 if kind == "qwen3" else max(dim // num_heads, 1))
-        num_layers = theirs.size("num_hidden_layers", 32)
+        num_layers = theirs.layers("num_hidden_layers", 32)
         return GPTConfig(
             vocab_size=theirs.size("vocab_size", 32_000), max_length=theirs.size("max_position_embeddings", 2048),
             num_layers=num_layers, embed_dim=dim,
             attention=SoftmaxConfig(
                 num_heads=num_heads, head_dim=head_dim,
                 num_kv_heads=theirs.size("num_key_value_heads", 8 if kind == "mistral" else num_heads),
-                bias=kind in ("llama", "qwen3") and bool(theirs.get("attention_bias", False)),
+                bias=kind in ("llama", "qwen3") and theirs.flag("attention_bias", False),
                 qkv_bias=True if kind == "qwen2" else None, qk_norm=kind == "qwen3",
                 window=_window(theirs, kind, num_layers), position=theirs.rotary(theta=10_000.0),
             ),
             mlp=DenseConfig(
                 dim=theirs.size("intermediate_size", 11_008), activation=theirs.one_of("hidden_act", GATED, "silu"),
-                bias=kind == "llama" and bool(theirs.get("mlp_bias", False)),
+                bias=kind == "llama" and theirs.flag("mlp_bias", False),
             ),
-            norm="rms_norm", norm_eps=float(theirs.get("rms_norm_eps", 1e-6)),
-            attention_dropout=float(theirs.get("attention_dropout", 0.0)),
-            init_std=float(theirs.get("initializer_range", 0.02)),
-            tie_embeddings=bool(theirs.get("tie_word_embeddings", False)),
+            norm="rms_norm", norm_eps=theirs.number("rms_norm_eps", 1e-6),
+            attention_dropout=theirs.number("attention_dropout", 0.0),
+            init_std=theirs.number("initializer_range", 0.02),
+            tie_embeddings=theirs.flag("tie_word_embeddings", False),
         )  # fmt: skip
 
     return read
@@ -192,15 +192,15 @@ def _window(theirs: HFConfigReader, kind: str, num_layers: int) -> int | None:
     if "sliding_window" not in theirs and (kind != "mistral" or theirs.written("sliding_window")):
         return None
     if kind != "mistral":
-        if not theirs.get("use_sliding_window", False):
+        if not theirs.flag("use_sliding_window", False):
             return None
         # This is what transformers uses; it derives them from max_window_layers if they are not written.
-        kinds = set(theirs.get("layer_types") or ())
+        kinds = set(theirs.texts("layer_types"))
         if kinds == {"full_attention"}:
             return None
         if kinds and kinds != {"sliding_attention"}:
             theirs.wrong(f"layer_types: got {', '.join(sorted(kinds))}; supported: the same in all layers")
-        first = 0 if kinds else theirs.get("max_window_layers", 28)
+        first = 0 if kinds else theirs.token("max_window_layers", 28)
         if 0 < first < num_layers:
             theirs.wrong(f"max_window_layers: got {first}; supported: 0, or a window in no layer")
         if first >= num_layers:

@@ -25,13 +25,13 @@ _T5_ACTIVATIONS = {
 def _read_t5(theirs: HFConfigReader, head: Any) -> T5Config:
     # Version 5 of transformers writes that embeddings are tied even where they are not, and has a separate field for whether
     # the decoder's output is scaled; in earlier versions, both were one setting.
-    said = bool(theirs.get("tie_word_embeddings", True))
+    said = theirs.flag("tie_word_embeddings", True)
     tied = said if UNTIED not in theirs else not theirs.get(UNTIED)
-    scaled = theirs.get("model_type") != "mt5" and bool(theirs.get("scale_decoder_outputs", said))
-    layers = theirs.size("num_layers", 6)
+    scaled = theirs.get("model_type") != "mt5" and theirs.flag("scale_decoder_outputs", said)
+    layers = theirs.layers("num_layers", 6)
     return T5Config(
         vocab_size=theirs.size("vocab_size", 32_128), max_length=theirs.size("n_positions", 512), num_layers=layers,
-        num_decoder_layers=theirs.size("num_decoder_layers", layers), embed_dim=theirs.size("d_model", 512),
+        num_decoder_layers=theirs.layers("num_decoder_layers", layers), embed_dim=theirs.size("d_model", 512),
         attention=SoftmaxConfig(
             num_heads=theirs.size("num_heads", 8), head_dim=theirs.size("d_kv", 64), bias=False, scale=1.0,
             position=RelativeConfig(
@@ -43,9 +43,9 @@ def _read_t5(theirs: HFConfigReader, head: Any) -> T5Config:
             dim=theirs.size("d_ff", 2048), activation=theirs.one_of("feed_forward_proj", _T5_ACTIVATIONS, "relu"),
             bias=False,
         ),
-        norm_eps=float(theirs.get("layer_norm_epsilon", 1e-6)),
+        norm_eps=theirs.number("layer_norm_epsilon", 1e-6),
         **theirs.dropouts("dropout_rate", "dropout_rate"), tie_embeddings=tied,
-        scale_logits=scaled, start_token=int(theirs.get("decoder_start_token_id", theirs.get("pad_token_id", 0))),
+        scale_logits=scaled, start_token=theirs.token("decoder_start_token_id", theirs.token("pad_token_id", 0)),
     )  # fmt: skip
 
 
@@ -127,13 +127,13 @@ def _read_marian(theirs: HFConfigReader, head: Any) -> VaswaniConfig:
     theirs.must("decoder_ffn_dim", [width], 4096)
     return VaswaniConfig(
         vocab_size=vocab, max_length=theirs.size("max_position_embeddings", 1024),
-        num_layers=theirs.size("encoder_layers", 12), num_decoder_layers=theirs.size("decoder_layers", 12),
+        num_layers=theirs.layers("encoder_layers", 12), num_decoder_layers=theirs.layers("decoder_layers", 12),
         embed_dim=theirs.size("d_model", 1024), attention=SoftmaxConfig(num_heads=heads),
         mlp=DenseConfig(dim=width, activation=theirs.one_of("activation_function", ACTIVATIONS, "gelu")),
         position_embedding="sinusoidal_halves", norm_eps=1e-5,
         **theirs.dropouts("dropout", "attention_dropout", "activation_dropout"),
-        scale_embeddings=bool(theirs.get("scale_embedding", False)), init_std=float(theirs.get("init_std", 0.02)),
-        init="normal", output_bias=True, start_token=int(theirs.get("decoder_start_token_id", vocab - 1)),
+        scale_embeddings=theirs.flag("scale_embedding", False), init_std=theirs.number("init_std", 0.02),
+        init="normal", output_bias=True, start_token=theirs.token("decoder_start_token_id", vocab - 1),
     )  # fmt: skip
 
 

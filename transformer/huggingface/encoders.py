@@ -108,16 +108,16 @@ def _common(theirs: HFConfigReader, *, dim: int = 768, num_heads: int = 12, mlp_
     return {
         "vocab_size": theirs.size("vocab_size", 30522),
         "max_length": theirs.size("max_position_embeddings", 512),
-        "num_layers": theirs.size("num_hidden_layers", 12),
+        "num_layers": theirs.layers("num_hidden_layers", 12),
         "embed_dim": theirs.size("hidden_size", dim),
         "attention": SoftmaxConfig(num_heads=theirs.size("num_attention_heads", num_heads)),
         "mlp": DenseConfig(
             dim=theirs.size("intermediate_size", mlp_dim), activation=theirs.one_of("hidden_act", ACTIVATIONS, "gelu")
         ),
-        "norm_eps": float(theirs.get("layer_norm_eps", 1e-12)),
+        "norm_eps": theirs.number("layer_norm_eps", 1e-12),
         **theirs.dropouts("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
         "token_types": theirs.size("type_vocab_size", 2),
-        "init_std": float(theirs.get("initializer_range", 0.02)),
+        "init_std": theirs.number("initializer_range", 0.02),
     }
 
 
@@ -233,12 +233,12 @@ def _read_distilbert(theirs: HFConfigReader, head: Any) -> BertConfig:
     theirs.must("tie_word_embeddings", [True], True)
     return BertConfig(
         vocab_size=theirs.size("vocab_size", 30522), max_length=theirs.size("max_position_embeddings", 512),
-        num_layers=theirs.size("n_layers", 6), embed_dim=theirs.size("dim", 768),
+        num_layers=theirs.layers("n_layers", 6), embed_dim=theirs.size("dim", 768),
         attention=SoftmaxConfig(num_heads=theirs.size("n_heads", 12)),
         mlp=DenseConfig(
             dim=theirs.size("hidden_dim", 3072), activation=theirs.one_of("activation", ACTIVATIONS, "gelu")
         ),
-        norm_eps=1e-12, token_types=0, init_std=float(theirs.get("initializer_range", 0.02)),
+        norm_eps=1e-12, token_types=0, init_std=theirs.number("initializer_range", 0.02),
         **theirs.dropouts("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
         head=head_of(head, labels_of(theirs), activation="relu"),
     )  # fmt: skip

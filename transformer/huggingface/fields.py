@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from transformer.errors import UserError
+from transformer.errors import UserError, shown
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.position import RotaryConfig, RotaryScaling
 from transformer.mixers.softmax import SoftmaxConfig
@@ -21,6 +21,11 @@ GATED = {"gelu": "geglu_exact", "gelu_new": "geglu", "gelu_pytorch_tanh": "geglu
 
 UNTIED = "untied by its tensors"
 """A field that no config.json has: whether the output projection is a separate tensor from the embedding."""
+
+
+_LARGEST = 2**31 - 1
+_MOST_LAYERS = 10_000
+_LARGEST_NUMBER = 1e30
 
 
 class HFConfigReader:
@@ -47,19 +52,64 @@ class HFConfigReader:
         value = self._data.get(name)
         return default if value is None else value
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """A whole number of 1 or more."""
+    def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = _LARGEST) -> int:
+        """A whole number, of 1 or more where `least` does not say otherwise."""
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self._wrong.append(f"{name}: got {value!r}; allowed: a number from 1 up")
-            return 1
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            self._wrong.append(f"{name}: got {shown(value)}; allowed: a whole number from {least} to {most:,}")
+            return least
         return value
+
+    def layers(self, name: str, default: int) -> int:
+        """The number of layers."""
+        return self.size(name, default, most=_MOST_LAYERS)
+
+    def token(self, name: str, default: int) -> int:
+        """A token's id, or another number from 0 up."""
+        return self.size(name, default, least=0)
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number."""
+        return self._number(name, self.get(name, default), default)
+
+    def _number(self, name: str, value: Any, usual: float = 1.0) -> float:
+        """A value as a number; another one where it is none, which is recorded."""
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER:
+            return float(value)
+        self._wrong.append(f"{name}: got {shown(value)}; allowed: a number")
+        return usual
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self._wrong.append(f"{name}: got {shown(value)}; allowed: true or false")
+            return default
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts; empty where the field is missing."""
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            self._wrong.append(f"{name}: got {shown(value)}; allowed: a list of texts")
+            return []
+        return value
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A mapping of fields; empty where it is missing."""
+        return self._section(name, self.get(name, {}))
+
+    def _section(self, name: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self._wrong.append(f"{name}: got {shown(value)}; allowed: a mapping of fields")
+            return {}
+        return {key: one for key, one in value.items() if one is not None}
 
     def one_of(self, name: str, allowed: Mapping[str, Any], default: str) -> Any:
         """The entry for a field's value in a table."""
         value = self.get(name, default)
-        if value not in allowed:
-            self._wrong.append(f"{name}: got {value!r}; supported: {', '.join(allowed)}")
+        if not isinstance(value, str) or value not in allowed:
+            self._wrong.append(f"{name}: got {shown(value)}; supported: {', '.join(allowed)}")
             return next(iter(allowed.values()))
         return allowed[value]
 
@@ -67,7 +117,7 @@ class HFConfigReader:
         """Check a field of which other values change what the model computes in a way that is not supported."""
         value = self.get(name, default)
         if value not in allowed:
-            self._wrong.append(f"{name}: got {value!r}; supported: {', '.join(map(str, allowed))}")
+            self._wrong.append(f"{name}: got {shown(value)}; supported: {', '.join(map(shown, allowed))}")
 
     def wrong(self, text: str) -> None:
         """Record another setting that is not supported."""
@@ -75,11 +125,11 @@ class HFConfigReader:
 
     def dropouts(self, name: str, attention: str, *others: str, default: float = 0.1) -> dict[str, Any]:
         """`dropout` and `attention_dropout`, with a note where other rates differ from the first."""
-        rate = float(self.get(name, default))
+        rate = self.number(name, default)
         for other in others:
-            if other in self and (value := float(self.get(other))) != rate:
+            if other in self and (value := self.number(other, rate)) != rate:
                 self.notes.append(f"{other} is {value:g} there, and dropout {rate:g} here, as {name}")
-        return {"dropout": rate, "attention_dropout": float(self.get(attention, default))}
+        return {"dropout": rate, "attention_dropout": self.number(attention, default)}
 
     def rotary(self, *, theta: float, section: str | None = None) -> RotaryConfig:
         """Rotary positions, in any form in which the config writes them.
@@ -88,36 +138,40 @@ class HFConfigReader:
             theta: their default.
             section: the section to read, of a config with several.
         """
-        new = self.get("rope_parameters") or {}
-        new = new.get(section, {}) if section is not None else new
-        old = self.get("rope_scaling") or {}
-        both = {**old, **new}
+        new = self.section("rope_parameters")
+        new = new if section is None else self._section(f"rope_parameters.{section}", new.get(section) or {})
+        both = {**self.section("rope_scaling"), **new}
+        usual = {
+            "rope_theta": self.get("rope_theta", theta),
+            "partial_rotary_factor": self.get("partial_rotary_factor", 1.0),
+        }
+        found = {name: self._number(name, both.get(name, value)) for name, value in usual.items()}
         return RotaryConfig(
-            theta=float(both.get("rope_theta") or self.get("rope_theta", theta)),
-            scaling=self._scaling(both),
-            fraction=float(both.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)),
+            theta=found["rope_theta"], scaling=self._scaling(both), fraction=found["partial_rotary_factor"]
         )
 
     def _scaling(self, rope: Mapping[str, Any]) -> RotaryScaling:
         kind = rope.get("rope_type") or rope.get("type") or "default"
         length = rope.get("original_max_position_embeddings")
+
+        def number(name: str, usual: float | None = None) -> float:
+            return self._number(name, rope.get(name) or usual)
+
         if kind == "linear":
-            return RotaryScaling(kind="linear", factor=float(rope["factor"]))
+            return RotaryScaling(kind="linear", factor=number("factor"))
         if kind == "llama3":
             return RotaryScaling(
-                kind="llama3", factor=float(rope["factor"]), original_length=length,
-                slow_turns=float(rope["low_freq_factor"]), fast_turns=float(rope["high_freq_factor"]),
+                kind="llama3", factor=number("factor"), original_length=length, slow_turns=number("low_freq_factor"),
+                fast_turns=number("high_freq_factor"),
             )  # fmt: skip
         if kind == "yarn" and not any(rope.get(name) for name in ("mscale", "mscale_all_dim")):
-            attention = rope.get("attention_factor")
             return RotaryScaling(
-                kind="yarn", factor=float(rope["factor"]),
-                original_length=length or self.get("max_position_embeddings"),
-                slow_turns=float(rope.get("beta_slow") or 1), fast_turns=float(rope.get("beta_fast") or 32),
-                attention_factor=None if attention is None else float(attention),
+                kind="yarn", factor=number("factor"), original_length=length or self.get("max_position_embeddings"),
+                slow_turns=number("beta_slow", 1.0), fast_turns=number("beta_fast", 32.0),
+                attention_factor=None if rope.get("attention_factor") is None else number("attention_factor"),
             )  # fmt: skip
         if kind != "default":
-            self._wrong.append(f"rope_type: got {kind!r}; supported: default, linear, llama3, yarn without mscale")
+            self._wrong.append(f"rope_type: got {shown(kind)}; supported: default, linear, llama3, yarn without mscale")
         return RotaryScaling()
 
     def done(self, source: str) -> None:

@@ -34,7 +34,7 @@ _HEADS = {
 
 def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
     theirs.must("tie_word_embeddings", [True], True)
-    has_bias = bool(theirs.get("norm_bias", False))
+    has_bias = theirs.flag("norm_bias", False)
     if head != "embedding":
         theirs.must("classifier_bias", [has_bias], False)
         theirs.must("classifier_activation", [theirs.get("hidden_activation", "gelu")], "gelu")
@@ -42,16 +42,16 @@ def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
         theirs.must("decoder_bias", [True], True)
     elif head != "embedding":
         theirs.must("classifier_activation", ["gelu"], "gelu")
-    layers = theirs.size("num_hidden_layers", 22)
+    layers = theirs.layers("num_hidden_layers", 22)
     every = _every(theirs, layers)
     attention = {}
     for section, (name, default) in _THETAS.items():
-        rotary = theirs.rotary(theta=float(theirs.get(name, default)), section=section)
+        rotary = theirs.rotary(theta=theirs.number(name, default), section=section)
         if rotary.scaling.kind != "none":
             theirs.wrong(f"rope_parameters.{section}.rope_type: got {rotary.scaling.kind!r}; supported: default")
         attention[section] = SoftmaxConfig(
             num_heads=theirs.size("num_attention_heads", 12),
-            bias=bool(theirs.get("attention_bias", False)),
+            bias=theirs.flag("attention_bias", False),
             position=rotary,
         )
     near = dataclasses.replace(attention["sliding_attention"], window=max(theirs.size("local_attention", 128) // 2, 1))
@@ -69,18 +69,18 @@ def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
         pattern=tuple(pattern) if len(set(pattern)) > 1 else (), norm_first=True, first_norm=False, token_types=0,
         mlp=DenseConfig(
             dim=theirs.size("intermediate_size", 1152), activation=theirs.one_of("hidden_activation", GATED, "gelu"),
-            bias=bool(theirs.get("mlp_bias", False)),
+            bias=theirs.flag("mlp_bias", False),
         ),
-        norm_eps=float(theirs.get("norm_eps", 1e-5)), norm_bias=has_bias,
+        norm_eps=theirs.number("norm_eps", 1e-5), norm_bias=has_bias,
         **theirs.dropouts("mlp_dropout", "attention_dropout", "embedding_dropout", "classifier_dropout", default=0.0),
-        init_std=float(theirs.get("initializer_range", 0.02)), head=made,
+        init_std=theirs.number("initializer_range", 0.02), head=made,
     )  # fmt: skip
 
 
 def _every(theirs: HFConfigReader, layers: int) -> int:
     """The n for which every n-th layer is global."""
-    types = theirs.get("layer_types")
-    if types is None:
+    types = theirs.texts("layer_types")
+    if not types:
         return theirs.size("global_attn_every_n_layers", 3)
     kinds = [kind == "full_attention" for kind in types]
     every = next((index for index in range(1, len(kinds)) if kinds[index]), max(len(kinds), 1))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from transformer.errors import is_number
 from transformer.types import Float
 
 Span = tuple[int, int]
@@ -134,7 +135,7 @@ def parse_alignment(line: str) -> tuple[Alignment, Alignment]:
     for word in line.split():
         mark = "?" if "?" in word else "-"
         source, _, target = word.partition(mark)
-        if not (source.isdecimal() and target.isdecimal()):
+        if not (is_number(source) and is_number(target)):
             raise ValueError(f"alignment: {word!r} in {line.strip()!r} is not a pair; expected for example 0-1 or 0?1")
         pair = (int(source), int(target))
         possible.add(pair)

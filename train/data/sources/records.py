@@ -12,6 +12,8 @@ from transformer.errors import UserError, nearest
 
 _LARGEST = 3.4e38
 """The largest absolute value of a label that is stored in 32 bits."""
+_FIELDS = 40
+"""The most fields that a message lists."""
 
 LabelKind = Literal["class", "number", "tags", "answers"]
 
@@ -216,13 +218,13 @@ class Records:
 
     def _words(self, value: Any) -> tuple[str, ...]:
         if not isinstance(value, list | tuple):
-            raise _Faulty(f"field {self.fields.text!r} holds {type(value).__name__}, not a list of words")
+            raise _Faulty(f"field {self.fields.text!r} holds {kind_of(value)}, not a list of words")
         return tuple(_valid(word, self.fields.text) for word in value)
 
     def _tags(self, value: Any, words: Sequence[str]) -> tuple[str, ...]:
         field = self.fields.label
         if not isinstance(value, list | tuple) or len(value) != len(words):
-            given = f"{len(value)} tags" if isinstance(value, list | tuple) else type(value).__name__
+            given = f"{len(value)} tags" if isinstance(value, list | tuple) else kind_of(value)
             raise _Faulty(f"field {field!r} holds {given}, not a tag for each of {len(words)} words")
         return tuple(str(tag) if isinstance(tag, int) else _valid(tag, field) for tag in value)
 
@@ -260,20 +262,27 @@ def value_at(row: Mapping[str, Any], field: str) -> Any:
 
 def missing_field(setting: str, field: str, fields: list[str]) -> str:
     """The message about a missing field that `setting` names: the field, and the fields that exist."""
-    known = ", ".join(map(str, fields)) or "none"
-    return f"no field {field!r} (there is {known}); set {setting}.{nearest(field, fields)}"
+    known = ", ".join(map(str, fields[:_FIELDS])) or "none"
+    more = f", and {len(fields) - _FIELDS} more" if len(fields) > _FIELDS else ""
+    near = nearest(field, map(str, fields[:_FIELDS]))
+    return f"no field {field!r} (there is {known}{more}); set {setting}{near and f'.{near}'}"
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value of a record, as its file calls it."""
+    return "null" if value is None else type(value).__name__
 
 
 def _item(value: Any, name: str, field: str) -> Any:
     if not isinstance(value, Mapping) or name not in value:
-        raise _Faulty(f"field {field!r} holds {type(value).__name__}, not answers with text and answer_start")
+        raise _Faulty(f"field {field!r} holds {kind_of(value)}, not answers with text and answer_start")
     return value[name]
 
 
 def _valid(value: Any, field: str) -> str:
     """`value` if it is text that UTF-8 can hold. Raises `_Faulty`."""
     if not isinstance(value, str):
-        raise _Faulty(f"field {field!r} holds {type(value).__name__}, not text")
+        raise _Faulty(f"field {field!r} holds {kind_of(value)}, not text")
     try:
         value.encode()
     except UnicodeEncodeError:  # an undecodable byte that `surrogateescape` kept, or a lone "\ud800" in JSON

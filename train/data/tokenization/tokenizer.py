@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from transformer.errors import Config, UserError, require
+from transformer.errors import Config, UserError, first_line, require
+from transformer.paths import check_file
 from transformer.resume import OnResume
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _OTHER_NAMES = {CLS: "<s>", SEP: "</s>", MASK: "<mask>"}
 _TRAINED_KINDS = ("bpe", "wordpiece", "unigram", "words")
 _BYTES = 256
 _MOST_SENTINELS = 1 << 16
+_MOST_IDS = 1 << 24
 # Brackets on both sides: so spelled, no token that a vocabulary learns from text can be equal to one of them.
 _SPECIAL_NAME = re.compile(r"\[[^\s\[\]]+\]|<[^\s<>]+>")
 _MODEL_FILE = "tokenizer.json"
@@ -147,6 +149,7 @@ class Tokenizer(abc.ABC):
     @staticmethod
     def load(directory: Path) -> Tokenizer:
         """The tokenizer that `save` wrote. Raises `UserError` if there is none, or it is damaged."""
+        check_file(directory / _ABOUT_FILE)
         try:
             about = json.loads((directory / _ABOUT_FILE).read_text("utf-8"))
             if about["kind"] == "bytes":
@@ -211,7 +214,8 @@ class SubwordTokenizer(Tokenizer):
     """A `tokenizers.Tokenizer` with its conveniences switched off: no special tokens, padding or truncation."""
 
     def __init__(self, model: tokenizers.Tokenizer, end_of_text: str) -> None:
-        """Takes over `model`, whose vocabulary must hold the token `end_of_text`. Raises `ValueError` if not."""
+        """Takes over `model`, whose vocabulary must hold the token `end_of_text`. Raises `ValueError` if not, and `UserError` for
+        huge ids."""
         from tokenizers import decoders
 
         end = model.token_to_id(end_of_text)
@@ -223,6 +227,9 @@ class SubwordTokenizer(Tokenizer):
         self.model = model
         self.end_of_text = end
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > _MOST_IDS:
+            # The library, and much else, has an array with a place for each id.
+            raise UserError(f"the tokenizer's ids go up to {self.vocab_size - 1:,}; allowed: below {_MOST_IDS:,}")
         self.end_token = end_of_text
         added = model.get_added_tokens_decoder().items()
         self.special_ids = {token.content: id for id, token in added if token.special} | {end_of_text: end}
@@ -238,6 +245,7 @@ class SubwordTokenizer(Tokenizer):
         """Read a tokenizer.json. Raises `OSError` or `ValueError`."""
         import tokenizers
 
+        check_file(path)
         text = path.read_text("utf-8")
         try:
             model = tokenizers.Tokenizer.from_str(text)
@@ -246,7 +254,13 @@ class SubwordTokenizer(Tokenizer):
         return cls(model, end_of_text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self.model.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.model.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more precise
+            raise UserError(
+                f"this vocabulary cannot encode the text: {first_line(error)}; give its tokenizer.json a token for unknown text, "
+                "or use another"
+            ) from error
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -330,6 +344,7 @@ def sentinel(number: int) -> str:
 
 def saved_end_of_text(path: Path) -> str:
     """The end of text of a tokenizer.json that `Tokenizer.save` wrote, "" for any other."""
+    check_file(path.parent / _ABOUT_FILE)
     try:
         return str(json.loads((path.parent / _ABOUT_FILE).read_text("utf-8")).get("end_of_text", ""))
     except (OSError, ValueError, AttributeError):

@@ -21,6 +21,7 @@ from train.data.tokenization.tokenizer import (
     saved_end_of_text,
 )
 from transformer.errors import UserError
+from transformer.paths import check_file, expanded
 
 if TYPE_CHECKING:
     import tokenizers
@@ -56,9 +57,9 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     if config.kind == "bytes":
         return ByteTokenizer(added)
     if config.kind == "file":
-        return _existing(Path(config.path).expanduser(), config.end_of_text, added)
+        return _existing(expanded(config.path), config.end_of_text, added)
     if config.kind == "gpt2":
-        return _gpt2(Path(config.path).expanduser() if config.path else wheel_files(**_GPT2_RANKS)[0][1], added)
+        return _gpt2(expanded(config.path) if config.path else wheel_files(**_GPT2_RANKS)[0][1], added)
     train = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "words": _words}[config.kind]
     return SubwordTokenizer(train(config.vocab_size or 0, added, texts), END_OF_TEXT)
 
@@ -190,6 +191,7 @@ def _gpt2(path: Path, added: Sequence[str]) -> Tokenizer:
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
+    check_file(path)
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
