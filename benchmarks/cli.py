@@ -110,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(call=_resume)
     sub.add_argument("--kills", type=_positive, default=25, metavar="N", help="of each family on one device (25)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where runs are kept (runs/resume)")
+    text = (
+        "a long run with evaluations, checkpoints and samples: growth of its memory, open files, stalls by checkpoints"
+    )
+    sub = commands.add_parser("soak", help=text, description=text)
+    sub.set_defaults(call=_soak)
+    sub.add_argument("--steps", type=_positive, default=2000, metavar="N", help="its steps (2000)")
+    sub.add_argument("--dir", dest="directory", metavar="DIR", help="where the run is kept, a new folder (runs/soak)")
     text = "one model under every sharding strategy on the available devices: exactness, time, memory, communication"
     sub = commands.add_parser("sharding", help=text, description=text)
     sub.set_defaults(call=_sharding)
@@ -272,6 +279,12 @@ def _resume(options: argparse.Namespace) -> None:
     from benchmarks import resume
 
     resume.run(options.kills, options.directory or resume.DIRECTORY)
+
+
+def _soak(options: argparse.Namespace) -> None:
+    from benchmarks import soak
+
+    soak.run(options.steps, options.directory or soak.DIRECTORY)
 
 
 def _sharding(options: argparse.Namespace) -> None:

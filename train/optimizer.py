@@ -60,10 +60,7 @@ class OptimizerConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self, "moment_dtype", self.moment_dtype == "float32" or self.name != "adafactor",
-            "adafactor keeps no such moment; allowed: float32",
-        )  # fmt: skip
+        self._check_used()
         for field in ("learning_rate", "epsilon"):
             require(self, field, 0 < getattr(self, field) < float("inf"), "allowed: above 0")
         for field in ("adam_learning_rate", "clip_norm"):
@@ -79,6 +76,26 @@ class OptimizerConfig(Config):
         require(
             self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "allowed: between 0 and 1, or null"
         )
+
+    def _check_used(self) -> None:
+        """Raise a `ConfigError` for a setting other than its default that the optimiser, or the schedule, does not use."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for choice, users in (("name", _USED_BY), ("schedule", _USED_BY_SCHEDULE)):
+            chosen = getattr(self, choice)
+            for field, names in users.items():
+                wanted = f"{choice} {chosen} does not use it, only {', '.join(names)}; allowed: {usual[field]!r}, or leave it out"
+                require(self, field, chosen in names or getattr(self, field) == usual[field], wanted)
+
+
+_USED_BY = {
+    "b1": ("adamw", "lion", "muon", "sgd"),
+    "b2": ("adamw", "lion", "muon"),
+    "epsilon": ("adamw",),
+    "moment_dtype": ("adamw", "lion", "muon", "sgd"),
+    "adam_learning_rate": ("muon",),
+}
+"""Settings of the update, and the optimisers that use them."""
+_USED_BY_SCHEDULE = {"final_fraction": ("cosine", "linear", "wsd"), "decay_fraction": ("wsd",)}
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int, peak: float | None = None) -> optax.Schedule:

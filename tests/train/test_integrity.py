@@ -90,20 +90,11 @@ def rewritten(run, change, step=3):
         ),
         (lambda meta: meta["tokenizer"].update({"x": 7}), "its tokenizer has no file 'x' with a text in it"),
         (lambda meta: meta["tokenizer"].update({"x" * 300: "a"}), "its tokenizer has no file 'xxx"),
-        (lambda meta: meta["config"]["model"].update(embed_dim=32), "the parameters cannot be read, or do not fit"),
     ],
 )
 def test_what_a_hostile_checkpoint_says_of_its_run(run, change, message):
     rewritten(run, change)
     with pytest.raises(UserError, match=message):
-        load_run(run, "latest")
-
-
-def test_parameters_that_are_not_described(run):
-    folder = run / "checkpoints" / "3"
-    (folder / "average" / "_METADATA").write_text("{}")
-    write_hashes(folder, ("_CHECKPOINT_METADATA", "commit_success.txt"))
-    with pytest.raises(UserError, match="average: the parameters cannot be read, or do not fit the run's config"):
         load_run(run, "latest")
 
 

@@ -170,7 +170,7 @@ def test_a_checkpoint_of_a_version_that_knew_fewer_fields(config_file, whole, tm
 
 
 def test_updates_that_are_never_finite_stop_the_run(config_file, tmp_path, capsys):
-    arguments = ("--optimizer.learning-rate", "1e30", "--optimizer.clip-norm", "null", "--max-skipped", "3")
+    arguments = ("--optimizer.learning-rate", "1e30", "--optimizer.clip-norm", "null", "--stability.max-skipped", "3")
     assert cli(config_file, tmp_path / "run", *arguments, "--steps", "40", "--checkpoint.every", "1") == 2
     message = one_line(capsys)
     assert re.search(r"step \d+: 3 updates in a row were skipped, the last on examples \d+, \d+", message)

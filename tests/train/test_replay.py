@@ -71,7 +71,7 @@ def test_a_step_is_taken_again_bit_for_bit(run, capsys):
 
 def test_a_step_that_is_not_finite(config_file, tmp_path, capsys):
     folder = tmp_path / "run"
-    arguments = ["--optimizer.learning-rate", "1e30", "--optimizer.clip-norm", "null", "--max-skipped", "3"]
+    arguments = ["--optimizer.learning-rate", "1e30", "--optimizer.clip-norm", "null", "--stability.max-skipped", "3"]
     assert main(["train", str(config_file), "--run-dir", str(folder), *arguments]) == 2
     step = int(re.search(r"step (\d+): loss", capsys.readouterr().out)[1])
     assert main(["replay", str(folder), "--step", str(step)]) == 0

@@ -7,6 +7,7 @@ _ATTENTION = {
 _MLP = {name: f"model.mlp.{name}" for name in ("activation", "experts_per_token", "balance_loss", "router_z_loss")}
 
 MOVED: dict[str, str] = {
+    "max_skipped": "stability.max_skipped",
     "loss.temperature": "objective.temperature",
     "loss.class_weights": "objective.class_weights",
     **{f"model.{name}": to for name, to in (_ATTENTION | _MLP).items()},

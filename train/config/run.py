@@ -12,7 +12,7 @@ from train.objectives import AnyObjective, Causal
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import MeshConfig
 from train.remote import local_path
-from train.spikes import SpikeConfig
+from train.stability import StabilityConfig
 from transformer.errors import Config, require
 from transformer.layers.adapter import AdapterConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
@@ -41,8 +41,6 @@ class RunConfig(Config):
     """Tokens in a training sequence; null: model.max_length."""
     microbatches: Free[int] = 1
     """Number of parts that a step's batch is split into and computed in sequence (gradient accumulation)."""
-    max_skipped: Free[int] = 10
-    """Stop after this many updates in a row were skipped, for a loss or gradient that is not finite or a loss spike."""
     model: ModelConfig = GPTConfig()
     """The network; its `family` decides which fields there are."""
     adapter: AdapterConfig | None = None
@@ -55,8 +53,8 @@ class RunConfig(Config):
     """The optimiser and its learning-rate schedule."""
     loss: LossConfig = LossConfig()
     """Additional terms of the loss."""
-    spikes: SpikeConfig | None = None
-    """What counts as a loss spike, and what is done about it; null: nothing."""
+    stability: StabilityConfig = StabilityConfig()
+    """Which updates are skipped, and what follows."""
     mesh: MeshConfig = MeshConfig()
     """How the run is spread over devices."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -72,7 +70,7 @@ class RunConfig(Config):
         super().__post_init__()
         plain = self.name.strip(". ") and not any(letter in self.name for letter in "/\\\0") and self.name.isprintable()
         require(self, "name", bool(plain), "allowed: text that can be the name of a folder, without a slash")
-        for field in ("steps", "batch_size", "microbatches", "max_skipped"):
+        for field in ("steps", "batch_size", "microbatches"):
             require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
         require(self, "seed", 0 <= self.seed < 2**32, "allowed: 0 to 2**32 - 1")
         self.objective.check_model(self.model)
@@ -102,6 +100,9 @@ class RunConfig(Config):
             self.batch_size % self.microbatches == 0,
             f"allowed: a divisor of batch_size ({self.batch_size})",
         )
+        whole = self.microbatches == 1 or not self.objective.compares_rows
+        compared = f"objective {self.objective.kind} compares all rows of a batch with each other; allowed: 1"
+        require(self, "microbatches", whole, compared)
 
     @property
     def sequence_length(self) -> int:

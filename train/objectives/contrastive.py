@@ -74,8 +74,7 @@ class Contrastive(Objective):
         return sides | weight_shape(rows)
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
-        """The mean over rows; `weights` [B, 1] is 0 for a row of padding. With several
-        microbatches each row is compared only within its own."""
+        """The mean over rows; `weights` [B, 1] is 0 for a row of padding."""
         keys = (None, None) if key is None else jax.random.split(key)
         sides = [
             model(batch[f"{side}tokens"], positions_BT=batch[f"{side}positions"], segments_BT=batch[f"{side}segments"], key=own)

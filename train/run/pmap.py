@@ -19,7 +19,7 @@ from train.loss import Batch, LossConfig
 from train.objectives import Causal, Objective
 from train.run.state import TrainState
 from train.run.step import Metrics, accumulated, make_gradient, update
-from train.spikes import SpikeConfig
+from train.stability import STABILITY, StabilityConfig
 from train.trained import ALL, TrainableMask
 from transformer.errors import UserError
 
@@ -64,7 +64,7 @@ def make_pmap_step(
     ema_decay: float | None = None,
     objective: Objective = _CAUSAL,
     trained: TrainableMask = ALL,
-    spikes: SpikeConfig | None = None,
+    stability: StabilityConfig = STABILITY,
 ) -> PmapStep:
     """The step over the devices of `mesh`, whose only axis longer than 1 is that of the batch.
 
@@ -90,7 +90,7 @@ def make_pmap_step(
         with nnx.logical_axis_rules(()):
             own = gradient(state.params, batch, jax.random.fold_in(key, jax.lax.axis_index(AXIS)))
         grads, sums = jax.lax.psum(own, AXIS)
-        return update(state, grads, sums, optimizer, ema_decay, trained, spikes)
+        return update(state, grads, sums, optimizer, ema_decay, trained, stability)
 
     def split(batch: Batch) -> Batch:
         return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)

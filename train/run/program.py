@@ -71,7 +71,7 @@ class Program:
             summed = lay_out(trained.select(staged.params), mesh)
         options: dict[str, Any] = {
             "microbatches": config.microbatches, "ema_decay": config.optimizer.ema_decay, "trained": trained,
-            "spikes": config.spikes,
+            "stability": config.stability,
         }  # fmt: skip
         gradient = make_gradient(graphdef, config.loss, config.objective, trained)
         self.train_step: Any

@@ -30,7 +30,7 @@ class TrainState:
     opt_state: optax.OptState
     key: PRNGKeyArray
     losses: Float[Array, 2]
-    """Mean and variance of the losses so far whose updates were made, as `train.spikes` has them."""
+    """Mean and variance of the losses so far whose updates were made, as `train.stability` has them."""
     ema: nnx.State | None = None
     """Exponential moving average of the parameters, when the optimiser keeps one."""
 

@@ -16,7 +16,7 @@ from train.loss import Batch, LossConfig, LossSums
 from train.objectives import Causal, Objective
 from train.objectives.objective import Outputs
 from train.run.state import TrainState
-from train.spikes import WINDOW, SpikeConfig, moments_after, z_score
+from train.stability import STABILITY, StabilityConfig, moments_after, z_score
 from train.trained import ALL, TrainableMask
 from transformer.types import Array
 
@@ -38,7 +38,7 @@ def make_train_step(
     gradients: nnx.State | None = None,
     summed: nnx.State | None = None,
     trained: TrainableMask = ALL,
-    spikes: SpikeConfig | None = None,
+    stability: StabilityConfig = STABILITY,
 ) -> jax.stages.Wrapped:
     """The jitted step `(state, batch) -> (state, metrics)`; the given state is donated.
 
@@ -53,12 +53,12 @@ def make_train_step(
         gradients: shapes and shardings of the gradients of each of several parts; by default the compiler lays them out.
         summed: the same for their sum over all parts, as the optimiser takes it.
         trained: which parameters have gradients and are updated.
-        spikes: which losses are so high that their updates are skipped too; None: none.
+        stability: which losses are so high that their updates are skipped too.
 
     Returns:
         A function whose metrics are float32 scalars: loss, nll (nats per token), grad_norm (before clipping), tokens,
-        skipped (1 or 0), the number of earlier updates, by which the schedule counts, and with `spikes` loss_z, the z-score
-        of the loss.
+        skipped (1 or 0), the number of earlier updates, by which the schedule counts, and where `stability` asks for it loss_z,
+        the z-score of the loss.
     """
     compute = accumulated(gradient, microbatches, _layout(gradients))
 
@@ -73,7 +73,7 @@ def make_train_step(
         grads, sums = compute(state.params, batch, jax.random.fold_in(state.key, state.step))
         if summed is not None:
             grads = jax.lax.with_sharding_constraint(grads, _layout(summed))
-        return update(state, grads, sums, optimizer, ema_decay, trained, spikes)
+        return update(state, grads, sums, optimizer, ema_decay, trained, stability)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -126,7 +126,7 @@ def update(
     optimizer: optax.GradientTransformation,
     ema_decay: float | None = None,
     trained: TrainableMask = ALL,
-    spikes: SpikeConfig | None = None,
+    stability: StabilityConfig = STABILITY,
 ) -> tuple[TrainState, Metrics]:
     """The state after a step, and its metrics, from the gradient of the global batch's summed loss."""
     before, ema = trained.select(state.params), None if state.ema is None else trained.select(state.ema)
@@ -137,10 +137,10 @@ def update(
         grad_norm = optax.tree.norm(grads)
         loss, count = sums.loss / weight, state.step - state.skipped
         made = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        window = WINDOW if spikes is None else spikes.window
+        window, threshold = stability.spike_window, stability.spike_threshold
         z = z_score(loss, state.losses, count, window)
-        if spikes is not None:
-            made &= z <= spikes.threshold
+        if threshold is not None:
+            made &= z <= threshold
         updates, opt_state = optimizer.update(grads, state.opt_state, before)
         params = optax.apply_updates(before, updates)
         losses = moments_after(loss, state.losses, count, window)
@@ -160,7 +160,7 @@ def update(
         "skipped": 1 - made.astype(jnp.float32),
         "updates": count.astype(jnp.float32),
     }
-    if spikes is not None:
+    if threshold is not None:
         metrics["loss_z"] = z
     changed = dataclasses.replace(
         state, step=state.step + 1, skipped=state.skipped + (1 - made.astype(jnp.int32)),

@@ -308,9 +308,9 @@ class Run:
 
     def _rolls_back_to(self, done: Reading, session: Session) -> int | None:
         """The step of the checkpoint to go back to, if this step is a spike that asks for it."""
-        spikes = self.config.spikes
+        rolls_back = self.config.stability.on_spike == "rollback"
         # At the very last step no other is left to take instead.
-        if not done.is_spike or spikes is None or spikes.action != "rollback" or done.step == self.config.steps:
+        if not done.is_spike or not rolls_back or done.step == self.config.steps:
             return None
         if (step := session.checkpoints.to_roll_back_to()) is None:
             session.display.say(f"step {done.step}: there is no checkpoint yet to roll back to")
@@ -327,7 +327,7 @@ class Run:
             session.display.say(f"step {done.step}: {why_skipped(done)}; update skipped{in_row}")
             batch = self.batches.batch(self.order.batch(done.step))
             session.log.write_skipped(record_of(done, batch, self.prepared, back_to))
-        if done.skipped_in_row >= self.config.max_skipped:
+        if done.skipped_in_row >= self.config.stability.max_skipped:
             said = all_skipped(done.skipped_in_row, session.checkpoints.latest, self.config.directory, done.examples)
             raise UserError(f"step {done.step}: {said}")
 
@@ -335,10 +335,9 @@ class Run:
         """The state and step of the checkpoint to go back to; the batches since then, up to that of the spike, are passed over.
 
         Raises:
-            UserError: `spikes.max_rollbacks` to this checkpoint were not enough.
+            UserError: `stability.max_rollbacks` to this checkpoint were not enough.
         """
-        assert self.config.spikes is not None
-        checkpoints, most = session.checkpoints, self.config.spikes.max_rollbacks
+        checkpoints, most = session.checkpoints, self.config.stability.max_rollbacks
         step = checkpoints.to_roll_back_to()
         assert step is not None
         self._rollbacks[step] += 1

@@ -17,11 +17,11 @@ from train.run.loop import train
 from train.run.order import Order
 from train.run.run_files import read_metrics
 from train.run.skipped import read_skipped
-from train.spikes import SpikeConfig, moments_after, z_score
+from train.stability import StabilityConfig, moments_after, z_score
 from transformer.errors import ConfigError, UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
-SPIKES = SpikeConfig(threshold=1.0, window=3, action="rollback", max_rollbacks=20)
+ROLLBACK = StabilityConfig(spike_threshold=1.0, spike_window=3, on_spike="rollback", max_rollbacks=20)
 
 
 def test_moments_are_those_of_all_losses_and_then_exponential():
@@ -82,7 +82,7 @@ def steps_of(directory):
 
 
 def test_a_spike_is_skipped_and_recorded(config, tmp_path, capsys):
-    run = dataclasses.replace(config, run_dir=str(tmp_path), spikes=dataclasses.replace(SPIKES, action="skip"))
+    run = dataclasses.replace(config, run_dir=str(tmp_path), stability=dataclasses.replace(ROLLBACK, on_spike="skip"))
     train(run)
     records = read_skipped(tmp_path)
     assert records, "the threshold is so low that there are spikes"
@@ -96,7 +96,7 @@ def test_a_spike_is_skipped_and_recorded(config, tmp_path, capsys):
 
 
 def test_a_rollback_passes_over_batches_and_is_the_same_after_a_restart(config, tmp_path, capsys):
-    whole, parts = (dataclasses.replace(config, run_dir=str(tmp_path / name), spikes=SPIKES) for name in "ab")
+    whole, parts = (dataclasses.replace(config, run_dir=str(tmp_path / name), stability=ROLLBACK) for name in "ab")
     train(whole)
     said = capsys.readouterr().out
     assert "rolled back to the checkpoint of step" in said
@@ -114,12 +114,14 @@ def test_a_rollback_passes_over_batches_and_is_the_same_after_a_restart(config, 
 
 
 def test_too_many_rollbacks_end_the_run(config, tmp_path):
-    spikes = SpikeConfig(threshold=1e-6, window=3, action="rollback", max_rollbacks=2)
+    limited = dataclasses.replace(ROLLBACK, spike_threshold=1e-6, max_rollbacks=2)
     with pytest.raises(UserError, match=r"the loss spikes again after 2 rollbacks to the checkpoint of step \d+"):
-        train(dataclasses.replace(config, run_dir=str(tmp_path), spikes=spikes, steps=60))
+        train(dataclasses.replace(config, run_dir=str(tmp_path), stability=limited, steps=60))
 
 
-@pytest.mark.parametrize("wrong", [{"threshold": 0.0}, {"window": 1}, {"max_rollbacks": 0}, {"threshold": math.inf}])
+@pytest.mark.parametrize(
+    "wrong", [{"spike_threshold": 0.0}, {"spike_window": 1}, {"max_rollbacks": 0}, {"spike_threshold": math.inf}]
+)
 def test_wrong_settings(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        SpikeConfig(**wrong)
+        StabilityConfig(**wrong)
