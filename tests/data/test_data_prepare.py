@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train.data.prepared import make
 from train.data.prepared.prepare import DataConfig, check_vocabulary, fingerprint, prepare
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.sources.source import documents, validation_position
@@ -186,6 +187,25 @@ def test_a_fault_in_the_text_leaves_nothing_behind(tmp_path: Path, cache: Path, 
     with pytest.raises(UserError, match=r"rows\.jsonl:2: malformed JSON"):
         prepare(config_of(tmp_path / "rows.jsonl", tokenizer=tokenizer), progress=False)
     assert [path.suffix for path in (cache / "prepared").iterdir()] == [".lock"]
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("one\n\ntwo\n\nthree")
+    real = make.write_meta
+
+    def changed(*arguments: object) -> None:
+        path.write_text("one\n\nother")
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "write_meta", changed)
+        with pytest.raises(UserError, match=r"text.txt: a file changed while it was read; run the same command again"):
+            prepare(config_of(path, validation_fraction=0.0))
+    assert not [one for one in (cache / "prepared").iterdir() if one.is_dir()]
+    assert prepare(config_of(path, validation_fraction=0.0)).directory.is_dir()
 
 
 def test_an_empty_corpus_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from train.commands.cli import main
 from train.config import load
 from train.remote import MirroredFolder, find_files, is_remote, local_path, local_run
+from train.run.run_files import read_metrics
 from transformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -128,6 +129,27 @@ def test_initial_weights_from_an_address(config_file, tmp_path, capsys):
         == 0
     )
     assert address in capsys.readouterr().out
+
+
+def test_data_at_an_address(place, config_file, corpus, tmp_path, capsys):
+    system, root = fsspec.core.url_to_fs(f"{place}/texts")
+    for path in sorted(corpus.iterdir()):
+        system.pipe_file(f"{root}/part/{path.name}", path.read_bytes())
+    found = find_files(f"{place}/texts/**/*.txt")
+    assert [name for name, _ in found][:2] == ["part/00.txt", "part/01.txt"] and len(found) == 40
+    assert [name for name, _ in find_files(f"{place}/texts/part/03.txt")] == ["03.txt"]
+    results = {}
+    for name, where in {"there": f"{place}/texts/part/*.txt", "here": f"{corpus}/*.txt"}.items():
+        source = f'--data.sources=[{{"kind": "files", "path": "{where}"}}]'
+        assert main(["train", str(config_file), "--run-dir", str(tmp_path / name), "--steps", "2", source]) == 0
+        results[name] = read_metrics(tmp_path / name)["train/loss"]
+    assert results["there"] == results["here"]
+    # Another version is other data.
+    system.pipe_file(f"{root}/part/00.txt", b"Another text. " * 9)
+    source = f'--data.sources=[{{"kind": "files", "path": "{place}/texts/part/*.txt"}}]'
+    arguments = ["train", str(config_file), "--run-dir", str(tmp_path / "there"), "--steps", "4", source]
+    assert main(arguments) == 2
+    assert "data" in capsys.readouterr().err
 
 
 def test_what_cannot_be_reached_is_said(config_file, tmp_path, capsys, s3):

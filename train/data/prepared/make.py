@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from train.data.prepared.baseline import LIMIT_BYTES, compressed_sizes
@@ -47,11 +47,14 @@ _KEPT_SECONDS = 7 * 24 * 3600
 """How long unfinished data that nobody continues is kept."""
 
 
-def make(target: Path, config: DataConfig, work: Work, *, shown: bool) -> None:
+def make(target: Path, config: DataConfig, work: Work, *, is_unchanged: Callable[[], bool], shown: bool) -> None:
     """Prepare a config's data in the folder `target`, which this process has locked, using a stopped process's finished parts.
 
+    Args:
+        is_unchanged: whether the sources are those that `work` is about.
+
     Raises:
-        UserError: a source cannot be read, or a split is empty.
+        UserError: a source cannot be read, or changed while it was read, or a split is empty.
         OSError: a file cannot be written.
     """
     partial = target.with_suffix(_PARTIAL)
@@ -62,6 +65,10 @@ def make(target: Path, config: DataConfig, work: Work, *, shown: bool) -> None:
             say(f"{target}: {reason}; all parts are made again", shown=shown)
             shutil.rmtree(partial)
             _write(partial, target, config, work, shown=shown)
+    if not is_unchanged():
+        shutil.rmtree(partial, ignore_errors=True)
+        titles = ", ".join(dict.fromkeys(source.title for source in (*config.sources, *config.validation)))
+        raise UserError(f"{titles}: a file changed while it was read; run the same command again once no file changes")
     shutil.rmtree(partial / _UNFINISHED, ignore_errors=True)
     os.replace(partial, target)
     sync(target.parent)

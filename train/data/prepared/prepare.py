@@ -39,7 +39,8 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
             with locked(target.with_suffix(LOCK), waiting=waiting):
                 if not target.is_dir():  # no other process made it while this one waited
                     remove_abandoned(folder, but=target, settings=settings_digest(config))
-                    make(target, config, Work(fingerprint=name, settings=settings_digest(config)), shown=progress)
+                    work = Work(fingerprint=name, settings=settings_digest(config))
+                    make(target, config, work, is_unchanged=lambda: fingerprint(config) == name, shown=progress)
     return Prepared.load(target)
 
 

@@ -14,7 +14,7 @@ import os
 import platform
 import sysconfig
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from train.data.sources.source_config import (
     WheelSource,
 )
 from train.data.sources.wheel import wheel_files
+from train.remote import RemoteFile, find_files, is_remote
 from transformer.errors import UserError, first_line
 from transformer.paths import expanded
 
@@ -94,8 +95,11 @@ def identity(config: SourceConfig) -> dict[str, Any]:
     if isinstance(config, SyntheticSource):
         return settings | {"language": synthetic.VERSION}
     files = source_files(config)
-    logs = [(f"{name}-wal", log) for name, path in files if (log := write_ahead_log(path)) is not None]
-    stats = [(name, path.stat()) for name, path in [*files, *logs]]
+    if remote := [[name, file.size, file.version] for name, file in files if isinstance(file, RemoteFile)]:
+        return settings | {"files": remote}
+    local = [(name, path) for name, path in files if isinstance(path, Path)]
+    logs = [(f"{name}-wal", log) for name, path in local if (log := write_ahead_log(path)) is not None]
+    stats = [(name, path.stat()) for name, path in [*local, *logs]]
     if isinstance(config, StdlibSource):
         return settings | {"python": platform.python_version(), "files": [[name, s.st_size] for name, s in stats]}
     return settings | {"files": [[name, s.st_size, s.st_mtime_ns] for name, s in stats]}
@@ -105,19 +109,19 @@ def text_size(config: SourceConfig) -> int | None:
     """Bytes of text to expect, for a progress bar; None where that is not known before reading."""
     if not isinstance(config, StdlibSource | FilesSource) or config.limit is not None:
         return None
-    paths = [path for _, path in source_files(config)]
-    if any(is_compressed(path) or format_of(path) != "text" for path in paths):
+    files = source_files(config)
+    if any(is_compressed(Path(name)) or format_of(Path(name)) != "text" for name, _ in files):
         return None
-    return sum(path.stat().st_size for path in paths)
+    return sum(file.size if isinstance(file, RemoteFile) else file.stat().st_size for _, file in files)
 
 
-def source_files(config: StdlibSource | FilesSource | WheelSource) -> list[tuple[str, Path]]:
+def source_files(config: StdlibSource | FilesSource | WheelSource) -> Sequence[tuple[str, Path | RemoteFile]]:
     """The files of a source that has files, sorted by name; a name is the path below the source's own folder."""
     if isinstance(config, StdlibSource):
         return _library_files(config.include_tests)
     if isinstance(config, WheelSource):
         return wheel_files(config.package, config.sha256, config.path)
-    return _local_files(config.path)
+    return find_files(config.path) if is_remote(config.path) else _local_files(config.path)
 
 
 def validation_position(split_by: str) -> float:
@@ -137,8 +141,9 @@ def _file_documents(
         )
     number = begin.document
     for file, (name, path) in enumerate(source_files(config)[begin.file :], begin.file):
+        file_path = path.fetch() if isinstance(path, RemoteFile) else path
         starts.append(FileStart(file, number, rejects.count, rejects.first))
-        for document in reader.read(path, name):
+        for document in reader.read(file_path, name):
             number += 1
             yield document
 

@@ -133,7 +133,8 @@ class FileFormatSource(RecordSource):
     """Files of one of several formats."""
 
     path: str
-    """A file, or a glob such as `texts/**/*.jsonl.gz`; in a wheel, relative to its root."""
+    """A file, or a glob such as `texts/**/*.jsonl.gz`, also at an address such as s3://bucket/*.txt; in a wheel, relative to
+    its root."""
     format: Literal["auto", "text", "jsonl", "csv", "parquet", "sqlite", "conll"] = "auto"
     """Format of the files; `auto` chooses it by the suffix, and reads any other suffix as text. `conll`: one word and its tag
     per line, in the first and the last column, which are the fields `words` and `tags`."""
