@@ -8,7 +8,7 @@ import pytest
 
 from tests.mutations.run import SHARES, outcomes
 
-COUNTS = {"config": 60, "data": 25, "tokenizer": 15, "run": 6, "weights": 20, "arguments": 10}
+COUNTS = {"config": 40, "data": 16, "tokenizer": 8, "run": 4, "weights": 10, "arguments": 6}
 """Mutants of each kind."""
 
 
@@ -31,6 +31,5 @@ def test_a_bad_input_is_refused_or_works(found, kind):
     assert len(found[kind]) == COUNTS[kind]
 
 
-@pytest.mark.parametrize("kind", SHARES)
-def test_some_are_refused_and_some_work(found, kind):
-    assert {"refused", "accepted"} <= {one["what"] for one in found[kind]}
+def test_some_are_refused_and_some_work(found):
+    assert {"refused", "accepted"} <= {one["what"] for kind in SHARES for one in found[kind]}

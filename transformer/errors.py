@@ -15,6 +15,11 @@ from typing import Any, ClassVar, Literal
 
 from transformer.resume import OnResume
 
+MOST_LAYERS = 10_000
+"""The most layers of a model: far more than any has, and few enough to list."""
+MOST_PLACES = 2**31 - 1
+"""The largest dim of an array: indices have 32 bits."""
+
 
 class UserError(Exception):
     """A mistake outside the code: a missing file, an empty corpus, a full disk.
@@ -67,6 +72,8 @@ def check_fields(config: Any) -> None:
         fitted = _fit(value, annotation)
         if fitted is _MISFIT:
             raise ConfigError(config_type, name, value, what_fits(annotation, value))
+        if isinstance(value, int) and abs(value) > _LARGEST_INT:
+            raise ConfigError(config_type, name, value, "allowed: a number that 64 bits hold")
         if fitted is not value:
             object.__setattr__(config, name, fitted)
 
@@ -101,6 +108,14 @@ def check_text(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{name}: it is not valid UTF-8 at character {error.start + 1}") from None
+
+
+def check_size(config: Any, field: str) -> None:
+    """Raise a `ConfigError` unless a field is a size of 1 or more that an array can have (or a depth that a program can)."""
+    value, deep = getattr(config, field), field in ("num_layers", "num_decoder_layers")
+    require(config, field, value >= 1, "allowed: 1 or more")
+    most = MOST_LAYERS if deep else MOST_PLACES
+    require(config, field, value <= most, f"allowed: at most {most:,}")
 
 
 def require(config: Any, field: str, holds: bool, allowed: str) -> None:
@@ -146,6 +161,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 _MISFIT = object()
 _MOST_DIGITS = 18
+_LARGEST_INT = 2**63 - 1
 _PHRASES: dict[Any, str] = {
     bool: "true or false", int: "an integer", float: "a number", str: "a text", type(None): "null", Any: "anything",
 }  # fmt: skip

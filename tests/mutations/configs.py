@@ -34,7 +34,7 @@ _TEXTS = (
 
 def config(random: Random, setting: Setting) -> Mutant:
     """A config with bad fields, bad YAML or bad overrides."""
-    source = random.choice(_CONFIGS)
+    source = random.choice([path for path in _CONFIGS if path.stem in _SMALL] if random.random() < 0.2 else _CONFIGS)
     path = setting.place / "config.yaml"
     how = random.choice(("fields", "fields", "fields", "bytes", "text", "bomb", "overrides", "overrides", "file"))
     overrides: list[str] = []

@@ -75,3 +75,17 @@ def test_a_named_pipe_is_not_waited_for(tmp_path):
 def test_a_name_that_no_file_can_have():
     with pytest.raises(UserError, match="cannot be read: embedded null byte"):
         load("a\0b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.num_layers", 10**30, "allowed: a number that 64 bits hold"),
+        ("model.num_layers", 2**31, "allowed: at most 10,000"),
+        ("model.vocab_size", 2**31, "allowed: at most 2,147,483,647"),
+        ("batch_size", 2**63, "allowed: a number that 64 bits hold"),
+    ],
+)
+def test_sizes_that_no_array_has(field, value, message):
+    with pytest.raises(UserError, match=f"{field}: got {value}; {message}"):
+        parse({"name": "x"}, "the file", [f"--{field}={value}"])

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from flax import nnx
 
-from transformer.errors import Config, ConfigError, require
+from transformer.errors import Config, ConfigError, check_size, require
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.layers.position import NoPositionConfig, RelativeConfig
@@ -71,7 +71,7 @@ class StackConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("vocab_size", "max_length", "num_layers", "embed_dim"):
-            require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
+            check_size(self, field)
         for field in ("norm_eps", "init_std"):
             require(self, field, getattr(self, field) > 0, "allowed: above 0")
         for field in ("dropout", "attention_dropout"):

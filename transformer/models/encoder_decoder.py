@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer.errors import require
+from transformer.errors import check_size, require
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.position import RelativeConfig, token_positions
 from transformer.mixers.context import Context
@@ -54,6 +54,8 @@ class EncoderDecoderConfig(StackConfig):
         for field in ("num_decoder_layers", "source_vocab_size"):
             given = getattr(self, field)
             require(self, field, given is None or given >= 1, "allowed: 1 or more, or null")
+            if given is not None:
+                check_size(self, field)
         start = self.start_token
         require(self, "start_token", start is None or 0 <= start < self.vocab_size, "allowed: a token id, or null")
 

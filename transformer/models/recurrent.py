@@ -24,7 +24,7 @@ from transformer.alignment.multiplicative import attentional_state
 from transformer.alignment.registry import AlignmentConfig, make_alignment
 from transformer.alignment.scored import AdditiveConfig
 from transformer.alignment.source import Source
-from transformer.errors import Config, ConfigError, require
+from transformer.errors import Config, ConfigError, check_size, require
 from transformer.layers.embedding import Embedding
 from transformer.layers.linear import Linear, dropout
 from transformer.layers.recurrent import CELLS, CellState, scan_cell, where_valid
@@ -78,7 +78,7 @@ class RecurrentConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("source_vocab_size", "vocab_size", "max_length", "embed_dim", "hidden_dim", "num_layers"):
-            require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
+            check_size(self, field)
         holds = self.encoder_dim is None or self.encoder_dim >= 1
         require(self, "encoder_dim", holds, "allowed: 1 or more, or null")
         require(self, "init_std", self.init_std > 0, "allowed: above 0")
