@@ -38,7 +38,7 @@ def run(steps: int, directory: str) -> None:
     with writing(folder):
         folder.mkdir(parents=True)
     sections = {
-        "evaluation": {"every": 50}, "checkpoint": {"every": 50, "keep": 2}, "sample": {"every": 50, "max_tokens": 16},
+        "evaluation": {"every": 100}, "checkpoint": {"every": 100}, "sample": {"every": 100, "max_tokens": 16},
         "log": {"every": 10},
     }  # fmt: skip
     data = to_data(config_of("gpt"))

@@ -20,6 +20,7 @@ from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
 from train.files import cache_dir, locked, writing
 from train.progress import say
 from transformer.errors import UserError
+from transformer.paths import check_file, expanded
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
@@ -104,12 +105,14 @@ def _check_ids(prepared: Prepared, field: str, largest: int, vocab_size: int, to
 
 def _tokenizer_identity(config: TokenizerConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
-    return settings | ({"content": _content_hash(Path(config.path).expanduser())} if config.path else {})
+    return settings | ({"content": _content_hash(expanded(config.path))} if config.path else {})
 
 
 def _content_hash(path: Path) -> str:
+    check_file(path)
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "blake2b").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); correct data.tokenizer.path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); correct data.tokenizer.path") from error
