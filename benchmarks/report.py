@@ -87,6 +87,7 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             f"{result['passed']}",
             f"{result['failed']} beyond",
         )
+    yield from _robustness_rows(result)
     if "host_mebibytes_above_inputs" in result:
         what = f"blockwise attention, both passes, {result['length']:,} tokens of one head"
         yield f"{what}, memory above the inputs", f"{result['host_mebibytes_above_inputs']:.0f} MiB", ""
@@ -96,6 +97,36 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     elif "ratio" in result:
         for loader, values in result["ratio"].items():
             yield f"{loader}, tokens/s over the step's", *_figure(values, "{:.0f}×")
+
+
+def _robustness_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Runs that were killed and resumed, a long run, and mutated inputs."""
+    for family, parts in result.get("resume", {}).items():
+        for name, found in parts.items():
+            what = f"{family}, killed and resumed on {name}, steps or arrays that differ from a whole run"
+            spread = f"{found['kills']} kills, {found['while_saving']} in a save, {found['while_evaluating']} in an evaluation"
+            if found["largest_difference"]:
+                spread += f"; losses within {found['largest_difference']:.0e}"
+            yield what, f"{found['differences']}", spread
+    for family, found in result.get("first_batch_milliseconds", {}).items():
+        figure = f"{found['1']:.0f} ms and {found['1000000']:.0f} ms"
+        yield f"{family}, first batch of a run that resumes after step 1, and after step 1,000,000", figure, ""
+    if (soak := result.get("soak")) is not None:
+        what = f"a run of {soak['steps']:,} steps with {soak['checkpoints']} checkpoints"
+        yield f"{what}, growth of resident memory after warm-up", f"{soak['resident_growth']:.1%}", ""
+        yield (
+            f"{what}, growth of open files",
+            f"{soak['open_files']['at_the_end'] - soak['open_files']['after_warm_up']:.0f}",
+            "",
+        )
+        yield f"{what}, time that checkpoints hold up the steps", f"{soak['checkpoint_stall']:.1%}", ""
+    for kind, found in result.get("kinds", {}).items():
+        what = f"mutated inputs, {kind}: tracebacks, hangs and stray writes"
+        yield (
+            what,
+            f"{found['findings']}",
+            f"{found['mutants']:,} mutants, {found['refused']:,} refused, the others worked",
+        )
 
 
 def _sharding_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

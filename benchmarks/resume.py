@@ -6,8 +6,11 @@ examples of each step and by losses.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from benchmarks.record import folder_for, save
 from benchmarks.stage import folder_of, kept
 from train.config import RunConfig
 from train.config.load import parse
+from train.data.prepared.prepare import prepare
 from train.examine.interrupted import Layout
 from train.examine.verify_resume import REPORT, TOLERANCE, verify_resume
+from train.run.begin import batches_of
 from transformer.errors import UserError
 
 DIRECTORY = "runs/resume"
@@ -98,7 +103,22 @@ def run(kills: int, directory: str) -> None:
             if report["differences"]:
                 raise UserError(f"{folder}: {'; '.join(report['differences'])}")
             result["resume"].setdefault(family, {})[name] = _figures(report)
+    result["first_batch_milliseconds"] = {family: _seconds_to_first_batch(config_of(family)) for family in CONFIGS}
     save("resume", command, result, folder=folder_for(directory, DIRECTORY, "resume", command))
+
+
+def _seconds_to_first_batch(config: RunConfig) -> dict[int, float]:
+    """Step → milliseconds until a run that resumes after it has its first batch, on prepared data."""
+    prepared, found = prepare(config.data, progress=False), dict[int, float]()
+    for step in (1, 1_000_000):
+        seconds = []
+        for _ in range(7):
+            began = time.perf_counter()
+            with contextlib.closing(batches_of(config, prepared).iterate(step)) as batches:
+                next(batches)
+            seconds.append(time.perf_counter() - began)
+        found[step] = 1e3 * statistics.median(seconds)
+    return found
 
 
 def _figures(report: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 
 from train.commands.cli import main
 from train.examine.verify_resume import compare
+from train.report.metrics import read_examples
 
 
 def test_a_killed_run_is_the_same_and_reported(config_file, tmp_path, capsys):
@@ -24,6 +25,16 @@ def test_a_killed_run_is_the_same_and_reported(config_file, tmp_path, capsys):
     assert next(kill["meant"] for kill in report["kills"]) == "start"
     assert main(["verify-resume", str(config_file), *arguments]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_run_moves_between_devices_and_processes(config_file, tmp_path, capsys):
+    arguments = ["--kills", "1", "--out", str(tmp_path / "out"), "--steps", "6", "--mesh.strategy", "fsdp"]
+    assert main(["verify-resume", str(config_file), *arguments, "--meshes", "2,4", "--processes", "2,1"]) == 0
+    assert "no difference" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["layouts"] == [{"devices": 2, "processes": 2}, {"devices": 4, "processes": 1}]
+    examples = read_examples(tmp_path / "out" / "whole")
+    assert list(examples) == list(range(1, 7)) and all(len(ids) == 8 for ids in examples.values())
 
 
 def test_differences_are_found(whole, tmp_path):
@@ -53,7 +64,15 @@ def test_differences_are_found(whole, tmp_path):
     assert any("records" in line for line in compare(whole, other, exact=False))
 
 
-@pytest.mark.parametrize("arguments", [["--meshes", "1,0"], ["--meshes", "a"], ["--kills", "0"]])
+@pytest.mark.parametrize("arguments", [["--meshes", "1,0"], ["--meshes", "a"], ["--kills", "0"], ["--processes", "0"]])
 def test_wrong_arguments(config_file, arguments, capsys):
     assert main(["verify-resume", str(config_file), *arguments]) == 2
     assert f"{arguments[0]}: got" in capsys.readouterr().err
+
+
+def test_devices_that_processes_do_not_divide(config_file, capsys):
+    assert main(["verify-resume", str(config_file), "--meshes", "3", "--processes", "2"]) == 2
+    assert (
+        "--processes: 3 devices of 2 processes; allowed: numbers that divide those of --meshes"
+        in capsys.readouterr().err
+    )
