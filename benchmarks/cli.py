@@ -276,13 +276,13 @@ def _finetuning(options: argparse.Namespace) -> None:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    from benchmarks import resume
+    from benchmarks.robustness import resume
 
     resume.run(options.kills, options.directory or resume.DIRECTORY)
 
 
 def _soak(options: argparse.Namespace) -> None:
-    from benchmarks import soak
+    from benchmarks.robustness import soak
 
     soak.run(options.steps, options.directory or soak.DIRECTORY)
 

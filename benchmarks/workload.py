@@ -11,7 +11,7 @@ import numpy as np
 from train.config import RunConfig
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import check_batch, make_mesh, shard_batch, use_mesh
-from train.run.program import Program, batch_shapes
+from train.program.program import Program, batch_shapes
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
 

@@ -14,9 +14,9 @@ from train.config import load
 from train.data.loader import train_batches
 from train.data.prepared.prepare import prepare
 from train.parallel.mesh import make_mesh, use_mesh
+from train.program.program import batch_shapes
 from train.run.begin import check_data
 from train.run.loop import train
-from train.run.program import batch_shapes
 from train.run.steps import Run
 
 FOLDER = Path(__file__).parent.parent / "configs"

@@ -38,7 +38,7 @@ import {modules}
     "modules",
     [
         "transformer.models.gpt, transformer.generation.generate",
-        "train.run.step, train.run.state, train.optimizer, train.parallel.mesh, train.parallel.hardware, "
+        "train.program.step, train.program.state, train.optimizer, train.parallel.mesh, train.parallel.hardware, "
         "train.data.prepared.prepare, train.parallel.runtime",
         "benchmarks.cli, benchmarks.step, benchmarks.decode, benchmarks.compile_time, benchmarks.gpu",
     ],

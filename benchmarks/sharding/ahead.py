@@ -32,7 +32,7 @@ from benchmarks.workload import program_of
 from train.config import RunConfig, to_data
 from train.config.restore import restore
 from train.parallel.mesh import use_mesh
-from train.run.program import Program
+from train.program.program import Program
 from transformer.errors import UserError, first_line
 
 

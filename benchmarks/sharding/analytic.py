@@ -21,7 +21,7 @@ from benchmarks.sharding.targets import Target
 from train.config import RunConfig
 from train.examine.explain import saved_bytes
 from train.parallel.mesh import MESH_AXES, MeshConfig, Rules, shardings_of
-from train.run.program import batch_shapes, described_state, trained_of
+from train.program.program import batch_shapes, described_state, trained_of
 from transformer.functional import graphdef_of
 from transformer.models.adapted import make_adapted
 from transformer.models.families import flops_per_token

@@ -32,8 +32,8 @@ from train.files import writing
 from train.optimizer import OptimizerConfig
 from train.parallel.hardware import utilization
 from train.parallel.mesh import MESH_AXES, MeshConfig, shard_batch, use_mesh
+from train.program.program import Program
 from train.report.display import console
-from train.run.program import Program
 from transformer.errors import UserError
 from transformer.models.families import flops_per_token
 

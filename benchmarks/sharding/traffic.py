@@ -24,8 +24,8 @@ from benchmarks.units import amount, duration
 from train.config import load
 from train.files import writing
 from train.parallel.mesh import MESH_AXES, MeshConfig, Rules
+from train.program.program import described_state
 from train.report.display import console
-from train.run.program import described_state
 from transformer.errors import UserError
 
 HEADS = (

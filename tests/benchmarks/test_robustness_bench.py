@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from benchmarks import resume, soak
 from benchmarks.report import report
+from benchmarks.robustness import resume, soak
 from benchmarks.stage import folder_of
 from train.data.prepared.prepare import prepare
 from train.run.begin import check_data

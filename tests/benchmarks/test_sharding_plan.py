@@ -20,7 +20,7 @@ from benchmarks.units import amount, duration
 from benchmarks.workload import program_of
 from train.config import RunConfig, load
 from train.parallel.mesh import MESH_AXES, MeshConfig, make_mesh, use_mesh
-from train.run.program import Program
+from train.program.program import Program
 from transformer.errors import UserError
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.mixers.softmax import SoftmaxConfig

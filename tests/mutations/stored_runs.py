@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.mutations.edits import damaged, edited
 from tests.mutations.mutant import Mutant, Setting, of_command
-from train.run.integrity import HASHES, write_hashes
+from train.checkpoints.integrity import HASHES, write_hashes
 
 _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _COMMANDS: dict[str, tuple[tuple[Any, ...], ...]] = {

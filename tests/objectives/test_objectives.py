@@ -17,6 +17,7 @@ from flax import nnx
 
 import train.objectives
 from tests.train.task_runs import KINDS, SETTINGS, SOURCES, write_rows
+from train.checkpoints.selection import ranking_key
 from train.config import RunConfig, to_data
 from train.data.evaluation import evaluation_batches
 from train.data.examples.spans import MODES
@@ -26,7 +27,6 @@ from train.data.sources.source_config import FilesSource, SyntheticSource
 from train.data.tokenization.tokenizer import CLS, MASK, SEP, TokenizerConfig
 from train.loss import LossConfig
 from train.objectives import OBJECTIVES, AnyObjective, Contrastive, Objective, Task, objectives
-from train.run.selection import ranking_key
 from transformer.errors import ConfigError, UserError
 from transformer.huggingface.encoders import head_of
 from transformer.mixers.softmax import SoftmaxConfig

@@ -12,17 +12,17 @@ import pytest
 
 from tests.train.fine_tuning import by_path, classifier_of, config_of, write_texts
 from tests.train.stops import asked_to_stop
+from train.checkpoints.stored import StoredCheckpoints
 from train.commands.cli import main
 from train.config import dump, load
 from train.config.sections import CheckpointConfig, EvaluationConfig
 from train.data.prepared.prepare import prepare
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import make_mesh, use_mesh
+from train.program.program import Program
 from train.run.init_from import begin_from
 from train.run.loop import train
-from train.run.program import Program
 from train.run.run_files import load_run
-from train.run.stored import StoredCheckpoints
 from transformer.layers.adapter import AdapterConfig, merged
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig

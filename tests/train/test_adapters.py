@@ -16,7 +16,7 @@ from train.config import RunConfig
 from train.objectives import Classification
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
-from train.run.program import Program
+from train.program.program import Program
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.layers.adapter import AdapterConfig, merged

@@ -17,9 +17,9 @@ from train.config import RunConfig
 from train.loss import LossConfig
 from train.objectives import Classification
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from train.program.state import abstract_state, init_state, state_maker
+from train.program.step import make_eval_step, make_gradient, make_train_step
 from train.run.evaluate import evaluate, scores_of
-from train.run.state import abstract_state, init_state, state_maker
-from train.run.step import make_eval_step, make_gradient, make_train_step
 from transformer.errors import ConfigError
 from transformer.functional import graphdef_of
 from transformer.mixers.softmax import SoftmaxConfig

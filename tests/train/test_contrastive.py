@@ -23,8 +23,8 @@ from train.loss import LossConfig
 from train.objectives import Contrastive
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.program.program import Program, batch_shapes
 from train.run.loop import train
-from train.run.program import Program, batch_shapes
 from transformer.errors import ConfigError, UserError
 from transformer.models.bert import BertConfig
 from transformer.models.heads import EmbeddingHeadConfig, MaskedHeadConfig

@@ -17,13 +17,13 @@ import pytest
 
 from tests.devices import on_one_device
 from tests.train.run_records import surroundings
+from train.checkpoints import stored
+from train.checkpoints.checkpoint import Checkpoints
 from train.config import load
 from train.examine.verify_resume import compare
 from train.parallel.runtime import Watchdog
 from train.report.display import Display
 from train.report.meter import Meter
-from train.run import stored
-from train.run.checkpoint import Checkpoints
 from train.run.evaluate import Evaluator
 from train.run.loop import train
 from train.run.run_files import finished_step

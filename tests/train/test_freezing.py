@@ -21,9 +21,9 @@ from train.loss import LossConfig, LossSums
 from train.objectives import Seq2Seq
 from train.optimizer import OptimizerConfig, layer_factors, make_optimizer
 from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
-from train.run.program import Program
-from train.run.state import TrainState
-from train.run.step import make_gradient, update
+from train.program.program import Program
+from train.program.state import TrainState
+from train.program.step import make_gradient, update
 from train.trained import chosen, dotted
 from transformer.errors import UserError
 from transformer.functional import graphdef_of

@@ -13,13 +13,13 @@ import yaml
 
 from tests.devices import on_one_device
 from tests.train.run_records import records
+from train.checkpoints.identity import check_same_run, describe_data, load_tokenizers, tokenizer_files
 from train.commands.cli import main
 from train.config import RunConfig, load, parse
 from train.config.changes import changes, check_allowed, check_changes, rule_of
 from train.config.tags import configs_in, is_config
 from train.data.prepared.content import Content
 from train.data.prepared.prepare import prepare
-from train.run.identity import check_same_run, describe_data, load_tokenizers, tokenizer_files
 from train.run.run_files import read_origin
 from transformer.errors import UserError, field_types
 from transformer.resume import OnResume

@@ -22,9 +22,9 @@ from train.data.tokenization.vocabulary import make_tokenizer
 from train.objectives import Causal
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from train.program.program import Program
 from train.run.init_from import begin_from
 from train.run.loop import train
-from train.run.program import Program
 from train.run.run_files import load_run
 from transformer.errors import UserError
 from transformer.layers.feed_forward import DenseConfig

@@ -12,12 +12,12 @@ import pytest
 
 from tests.devices import on_one_device
 from tests.train.run_records import records
+from train.checkpoints.checkpoint import DAMAGED, set_aside_damaged
+from train.checkpoints.integrity import HASHES, damage, write_hashes
+from train.checkpoints.selection import Selection
+from train.checkpoints.stored import SCORES, StoredCheckpoints, best_of
 from train.commands.cli import main
-from train.run.checkpoint import DAMAGED, set_aside_damaged
-from train.run.integrity import HASHES, damage, write_hashes
 from train.run.run_files import load_run
-from train.run.selection import Selection
-from train.run.stored import SCORES, StoredCheckpoints, best_of
 from transformer.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_device")

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
+from train.checkpoints.stored import StoredCheckpoints
 from train.commands.cli import main
 from train.files import locked
-from train.run.stored import StoredCheckpoints
 
 
 @pytest.fixture

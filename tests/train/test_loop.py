@@ -17,11 +17,11 @@ import pytest
 
 from tests.train.run_records import records, surroundings
 from tests.train.stops import asked_to_stop
+from train.checkpoints.integrity import write_hashes
+from train.checkpoints.stored import StoredCheckpoints
 from train.commands.cli import main
 from train.config import load
-from train.run.integrity import write_hashes
 from train.run.run_files import load_run
-from train.run.stored import StoredCheckpoints
 
 
 def params_of(run_dir):

@@ -15,8 +15,8 @@ from flax import nnx
 from tests.devices import placed
 from train.config import parse
 from train.parallel.mesh import MeshConfig, batch_sharding, make_mesh, shard_batch, use_mesh
-from train.run.program import batch_shapes
-from train.run.state import abstract_params
+from train.program.program import batch_shapes
+from train.program.state import abstract_params
 from transformer.alignment.registry import ALIGNMENTS
 from transformer.functional import graphdef_of
 from transformer.mixers.registry import MIXERS

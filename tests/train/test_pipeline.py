@@ -16,14 +16,14 @@ import pytest
 
 from tests.changed import changed
 from tests.devices import placed
+from train.checkpoints.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.config.sections import CheckpointConfig
 from train.objectives import OBJECTIVES, Masked
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
-from train.run.checkpoint import Checkpoints
-from train.run.program import Program
-from train.run.state import TrainState
+from train.program.program import Program
+from train.program.state import TrainState
 from transformer.errors import UserError
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.layers.position import RelativeConfig

@@ -12,8 +12,8 @@ from tests.train.run_records import records
 from train.config import RunConfig, load
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
+from train.program.program import Program, batch_shapes
 from train.run.loop import train
-from train.run.program import Program, batch_shapes
 from transformer.errors import UserError
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig

@@ -16,8 +16,8 @@ from tests.devices import placed
 from train.config import RunConfig
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.parallel.mesh import MESH_AXES, MeshConfig, check_batch, make_mesh, shard_batch, use_mesh
-from train.run.program import Program, suited
-from train.run.state import abstract_state, init_state, state_maker
+from train.program.program import Program, suited
+from train.program.state import abstract_state, init_state, state_maker
 from transformer.errors import UserError
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.mixers.fast_weights import FastWeightConfig

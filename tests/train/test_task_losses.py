@@ -18,7 +18,7 @@ from train.data.prepared.prepare import prepare
 from train.loss import LossConfig, LossSums, of_classes
 from train.objectives import Answer, TokenClassification
 from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
-from train.run.program import Program, batch_shapes
+from train.program.program import Program, batch_shapes
 from transformer.errors import ConfigError, UserError
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig

@@ -8,10 +8,10 @@ import seqeval.metrics
 import sklearn.metrics
 from scipy.stats import pearsonr, spearmanr
 
+from train.checkpoints.selection import Selection, ranking_key
 from train.objectives import OBJECTIVES, TokenClassification
 from train.objectives.tasks.answers import best_margin, exact_match, f1, normal
 from train.objectives.tasks.report import ClassScores, class_table
-from train.run.selection import Selection, ranking_key
 
 
 def metrics_of(kind: str, predictions: list[dict], labels=()) -> dict[str, float]:

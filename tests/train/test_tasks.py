@@ -14,6 +14,8 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from tests.train.run_records import records
 from tests.train.task_runs import KINDS, rows_of, run_of, write_rows
+from train.checkpoints.checkpoint import Checkpoints
+from train.checkpoints.stored import StoredCheckpoints
 from train.commands.cli import main
 from train.config import RunConfig, to_data
 from train.config.sections import CheckpointConfig
@@ -21,11 +23,9 @@ from train.data.prepared.prepare import prepare
 from train.inference.predict import as_task_run
 from train.objectives import Causal, TokenClassification
 from train.parallel.mesh import make_mesh, use_mesh
-from train.run.checkpoint import Checkpoints
+from train.program.program import Program
 from train.run.loop import train
-from train.run.program import Program
 from train.run.run_files import load_run, read_metrics
-from train.run.stored import StoredCheckpoints
 from transformer.errors import UserError
 from transformer.models.gpt import GPTConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.report.pictures import save_figure
+from train.pictures import save_figure
 from train.run.run_files import NO_SCORES, Curves, config_file, read_metrics
 from transformer.errors import UserError
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from train.config import RunConfig, fields
 from train.loss import LossConfig
 from train.parallel.mesh import MESH_AXES
+from train.program.program import batch_shapes, described_state, trained_of
 from train.report.display import console
-from train.run.program import batch_shapes, described_state, trained_of
 from train.trained import ALL, TrainableMask, size
 from transformer.functional import graphdef_of
 from transformer.interpret.capture import readable

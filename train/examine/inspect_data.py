@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from train.checkpoints.stored import FOLDER, StoredCheckpoints
 from train.config import RunConfig, load
 from train.data.decoded import SIDES, segments_of, text_of, tokenizer_of
 from train.data.loader import Batch
@@ -20,7 +21,6 @@ from train.remote import local_run
 from train.run.begin import batches_of, check_data
 from train.run.order import Order
 from train.run.run_files import config_file
-from train.run.stored import FOLDER, StoredCheckpoints
 from transformer.errors import UserError
 
 

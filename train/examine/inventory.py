@@ -11,9 +11,9 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from train.checkpoints.stored import StoredCheckpoints, read_scores
 from train.files import Busy, locked, writing
 from train.report.display import console
-from train.run.stored import StoredCheckpoints, read_scores
 from transformer.errors import UserError
 
 

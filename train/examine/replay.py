@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
+from train.checkpoints.stored import FOLDER, StoredCheckpoints, restore_state
 from train.config import RunConfig, load
 from train.data.decoded import texts_of
 from train.data.loader import Batch
@@ -20,14 +21,13 @@ from train.data.prepared.prepare import prepare
 from train.data.prepared.store import Prepared
 from train.examine.nonfinite import Origin, first_non_finite
 from train.parallel.mesh import make_mesh, shard_batch, use_mesh
+from train.program.program import Program
+from train.program.state import TrainState
 from train.report.display import console
 from train.run.begin import batches_of, check_data
 from train.run.init_from import begin_from
 from train.run.order import Order
-from train.run.program import Program
 from train.run.run_files import config_file, read_metrics
-from train.run.state import TrainState
-from train.run.stored import FOLDER, StoredCheckpoints, restore_state
 from transformer.errors import UserError
 
 _COMPARED = ("loss", "grad_norm")

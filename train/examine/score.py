@@ -17,9 +17,9 @@ from train.data.tokenization.tokenizer import TokenizerConfig
 from train.data.tokenization.vocabulary import is_trained
 from train.files import write_whole, writing
 from train.parallel.mesh import MeshConfig, batch_parts, use_mesh
+from train.program.program import Program
 from train.run.begin import check_data
 from train.run.evaluate import Evaluator, Scores
-from train.run.program import Program
 from train.run.run_files import LoadedRun, load_run
 from train.translation import TextTranslator
 from transformer.errors import UserError

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from train.checkpoints.stored import AVERAGE, PARAMS, STATE, StoredCheckpoints
 from train.config import RunConfig, dump
 from train.examine.interrupted import MOMENTS, Kill, Killer, Layout, Running, seconds_to_first_step
 from train.files import check_new, write_whole, writing
 from train.report.metrics import read_examples
 from train.run.run_files import read_metrics
-from train.run.stored import AVERAGE, PARAMS, STATE, StoredCheckpoints
 from train.versions import versions
 
 REPORT = "report.json"

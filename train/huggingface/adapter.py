@@ -16,8 +16,8 @@ from train.huggingface.import_checkpoint import record_of
 from train.huggingface.source import WHEEL
 from train.huggingface.vocabulary import written
 from train.parallel.mesh import use_mesh
+from train.program.program import trained_of
 from train.remote import local_path
-from train.run.program import trained_of
 from train.run.run_files import load_run
 from transformer.errors import UserError
 from transformer.huggingface import checkpoint

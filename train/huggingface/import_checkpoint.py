@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from train.checkpoints.checkpoint import Checkpoints
 from train.config import RunConfig, dump, to_data
 from train.config.sections import CheckpointConfig
 from train.data.prepared.prepare import DataConfig
@@ -19,8 +20,7 @@ from train.huggingface import parity, source
 from train.huggingface.vocabulary import tokenizer_of
 from train.objectives import Causal, NoObjective, Objective, Seq2Seq
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
-from train.run.checkpoint import Checkpoints
-from train.run.state import abstract_params
+from train.program.state import abstract_params
 from train.versions import versions
 from transformer.errors import UserError
 from transformer.huggingface import checkpoint

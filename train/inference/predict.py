@@ -28,9 +28,9 @@ from train.objectives import OBJECTIVES, Task
 from train.objectives.tasks.documents import TaskDocuments, write_predictions
 from train.objectives.tasks.task import Labelling, Prediction
 from train.parallel.mesh import use_mesh
+from train.program.step import make_eval_step
 from train.report.display import console
 from train.run.run_files import LoadedRun, load_run
-from train.run.step import make_eval_step
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.models.families import make_model

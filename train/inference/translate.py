@@ -16,7 +16,7 @@ from flax import nnx
 from train.data.tokenization.tokenizer import Tokenizer
 from train.inference.labels import labels
 from train.parallel.mesh import use_mesh
-from train.report.pictures import save_figure
+from train.pictures import save_figure
 from train.run.run_files import LoadedRun, load_run
 from train.translation import TextTranslator
 from transformer.errors import UserError, check_text

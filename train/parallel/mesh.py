@@ -45,7 +45,7 @@ class Strategy:
 STRATEGIES = {
     # With an fsdp axis of 1 the state is not sharded.
     "dp": Strategy("data"),
-    # Data parallelism by jax.pmap (`train/run/pmap.py`).
+    # Data parallelism by jax.pmap (`train/program/pmap.py`).
     "pmap": Strategy("data"),
     # Rajbhandari et al. 2020, stages 1 to 3.
     "zero1": Strategy("fsdp", slices_parameters=False, slices_gradients=False),

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import jax
 
+from train.checkpoints.selection import check_selection
 from train.config import RunConfig, difference, to_data
 from train.data.loader import Batches, train_batches
 from train.data.prepared.prepare import check_vocabulary
 from train.data.prepared.store import Prepared
 from train.files import Busy, locked, writing
 from train.parallel.processes import gathered
-from train.run.selection import check_selection
 from transformer.errors import UserError
 
 

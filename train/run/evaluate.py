@@ -21,7 +21,7 @@ from train.objectives import Task
 from train.objectives.tasks.documents import TaskDocuments
 from train.objectives.tasks.task import Prediction
 from train.parallel.mesh import shard_batch
-from train.run.program import Program
+from train.program.program import Program
 from train.translation import Quality, TextTranslator, spread
 
 T = TypeVar("T")

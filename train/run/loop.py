@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from train.checkpoints.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.config.changes import check_allowed
 from train.data.prepared.prepare import prepare
@@ -11,7 +12,6 @@ from train.parallel.mesh import check_batch, make_mesh, use_mesh
 from train.parallel.processes import is_first, one_log, process_zero_first, report_lost_peers
 from train.parallel.runtime import GracefulStop, Watchdog
 from train.run.begin import agree_on, alone_in, check_data
-from train.run.checkpoint import Checkpoints
 from train.run.init_from import check_begin
 from train.run.mirror import mirrored
 from train.run.run_files import finished_step, forget_finished, write_run_files

@@ -13,15 +13,15 @@ from typing import Any
 import jax
 from flax import nnx
 
+from train.checkpoints.identity import load_tokenizers, tokenizer_files
+from train.checkpoints.stored import AVERAGE, META, PARAMS, StoredCheckpoints
 from train.config import RunConfig, dump, parse
 from train.data.prepared.content import Content
 from train.data.prepared.store import Prepared
 from train.data.tokenization.tokenizer import Tokenizer
 from train.files import write_whole, writing
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
-from train.run.identity import load_tokenizers, tokenizer_files
-from train.run.state import abstract_params
-from train.run.stored import AVERAGE, META, PARAMS, StoredCheckpoints
+from train.program.state import abstract_params
 from train.versions import versions
 from transformer.errors import UserError, first_line, shown
 from transformer.layers.adapter import merged

@@ -15,6 +15,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from train.checkpoints.checkpoint import Checkpoints
+from train.checkpoints.identity import check_same_run, describe_data, tokenizer_files
+from train.checkpoints.selection import Selection, is_selective
 from train.config import RunConfig, to_data
 from train.data.loader import prefetch_to_device
 from train.data.prepared.store import Prepared
@@ -23,22 +26,19 @@ from train.optimizer import make_schedule
 from train.parallel.mesh import shard_batch
 from train.parallel.processes import any_process, is_first
 from train.parallel.runtime import GracefulStop, Watchdog
+from train.program.program import Program, flops_per_prediction
+from train.program.state import TrainState
 from train.report.display import Display
 from train.report.meter import Meter, Reading
 from train.report.metrics import MetricLog
 from train.report.sample import make_sampler
 from train.run.begin import batches_of
-from train.run.checkpoint import Checkpoints
 from train.run.evaluate import Evaluation, Evaluator, Scores
-from train.run.identity import check_same_run, describe_data, tokenizer_files
 from train.run.init_from import begin_from
 from train.run.messages import all_skipped, headline, interrupted_at, padding_of
 from train.run.order import Order
-from train.run.program import Program, flops_per_prediction
 from train.run.run_files import write_finished
-from train.run.selection import Selection, is_selective
 from train.run.skipped import record_of, why_skipped
-from train.run.state import TrainState
 from train.run.trace import Trace
 from train.translation import TextTranslator
 from train.versions import versions

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.report.pictures import save_figure
+from train.pictures import save_figure
 
 _MOST_NUMBERED = 30
 """With more classes than this, the cells of a confusion matrix are too small for numbers."""

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from train.loss import Batch, LossConfig, LossSums
 from train.objectives import Causal, Objective
 from train.objectives.objective import Outputs
-from train.run.state import TrainState
+from train.program.state import TrainState
 from train.stability import STABILITY, StabilityConfig, moments_after, z_score
 from train.trained import ALL, TrainableMask
 from transformer.types import Array

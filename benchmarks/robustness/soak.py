@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import folder_for, save
-from benchmarks.resume import config_of
+from benchmarks.robustness.resume import config_of
 from train.config import dump, to_data
 from train.config.load import parse
 from train.examine.interrupted import last_step
@@ -48,7 +48,7 @@ def run(steps: int, directory: str) -> None:
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     one = folder / "run"
     command = [sys.executable, "-m", "train.commands.cli", "train", str(folder / "config.yaml"), "--run-dir", str(one)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with (folder / "output.txt").open("w", encoding="utf-8") as output:
         process = subprocess.Popen([*command, "--devices", "1"], stdout=output, stderr=output, env=environment)
     seen: list[dict[str, Any]] = []

@@ -13,9 +13,9 @@ from typing import Any
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from train.run.integrity import damage
-from train.run.selection import ranking_key
-from train.run.state import TrainState
+from train.checkpoints.integrity import damage
+from train.checkpoints.selection import ranking_key
+from train.program.state import TrainState
 from transformer.errors import UserError, first_line
 from transformer.paths import check_file
 
@@ -65,7 +65,7 @@ class StoredCheckpoints:
         return self.directory / str(step)
 
     def damage(self, step: int, items: Sequence[str] | None = None) -> str | None:
-        """As `train.run.integrity.damage`."""
+        """As `train.checkpoints.integrity.damage`."""
         return damage(self.folder(step), items)
 
     def check(self, step: int, items: Sequence[str] | None = None) -> None:

@@ -18,12 +18,8 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from train.config.sections import CheckpointConfig
-from train.files import write_whole, writing
-from train.parallel.processes import is_first, process_zero_first
-from train.run.integrity import HashedTemporaryPath
-from train.run.state import TrainState
-from train.run.stored import (
+from train.checkpoints.integrity import HashedTemporaryPath
+from train.checkpoints.stored import (
     AVERAGE,
     FOLDER,
     META,
@@ -37,6 +33,10 @@ from train.run.stored import (
     restore_state,
     without_params,
 )
+from train.config.sections import CheckpointConfig
+from train.files import write_whole, writing
+from train.parallel.processes import is_first, process_zero_first
+from train.program.state import TrainState
 from transformer.errors import UserError, first_line
 from transformer.pipeline import in_order
 

@@ -17,8 +17,8 @@ from train.config import RunConfig
 from train.loss import Batch, LossConfig, LossSums
 from train.objectives import Objective
 from train.parallel.mesh import MeshConfig, check_batch
-from train.run.state import TrainState
-from train.run.step import Gradient, Metrics
+from train.program.state import TrainState
+from train.program.step import Gradient, Metrics
 from train.trained import ALL, TrainableMask
 from transformer.errors import ConfigError, require
 from transformer.layers.embedding import Embedding, embed_lookup

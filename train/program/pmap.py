@@ -1,7 +1,7 @@
 """The training step by `jax.pmap`: data parallelism without a mesh.
 
 Each device has all of the state and its own rows of the batch. It computes its own gradient and sums it with the others by
-`jax.lax.psum`; then all devices make the same update. The interface is that of `train/run/step.py`: the state is sharded over
+`jax.lax.psum`; then all devices make the same update. The interface is that of `train/program/step.py`: the state is sharded over
 a mesh on input and output.
 """
 
@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.loss import Batch, LossConfig
 from train.objectives import Causal, Objective
-from train.run.state import TrainState
-from train.run.step import Metrics, accumulated, make_gradient, update
+from train.program.state import TrainState
+from train.program.step import Metrics, accumulated, make_gradient, update
 from train.stability import STABILITY, StabilityConfig
 from train.trained import ALL, TrainableMask
 from transformer.errors import UserError

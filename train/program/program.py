@@ -16,9 +16,9 @@ from train.data.prepared.store import Prepared
 from train.objectives.objective import BatchShapes
 from train.optimizer import make_optimizer
 from train.parallel.mesh import STRATEGIES, MeshConfig, batch_sharding
-from train.run.pipeline import StagedStep, one_forward_one_backward, schedule_of
-from train.run.pmap import make_pmap_step
-from train.run.state import (
+from train.program.pipeline import StagedStep, one_forward_one_backward, schedule_of
+from train.program.pmap import make_pmap_step
+from train.program.state import (
     StateMaker,
     TrainState,
     abstract_state,
@@ -28,7 +28,7 @@ from train.run.state import (
     lay_out,
     state_maker,
 )
-from train.run.step import accumulated, make_eval_step, make_gradient, make_train_step
+from train.program.step import accumulated, make_eval_step, make_gradient, make_train_step
 from train.trained import ALL, TrainableMask, chosen
 from transformer.errors import ConfigError
 from transformer.functional import ModelFactory, graphdef_of
