@@ -102,7 +102,7 @@ class MirroredFolder:
         there, known = self._versions(), self._manifest()
         if not there:
             return False
-        # The run went on elsewhere: what was only here is not part of it.
+        # The run went on elsewhere: checkpoints that are only here are not part of it.
         elsewhere = not known or any(there.get(name) != entry["version"] for name, entry in known.items())
         for name in sorted(there):
             is_known = known.get(name, {}).get("version") == there[name]
@@ -113,7 +113,8 @@ class MirroredFolder:
         for name in known.keys() - there.keys():
             del known[name]
         for name in self._files().keys() - there.keys() if elsewhere else ():
-            (self.local / name).unlink(missing_ok=True)
+            if name.startswith("checkpoints/"):
+                (self.local / name).unlink(missing_ok=True)
         self._remember(known)
         return True
 

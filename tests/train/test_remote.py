@@ -83,6 +83,8 @@ def test_a_run_is_kept_at_its_address_and_goes_on_from_there(place, config_file,
     assert not (local_path(address) / "checkpoints" / "12" / "state").exists()
     assert main(["checkpoints", address]) == 0
     assert "damaged" not in capsys.readouterr().out
+    assert main(["checkpoints", address, "--remove", "8"]) == 0
+    assert not [name for name in files_at(address) if name.startswith("checkpoints/8/")]
     lose_copy(address)
     assert main(["train", str(config_file), "--run-dir", address, "--steps", "16"]) == 0
     said = capsys.readouterr().out
@@ -108,12 +110,14 @@ def test_a_copy_that_is_ahead_stays_and_one_that_is_behind_follows(tmp_path):
     folder.local.mkdir(parents=True)
     (folder.local / "one").write_text("1")
     folder.push()
-    (folder.local / "two").write_text("2")
-    assert folder.fetch() and (folder.local / "two").read_text() == "2"
+    ahead = folder.local / "checkpoints" / "8" / "two"
+    ahead.parent.mkdir(parents=True)
+    ahead.write_text("2")
+    assert folder.fetch() and ahead.read_text() == "2"
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/bucket/runs/both/one", b"changed there")
     assert folder.fetch() and (folder.local / "one").read_text() == "changed there"
-    assert not (folder.local / "two").exists()
+    assert not ahead.exists()
     memory.pipe_file("/bucket/runs/both/../escaped", b"x")
     (folder.local / "one").unlink()
     folder.push()

@@ -62,12 +62,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def _fetch_runs(options: argparse.Namespace) -> None:
-    """Replace the runs that a command names by their folders on this machine."""
+    """Replace the runs that a command names by their folders on this machine; `address` stays what was named."""
     from train.remote import local_run
 
     whole = options.command in (checkpoints.COMMAND, replay.COMMAND)
-    for name, value in vars(options).items():
+    for name, value in list(vars(options).items()):
         if name in ("run", "run_a", "run_b"):
+            options.address = value
             setattr(options, name, local_run(value, whole=whole))
         elif name == "runs":
             options.runs = [local_run(one) for one in value]

@@ -17,9 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """The exit status: 1 where a checkpoint is damaged."""
     from train.examine.inventory import list_checkpoints, remove_checkpoints
+    from train.remote import MirroredFolder, is_remote
 
     if options.remove:
         remove_checkpoints(options.run, options.remove.split(","))
+        if is_remote(options.address):
+            MirroredFolder(options.address).push()
     return 0 if list_checkpoints(options.run) else 1
 
 
