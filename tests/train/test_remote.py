@@ -95,33 +95,110 @@ def test_a_run_is_kept_at_its_address_and_goes_on_from_there(place, config_file,
     assert {json.loads(line)["step"] for line in metrics} == set(range(1, 17))
 
 
-def test_a_part_of_a_checkpoint_is_set_aside(config_file, capsys):
+def test_a_part_of_a_checkpoint_does_not_count(config_file, capsys):
     address = "memory://bucket/runs/part"
     assert main(["train", str(config_file), "--run-dir", address]) == 0
     fsspec.filesystem("memory").rm_file("/bucket/runs/part/checkpoints/12/hashes.json")
     lose_copy(address)
     assert main(["train", str(config_file), "--run-dir", address, "--steps", "16"]) == 0
-    said = capsys.readouterr().out
-    assert "the checkpoint of step 12 is damaged (hashes.json is missing)" in said and "resuming after step 8" in said
+    assert "resuming after step 8" in capsys.readouterr().out
+    assert "checkpoints/12/hashes.json" in files_at(address)
 
 
-def test_a_copy_that_is_ahead_stays_and_one_that_is_behind_follows(tmp_path):
-    folder = MirroredFolder("memory://bucket/runs/both")
-    folder.local.mkdir(parents=True)
-    (folder.local / "one").write_text("1")
+def filled(folder, step, text="x"):
+    """A checkpoint in a local folder."""
+    place = folder.local / "checkpoints" / str(step)
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("array", "hashes.json"):
+        (place / name).write_text(f"{name} {step} {text}")
+    return place
+
+
+@pytest.fixture
+def folder(place, request):
+    """A folder that this machine writes, with one checkpoint that is at its address."""
+    found = MirroredFolder(f"{place}/mirrors/{request.node.originalname}")
+    filled(found, 4)
+    (found.local / "metrics.jsonl").write_text("1")
+    found.claim()
+    found.push()
+    return found
+
+
+def as_another_machine(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("MANYHEADS_CACHE", str(tmp_path / "other"))
+    return MirroredFolder(folder.address)
+
+
+def test_what_an_interruption_left_undone_is_not_lost(folder, monkeypatch):
+    ahead = filled(folder, 8)
+    system, _ = fsspec.core.url_to_fs(folder.address)
+    real, copied = system.put_file, []
+
+    def killed(source, name, *rest, **options):
+        copied.append(name)
+        real(source, name, *rest, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "put_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.push()
+    assert copied and MirroredFolder(folder.address).fetch()
+    assert (ahead / "hashes.json").is_file() and (ahead / "array").is_file()
     folder.push()
-    ahead = folder.local / "checkpoints" / "8" / "two"
-    ahead.parent.mkdir(parents=True)
-    ahead.write_text("2")
-    assert folder.fetch() and ahead.read_text() == "2"
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file("/bucket/runs/both/one", b"changed there")
-    assert folder.fetch() and (folder.local / "one").read_text() == "changed there"
-    assert not ahead.exists()
-    memory.pipe_file("/bucket/runs/both/../escaped", b"x")
-    (folder.local / "one").unlink()
+    assert {"checkpoints/8/array", "checkpoints/8/hashes.json"} <= files_at(folder.address)
+
+
+def test_a_run_that_went_on_elsewhere_is_followed(folder, monkeypatch, tmp_path):
+    lost = filled(folder, 8, "only here")
+    with monkeypatch.context() as patch:
+        other = as_another_machine(folder, patch, tmp_path)
+        assert other.fetch() and (other.local / "checkpoints" / "4" / "array").read_text() == "array 4 x"
+        other.claim()
+        filled(other, 12)
+        shutil.rmtree(other.local / "checkpoints" / "4")
+        other.push()
+    assert "checkpoints/4/array" not in files_at(folder.address)
+    with pytest.raises(UserError, match="another process has begun to write there"):
+        folder.push()
+    assert folder.fetch()
+    assert not lost.exists() and not (folder.local / "checkpoints" / "4").exists()
+    assert (folder.local / "checkpoints" / "12" / "array").read_text() == "array 12 x"
+
+
+def test_the_last_whole_checkpoint_stays_until_the_next_is_there(folder):
+    shutil.rmtree(folder.local / "checkpoints" / "4")
+    (folder.local / "metrics.jsonl").write_text("2")
     folder.push()
-    assert "one" not in files_at(folder.address)
+    assert "checkpoints/4/hashes.json" in files_at(folder.address)
+    filled(folder, 8)
+    folder.push()
+    assert {"checkpoints/8/hashes.json"} == {name for name in files_at(folder.address) if name.endswith("hashes.json")}
+
+
+def test_a_folder_that_was_deleted_there_is_written_anew(folder):
+    system, root = fsspec.core.url_to_fs(folder.address)
+    system.rm(root, recursive=True)
+    assert not folder.fetch()
+    folder.claim()
+    folder.push()
+    assert {"metrics.jsonl", "checkpoints/4/hashes.json"} <= files_at(folder.address)
+
+
+def test_a_folder_of_files(tmp_path):
+    folder = MirroredFolder(f"file://{tmp_path}/runs/one")
+    filled(folder, 4)
+    folder.claim()
+    folder.push()
+    assert (tmp_path / "runs" / "one" / "checkpoints" / "4" / "array").is_file()
+
+
+def test_a_bucket_that_is_not_there(s3):
+    folder = MirroredFolder("s3://no-such-bucket/run")
+    filled(folder, 4)
+    with pytest.raises(UserError, match="s3://no-such-bucket/run"):
+        folder.claim()
 
 
 def test_initial_weights_from_an_address(config_file, tmp_path, capsys):

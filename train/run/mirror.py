@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 
 from train.config import RunConfig
+from train.files import locked
 from train.remote import MirroredFolder, is_remote
 from transformer.errors import UserError
 
@@ -34,8 +35,11 @@ def mirrored(config: RunConfig) -> Iterator[None]:
             f"run_dir: got {config.run_dir!r}; with several processes, name a folder that all of them share, such as one on NFS"
         )
     folder = MirroredFolder(config.run_dir)
-    if folder.fetch():
+    with locked(folder.local / ".fetch", waiting=lambda: print(f"waiting for a command that fetches {folder.address}")):
+        fetched = folder.fetch()
+    if fetched:
         print(f"{config.name}: fetched from {folder.address} to {folder.local}")
+    folder.claim()
     over, said = threading.Event(), [""]
 
     def copy() -> None:
@@ -43,7 +47,7 @@ def mirrored(config: RunConfig) -> Iterator[None]:
             try:
                 folder.push()
                 said[0] = ""
-            except UserError as error:
+            except Exception as error:  # a thread that ends would copy nothing more
                 if str(error) != said[0]:
                     said[0] = str(error)
                     print(f"{error}; training continues, and it is tried again", file=sys.stderr)

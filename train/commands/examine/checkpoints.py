@@ -22,7 +22,9 @@ def run(options: argparse.Namespace) -> int:
     if options.remove:
         remove_checkpoints(options.run, options.remove.split(","))
         if is_remote(options.address):
-            MirroredFolder(options.address).push()
+            folder = MirroredFolder(options.address)
+            folder.claim()
+            folder.push()
     return 0 if list_checkpoints(options.run) else 1
 
 
