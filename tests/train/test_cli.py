@@ -110,3 +110,9 @@ def test_what_is_shown_of_a_name_is_printable(capsys):
 def test_a_name_that_no_disk_takes(whole, capsys):
     assert main(["export", str(whole), "--no-verify", "--out", "x" * 300]) == 2
     assert "File name too long; give a shorter one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "1e20"])
+def test_seconds_after_which_a_process_hangs(config_file, seconds, capsys):
+    assert main(["train", str(config_file), "--hang-seconds", seconds]) == 2
+    assert "--hang-seconds: got" in capsys.readouterr().err

@@ -120,7 +120,8 @@ def test_a_process_that_dies_stops_the_others(config, tmp_path):
     second.communicate()
     # It may not hang, whatever collective it is in.
     _, errors = first.communicate(timeout=90)
-    assert first.returncode != 0
+    # JAX itself may end it first.
+    assert first.returncode in (75, -6, 134, 1)
     assert errors.count("manyheads: process 0 of 2 stops because another one died or is unreachable") == 1
     assert "Traceback" not in errors
     # JAX's own words, of whichever of its parts noticed first.
@@ -138,7 +139,7 @@ def test_a_users_error_in_one_process_ends_all_with_its_line(config, tmp_path, g
     environments[guilty] = {"MANYHEADS_CACHE": str(tmp_path / "file")}
     began = time.monotonic()
     ended = start(config, tmp_path / "run", processes=2, devices=1, environments=environments)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
     for index, (code, _, errors) in enumerate(ended):
         assert code == 2, ended
         own = "manyheads: " if index == guilty else f"manyheads: process {guilty}: "

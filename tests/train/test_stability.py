@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.train.stops import asked_to_stop
+from train.commands.cli import main
 from train.config import load
 from train.examine.verify_resume import compare
 from train.run.loop import train
@@ -106,10 +107,16 @@ def test_a_rollback_passes_over_batches_and_is_the_same_after_a_restart(config, 
     # No step that counts is a spike, but for those before the first checkpoint.
     assert all(z <= 1 for step, z in read_metrics(whole.directory)["train/loss_z"].items() if step > 3)
     assert list(steps_of(whole.directory)) == list(range(1, 21))
+    # The batch that was skipped can be looked at.
+    spike = back[-1]
+    assert main(["replay", str(whole.directory), "--step", str(spike["step"])]) in (0, 1)
+    said = capsys.readouterr().out
+    assert f"loss {spike['loss']!r}" in said and f"example {spike['examples'][0]}:" in said
     for looks in (5, 6):
         with asked_to_stop(looks=looks):
             assert train(parts).interrupted
     train(parts)
+    assert read_skipped(whole.directory) == read_skipped(parts.directory)
     assert compare(whole.directory, parts.directory, exact=True) == []
 
 

@@ -128,7 +128,12 @@ class Checkpoints:
         config, best = self._config, best_of(self._scores, steps, self._config.best)
         for_good = [step for step in steps if config.keep_every and step % config.keep_every == 0]
         scheduled = [step for step in sorted(steps) if config.every and step % config.every == 0]
-        return {*sorted(steps)[-config.keep :], *scheduled[-1:], *for_good, *([] if best is None else [best])}
+        # The best of those is the best again after a rollback.
+        before = (
+            best_of(self._scores, [step for step in steps if step <= scheduled[-1]], config.best) if scheduled else None
+        )
+        bests = [step for step in (best, before) if step is not None]
+        return {*sorted(steps)[-config.keep :], *scheduled[-1:], *for_good, *bests}
 
     def save(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
         """Write in the background; returns once the arrays are copied off the devices.

@@ -12,6 +12,8 @@ from transformer.errors import UserError, is_number, shown
 if TYPE_CHECKING:
     from train.parallel.processes import Peers
 
+_MOST_SECONDS = 1e6
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_devices(parser)
@@ -37,13 +39,17 @@ def run(options: argparse.Namespace) -> int:
     """The exit status: 0, or after an interruption 128 and the signal's number, as a shell has it."""
     profile = _profile_range(options.profile)
     config = load_config(options)
+    if not 0 <= options.hang_seconds <= _MOST_SECONDS:
+        raise UserError(f"--hang-seconds: got {options.hang_seconds:g}; allowed: 0 (never) to {_MOST_SECONDS:g}")
+    if options.seeds is not None and options.allow_changed:
+        raise UserError("--allow-changed: names changes of a single run; leave out --seeds")
     if options.seeds is not None and profile is not None:
         raise UserError("--profile: traces a single run; leave out --seeds")
     set_up(options, _peers(options))
     if options.seeds is not None:
         from train.examine.seeds import train_seeds
 
-        finished = train_seeds(config, options.seeds)
+        finished = train_seeds(config, options.seeds, hang_seconds=options.hang_seconds)
     else:
         from train.run.loop import train
 

@@ -17,6 +17,7 @@ from train.checkpoints.stored import FOLDER, StoredCheckpoints, restore_state
 from train.config import RunConfig, load
 from train.data.decoded import texts_of
 from train.data.loader import Batch
+from train.data.prepared.content import Content
 from train.data.prepared.prepare import prepare
 from train.data.prepared.store import Prepared
 from train.examine.nonfinite import Origin, first_non_finite
@@ -28,6 +29,7 @@ from train.run.begin import batches_of, check_data
 from train.run.init_from import begin_from
 from train.run.order import Order
 from train.run.run_files import config_file, read_metrics
+from train.run.skipped import read_skipped
 from transformer.errors import UserError
 
 _COMPARED = ("loss", "grad_norm")
@@ -61,8 +63,13 @@ def replay(run: Path, step: int, *, rows: int = 8) -> bool:
         program = Program(_with_data(config, prepared), mesh)
         order, state = Order(), None
         if stored is not None and known:
-            order = Order.from_data(stored.meta(known[-1])["passed"])
-            before = [one for one in known if one < step and stored.damage(one) is None]
+            meta = stored.meta(known[-1])
+            if Content.from_data(meta["data"]).digest != Content.of(prepared).digest:
+                raise UserError(
+                    f"{run}: the data is not what the run was trained on; manyheads train on it says what differs"
+                )
+            order, last = _when_taken(run, step, Order.from_data(meta["passed"]))
+            before = [one for one in known if one <= last and stored.damage(one) is None]
             if before:
                 state = restore_state(stored.folder(before[-1]), program.abstract)
         state = _begin(program, config, prepared) if state is None else state
@@ -85,12 +92,27 @@ def replay(run: Path, step: int, *, rows: int = 8) -> bool:
         same = _say_metrics(run, step, values)
         _say_examples(losses, batch, prepared, rows)
         if not all(math.isfinite(values[name]) for name in _COMPARED):
-            print(f"first value that is not finite: {origin_of()}")
+            where = origin_of()
+            print(
+                f"first value that is not finite: {'none; the norm of the gradient is too large' if where is None else where}"
+            )
     return same
 
 
 def _with_data(config: RunConfig, prepared: Prepared) -> RunConfig:
     return dataclasses.replace(config, objective=config.objective.with_data(prepared))
+
+
+def _when_taken(run: Path, step: int, order: Order) -> tuple[Order, int]:
+    """The order of batches when the run took a step, and the last step before it with a state that led to it.
+
+    A step from which the run rolled back was taken once more, with another batch: the one that was skipped is meant.
+    """
+    records = [record for record in read_skipped(run) if record["step"] == step]
+    if not records:
+        return order, step - 1
+    back_to = records[-1]["rolled_back_to"]
+    return Order.from_data(records[-1]["passed"]), step - 1 if back_to is None else back_to
 
 
 def _begin(program: Program, config: RunConfig, prepared: Prepared) -> TrainState:

@@ -27,7 +27,7 @@ _SUMMARIES: dict[str, Callable[[list[float]], float]] = {
 }
 
 
-def train_seeds(config: RunConfig, count: int) -> Finished:
+def train_seeds(config: RunConfig, count: int, *, hang_seconds: float = 0.0) -> Finished:
     """Train with `count` seeds from the config's on, one after the other, each in its own folder (seed-K) inside the run's;
     then print and write all final held-out scores and their summary. A finished run is not repeated.
 
@@ -39,8 +39,11 @@ def train_seeds(config: RunConfig, count: int) -> Finished:
     found: dict[int, dict[str, float]] = {}
     for seed in range(config.seed, config.seed + count):
         folder = f"seed-{seed}"
-        name, directory = f"{config.name}-{folder}", config.directory / folder
-        finished = train(dataclasses.replace(config, name=name, seed=seed, run_dir=str(directory)))
+        one = dataclasses.replace(
+            config, name=f"{config.name}-{folder}", seed=seed, run_dir=f"{config.run_dir or config.directory}/{folder}"
+        )
+        directory = one.directory
+        finished = train(one, hang_seconds=hang_seconds)
         if finished.interrupted:
             return finished
         if is_first():

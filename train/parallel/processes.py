@@ -24,6 +24,8 @@ from jax.experimental import multihost_utils
 
 from transformer.errors import UserError, first_line
 
+LOST = 75
+"""Status of a process whose peers are lost: the same command may succeed (EX_TEMPFAIL in sysexits.h)."""
 _FAREWELL = "farewell"
 _ERROR = "manyheads/error"
 """Key of the error that ends all processes, and prefix of those by which each says that it has it."""
@@ -128,7 +130,7 @@ def report_lost_peers(folder: Path) -> Iterator[None]:
             if not _LOST.match(str(error)):
                 raise
             report = f". {first_line(error)}"
-            raise SystemExit(2) from None
+            raise SystemExit(LOST) from None
         finally:
             errors.stop()
             _tell(watcher, report)

@@ -207,10 +207,10 @@ def read_examples(directory: Path) -> dict[int, list[int]]:
 
 
 def _step_of(line: str) -> float:
-    """A record's step, or that of the checkpoint that training went back to; infinite for a truncated line: it is dropped."""
+    """A record's step, or of a rollback the first step after it; infinite for a truncated line, so that it is dropped."""
     try:
         record = json.loads(line)
         back_to = record.get("rolled_back_to")
-        return record["step"] if back_to is None else back_to
+        return record["step"] if back_to is None else back_to + 1
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         return float("inf")

@@ -59,13 +59,16 @@ def _train(
     check_data(config, prepared)
     with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop, Watchdog(hang_seconds) as watch:
         run = Run(config, prepared, mesh)
+        watch.alive()
         with Checkpoints(config.directory, config.checkpoint) as checkpoints:
             if (done := checkpoints.latest) is not None and done > config.steps:
                 raise UserError(
                     f"{config.directory}: this run is already at step {done}, and steps is {config.steps}; "
                     f"set steps to {done} or more, or start another run with --run-dir"
                 )
+            watch.alive()
             state = run.start(checkpoints, allow_changed)
+            watch.alive()
             over = done == config.steps or (done is not None and run.selection.is_over(config.evaluation.patience))
             if done is not None and over and finished_step(config.directory) == done:
                 more = "steps" if done == config.steps else "evaluation.patience"

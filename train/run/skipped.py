@@ -11,6 +11,7 @@ from train.data.loader import Batch
 from train.data.prepared.store import Prepared
 from train.report.meter import Reading
 from train.report.metrics import SKIPPED
+from train.run.order import Order
 
 _SHOWN = 400
 """Characters of each text that are recorded."""
@@ -24,12 +25,15 @@ def why_skipped(reading: Reading) -> str:
     return f"loss {loss} or gradient norm {norm} is not finite"
 
 
-def record_of(reading: Reading, batch: Batch, prepared: Prepared, rolled_back_to: int | None) -> dict[str, Any]:
+def record_of(
+    reading: Reading, batch: Batch, prepared: Prepared, rolled_back_to: int | None, order: Order
+) -> dict[str, Any]:
     """A line of the record: the step's metrics, the ids of its examples and the beginning of their texts.
 
     Args:
         batch: the rows of the step that this process has.
         rolled_back_to: the step of the checkpoint from which training continues; None: with the next step.
+        order: in which the step took its batch.
     """
     rows = range(len(batch["example"]))
     return {
@@ -40,6 +44,7 @@ def record_of(reading: Reading, batch: Batch, prepared: Prepared, rolled_back_to
         "grad_norm": reading.values["grad_norm"],
         "examples": batch["example"].tolist(),
         "rolled_back_to": rolled_back_to,
+        "passed": order.passed,
         "texts": [" | ".join(texts_of(batch, row, prepared))[:_SHOWN] for row in rows],
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import time
@@ -95,7 +94,6 @@ class Run:
         self.batches = batches_of(config, prepared)
         self.selection = Selection(config.checkpoint.best)
         self.order = Order()
-        self._rollbacks = collections.Counter[int]()
 
     def start(self, checkpoints: Checkpoints, allow_changed: Sequence[str] = ()) -> TrainState:
         """A fresh state, with another run's weights if the config names one; or the state of the newest checkpoint.
@@ -157,6 +155,7 @@ class Run:
                 state, step, spike = self._steps(state, step, last, session, trace)
                 if spike is None:
                     break
+                del state  # the device may not have room for another one
                 state, step = self._roll_back(spike, session)
             trace.end()
             found = None
@@ -167,6 +166,7 @@ class Run:
             if self.held_out is not None and not interrupted:
                 found = self._evaluate(state, step, session, all_of_it=True)
                 interrupted = found is None
+            watch.alive()
             checkpoints.wait()
             if int(state.skipped) == step:
                 raise UserError(f"step {step}: {all_skipped(step, checkpoints.latest, config.directory)}")
@@ -210,6 +210,7 @@ class Run:
                     if best and not saves and not meter.skipped_in_row:
                         self._save(state, step, session)
                 if samples:
+                    session.watch.alive()
                     self.sample(state, session.display)
                 if self._is_over or any_process(session.stop.requested, step):
                     break
@@ -231,6 +232,7 @@ class Run:
 
         An error may be that of the checkpoint before, which was written in the background, so that a second try may be good.
         """
+        session.watch.alive()
         began, said = time.monotonic(), ""
         meta = {
             "step": step, **self.identity, "selection": dataclasses.asdict(self.selection), "passed": self.order.passed,
@@ -312,7 +314,17 @@ class Run:
         # At the very last step no other is left to take instead.
         if not done.is_spike or not rolls_back or done.step == self.config.steps:
             return None
-        if (step := session.checkpoints.to_roll_back_to()) is None:
+        session.watch.alive()
+        try:
+            step = session.checkpoints.to_roll_back_to()
+        except UserError as error:
+            # The one that was being written could not be.
+            if jax.process_count() > 1:
+                raise
+            session.display.say(f"step {done.step}: {error}")
+            session.checkpoints.after_failure()
+            step = session.checkpoints.to_roll_back_to()
+        if step is None:
             session.display.say(f"step {done.step}: there is no checkpoint yet to roll back to")
         return step
 
@@ -326,7 +338,7 @@ class Run:
             in_row = f" ({done.skipped_in_row} in a row)" if done.skipped_in_row > 1 else ""
             session.display.say(f"step {done.step}: {why_skipped(done)}; update skipped{in_row}")
             batch = self.batches.batch(self.order.batch(done.step))
-            session.log.write_skipped(record_of(done, batch, self.prepared, back_to))
+            session.log.write_skipped(record_of(done, batch, self.prepared, back_to, self.order))
         if done.skipped_in_row >= self.config.stability.max_skipped:
             said = all_skipped(done.skipped_in_row, session.checkpoints.latest, self.config.directory, done.examples)
             raise UserError(f"step {done.step}: {said}")
@@ -340,12 +352,12 @@ class Run:
         checkpoints, most = session.checkpoints, self.config.stability.max_rollbacks
         step = checkpoints.to_roll_back_to()
         assert step is not None
-        self._rollbacks[step] += 1
-        if self._rollbacks[step] > most:
+        if sum(after == step for after, _ in self.order.passed) >= most:
             raise UserError(
                 f"step {spike}: the loss spikes again after {most} rollbacks to the checkpoint of step {step} in "
                 f"{self.config.directory}. Resume with a lower optimizer.learning_rate and --allow-changed optimizer"
             )
+        session.watch.alive()
         state = self._restore(checkpoints, step, checkpoints.meta(step))
         self.order = self.order.rolled_back(step, spike)
         checkpoints.drop_after(step)
@@ -360,6 +372,7 @@ class Run:
         self, state: TrainState, step: int, found: Evaluation | None, interrupted: bool, session: Session
     ) -> None:
         config, directory, display = self.config, self.config.directory, session.display
+        session.watch.alive()
         if interrupted:
             display.say(interrupted_at(step, session.checkpoints.latest, directory, over=step == config.steps))
             return
