@@ -62,6 +62,7 @@ jaxtyping.jaxtyped = _check_shapes
 # Files that take longest, in this order: a worker that got one of them last would work alone at the end.
 _LONG = (
     "test_mechanisms.py", "test_pipeline.py", "test_configs.py", "test_docs.py", "test_loop.py", "test_processes.py",
+    "test_verify_resume.py", "test_mutations.py", "test_faults.py", "test_remote.py", "test_stability.py",
     "test_gpt.py", "test_adapter_runs.py", "test_families.py", "test_init_from.py", "test_step.py", "test_tasks.py",
     "test_hf_parity.py", "test_recurrent.py", "test_hf_import.py", "test_protocol.py", "test_ring.py",
     "test_mixture_of_experts.py", "test_sharding_measure.py", "test_adapters.py", "test_task_losses.py",
@@ -73,7 +74,8 @@ _LONG = (
     "test_linear_attention.py", "test_position.py", "test_optimizer.py", "test_self_attention_before.py",
     "test_inputs.py", "test_classification.py", "test_data_objectives.py", "test_attend.py", "test_norm.py",
     "test_seeds.py", "test_interpret_capture.py", "test_latent.py", "test_cli.py", "test_hf_checkpoint.py",
-    "test_source_attention.py", "test_hf_peft.py",
+    "test_source_attention.py", "test_hf_peft.py", "test_data_resume.py", "test_streams.py", "test_identity.py",
+    "test_integrity.py", "test_score.py", "test_replay.py", "test_inspect_data.py", "test_data_evaluation.py",
 )  # fmt: skip
 
 
