@@ -93,14 +93,6 @@ def test_two_processes_compute_what_one_does_and_share_one_log(config, one, tmp_
     assert two == pytest.approx(one, rel=1e-5)
 
 
-def test_checkpoints_go_from_two_processes_to_one_and_back(config, one, tmp_path):
-    run = tmp_path / "run"
-    for steps, processes in (("2", 2), ("3", 1), ("4", 2)):
-        ended = start(config, run, "--steps", steps, processes=processes, devices=4 // processes)
-        assert all(code == 0 for code, _, _ in ended), ended
-    assert losses(run)[4, "train/loss"] == pytest.approx(one[4, "train/loss"], rel=1e-5)
-
-
 def test_processes_with_different_configs(config, tmp_path):
     ended = start(config, tmp_path / "run", "--seed", ("0", "1"), processes=2, devices=1)
     assert [code for code, _, _ in ended] == [2, 2]
@@ -120,8 +112,8 @@ def test_a_process_that_dies_stops_the_others(config, tmp_path):
     second.communicate()
     # It may not hang, whatever collective it is in.
     _, errors = first.communicate(timeout=90)
-    # JAX itself may end it first.
-    assert first.returncode in (75, -6, 134, 1)
+    # Not that of a user's mistake. JAX itself may end it before this code does.
+    assert first.returncode not in (0, 2)
     assert errors.count("manyheads: process 0 of 2 stops because another one died or is unreachable") == 1
     assert "Traceback" not in errors
     # JAX's own words, of whichever of its parts noticed first.
