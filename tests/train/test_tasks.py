@@ -187,7 +187,7 @@ def test_the_best_is_kept_by_its_metric(name, values, tmp_path):
         state = Program(config, mesh).init()
         for step, value in enumerate(values, start=1):
             scores = {"loss": float(-step), name: value}
-            checkpoints.save(state, step, {"config": to_data(config), "labels": ["a", "b"]})
+            checkpoints.save(state, step, {"config": to_data(config), "labels": ["a", "b"], "tokenizer": {}})
             checkpoints.record(step, scores)
             checkpoints.wait()
     checkpoints = StoredCheckpoints(config.directory)

@@ -53,13 +53,14 @@ class Checkpoints:
     Args:
         directory: the run's folder.
         config: how many to keep, and which one is best.
+        rolls_back: whether the run may go back to one of them.
 
     Raises:
         UserError: all there are are damaged, or the folder cannot be written.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig) -> None:
-        self._config = config
+    def __init__(self, directory: Path, config: CheckpointConfig, *, rolls_back: bool = False) -> None:
+        self._config, self._rolls_back = config, rolls_back
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(self),
             save_interval_steps=1,
@@ -123,17 +124,16 @@ class Checkpoints:
                 _write_scores(self._stored, self._scores)
 
     def kept(self, steps: Sequence[int]) -> set[int]:
-        """Which of the checkpoints there are stay: the newest ones, the best one, and those that are kept for good; the one that
-        a run would roll back to, which may be older than those of interruptions, too."""
+        """Which of the checkpoints there are stay: the newest ones, the best one, and those that are kept for good; in a run that
+        may roll back also the one that it would roll back to, and the best one up to there."""
         config, best = self._config, best_of(self._scores, steps, self._config.best)
         for_good = [step for step in steps if config.keep_every and step % config.keep_every == 0]
-        scheduled = [step for step in sorted(steps) if config.every and step % config.every == 0]
-        # The best of those is the best again after a rollback.
-        before = (
-            best_of(self._scores, [step for step in steps if step <= scheduled[-1]], config.best) if scheduled else None
-        )
-        bests = [step for step in (best, before) if step is not None]
-        return {*sorted(steps)[-config.keep :], *scheduled[-1:], *for_good, *bests}
+        kept = {*sorted(steps)[-config.keep :], *for_good, *([] if best is None else [best])}
+        scheduled = max((step for step in steps if config.every and step % config.every == 0), default=None)
+        if self._rolls_back and scheduled is not None:
+            before = best_of(self._scores, [step for step in steps if step <= scheduled], config.best)
+            kept |= {scheduled, scheduled if before is None else before}
+        return kept
 
     def save(self, state: TrainState, step: int, meta: Mapping[str, Any]) -> None:
         """Write in the background; returns once the arrays are copied off the devices.

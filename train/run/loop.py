@@ -60,7 +60,8 @@ def _train(
     with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop, Watchdog(hang_seconds) as watch:
         run = Run(config, prepared, mesh)
         watch.alive()
-        with Checkpoints(config.directory, config.checkpoint) as checkpoints:
+        rolls_back = config.stability.on_spike == "rollback"
+        with Checkpoints(config.directory, config.checkpoint, rolls_back=rolls_back) as checkpoints:
             if (done := checkpoints.latest) is not None and done > config.steps:
                 raise UserError(
                     f"{config.directory}: this run is already at step {done}, and steps is {config.steps}; "
