@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -247,11 +246,9 @@ def test_other_unfinished_data_is_kept_for_a_week(days: int, corpus: Path, tmp_p
 def test_a_full_disk_keeps_the_finished_parts(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = whole("tags", tmp_path, cache, monkeypatch)
     command = [sys.executable, "-m", "tests.data.stopped_prepare", "tags", str(tmp_path), "0"]
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
-
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=limit)
+    # Of files of 39 KiB and more; a shell sets it, as a forked process may not be one that runs JAX.
+    limited = ["bash", "-c", 'ulimit -f 39; exec "$@"', "bash", *command]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "UserError: cannot write" in done.stderr
     assert "parts finished" in done.stderr and parts_of(unfinished(cache)) > 1
     assert contents(prepare(config_of("tags", tmp_path), progress=False).directory) == expected
