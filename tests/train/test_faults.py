@@ -19,7 +19,7 @@ from tests.devices import on_one_device
 from tests.train.run_records import surroundings
 from train.checkpoints import stored
 from train.checkpoints.checkpoint import Checkpoints
-from train.config import load
+from train.config import dump, load
 from train.examine.verify_resume import compare
 from train.parallel.runtime import Watchdog
 from train.report.display import Display
@@ -151,16 +151,43 @@ def fill(place):
             stream.write(bytes(1024))
 
 
-def test_a_disk_that_is_full_ends_a_run_at_its_end_and_not_before(config, undisturbed, small_disk, capsys):
+# Trains as the command line does, and fills the disk before each save but the first.
+ON_A_FULL_DISK = """
+import sys
+from pathlib import Path
+import pytest
+from tests.train.test_faults import fill, when
+from train.checkpoints.checkpoint import Checkpoints
+from train.commands.cli import main
+place = Path(sys.argv.pop(1))
+with pytest.MonkeyPatch.context() as patch:
+    for number in (2, 3, 4):
+        when(patch, Checkpoints, "save", number, lambda: fill(place))
+    when(patch, Checkpoints, "after_failure", 2, lambda: fill(place))
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_is_full_ends_a_run_at_its_end_and_not_before(config, undisturbed, small_disk, tmp_path):
     run = dataclasses.replace(config, run_dir=str(small_disk / "run"))
-    with pytest.MonkeyPatch.context() as patch:
-        for number in (2, 3, 4):
-            when(patch, Checkpoints, "save", number, lambda: fill(small_disk))
-        when(patch, Checkpoints, "after_failure", 2, lambda: fill(small_disk))
-        with pytest.raises(UserError, match="cannot write a checkpoint .*No space left"):
-            train(run)
-    said = capsys.readouterr()
-    assert "training continues" in said.out and "Traceback" not in said.out + said.err
+    (tmp_path / "config.yaml").write_text(dump(run))
+    command = [
+        sys.executable,
+        "-c",
+        ON_A_FULL_DISK,
+        str(small_disk),
+        "train",
+        str(tmp_path / "config.yaml"),
+        "--devices",
+        "1",
+    ]
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=root, env=surroundings(), check=False)
+    assert ended.returncode == 2 and "training continues" in ended.stdout
+    # One line, and above it at most those that orbax logs of an error.
+    (line,) = (one for one in ended.stderr.splitlines() if one and not one.startswith(("tokenising", "ERROR:absl:")))
+    assert re.search(r"manyheads: .*cannot write a checkpoint .*No space left", line)
+    assert "Traceback" not in ended.stdout + ended.stderr
     (small_disk / "filler").unlink()
     train(run)
     assert compare(undisturbed, small_disk / "run", exact=True) == []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -52,6 +54,8 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
     orbax.addFilter(_without_traceback)
     # Of several files of a checkpoint that a full disk refuses, one error is raised; the others would be printed at its end.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if getattr(sys.unraisablehook, "func", None) is not _without_closed_loops:
+        sys.unraisablehook = functools.partial(_without_closed_loops, sys.unraisablehook)
     if peers is not None:
         join(peers)
     try:
@@ -69,6 +73,12 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     """Drops orbax's logged tracebacks of exceptions that it also raises: the code that catches those says what to do."""
     record.exc_info = None
     return True
+
+
+def _without_closed_loops(show: Callable[[Any], object], ignored: Any) -> None:
+    """Drops what the writes of a checkpoint that had failed say later, each with a traceback; the failure itself was raised."""
+    if not (isinstance(ignored.exc_value, RuntimeError) and str(ignored.exc_value) == "Event loop is closed"):
+        show(ignored)
 
 
 class Watchdog:
