@@ -114,6 +114,11 @@ def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator
         lock.release()
 
 
+def run_lock(directory: Path, process: int = 0) -> Path:
+    """The lock file that a process holds while it trains in a run's folder."""
+    return directory / f".lock-{process}"
+
+
 @contextlib.contextmanager
 def whole_folder(directory: Path) -> Iterator[Path]:
     """A new folder to fill, which becomes `directory` once the block has ended well, and is gone where it has not.

@@ -18,7 +18,7 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.files import Busy, cache_dir, locked, whole_file, write_whole, writing
+from train.files import Busy, cache_dir, locked, run_lock, whole_file, write_whole, writing
 from transformer.errors import UserError, first_line
 from transformer.paths import expanded, path_inside
 
@@ -27,6 +27,8 @@ _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "
 _STATE = r"^checkpoints/\d+/state/"
 _MANIFEST = ".remote.json"
 """In a local copy of a folder: what is copied."""
+FETCH_LOCK = ".fetch"
+"""In a local copy of a folder: the lock file of a process that fetches it."""
 _OWNER = "owner.json"
 """In a folder at an address: who writes it."""
 _CHECKPOINTS = "checkpoints/"
@@ -154,32 +156,36 @@ class MirroredFolder:
         manifest, files = self._manifest(), self._files()
         if self._owner() != manifest.token:
             raise UserError(f"{self.address}: another process has begun to write there; end one of them")
-        with _reaching(self.address):
-            system, root = _open(self.address)
-            for name in sorted(files, key=lambda name: (name.endswith(_HASHES), name)):
-                size, changed = files[name]
-                entry = manifest.files.get(name, {})
-                if (entry.get("size"), entry.get("changed")) == (size, changed):
-                    continue
-                try:
-                    _make_folder(system, f"{root}/{name}".rpartition("/")[0])
-                    system.put_file(str(self.local / name), f"{root}/{name}")
-                except FileNotFoundError:
-                    if (self.local / name).exists():
-                        raise
-                    continue  # removed while the others were copied
-                version = _version(system.info(f"{root}/{name}"))
-                manifest.files[name] = {"size": size, "changed": changed, "version": version}
-                self._remember(manifest)
-            files = self._files()
-            gone = manifest.files.keys() - files.keys()
-            if not any(name.endswith(_HASHES) for name in manifest.files.keys() & files.keys()):
-                gone = {name for name in gone if not name.startswith(_CHECKPOINTS)}
-            for name in sorted(gone, key=lambda name: (not name.endswith(_HASHES), name)):
-                with contextlib.suppress(FileNotFoundError):
-                    system.rm_file(f"{root}/{name}")
-                del manifest.files[name]
-                self._remember(manifest)
+        try:
+            with _reaching(self.address):
+                self._push(manifest.files, files)
+        finally:
+            # What is copied and not remembered would be copied again.
+            self._remember(manifest)
+
+    def _push(self, known: dict[str, dict[str, Any]], files: Mapping[str, tuple[int, int]]) -> None:
+        system, root = _open(self.address)
+        for name in sorted(files, key=lambda name: (name.endswith(_HASHES), name)):
+            size, changed = files[name]
+            entry = known.get(name, {})
+            if (entry.get("size"), entry.get("changed")) == (size, changed):
+                continue
+            try:
+                _make_folder(system, f"{root}/{name}".rpartition("/")[0])
+                system.put_file(str(self.local / name), f"{root}/{name}")
+            except FileNotFoundError:
+                if (self.local / name).exists():
+                    raise
+                continue  # removed while the others were copied
+            known[name] = {"size": size, "changed": changed, "version": _version(system.info(f"{root}/{name}"))}
+        files = self._files()
+        gone = known.keys() - files.keys()
+        if not any(name.endswith(_HASHES) for name in known.keys() & files.keys()):
+            gone = {name for name in gone if not name.startswith(_CHECKPOINTS)}
+        for name in sorted(gone, key=lambda name: (not name.endswith(_HASHES), name)):
+            with contextlib.suppress(FileNotFoundError):
+                system.rm_file(f"{root}/{name}")
+            del known[name]
 
     def _files(self) -> dict[str, tuple[int, int]]:
         """Size and time of each local file; locks and what is not whole yet are left out."""
@@ -268,7 +274,7 @@ class _Missing(UserError):
 
 
 def local_run(path: str | Path, *, whole: bool = False) -> Path:
-    """The folder of a run to use: of an address, its copy. While the run is trained on this machine, the copy is the newest.
+    """The folder of a run; for an address, that of its copy, which is not fetched while this machine trains the run.
 
     Args:
         whole: with what only training needs, such as the optimiser's state.
@@ -281,14 +287,13 @@ def local_run(path: str | Path, *, whole: bool = False) -> Path:
     folder = MirroredFolder(str(path))
     with writing(folder.local):
         folder.local.mkdir(parents=True, exist_ok=True)
-    with locked(folder.local / ".fetch", waiting=lambda: None):
-        try:
-            with locked(folder.local / ".lock-0"):
-                found = folder.fetch(skip=None if whole else _STATE)
-        except Busy:
-            found = True
-    if not found:
-        raise UserError(f"{path}: no run here")
+    with (
+        locked(folder.local / FETCH_LOCK, waiting=lambda: None),
+        contextlib.suppress(Busy),
+        locked(run_lock(folder.local)),
+    ):
+        if not folder.fetch(skip=None if whole else _STATE):
+            raise UserError(f"{path}: no run here")
     return folder.local
 
 
@@ -301,7 +306,7 @@ def _download(address: str, path: Path) -> None:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    """What changes with a file's content, of what a store says about the file, in a listing or by itself."""
+    """A text that changes with a file's content, from what a store says about it, in a listing or for the file alone."""
     names = ("ETag", "etag", "md5Hash", "generation", "content_md5", "mtime", "created", "LastModified")
     return f"{info['size']}-" + next((str(info[name]) for name in names if info.get(name)), "")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,9 @@ from benchmarks.record import folder_for, save
 from benchmarks.robustness.resume import config_of
 from train.config import dump, to_data
 from train.config.load import parse
-from train.examine.interrupted import last_step
+from train.examine.interrupted import Layout, Running, last_step
 from train.files import check_new, writing
 from train.run.run_files import read_metrics
-from transformer.errors import UserError
 
 DIRECTORY = "runs/soak"
 _WARM_UP = 0.25
@@ -47,17 +44,13 @@ def run(steps: int, directory: str) -> None:
     )
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     one = folder / "run"
-    command = [sys.executable, "-m", "train.commands.cli", "train", str(folder / "config.yaml"), "--run-dir", str(one)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    with (folder / "output.txt").open("w", encoding="utf-8") as output:
-        process = subprocess.Popen([*command, "--devices", "1"], stdout=output, stderr=output, env=environment)
+    running = Running(folder / "config.yaml", one, Layout(1))
     seen: list[dict[str, Any]] = []
-    while process.poll() is None:
-        if (found := _look_at(process.pid)) is not None:
+    while running.is_alive:
+        if (found := _look_at(running.pid)) is not None:
             seen.append({"step": last_step(one), "seconds": time.monotonic(), **found})
         time.sleep(0.25)
-    if process.returncode:
-        raise UserError(f"{folder}: the run ended with status {process.returncode}; {folder / 'output.txt'} says why")
+    running.finish()
     command_line = f"manyheads-bench soak --steps {steps}"
     figures = _figures(seen, steps, read_metrics(one).get("checkpoint/stall_seconds", {}))
     (folder / "seen.json").write_text(json.dumps(seen), encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.mutations.edits import SCALARS, damaged, edited, places
+from tests.mutations.edits import SCALARS, damaged, edited, places, put
 from tests.mutations.mutant import Mutant, Setting, listed, of_command
 
 _CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
@@ -156,15 +156,7 @@ def _overrides(source: Path, random: Random) -> list[str]:
 
 def _no_file(path: Path, random: Random) -> str:
     """A path that is not a file with a config."""
-    import os
-
     how = random.choice(("missing", "folder", "dangling", "pipe", "loop"))
-    if how == "folder":
-        path.mkdir()
-    elif how == "dangling":
-        path.symlink_to("nothing")
-    elif how == "loop":
-        path.symlink_to(path.name)
-    elif how == "pipe":
-        os.mkfifo(path)
+    if how != "missing":
+        put(path, how)
     return how

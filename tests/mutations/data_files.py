@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from tests.mutations.edits import damaged, edited, value
+from tests.mutations.edits import damaged, edited, put, value
 from tests.mutations.mutant import Mutant, Setting, of_command
 
 _BERT = {
@@ -302,15 +302,11 @@ def _not_a_file(path: Path, random: Random) -> tuple[Path, str]:
     if how == "device":
         return Path("/dev/zero"), "a device without an end"
     path.unlink()
-    if how == "folder":
-        path.mkdir()
-    elif how == "dangling":
-        path.symlink_to("nothing")
-    elif how == "loop":
-        path.symlink_to(path.name)
-    elif how in ("pipe", "glob of pipes"):
-        os.mkfifo(path)
-        return (path if how == "pipe" else path.parent / f"*{path.suffix}"), how
+    if how == "glob of pipes":
+        put(path, "pipe")
+        return path.parent / f"*{path.suffix}", how
+    if how in ("folder", "dangling", "loop", "pipe"):
+        put(path, how)
     return path, how
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -18,6 +20,16 @@ NESTED: tuple[Any, ...] = (
     {"kind": []}, {"kind": None}, {"family": {}},
 )  # fmt: skip
 """Collections that few fields expect."""
+
+
+def put(path: Path, kind: str, target: str = "nothing") -> None:
+    """Put a `folder`, a `pipe`, or a link to `target` (`link`), to nothing (`dangling`) or itself (`loop`) where no file is."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path.name if kind == "loop" else target)
 
 
 def value(random: Random) -> Any:

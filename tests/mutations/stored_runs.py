@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.mutations.edits import damaged, edited
+from tests.mutations.edits import damaged, edited, put
 from tests.mutations.mutant import Mutant, Setting, of_command
 from train.checkpoints.integrity import HASHES, write_hashes
 
@@ -101,12 +100,10 @@ def _of_file(path: Path, random: Random) -> str:
         path.write_bytes(content)
         return what
     path.unlink()
-    if how == "folder":
-        path.mkdir()
-    elif how == "pipe":
-        os.mkfifo(path)
+    if how in ("folder", "pipe"):
+        put(path, how)
     elif how == "link":
-        path.symlink_to(random.choice(("nothing", path.name, "..", "/dev/zero")))
+        put(path, how, random.choice(("nothing", path.name, "..", "/dev/zero")))
     elif how == "replace":
         path.write_bytes(random.choice((b"{}", b"[]", b"null", b"1", b'"a"', b"\0" * 64, b"[" * 5_000)))
     return how

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.mutations.edits import damaged, edited, value
+from tests.mutations.edits import damaged, edited, put, value
 from tests.mutations.mutant import Mutant, Setting, of_command
 
 _INDEX = "model.safetensors.index.json"
@@ -140,12 +139,10 @@ def _files(folder: Path, random: Random) -> str:
     path = random.choice(sorted(folder.iterdir()))
     how = random.choice(("delete", "folder", "pipe", "link", "pickled", "nothing"))
     path.unlink()
-    if how == "folder":
-        path.mkdir()
-    elif how == "pipe":
-        os.mkfifo(path)
+    if how in ("folder", "pipe"):
+        put(path, how)
     elif how == "link":
-        path.symlink_to(random.choice(("nothing", path.name, "..", "/dev/zero")))
+        put(path, how, random.choice(("nothing", path.name, "..", "/dev/zero")))
     elif how == "pickled":
         (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
     elif how == "nothing":

@@ -132,3 +132,9 @@ def test_too_many_rollbacks_end_the_run(config, tmp_path):
 def test_wrong_settings(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         StabilityConfig(**wrong)
+
+
+def test_a_record_that_a_kill_truncated_is_passed_over(tmp_path):
+    (tmp_path / "skipped.jsonl").write_text('{"step": 3, "rolled_back_to": null}\n{"step": 5, "rol')
+    assert [record["step"] for record in read_skipped(tmp_path)] == [3]
+    assert read_skipped(tmp_path / "none") == []

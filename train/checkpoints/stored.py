@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,9 @@ class StoredCheckpoints:
         """The parameters to use (their moving average, where the run keeps one), laid out as `abstract` says."""
         average = self.folder(step) / AVERAGE
         folder = average if average.is_dir() else self.folder(step) / PARAMS
-        try:
+        otherwise = "restore the folder from a copy, or choose another checkpoint with --step"
+        with _refusing(f"{folder}: the parameters cannot be read, or do not fit the run's config", otherwise):
             return restore(folder, abstract)
-        except MemoryError:
-            raise
-        except Exception as error:  # orbax and the library below it raise whatever they run into
-            raise UserError(
-                f"{folder}: the parameters cannot be read, or do not fit the run's config{_why(error)}; restore the "
-                "folder from a copy, or choose another checkpoint with --step"
-            ) from error
 
     @functools.cached_property
     def _best_by(self) -> str:
@@ -131,10 +125,17 @@ def best_of(scores: Mapping[int, Mapping[str, float]], steps: Sequence[int], nam
     return max(known, key=lambda step: ranking_key(name, scores[step]), default=None)
 
 
-def _why(error: Exception) -> str:
-    """What an error of orbax's says, in brackets; nothing where it is one of Python's own, about orbax's code."""
-    is_own = isinstance(error, AttributeError | TypeError | LookupError | AssertionError)
-    return "" if is_own else f" ({first_line(error)})"
+@contextlib.contextmanager
+def _refusing(what: str, otherwise: str) -> Iterator[None]:
+    """Turn whatever orbax and the library below it run into into a `UserError`: what is wrong, why, and what to do."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        # One of Python's own is about orbax's code.
+        is_own = isinstance(error, AttributeError | TypeError | LookupError | AssertionError)
+        raise UserError(f"{what}{'' if is_own else f' ({first_line(error)})'}; {otherwise}") from error
 
 
 def restore(folder: Path, abstract: Any) -> Any:
@@ -149,17 +150,11 @@ def restore_state(folder: Path, abstract: TrainState) -> TrainState:
     Raises:
         UserError: the state has other parts, such as the momentum of another optimiser.
     """
-    try:
+    otherwise = "undo the change of the model or the optimiser, or start a new run with --run-dir FOLDER"
+    with _refusing(f"{folder}: the state does not fit this config, or cannot be read", otherwise):
         params = restore(folder / PARAMS, abstract.params)
         average = None if abstract.ema is None else restore(folder / AVERAGE, abstract.ema)
         return dataclasses.replace(restore(folder / STATE, without_params(abstract)), params=params, ema=average)
-    except MemoryError:
-        raise
-    except Exception as error:  # orbax and the library below it raise whatever they run into
-        raise UserError(
-            f"{folder}: the state does not fit this config, or cannot be read{_why(error)}; undo the change of the model or the "
-            "optimiser, or start a new run with --run-dir FOLDER"
-        ) from error
 
 
 def without_params(state: TrainState) -> TrainState:

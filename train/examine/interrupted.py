@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,11 @@ class Running:
         return time.monotonic() - self.began
 
     @property
+    def pid(self) -> int:
+        """The number of its first process."""
+        return self._processes[0].pid
+
+    @property
     def is_alive(self) -> bool:
         """Whether no process has ended."""
         return all(process.poll() is None for process in self._processes)
@@ -93,9 +99,8 @@ class Running:
         for process in self._processes:
             process.kill()
         statuses = [process.wait() for process in self._processes]
-        for index, status in enumerate(statuses):
-            if status > 0:
-                raise UserError(f"{self.run}: ended with status {status}: {self._last_line(index)}")
+        # Those that were killed have a negative one.
+        self._check([max(status, 0) for status in statuses])
         # One process may have finished just before the others were killed; their work is done too.
         return 0 not in statuses
 
@@ -110,6 +115,9 @@ class Running:
             except subprocess.TimeoutExpired:
                 process.kill()
                 statuses.append(process.wait())
+        self._check(statuses)
+
+    def _check(self, statuses: Sequence[int]) -> None:
         for index, status in enumerate(statuses):
             if status:
                 raise UserError(f"{self.run}: ended with status {status}: {self._last_line(index)}")
@@ -160,9 +168,9 @@ class Killer:
             # A run that resumes writes the file of its records anew.
             if base is None and _identity_of(run / METRICS) != records:
                 base = last_step(run)
-            if base is not None and last_step(run) > base:
+            if base is not None and (step := last_step(run)) > base:
                 self._starting = min(self._starting, running.seconds)
-                if meant != "start" and last_step(run) >= base + steps:
+                if meant != "start" and step >= base + steps:
                     break
             time.sleep(_POLL_SECONDS)
         if meant in ("save", "evaluation"):

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from train.checkpoints.stored import StoredCheckpoints, read_scores
-from train.files import Busy, locked, writing
+from train.files import Busy, locked, run_lock, writing
 from train.report.display import console
 from transformer.errors import UserError
 
@@ -61,7 +61,7 @@ def remove_checkpoints(run: Path, steps: Sequence[str]) -> None:
         )
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(run / ".lock-0"))
+            stack.enter_context(locked(run_lock(run)))
         except Busy:
             raise UserError(f"{run}: a process is training here; wait until it has ended") from None
         for step in steps:

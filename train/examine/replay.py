@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -21,12 +19,12 @@ from train.data.prepared.content import Content
 from train.data.prepared.prepare import prepare
 from train.data.prepared.store import Prepared
 from train.examine.nonfinite import Origin, first_non_finite
-from train.parallel.mesh import make_mesh, shard_batch, use_mesh
+from train.parallel.mesh import make_mesh, use_mesh
 from train.program.program import Program
 from train.program.state import TrainState
 from train.report.display import console
-from train.run.begin import batches_of, check_data
-from train.run.init_from import begin_from
+from train.run.begin import batches_of, check_data, program_of
+from train.run.init_from import fresh_state
 from train.run.order import Order
 from train.run.run_files import config_file, read_metrics
 from train.run.skipped import read_skipped
@@ -60,7 +58,7 @@ def replay(run: Path, step: int, *, rows: int = 8) -> bool:
     stored = StoredCheckpoints(run) if (run / FOLDER).is_dir() else None
     known = [] if stored is None else stored.steps
     with use_mesh(mesh, config.mesh.rules):
-        program = Program(_with_data(config, prepared), mesh)
+        program = program_of(config, prepared, mesh)
         order, state = Order(), None
         if stored is not None and known:
             meta = stored.meta(known[-1])
@@ -72,7 +70,7 @@ def replay(run: Path, step: int, *, rows: int = 8) -> bool:
             before = [one for one in known if one <= last and stored.damage(one) is None]
             if before:
                 state = restore_state(stored.folder(before[-1]), program.abstract)
-        state = _begin(program, config, prepared) if state is None else state
+        state = fresh_state(program, config, prepared) if state is None else state
         start, batches = int(state.step), batches_of(config, prepared)
         print(f"{run}: step {step}, from {f'the checkpoint of step {start}' if start else 'the beginning'}")
         out = console()
@@ -83,24 +81,19 @@ def replay(run: Path, step: int, *, rows: int = 8) -> bool:
             transient=True,
             disable=not out.is_terminal,
         ):
-            state, _ = program.train_step(state, _on_devices(batches.batch(order.batch(earlier)), program))
+            state, _ = program.train_step(state, program.to_devices(batches.batch(order.batch(earlier))))
         batch = batches.batch(order.batch(step))
         losses = _losses(state, batch, config, program)
-        origin_of = _origin_in(program, state, batch)
-        _, metrics = program.train_step(state, _on_devices(batch, program))
+        state, metrics = program.train_step(state, program.to_devices(batch))
         values = {name: float(value) for name, value in metrics.items()}
         same = _say_metrics(run, step, values)
         _say_examples(losses, batch, prepared, rows)
         if not all(math.isfinite(values[name]) for name in _COMPARED):
-            where = origin_of()
+            where = _origin(program, state, batch)
             print(
                 f"first value that is not finite: {'none; the norm of the gradient is too large' if where is None else where}"
             )
     return same
-
-
-def _with_data(config: RunConfig, prepared: Prepared) -> RunConfig:
-    return dataclasses.replace(config, objective=config.objective.with_data(prepared))
 
 
 def _when_taken(run: Path, step: int, order: Order) -> tuple[Order, int]:
@@ -115,17 +108,6 @@ def _when_taken(run: Path, step: int, order: Order) -> tuple[Order, int]:
     return Order.from_data(records[-1]["passed"]), step - 1 if back_to is None else back_to
 
 
-def _begin(program: Program, config: RunConfig, prepared: Prepared) -> TrainState:
-    """The state before the first step."""
-    if config.init_from is None:
-        return program.init()
-    return program.init(begin_from(program.init_params(), config, prepared)[0])
-
-
-def _on_devices(batch: Batch, program: Program) -> dict[str, jax.Array]:
-    return shard_batch({name: array for name, array in batch.items() if name != "example"}, program.batch_sharding)
-
-
 def _losses(state: TrainState, batch: Batch, config: RunConfig, program: Program) -> np.ndarray | None:
     """The loss of each example alone [B], without dropout; None for an objective that compares examples with each other."""
     if config.objective.compares_rows:
@@ -136,13 +118,14 @@ def _losses(state: TrainState, batch: Batch, config: RunConfig, program: Program
         copies = {
             name: np.repeat(array[row : row + 1], config.evaluation_batch_size, 0) for name, array in batch.items()
         }
-        sums, _ = program.eval_step(state.params, _on_devices(copies, program))
+        sums, _ = program.eval_step(state.params, program.to_devices(copies))
         found.append(float(sums.loss / jnp.maximum(sums.weight, 1)))
     return np.array(found)
 
 
 def _say_metrics(run: Path, step: int, values: dict[str, float]) -> bool:
-    recorded = {name: read_metrics(run).get(f"train/{name}", {}).get(step) for name in _COMPARED}
+    curves = read_metrics(run)
+    recorded = {name: curves.get(f"train/{name}", {}).get(step) for name in _COMPARED}
     print("; ".join(f"{name.replace('_', ' ')} {values[name]!r}" for name in _COMPARED))
     if None in recorded.values():
         print("the run did not record this step")
@@ -177,9 +160,8 @@ def _say_examples(losses: np.ndarray | None, batch: Batch, prepared: Prepared, r
         print(f"  and {len(order) - rows} more")
 
 
-def _origin_in(program: Program, state: TrainState, batch: Batch) -> Callable[[], Origin | None]:
-    """A function that finds the first value that is not finite in the step. The step itself takes the state's memory."""
-    params = jax.tree.map(jnp.copy, state.params)
-    key = jax.random.fold_in(state.key, state.step)
-    arrays = _on_devices(batch, program)
-    return lambda: first_non_finite(lambda params, batch: program.gradient(params, batch, key), params, arrays)
+def _origin(program: Program, after: TrainState, batch: Batch) -> Origin | None:
+    """Where a value first was not finite in the step before the state `after`, which has the parameters of before it: the update
+    was skipped."""
+    key = jax.random.fold_in(after.key, after.step - 1)
+    return first_non_finite(program.gradient, after.params, program.to_devices(batch), key)

@@ -17,8 +17,7 @@ from train.data.tokenization.tokenizer import TokenizerConfig
 from train.data.tokenization.vocabulary import is_trained
 from train.files import write_whole, writing
 from train.parallel.mesh import MeshConfig, batch_parts, use_mesh
-from train.program.program import Program
-from train.run.begin import check_data
+from train.run.begin import check_data, program_of
 from train.run.evaluate import Evaluator, Scores
 from train.run.run_files import LoadedRun, load_run
 from train.translation import TextTranslator
@@ -54,7 +53,7 @@ def score(run: Path, *, step: str = "best", data: str | None = None, out: Path |
         evaluation = dataclasses.replace(config.evaluation, batches=None, batch_size=size)
         config = dataclasses.replace(config, mesh=mesh, evaluation=evaluation, microbatches=1)
         check_data(config, prepared)
-        program = Program(dataclasses.replace(config, objective=config.objective.with_data(prepared)), loaded.mesh)
+        program = program_of(config, prepared, loaded.mesh)
         evaluator = Evaluator(config, prepared, program, _translator(config, prepared))
         found = evaluator.evaluate(loaded.params, None, lambda: False)
         assert not isinstance(found, tuple)

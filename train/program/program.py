@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import RunConfig
 from train.data.prepared.store import Prepared
+from train.loss import Batch
 from train.objectives.objective import BatchShapes
 from train.optimizer import make_optimizer
-from train.parallel.mesh import STRATEGIES, MeshConfig, batch_sharding
+from train.parallel.mesh import STRATEGIES, MeshConfig, batch_sharding, shard_batch
 from train.program.pipeline import StagedStep, one_forward_one_backward, schedule_of
 from train.program.pmap import make_pmap_step
 from train.program.state import (
@@ -101,6 +104,10 @@ class Program:
     def init_params(self) -> nnx.State:
         """The parameters that `init` makes."""
         return init_params(self.make_state, self.abstract, self.config.seed)
+
+    def to_devices(self, batch: Mapping[str, np.ndarray]) -> Batch:
+        """This process's rows of a batch on the devices, without the ids of the examples."""
+        return shard_batch({name: rows for name, rows in batch.items() if name != "example"}, self.batch_sharding)
 
     def lower(self) -> jax.stages.Lowered:
         """The training step over a whole batch, traced for the mesh's devices."""

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -158,8 +158,7 @@ class MetricLog:
     def write_skipped(self, record: Mapping[str, Any]) -> None:
         """Record a step whose update was skipped."""
         if self._skipped is not None:
-            values = {name: value for name, value in record.items() if name != "step"}
-            self._try(self._skipped, functools.partial(self._skipped.write, record["step"], values))
+            self._try(self._skipped, functools.partial(self._skipped.write, record["step"], record))
 
     def write_examples(self, step: int, ids: np.ndarray) -> None:
         """Record which examples a step took, those of this process, if the config asks for it."""
@@ -199,11 +198,28 @@ def read_examples(directory: Path) -> dict[int, list[int]]:
     """The ids of each step's examples, in the order of the batch, as the processes of a run recorded them."""
     found = dict[int, list[int]]()
     for path in sorted((directory / EXAMPLES).glob("*.jsonl"), key=lambda path: int(path.stem)):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if _step_of(line) < float("inf"):
-                record = json.loads(line)
-                found.setdefault(record["step"], []).extend(record["examples"])
+        for _, record in read_records(path):
+            found.setdefault(record["step"], []).extend(record["examples"])
     return found
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number of each line of a file that `JsonlWriter` wrote, and its record; none if there is no file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    for number, line in enumerate(lines, start=1):
+        # A kill may have truncated the last line.
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        yield number, record
 
 
 def _step_of(line: str) -> float:

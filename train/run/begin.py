@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from train.config import RunConfig, difference, to_data
 from train.data.loader import Batches, train_batches
 from train.data.prepared.prepare import check_vocabulary
 from train.data.prepared.store import Prepared
-from train.files import Busy, locked, writing
+from train.files import Busy, locked, run_lock, writing
 from train.parallel.processes import gathered
+from train.program.program import Program
 from transformer.errors import UserError
 
 
@@ -32,6 +34,11 @@ def check_data(config: RunConfig, prepared: Prepared) -> None:
     check_selection(config, prepared)
 
 
+def program_of(config: RunConfig, prepared: Prepared, mesh: jax.sharding.Mesh) -> Program:
+    """The program of a config whose objective depends on the data. Raises as `Program`."""
+    return Program(dataclasses.replace(config, objective=config.objective.with_data(prepared)), mesh)
+
+
 def batches_of(config: RunConfig, prepared: Prepared) -> Batches:
     """The training batches of a run: the rows of this process."""
     return train_batches(
@@ -45,7 +52,7 @@ def alone_in(directory: Path) -> Iterator[None]:
     """Make the folder, and keep a second process from training in it; a run that is refused leaves no folder."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    lock, refused = directory / f".lock-{jax.process_index()}", False
+    lock, refused = run_lock(directory, jax.process_index()), False
     try:
         with locked(lock):
             try:

@@ -13,6 +13,8 @@ from flax import nnx
 from train.config import RunConfig, difference, fields
 from train.data.prepared.store import Prepared
 from train.data.tokenization.tokenizer import ByteTokenizer, Tokenizer
+from train.program.program import Program
+from train.program.state import TrainState
 from train.remote import local_run
 from train.run.run_files import load_run
 from train.trained import ParameterPath, dotted, size
@@ -40,6 +42,19 @@ def check_begin(config: RunConfig) -> None:
         return
     if not local_run(config.init_from).is_dir():
         raise UserError(f"init_from: {config.init_from}: no such run; train it first, or set init_from to null")
+
+
+def fresh_state(program: Program, config: RunConfig, prepared: Prepared) -> TrainState:
+    """The state before the first step: random, or with the weights of `config.init_from`, which a line reports.
+
+    Raises:
+        UserError: as `begin_from`.
+    """
+    if config.init_from is None:
+        return program.init()
+    params, said = begin_from(program.init_params(), config, prepared)
+    print(f"{config.name}: {said}")
+    return program.init(params, donate=True)
 
 
 def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple[nnx.State, str]:

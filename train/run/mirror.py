@@ -1,4 +1,4 @@
-"""Keeps a run's folder at a remote address: fetched before the run, copied there while it goes on and at its end."""
+"""Keeps a run's folder at a remote address: fetched before the run, copied there during it and at its end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 
 from train.config import RunConfig
 from train.files import locked
-from train.remote import MirroredFolder, is_remote
+from train.remote import FETCH_LOCK, MirroredFolder, is_remote
 from transformer.errors import UserError
 
 _SECONDS = 20.0
@@ -35,7 +35,9 @@ def mirrored(config: RunConfig) -> Iterator[None]:
             f"run_dir: got {config.run_dir!r}; with several processes, name a folder that all of them share, such as one on NFS"
         )
     folder = MirroredFolder(config.run_dir)
-    with locked(folder.local / ".fetch", waiting=lambda: print(f"waiting for a command that fetches {folder.address}")):
+    with locked(
+        folder.local / FETCH_LOCK, waiting=lambda: print(f"waiting for a command that fetches {folder.address}")
+    ):
         fetched = folder.fetch()
     if fetched:
         print(f"{config.name}: fetched from {folder.address} to {folder.local}")

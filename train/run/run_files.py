@@ -22,6 +22,7 @@ from train.data.tokenization.tokenizer import Tokenizer
 from train.files import write_whole, writing
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from train.program.state import abstract_params
+from train.report.metrics import METRICS, read_records
 from train.versions import versions
 from transformer.errors import UserError, first_line, shown
 from transformer.layers.adapter import merged
@@ -155,17 +156,8 @@ def config_file(directory: Path) -> Path:
 
 def read_metrics(directory: Path) -> Curves:
     """All records in a run's metrics.jsonl; empty if there are none."""
-    path, curves = directory / "metrics.jsonl", Curves()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            # A kill truncated the last line.
-            continue
+    path, curves = directory / METRICS, Curves()
+    for number, record in read_records(path):
         step = record.pop("step", None) if isinstance(record, dict) else None
         if not isinstance(step, int) or not all(isinstance(value, int | float) for value in record.values()):
             raise UserError(f"{path}:{number}: not a step with numbers; delete this line")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from train.data.decoded import texts_of
 from train.data.loader import Batch
 from train.data.prepared.store import Prepared
 from train.report.meter import Reading
-from train.report.metrics import SKIPPED
+from train.report.metrics import SKIPPED, read_records
 from train.run.order import Order
 
 _SHOWN = 400
@@ -51,6 +50,4 @@ def record_of(
 
 def read_skipped(directory: Path) -> list[dict[str, Any]]:
     """The records of a run, in order; empty if no update was skipped."""
-    path = directory / SKIPPED
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    return [record for _, record in read_records(directory / SKIPPED)]

@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,18 +22,17 @@ from train.data.loader import prefetch_to_device
 from train.data.prepared.store import Prepared
 from train.loss import Batch
 from train.optimizer import make_schedule
-from train.parallel.mesh import shard_batch
 from train.parallel.processes import any_process, is_first
 from train.parallel.runtime import GracefulStop, Watchdog
-from train.program.program import Program, flops_per_prediction
+from train.program.program import flops_per_prediction
 from train.program.state import TrainState
 from train.report.display import Display
 from train.report.meter import Meter, Reading
 from train.report.metrics import MetricLog
 from train.report.sample import make_sampler
-from train.run.begin import batches_of
+from train.run.begin import batches_of, program_of
 from train.run.evaluate import Evaluation, Evaluator, Scores
-from train.run.init_from import begin_from
+from train.run.init_from import fresh_state
 from train.run.messages import all_skipped, headline, interrupted_at, padding_of
 from train.run.order import Order
 from train.run.run_files import write_finished
@@ -57,6 +56,13 @@ class Finished:
     """The one that interrupted this process, if one did."""
 
 
+class Spike(NamedTuple):
+    """A step with a loss spike, and that of the checkpoint to go back to."""
+
+    step: int
+    back_to: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
     """What a run uses from its start to its end or interruption."""
@@ -74,7 +80,7 @@ class Run:
 
     def __init__(self, config: RunConfig, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
         self.config, self.prepared, self.mesh = config, prepared, mesh
-        self.program = Program(dataclasses.replace(config, objective=config.objective.with_data(prepared)), mesh)
+        self.program = program_of(config, prepared, mesh)
         self.schedule: optax.Schedule = make_schedule(config.optimizer, config.steps)
         self.translator = self.sampler = None
         # Samples need one process, which may not hold all of the parameters.
@@ -108,11 +114,7 @@ class Run:
                 print(f"{self.config.name}: changed since step {step}: {line}")
             self.order = Order.from_data(meta["passed"])
             return self._restore(checkpoints, step, meta)
-        if self.config.init_from is None:
-            return self.program.init()
-        params, said = begin_from(self.program.init_params(), self.config, self.prepared)
-        print(f"{self.config.name}: {said}")
-        return self.program.init(params, donate=True)
+        return fresh_state(self.program, self.config, self.prepared)
 
     def _restore(self, checkpoints: Checkpoints, step: int, meta: Mapping[str, Any]) -> TrainState:
         self.selection = Selection.from_data(self.config.checkpoint.best, meta["selection"])
@@ -156,7 +158,7 @@ class Run:
                 if spike is None:
                     break
                 del state  # the device may not have room for another one
-                state, step = self._roll_back(spike, session)
+                state, step = self._roll_back(spike, session), spike.back_to
             trace.end()
             found = None
             interrupted = step < config.steps and not self._is_over
@@ -175,7 +177,7 @@ class Run:
 
     def _steps(
         self, state: TrainState, start: int, last: int, session: Session, trace: Trace
-    ) -> tuple[TrainState, int, int | None]:
+    ) -> tuple[TrainState, int, Spike | None]:
         """The steps from the one after `start`, with what is due between them; their last, and a spike to roll back from."""
         config, step, meter = self.config, start, session.meter
         on_devices = prefetch_to_device(self.batches.iterate(self.order.batch(start + 1)), self._to_device)
@@ -266,8 +268,7 @@ class Run:
 
     def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
         """A batch's example ids, which stay on the host, and its arrays on the devices."""
-        arrays = {name: rows for name, rows in batch.items() if name != "example"}
-        return batch["example"], shard_batch(arrays, self.program.batch_sharding)
+        return batch["example"], self.program.to_devices(batch)
 
     def _evaluate(
         self, state: TrainState, step: int, session: Session, *, all_of_it: bool = False
@@ -299,20 +300,19 @@ class Run:
             self.selection = self.selection.after(step, found.selection[self.selection.name])
         return found
 
-    def _read(self, session: Session, *, keep: int) -> int | None:
-        """Read and record the metrics of all but the last `keep` steps; the step of a spike to roll back from."""
+    def _read(self, session: Session, *, keep: int) -> Spike | None:
+        """Read and record the metrics of all but the last `keep` steps; a spike to roll back from."""
         for done in session.meter.ready(keep):
             back_to = self._rolls_back_to(done, session)
             self._record(done, back_to, session)
             if back_to is not None:
-                return done.step
+                return Spike(done.step, back_to)
         return None
 
     def _rolls_back_to(self, done: Reading, session: Session) -> int | None:
         """The step of the checkpoint to go back to, if this step is a spike that asks for it."""
-        rolls_back = self.config.stability.on_spike == "rollback"
         # At the very last step no other is left to take instead.
-        if not done.is_spike or not rolls_back or done.step == self.config.steps:
+        if not done.is_spike or self.config.stability.on_spike != "rollback" or done.step == self.config.steps:
             return None
         session.watch.alive()
         try:
@@ -343,30 +343,28 @@ class Run:
             said = all_skipped(done.skipped_in_row, session.checkpoints.latest, self.config.directory, done.examples)
             raise UserError(f"step {done.step}: {said}")
 
-    def _roll_back(self, spike: int, session: Session) -> tuple[TrainState, int]:
-        """The state and step of the checkpoint to go back to; the batches since then, up to that of the spike, are passed over.
+    def _roll_back(self, spike: Spike, session: Session) -> TrainState:
+        """The state of the checkpoint to go back to; the batches since then, up to that of the spike, are passed over.
 
         Raises:
             UserError: `stability.max_rollbacks` to this checkpoint were not enough.
         """
-        checkpoints, most = session.checkpoints, self.config.stability.max_rollbacks
-        step = checkpoints.to_roll_back_to()
-        assert step is not None
+        checkpoints, step, most = session.checkpoints, spike.back_to, self.config.stability.max_rollbacks
         if sum(after == step for after, _ in self.order.passed) >= most:
             raise UserError(
-                f"step {spike}: the loss spikes again after {most} rollbacks to the checkpoint of step {step} in "
+                f"step {spike.step}: the loss spikes again after {most} rollbacks to the checkpoint of step {step} in "
                 f"{self.config.directory}. Resume with a lower optimizer.learning_rate and --allow-changed optimizer"
             )
         session.watch.alive()
         state = self._restore(checkpoints, step, checkpoints.meta(step))
-        self.order = self.order.rolled_back(step, spike)
+        self.order = self.order.rolled_back(step, spike.step)
         checkpoints.drop_after(step)
         session.meter.forget()
         session.log.rewind(step)
         session.display.say(
-            f"rolled back to the checkpoint of step {step}; batches of {spike - step} steps are passed over"
+            f"rolled back to the checkpoint of step {step}; batches of {spike.step - step} steps are passed over"
         )
-        return state, step
+        return state
 
     def _farewell(
         self, state: TrainState, step: int, found: Evaluation | None, interrupted: bool, session: Session

@@ -23,7 +23,7 @@ class GrowingFile:
     """A file to write at one position, part after part. A context manager, which closes it."""
 
     def __init__(self, path: Path, begin: bytes, end: int | None) -> None:
-        """Open a file that begins with `begin`, or make it, to write on at byte `end`; what was behind that is dropped.
+        """Open a file that begins with `begin`, or make it, and continue at byte `end`; what is after it is dropped.
 
         Raises `OSError`, as do the methods.
         """

@@ -50,7 +50,7 @@ class Labels:
     """
 
     def __init__(self, kind: LabelKind, parts: Iterable[LabelsPart] = ()) -> None:
-        """Goes on after `parts`, which `end_part` gave."""
+        """Continues after `parts`, which `end_part` gave."""
         self._kind = kind
         self._numbers: dict[str, int] = {}
         self._arrays: list[tuple[Split, int]] = []

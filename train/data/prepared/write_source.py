@@ -1,4 +1,4 @@
-"""Tokenises sources in parts, each recorded once it is on the disk, and goes on after the parts of a process that was stopped.
+"""Tokenises sources in parts, each recorded once it is on the disk, and continues after those of a process that was stopped.
 
 What is written does not depend on where parts begin, or on whether and where a process was stopped.
 """
