@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +30,7 @@ LOST = 75
 _FAREWELL = "farewell"
 _ERROR = "manyheads/error"
 """Key of the error that ends all processes, and prefix of those by which each says that it has it."""
-_PATIENCE_MS = 5000
+_PATIENCE_MS = 10_000
 _POLL_SECONDS = 0.5
 _LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
 """Beginnings of JAX's messages about a failed collective, in a `JaxRuntimeError` or, from gloo, in a `ValueError`."""
@@ -163,16 +164,12 @@ class _SharedErrors:
         self._thread.join()
 
     def end_all(self, error: UserError) -> NoReturn:
-        """Show the error, pass it on, wait a few seconds until all have it, and exit with status 2."""
+        """Show the error, pass it on, and exit with status 2 when all have it, or after some seconds."""
         self._ending.acquire()
         print(f"manyheads: {error}", file=sys.stderr, flush=True)
-        me = jax.process_index()
-        others = [index for index in range(jax.process_count()) if index != me]
         # Another one may have passed its own error on, or the service has ended with its process.
         with contextlib.suppress(Exception):
-            self._client.key_value_set(_ERROR, f"{me}: {error}")
-            for other in others:
-                self._client.blocking_key_value_get(f"{_ERROR}/{other}", _PATIENCE_MS)
+            self._client.key_value_set(_ERROR, f"{jax.process_index()}: {error}")
         self._exit()
 
     def _listen(self) -> None:
@@ -186,19 +183,35 @@ class _SharedErrors:
             except Exception as error:
                 if "NOT_FOUND" not in str(error):
                     return  # the service has ended, which other code reports
+        if not self._ending.acquire(blocking=False):
+            return  # this process has shown an error of its own
         sender, _, message = text.partition(": ")
-        with contextlib.suppress(Exception):
-            self._client.key_value_set(f"{_ERROR}/{jax.process_index()}", "")
-        if int(sender) == jax.process_index() or not self._ending.acquire(blocking=False):
-            return
         print(f"manyheads: process {sender}: {message}", file=sys.stderr, flush=True)
         self._exit()
 
     def _exit(self) -> NoReturn:
+        """Leave when all have the error: a collective with one that left before would fail in those that do not know why."""
         self._before_exit()
         sys.stdout.flush()
+        self._say("has it")
+        self._wait_for("has it")
+        # Process 0 has the service, without which JAX aborts the others; so it leaves last.
+        if is_first():
+            self._wait_for("leaves")
+            time.sleep(_POLL_SECONDS)
+        else:
+            self._say("leaves")
         # Leaving in the usual way would wait for the others.
         os._exit(2)
+
+    def _say(self, what: str) -> None:
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{_ERROR}/{jax.process_index()}/{what}", "")
+
+    def _wait_for(self, what: str) -> None:
+        with contextlib.suppress(Exception):
+            for other in set(range(jax.process_count())) - {jax.process_index()}:
+                self._client.blocking_key_value_get(f"{_ERROR}/{other}/{what}", _PATIENCE_MS)
 
 
 @contextlib.contextmanager
