@@ -72,7 +72,7 @@ class Checkpoints:
             (directory / FOLDER).mkdir(parents=True, exist_ok=True)
         self._stored = StoredCheckpoints(directory)
         with _disk_errors(self):
-            with process_zero_first("checkpoints"):
+            with process_zero_first():
                 if is_first():
                     set_aside_damaged(self._stored)
                     _forget_scores(self._stored)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -32,6 +33,9 @@ _ERROR = "manyheads/error"
 """Key of the error that ends all processes, and prefix of those by which each says that it has it."""
 _PATIENCE_MS = 10_000
 _POLL_SECONDS = 0.5
+_WEEK_MS = 7 * 24 * 3600 * 1000
+_MEETINGS = itertools.count()
+"""Names of meetings, each of which is held once; all processes count alike."""
 _LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
 """Beginnings of JAX's messages about a failed collective, in a `JaxRuntimeError` or, from gloo, in a `ValueError`."""
 
@@ -152,7 +156,7 @@ class _SharedErrors:
     """
 
     def __init__(self, before_exit: Callable[[], None]) -> None:
-        self._client: Any = distributed.global_state.client
+        self._client = _service()
         self._before_exit = before_exit
         self._ending, self._stopped = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -215,13 +219,24 @@ class _SharedErrors:
 
 
 @contextlib.contextmanager
-def process_zero_first(what: str) -> Iterator[None]:
-    """The first process runs the block, then the others, which find its files on the shared disk."""
+def process_zero_first() -> Iterator[None]:
+    """The first process runs the block, however long it takes, then the others, which find its files on the shared disk."""
     if not is_first():
-        multihost_utils.sync_global_devices(f"{what}: first")
+        _meet()
     yield
-    if is_first() and jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"{what}: first")
+    if is_first():
+        _meet()
+
+
+def _meet() -> None:
+    """Wait for all processes by their service: unlike a collective it takes no device, and no limit of a transport ends it."""
+    if jax.process_count() > 1:
+        _service().wait_at_barrier(f"manyheads/meeting/{next(_MEETINGS)}", _WEEK_MS)
+
+
+def _service() -> Any:
+    """Through which the processes found each other."""
+    return distributed.global_state.client
 
 
 def any_process(value: bool, step: int, every: int = 10) -> bool:
@@ -233,9 +248,8 @@ def any_process(value: bool, step: int, every: int = 10) -> bool:
 
 def gathered(text: str) -> list[str]:
     """The texts of all processes, in order."""
-    data = np.frombuffer(text.encode(), np.uint8)
-    lengths = np.asarray(multihost_utils.process_allgather(np.array([len(data)]))).reshape(-1)
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(data)] = data
-    rows: Any = multihost_utils.process_allgather(padded)
-    return [bytes(row[:length]).decode() for row, length in zip(np.asarray(rows), lengths, strict=True)]
+    client = _service()
+    folder = f"manyheads/text/{next(_MEETINGS)}"
+    client.key_value_set(f"{folder}/{jax.process_index()}", text)
+    _meet()
+    return [client.blocking_key_value_get(f"{folder}/{index}", _PATIENCE_MS) for index in range(jax.process_count())]

@@ -54,7 +54,7 @@ def _train(
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
     check_batch(mesh, config.mesh.rules, config.evaluation_batch_size, 1, "evaluation.batch_size")
     check_begin(config)
-    with process_zero_first("prepare"):
+    with process_zero_first():
         prepared = prepare(config.data)
     check_data(config, prepared)
     with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop, Watchdog(hang_seconds) as watch:
