@@ -12,14 +12,14 @@ import jax
 from flax import nnx
 
 from transformer.layers.feed_forward import FeedForward
-from transformer.layers.linear import dropout
 from transformer.layers.mixture_of_experts import MixtureOfExperts, RouterLosses
 from transformer.layers.norm import LayerNorm, RMSNorm
 from transformer.mixers.context import NO_CONTEXT, Context
 from transformer.mixers.registry import Mixer, MixerConfig
 from transformer.mixers.softmax import MultiHeadAttention
 from transformer.mixers.state import State
-from transformer.types import Array, Float, PRNGKeyArray
+from transformer.randomness import dropout, split
+from transformer.types import Array, Float, Keys
 
 Norm = LayerNorm | RMSNorm
 
@@ -76,7 +76,7 @@ class Block(nnx.Module):
             context: of this layer; its key enables dropout.
             normed: x is already normalised, and pre-norm attention skips its norm.
         """
-        keys = (None,) * 5 if context.key is None else jax.random.split(context.key, 5)
+        keys = (None,) * 5 if context.key is None else split(context.key, 5)
         context = dataclasses.replace(context, adapter_key=context.key)
         output: dict[str, object] = {}
         # A block with cross-attention returns the weights of that.
@@ -122,7 +122,7 @@ class Block(nnx.Module):
         return block
 
     def _around(
-        self, x: Array, sublayer: Callable[[Array], Array], norm: Callable[[Array], Array], key: PRNGKeyArray | None
+        self, x: Array, sublayer: Callable[[Array], Array], norm: Callable[[Array], Array], key: Keys | None
     ) -> Array:
         if self.norm_first:
             return x + dropout(sublayer(norm(x)), self.dropout_rate, key)

@@ -93,7 +93,7 @@ def run_pipeline(
         stage: its outputs are means over rows, with a leading K.
         blocks: [L, ...], or [V, L / V, ...] (`in_stages`), which needs no exchange of parameters if V is above 1.
         x: [B, ...].
-        keys: [L, ...]; each microbatch derives its own keys from them.
+        keys: of each row, [L, ..., B].
         per_layer: a pytree whose leaves have a leading L.
         context: a pytree that all layers get. The leaves that its `batch_leaves` marks are divided as x is.
 
@@ -130,8 +130,7 @@ def run_pipeline(
             mine, own_keys = _stage_of(blocks, stage_number), _at(keys, stage_number)
             own = [_at(leaf, microbatch) if cut else leaf for leaf, cut in zip(flat, is_cut, strict=True)]
             if own_keys is not None:
-                folded = jax.vmap(jax.random.fold_in, in_axes=(0, None))(own_keys.reshape(-1), microbatch)
-                own_keys = folded.reshape(own_keys.shape)
+                own_keys = jax.lax.dynamic_index_in_dim(own_keys, microbatch, axis=own_keys.ndim - 2, keepdims=False)
             starts = (index == 0) & (stage_number == 0)
             x = jnp.where(starts, _at(given, microbatch), arriving)
             x, outputs = stage(mine, x, own_keys, _at(per_layer, stage_number), jax.tree.unflatten(structure, own))
@@ -152,6 +151,9 @@ def run_pipeline(
     by_stage = PartitionSpec(axes) if V == 1 else PartitionSpec(None, axes)
     flat = [microbatched(leaf, M) if cut else leaf for leaf, cut in zip(flat, is_cut, strict=True)]
     # A copy for each device, of which the first is read, so that its gradient sums one value and zeros.
+    if keys is not None:
+        # [L, ..., M, R]
+        keys = jnp.moveaxis(microbatched(jnp.moveaxis(keys, -1, 0), M), (0, 1), (-2, -1))
     given = microbatched(x, M)
     given = jnp.broadcast_to(given, (P, *given.shape))
     blocks = in_stages(in_order(blocks) if V == 1 else blocks, V)

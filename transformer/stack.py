@@ -89,7 +89,7 @@ def apply_stack(
     Args:
         calls: applied in turn, such as one for global and two for local attention; their outputs have the same structure.
         blocks: what `stack` returned, or a list of single blocks (`unstack`), which are always run one by one.
-        keys: one per layer, [L, ...].
+        keys: of each layer's rows, [L, ..., B].
         per_layer: a pytree whose leaves have a leading L, of which each layer gets its slice; for a list of blocks, a
             list with each layer's input.
         context: passed to all layers.

@@ -13,16 +13,21 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, PRNGKeyArray
+    from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, PRNGKeyArray, UInt32
+
+    Keys = Key[Array, "..."]
 else:
     try:
-        from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, PRNGKeyArray
+        from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, PRNGKeyArray, UInt32
+
+        Keys = Key[Array, "..."]
     except ImportError:
         # The test suite, which has jaxtyping, checks shapes; elsewhere nothing reads the annotations.
-        Array = Bool = DTypeLike = Float = Int = Key = PRNGKeyArray = Any
+        Array = Bool = DTypeLike = Float = Int = Key = Keys = PRNGKeyArray = UInt32 = Any
 
 __all__ = [
-    "DTYPES", "Array", "Bool", "DTypeLike", "Float", "Int", "Key", "ModelOutput", "PRNGKeyArray", "wide", "widen",
+    "DTYPES", "Array", "Bool", "DTypeLike", "Float", "Int", "Key", "Keys", "ModelOutput", "PRNGKeyArray", "UInt32", "wide",
+    "widen",
 ]  # fmt: skip
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}

@@ -1,4 +1,4 @@
-"""The hand-written backward passes are the automatic ones; dropout drops what it says."""
+"""The hand-written backward passes are the automatic ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from transformer.layers.feed_forward import ACTIVATIONS, FeedForward, gelu_tanh
-from transformer.layers.linear import Linear, dense, dropout
+from transformer.layers.linear import Linear, dense
 
 RNG = np.random.default_rng(0)
 
@@ -73,15 +73,6 @@ def test_feed_forward(activation):
     hidden = function(layer.gate(x)) * up if gated else function(up)
     np.testing.assert_allclose(layer(x), layer.down(hidden), rtol=1e-5)
     assert (layer.gate is None) != gated
-
-
-def test_dropout():
-    x = jnp.ones((100, 100))
-    dropped = dropout(x, 0.25, jax.random.key(0))
-    np.testing.assert_allclose(np.unique(dropped), [0, 4 / 3], rtol=1e-6)
-    assert float(dropped.mean()) == pytest.approx(1, abs=0.02)
-    assert dropout(x, 0.25, None) is x
-    assert dropout(x, 0.0, jax.random.key(0)) is x
 
 
 @pytest.mark.parametrize(("wide", "narrow"), [(128, 32), (32, 128)])

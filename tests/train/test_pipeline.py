@@ -37,7 +37,8 @@ from transformer.pipeline import in_order, in_stages
 
 B, T = 16, 8
 SHAPE = {"vocab_size": 32, "max_length": T, "num_layers": 4, "embed_dim": 16, "attention": SoftmaxConfig(num_heads=2)}
-MODEL = GPTConfig(**SHAPE)
+# With dropout, whose bits are of the example, the layer and the place alone: no schedule may change them.
+MODEL = GPTConfig(**SHAPE, dropout=0.1, attention_dropout=0.1)
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, 32, (B, T + 1)).astype(np.int32)
 BATCH = {
@@ -212,14 +213,12 @@ def test_an_encoder_whose_layers_take_turns(layout):
 
 
 @pytest.mark.parametrize("layout", [{"stages_per_device": 2}, ONE_FORWARD], ids=str)
-def test_dropout_and_a_narrow_type_go_through_a_pipeline(layout):
+def test_a_narrow_type_goes_through_a_pipeline(layout):
     config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
-    model = dataclasses.replace(MODEL, dropout=0.2, attention_dropout=0.2, dtype="bfloat16")
     expected = on_one_device(steps=4)
-    got = run(config, 2, steps=1, start=expected.start, model=model)
-    seen = [(one.losses[0], one.grad_norms[0]) for one in (got, expected)]
-    assert not np.allclose(*seen, rtol=1e-3)
-    np.testing.assert_allclose(got.losses, expected.losses[:1], rtol=0.1)
+    got = run(config, 2, steps=1, start=expected.start, model=dataclasses.replace(MODEL, dtype="bfloat16"))
+    np.testing.assert_allclose(got.losses, expected.losses[:1], rtol=1e-2)
+    np.testing.assert_allclose(got.grad_norms, expected.grad_norms[:1], rtol=3e-2)
 
 
 def test_what_one_forward_one_backward_keeps_does_not_grow_with_the_microbatches():

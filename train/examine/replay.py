@@ -22,6 +22,7 @@ from train.examine.nonfinite import Origin, first_non_finite
 from train.parallel.mesh import make_mesh, use_mesh
 from train.program.program import Program
 from train.program.state import TrainState
+from train.program.step import step_keys
 from train.report.display import console
 from train.run.begin import batches_of, check_data, program_of
 from train.run.init_from import fresh_state
@@ -163,5 +164,5 @@ def _say_examples(losses: np.ndarray | None, batch: Batch, prepared: Prepared, r
 def _origin(program: Program, after: TrainState, batch: Batch) -> Origin | None:
     """Where a value first was not finite in the step before the state `after`, which has the parameters of before it: the update
     was skipped."""
-    key = jax.random.fold_in(after.key, after.step - 1)
-    return first_non_finite(program.gradient, after.params, program.to_devices(batch), key)
+    rows = program.to_devices(batch)
+    return first_non_finite(program.gradient, after.params, rows, step_keys(after.key, after.step - 1, rows))

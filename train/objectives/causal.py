@@ -16,7 +16,7 @@ from train.data.prepared.store import Prepared, TokenArray
 from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_added_loss
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Causal(Objective):
         names = ["tokens", "targets"] + (["segments", "positions"] if data.packing == "documents" else [])
         return row_shapes(rows, length, names) | weight_shape(rows, length)
 
-    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The mean over all tokens; positions and segments [B, T] are given if documents are packed."""
         output = model(batch["tokens"], positions_BT=batch.get("positions"), segments_BT=batch.get("segments"), key=key)
         return token_loss(output, batch, config)

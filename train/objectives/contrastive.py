@@ -22,7 +22,8 @@ from train.objectives.objective import BatchShapes, Objective, row_shapes, weigh
 from train.parallel.mesh import MeshConfig
 from transformer.errors import require
 from transformer.models.heads import contrastive_logits
-from transformer.types import PRNGKeyArray
+from transformer.randomness import split
+from transformer.types import Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,9 @@ class Contrastive(Objective):
         sides = row_shapes(rows, length, names) | row_shapes(rows, length, names, prefix="other_")
         return sides | weight_shape(rows)
 
-    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The mean over rows; `weights` [B, 1] is 0 for a row of padding."""
-        keys = (None, None) if key is None else jax.random.split(key)
+        keys = (None, None) if key is None else split(key, 2)
         sides = [
             model(batch[f"{side}tokens"], positions_BT=batch[f"{side}positions"], segments_BT=batch[f"{side}segments"], key=own)
             for side, own in zip(("", "other_"), keys, strict=True)

@@ -18,7 +18,7 @@ from train.loss import Batch, LossConfig, LossSums
 from train.objectives.causal import token_loss
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
 from transformer.errors import UserError, require
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class EncoderDecoderObjective(Objective):
         source = row_shapes(rows, self.source_width(length), places, prefix="source_")
         return source | row_shapes(rows, width, (*places, "targets")) | weight_shape(rows, width)
 
-    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The mean over the target's tokens, whose `weights` [B, T] are 1."""
         output = model(
             batch["source_tokens"], batch["tokens"], source_segments_BS=batch["source_segments"],

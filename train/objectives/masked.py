@@ -20,7 +20,7 @@ from train.loss import Batch, LossConfig, LossSums
 from train.objectives.causal import token_loss
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
 from transformer.errors import require
-from transformer.types import Array, PRNGKeyArray
+from transformer.types import Array, Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Masked(HiddenTokens):
 
     heads = ("masked",)
 
-    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The mean over the hidden tokens, whose `weights` [B, T] are 1. All of them are among `predicted` [B, K]; only these
         are scored."""
         output = model(

@@ -13,7 +13,7 @@ from train.loss import Batch, LossConfig, LossSums
 from train.objectives.objective import BatchShapes, Objective
 from transformer.errors import UserError
 from transformer.models.families import ModelConfig
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class NoObjective(Objective):
     def batch(self, rows: int, length: int, data: DataConfig) -> BatchShapes:
         raise _nothing()
 
-    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         raise _nothing()
 
     def next_step(self, run: Any) -> str:

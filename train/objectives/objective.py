@@ -26,7 +26,7 @@ from transformer.errors import Config, ConfigError, UserError, require
 from transformer.models.bert import BertConfig
 from transformer.models.families import ModelConfig
 from transformer.resume import OnResume
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 Outputs = dict[str, jax.Array]
 """[B, ...], by name."""
@@ -211,7 +211,7 @@ class Objective(Config, abc.ABC):
         """The arrays of a batch of `rows` examples of `length` tokens, padding included; with packing `pad` the widest."""
 
     @abc.abstractmethod
-    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """What a training step minimises.
 
         Args:

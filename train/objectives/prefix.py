@@ -19,7 +19,7 @@ from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums
 from train.objectives.causal import token_loss
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,6 @@ class Prefix(Objective):
         prefix = {"prefix": jax.ShapeDtypeStruct((rows,), jnp.int32)}
         return row_shapes(rows, length, ("tokens", "targets")) | weight_shape(rows, length) | prefix
 
-    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The mean over the tokens after the prefix; `prefix` [B] is how many first tokens are visible to all."""
         return token_loss(model(batch["tokens"], prefix_B=batch["prefix"], key=key), batch, config)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from train.data.prepared.store import Prepared
 from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_added_loss
 from train.objectives.masked import HiddenTokens, at_places
-from transformer.types import PRNGKeyArray
+from transformer.randomness import gumbel, split
+from transformer.types import Array, Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +27,14 @@ class ReplacedTokens(HiddenTokens):
     families = ("electra",)
     unit = "tok"
 
-    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The generator predicts the hidden tokens; samples from it replace them; the encoder predicts which tokens
         differ from the original ones.
 
         The generator is trained by maximum likelihood, not adversarially: no gradient passes through a sample. The reported
         likelihood is the encoder's, over all tokens. Without a key the samples are the same every time.
         """
-        network_key, encoder_key, draw_key = (
-            (None, None, jax.random.key(0)) if key is None else jax.random.split(key, 3)
-        )
+        network_key, encoder_key, draw_key = (None, None, jax.random.key(0)) if key is None else split(key, 3)
         places = {"positions_BT": batch["positions"], "segments_BT": batch["segments"]}
         hidden = at_places(batch, batch["predicted"])
         scores_BKV = model.generator_logits(
@@ -45,7 +44,7 @@ class ReplacedTokens(HiddenTokens):
             sums = cross_entropy(scores_BKV, hidden["targets"], hidden["weights"], config)
             generator = sums.loss / jnp.maximum(sums.weight, 1)
         with jax.named_scope("replace"):
-            drawn_BK = jax.random.categorical(draw_key, jax.lax.stop_gradient(scores_BKV)).astype(batch["tokens"].dtype)
+            drawn_BK = _drawn(draw_key, scores_BKV).astype(batch["tokens"].dtype)
             seen_BK = jnp.where(hidden["weights"] > 0, drawn_BK, hidden["targets"])
             # The original tokens, with samples at the hidden positions.
             seen_BT = jnp.put_along_axis(batch["targets"], batch["predicted"], seen_BK, axis=1, inplace=False)
@@ -62,3 +61,10 @@ class ReplacedTokens(HiddenTokens):
 
     def tokens_per_prediction(self, prepared: Prepared, tokens_per_example: int) -> float:
         return 1.0
+
+
+def _drawn(key: Keys, scores_BKV: Array) -> Array:
+    """A token for each place, drawn with the row's own key."""
+    # The largest of scores with Gumbel noise is a draw from their softmax.
+    scores_BKV = jax.lax.stop_gradient(scores_BKV)
+    return jnp.argmax(scores_BKV + gumbel(key, scores_BKV), axis=-1)

@@ -22,7 +22,7 @@ from train.objectives.causal import token_loss
 from train.objectives.masked import HiddenTokens, at_places
 from train.objectives.objective import BatchShapes, label_shape, row_shapes
 from transformer.errors import UserError
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class TwoStretches(HiddenTokens):
     def batch(self, rows: int, length: int, data: DataConfig) -> BatchShapes:
         return super().batch(rows, length, data) | row_shapes(rows, length, ("token_types",)) | label_shape(rows)
 
-    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The loss of the hidden tokens, as in `Masked`, and the cross-entropy of `labels` [B], which is a mean over rows."""
         output = model(
             batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],

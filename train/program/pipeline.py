@@ -18,7 +18,7 @@ from train.loss import Batch, LossConfig, LossSums
 from train.objectives import Objective
 from train.parallel.mesh import MeshConfig, check_batch
 from train.program.state import TrainState
-from train.program.step import Gradient, Metrics
+from train.program.step import Gradient, Metrics, rows_of
 from train.trained import ALL, TrainableMask
 from transformer.errors import ConfigError, require
 from transformer.layers.embedding import Embedding, embed_lookup
@@ -37,6 +37,7 @@ from transformer.pipeline import (
     is_variable,
     microbatched,
 )
+from transformer.randomness import row_keys
 from transformer.sharding import axes_size, constrain, mesh_axes
 from transformer.types import DTYPES, Array
 
@@ -128,7 +129,7 @@ def one_forward_one_backward(
             for tree in (part, frozen)
         )
 
-        def on_device(part: nnx.State, frozen: nnx.State, batches: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+        def on_device(part: nnx.State, frozen: nnx.State, batches: Batch, keys: Array) -> tuple[nnx.State, LossSums]:
             index = jax.lax.axis_index(axes)
             is_first, is_last = index == 0, index == P - 1
             # A router's loss is a mean over the microbatches, as in the other schedule.
@@ -140,8 +141,8 @@ def one_forward_one_backward(
                 layers = _Part(model.layers, given, is_first, index)
                 object.__setattr__(model, "layers", layers)
                 object.__setattr__(model, "embed", _WholeTable(model.embed))
-                own_key = jax.random.fold_in(jax.random.fold_in(key, microbatch), index)
-                sums = objective.loss(model, _at(batches, microbatch), loss, key=own_key)
+                own, own_keys = _at((batches, keys), microbatch)
+                sums = objective.loss(model, own, loss, key=own_keys)
                 sums = jax.tree.map(lambda x: jnp.where(is_last, x, 0), sums)
                 if (routed := layers.output.added_loss) is not None:
                     sums = dataclasses.replace(sums, loss=sums.loss + routed * share)
@@ -209,7 +210,7 @@ def one_forward_one_backward(
                 out_specs=(part_layout, PartitionSpec()),
                 axis_names=set(axes),
                 check_vma=False,
-            )(part, frozen, microbatched(batch, M), key)
+            )(part, frozen, *microbatched((batch, row_keys(key, rows_of(batch))), M))
 
     return gradient
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train.loss import Batch, LossConfig
 from train.objectives import Causal, Objective
 from train.program.state import TrainState
-from train.program.step import Metrics, accumulated, make_gradient, update
+from train.program.step import Metrics, accumulated, make_gradient, rows_of, step_keys, update
 from train.stability import STABILITY, StabilityConfig
 from train.trained import ALL, TrainableMask
 from transformer.errors import UserError
@@ -85,10 +85,11 @@ def make_pmap_step(
     gradient = accumulated(make_gradient(graphdef, loss, objective, trained=trained), microbatches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
+        first = jax.lax.axis_index(AXIS) * rows_of(batch)
+        keys = step_keys(state.key, state.step, batch, first)
         # A model's logical axes mean nothing here: each device runs its own program.
         with nnx.logical_axis_rules(()):
-            own = gradient(state.params, batch, jax.random.fold_in(key, jax.lax.axis_index(AXIS)))
+            own = gradient(state.params, batch, keys)
         grads, sums = jax.lax.psum(own, AXIS)
         return update(state, grads, sums, optimizer, ema_decay, trained, stability)
 

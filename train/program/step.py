@@ -18,6 +18,7 @@ from train.objectives.objective import Outputs
 from train.program.state import TrainState
 from train.stability import STABILITY, StabilityConfig, moments_after, z_score
 from train.trained import ALL, TrainableMask
+from transformer.randomness import row_keys
 from transformer.types import Array
 
 Metrics = dict[str, Array]
@@ -25,7 +26,8 @@ Metrics = dict[str, Array]
 _CAUSAL = Causal()
 
 Gradient = Callable[[nnx.State, Batch, Array], tuple[nnx.State, LossSums]]
-"""(params, batch, key) -> the gradient of the batch's summed loss with regard to the trained parameters, and the sums."""
+"""(params, batch, keys of its rows [B]) -> the gradient of the batch's summed loss with regard to the trained parameters, and the
+sums."""
 
 
 def make_train_step(
@@ -70,7 +72,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if at_hand != shardings.opt_state:
             state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, at_hand))
-        grads, sums = compute(state.params, batch, jax.random.fold_in(state.key, state.step))
+        grads, sums = compute(state.params, batch, step_keys(state.key, state.step, batch))
         if summed is not None:
             grads = jax.lax.with_sharding_constraint(grads, _layout(summed))
         return update(state, grads, sums, optimizer, ema_decay, trained, stability)
@@ -110,13 +112,25 @@ def accumulated(gradient: Gradient, microbatches: int, layout: nnx.State | None 
         def add(total: tuple[nnx.State, LossSums], part: tuple[Batch, Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, laid_out(params, *part)), None
 
-        parts = jax.tree.map(lambda x: _cut(x, microbatches), batch)
-        keys = jax.random.split(key, microbatches)
-        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        parts = jax.tree.map(lambda x: _cut(x, microbatches), (batch, row_keys(key, rows_of(batch))))
+        first = jax.tree.map(lambda x: x[0], parts)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(laid_out, params, *first))
-        return jax.lax.scan(add, zero, (parts, keys))[0]
+        return jax.lax.scan(add, zero, parts)[0]
 
     return accumulate
+
+
+def step_keys(key: Array, step: int | Array, batch: Batch, start: int | Array = 0) -> Array:
+    """The keys of a step's rows, [B], of which the first is row `start` of the global batch.
+
+    They make dropout a matter of the example: it is the same for any number of microbatches and devices.
+    """
+    return row_keys(jax.random.fold_in(key, step), rows_of(batch), start)
+
+
+def rows_of(batch: Batch) -> int:
+    """The number of examples of a batch."""
+    return next(iter(batch.values())).shape[0]
 
 
 def update(

@@ -16,7 +16,7 @@ from transformer.alignment.source import Alignment, AlignmentBase, Source, check
 from transformer.attention.linear.fast_weights import fast_weights
 from transformer.attention.linear.feature_maps import dpfp, elu_plus_one, unit_length
 from transformer.precision import einsum
-from transformer.types import Array, Bool, Float, Int, PRNGKeyArray, widen
+from transformer.types import Array, Bool, Float, Int, Keys, widen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class FastMemoryAlignment(Alignment):
         source: Source,
         step_B: Int[Array, " B"],
         *,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B E"], Float[Array, "B S"] | None]:
         """The context of the query. Only linear attention's weights are a distribution; the delta rule returns none."""

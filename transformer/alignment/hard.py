@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from transformer.attention.common import check_shapes, softmax
-from transformer.types import Array, Bool, Float, Int, PRNGKeyArray, widen
+from transformer.randomness import gumbel
+from transformer.types import Array, Bool, Float, Int, Keys, widen
 
 
 class HardSample(NamedTuple):
@@ -44,7 +45,7 @@ def gumbel_weights(
     scores_BTS: Float[Array, "B T S"],
     allowed_BTS: Bool[Array, "B_ T_ S_"] | None = None,
     *,
-    key: PRNGKeyArray,
+    key: Keys,
     temperature: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B T S"]:
     """A one-hot draw from softmax(e) whose gradient is that of softmax((e + g) / τ) for the same Gumbel noise g.
@@ -54,17 +55,17 @@ def gumbel_weights(
     """
     check_temperature("gumbel_weights", temperature)
     scores_BTS = widen(scores_BTS)
-    noisy_BTS = scores_BTS + jax.random.gumbel(key, scores_BTS.shape, scores_BTS.dtype)
+    noisy_BTS = scores_BTS + gumbel(key, scores_BTS)
     soft_BTS = softmax(noisy_BTS / temperature, allowed_BTS)
     return argmax_weights(noisy_BTS, allowed_BTS) + (soft_BTS - jax.lax.stop_gradient(soft_BTS))
 
 
 def sample_weights(
-    scores_BTS: Float[Array, "B T S"], allowed_BTS: Bool[Array, "B_ T_ S_"] | None = None, *, key: PRNGKeyArray
+    scores_BTS: Float[Array, "B T S"], allowed_BTS: Bool[Array, "B_ T_ S_"] | None = None, *, key: Keys
 ) -> HardSample:
     """A draw from softmax(e), with the quantities that REINFORCE needs (Xu et al. 2015, section 4.1)."""
     scores_BTS = widen(scores_BTS)
-    noise_BTS = jax.random.gumbel(key, scores_BTS.shape, scores_BTS.dtype)
+    noise_BTS = gumbel(key, scores_BTS)
     weights_BTS = argmax_weights(scores_BTS + noise_BTS, allowed_BTS)
     log_probs_BTS = jax.nn.log_softmax(_floor(scores_BTS, allowed_BTS), axis=-1)
     if allowed_BTS is not None:

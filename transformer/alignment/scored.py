@@ -24,7 +24,7 @@ from transformer.alignment.sparse_softmax import NORMALIZERS
 from transformer.attention.common import context
 from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import require
-from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, wide, widen
+from transformer.types import Array, Bool, DTypeLike, Float, Int, Keys, wide, widen
 
 Normalizer = Literal["softmax", "sparsemax", "entmax15"]
 
@@ -138,7 +138,7 @@ class LastState(Alignment):
         source: Source,
         step_B: Int[Array, " B"],
         *,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B E"], None]:
         """The last state, and no weights."""
@@ -159,7 +159,7 @@ class ScoredAlignment(Alignment):
         query_B1D: Float[Array, "B 1 D"],
         source: Source,
         step_B: Int[Array, " B"],
-        key: PRNGKeyArray | None,
+        key: Keys | None,
     ) -> Float[Array, "B 1 S"]:
         """The weight of each state, in float32 or wider: the scores, normalised by the config's `normalizer`."""
         return NORMALIZERS[self.config.normalizer](self.scores(query_B1D, source), source.valid_BS[:, None])
@@ -170,7 +170,7 @@ class ScoredAlignment(Alignment):
         source: Source,
         step_B: Int[Array, " B"],
         *,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B E"], Float[Array, "B S"] | None]:
         """The context, and the weights if asked for."""
@@ -214,7 +214,7 @@ class HardAlignment(AdditiveAlignment):
         query_B1D: Float[Array, "B 1 D"],
         source: Source,
         step_B: Int[Array, " B"],
-        key: PRNGKeyArray | None,
+        key: Keys | None,
     ) -> Float[Array, "B 1 S"]:
         """1 for a drawn state, or, without a key, for the most likely one."""
         assert isinstance(self.config, HardConfig)
@@ -268,7 +268,7 @@ class LocalAlignment(MultiplicativeAlignment):
         query_B1D: Float[Array, "B 1 D"],
         source: Source,
         step_B: Int[Array, " B"],
-        key: PRNGKeyArray | None,
+        key: Keys | None,
     ) -> Float[Array, "B 1 S"]:
         """Weights over the states of the window; in local_p they decay with the distance and sum to less than 1."""
         assert isinstance(self.config, LocalConfig)

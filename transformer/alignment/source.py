@@ -19,7 +19,7 @@ from flax import nnx
 
 from transformer.errors import Config, require
 from transformer.layers.linear import Linear
-from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray
+from transformer.types import Array, Bool, DTypeLike, Float, Int, Keys
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +76,7 @@ class Alignment(nnx.Module):
         source: Source,
         step_B: Int[Array, " B"],
         *,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool = False,
     ) -> tuple[Float[Array, "B E"], Float[Array, "B S"] | None]:
         """The context, and the weights if they are asked for and exist.

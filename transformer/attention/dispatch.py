@@ -20,7 +20,8 @@ from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.shapes import AttentionShapes
 from transformer.attention.spec.spec import AttentionSpec, Dropout, Score
 from transformer.errors import UserError, nearest
-from transformer.types import Array, Float, PRNGKeyArray, wide
+from transformer.randomness import seeds_of
+from transformer.types import Array, Float, Keys, wide
 
 
 class BackendError(UserError, ValueError):
@@ -96,7 +97,7 @@ def attend(
     scale: float | None = None,
     logit_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: PRNGKeyArray | None = None,
+    dropout_key: Keys | None = None,
     backend: str = "auto",
     return_weights: bool | tuple[int, ...] = False,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B n T S"] | None]:
@@ -110,7 +111,7 @@ def attend(
             (Dong et al. 2024). Arrays that it captures get gradients.
         scale: multiplies the logits; 1/√H by default.
         logit_soft_cap: c gives c·tanh(logits / c), before bias and mask.
-        dropout_rate, dropout_key: weights are dropped only if a key is given.
+        dropout_rate, dropout_key: weights are dropped only if a key is given, for the batch or for each row.
         backend: `auto` or a name of `BACKENDS`.
         return_weights: also recompute the weights with `reference` (before dropout); the output is still the backend's.
             A tuple lists the query heads to return; nothing of size T×S is created for the others.
@@ -132,7 +133,7 @@ def attend(
     spec = AttentionSpec(
         mask,
         Score.of(q_BTNH, bias_BNTS, score_mod=score_mod, scale=scale, logit_soft_cap=logit_soft_cap),
-        None if dropout_key is None or dropout_rate == 0 else Dropout(dropout_key, dropout_rate),
+        None if dropout_key is None or dropout_rate == 0 else Dropout(seeds_of(dropout_key, B), dropout_rate),
     )
     chosen = choose_backend(backend, AttentionShapes.of(q_BTNH, v_BSKC, spec, _platform()))
     if 0 in (B, T, S):

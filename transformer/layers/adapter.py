@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer.errors import require
-from transformer.layers.linear import dense, dropout
+from transformer.layers.linear import dense
 from transformer.precision import matmul
+from transformer.randomness import dropout, fold_in
 from transformer.resume import Ask
 from transformer.sharding import with_axes
-from transformer.types import Array, DTypeLike, Float, PRNGKeyArray
+from transformer.types import Array, DTypeLike, Float, Keys, PRNGKeyArray
 
 _NAME = "adapter"
 _FIRST_NUMBER = 5
@@ -104,13 +105,11 @@ class Adapter(nnx.Module):
         x: Float[Array, "*dims I"],
         kernel_IO: Float[Array, "I O"],
         bias_O: Float[Array, " O"] | None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
     ) -> Float[Array, "*dims O"]:
         """The layer's output with the adapter, for one layer. Computed in x's type, from a kernel in the parameters' type; a
         key enables dropout."""
-        given = (
-            x if key is None else dropout(x, self.dropout_rate, jax.random.fold_in(key, _FIRST_NUMBER + self.number))
-        )
+        given = x if key is None else dropout(x, self.dropout_rate, fold_in(key, _FIRST_NUMBER + self.number))
         I, O = kernel_IO.shape  # noqa: E741
         a_Ir, b_rO = self.lora_a[...].reshape(I, -1), self.lora_b[...].reshape(-1, O)
         with jax.named_scope(_NAME):

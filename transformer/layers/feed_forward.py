@@ -19,7 +19,7 @@ from transformer.differentiation import with_backward
 from transformer.errors import Config, require
 from transformer.layers.linear import DEFAULT_INIT, Linear
 from transformer.sharding import constrain
-from transformer.types import Array, DTypeLike, Float, PRNGKeyArray
+from transformer.types import Array, DTypeLike, Float, Keys
 
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -128,7 +128,7 @@ class FeedForward(nnx.Module):
             dtype=dtype, param_dtype=param_dtype, rngs=rngs,
         )  # fmt: skip
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], adapter_key: PRNGKeyArray | None = None) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], adapter_key: Keys | None = None) -> Float[Array, "B T D"]:
         """Each position separately, [B, T, D] → [B, T, D]; a key enables the dropout of adapters."""
         function, _ = ACTIVATIONS[self.activation]
         with jax.named_scope("feed_forward"):

@@ -1,4 +1,4 @@
-"""A linear layer between tensors of named dims, and dropout.
+"""A linear layer between tensors of named dims.
 
 B batch, T position, D embed, N heads, H head_dim, F mlp.
 """
@@ -17,7 +17,7 @@ from flax import nnx
 from transformer.differentiation import with_backward
 from transformer.precision import exact
 from transformer.sharding import with_axes
-from transformer.types import Array, Bool, DTypeLike, Float, PRNGKeyArray, wide
+from transformer.types import Array, DTypeLike, Float, Keys, PRNGKeyArray, wide
 
 if TYPE_CHECKING:
     from transformer.layers.adapter import Adapter
@@ -116,7 +116,7 @@ class Linear(nnx.Module):
         # Fine-tuning may give it one (`models/adapted.py`).
         self.adapter: Adapter | None = nnx.data(None)
 
-    def __call__(self, x: Float[Array, ...], adapter_key: PRNGKeyArray | None = None) -> Float[Array, ...]:
+    def __call__(self, x: Float[Array, ...], adapter_key: Keys | None = None) -> Float[Array, ...]:
         """[..., *in_shape] → [..., *out_shape] in `dtype`; a key enables the dropout of an adapter."""
         return self._mapped(x, adapter_key=adapter_key)
 
@@ -125,7 +125,7 @@ class Linear(nnx.Module):
         rounded before a softmax."""
         return self._mapped(x, wide(self.dtype))
 
-    def _mapped(self, x: Array, out_dtype: DTypeLike | None = None, adapter_key: PRNGKeyArray | None = None) -> Array:
+    def _mapped(self, x: Array, out_dtype: DTypeLike | None = None, adapter_key: Keys | None = None) -> Array:
         kernel = self.kernel[...].astype(self.dtype)
         # As a matrix: one well-tuned product on every device, whatever the dims mean.
         rows = x.astype(self.dtype).reshape(*x.shape[: x.ndim - self.num_in], -1)
@@ -157,24 +157,3 @@ def join(maps: Sequence[Linear]) -> Linear:
     if joined.bias is not None:
         joined.bias.set_value(jnp.concatenate([m.bias[...] for m in maps if m.bias is not None], axis=0))
     return joined
-
-
-def dropout(x: Float[Array, ...], rate: float, key: PRNGKeyArray | None) -> Float[Array, ...]:
-    """Zero each element with probability `rate` and scale the rest by 1/(1-rate); the identity without a key.
-
-    Srivastava et al. 2014, inverted so that inference needs no scaling.
-    """
-    if rate == 0 or key is None:
-        return x
-    is_kept, scale = dropout_mask(key, rate, x.shape)
-    return jnp.where(is_kept, x * jnp.asarray(scale, x.dtype), jnp.zeros_like(x))
-
-
-def dropout_mask(key: PRNGKeyArray, rate: float, shape: tuple[int, ...]) -> tuple[Bool[Array, ...], float]:
-    """Which elements dropout keeps, each with probability 1 - rate, and the factor that they are multiplied by.
-
-    Uses 16 random bits per element, half of what a uniform number needs; the rate is rounded to a multiple of 2⁻¹⁶, and the
-    factor matches the rounded rate.
-    """
-    dropped = min(round(rate * 2**16), 2**16 - 1)
-    return jax.random.bits(key, shape, jnp.uint16) >= dropped, 2**16 / (2**16 - dropped)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from transformer.attention.spec.mask import AttentionMask
 from transformer.layers.position import Alibi, RelativePosition, ScoreMod, token_positions
 from transformer.mixers.state import KVCache, State
-from transformer.types import Array, Bool, Float, Int, PRNGKeyArray
+from transformer.types import Array, Bool, Float, Int, Keys
 
 
 def _batch() -> Any:
@@ -55,9 +55,9 @@ class Context:
     """The state of one layer after the tokens before these."""
     layer: int | Int[Array, ""] = 0
     """This layer's number, from 0."""
-    key: PRNGKeyArray | None = None
+    key: Keys | None = None
     """The key of one layer, or of one mixer; enables dropout."""
-    adapter_key: PRNGKeyArray | None = None
+    adapter_key: Keys | None = None
     """The key of one layer; enables the dropout of adapters."""
     is_causal: bool = _static(True)
     """Whether a token sees only the tokens before it and itself."""

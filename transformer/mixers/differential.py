@@ -26,9 +26,10 @@ from transformer.layers.position import NoPositionConfig, PositionConfig, Rotary
 from transformer.mixers.context import NO_CONTEXT, Context
 from transformer.mixers.heads import Backend, check_heads, check_rotary, seen_keys
 from transformer.mixers.state import KVCache, nan_on_overflow
+from transformer.randomness import split
 from transformer.resume import Free
 from transformer.sharding import constrain, with_axes
-from transformer.types import Array, DTypeLike, Float, Int, PRNGKeyArray, widen
+from transformer.types import Array, DTypeLike, Float, Int, Keys, widen
 
 
 def initial_lambda(layer: int | Int[Array, ""]) -> Float[Array, ""]:
@@ -200,8 +201,8 @@ class DifferentialAttention(nnx.Module):
         return jnp.concatenate(list(halves), axis=-1)
 
 
-def _two_keys(key: PRNGKeyArray | None) -> tuple[PRNGKeyArray | None, PRNGKeyArray | None]:
+def _two_keys(key: Keys | None) -> tuple[Keys | None, Keys | None]:
     if key is None:
         return None, None
-    first, second = jax.random.split(key)
+    first, second = split(key, 2)
     return first, second

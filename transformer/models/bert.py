@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -44,8 +43,9 @@ from transformer.models.sentence_heads import (
     StructuredHead,
     StructuredHeadConfig,
 )
+from transformer.randomness import split
 from transformer.resume import Ask
-from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray
+from transformer.types import DTYPES, Array, Float, Int, Keys, ModelOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class Bert(nnx.Module):
         token_types_BT: Int[Array, "B T"] | None = None,
         mask: AttentionMask | None = None,
         score_mod: ScoreMod | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool | Chosen = False,
     ) -> tuple[Float[Array, "B T D"], StackOutput]:
         """The last block's output, and the other outputs of the blocks; arguments as in `__call__`."""
@@ -175,8 +175,8 @@ class Bert(nnx.Module):
         *,
         positions_BT: Int[Array, "B T"] | None = None,
         token_types_BT: Int[Array, "B T"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "B T E"], Int[Array, "B T"], PRNGKeyArray | None]:
+        key: Keys | None = None,
+    ) -> tuple[Float[Array, "B T E"], Int[Array, "B T"], Keys | None]:
         """The sum of each token's embeddings, the tokens' positions, and a key for the layers; arguments as in `__call__`."""
 
         def with_types(x_BTD: Array) -> Array:
@@ -200,7 +200,7 @@ class Bert(nnx.Module):
         predicted_BK: Int[Array, "B K"] | None = None,
         mask: AttentionMask | None = None,
         score_mod: ScoreMod | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool | Chosen = False,
     ) -> ModelOutput:
         """The head's scores.
@@ -227,7 +227,7 @@ class Bert(nnx.Module):
                 token types.
         """
         head = self.config.head
-        key, head_key = (None, None) if key is None else jax.random.split(key)
+        key, head_key = (None, None) if key is None else split(key, 2)
         hidden_BTD, output = self.hidden(
             tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, token_types_BT=token_types_BT, mask=mask,
             score_mod=score_mod, key=key, return_weights=return_weights,

@@ -18,7 +18,7 @@ from transformer.models import bert
 from transformer.models.bert import Bert, BertConfig, make_embedding_projection, make_masked_head
 from transformer.models.heads import HeadConfig, MaskedHeadConfig, ReplacedHeadConfig, linear_options
 from transformer.models.layer_stack import LayerStack
-from transformer.types import DTYPES, Array, Float, Int, PRNGKeyArray
+from transformer.types import DTYPES, Array, Float, Int, Keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Electra(Bert):
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
         predicted_BK: Int[Array, "B K"] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
     ) -> Float[Array, "B K V"]:
         """The generator's scores of the tokens that were masked, float32; arguments as for `Bert`."""
         with jax.named_scope("generator"):

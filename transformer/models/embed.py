@@ -12,11 +12,12 @@ import numpy as np
 from flax import nnx
 
 from transformer.layers.embedding import Embedding
-from transformer.layers.linear import Linear, dropout
+from transformer.layers.linear import Linear
 from transformer.layers.position import sinusoidal, token_positions
 from transformer.models.config import StackConfig
+from transformer.randomness import dropout, split
 from transformer.sharding import constrain
-from transformer.types import DTYPES, Array, Float, Int, PRNGKeyArray
+from transformer.types import DTYPES, Array, Float, Int, Keys
 
 
 def make_table(
@@ -59,8 +60,8 @@ def embed(
     start: int | Int[Array, ""] | Int[Array, " B"] = 0,
     scale: float | None = None,
     finish: Callable[[Array], Array] | None = None,
-    key: PRNGKeyArray | None = None,
-) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], PRNGKeyArray | None]:
+    key: Keys | None = None,
+) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], Keys | None]:
     """Tokens with their positions added, the positions themselves, and a key for the layers above.
 
     Args:
@@ -80,7 +81,7 @@ def embed(
         raise ValueError(f"{T} tokens, but there are {config.max_length} learned positions (max_length)")
     if positions_BT is None:
         positions_BT = token_positions(B, T, start)
-    embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
+    embed_key, layers_key = (None, None) if key is None else split(key, 2)
     with jax.named_scope("embed"):
         x_BTD = table(tokens_BT)
         if scale is not None:

@@ -23,9 +23,10 @@ from transformer.mixers.state import KVCache, State
 from transformer.models.config import MlpConfig, PositionEmbedding, StackConfig, stack_flops
 from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table
 from transformer.models.layer_stack import LayerStack, cache_lengths
+from transformer.randomness import split
 from transformer.resume import Ask
 from transformer.sharding import with_axes
-from transformer.types import Array, Float, Int, ModelOutput, PRNGKeyArray
+from transformer.types import Array, Float, Int, Keys, ModelOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,7 @@ class EncoderDecoder(nnx.Module):
         *,
         source_segments_BS: Int[Array, "B S"] | None = None,
         source_positions_BS: Int[Array, "B S"] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
     ) -> Memory:
         """Encode the source.
 
@@ -210,7 +211,7 @@ class EncoderDecoder(nnx.Module):
         source_positions_BS: Int[Array, "B S"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool = False,
     ) -> ModelOutput:
         """Scores of each next target token, given those before it (teacher forcing).
@@ -223,7 +224,7 @@ class EncoderDecoder(nnx.Module):
         Raises:
             ValueError: more tokens than learned positions.
         """
-        encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
+        encoder_key, decoder_key = (None, None) if key is None else split(key, 2)
         hidden_BSD, source_segments_BS, encoder_loss = self._encode(
             source_tokens_BS, source_segments_BS, source_positions_BS, encoder_key
         )
@@ -286,7 +287,7 @@ class EncoderDecoder(nnx.Module):
         return model
 
     def _encode(
-        self, tokens_BS: Array, segments_BS: Array | None, positions_BS: Array | None, key: PRNGKeyArray | None
+        self, tokens_BS: Array, segments_BS: Array | None, positions_BS: Array | None, key: Keys | None
     ) -> tuple[Array, Array, Array | None]:
         segments_BS = jnp.ones_like(tokens_BS) if segments_BS is None else segments_BS
         x_BSD, positions_BS, stack_key = self._embed(tokens_BS, positions_BS, 0, True, key)
@@ -295,8 +296,8 @@ class EncoderDecoder(nnx.Module):
         return hidden_BSD, segments_BS, output.added_loss
 
     def _embed(
-        self, tokens: Array, positions: Array | None, start: int | Array, is_source: bool, key: PRNGKeyArray | None
-    ) -> tuple[Array, Array, PRNGKeyArray | None]:
+        self, tokens: Array, positions: Array | None, start: int | Array, is_source: bool, key: Keys | None
+    ) -> tuple[Array, Array, Keys | None]:
         """Tokens with their positions added, the positions themselves, and the key for the layers."""
         c = self.config
         if c.start_token is not None and not is_source:

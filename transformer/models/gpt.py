@@ -20,7 +20,7 @@ from transformer.mixers.state import State
 from transformer.models.config import StackConfig, stack_flops
 from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table
 from transformer.models.layer_stack import Chosen, LayerStack, StackOutput, cache_lengths
-from transformer.types import Array, Float, Int, ModelOutput, PRNGKeyArray
+from transformer.types import Array, Float, Int, Keys, ModelOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class GPT(nnx.Module):
         mask: AttentionMask | None = None,
         score_mod: ScoreMod | None = None,
         states: list[State] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool | Chosen = False,
     ) -> tuple[Float[Array, "B T D"], StackOutput]:
         """The last block's output after the final norm, and the other outputs of the blocks; arguments as in `__call__`."""
@@ -96,7 +96,7 @@ class GPT(nnx.Module):
         mask: AttentionMask | None = None,
         score_mod: ScoreMod | None = None,
         states: list[State] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool | Chosen = False,
     ) -> ModelOutput:
         """Scores of each next token.

@@ -16,12 +16,13 @@ from flax import nnx
 from transformer.errors import Config, require
 from transformer.layers.embedding import Embedding
 from transformer.layers.feed_forward import ACTIVATIONS
-from transformer.layers.linear import Linear, dropout
+from transformer.layers.linear import Linear
 from transformer.layers.norm import LayerNorm
 from transformer.models.sentence_heads import DecomposableHeadConfig, StructuredHeadConfig
 from transformer.precision import einsum
+from transformer.randomness import dropout
 from transformer.sharding import constrain, with_axes
-from transformer.types import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, widen
+from transformer.types import Array, Bool, DTypeLike, Float, Int, Keys, widen
 
 Pooling = Literal["cls", "mean"]
 PoolerActivation = Literal["tanh", "relu", "gelu_exact"]
@@ -280,7 +281,7 @@ class PooledHead(nnx.Module):
         hidden_BTD: Float[Array, "B T D"],
         valid_BT: Bool[Array, "B T"] | None = None,
         *,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
     ) -> Float[Array, "B C"]:
         """Float32 logits, or the pooled vectors [B, D]; `key` enables dropout."""
         with jax.named_scope("pooled_head"):
@@ -321,7 +322,7 @@ class TokenHead(nnx.Module):
             self.norm = nnx.data(LayerNorm(embed_dim, epsilon=norm_epsilon, use_bias=use_bias, rngs=options["rngs"]))
         self.out = Linear((embed_dim,), (num_classes,), axes=("embed", None), **options)
 
-    def __call__(self, hidden_BTD: Float[Array, "B T D"], *, key: PRNGKeyArray | None = None) -> Float[Array, "B T C"]:
+    def __call__(self, hidden_BTD: Float[Array, "B T D"], *, key: Keys | None = None) -> Float[Array, "B T C"]:
         """Float32 logits; `key` enables dropout."""
         with jax.named_scope("token_head"):
             if self.function is not None and self.dense is not None and self.norm is not None:

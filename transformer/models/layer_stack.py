@@ -26,8 +26,9 @@ from transformer.mixers.state import KVCache, State
 from transformer.models.config import StackConfig
 from transformer.models.embed import check_segments
 from transformer.pipeline import Schedule
+from transformer.randomness import row_keys, split
 from transformer.stack import apply_stack, restack, stack, unstack
-from transformer.types import DTYPES, Array, Float, Int, PRNGKeyArray
+from transformer.types import DTYPES, Array, Float, Int, Keys
 
 Chosen = tuple[tuple[int, ...], tuple[int, ...]]
 """Layers, and query heads in each of them, whose attention weights are requested."""
@@ -73,7 +74,7 @@ class LayerStack(nnx.Module):
     ) -> None:
         c = config
         self.config = c
-        self.num_layers = L = c.num_layers if num_layers is None else num_layers
+        self.num_layers = self.depth = L = c.num_layers if num_layers is None else num_layers
         self.is_causal, self.first_norm = causal, first_norm
         self.schedule: Schedule | None = Schedule()
         # For a part of a longer stack, the index of its first layer.
@@ -105,7 +106,7 @@ class LayerStack(nnx.Module):
         *,
         memory: list[KVCache] | None = None,
         states: list[State] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool | Chosen = False,
     ) -> tuple[Float[Array, "B T D"], StackOutput]:
         """The last block's output after the final norm, and the other outputs of the blocks.
@@ -126,7 +127,7 @@ class LayerStack(nnx.Module):
         if chosen is not None and not all(0 <= layer < L for layer in chosen[0]):
             raise ValueError(f"return_weights: got layers {chosen[0]}; allowed: 0 to {L - 1}")
         context = dataclasses.replace(context, is_causal=self.is_causal, relative=self.relative)
-        keys = None if key is None else jax.random.split(key, L)
+        keys = None if key is None else self._layer_keys(row_keys(key, x_BTD.shape[0]))
         # One by one if each layer has weights of its own; otherwise in groups.
         single = chosen is not None or self.is_unstacked
         wanted = [_heads_wanted(return_weights, layer) for layer in range(L)]
@@ -148,7 +149,7 @@ class LayerStack(nnx.Module):
             blocks, count = self.blocks, L // self.group
             by_place = [None if states is None else restack(states[place :: self.group]) for place in range(self.group)]
             inputs = (numbers.reshape(count, -1), by_place, None)
-            keys = None if keys is None else keys.reshape(count, self.group)
+            keys = None if keys is None else keys.reshape(count, self.group, -1)
             calls = [self._group_call(wanted[0])]
         x_BTD, outputs = apply_stack(
             calls, blocks, x_BTD, keys=keys, per_layer=inputs, context=context,
@@ -216,6 +217,13 @@ class LayerStack(nnx.Module):
             return unstack(self.blocks, self.num_layers)
         groups = unstack(self.blocks, self.num_layers // self.group)
         return [block for group in groups for block in group]
+
+    def _layer_keys(self, key: Keys) -> Keys:
+        """The keys of each layer's rows, [L, B]; in a part of a longer stack those that its layers have there."""
+        keys = split(key, self.depth)
+        if self.num_layers == self.depth:
+            return keys
+        return jax.lax.dynamic_slice_in_dim(keys, self.first_layer, self.num_layers)
 
     def take_part(self, num_layers: int, number: Any) -> None:
         """Become part `number` of the stack, with `num_layers` layers, whose blocks it already has."""

@@ -26,11 +26,12 @@ from transformer.alignment.scored import AdditiveConfig
 from transformer.alignment.source import Source
 from transformer.errors import Config, ConfigError, check_size, require
 from transformer.layers.embedding import Embedding
-from transformer.layers.linear import Linear, dropout
+from transformer.layers.linear import Linear
 from transformer.layers.recurrent import CELLS, CellState, scan_cell, where_valid
+from transformer.randomness import dropout, split
 from transformer.resume import Ask, Free
 from transformer.sharding import constrain
-from transformer.types import DTYPES, Array, Float, Int, ModelOutput, PRNGKeyArray, wide, widen
+from transformer.types import DTYPES, Array, Float, Int, Keys, ModelOutput, wide, widen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +181,7 @@ class RecurrentTranslator(nnx.Module):
         *,
         source_segments_BS: Int[Array, "B S"] | None = None,
         source_positions_BS: Int[Array, "B S"] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
     ) -> RecurrentMemory:
         """Encode sources.
 
@@ -197,7 +198,7 @@ class RecurrentTranslator(nnx.Module):
         _refuse_packed("source_segments", source_segments_BS)
         B, S = source_tokens_BS.shape
         valid_BS = jnp.ones((B, S), bool) if source_segments_BS is None else source_segments_BS != 0
-        keys = [None] * c.num_layers if key is None else list(jax.random.split(key, c.num_layers))
+        keys = [None] * c.num_layers if key is None else list(split(key, c.num_layers))
         finals: list[list[CellState]] = []
         with jax.named_scope("encoder"):
             x_BSE = constrain(self.source_embed(source_tokens_BS), "batch", "seq", None)
@@ -268,7 +269,7 @@ class RecurrentTranslator(nnx.Module):
         source_positions_BS: Int[Array, "B S"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         return_weights: bool = False,
     ) -> ModelOutput:
         """Scores of each next token of the targets (teacher forcing).
@@ -285,7 +286,7 @@ class RecurrentTranslator(nnx.Module):
             ValueError: packed rows, as in `encode`.
         """
         _refuse_packed("segments", segments_BT)
-        encode_key, embed_key, step_key, out_key = (None,) * 4 if key is None else jax.random.split(key, 4)
+        encode_key, embed_key, step_key, out_key = (None,) * 4 if key is None else split(key, 4)
         memory = self.encode(source_tokens_BS, source_segments_BS=source_segments_BS, key=encode_key)
         T = tokens_BT.shape[1]
 
@@ -302,7 +303,7 @@ class RecurrentTranslator(nnx.Module):
             embedded_BTI = dropout(embedded_BTI, self.config.dropout, embed_key)
             inputs_TBG = self.cells[0].project(jnp.moveaxis(embedded_BTI, 1, 0))
             valid_TB = None if segments_BT is None else (segments_BT != 0).T
-            keys_T = None if step_key is None else jax.random.split(step_key, T)
+            keys_T = None if step_key is None else split(step_key, T)
             _, (features, weights_TBS) = jax.lax.scan(body, self.begin(memory, T), (inputs_TBG, valid_TB, keys_T))
         features = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), features)
         logits_BTV = constrain(self._logits(embedded_BTI, features, out_key), "batch", "seq", "vocab")
@@ -321,7 +322,7 @@ class RecurrentTranslator(nnx.Module):
         """One step of the decoder from the token's projected embedding: the next state, the features for the output, and
         the weights."""
         c = self.config
-        attend_key, *layer_keys = [None] * c.num_layers if key is None else jax.random.split(key, c.num_layers)
+        attend_key, *layer_keys = [None] * c.num_layers if key is None else split(key, c.num_layers)
         fed = state.fed_BD
         if c.style == "bahdanau":
             context_BE, weights_BS = self.attention(

@@ -16,8 +16,9 @@ from transformer.alignment.decomposable import DecomposableAttention
 from transformer.alignment.structured import StructuredAttention, redundancy_penalty
 from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import Config, require
-from transformer.layers.linear import Linear, dropout
-from transformer.types import Array, Bool, Float, Int, PRNGKeyArray
+from transformer.layers.linear import Linear
+from transformer.randomness import dropout
+from transformer.types import Array, Bool, Float, Int, Keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class StructuredHead(nnx.Module):
         hidden_BTD: Float[Array, "B T D"],
         valid_BT: Bool[Array, "B T"] | None = None,
         *,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
     ) -> tuple[Float[Array, "B C"], Float[Array, ""]]:
         """Float32 logits, and the penalty to add to the loss; `key` enables dropout."""
         with jax.named_scope("structured_head"):

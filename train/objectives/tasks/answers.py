@@ -29,7 +29,7 @@ from train.objectives.objective import BatchShapes, Outputs, label_shape
 from train.objectives.tasks.task import Labelling, Prediction, Rows, Task, forward, with_gold
 from transformer.errors import require
 from transformer.models.heads import best_span
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -80,7 +80,7 @@ class Answer(Task):
         return super().batch(rows, length, data) | label_shape(rows, 2)
 
     def outputs(
-        self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None
+        self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None
     ) -> tuple[LossSums, Outputs]:
         """The mean cross-entropy of the answer's start and end, whose positions are `labels` [B, 2] (Devlin et al. 2018, sections
         4.2 and 4.3); and the `first` and the `last` token of the best span, its `score`, and that of `[CLS]`, the

@@ -28,7 +28,7 @@ from train.parallel.mesh import MeshConfig
 from transformer.errors import UserError, require
 from transformer.models.heads import choices
 from transformer.sharding import constrain
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 _NAMES = ("tokens", "positions", "segments", "token_types")
 
@@ -87,7 +87,7 @@ class Choice(Task):
         return dict.fromkeys(_NAMES, shape) | weight_shape(rows) | label_shape(rows)
 
     def outputs(
-        self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None
+        self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None
     ) -> tuple[LossSums, Outputs]:
         """The cross-entropy over the choices, whose arrays are [B, Q, T]; and `logits` [B, Q]."""
         Q, T = batch["tokens"].shape[1:]

@@ -29,7 +29,7 @@ from transformer.errors import UserError, require
 from transformer.models.bert import BertConfig
 from transformer.models.families import ModelConfig
 from transformer.models.heads import CLASSES, DecomposableHeadConfig
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Classification(WeightedClasses):
         return super().batch(rows, length, data) | label_shape(rows)
 
     def outputs(
-        self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None
+        self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None
     ) -> tuple[LossSums, Outputs]:
         """The cross-entropy, weighted by class, and `logits` [B, C]."""
         return self._outputs(model, batch, config, self.weights, key)
@@ -78,7 +78,7 @@ class Classification(WeightedClasses):
         return self._outputs(model, batch, LossConfig(), None, None)
 
     def _outputs(
-        self, model: Any, batch: Batch, config: LossConfig, weights: Sequence[float] | None, key: PRNGKeyArray | None
+        self, model: Any, batch: Batch, config: LossConfig, weights: Sequence[float] | None, key: Keys | None
     ) -> tuple[LossSums, Outputs]:
         output = forward(model, batch, key)
         with jax.named_scope("loss"):

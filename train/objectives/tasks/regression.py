@@ -27,7 +27,7 @@ from transformer.errors import require
 from transformer.models.bert import BertConfig
 from transformer.models.families import ModelConfig
 from transformer.models.heads import ClassificationHeadConfig
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Regression(Task):
         return super().batch(rows, length, data) | label_shape(rows, dtype=jnp.float32)
 
     def outputs(
-        self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None
+        self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None
     ) -> tuple[LossSums, Outputs]:
         """The squared error, and `values` [B]."""
         output = forward(model, batch, key)

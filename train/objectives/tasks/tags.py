@@ -27,7 +27,7 @@ from train.objectives.objective import BatchShapes, Outputs, row_shapes, weight_
 from train.objectives.tasks.classes import WeightedClasses
 from train.objectives.tasks.report import ClassScores, class_table, draw_classes
 from train.objectives.tasks.task import Labelling, Prediction, Rows, forward, with_gold
-from transformer.types import PRNGKeyArray
+from transformer.types import Keys
 
 OUTSIDE = "O"
 """The tag of a word outside any entity."""
@@ -59,7 +59,7 @@ class TokenClassification(WeightedClasses):
         return super().batch(rows, length, data) | row_shapes(rows, length, ("targets",)) | weight_shape(rows, length)
 
     def outputs(
-        self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None
+        self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None
     ) -> tuple[LossSums, Outputs]:
         """The cross-entropy at each word, weighted by tag; and the likeliest of the `classes` [B, T] and its
         `probabilities` [B, T]."""
@@ -69,7 +69,7 @@ class TokenClassification(WeightedClasses):
         return self._outputs(model, batch, LossConfig(), None, None)
 
     def _outputs(
-        self, model: Any, batch: Batch, config: LossConfig, weights: Sequence[float] | None, key: PRNGKeyArray | None
+        self, model: Any, batch: Batch, config: LossConfig, weights: Sequence[float] | None, key: Keys | None
     ) -> tuple[LossSums, Outputs]:
         output = forward(model, batch, key)
         with jax.named_scope("loss"):

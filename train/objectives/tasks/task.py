@@ -23,7 +23,8 @@ from train.loss import Batch, LossConfig, LossSums
 from train.objectives.objective import BatchShapes, Objective, Outputs, objectives, row_shapes, weight_shape
 from transformer.errors import ConfigError, UserError
 from transformer.models.families import ModelConfig
-from transformer.types import PRNGKeyArray
+from transformer.randomness import row_keys
+from transformer.types import Keys
 
 Prediction = dict[str, Any]
 """The prediction for a document, as JSON: `id`, `label`, `scores`; and `gold`, if the document has a label."""
@@ -107,12 +108,12 @@ class Task(Objective):
         names = ("tokens", "segments", "positions", *types)
         return row_shapes(rows, length, names) | weight_shape(rows)
 
-    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None) -> LossSums:
+    def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         return self.outputs(model, batch, config, key=key)[0]
 
     @abc.abstractmethod
     def outputs(
-        self, model: Any, batch: Batch, config: LossConfig, *, key: PRNGKeyArray | None = None
+        self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None
     ) -> tuple[LossSums, Outputs]:
         """The loss, and for each row the outputs for its predictions.
 
@@ -146,11 +147,12 @@ class Task(Objective):
         return []
 
 
-def forward(model: Any, batch: Batch, key: PRNGKeyArray | None) -> Any:
-    """The model's output for rows of one text, or two."""
+def forward(model: Any, batch: Batch, key: Keys | None) -> Any:
+    """The model's output for rows of one text, or two; with keys of examples, of which each may have several rows."""
     return model(
         batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
-        token_types_BT=batch.get("token_types"), key=key,
+        token_types_BT=batch.get("token_types"),
+        key=None if key is None else row_keys(key, batch["tokens"].shape[0]),
     )  # fmt: skip
 
 

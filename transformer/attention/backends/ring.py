@@ -67,7 +67,7 @@ def ring(
     mask_layout = AttentionMask(tuple(_layout(term, PartitionSpec(axes.batch or None)) for term in mask.predicates))
     out = jax.shard_map(
         functools.partial(_on_device, axes=axes),
-        in_specs=(layout, layout, layout, PartitionSpec(), mask_layout, PartitionSpec()),
+        in_specs=(layout, layout, layout, PartitionSpec(), mask_layout, PartitionSpec(axes.batch or None)),
         out_specs=layout,
         check_vma=False,
     )(q_BTNH, k_BSKH, v_BSKC, spec.score, mask, spec.dropout)
@@ -183,10 +183,6 @@ class Axes:
 def _on_device(
     q: Array, k: Array, v: Array, score: Score, mask: AttentionMask, dropout: Dropout | None, *, axes: Axes
 ) -> Array:
-    if dropout is not None:
-        # A tile's dropout is drawn from its queries and keys; the key makes it differ between shares of the batch and the heads.
-        key = jax.random.fold_in(jax.random.fold_in(dropout.key, _index(axes.batch)), _index(axes.heads))
-        dropout = dataclasses.replace(dropout, key=key)
     B, T, N, H = q.shape
     K, C = v.shape[2:]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.mods import Mod
 from transformer.attention.spec.tile import Tile, plane_filled
-from transformer.layers.linear import dropout_mask
+from transformer.randomness import dropout_mask
 from transformer.types import Array, Bool, Float, wide
 
 _STATIC: dict[str, Any] = {"static": True}
@@ -125,14 +125,14 @@ class Score:
 class Dropout:
     """Weights set to zero at `rate`, the others scaled up to compensate (Srivastava et al. 2014)."""
 
-    key: Any
-    """A random key."""
+    seeds_B2: Any
+    """Of each row (`transformer.randomness.seeds_of`)."""
     rate: float = dataclasses.field(metadata=_STATIC)
 
     def __call__(self, weights_BNTS: Float[Array, "B N T S"], tile: Tile) -> Float[Array, "B N T S"]:
-        """The weights of a tile with some dropped; the same tile always drops the same ones."""
-        key = jax.random.fold_in(jax.random.fold_in(self.key, tile.queries.start), tile.keys.start)
-        is_kept, scale = dropout_mask(key, self.rate, weights_BNTS.shape)
+        """The weights of a tile with some dropped: which ones depends on their row, head, query and key alone."""
+        _, heads, queries, keys = (index[0] for index in tile.indices)
+        is_kept, scale = dropout_mask(self.seeds_B2, self.rate, heads, queries, keys)
         return jnp.where(is_kept, weights_BNTS * jnp.asarray(scale, weights_BNTS.dtype), 0)
 
 
