@@ -21,12 +21,21 @@ from transformer.types import Array
 
 BlockT = TypeVar("BlockT", bound=nnx.Module)
 
+_KERNELS = ("dot_product_attention_fwd_wrapper", "pallas_call")
+"""The operations by which cuDNN's and Pallas's attention run forward: their outputs are what the backward pass needs of them."""
+
+
+def _of_kernels(operation: Any, *_: Any, **__: Any) -> bool:
+    return operation.name in _KERNELS
+
+
 _policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "full": _policies.nothing_saveable,
     "dots": _policies.dots_saveable,
     "light": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION_RESIDUALS)
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_from_both_policies(_policies.save_only_these_names(ATTENTION_RESIDUALS), _of_kernels),
     ),
 }
 """What is saved for the backward pass; `none`, the absence of a policy, saves everything.

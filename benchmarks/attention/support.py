@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from benchmarks.attention.cases import MASKS
+from transformer.attention.backends.cudnn import HOPPER
 from transformer.attention.dispatch import BACKENDS
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.mods import Mod
@@ -53,10 +54,18 @@ def _features() -> dict[str, dict[str, Any]]:
         "float32": {"dtype": jnp.dtype(jnp.float32)},
         "head_dim 256": {"head_dim": 256, "value_dim": 256},
         "values of another width": {"value_dim": 32},
+        "documents with their lengths": {"mask": AttentionMask.causal() & _documents(8)},
+        "padding with its length": {"mask": _documents(1)},
         "a window on both sides": {"mask": AttentionMask.window(left=64, right=64)},
         "an odd length": {"num_queries": 1001, "num_keys": 1001, "mask": MASKS["causal"](1001)},
         "a length of 1000": {"num_queries": 1000, "num_keys": 1000, "mask": MASKS["causal"](1000)},
     }
+
+
+def _documents(number: int) -> AttentionMask:
+    """Packed documents, as many as this in a row."""
+    ids = jnp.repeat(jnp.arange(1, number + 1), LENGTH // number)[None]
+    return AttentionMask.segments(ids, lengths_BM=jnp.full((1, number), LENGTH // number))
 
 
 def _request(
@@ -73,6 +82,7 @@ def _request(
         num_kv_heads=8,
         head_dim=64,
         value_dim=64,
+        compute_capability=HOPPER,
         spec=AttentionSpec(mask, Score(0.125) if score is None else score, dropout),
     )
     return dataclasses.replace(request, **changes)

@@ -177,7 +177,8 @@ def request(mask=None, bias=None, soft_cap=None, dropout=None, mod=None, **chang
     defaults = {
         "platform": "gpu", "dtype": jnp.bfloat16, "batch_size": 2, "num_queries": 64, "num_keys": 64,
         "num_heads": 2, "num_kv_heads": 2,
-        "head_dim": 64, "value_dim": 64, "spec": AttentionSpec(mask, Score(0.125, soft_cap, bias, mod), dropout),
+        "head_dim": 64, "value_dim": 64, "compute_capability": 8.0,
+        "spec": AttentionSpec(mask, Score(0.125, soft_cap, bias, mod), dropout),
     }  # fmt: skip
     return AttentionShapes(**(defaults | changes))
 

@@ -1,7 +1,8 @@
-"""What `auto` gives to cuDNN, `jax.nn.dot_product_attention` accepts, and masks as we do; no GPU is needed to ask it."""
+"""What `auto` gives to cuDNN, JAX's function for it accepts, and masks as we do; no GPU is needed to ask it."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as kernel
+from jax.extend.core import jaxprs_in_params
 
-from transformer.attention.backends import fused
-from transformer.attention.dispatch import BACKENDS, PREFERENCE, choose_backend
+from transformer.attention.backends import cudnn
+from transformer.attention.dispatch import BACKENDS, PREFERENCE, choose_backend, compute_capability
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.mods import Mod
 from transformer.attention.spec.shapes import AttentionShapes
 from transformer.attention.spec.spec import AttentionSpec, Dropout, Score
 from transformer.randomness import seeds_of
+from transformer.stack import REMAT_POLICIES
 
 B, T, N, H = 2, 16, 2, 16
 causal, window = AttentionMask.causal, AttentionMask.window
@@ -34,7 +37,7 @@ MASKS = {
     "causal, right": (causal() & window(right=3), True),
     "causal, both": (window(left=3, right=2) & causal(), True),
     "causal, itself and the right": (causal() & window(left=0, right=2), True),
-    "two windows": (causal() & window(left=3) & window(left=5), False),
+    "two windows": (causal() & window(left=3) & window(left=5), True),
     "two windows, one of them closed": (window(left=3, right=2) & window(right=0), True),
     "moved": (causal().shift_queries(1), False),
     "a window moved": (causal() & window(left=3).shift_queries(1), False),
@@ -52,7 +55,7 @@ def request(mask=None, *, bias=None, soft_cap=None, mod=None, dropout=None, **ch
     spec = AttentionSpec(AttentionMask.none() if mask is None else mask, Score(H**-0.5, soft_cap, bias, mod), dropout)
     given = {
         "platform": "gpu", "dtype": jnp.bfloat16, "batch_size": B, "num_queries": T, "num_keys": T, "num_heads": N,
-        "num_kv_heads": N, "head_dim": H, "value_dim": H, "spec": spec,
+        "num_kv_heads": N, "head_dim": H, "value_dim": H, "spec": spec, "compute_capability": 9.0,
     }  # fmt: skip
     return AttentionShapes(**(given | changes))
 
@@ -62,23 +65,25 @@ def calls(monkeypatch):
     """cuDNN's own arguments, of calls that pass all of JAX's checks."""
     made = []
 
-    def record(query, key, value, bias=None, mask=None, *args, **options):
-        made.append((bias, mask, options["mask_type"], options["sliding_window_length"]))
-        return kernel.dot_product_attention(query, key, value, bias, mask, *args, **options)
+    function = kernel.dot_product_attention
+
+    def record(query, key, value, **options):
+        made.append(options)
+        return function(query, key, value, **options)
 
     monkeypatch.setattr(kernel, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr("jax._src.nn.functions.cudnn_dot_product_attention", record)
+    monkeypatch.setattr(kernel, "check_compute_capability", lambda wanted: True)
+    monkeypatch.setattr(kernel, "dot_product_attention", record)
     return made
 
 
 def trace(request):
-    """Forward and backward by `fused`, as far as JAX looks at them before it compiles."""
+    """Forward and backward by `cudnn`, as far as JAX looks at them before it compiles."""
     r = request
     shapes = [(r.batch_size, r.num_queries, r.num_heads, r.head_dim)]
     shapes += [(r.batch_size, r.num_keys, r.num_kv_heads, dim) for dim in (r.head_dim, r.value_dim)]
-    run = functools.partial(fused.fused, implementation="cudnn")
     jax.eval_shape(
-        jax.value_and_grad(lambda q, k, v: run(q, k, v, r.spec).astype(jnp.float32).sum(), (0, 1, 2)),
+        jax.value_and_grad(lambda q, k, v: cudnn.cudnn(q, k, v, r.spec).astype(jnp.float32).sum(), (0, 1, 2)),
         *[jax.ShapeDtypeStruct(shape, r.dtype) for shape in shapes],
     )
 
@@ -89,7 +94,7 @@ def test_each_mask_that_is_accepted_means_the_same_to_cudnn(calls, name, num_key
     mask, fits = MASKS[name]
     if num_keys != T:
         windows = ("left", "both", "causal, left", "causal, both", "causal, itself and the right", "left alone")
-        fits = fits and name not in (*windows, "two windows, one of them closed")
+        fits = fits and name not in (*windows, "two windows", "two windows, one of them closed")
         if name in ("segments", "padding", "explicit"):
             return
     asked = request(mask, num_keys=num_keys)
@@ -97,12 +102,12 @@ def test_each_mask_that_is_accepted_means_the_same_to_cudnn(calls, name, num_key
     assert (reason is None) == fits, reason
     assert choose_backend("auto", asked) == ("cudnn" if fits else "xla")
     if not fits:
-        with pytest.raises(ValueError, match="causal"):
+        with pytest.raises(ValueError, match="causal|windows need|lengths of packed documents"):
             choose_backend("cudnn", asked)
         return
     trace(asked)
-    (bias, array, kind, length), *_ = calls
-    assert bias is None and array is None
+    kind, length = calls[0]["mask_type"], calls[0]["sliding_window_length"]
+    assert calls[0].keys() == {"mask_type", "sliding_window_length", "scale", "qkv_layout"}
     queries, keys = np.arange(T)[:, None], np.arange(num_keys)
     allowed = np.ones((T, num_keys), bool)
     # What cuDNN does: up to the query with a causal mask, and of those the last ones; only then has it a window.
@@ -117,7 +122,7 @@ def test_each_mask_that_is_accepted_means_the_same_to_cudnn(calls, name, num_key
 
 
 def test_a_window_to_the_right_is_refused_by_its_widths():
-    with pytest.raises(ValueError, match="left=3, right=2"):
+    with pytest.raises(ValueError, match="this one sees 2 keys on the right"):
         choose_backend("cudnn", request(window(left=3, right=2)))
 
 
@@ -143,7 +148,11 @@ OTHERS = {
     "an odd number of keys": ({"num_keys": 15}, "xla"),
     "one query": ({"num_queries": 1}, "xla"),
     "wide heads": ({"head_dim": 128, "value_dim": 128}, "cudnn"),
-    "wider heads": ({"head_dim": 136, "value_dim": 136}, "xla"),
+    "wider heads": ({"head_dim": 256, "value_dim": 256}, "cudnn"),
+    "wider heads on an A100": ({"head_dim": 256, "value_dim": 256, "compute_capability": 8.0}, "xla"),
+    "an A100": ({"compute_capability": 8.0}, "cudnn"),
+    "a V100": ({"compute_capability": 7.0}, "xla"),
+    "heads that are too wide": ({"head_dim": 264, "value_dim": 264}, "xla"),
     "heads of no multiple of 8": ({"head_dim": 12, "value_dim": 12}, "xla"),
     "values of another width": ({"value_dim": 8}, "blockwise"),
     "bias": ({"bias": jnp.zeros((1, 1, T, T), jnp.bfloat16)}, "xla"),
@@ -163,3 +172,125 @@ def test_what_else_decides(calls, name):
         trace(asked)
         assert len(calls) >= 1
     assert PREFERENCE["gpu"][0] == "cudnn"
+
+
+PACKED = np.array([[1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 0, 0, 0, 0, 0, 0], [1] * 16, [1] * 5 + [2] * 11, [0] * 16])
+LENGTHS = np.array([[3, 2, 5, 0], [16, 0, 0, 0], [5, 11, 0, 0], [0, 0, 0, 0]])
+
+
+def packed(lengths=LENGTHS):
+    return AttentionMask.segments(jnp.asarray(PACKED), lengths_BM=jnp.asarray(lengths, jnp.int32))
+
+
+def test_packed_documents_are_the_same_to_cudnn(calls):
+    """Each begins where it should; the kernel is told of none that is empty, and of one in every row."""
+    asked = request(causal() & packed(), batch_size=4)
+    assert choose_backend("auto", asked) == "cudnn"
+    seen = {}
+
+    def look(q, k, v):
+        out = cudnn.cudnn(q, k, v, asked.spec)
+        seen.update(calls[-1])
+        return out
+
+    jax.eval_shape(look, *[jax.ShapeDtypeStruct((4, T, N, H), jnp.bfloat16)] * 3)
+    assert seen["mask_type"] is kernel.MaskType.PADDING_CAUSAL
+    assert seen["q_seqlen"].shape == (4, 4) and seen["q_offsets"].shape == (4, 5)
+    lengths = np.asarray(cudnn._some(jnp.asarray(LENGTHS)))
+    np.testing.assert_array_equal(lengths[3], [1, 0, 0, 0])
+    starts = np.asarray(cudnn._starts(jnp.asarray(lengths)))
+    np.testing.assert_array_equal(
+        starts, [[0, 3, 5, -1, -1], [0, -1, -1, -1, -1], [0, 5, -1, -1, -1], [0, -1, -1, -1, -1]]
+    )
+    for row in range(3):
+        for start, length, number in zip(starts[row], LENGTHS[row], range(1, 5), strict=False):
+            np.testing.assert_array_equal(
+                np.flatnonzero(PACKED[row] == number), np.arange(start, start + length) if length else []
+            )
+
+
+@pytest.mark.parametrize("num_documents", [1, 4])
+def test_what_the_kernel_leaves_unwritten_is_zero(monkeypatch, num_documents):
+    """It writes neither outputs nor gradients of positions that belong to no document: whatever is there must not be seen."""
+    lengths = LENGTHS if num_documents > 1 else LENGTHS.sum(1, keepdims=True)
+    mask = packed(lengths)
+    covered = np.arange(T) < LENGTHS.sum(1, keepdims=True)
+
+    @jax.custom_vjp
+    def leaves(x):
+        return x
+
+    def wild(x):
+        return jnp.where(covered[..., None, None], x, jnp.nan)
+
+    leaves.defvjp(lambda x: (wild(x), None), lambda _, dx: (wild(dx),))
+
+    def kernel_of_nan(query, key, value, **_):
+        return leaves(leaves(query) + leaves(key) + leaves(value))
+
+    monkeypatch.setattr(kernel, "dot_product_attention", kernel_of_nan)
+    spec = AttentionSpec(mask, Score(H**-0.5))
+    arrays = [jnp.ones((4, T, N, H), jnp.bfloat16)] * 3
+    run = jax.value_and_grad(lambda *x: cudnn.cudnn(*x, spec).astype(jnp.float32).sum(), (0, 1, 2))
+    value, gradients = jax.jit(run)(*arrays)
+    assert float(value) == 3 * covered.sum() * N * H
+    for gradient in gradients:
+        np.testing.assert_array_equal(
+            gradient.astype(jnp.float32), np.broadcast_to(covered[..., None, None], gradient.shape)
+        )
+
+
+@pytest.mark.parametrize(
+    ("mask", "changes", "expected"),
+    [
+        (packed(), {"compute_capability": 8.0}, "a GPU of the Hopper generation or newer for packed documents"),
+        (packed(LENGTHS.sum(1, keepdims=True)), {"compute_capability": 8.0}, None),
+        (packed(), {}, None),
+        (causal() & packed() & window(left=3), {}, "no window within packed or padded rows"),
+        (packed() & packed(), {}, "this mask has several"),
+    ],
+)  # fmt: skip
+def test_which_packed_rows_it_takes(mask, changes, expected):
+    reason = BACKENDS["cudnn"].supports(request(mask, batch_size=4, **changes))
+    assert reason is None if expected is None else expected in reason
+
+
+def test_large_arrays_of_weights_are_avoided():
+    """Counted over the rows and heads of a device, not by the length alone."""
+    small, large = (
+        request(dtype=jnp.float32, batch_size=rows, num_queries=1024, num_keys=1024, num_heads=16) for rows in (1, 2)
+    )
+    assert choose_backend("auto", small) == "xla"
+    assert choose_backend("auto", large) != "xla"
+    assert choose_backend("auto", dataclasses.replace(large, devices=2)) == "xla"
+    assert choose_backend("xla", large) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("NVIDIA H100 80GB HBM3", 9.0), ("NVIDIA A100-SXM4-80GB", 8.0), ("cpu", 0.0)]
+)
+def test_the_compute_capability_of_an_absent_gpu_is_known_by_its_name(monkeypatch, kind, expected):
+    class Mesh:
+        abstract_device = type("Device", (), {"device_kind": kind})
+
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", Mesh)
+    assert compute_capability() == expected
+
+
+def counted(jaxpr, name):
+    """How often an operation is in a program, whatever it is within."""
+    inner = [sub for equation in jaxpr.eqns for sub in jaxprs_in_params(equation.params)]
+    return sum(equation.primitive.name == name for equation in jaxpr.eqns) + sum(counted(sub, name) for sub in inner)
+
+
+@pytest.mark.parametrize(("policy", "times"), [("light", 1), ("full", 2)])
+def test_light_rematerialisation_does_not_run_the_kernel_twice(calls, policy, times):
+    asked = request(causal() & packed(), batch_size=4)
+    arrays = [jax.ShapeDtypeStruct((4, T, N, H), jnp.bfloat16)] * 3
+
+    @functools.partial(jax.checkpoint, policy=REMAT_POLICIES[policy])
+    def block(q, k, v):
+        return jnp.sin(cudnn.cudnn(jnp.cos(q), k, v, asked.spec))
+
+    run = jax.grad(lambda *x: block(*x).astype(jnp.float32).sum(), (0, 1, 2))
+    assert counted(jax.make_jaxpr(run)(*arrays).jaxpr, "dot_product_attention_fwd_wrapper") == times

@@ -6,7 +6,7 @@ B batch, T query position, S key position, N query heads, K key/value heads, H h
 from __future__ import annotations
 
 import dataclasses
-import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.attention.backends import blockwise, fused, pallas, ring
+from transformer.attention.backends import blockwise, cudnn, pallas, ring, xla
 from transformer.attention.backends.reference import attention_weights, reference
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.shapes import AttentionShapes
 from transformer.attention.spec.spec import AttentionSpec, Dropout, Score
 from transformer.errors import UserError, nearest
 from transformer.randomness import seeds_of
+from transformer.sharding import axes_size, mesh_axes
 from transformer.types import Array, Float, Keys, wide
 
 
@@ -38,19 +39,20 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference, lambda request: None),
-    "xla": Backend(functools.partial(fused.fused, implementation="xla"), fused.supports_xla),
-    "cudnn": Backend(functools.partial(fused.fused, implementation="cudnn"), fused.supports_cudnn),
+    "xla": Backend(xla.xla, xla.supports_xla),
+    "cudnn": Backend(cudnn.cudnn, cudnn.supports_cudnn),
     "blockwise": Backend(blockwise.blockwise, lambda request: None),
     "pallas": Backend(lambda *call: pallas.pallas(*call, platform=_platform()), pallas.supports_pallas),
     "ring": Backend(ring.ring, ring.supports_ring),
     "ulysses": Backend(lambda *call: ring.ulysses(*call, attend=_by_auto), ring.supports_ulysses),
 }
 
-PREFERENCE = {"gpu": ("cudnn", "xla"), "tpu": ("pallas", "xla"), "cpu": ("blockwise",)}
-"""What `auto` tries, in order, if the T×S array is small; above `LONG` pairs it skips the backends that create one."""
+PREFERENCE = {"gpu": ("cudnn", "xla", "pallas"), "tpu": ("pallas", "xla"), "cpu": ("blockwise",)}
+"""What `auto` tries, in order; `xla` only up to `SMALL` weights, and `blockwise` if none of them can serve the call."""
 
-LONG = 4096 * 4096
-"""Number of query-key pairs from which it is worth avoiding a T×S array on an accelerator."""
+SMALL = 1 << 24
+"""Number of weights on a device (rows × heads × queries × keys) from which on an array of them costs more than `blockwise`, which
+creates none: 64 MiB in float32."""
 
 
 def choose_backend(backend: str, request: AttentionShapes) -> str:
@@ -81,7 +83,7 @@ def choose_backend(backend: str, request: AttentionShapes) -> str:
 
 def _on_one_device(request: AttentionShapes) -> str:
     order = PREFERENCE.get(request.platform, PREFERENCE["cpu"])
-    if request.num_queries * request.num_keys >= LONG:
+    if request.pairs > SMALL:
         order = tuple(name for name in order if name != "xla")
     return next((name for name in order if BACKENDS[name].supports(request) is None), "blockwise")
 
@@ -135,7 +137,7 @@ def attend(
         Score.of(q_BTNH, bias_BNTS, score_mod=score_mod, scale=scale, logit_soft_cap=logit_soft_cap),
         None if dropout_key is None or dropout_rate == 0 else Dropout(seeds_of(dropout_key, B), dropout_rate),
     )
-    chosen = choose_backend(backend, AttentionShapes.of(q_BTNH, v_BSKC, spec, _platform()))
+    chosen = choose_backend(backend, _request(q_BTNH, v_BSKC, spec))
     if 0 in (B, T, S):
         # A softmax over no keys has no maximum.
         heads = N if isinstance(return_weights, bool) else len(return_weights)
@@ -150,7 +152,27 @@ def attend(
 
 def _by_auto(q: Array, k: Array, v: Array, spec: AttentionSpec) -> Array:
     """What `auto` uses if every device has the whole sequence."""
-    return BACKENDS[_on_one_device(AttentionShapes.of(q, v, spec, _platform()))].attend(q, k, v, spec)
+    return BACKENDS[_on_one_device(_request(q, v, spec))].attend(q, k, v, spec)
+
+
+def _request(q_BTNH: Array, v_BSKC: Array, spec: AttentionSpec) -> AttentionShapes:
+    platform = _platform()
+    capability = compute_capability() if platform == "gpu" else 0.0
+    devices = axes_size(mesh_axes("batch")) * axes_size(mesh_axes("heads"))
+    return AttentionShapes.of(q_BTNH, v_BSKC, spec, platform, compute_capability=capability, devices=devices)
+
+
+def compute_capability() -> float:
+    """Of the NVIDIA GPU that the call will run on: that at hand, or, where a program is compiled for absent ones, by its name."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    at_hand = {} if jax.default_backend() != "gpu" else {one.device_kind: one for one in jax.local_devices()}
+    if device is None or device.device_kind in at_hand:
+        one = next(iter(at_hand.values())) if device is None else at_hand[device.device_kind]
+        # An AMD GPU's is not a number.
+        found = re.fullmatch(r"\d+\.\d+", str(one.compute_capability))
+        return float(found[0]) if found else 0.0
+    named = re.search(r"\b(A|L|H|GH|B|GB)\d+", device.device_kind)
+    return {"A": 8.0, "L": 8.9, "H": 9.0, "GH": 9.0, "B": 10.0, "GB": 10.0}[named[1]] if named else 0.0
 
 
 def _platform() -> str:

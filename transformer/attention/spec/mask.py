@@ -116,14 +116,26 @@ class AttentionMask:
         return AttentionMask((p.Padding(valid_BS),))
 
     @staticmethod
-    def segments(q_BT: Int[Array, "B T"], k_BS: Int[Array, "B S"] | None = None) -> AttentionMask:
-        """Query and key must carry the same segment number, which is not 0."""
-        k_BS = q_BT if k_BS is None else k_BS
+    def segments(
+        q_BT: Int[Array, "B T"],
+        k_BS: Int[Array, "B S"] | None = None,
+        *,
+        lengths_BM: Int[Array, "B M"] | None = None,
+        k_lengths_BM: Int[Array, "B M"] | None = None,
+    ) -> AttentionMask:
+        """Query and key must carry the same segment number, which is not 0.
+
+        Args:
+            lengths_BM: number of positions with segment 1, 2, ... M, in rows where these come one after the other from the first
+                position on, and nothing but 0 follows. The mask is the same without it; a kernel for packed documents needs it.
+            k_lengths_BM: the same for `k_BS`.
+        """
+        k_BS, k_lengths_BM = (q_BT, lengths_BM) if k_BS is None else (k_BS, k_lengths_BM)
         for array in (q_BT, k_BS):
             _check("segments", array, 2, jnp.integer)
         if q_BT.shape[0] != k_BS.shape[0] and 1 not in (q_BT.shape[0], k_BS.shape[0]):
             raise ValueError(f"mask: segments of {q_BT.shape[0]} rows of queries and {k_BS.shape[0]} of keys")
-        return AttentionMask((p.Segments(q_BT, k_BS),))
+        return AttentionMask((p.Segments(q_BT, k_BS, lengths_BM, k_lengths_BM),))
 
     @staticmethod
     def explicit(mask_BNTS: Bool[Array, "B_ N_ T_ S_"]) -> AttentionMask:

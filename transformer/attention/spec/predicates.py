@@ -222,6 +222,10 @@ class Segments(MaskPredicate):
 
     q_BT: Int[Array, "B T"]
     k_BS: Int[Array, "B S"]
+    q_lengths_BM: Int[Array, "B M"] | None = None
+    """Lengths of the documents, where these lie one after the other from the first position on, and only padding follows: for
+    kernels that need to know where each begins. 0 after a row's last one."""
+    k_lengths_BM: Int[Array, "B M"] | None = None
 
     def extent(self):
         return _rows(self.q_BT), None, self.q_BT.shape[1], self.k_BS.shape[1]
@@ -237,7 +241,7 @@ class Segments(MaskPredicate):
         return meet.any(0)
 
     def padded(self, num_queries, num_keys):
-        return Segments(filled(self.q_BT, num_queries, 1), filled(self.k_BS, num_keys, 1))
+        return dataclasses.replace(self, q_BT=filled(self.q_BT, num_queries, 1), k_BS=filled(self.k_BS, num_keys, 1))
 
 
 @register

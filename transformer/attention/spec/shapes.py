@@ -23,12 +23,21 @@ class AttentionShapes:
     head_dim: int
     value_dim: int
     spec: AttentionSpec
+    compute_capability: float = 0.0
+    """Of an NVIDIA GPU."""
+    devices: int = 1
+    """Number of devices that the batch and the heads are divided over."""
+
+    @property
+    def pairs(self) -> float:
+        """Number of weights on each device: of each row, head, query and key."""
+        return self.batch_size * self.num_heads * self.num_queries * self.num_keys / self.devices
 
     @staticmethod
-    def of(q_BTNH: Array, v_BSKC: Array, spec: AttentionSpec, platform: str) -> AttentionShapes:
-        """The request of a call with these queries and values."""
+    def of(q_BTNH: Array, v_BSKC: Array, spec: AttentionSpec, platform: str, **device: Any) -> AttentionShapes:
+        """The request of a call with these queries and values, on this platform, and the fields of `device`."""
         (B, T, N, H), (_, S, K, C) = q_BTNH.shape, v_BSKC.shape
         return AttentionShapes(
             platform=platform, dtype=q_BTNH.dtype, batch_size=B, num_queries=T, num_keys=S, num_heads=N, num_kv_heads=K,
-            head_dim=H, value_dim=C, spec=spec,
+            head_dim=H, value_dim=C, spec=spec, **device,
         )  # fmt: skip
