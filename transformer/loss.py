@@ -86,6 +86,20 @@ def token_cross_entropy(
     return loss, jax.lax.stop_gradient(nll)
 
 
+def tokens_of_chunk(chunk: Literal["auto"] | int | None, tokens: int, vocab_size: int) -> int:
+    """The most tokens of a chunk.
+
+    Args:
+        chunk: as for `token_cross_entropy`.
+        tokens: of a device.
+        vocab_size: of its part of the vocabulary.
+    """
+    if chunk == "auto":
+        # A multiple of what the tiles of matrix products are.
+        chunk = max(CHUNK_BYTES // (4 * vocab_size) // 128 * 128, CHUNK_TOKENS)
+    return tokens if chunk is None else min(chunk, tokens)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layout:
     """The mesh axes over which each dim is split; empty for a dim that they do not divide."""
@@ -164,7 +178,7 @@ class _Task:
             whole = jax.lax.all_gather(whole, at.embed, axis=embed_dim, tiled=True)
         bias = None if bias_V is None else bias_V.astype(wide_type)
         N = targets.size
-        parts = -(-N // self._tokens_of_chunk(N, whole.shape[vocab_dim]))
+        parts = -(-N // tokens_of_chunk(self.chunk, N, whole.shape[vocab_dim]))
         n = -(-N // parts)
 
         def cut(x: Array) -> Array:
@@ -248,13 +262,6 @@ class _Task:
         dx_nD = dx_nD if vocab else dx_nD.astype(self.dtype)
         dkernel = _contract(dlogits_nV, x_nD, 0, 0) if self.is_table else _contract(x_nD, dlogits_nV, 0, 0)
         return (sums, (dkernel, dbias_V)), dx_nD
-
-    def _tokens_of_chunk(self, N: int, V: int) -> int:
-        if self.chunk is None:
-            return N
-        if self.chunk == "auto":
-            return max(CHUNK_BYTES // (V * 4) // 128 * 128, CHUNK_TOKENS)
-        return self.chunk
 
 
 def _backward(saved: tuple[Array, Array, Array | None], douts: tuple[Array, Array]) -> tuple[Array | None, ...]:
