@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from transformer.errors import Config, UserError, require
-from transformer.resume import OnResume
+from transformer.loss import token_cross_entropy
+from transformer.resume import Free, OnResume
 from transformer.types import Array, Float, Int
 
 Batch = dict[str, jax.Array]
@@ -22,7 +23,7 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig(Config):
-    """Additional terms of the cross-entropy."""
+    """Additional terms of the cross-entropy, and how it is computed."""
 
     on_resume: ClassVar[OnResume] = OnResume.ASK
 
@@ -30,11 +31,15 @@ class LossConfig(Config):
     """Weight of the z-loss log(Z)², which keeps the softmax normaliser Z near 1 (1e-4 is usual)."""
     label_smoothing: float = 0.0
     """Label smoothing: probability spread uniformly over the vocabulary, or over the classes."""
+    chunk: Free[Literal["auto"] | int | None] = "auto"
+    """Most tokens of a device whose logits are held at once; auto: about 512 MiB of them; null: all tokens of a microbatch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "z_loss", self.z_loss >= 0, "allowed: 0 or more")
         require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "allowed: 0 or more, below 1")
+        holds = not isinstance(self.chunk, int) or self.chunk >= 1
+        require(self, "chunk", holds, "allowed: auto, a number of tokens (1 or more), or null")
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +82,20 @@ def cross_entropy(
     if config.z_loss:
         loss += config.z_loss * jnp.square(log_z)
     return LossSums(jnp.sum(loss * weights_BT), jnp.sum(nll * weights_BT), jnp.sum(weights_BT))
+
+
+def of_tokens(model: Any, output: Any, batch: Batch, config: LossConfig) -> LossSums:
+    """The cross-entropy of `targets` by `weights` [B, T], and a mixture's own loss, without the logits of all tokens.
+
+    Args:
+        model: has predicted the tokens; its `projection` has not been applied to the output's `hidden`.
+    """
+    with jax.named_scope("loss"):
+        loss, nll = token_cross_entropy(
+            output.hidden, model.projection(), batch["targets"], batch["weights"], z_loss=config.z_loss,
+            label_smoothing=config.label_smoothing, chunk=config.chunk,
+        )  # fmt: skip
+        return with_added_loss(LossSums(loss, nll, jnp.sum(batch["weights"])), output)
 
 
 def of_classes(

@@ -19,16 +19,22 @@ from transformer.errors import UserError
 from transformer.types import Array
 
 
-def with_backward(forward: Callable[..., tuple[Any, Any]], backward: Callable[..., tuple[Any, ...]], *args: Any) -> Any:
+def with_backward(
+    forward: Callable[..., tuple[Any, Any]],
+    backward: Callable[..., tuple[Any, ...]],
+    *args: Any,
+    value: Callable[..., Any] | None = None,
+) -> Any:
     """The output of `forward(*args)`, differentiated in reverse mode by `backward`, as with `jax.custom_vjp`.
 
-    Both may close over static values, but not over traced arrays.
+    They may close over static values, but not over traced arrays.
 
     Args:
         forward: maps the arguments to the output and to what the backward pass needs of it (residuals).
         backward: maps the residuals and the output's gradient to a tuple with the gradient of each argument, in the argument's
             structure; None, for an argument or a leaf of it, means no gradient.
         args: pytrees of arrays. Only floating-point arrays have gradients.
+        value: computes the output alone, for use without a backward pass; by default `forward`, without its residuals.
 
     Returns:
         The output, a pytree of floating-point arrays. It can be differentiated as many times as `forward` and `backward` can: a
@@ -39,18 +45,22 @@ def with_backward(forward: Callable[..., tuple[Any, Any]], backward: Callable[..
     layouts = [[leaf is not None for leaf in _with_none(arg)] for arg in args]
     is_float = [bool(jnp.issubdtype(leaf.dtype, jnp.floating)) for leaf in leaves]
 
-    def run(floats: Sequence[Array], others: Sequence[Any]) -> tuple[Any, Any]:
+    def joined(floats: Sequence[Array], others: Sequence[Any]) -> Any:
         parts, rest = iter(floats), iter(others)
-        return forward(*jax.tree.unflatten(structure, [next(parts if known else rest) for known in is_float]))
+        return jax.tree.unflatten(structure, [next(parts if known else rest) for known in is_float])
+
+    def output(floats: Sequence[Array], others: Sequence[Any]) -> Any:
+        given = joined(floats, others)
+        return forward(*given)[0] if value is None else value(*given)
 
     @jax.custom_jvp
     def call(floats: list[Array], others: list[Any]) -> Any:
-        return run(floats, others)[0]
+        return output(floats, others)
 
     @call.defjvp
     def tangent(primals: tuple[list, list], tangents: tuple[list, list]) -> tuple[Any, Any]:
         floats, others = primals
-        out, residuals = run(floats, others)
+        out, residuals = forward(*joined(floats, others))
         outs, out_structure = jax.tree.flatten(out)
         # An array that is both an argument and a residual is kept once.
         kept, places = _unique([*floats, *others, *jax.tree.leaves(residuals)])
@@ -59,7 +69,7 @@ def with_backward(forward: Callable[..., tuple[Any, Any]], backward: Callable[..
         def apply(kept: Sequence[Any], dfloats: Sequence[Array]) -> list[Array]:
             known = [kept[place] for place in places]
             _, douts = jax.jvp(
-                lambda *floats: jax.tree.leaves(run(floats, known[num_floats:num_args])[0]),
+                lambda *floats: jax.tree.leaves(output(floats, known[num_floats:num_args])),
                 tuple(known[:num_floats]), tuple(dfloats),
             )  # fmt: skip
             return douts

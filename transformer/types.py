@@ -51,6 +51,9 @@ class ModelOutput:
 
     logits: Array
     """Scores, float32: [B, T, V] of a language model. Other heads document their own shape."""
+    hidden: Array | None = None
+    """[B, T, D] of a language model: what its output projection (`projection`) reads. A compiled program that computes its loss
+    from these (`transformer/loss.py`) does not compute the logits."""
     pooled_logits: Array | None = None
     """[B, C] scores of a whole row, for a model that gives them in addition to its tokens'."""
     states: Any = None

@@ -23,6 +23,7 @@ from train.examine.explain import saved_bytes
 from train.parallel.mesh import MESH_AXES, MeshConfig, Rules, shardings_of
 from train.program.program import batch_shapes, described_state, trained_of
 from transformer.functional import graphdef_of
+from transformer.loss import tokens_of_chunk
 from transformer.models.adapted import make_adapted
 from transformer.models.families import flops_per_token
 
@@ -96,13 +97,19 @@ class Analysis:
             / sizes["context"]
         )
         full, none, own = self.saved("full"), self.saved("none"), self.saved(model.remat)
-        # The residual stream itself is replicated over tensor; all else is sharded. The trace has the logits twice, of which
-        # the compiler keeps one and a part; and what one layer recomputes is not all alive at once.
+        # The residual stream itself is replicated over tensor; all else is sharded. What one layer recomputes is not all alive at
+        # once.
         slices = sizes["tensor"]
-        logits = config.sequence_length * model.vocab_size * 4
-        kept = max(full - 2 * logits, 0) + max(own - full, 0) / slices
+
+        def logits(rows: float) -> float:
+            """Bytes of a chunk's logits, with a part of their gradient."""
+            vocab_size = model.vocab_size // slices
+            tokens = math.ceil(rows * config.sequence_length)
+            return 1.25 * 4 * vocab_size * tokens_of_chunk(config.loss.chunk, tokens, vocab_size)
+
+        kept = full + max(own - full, 0) / slices
         again = 0.0 if model.remat == "none" else 0.6 * (none - full) / layers / slices
-        activations = rows * (kept + again + 1.25 * logits / slices)
+        activations = rows * (kept + again) + logits(rows)
         bubble, passes = 0.0, {"none": 3.0, "light": 3.0, "dots": 3.1, "full": 4.0}[model.remat]
         if (stages := sizes["pipeline"]) > 1:
             parts = config.mesh.pipeline_microbatches or stages * config.mesh.stages_per_device
@@ -110,11 +117,12 @@ class Analysis:
             if config.mesh.schedule == "1f1b":
                 # Inputs of the microbatches in flight, and one recomputed stage.
                 own_input = config.sequence_length * model.embed_dim * wide
-                at_work = kept / stages + again + 1.25 * logits / slices
-                activations, passes = rows / parts * (own_input * (2 * stages - 1) + at_work), passes + 1
+                at_work = kept / stages + again
+                activations = rows / parts * (own_input * (2 * stages - 1) + at_work) + logits(rows / parts)
+                passes += 1
             else:
                 # Every tick stores its own, and the devices share the head.
-                activations = rows / stages * (kept * (1 + bubble) + 1.25 * logits / slices) + rows / parts * again
+                activations = rows / stages * kept * (1 + bubble) + rows / parts * again + logits(rows / stages)
         gathered = 0.0
         if sizes["fsdp"] > 1 and config.mesh.slices_parameters:
             gathered = 2 * wide * self.parameters / slices / layers

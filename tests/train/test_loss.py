@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from train.config.changes import rule_of
+from train.config.load import load
 from train.loss import LossConfig, cross_entropy
+from transformer.errors import ConfigError
+from transformer.resume import OnResume
 
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(3 * RNG.normal(size=(2, 5, 7)), jnp.float32)
@@ -39,3 +43,15 @@ def test_nll_leaves_the_additions_out():
     assert plain.loss == plain.nll == added.nll
     assert added.loss != added.nll
     assert plain.weight == WEIGHTS.sum()
+
+
+def test_the_size_of_chunks_is_auto_a_number_or_none_and_may_change(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("name: run\nloss: {chunk: 512}\n")
+    assert load(file).loss.chunk == 512
+    for text, value in (("auto", "auto"), ("null", None), ("2048", 2048)):
+        assert load(file, ["--loss.chunk", text]).loss.chunk == value
+    for wrong in (0, -1, "whole", 1.5, True):
+        with pytest.raises(ConfigError, match="^chunk: got .*; allowed: "):
+            LossConfig(chunk=wrong)
+    assert rule_of(LossConfig, "chunk") is OnResume.FREE and rule_of(LossConfig, "z_loss") is OnResume.ASK

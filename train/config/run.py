@@ -52,7 +52,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser and its learning-rate schedule."""
     loss: LossConfig = LossConfig()
-    """Additional terms of the loss."""
+    """Additional terms of the loss, and its chunks."""
     stability: StabilityConfig = StabilityConfig()
     """Which updates are skipped, and what follows."""
     mesh: MeshConfig = MeshConfig()

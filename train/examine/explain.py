@@ -133,8 +133,10 @@ def saved_bytes(
         return jax.vjp(loss, part)[1]
 
     saved = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
-    # An array with the shape and type of a parameter is that parameter, which is in memory anyway.
-    known = collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((params, batch)))
+    # An array with the shape and type of a parameter is that parameter, which is in memory anyway, or a gradient that the loss
+    # makes with the forward pass.
+    held = (params, trained.select(params), batch)
+    known = collections.Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(held))
     total = 0
     for leaf in saved:
         kind = (leaf.shape, leaf.dtype)

@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
-
 from train.data.examples.pack import Examples, Packing, examples
 from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.tokenization.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_added_loss
+from train.loss import Batch, LossConfig, LossSums, of_tokens
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
 from transformer.types import Keys
 
@@ -41,7 +39,7 @@ class Causal(Objective):
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The mean over all tokens; positions and segments [B, T] are given if documents are packed."""
         output = model(batch["tokens"], positions_BT=batch.get("positions"), segments_BT=batch.get("segments"), key=key)
-        return token_loss(output, batch, config)
+        return of_tokens(model, output, batch, config)
 
     def report(self, prepared: Prepared, bits_per_byte: float | None) -> list[str]:
         """Bits per byte, compared with general compressors."""
@@ -50,9 +48,3 @@ class Causal(Objective):
         others = [(f"{name} -9", prepared.meta.bits_per_byte(name)) for name in ("gzip", "xz")]
         known = "".join(f", {label} {bits:.4f}" for label, bits in others if bits is not None)
         return [f"held-out text, bits per byte: this model {bits_per_byte:.4f}{known}"]
-
-
-def token_loss(output: Any, batch: Batch, config: LossConfig) -> LossSums:
-    """The cross-entropy of `targets` by `weights` [B, T], with a mixture's own loss."""
-    with jax.named_scope("loss"):
-        return with_added_loss(cross_entropy(output.logits, batch["targets"], batch["weights"], config), output)

@@ -14,8 +14,7 @@ from train.data.examples.spans import sentinels
 from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared
 from train.data.tokenization.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums
-from train.objectives.causal import token_loss
+from train.loss import Batch, LossConfig, LossSums, of_tokens
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
 from transformer.errors import UserError, require
 from transformer.types import Keys
@@ -63,7 +62,7 @@ class EncoderDecoderObjective(Objective):
             source_positions_BS=batch["source_positions"], segments_BT=batch["segments"], positions_BT=batch["positions"],
             key=key,
         )  # fmt: skip
-        return token_loss(output, batch, config)
+        return of_tokens(model, output, batch, config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,7 @@ from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.tokenization.tokenizer import CLS, MASK, SEP, Tokenizer
 from train.data.tokenization.words import WordPieces
-from train.loss import Batch, LossConfig, LossSums
-from train.objectives.causal import token_loss
+from train.loss import Batch, LossConfig, LossSums, of_tokens
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
 from transformer.errors import require
 from transformer.types import Array, Keys
@@ -98,7 +97,7 @@ class Masked(HiddenTokens):
             batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
             predicted_BK=batch["predicted"], key=key,
         )  # fmt: skip
-        return token_loss(output, at_places(batch, batch["predicted"]), config)
+        return of_tokens(model, output, at_places(batch, batch["predicted"]), config)
 
 
 def at_places(batch: Batch, places_BK: Array) -> Batch:

@@ -16,8 +16,7 @@ from train.data.examples.pack import Examples, Packing
 from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import TokenArray
 from train.data.tokenization.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums
-from train.objectives.causal import token_loss
+from train.loss import Batch, LossConfig, LossSums, of_tokens
 from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
 from transformer.types import Keys
 
@@ -44,4 +43,5 @@ class Prefix(Objective):
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The mean over the tokens after the prefix; `prefix` [B] is how many first tokens are visible to all."""
-        return token_loss(model(batch["tokens"], prefix_B=batch["prefix"], key=key), batch, config)
+        output = model(batch["tokens"], prefix_B=batch["prefix"], key=key)
+        return of_tokens(model, output, batch, config)

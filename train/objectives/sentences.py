@@ -17,8 +17,7 @@ from train.data.examples.pack import Examples, Packing
 from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.tokenization.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums, cross_entropy
-from train.objectives.causal import token_loss
+from train.loss import Batch, LossConfig, LossSums, cross_entropy, of_tokens
 from train.objectives.masked import HiddenTokens, at_places
 from train.objectives.objective import BatchShapes, label_shape, row_shapes
 from transformer.errors import UserError
@@ -48,7 +47,7 @@ class TwoStretches(HiddenTokens):
             batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
             token_types_BT=batch["token_types"], predicted_BK=batch["predicted"], key=key,
         )  # fmt: skip
-        sums = token_loss(output, at_places(batch, batch["predicted"]), config)
+        sums = of_tokens(model, output, at_places(batch, batch["predicted"]), config)
         with jax.named_scope("sentence_loss"):
             # A mean over rows is added to a mean over tokens, so the tokens' weight scales it. A row of padding has label -1.
             rows = (batch["labels"] >= 0).astype(jnp.float32)

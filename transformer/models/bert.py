@@ -16,9 +16,10 @@ from transformer.errors import require
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.linear import Linear
 from transformer.layers.position import ScoreMod
+from transformer.loss import Projection
 from transformer.mixers.context import Context
 from transformer.models.config import MlpConfig, StackConfig, stack_flops
-from transformer.models.embed import embed, make_positions, make_table
+from transformer.models.embed import embed, make_positions, make_table, projection_of
 from transformer.models.heads import (
     AnswerHeadConfig,
     ChoiceHeadConfig,
@@ -190,6 +191,11 @@ class Bert(nnx.Module):
             self.config, self.embed, self.positions, tokens_BT, positions_BT=positions_BT, finish=with_types, key=key
         )
 
+    def projection(self) -> Projection:
+        """What turns the output's `hidden` into its `logits`, with a masked head."""
+        assert self.masked_head is not None
+        return projection_of(self.embed, None, bias_V=self.masked_head.bias[...])
+
     def __call__(
         self,
         tokens_BT: Int[Array, "B T"],
@@ -220,7 +226,7 @@ class Bert(nnx.Module):
             Float32 logits: [B, K, V] (masked, pretraining; K is T without `predicted_BK`), [B, C] (classification, choice,
             structured, decomposable), [B, T, C] (tokens, answer), [B, T] (replaced), or the vectors of length 1 [B, D]
             (embedding). `pooled_logits` [B, 2] are the next sentence's (pretraining), or the pooler's vectors [B, D]
-            (embedding with pooler).
+            (embedding with pooler). `hidden` [B, K, E] is what the output projection reads (masked, pretraining).
 
         Raises:
             ValueError: more tokens than learned positions, a layer or head that does not exist, or a decomposable head without
@@ -234,14 +240,14 @@ class Bert(nnx.Module):
         )  # fmt: skip
         valid_BT = None if segments_BT is None else segments_BT != 0
         pooled = None if self.pooled_head is None else self.pooled_head(hidden_BTD, valid_BT, key=head_key)
-        added = output.added_loss
+        added, transformed = output.added_loss, None
         if self.structured_head is not None:
             logits, penalty = self.structured_head(hidden_BTD, valid_BT, key=head_key)
             added = penalty if added is None else added + penalty
         elif self.decomposable_head is not None:
             logits = self.decomposable_head(hidden_BTD, token_types_BT, valid_BT)
         elif self.masked_head is not None:
-            logits = self.masked_head(hidden_BTD, self.embed, predicted_BK)
+            logits, transformed = self.masked_head(hidden_BTD, self.embed, predicted_BK)
         elif self.replaced_head is not None:
             logits = self.replaced_head(hidden_BTD)
         elif self.token_head is not None:
@@ -253,6 +259,7 @@ class Bert(nnx.Module):
             logits = pooled
         return ModelOutput(
             logits=logits,
+            hidden=transformed,
             pooled_logits=pooled if head.kind in ("pretraining", "embedding") else None,
             weights=output.weights,
             added_loss=added,

@@ -93,7 +93,7 @@ class Electra(Bert):
             x_BTD = x_BTE if self.generator_projection is None else self.generator_projection(x_BTE)
             context = Context(positions_BT=positions_BT, segments_BT=segments_BT)
             hidden_BTD, _ = self.generator(x_BTD, context, key=key)
-            return self.generator_head(hidden_BTD, self.embed, predicted_BK)
+            return self.generator_head(hidden_BTD, self.embed, predicted_BK)[0]
 
 
 def flops_per_token(config: ElectraConfig, length: int) -> float:

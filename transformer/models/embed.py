@@ -14,6 +14,7 @@ from flax import nnx
 from transformer.layers.embedding import Embedding
 from transformer.layers.linear import Linear
 from transformer.layers.position import sinusoidal, token_positions
+from transformer.loss import Projection
 from transformer.models.config import StackConfig
 from transformer.randomness import dropout, split
 from transformer.sharding import constrain
@@ -122,3 +123,13 @@ def logits_of(table: Embedding, head: Linear | None, hidden_BTD: Float[Array, "B
     """Scores of each token of the vocabulary, float32: by the output projection, or, without one, by the tied table."""
     logits = table.attend(hidden_BTD) if head is None else head.logits(hidden_BTD)
     return constrain(logits.astype("float32"), "batch", "seq", "vocab")
+
+
+def projection_of(
+    table: Embedding, head: Linear | None, *, bias_V: Float[Array, " V"] | None = None, soft_cap: float | None = None
+) -> Projection:
+    """The operands of `logits_of`, for a loss in chunks."""
+    kernel, dtype = (table.table, table.dtype) if head is None else (head.kernel, head.dtype)
+    if head is not None and head.bias is not None:
+        bias_V = head.bias[...] if bias_V is None else bias_V + head.bias[...]
+    return Projection(kernel=kernel[...], is_table=head is None, bias_V=bias_V, dtype=dtype, soft_cap=soft_cap)

@@ -16,12 +16,13 @@ from flax import nnx
 from transformer.errors import check_size, require
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.position import RelativeConfig, token_positions
+from transformer.loss import Projection
 from transformer.mixers.context import Context
 from transformer.mixers.registry import MixerConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.mixers.state import KVCache, State
 from transformer.models.config import MlpConfig, PositionEmbedding, StackConfig, stack_flops
-from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table
+from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table, projection_of
 from transformer.models.layer_stack import LayerStack, cache_lengths
 from transformer.randomness import split
 from transformer.resume import Ask
@@ -238,6 +239,7 @@ class EncoderDecoder(nnx.Module):
         losses = [loss for loss in (encoder_loss, output.added_loss) if loss is not None]
         return ModelOutput(
             logits=self.logits(x_BTD),
+            hidden=self._scaled(x_BTD),
             weights=output.weights,
             added_loss=sum(losses[1:], losses[0]) if losses else None,
         )
@@ -275,10 +277,17 @@ class EncoderDecoder(nnx.Module):
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the next token, float32."""
         with jax.named_scope("logits"):
-            if self.config.scale_logits:
-                hidden_BTD = hidden_BTD * self.config.embed_dim**-0.5
-            logits = logits_of(self.embed, self.head, hidden_BTD)
+            logits = logits_of(self.embed, self.head, self._scaled(hidden_BTD))
             return logits if self.output_bias is None else logits + self.output_bias[...]
+
+    def projection(self) -> Projection:
+        """What turns the output's `hidden` into its `logits`."""
+        bias = None if self.output_bias is None else self.output_bias[...]
+        return projection_of(self.embed, self.head, bias_V=bias)
+
+    def _scaled(self, hidden_BTD: Array) -> Array:
+        """What the output projection reads."""
+        return hidden_BTD * self.config.embed_dim**-0.5 if self.config.scale_logits else hidden_BTD
 
     def unstacked(self) -> EncoderDecoder:
         """The same model with separate decoder blocks, for decoding (`LayerStack.unstack_layers`)."""

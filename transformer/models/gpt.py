@@ -15,10 +15,11 @@ from flax import nnx
 from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import require
 from transformer.layers.position import ScoreMod
+from transformer.loss import Projection
 from transformer.mixers.context import Context
 from transformer.mixers.state import State
 from transformer.models.config import StackConfig, stack_flops
-from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table
+from transformer.models.embed import embed, logits_of, make_output, make_positions, make_table, projection_of
 from transformer.models.layer_stack import Chosen, LayerStack, StackOutput, cache_lengths
 from transformer.types import Array, Float, Int, Keys, ModelOutput
 
@@ -86,6 +87,10 @@ class GPT(nnx.Module):
                 logits = self.config.logit_soft_cap * jnp.tanh(logits / self.config.logit_soft_cap)
             return logits
 
+    def projection(self) -> Projection:
+        """What turns the output's `hidden` into its `logits`."""
+        return projection_of(self.embed, self.head, soft_cap=self.config.logit_soft_cap)
+
     def __call__(
         self,
         tokens_BT: Int[Array, "B T"],
@@ -123,8 +128,9 @@ class GPT(nnx.Module):
             states=states, key=key, return_weights=return_weights,
         )  # fmt: skip
         return ModelOutput(
-            logits=self.logits(hidden_BTD), states=output.states, weights=output.weights, added_loss=output.added_loss
-        )
+            logits=self.logits(hidden_BTD), hidden=hidden_BTD, states=output.states, weights=output.weights,
+            added_loss=output.added_loss,
+        )  # fmt: skip
 
     def unstacked(self) -> GPT:
         """The same model with separate blocks, for decoding (`LayerStack.unstack_layers`)."""

@@ -215,13 +215,15 @@ class MaskedHead(nnx.Module):
         hidden_BTD: Float[Array, "B T D"],
         embed: Embedding,
         predicted_BK: Int[Array, "B K"] | None = None,
-    ) -> Float[Array, "B K V"]:
-        """Float32 logits over the rows of `embed`, at the positions `predicted_BK` (by default at all of them: K is T then)."""
+    ) -> tuple[Float[Array, "B K V"], Float[Array, "B K E"]]:
+        """Float32 logits over the rows of `embed`, and the transform's output, from which they are computed, at the positions
+        `predicted_BK` (by default at all of them: K is T then)."""
         with jax.named_scope("masked_head"):
             if predicted_BK is not None:
                 hidden_BTD = jnp.take_along_axis(hidden_BTD, predicted_BK[..., None], axis=1)
-            logits = embed.attend(self.norm(self.function(self.dense(hidden_BTD)))).astype(jnp.float32)
-            return constrain(logits + self.bias[...], "batch", "seq" if predicted_BK is None else None, "vocab")
+            x_BKE = self.norm(self.function(self.dense(hidden_BTD)))
+            logits = embed.attend(x_BKE).astype(jnp.float32) + self.bias[...]
+            return constrain(logits, "batch", "seq" if predicted_BK is None else None, "vocab"), x_BKE
 
 
 class ReplacedHead(nnx.Module):

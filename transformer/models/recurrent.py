@@ -28,6 +28,8 @@ from transformer.errors import Config, ConfigError, check_size, require
 from transformer.layers.embedding import Embedding
 from transformer.layers.linear import Linear
 from transformer.layers.recurrent import CELLS, CellState, scan_cell, where_valid
+from transformer.loss import Projection
+from transformer.models.embed import projection_of
 from transformer.randomness import dropout, split
 from transformer.resume import Ask, Free
 from transformer.sharding import constrain
@@ -257,7 +259,7 @@ class RecurrentTranslator(nnx.Module):
         state, features, weights_BS = self._advance(
             self.cells[0].project(embedded_BI), state, memory, None, return_weights=return_weights
         )
-        logits_BV = self._logits(embedded_BI, features, None)
+        logits_BV = self._logits(self._readout(embedded_BI, features, None))
         return (logits_BV, state, weights_BS) if return_weights else (logits_BV, state)
 
     def __call__(
@@ -306,9 +308,14 @@ class RecurrentTranslator(nnx.Module):
             keys_T = None if step_key is None else split(step_key, T)
             _, (features, weights_TBS) = jax.lax.scan(body, self.begin(memory, T), (inputs_TBG, valid_TB, keys_T))
         features = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), features)
-        logits_BTV = constrain(self._logits(embedded_BTI, features, out_key), "batch", "seq", "vocab")
+        hidden_BTD = self._readout(embedded_BTI, features, out_key)
+        logits_BTV = constrain(self._logits(hidden_BTD), "batch", "seq", "vocab")
         weights = None if weights_TBS is None else jnp.moveaxis(weights_TBS, 0, 1)[None, :, None]
-        return ModelOutput(logits=logits_BTV, weights=weights)
+        return ModelOutput(logits=logits_BTV, hidden=hidden_BTD, weights=weights)
+
+    def projection(self) -> Projection:
+        """What turns the output's `hidden` into its `logits`."""
+        return projection_of(self.embed, self.head)
 
     def _advance(
         self,
@@ -347,19 +354,24 @@ class RecurrentTranslator(nnx.Module):
         fed_BD = None if state.fed_BD is None else features[0].astype(state.fed_BD.dtype)
         return RecurrentState(tuple(layers), fed_BD, state.step_B + 1), features, weights_BS
 
-    def _logits(self, embedded: Array, features: tuple[Array, ...], key: Array | None) -> Array:
-        """[..., V] float32: from the attentional state, or by a deep output of embedding, state and context.
+    def _readout(self, embedded: Array, features: tuple[Array, ...], key: Array | None) -> Array:
+        """What the output projection reads: the attentional state, or a deep output of embedding, state and context.
 
         p(y_i) = g(y_i-1, s_i, c_i) is equation 4 of Bahdanau et al. 2014, g a layer of maxout units in appendix A.2.2.
         """
-        with jax.named_scope("logits"):
+        with jax.named_scope("readout"):
             if self.config.style == "luong":
                 (x,) = features
             else:
                 hidden, seen = (x.astype(embedded.dtype) for x in features)
                 x = self.combine(jnp.concatenate([hidden, embedded, seen], axis=-1))
                 x = x.reshape(*x.shape[:-1], -1, 2).max(-1) if self.config.readout == "maxout" else jnp.tanh(x)
-            return self.head.logits(dropout(x, self.config.dropout, key)).astype(jnp.float32)
+            return dropout(x, self.config.dropout, key)
+
+    def _logits(self, hidden: Array) -> Array:
+        """[..., V] float32."""
+        with jax.named_scope("logits"):
+            return self.head.logits(hidden).astype(jnp.float32)
 
 
 def flops_per_token(config: RecurrentConfig, length: int) -> float:
