@@ -10,7 +10,7 @@ import pytest
 from transformer.layers import grouped_matmul as module
 from transformer.layers.grouped_matmul import WAYS, grouped_matmul, grouped_outer
 
-I, O = 3, 5
+D, F = 3, 5
 SIZES = {
     "even": [4, 4, 4], "skewed": [0, 12, 0], "an empty group": [5, 0, 7], "some in no group": [1, 6, 2],
     "none": [0, 0, 0], "first": [11, 1, 0],
@@ -23,12 +23,12 @@ def small_blocks(monkeypatch):
     """Blocks of which a group has several, and not a whole number; two are multiplied at once."""
     monkeypatch.setattr(module, "LOOP_BLOCK", 4)
     monkeypatch.setattr(module, "BLOCK", 4)
-    monkeypatch.setattr(module, "COPIED", 2 * I * O * 8)
+    monkeypatch.setattr(module, "COPIED", 2 * D * F * 8)
 
 
 def draw(sizes, N=12, dtype=np.float64):
     rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=shape).astype(dtype) for shape in ((N, I), (len(sizes), I, O), (N, O))]
+    arrays = [rng.normal(size=shape).astype(dtype) for shape in ((N, D), (len(sizes), D, F), (N, F))]
     return *map(jnp.asarray, arrays), jnp.asarray(sizes, jnp.int32)
 
 
@@ -71,8 +71,8 @@ def test_gradients_are_those_of_the_definition(sizes):
         groups = np.repeat(np.arange(len(sizes) + 1), [*np.asarray(sizes), len(x) - int(sizes.sum())])
 
         def plain(x, kernel):
-            each = jnp.concatenate([kernel, jnp.zeros((1, I, O))])[groups]
-            return jnp.sum(y * jnp.sin(jnp.einsum("NI,NIO->NO", x, each)))
+            each = jnp.concatenate([kernel, jnp.zeros((1, D, F))])[groups]
+            return jnp.sum(y * jnp.sin(jnp.einsum("ND,NDF->NF", x, each)))
 
         def ours(x, kernel):
             return jnp.sum(y * jnp.sin(grouped_matmul(x, kernel, sizes)))

@@ -1,6 +1,6 @@
 """Products of groups of vectors with a matrix for each group, at the cost of the vectors that there are.
 
-N vectors, E groups, I input, O output, M rows of a block, V blocks.
+N vectors, E groups, D input, F output, M rows of a block, V blocks.
 
 The groups are consecutive: the first `sizes[0]` vectors are multiplied by the first matrix, and so on. Their sizes are only
 known at run time. There are three ways to compute the products:
@@ -37,8 +37,8 @@ COPIED = 2**27
 
 
 def grouped_matmul(
-    x_NI: Float[Array, "N I"], kernel_EIO: Float[Array, "E I O"], sizes_E: Int[Array, " E"]
-) -> Float[Array, "N O"]:
+    x_ND: Float[Array, "N D"], kernel_EDF: Float[Array, "E D F"], sizes_E: Int[Array, " E"]
+) -> Float[Array, "N F"]:
     """The product of each vector with the matrix of its group; zeros for vectors after the last group.
 
     It is bilinear, and so are its derivatives, which are written in the same products: all orders and both modes work.
@@ -46,16 +46,16 @@ def grouped_matmul(
     Args:
         sizes_E: vectors in each group, consecutive from the first vector on; at most N in all.
     """
-    _check(x_NI, kernel_EIO)
-    return _matmul_p.bind(x_NI, kernel_EIO, sizes_E)
+    _check(x_ND, kernel_EDF)
+    return _matmul_p.bind(x_ND, kernel_EDF, sizes_E)
 
 
 def grouped_outer(
-    x_NI: Float[Array, "N I"], y_NO: Float[Array, "N O"], sizes_E: Int[Array, " E"]
-) -> Float[Array, "E I O"]:
+    x_ND: Float[Array, "N D"], y_NF: Float[Array, "N F"], sizes_E: Int[Array, " E"]
+) -> Float[Array, "E D F"]:
     """Σ x yᵀ over the vectors of each group, accumulated in float32 or wider: the gradient of `grouped_matmul`'s matrices."""
-    _check(x_NI, y_NO)
-    return _outer_p.bind(x_NI, y_NO, sizes_E)
+    _check(x_ND, y_NF)
+    return _outer_p.bind(x_ND, y_NF, sizes_E)
 
 
 def _check(a: Array, b: Array) -> None:
@@ -77,36 +77,36 @@ def _block_at(number: Array, sizes_E: Array, rows: int, total: int) -> tuple[Arr
     return group, start, ((places_M >= first) & (places_M < ends_E[group]))[:, None]
 
 
-def _loop_matmul(x_NI: Array, kernel_EIO: Array, sizes_E: Array) -> Array:
-    N, sizes_E = x_NI.shape[0], sizes_E.astype(jnp.int32)
+def _loop_matmul(x_ND: Array, kernel_EDF: Array, sizes_E: Array) -> Array:
+    N, sizes_E = x_ND.shape[0], sizes_E.astype(jnp.int32)
     rows = min(LOOP_BLOCK, N)
 
-    def step(number: Array, y_NO: Array) -> Array:
+    def step(number: Array, y_NF: Array) -> Array:
         group, start, is_own_M1 = _block_at(number, sizes_E, rows, N)
-        x_MI = jax.lax.dynamic_slice_in_dim(x_NI, start, rows)
-        product_MO = x_MI @ jax.lax.dynamic_index_in_dim(kernel_EIO, group, keepdims=False)
-        before_MO = jax.lax.dynamic_slice_in_dim(y_NO, start, rows)
-        return jax.lax.dynamic_update_slice_in_dim(y_NO, jnp.where(is_own_M1, product_MO, before_MO), start, 0)
+        x_MD = jax.lax.dynamic_slice_in_dim(x_ND, start, rows)
+        product_MF = x_MD @ jax.lax.dynamic_index_in_dim(kernel_EDF, group, keepdims=False)
+        before_MF = jax.lax.dynamic_slice_in_dim(y_NF, start, rows)
+        return jax.lax.dynamic_update_slice_in_dim(y_NF, jnp.where(is_own_M1, product_MF, before_MF), start, 0)
 
-    zeros_NO = jnp.zeros((N, kernel_EIO.shape[2]), x_NI.dtype)
-    return jax.lax.fori_loop(0, _blocks(sizes_E, rows).sum(dtype=jnp.int32), step, zeros_NO)
+    zeros_NF = jnp.zeros((N, kernel_EDF.shape[2]), x_ND.dtype)
+    return jax.lax.fori_loop(0, _blocks(sizes_E, rows).sum(dtype=jnp.int32), step, zeros_NF)
 
 
-def _loop_outer(x_NI: Array, y_NO: Array, sizes_E: Array) -> Array:
-    N, sizes_E = x_NI.shape[0], sizes_E.astype(jnp.int32)
+def _loop_outer(x_ND: Array, y_NF: Array, sizes_E: Array) -> Array:
+    N, sizes_E = x_ND.shape[0], sizes_E.astype(jnp.int32)
     rows = min(LOOP_BLOCK, N)
 
-    def step(number: Array, sums_EIO: Array) -> Array:
+    def step(number: Array, sums_EDF: Array) -> Array:
         group, start, is_own_M1 = _block_at(number, sizes_E, rows, N)
-        x_MI = jax.lax.dynamic_slice_in_dim(x_NI, start, rows)
-        y_MO = jax.lax.dynamic_slice_in_dim(y_NO, start, rows)
-        product_IO = _outer(jnp.where(is_own_M1, x_MI, jnp.zeros_like(x_MI)), y_MO)
-        sum_IO = jax.lax.dynamic_index_in_dim(sums_EIO, group, keepdims=False) + product_IO
-        return jax.lax.dynamic_update_index_in_dim(sums_EIO, sum_IO, group, 0)
+        x_MD = jax.lax.dynamic_slice_in_dim(x_ND, start, rows)
+        y_MF = jax.lax.dynamic_slice_in_dim(y_NF, start, rows)
+        product_DF = _outer(jnp.where(is_own_M1, x_MD, jnp.zeros_like(x_MD)), y_MF)
+        sum_DF = jax.lax.dynamic_index_in_dim(sums_EDF, group, keepdims=False) + product_DF
+        return jax.lax.dynamic_update_index_in_dim(sums_EDF, sum_DF, group, 0)
 
-    zeros_EIO = jnp.zeros((sizes_E.shape[0], x_NI.shape[1], y_NO.shape[1]), wide(x_NI.dtype))
-    sums_EIO = jax.lax.fori_loop(0, _blocks(sizes_E, rows).sum(dtype=jnp.int32), step, zeros_EIO)
-    return sums_EIO.astype(x_NI.dtype)
+    zeros_EDF = jnp.zeros((sizes_E.shape[0], x_ND.shape[1], y_NF.shape[1]), wide(x_ND.dtype))
+    sums_EDF = jax.lax.fori_loop(0, _blocks(sizes_E, rows).sum(dtype=jnp.int32), step, zeros_EDF)
+    return sums_EDF.astype(x_ND.dtype)
 
 
 # On a GPU: groups padded to whole blocks, several at once.
@@ -133,48 +133,48 @@ def _padded(sizes_E: Array, total: int, matrix: int, itemsize: int) -> tuple[Arr
     return groups_V.reshape(turns, at_once), vectors_VM.reshape(turns, at_once, rows), rows_N
 
 
-def _blocks_matmul(x_NI: Array, kernel_EIO: Array, sizes_E: Array) -> Array:
-    _, I, O = kernel_EIO.shape
-    groups, vectors, rows_N = _padded(sizes_E.astype(jnp.int32), x_NI.shape[0], I * O, x_NI.dtype.itemsize)
+def _blocks_matmul(x_ND: Array, kernel_EDF: Array, sizes_E: Array) -> Array:
+    _, D, F = kernel_EDF.shape
+    groups, vectors, rows_N = _padded(sizes_E.astype(jnp.int32), x_ND.shape[0], D * F, x_ND.dtype.itemsize)
 
     def turn(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
         groups_V, vectors_VM = given
-        return None, jnp.einsum("VMI,VIO->VMO", _rows(x_NI, vectors_VM), kernel_EIO[groups_V])
+        return None, jnp.einsum("VMD,VDF->VMF", _rows(x_ND, vectors_VM), kernel_EDF[groups_V])
 
     _, products = jax.lax.scan(turn, None, (groups, vectors))
-    return _rows(products.reshape(-1, O), rows_N)
+    return _rows(products.reshape(-1, F), rows_N)
 
 
-def _blocks_outer(x_NI: Array, y_NO: Array, sizes_E: Array) -> Array:
-    E, I, O = sizes_E.shape[0], x_NI.shape[1], y_NO.shape[1]
-    itemsize = jnp.dtype(wide(x_NI.dtype)).itemsize
-    groups, vectors, _ = _padded(sizes_E.astype(jnp.int32), x_NI.shape[0], I * O, itemsize)
+def _blocks_outer(x_ND: Array, y_NF: Array, sizes_E: Array) -> Array:
+    E, D, F = sizes_E.shape[0], x_ND.shape[1], y_NF.shape[1]
+    itemsize = jnp.dtype(wide(x_ND.dtype)).itemsize
+    groups, vectors, _ = _padded(sizes_E.astype(jnp.int32), x_ND.shape[0], D * F, itemsize)
 
-    def turn(sums_EIO: Array, given: tuple[Array, Array]) -> tuple[Array, None]:
+    def turn(sums_EDF: Array, given: tuple[Array, Array]) -> tuple[Array, None]:
         groups_V, vectors_VM = given
-        each_VIO = jax.vmap(_outer)(_rows(x_NI, vectors_VM), _rows(y_NO, vectors_VM))
-        return sums_EIO.at[groups_V].add(each_VIO), None
+        each_VDF = jax.vmap(_outer)(_rows(x_ND, vectors_VM), _rows(y_NF, vectors_VM))
+        return sums_EDF.at[groups_V].add(each_VDF), None
 
-    sums_EIO, _ = jax.lax.scan(turn, jnp.zeros((E, I, O), wide(x_NI.dtype)), (groups, vectors))
-    return sums_EIO.astype(x_NI.dtype)
+    sums_EDF, _ = jax.lax.scan(turn, jnp.zeros((E, D, F), wide(x_ND.dtype)), (groups, vectors))
+    return sums_EDF.astype(x_ND.dtype)
 
 
 # On a TPU: the compiler's own.
 
 
-def _ragged_matmul(x_NI: Array, kernel_EIO: Array, sizes_E: Array) -> Array:
+def _ragged_matmul(x_ND: Array, kernel_EDF: Array, sizes_E: Array) -> Array:
     sizes_E = sizes_E.astype(jnp.int32)
-    y_NO = jax.lax.ragged_dot(x_NI, kernel_EIO, sizes_E)
-    is_of_group = jnp.arange(x_NI.shape[0], dtype=jnp.int32) < sizes_E.sum(dtype=jnp.int32)
-    return jnp.where(is_of_group[:, None], y_NO, jnp.zeros_like(y_NO))
+    y_NF = jax.lax.ragged_dot(x_ND, kernel_EDF, sizes_E)
+    is_of_group = jnp.arange(x_ND.shape[0], dtype=jnp.int32) < sizes_E.sum(dtype=jnp.int32)
+    return jnp.where(is_of_group[:, None], y_NF, jnp.zeros_like(y_NF))
 
 
-def _ragged_outer(x_NI: Array, y_NO: Array, sizes_E: Array) -> Array:
+def _ragged_outer(x_ND: Array, y_NF: Array, sizes_E: Array) -> Array:
     over_vectors = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
-    sums_EIO = jax.lax.ragged_dot_general(
-        x_NI, y_NO, sizes_E.astype(jnp.int32), over_vectors, preferred_element_type=wide(x_NI.dtype)
+    sums_EDF = jax.lax.ragged_dot_general(
+        x_ND, y_NF, sizes_E.astype(jnp.int32), over_vectors, preferred_element_type=wide(x_ND.dtype)
     )
-    return sums_EIO.astype(x_NI.dtype)
+    return sums_EDF.astype(x_ND.dtype)
 
 
 WAYS = {
@@ -200,8 +200,8 @@ def _rows(x: Array, index: Array) -> Array:
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-def _outer(x_MI: Array, y_MO: Array) -> Array:
-    return jax.lax.dot_general(x_MI, y_MO, (((0,), (0,)), ((), ())), preferred_element_type=wide(x_MI.dtype))
+def _outer(x_MD: Array, y_MF: Array) -> Array:
+    return jax.lax.dot_general(x_MD, y_MF, (((0,), (0,)), ((), ())), preferred_element_type=wide(x_MD.dtype))
 
 
 # Both products as operations of JAX. Each is linear in its first two operands, and each one's gradients are the other or itself.
@@ -222,18 +222,18 @@ def _jvp(primitive: Primitive, primals: Operands, tangents: Operands) -> tuple[A
     return out, functools.reduce(ad.add_tangents, terms)
 
 
-def _matmul_transpose(dy_NO: Any, x_NI: Any, kernel_EIO: Any, sizes_E: Array) -> list[Any]:
-    dy_NO = ad.instantiate_zeros(dy_NO)
-    dx_NI = _matmul_p.bind(dy_NO, kernel_EIO.swapaxes(1, 2), sizes_E) if ad.is_undefined_primal(x_NI) else None
-    dkernel_EIO = _outer_p.bind(x_NI, dy_NO, sizes_E) if ad.is_undefined_primal(kernel_EIO) else None
-    return [dx_NI, dkernel_EIO, None]
+def _matmul_transpose(dy_NF: Any, x_ND: Any, kernel_EDF: Any, sizes_E: Array) -> list[Any]:
+    dy_NF = ad.instantiate_zeros(dy_NF)
+    dx_ND = _matmul_p.bind(dy_NF, kernel_EDF.swapaxes(1, 2), sizes_E) if ad.is_undefined_primal(x_ND) else None
+    dkernel_EDF = _outer_p.bind(x_ND, dy_NF, sizes_E) if ad.is_undefined_primal(kernel_EDF) else None
+    return [dx_ND, dkernel_EDF, None]
 
 
-def _outer_transpose(dsum_EIO: Any, x_NI: Any, y_NO: Any, sizes_E: Array) -> list[Any]:
-    dsum_EIO = ad.instantiate_zeros(dsum_EIO)
-    dx_NI = _matmul_p.bind(y_NO, dsum_EIO.swapaxes(1, 2), sizes_E) if ad.is_undefined_primal(x_NI) else None
-    dy_NO = _matmul_p.bind(x_NI, dsum_EIO, sizes_E) if ad.is_undefined_primal(y_NO) else None
-    return [dx_NI, dy_NO, None]
+def _outer_transpose(dsum_EDF: Any, x_ND: Any, y_NF: Any, sizes_E: Array) -> list[Any]:
+    dsum_EDF = ad.instantiate_zeros(dsum_EDF)
+    dx_ND = _matmul_p.bind(y_NF, dsum_EDF.swapaxes(1, 2), sizes_E) if ad.is_undefined_primal(x_ND) else None
+    dy_NF = _matmul_p.bind(x_ND, dsum_EDF, sizes_E) if ad.is_undefined_primal(y_NF) else None
+    return [dx_ND, dy_NF, None]
 
 
 def _batch(primitive: Primitive, operands: Operands, dims: Sequence[Any]) -> tuple[Any, int]:
