@@ -176,3 +176,14 @@ def test_within_a_program_that_is_manual_over_another_axis(sizes):
         )  # fmt: skip
         got = jax.jit(jax.value_and_grad(lambda params: by_half(params, x).sum()))(placed)
     close(got, expected)
+
+
+def test_under_pmap():
+    graphdef, params = nnx.split(layer(capacity=1.25))
+    x = draw(B, T, D)
+    step = step_of(graphdef)
+    valid = jnp.ones((1, T), bool)
+    got = jax.pmap(step, in_axes=(None, 0, None))(params, x[:, None], valid)
+    one = jax.jit(step)
+    for row in (0, B - 1):
+        close(jax.tree.map(lambda a, row=row: a[row], jax.tree.leaves(got)), one(params, x[row : row + 1], valid))

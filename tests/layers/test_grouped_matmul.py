@@ -9,6 +9,7 @@ import pytest
 
 from transformer.layers import grouped_matmul as module
 from transformer.layers.grouped_matmul import WAYS, grouped_matmul, grouped_outer
+from transformer.stack import REMAT_POLICIES
 
 D, F = 3, 5
 SIZES = {
@@ -113,6 +114,26 @@ def test_narrow_operands_are_summed_in_a_wider_type(way):
     ones = jnp.ones((N, 1), jnp.bfloat16)
     sums = jax.jit(WAYS[way][1])(ones, ones, jnp.asarray([N], jnp.int32))
     assert sums.dtype == jnp.bfloat16 and float(sums[0, 0, 0]) == N
+
+
+@pytest.mark.parametrize(
+    ("platform", "operation"), [("cpu", "stablehlo.while"), ("cuda", "stablehlo.scatter"), ("tpu", "chlo.ragged_dot")]
+)
+def test_each_platform_has_its_way(platform, operation):
+    x, kernel, _, sizes = draw([4, 4, 4], dtype=np.float32)
+    gradients = jax.jit(jax.grad(lambda x, kernel: grouped_matmul(x, kernel, sizes).sum(), (0, 1)))
+    text = gradients.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    assert operation in text
+    assert ("chlo.ragged_dot" in text) == (platform == "tpu")
+
+
+@pytest.mark.parametrize(("remat", "products"), [("full", 3), ("dots", 2)])
+def test_rematerialisation_may_save_the_products(remat, products):
+    """One for the output and one for its gradient, and one more if the first is computed again."""
+    x, kernel, _, sizes = draw([4, 4, 4], dtype=np.float32)
+    layer = jax.checkpoint(lambda x: jnp.sin(grouped_matmul(x, kernel, sizes)).sum(), policy=REMAT_POLICIES[remat])
+    traced = str(jax.make_jaxpr(jax.grad(layer))(x))
+    assert traced.count("= grouped_matmul") == products
 
 
 def test_operands_have_one_type():
