@@ -106,12 +106,12 @@ def route(
     """
     num_experts = logits_BTE.shape[-1]
     probabilities_BTE = jax.nn.softmax(logits_BTE)
-    weights_BTk, experts_BTk = jax.lax.top_k(probabilities_BTE, experts_per_token)
+    experts_BTk, chosen_BTkE = _largest(probabilities_BTE, experts_per_token)
+    weights_BTk = jnp.where(chosen_BTkE, probabilities_BTE[..., None, :], 0).sum(-1)
     if experts_per_token > 1:
         weights_BTk = weights_BTk / weights_BTk.sum(-1, keepdims=True)
     B, T, k = experts_BTk.shape
-    chosen_BTkE = jax.nn.one_hot(experts_BTk, num_experts, dtype=jnp.int32)
-    chosen_BTkE = jnp.where(valid_BT[..., None, None], chosen_BTkE, 0)
+    chosen_BTkE = jnp.where(valid_BT[..., None, None], chosen_BTkE.astype(jnp.int32), 0)
     # Choice by choice, then token by token: the earlier entry in this order gets the earlier place.
     in_order = chosen_BTkE.swapaxes(1, 2).reshape(B, k * T, num_experts)
     places = ((jnp.cumsum(in_order, axis=1) - in_order) * in_order).sum(-1)
@@ -123,6 +123,20 @@ def route(
     log_z_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     z = jnp.where(valid_BT, jnp.square(log_z_BT), 0).sum() / count
     return experts_BTk, places_BTk, weights_BTk, RouterLosses(num_experts * jnp.sum(share_E * mean_E), z)
+
+
+def _largest(x_BTE: Array, k: int) -> tuple[Array, Array]:
+    """The places of the k largest numbers, in their order, [B, T, k], and the same as a mask [B, T, k, E].
+
+    As `jax.lax.top_k`, which is not partitioned: each device would sort the whole batch.
+    """
+    E = x_BTE.shape[-1]
+    places, masks, rest_BTE = [], [], x_BTE
+    for _ in range(k):
+        places.append(jnp.argmax(rest_BTE, axis=-1).astype(jnp.int32))
+        masks.append(places[-1][..., None] == jnp.arange(E, dtype=jnp.int32))
+        rest_BTE = jnp.where(masks[-1], -jnp.inf, rest_BTE)
+    return jnp.stack(places, axis=-1), jnp.stack(masks, axis=-2)
 
 
 class MixtureOfExperts(nnx.Module):
