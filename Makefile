@@ -56,6 +56,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/manyheads-bench step
 	$(BIN)/manyheads-bench compile
 	$(BIN)/manyheads-bench decode
+	$(BIN)/manyheads-bench experts
 	$(BIN)/manyheads-bench data
 	$(BIN)/manyheads-bench finetuning-step
 	$(PIP) --no-deps sentence-transformers

@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--devices", type=_positive, default=8, metavar="N", help="number of virtual CPU devices (8)")
     command("decode", _decode, "greedy decoding compared with transformers' generate", rounds=5)
     command("data", _data, "throughput of the loader compared with the step", rounds=3)
+    command(
+        "experts", _experts, "time of a mixture of experts over the number of tokens, and a dense layer's", rounds=5
+    )
     command("compile", _compile, "compile time of the step at 6 and 48 layers", rounds=3)
     sub = command("attention", _attention, "attention: exactness, speed, length; features of each backend", rounds=5)
     sub.add_argument("--certify", action="store_true", help="every mechanism and backend against float64")
@@ -199,6 +202,12 @@ def _data(options: argparse.Namespace) -> None:
     from benchmarks import data
 
     data.run(options.rounds)
+
+
+def _experts(options: argparse.Namespace) -> None:
+    from benchmarks import experts
+
+    experts.run(options.rounds)
 
 
 def _compile(options: argparse.Namespace) -> None:

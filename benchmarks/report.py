@@ -87,6 +87,7 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             f"{result['passed']}",
             f"{result['failed']} beyond",
         )
+    yield from _expert_rows(result)
     yield from _robustness_rows(result)
     if "host_mebibytes_above_inputs" in result:
         what = f"blockwise attention, both passes, {result['length']:,} tokens of one head"
@@ -97,6 +98,18 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     elif "ratio" in result:
         for loader, values in result["ratio"].items():
             yield f"{loader}, tokens/s over the step's", *_figure(values, "{:.0f}×")
+
+
+def _expert_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The time of a mixture of experts over the number of tokens, and over a dense layer's."""
+    for name, found in result.get("experts", {}).items():
+        what = f"{result['num_experts']} experts, {result['experts_per_token']} per token, {name}, both passes, time"
+        fewest, most = result["tokens"][0], result["tokens"][-1]
+        yield f"{what} of {most:,} tokens over {fewest:,}", *_figure(found["most_over_fewest_tokens"], "{:.1f}×")
+        yield (
+            f"{what} over a dense layer's of equal active FLOPs, {most:,} tokens",
+            *_figure(found["over_dense"][str(most)], "{:.2f}×"),
+        )
 
 
 def _robustness_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -70,6 +70,18 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     return () if mesh.empty else tuple(name for name in free if name in mesh.axis_names)
 
 
+def axes_to_map() -> set[str] | None:
+    """The axes of the active mesh for a `jax.shard_map` within which the compiler partitions nothing; None if none is needed.
+
+    If a program is manual over some axes already, the compiler must not partition over the others either, even if they have
+    one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = set(mesh.axis_names) - _manual()
+    is_single = math.prod(mesh.shape[name] for name in free) == 1 and len(free) in (0, len(mesh.axis_names))
+    return None if is_single else free
+
+
 def axes_size(names: tuple[str, ...]) -> int:
     """Number of devices along these axes of the active mesh, taken together."""
     shape = jax.sharding.get_abstract_mesh().shape

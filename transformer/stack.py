@@ -16,6 +16,7 @@ from flax import nnx
 
 from transformer.attention.backends.blockwise import ATTENTION_RESIDUALS
 from transformer.errors import nearest
+from transformer.layers.grouped_matmul import is_grouped_product
 from transformer.pipeline import Schedule, check_period, devices_of_layers, in_order, run_pipeline
 from transformer.types import Array
 
@@ -32,7 +33,7 @@ def _of_kernels(operation: Any, *_: Any, **__: Any) -> bool:
 _policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
     "full": _policies.nothing_saveable,
-    "dots": _policies.dots_saveable,
+    "dots": _policies.save_from_both_policies(_policies.dots_saveable, is_grouped_product),
     "light": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
         _policies.save_from_both_policies(_policies.save_only_these_names(ATTENTION_RESIDUALS), _of_kernels),

@@ -95,12 +95,13 @@ def least(config: RunConfig, sizes: Mapping[str, int], parameters: float | None 
             formula = f"L B T 2 K H ({passes} (n-1) c + 4 n)"
             found.append(Least("context", formula, bytes_, passes * layers * n * config.microbatches))
     if (n := apart["expert"]) > 1:
-        # Lepikhin et al. 2020, section 3.2: to the experts and back, up to their capacity.
+        # Lepikhin et al. 2020, section 3.2: to the experts and back, up to their capacity; or all tokens to all devices, which is
+        # less from k C devices down, and all that is possible without a limit.
         mlp = experts(model)
         assert mlp is not None
-        slots = (mlp.capacity_factor or mlp.num_experts / mlp.experts_per_token) * mlp.experts_per_token
+        slots = min((mlp.capacity_factor or mlp.num_experts) * mlp.experts_per_token, n)
         bytes_ = 2 * passes * share(n) * layers * tokens * slots * width * compute
-        formula = f"{2 * passes} (n-1)/n L B T k C D c"
+        formula = f"{2 * passes} (n-1)/n L B T min(k C, n) D c"
         found.append(Least("expert", formula, bytes_, 2 * passes * layers * config.microbatches))
         if n * copies > 1:
             # Everything except the experts is replicated over the axis.

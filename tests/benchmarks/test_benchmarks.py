@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import compile_time, decode, record, step
+from benchmarks import compile_time, decode, experts, record, step
 from benchmarks.cli import main
 from benchmarks.report import report
 from benchmarks.workload import of_model
@@ -66,6 +66,15 @@ def test_the_report_is_made_from_the_records(results):
 def test_compile_time_is_taken_at_both_depths(results):
     result = compile_time.run(rounds=1, work=TINY)
     assert set(result["seconds"]) == {"6 layers", "48 layers"}
+
+
+def test_experts_are_timed_over_the_number_of_tokens(results):
+    result = experts.run(rounds=1, tokens=(16, 32))
+    assert result["experts"]["dropless"]["seconds"].keys() == result["dense"]["seconds"].keys() == {"16", "32"}
+    rows = report(results).splitlines()[2:]
+    assert len(rows) == 4
+    assert rows[0].startswith("| 8 experts, 2 per token, dropless, both passes, time of 32 tokens over 16 |")
+    assert "| `manyheads-bench experts --rounds 1` |" in rows[0]
 
 
 def test_without_an_accelerator_the_gpu_run_says_so(capsys):

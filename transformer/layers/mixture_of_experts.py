@@ -1,13 +1,17 @@
 """A mixture of experts: many feed-forward networks, a few of which process each token.
 
-B batch, T position, D embed, F mlp, E experts, C capacity of an expert in a row, S = E C slots, k experts per token.
+B batch, T position, D embed, F mlp, E experts, k experts per token, M choices in the order of their experts.
+
+The work is that of the experts that the tokens go to, with or without a limit: each device sorts the choices of its tokens by
+expert, and the experts' products are grouped (`layers/grouped_matmul.py`; dropless, as in MegaBlocks, Gale et al. 2022). A choice
+beyond an expert's capacity is in no group.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 import jax
@@ -15,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from transformer.differentiation import with_backward
 from transformer.errors import Config, require
+from transformer.layers.expert_parallel import run_experts
 from transformer.layers.feed_forward import ACTIVATIONS, Activation, mlp_width, num_matrices
+from transformer.layers.grouped_matmul import grouped_matmul
 from transformer.layers.linear import Linear
 from transformer.resume import Ask
 from transformer.sharding import constrain, with_axes
@@ -101,12 +106,12 @@ def route(
     """
     num_experts = logits_BTE.shape[-1]
     probabilities_BTE = jax.nn.softmax(logits_BTE)
-    weights_BTk, experts_BTk = jax.lax.top_k(probabilities_BTE, experts_per_token)
+    experts_BTk, chosen_BTkE = _largest(probabilities_BTE, experts_per_token)
+    weights_BTk = jnp.where(chosen_BTkE, probabilities_BTE[..., None, :], 0).sum(-1)
     if experts_per_token > 1:
         weights_BTk = weights_BTk / weights_BTk.sum(-1, keepdims=True)
     B, T, k = experts_BTk.shape
-    chosen_BTkE = jax.nn.one_hot(experts_BTk, num_experts, dtype=jnp.int32)
-    chosen_BTkE = jnp.where(valid_BT[..., None, None], chosen_BTkE, 0)
+    chosen_BTkE = jnp.where(valid_BT[..., None, None], chosen_BTkE.astype(jnp.int32), 0)
     # Choice by choice, then token by token: the earlier entry in this order gets the earlier place.
     in_order = chosen_BTkE.swapaxes(1, 2).reshape(B, k * T, num_experts)
     places = ((jnp.cumsum(in_order, axis=1) - in_order) * in_order).sum(-1)
@@ -120,77 +125,18 @@ def route(
     return experts_BTk, places_BTk, weights_BTk, RouterLosses(num_experts * jnp.sum(share_E * mean_E), z)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """The mapping between the tokens' choices and the experts' slots, in both directions. Dispatch, combination and their
-    gradients are gathers, and no array has a size of tokens times slots."""
+def _largest(x_BTE: Array, k: int) -> tuple[Array, Array]:
+    """The places of the k largest numbers, in their order, [B, T, k], and the same as a mask [B, T, k, E].
 
-    of_choice_BTk: Int[Array, "B T k"]
-    """The slot of each choice; `size` where it has none."""
-    choice_BS: Int[Array, "B S"]
-    """The choice in each slot, counted token by token; T k where the slot is empty."""
-
-    @staticmethod
-    def of(experts_BTk: Int[Array, "B T k"], places_BTk: Int[Array, "B T k"], num_experts: int, capacity: int) -> Slots:
-        """From each choice's expert and its place in the expert's capacity, -1 where it has none."""
-        B, T, k = experts_BTk.shape
-        size = num_experts * capacity
-        slots_BTk = jnp.where(places_BTk < 0, size, experts_BTk * capacity + places_BTk)
-
-        def inverse(slots_N: Array) -> Array:
-            return jnp.full(size, T * k, jnp.int32).at[slots_N].set(jnp.arange(T * k, dtype=jnp.int32), mode="drop")
-
-        return Slots(slots_BTk, jax.vmap(inverse)(slots_BTk.reshape(B, T * k)))
-
-    @property
-    def size(self) -> int:
-        """S: number of slots of all experts in a row."""
-        return self.choice_BS.shape[1]
-
-
-def dispatch(x_BTD: Float[Array, "B T D"], slots: Slots) -> Float[Array, "B S D"]:
-    """The token in each slot; zeros in an empty one."""
-
-    def forward(x_BTD: Array, slots: Slots) -> tuple[Array, Slots]:
-        tokens_BS = slots.choice_BS // slots.of_choice_BTk.shape[2]
-        return _rows(x_BTD, tokens_BS), slots
-
-    def backward(slots: Slots, dslots_BSD: Array) -> tuple[Array, None]:
-        return _of_choices(dslots_BSD, slots).sum(2), None
-
-    return with_backward(forward, backward, x_BTD, slots)
-
-
-def combine(out_BSD: Float[Array, "B S D"], weights_BTk: Float[Array, "B T k"], slots: Slots) -> Float[Array, "B T D"]:
-    """Each token's choices, weighted and summed in the weights' type; zeros for a choice without a slot."""
-
-    def forward(out_BSD: Array, weights_BTk: Array, slots: Slots) -> tuple[Array, tuple[Array, Array, Slots]]:
-        parts_BTkD = _of_choices(out_BSD, slots).astype(weights_BTk.dtype)
-        total_BTD = (weights_BTk[..., None] * parts_BTkD).sum(2)
-        return total_BTD.astype(out_BSD.dtype), (out_BSD, weights_BTk, slots)
-
-    def backward(saved: tuple[Array, Array, Slots], dy_BTD: Array) -> tuple[Array, Array, None]:
-        out_BSD, weights_BTk, slots = saved
-        B, T, k = weights_BTk.shape
-        weights_BS1 = _rows(weights_BTk.reshape(B, T * k, 1), slots.choice_BS)
-        dout_BSD = _rows(dy_BTD, slots.choice_BS // k).astype(weights_BTk.dtype) * weights_BS1
-        dy_BT1D = dy_BTD[:, :, None].astype(weights_BTk.dtype)
-        dweights_BTk = (dy_BT1D * _of_choices(out_BSD, slots).astype(weights_BTk.dtype)).sum(-1)
-        return dout_BSD.astype(out_BSD.dtype), dweights_BTk, None
-
-    return with_backward(forward, backward, out_BSD, weights_BTk, slots)
-
-
-def _of_choices(x_BSD: Array, slots: Slots) -> Array:
-    """The vector in the slot of each choice, [B, T, k, D]."""
-    B, T, k = slots.of_choice_BTk.shape
-    return _rows(x_BSD, slots.of_choice_BTk.reshape(B, T * k)).reshape(B, T, k, -1)
-
-
-def _rows(x_BND: Array, index_BM: Array) -> Array:
-    """For each row of the batch, the vectors at these places; zeros for a place after the last."""
-    return jnp.take_along_axis(x_BND, index_BM[..., None], axis=1, mode="fill", fill_value=0)
+    As `jax.lax.top_k`, which is not partitioned: each device would sort the whole batch.
+    """
+    E = x_BTE.shape[-1]
+    places, masks, rest_BTE = [], [], x_BTE
+    for _ in range(k):
+        places.append(jnp.argmax(rest_BTE, axis=-1).astype(jnp.int32))
+        masks.append(places[-1][..., None] == jnp.arange(E, dtype=jnp.int32))
+        rest_BTE = jnp.where(masks[-1], -jnp.inf, rest_BTE)
+    return jnp.stack(places, axis=-1), jnp.stack(masks, axis=-2)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -248,28 +194,30 @@ class MixtureOfExperts(nnx.Module):
         with jax.named_scope("mixture_of_experts"):
             valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
             capacities = self.capacities(T)
-            capacity = int(capacities[T])
             experts_BTk, places_BTk, weights_BTk, losses = route(
                 self.router(widen(x_BTD)), valid_BT, jnp.asarray(capacities)[valid_BT.sum(1)],
                 experts_per_token=self.experts_per_token,
             )  # fmt: skip
-            slots = Slots.of(experts_BTk, places_BTk, self.num_experts, capacity)
-            dispatched_BSD = dispatch(x_BTD.astype(self.dtype), slots)
-            dispatched_EBCD = dispatched_BSD.reshape(B, self.num_experts, capacity, -1).swapaxes(0, 1)
-            # Sharded first as the tokens are, then as the experts are: one all-to-all changes between the two.
-            dispatched_EBCD = constrain(dispatched_EBCD, None, "batch", None, None)
-            dispatched_EBCD = constrain(dispatched_EBCD, "expert", "batch", None, None)
-            function, _ = ACTIVATIONS[self.activation]
-            hidden = jnp.einsum("EBCD,EDF->EBCF", dispatched_EBCD, self.up_EDF[...].astype(self.dtype))
-            if self.gate_EDF is None:
-                hidden = function(hidden)
-            else:
-                hidden *= function(jnp.einsum("EBCD,EDF->EBCF", dispatched_EBCD, self.gate_EDF[...].astype(self.dtype)))
-            hidden = constrain(hidden, "expert", "batch", None, "mlp")
-            out_EBCD = jnp.einsum("EBCF,EFD->EBCD", hidden, self.down_EFD[...].astype(self.dtype))
-            out_EBCD = constrain(constrain(out_EBCD, "expert", "batch", None, None), None, "batch", None, None)
-            out_BTD = combine(out_EBCD.swapaxes(0, 1).reshape(B, slots.size, -1), weights_BTk, slots)
+            experts_BTk = jnp.where(places_BTk < 0, -1, experts_BTk)
+            kernels = [
+                None if p is None else p[...].astype(self.dtype) for p in (self.up_EDF, self.gate_EDF, self.down_EFD)
+            ]
+            out_BTD = run_experts(
+                self._network, x_BTD.astype(self.dtype), experts_BTk, weights_BTk, kernels, capacity=int(capacities[T])
+            )
             return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), losses
+
+    def _network(self, x_MD: Array, sizes_E: Array, kernels: Sequence[Array | None]) -> Array:
+        """The output of each expert for its own tokens, which are consecutive."""
+        up_EDF, gate_EDF, down_EFD = kernels
+        assert up_EDF is not None and down_EFD is not None
+        function, _ = ACTIVATIONS[self.activation]
+        hidden_MF = grouped_matmul(x_MD, up_EDF, sizes_E)
+        if gate_EDF is None:
+            hidden_MF = function(hidden_MF)
+        else:
+            hidden_MF *= function(grouped_matmul(x_MD, gate_EDF, sizes_E))
+        return grouped_matmul(hidden_MF, down_EFD, sizes_E)
 
     def capacities(self, num_tokens: int) -> Int[np.ndarray, " {num_tokens}+1"]:
         """Number of tokens that an expert takes from a row of 0, 1, ... `num_tokens` tokens, padding not counted."""

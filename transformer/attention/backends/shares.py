@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from transformer.sharding import axes_size, mesh_axes
+from transformer.sharding import axes_size, axes_to_map, mesh_axes
 from transformer.types import Array
 
 
@@ -22,12 +22,9 @@ def shard_map_kernel(kernel: Any, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, r
     Args:
         rows: a pytree of arrays whose first dim is the batch, or None.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual}
-    # If a program is manual over some axes already, the compiler must not partition over the others either.
-    if math.prod(mesh.shape[name] for name in free) == 1 and len(free) in (0, len(mesh.axis_names)):
+    if (free := axes_to_map()) is None:
         return kernel(q_BTNH, k_BSKH, v_BSKH, rows)
-    batch, heads = (tuple(name for name in mesh_axes(axis) if name in free) for axis in ("batch", "heads"))
+    batch, heads = mesh_axes("batch"), mesh_axes("heads")
     # Every device computes the whole of what does not divide, such as a batch of one.
     batch = batch if q_BTNH.shape[0] % axes_size(batch) == 0 else ()
     heads = heads if q_BTNH.shape[2] % axes_size(heads) == 0 else ()
