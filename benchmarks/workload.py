@@ -46,7 +46,10 @@ def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     batch = {}
     for name, shape in batch_shapes(config).items():
-        if name.endswith(("tokens", "targets")):
+        if name.endswith("lengths"):
+            alone = np.arange(shape.shape[-1]) == 0
+            batch[name] = np.broadcast_to(alone * config.sequence_length, shape.shape).astype(np.int32)
+        elif name.endswith(("tokens", "targets")):
             batch[name] = rng.integers(0, min(config.model.vocab_size, 1000), shape.shape).astype(np.int32)
         elif name.endswith("positions") or name == "predicted":
             batch[name] = np.broadcast_to(np.arange(shape.shape[1], dtype=np.int32), shape.shape).copy()

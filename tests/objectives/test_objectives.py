@@ -80,7 +80,27 @@ def data_of(kind: str, packing: str, folder: Path) -> DataConfig:
 
 
 def described(arrays) -> dict:
-    return {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items() if name != "example"}
+    return {
+        name: (tuple(array.shape), np.dtype(array.dtype))
+        for name, array in arrays.items()
+        if name != "example" and not name.endswith("lengths")
+    }
+
+
+def check_lengths(batch, *, packed):
+    """They are those of the documents, which lie one after the other; what has segments has them."""
+    assert {name for name in batch if name.endswith("lengths")} == {
+        name.replace("segments", "lengths") for name in batch if name.endswith("segments")
+    }
+    for name in batch:
+        if not name.endswith("lengths"):
+            continue
+        lengths = batch[name].reshape(-1, batch[name].shape[-1])
+        segments = batch[name.replace("lengths", "segments")].reshape(len(lengths), -1)
+        assert lengths.shape[1] == 1 or (packed and lengths.shape[1] % 8 == 0)
+        for sizes, row in zip(lengths, segments, strict=True):
+            numbers = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+            np.testing.assert_array_equal(row, np.pad(numbers, (0, len(row) - len(numbers))))
 
 
 @pytest.mark.parametrize(("kind", "packing", "settings"), CASES, ids=lambda value: str(value).replace(" ", ""))
@@ -90,9 +110,11 @@ def test_batches_are_as_described(kind, packing, settings, folder, monkeypatch):
     prepared = prepare(data, progress=False)
     common = {"batch_size": B, "length": LENGTH, "objective": objective}
     given = described(objective.batch(B, LENGTH, data))
-    real = [described(train_batches(prepared, data, seed=0, **common).batch(step)) for step in (0, 5)]
-    real += [described(evaluation_batches(prepared, data, **common).batch(0))]
+    real = [train_batches(prepared, data, seed=0, **common).batch(step) for step in (0, 5)]
+    real += [evaluation_batches(prepared, data, **common).batch(0)]
     for one in real:
+        check_lengths(one, packed=packing == "documents")
+    for one in map(described, real):
         if packing == "pad":
             assert {name: dtype for name, (_, dtype) in one.items()} == {
                 name: dtype for name, (_, dtype) in given.items()

@@ -76,7 +76,9 @@ def batch_of(name, shapes=None):
     valid = np.arange(T) < np.where(np.arange(B) % 2, T, T - 4)[:, None]
     for field, shape in batch_shapes(config_of(name)).items():
         rows, *_ = shape.shape
-        if field == "labels":
+        if field.endswith("lengths"):
+            batch[field] = valid.sum(1, keepdims=True).astype(np.int32)
+        elif field == "labels":
             batch[field] = rng.integers(0, 3, rows).astype(np.int32)
         elif field == "weights":
             batch[field] = np.ones(shape.shape, np.float32) * (1 if shape.shape[1:] != (T,) else valid)

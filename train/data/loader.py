@@ -19,7 +19,7 @@ import numpy as np
 
 from train.data.examples.buckets import Buckets
 from train.data.examples.draws import Draws, draw_key
-from train.data.examples.pack import Examples, Packing
+from train.data.examples.pack import Examples, Packing, with_lengths
 from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.tokenization.tokenizer import Tokenizer
@@ -249,18 +249,19 @@ def _endless_order(sources: int, weights: list[float]) -> Any:
 def gather(sources: list[Examples], first_id: np.ndarray, ids: np.ndarray, draws: Draws) -> Batch:
     """The examples of global `ids` [B], whichever sources they belong to."""
     owner = np.searchsorted(first_id, ids, side="right") - 1
+    most = max(source.most_documents for source in sources)
     if np.all(owner == owner[0]):
-        return sources[owner[0]].gather(ids - first_id[owner[0]], draws) | {"example": ids}
+        return with_lengths(sources[owner[0]].gather(ids - first_id[owner[0]], draws), most) | {"example": ids}
     batch: Batch = {"example": ids}
     for number in np.unique(owner):
         rows = np.flatnonzero(owner == number)
         for name, part in sources[number].gather(ids[rows] - first_id[number], draws.rows(rows)).items():
             batch.setdefault(name, np.empty((len(ids), *part.shape[1:]), part.dtype))[rows] = part
-    return batch
+    return with_lengths(batch, most)
 
 
 def pairs_of(source: Buckets, width: int, pairs: np.ndarray, first_id: int) -> Batch:
-    return source.gather(width, pairs) | {"example": np.where(pairs < 0, -1, pairs + first_id)}
+    return with_lengths(source.gather(width, pairs), 1) | {"example": np.where(pairs < 0, -1, pairs + first_id)}
 
 
 def _mean(parts: list[tuple[int, float]]) -> float:

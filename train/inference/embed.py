@@ -129,8 +129,13 @@ class Embedder:
         self, params: nnx.State, tokens_BT: Array, segments_BT: Array, positions_BT: Array, *, num_texts: int
     ) -> Array:
         model = nnx.merge(self._graphdef, params)
-        hidden_BTD, _ = model.hidden(tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
         is_own_BKT = segments_BT[:, None] == jnp.arange(1, num_texts + 1)[:, None]
+        hidden_BTD, _ = model.hidden(
+            tokens_BT,
+            segments_BT=segments_BT,
+            lengths_BM=is_own_BKT.sum(-1, dtype=jnp.int32),
+            positions_BT=positions_BT,
+        )
         if self.pooling == "cls":
             is_own_BKT &= positions_BT[:, None] == 0
         own_BKT = is_own_BKT.astype(jnp.float32)

@@ -16,6 +16,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from train.config import RunConfig
+from train.data.examples.pack import with_lengths
 from train.data.examples.rows import LongTexts, text_sizes
 from train.data.prepared.store import TokenArray
 from train.data.sources.new_documents import new_documents
@@ -145,7 +146,7 @@ def iter_predictions(loaded: LoadedRun, task: Task, documents: Iterable[Document
         parts = []
         with use_mesh(loaded.mesh, loaded.config.mesh.rules):
             for batch in _batches(len(examples), config.batch_size):
-                rows = examples.gather(np.maximum(batch, 0)) | {"example": batch.astype(np.int32)}
+                rows = with_lengths(examples.gather(np.maximum(batch, 0)), 1) | {"example": batch.astype(np.int32)}
                 parts.append(jax.device_get(step(loaded.params, jax.tree.map(jnp.asarray, rows))[1]))
         yield from TaskDocuments(task, names, [(examples, chunk)]).predictions(parts)
     too_long.say(name)

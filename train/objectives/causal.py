@@ -13,7 +13,7 @@ from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, of_tokens
-from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
+from train.objectives.objective import BatchShapes, Objective, places_of, row_shapes, weight_shape
 from transformer.types import Keys
 
 
@@ -38,7 +38,7 @@ class Causal(Objective):
 
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The mean over all tokens; positions and segments [B, T] are given if documents are packed."""
-        output = model(batch["tokens"], positions_BT=batch.get("positions"), segments_BT=batch.get("segments"), key=key)
+        output = model(batch["tokens"], **places_of(batch), key=key)
         return of_tokens(model, output, batch, config)
 
     def report(self, prepared: Prepared, bits_per_byte: float | None) -> list[str]:

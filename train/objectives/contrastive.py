@@ -18,7 +18,7 @@ from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.tokenization.tokenizer import CLS, SEP, Tokenizer
 from train.loss import Batch, LossConfig, LossSums, of_rows, with_added_loss
-from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
+from train.objectives.objective import BatchShapes, Objective, places_of, row_shapes, weight_shape
 from train.parallel.mesh import MeshConfig
 from transformer.errors import require
 from transformer.models.heads import contrastive_logits
@@ -78,7 +78,7 @@ class Contrastive(Objective):
         """The mean over rows; `weights` [B, 1] is 0 for a row of padding."""
         keys = (None, None) if key is None else split(key, 2)
         sides = [
-            model(batch[f"{side}tokens"], positions_BT=batch[f"{side}positions"], segments_BT=batch[f"{side}segments"], key=own)
+            model(batch[f"{side}tokens"], **places_of(batch, side), key=own)
             for side, own in zip(("", "other_"), keys, strict=True)
         ]  # fmt: skip
         with jax.named_scope("loss"):

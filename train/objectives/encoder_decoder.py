@@ -15,7 +15,7 @@ from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared
 from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, of_tokens
-from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
+from train.objectives.objective import BatchShapes, Objective, places_of, row_shapes, weight_shape
 from transformer.errors import UserError, require
 from transformer.types import Keys
 
@@ -59,7 +59,7 @@ class EncoderDecoderObjective(Objective):
         """The mean over the target's tokens, whose `weights` [B, T] are 1."""
         output = model(
             batch["source_tokens"], batch["tokens"], source_segments_BS=batch["source_segments"],
-            source_positions_BS=batch["source_positions"], segments_BT=batch["segments"], positions_BT=batch["positions"],
+            source_positions_BS=batch["source_positions"], source_lengths_BM=batch.get("source_lengths"), **places_of(batch),
             key=key,
         )  # fmt: skip
         return of_tokens(model, output, batch, config)

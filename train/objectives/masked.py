@@ -17,7 +17,7 @@ from train.data.prepared.store import Prepared, TokenArray
 from train.data.tokenization.tokenizer import CLS, MASK, SEP, Tokenizer
 from train.data.tokenization.words import WordPieces
 from train.loss import Batch, LossConfig, LossSums, of_tokens
-from train.objectives.objective import BatchShapes, Objective, row_shapes, weight_shape
+from train.objectives.objective import BatchShapes, Objective, places_of, row_shapes, weight_shape
 from transformer.errors import require
 from transformer.types import Array, Keys
 
@@ -94,7 +94,7 @@ class Masked(HiddenTokens):
         """The mean over the hidden tokens, whose `weights` [B, T] are 1. All of them are among `predicted` [B, K]; only these
         are scored."""
         output = model(
-            batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
+            batch["tokens"], **places_of(batch),
             predicted_BK=batch["predicted"], key=key,
         )  # fmt: skip
         return of_tokens(model, output, at_places(batch, batch["predicted"]), config)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from train.data.prepared.store import Prepared
 from train.loss import Batch, LossConfig, LossSums, cross_entropy, with_added_loss
 from train.objectives.masked import HiddenTokens, at_places
+from train.objectives.objective import places_of
 from transformer.randomness import gumbel, split
 from transformer.types import Array, Keys
 
@@ -35,7 +36,7 @@ class ReplacedTokens(HiddenTokens):
         likelihood is the encoder's, over all tokens. Without a key the samples are the same every time.
         """
         network_key, encoder_key, draw_key = (None, None, jax.random.key(0)) if key is None else split(key, 3)
-        places = {"positions_BT": batch["positions"], "segments_BT": batch["segments"]}
+        places = places_of(batch)
         hidden = at_places(batch, batch["predicted"])
         scores_BKV = model.generator_logits(
             batch["tokens"], predicted_BK=batch["predicted"], key=network_key, **places

@@ -19,7 +19,7 @@ from train.data.prepared.store import Prepared, TokenArray
 from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, cross_entropy, of_tokens
 from train.objectives.masked import HiddenTokens, at_places
-from train.objectives.objective import BatchShapes, label_shape, row_shapes
+from train.objectives.objective import BatchShapes, label_shape, places_of, row_shapes
 from transformer.errors import UserError
 from transformer.types import Keys
 
@@ -44,7 +44,7 @@ class TwoStretches(HiddenTokens):
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """The loss of the hidden tokens, as in `Masked`, and the cross-entropy of `labels` [B], which is a mean over rows."""
         output = model(
-            batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
+            batch["tokens"], **places_of(batch),
             token_types_BT=batch["token_types"], predicted_BK=batch["predicted"], key=key,
         )  # fmt: skip
         sums = of_tokens(model, output, at_places(batch, batch["predicted"]), config)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import RunConfig
+from train.data.examples.pack import room_for
 from train.data.prepared.store import Prepared
 from train.loss import Batch
 from train.objectives.objective import BatchShapes
@@ -182,9 +183,19 @@ def _state_of(
 
 
 def batch_shapes(config: RunConfig, rows: int | None = None) -> BatchShapes:
-    """The arrays of a batch of `rows` examples (`config.batch_size`), padding included."""
+    """The arrays of a batch of `rows` examples (`config.batch_size`), padding included.
+
+    With packed documents, the number of documents of a row depends on the data; here it is one for each 64 tokens.
+    """
     rows = config.batch_size if rows is None else rows
-    return config.objective.batch(rows, config.sequence_length, config.data)
+    shapes = config.objective.batch(rows, config.sequence_length, config.data)
+    M = room_for(max(2, config.sequence_length // 64)) if config.data.packing == "documents" else 1
+    lengths = {
+        f"{name.removesuffix('segments')}lengths": jax.ShapeDtypeStruct((*one.shape[:-1], M), one.dtype)
+        for name, one in shapes.items()
+        if name.endswith("segments")
+    }
+    return shapes | lengths
 
 
 def flops_per_prediction(config: RunConfig, prepared: Prepared, program: Program) -> float:

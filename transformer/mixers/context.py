@@ -38,12 +38,17 @@ class Context:
     """Each token's position in its document; 0 to T-1 (after the state) by default."""
     segments_BT: Int[Array, "B T"] | None = _batch()
     """The packed document of each token; 0 is padding. With a state: 1, and 0 for padding at the end of a row."""
+    lengths_BM: Int[Array, "B _"] | None = _batch()
+    """The size of each of a row's documents, if these come one after the other from its first position on, and only padding
+    follows (`AttentionMask.segments`)."""
     prefix_B: Int[Array, " B"] | None = _batch()
     """The number of first tokens of a row that all of its tokens see."""
     memory: Float[Array, "B M D"] | KVCache | None = _batch()
     """What cross-attention reads: the memory, or the keys and values computed from it."""
     memory_segments_BM: Int[Array, "B M"] | None = _batch()
     """As `segments_BT`, for the memory."""
+    memory_lengths_BM: Int[Array, "B _"] | None = _batch()
+    """As `lengths_BM`, for the memory."""
     mask: AttentionMask | None = None
     """A mask in addition to all of these, for any mixer that computes softmax weights."""
     score_mod: ScoreMod | None = _static(None)
@@ -98,7 +103,7 @@ class Context:
         if self.prefix_B is not None:
             mask |= AttentionMask.prefix(self.prefix_B)
         if self.segments_BT is not None and self.state is None:
-            mask &= AttentionMask.segments(self.segments_BT)
+            mask &= AttentionMask.segments(self.segments_BT, lengths_BM=self.lengths_BM)
         return mask if self.mask is None else mask & self.mask
 
     def cached_mask(self, mask: AttentionMask, state: Any) -> AttentionMask:
@@ -115,7 +120,9 @@ class Context:
             return AttentionMask.none()
         if self.segments_BT is None or self.state is not None:
             return AttentionMask.padding(self.memory_segments_BM != 0)
-        return AttentionMask.segments(self.segments_BT, self.memory_segments_BM)
+        return AttentionMask.segments(
+            self.segments_BT, self.memory_segments_BM, lengths_BM=self.lengths_BM, k_lengths_BM=self.memory_lengths_BM
+        )
 
     def scores(self, position: Any, num_heads: int) -> ScoreMod | None:
         """The `score_mod` of a mixer: the bias of its positions, followed by the context's own; None without both."""

@@ -156,6 +156,7 @@ class Bert(nnx.Module):
         *,
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
+        lengths_BM: Int[Array, "B M"] | None = None,
         token_types_BT: Int[Array, "B T"] | None = None,
         mask: AttentionMask | None = None,
         score_mod: ScoreMod | None = None,
@@ -167,7 +168,9 @@ class Bert(nnx.Module):
             tokens_BT, positions_BT=positions_BT, token_types_BT=token_types_BT, key=key
         )
         x_BTD = x_BTE if self.embedding_projection is None else self.embedding_projection(x_BTE)
-        context = Context(positions_BT=positions_BT, segments_BT=segments_BT, mask=mask, score_mod=score_mod)
+        context = Context(
+            positions_BT=positions_BT, segments_BT=segments_BT, lengths_BM=lengths_BM, mask=mask, score_mod=score_mod
+        )
         return self.layers(x_BTD, context, key=key, return_weights=return_weights)
 
     def embedded(
@@ -202,6 +205,7 @@ class Bert(nnx.Module):
         *,
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
+        lengths_BM: Int[Array, "B M"] | None = None,
         token_types_BT: Int[Array, "B T"] | None = None,
         predicted_BK: Int[Array, "B K"] | None = None,
         mask: AttentionMask | None = None,
@@ -215,6 +219,8 @@ class Bert(nnx.Module):
             positions_BT: the position of each token in its document; 0 to T-1 by default.
             segments_BT: which packed document a token belongs to; 0 is padding. Nothing is seen across documents. The heads
                 of whole rows treat a row as one document.
+            lengths_BM: size of each document of a row, if they come one after the other from its first position on, and only
+                padding follows. The result is the same; kernels for packed documents need it.
             token_types_BT: which sentence of a pair a token belongs to; 0 by default.
             predicted_BK: the positions that the masked head scores, which saves the products for the others; all by default.
             mask: in addition to windows, documents and padding; for softmax attention.
@@ -235,8 +241,8 @@ class Bert(nnx.Module):
         head = self.config.head
         key, head_key = (None, None) if key is None else split(key, 2)
         hidden_BTD, output = self.hidden(
-            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, token_types_BT=token_types_BT, mask=mask,
-            score_mod=score_mod, key=key, return_weights=return_weights,
+            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, lengths_BM=lengths_BM,
+            token_types_BT=token_types_BT, mask=mask, score_mod=score_mod, key=key, return_weights=return_weights,
         )  # fmt: skip
         valid_BT = None if segments_BT is None else segments_BT != 0
         pooled = None if self.pooled_head is None else self.pooled_head(hidden_BTD, valid_BT, key=head_key)

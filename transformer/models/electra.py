@@ -84,6 +84,7 @@ class Electra(Bert):
         *,
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
+        lengths_BM: Int[Array, "B M"] | None = None,
         predicted_BK: Int[Array, "B K"] | None = None,
         key: Keys | None = None,
     ) -> Float[Array, "B K V"]:
@@ -91,7 +92,7 @@ class Electra(Bert):
         with jax.named_scope("generator"):
             x_BTE, positions_BT, key = self.embedded(tokens_BT, positions_BT=positions_BT, key=key)
             x_BTD = x_BTE if self.generator_projection is None else self.generator_projection(x_BTE)
-            context = Context(positions_BT=positions_BT, segments_BT=segments_BT)
+            context = Context(positions_BT=positions_BT, segments_BT=segments_BT, lengths_BM=lengths_BM)
             hidden_BTD, _ = self.generator(x_BTD, context, key=key)
             return self.generator_head(hidden_BTD, self.embed, predicted_BK)[0]
 

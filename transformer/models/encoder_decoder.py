@@ -190,6 +190,7 @@ class EncoderDecoder(nnx.Module):
         source_tokens_BS: Int[Array, "B S"],
         *,
         source_segments_BS: Int[Array, "B S"] | None = None,
+        source_lengths_BM: Int[Array, "B M"] | None = None,
         source_positions_BS: Int[Array, "B S"] | None = None,
         key: Keys | None = None,
     ) -> Memory:
@@ -197,10 +198,13 @@ class EncoderDecoder(nnx.Module):
 
         Args:
             source_segments_BS: which packed sentence a token belongs to; 0 is padding.
+            source_lengths_BM: size of each sentence of a row, as for `Context.lengths_BM`.
             source_positions_BS: the position of each token in its sentence; 0 to S-1 by default.
             key: enables dropout.
         """
-        hidden_BSD, segments_BS, _ = self._encode(source_tokens_BS, source_segments_BS, source_positions_BS, key)
+        hidden_BSD, segments_BS, _ = self._encode(
+            source_tokens_BS, source_segments_BS, source_lengths_BM, source_positions_BS, key
+        )
         return Memory(self.decoder.remember(hidden_BSD) if self.decoder.is_unstacked else hidden_BSD, segments_BS)
 
     def __call__(
@@ -209,8 +213,10 @@ class EncoderDecoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         *,
         source_segments_BS: Int[Array, "B S"] | None = None,
+        source_lengths_BM: Int[Array, "B M"] | None = None,
         source_positions_BS: Int[Array, "B S"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
+        lengths_BM: Int[Array, "B M"] | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
         key: Keys | None = None,
         return_weights: bool = False,
@@ -220,6 +226,7 @@ class EncoderDecoder(nnx.Module):
         Args:
             tokens_BT: the target, preceded by its start token.
             source_segments_BS, segments_BT: which packed pair a token belongs to; 0 is padding. Nothing is seen across.
+            source_lengths_BM, lengths_BM: size of each part of a row, as for `Context.lengths_BM`.
             return_weights: also return the weights of the decoder's attention to the source, [L, B, N, T, S].
 
         Raises:
@@ -227,14 +234,15 @@ class EncoderDecoder(nnx.Module):
         """
         encoder_key, decoder_key = (None, None) if key is None else split(key, 2)
         hidden_BSD, source_segments_BS, encoder_loss = self._encode(
-            source_tokens_BS, source_segments_BS, source_positions_BS, encoder_key
+            source_tokens_BS, source_segments_BS, source_lengths_BM, source_positions_BS, encoder_key
         )
         if segments_BT is None:
             segments_BT = jnp.ones_like(tokens_BT)
         x_BTD, positions_BT, stack_key = self._embed(tokens_BT, positions_BT, 0, False, decoder_key)
         context = Context(
-            positions_BT=positions_BT, segments_BT=segments_BT, memory=hidden_BSD, memory_segments_BM=source_segments_BS
-        )
+            positions_BT=positions_BT, segments_BT=segments_BT, lengths_BM=lengths_BM, memory=hidden_BSD,
+            memory_segments_BM=source_segments_BS, memory_lengths_BM=source_lengths_BM,
+        )  # fmt: skip
         x_BTD, output = self.decoder(x_BTD, context, key=stack_key, return_weights=return_weights)
         losses = [loss for loss in (encoder_loss, output.added_loss) if loss is not None]
         return ModelOutput(
@@ -296,11 +304,16 @@ class EncoderDecoder(nnx.Module):
         return model
 
     def _encode(
-        self, tokens_BS: Array, segments_BS: Array | None, positions_BS: Array | None, key: Keys | None
+        self,
+        tokens_BS: Array,
+        segments_BS: Array | None,
+        lengths_BM: Array | None,
+        positions_BS: Array | None,
+        key: Keys | None,
     ) -> tuple[Array, Array, Array | None]:
         segments_BS = jnp.ones_like(tokens_BS) if segments_BS is None else segments_BS
         x_BSD, positions_BS, stack_key = self._embed(tokens_BS, positions_BS, 0, True, key)
-        context = Context(positions_BT=positions_BS, segments_BT=segments_BS)
+        context = Context(positions_BT=positions_BS, segments_BT=segments_BS, lengths_BM=lengths_BM)
         hidden_BSD, output = self.encoder(x_BSD, context, key=stack_key)
         return hidden_BSD, segments_BS, output.added_loss
 

@@ -62,6 +62,7 @@ class GPT(nnx.Module):
         *,
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
+        lengths_BM: Int[Array, "B M"] | None = None,
         prefix_B: Int[Array, " B"] | None = None,
         mask: AttentionMask | None = None,
         score_mod: ScoreMod | None = None,
@@ -75,7 +76,12 @@ class GPT(nnx.Module):
             start=0 if states is None else cache_lengths(states), key=key,
         )  # fmt: skip
         context = Context(
-            positions_BT=positions_BT, segments_BT=segments_BT, prefix_B=prefix_B, mask=mask, score_mod=score_mod
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            lengths_BM=lengths_BM,
+            prefix_B=prefix_B,
+            mask=mask,
+            score_mod=score_mod,
         )
         return self.layers(x_BTD, context, states=states, key=key, return_weights=return_weights)
 
@@ -97,6 +103,7 @@ class GPT(nnx.Module):
         *,
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
+        lengths_BM: Int[Array, "B M"] | None = None,
         prefix_B: Int[Array, " B"] | None = None,
         mask: AttentionMask | None = None,
         score_mod: ScoreMod | None = None,
@@ -111,6 +118,8 @@ class GPT(nnx.Module):
             positions_BT: each token's position in its document; 0 to T-1 (after what the states hold) by default.
             segments_BT: which packed document a token belongs to; 0 is padding. Nothing is seen across documents. With states:
                 1, and 0 for padding at the end of a row.
+            lengths_BM: size of each document of a row, if they come one after the other from its first position on, and only
+                padding follows. The result is the same; kernels for packed documents need it.
             prefix_B: number of first tokens of each row that all of its tokens see (a prefix language model; Liu et al. 2018);
                 none by default. With a prefix, a row is one document.
             mask: in addition to causality, windows, documents and prefix; for softmax attention.
@@ -124,8 +133,8 @@ class GPT(nnx.Module):
             ValueError: more tokens than learned positions, a layer or head that does not exist, or states without room.
         """
         hidden_BTD, output = self.hidden(
-            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, prefix_B=prefix_B, mask=mask, score_mod=score_mod,
-            states=states, key=key, return_weights=return_weights,
+            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, lengths_BM=lengths_BM, prefix_B=prefix_B, mask=mask,
+            score_mod=score_mod, states=states, key=key, return_weights=return_weights,
         )  # fmt: skip
         return ModelOutput(
             logits=self.logits(hidden_BTD), hidden=hidden_BTD, states=output.states, weights=output.weights,

@@ -269,7 +269,9 @@ class RecurrentTranslator(nnx.Module):
         *,
         source_segments_BS: Int[Array, "B S"] | None = None,
         source_positions_BS: Int[Array, "B S"] | None = None,
+        source_lengths_BM: Int[Array, "B M"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
+        lengths_BM: Int[Array, "B M"] | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
         key: Keys | None = None,
         return_weights: bool = False,
@@ -280,7 +282,7 @@ class RecurrentTranslator(nnx.Module):
             source_tokens_BS, source_segments_BS, source_positions_BS: as for `encode`.
             tokens_BT: target tokens, from the start token on.
             segments_BT: 1 for a token and 0 for padding, which has no influence.
-            positions_BT: ignored.
+            positions_BT, source_lengths_BM, lengths_BM: ignored.
             key: enables dropout, and the random draws of hard attention.
             return_weights: also return the weights, [1, B, 1, T, S], of attention that has them: not of `none` and `delta`.
 

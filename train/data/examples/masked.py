@@ -177,6 +177,10 @@ class MaskedDocuments(_Text):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
+    @property
+    def most_documents(self) -> int:
+        return int(np.diff(self._bounds).max(initial=1))
+
     def laid_out(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         placed = Placed.at(self._bounds, self._sizes, indices, self.length)
         return framed(self._tokens, self._starts, placed, self._cls, self._sep)

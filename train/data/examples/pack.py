@@ -8,8 +8,12 @@ Axes: B examples asked for at once, T positions. Every example holds
 
 and, where documents are kept apart,
 
-    segments  [B, T] int32   which piece a position belongs to: 1, 2, ...; 0 at padding
+    segments  [B, T] int32   which piece a position belongs to: 1, 2, ... from the first position on; 0 at padding, after them
     positions [B, T] int32   the position within its piece, from 0
+
+to which the loader adds
+
+    lengths   [B, M] int32   the size of each piece; 0 after a row's last one (`with_lengths`)
 
 Over all examples, every predicted token of the array is a target once; packed documents begin with an end of text.
 """
@@ -52,6 +56,11 @@ class Examples(abc.ABC):
 
         `draws` has a stream of random numbers for each row, for an objective that takes any.
         """
+
+    @property
+    def most_documents(self) -> int:
+        """The greatest number of documents of a row."""
+        return 1
 
     @property
     @abc.abstractmethod
@@ -121,6 +130,10 @@ class Documents(Examples):
         }
 
     @property
+    def most_documents(self) -> int:
+        return int(np.diff(self._bounds).max(initial=1))
+
+    @property
     def efficiency(self) -> float:
         return int(self._lengths.sum()) / max(1, len(self) * self.length)
 
@@ -175,6 +188,28 @@ class Placed:
             f"{prefix}segments": self.spread(self.segments),
             f"{prefix}positions": self.spread(self.positions),
         }
+
+
+def room_for(most_documents: int) -> int:
+    """The M of `lengths`: a multiple of 8 unless it is 1, so that data that differs little has the same programs."""
+    return 1 if most_documents <= 1 else -(-most_documents // 8) * 8
+
+
+def with_lengths(batch: dict[str, np.ndarray], most_documents: int) -> dict[str, np.ndarray]:
+    """The batch, with `lengths` for each of its `segments`: where documents begin is needed once a batch, not in each layer.
+
+    Args:
+        most_documents: of any row, for which `lengths` has `room_for`.
+    """
+    M, lengths = room_for(most_documents), {}
+    for name, segments in batch.items():
+        if name.endswith("segments"):
+            *rows, size = segments.shape
+            flat = segments.reshape(-1, size)
+            places = np.arange(len(flat))[:, None] * (M + 1) + flat
+            counts = np.bincount(places.reshape(-1), minlength=len(flat) * (M + 1)).reshape(*rows, M + 1)
+            lengths[f"{name.removesuffix('segments')}lengths"] = counts[..., 1:].astype(np.int32)
+    return batch | lengths
 
 
 def examples(array: TokenArray, packing: Packing, length: int, *, training: bool) -> Examples:

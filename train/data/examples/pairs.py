@@ -129,6 +129,10 @@ class PackedPairs(Examples):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
+    @property
+    def most_documents(self) -> int:
+        return int(np.diff(self._bounds).max(initial=1))
+
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
         first, counts = self._bounds[indices], self._bounds[indices + 1] - self._bounds[indices]
         numbers = self._numbers[np.repeat(first, counts) + place_in_group(counts)]

@@ -92,6 +92,8 @@ class Choice(Task):
         """The cross-entropy over the choices, whose arrays are [B, Q, T]; and `logits` [B, Q]."""
         Q, T = batch["tokens"].shape[1:]
         rows = {name: constrain(batch[name].reshape(-1, T), "batch", "seq") for name in _NAMES}
+        if "lengths" in batch:
+            rows["lengths"] = constrain(batch["lengths"].reshape(rows["tokens"].shape[0], -1), "batch", None)
         output = forward(model, rows, key)
         with jax.named_scope("loss"):
             logits_BQ = choices(output.logits, Q)

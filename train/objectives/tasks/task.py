@@ -20,7 +20,7 @@ from train.data.prepared.store import Prepared, TokenArray
 from train.data.sources.records import Document, LabelKind
 from train.data.tokenization.tokenizer import CLS, SEP, Tokenizer
 from train.loss import Batch, LossConfig, LossSums
-from train.objectives.objective import BatchShapes, Objective, Outputs, objectives, row_shapes, weight_shape
+from train.objectives.objective import BatchShapes, Objective, Outputs, objectives, places_of, row_shapes, weight_shape
 from transformer.errors import ConfigError, UserError
 from transformer.models.families import ModelConfig
 from transformer.randomness import row_keys
@@ -150,7 +150,7 @@ class Task(Objective):
 def forward(model: Any, batch: Batch, key: Keys | None) -> Any:
     """The model's output for rows of one text, or two; with keys of examples, of which each may have several rows."""
     return model(
-        batch["tokens"], positions_BT=batch["positions"], segments_BT=batch["segments"],
+        batch["tokens"], **places_of(batch),
         token_types_BT=batch.get("token_types"),
         key=None if key is None else row_keys(key, batch["tokens"].shape[0]),
     )  # fmt: skip
