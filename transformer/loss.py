@@ -27,6 +27,8 @@ from transformer.types import Array, DTypeLike, Float, Int, wide
 
 CHUNK_BYTES = 512 * 2**20
 """The most bytes of float32 logits that a device holds with chunks of `auto`, unless `CHUNK_TOKENS` need more."""
+TILE = 128
+"""Tokens of a chunk are a multiple of this: the tiles in which a GPU and a TPU compute matrix products."""
 CHUNK_TOKENS = 1024
 """The fewest tokens of a chunk of `auto`: with fewer, adding up the projection's gradient takes a visible share of the time."""
 
@@ -96,8 +98,7 @@ def tokens_of_chunk(chunk: Literal["auto"] | int | None, tokens: int, vocab_size
         vocab_size: of its part of the vocabulary.
     """
     if chunk == "auto":
-        # A multiple of what the tiles of matrix products are.
-        chunk = max(CHUNK_BYTES // (4 * vocab_size) // 128 * 128, CHUNK_TOKENS)
+        chunk = max(CHUNK_BYTES // (4 * vocab_size), CHUNK_TOKENS)
     return tokens if chunk is None else min(chunk, tokens)
 
 
@@ -178,8 +179,8 @@ class _Task:
             whole = jax.lax.all_gather(whole, at.embed, axis=embed_dim, tiled=True)
         bias = None if bias_V is None else bias_V.astype(wide_type)
         N = targets.size
-        parts = -(-N // tokens_of_chunk(self.chunk, N, whole.shape[vocab_dim]))
-        n = -(-N // parts)
+        n = _even(tokens_of_chunk(self.chunk, N, whole.shape[vocab_dim]), N)
+        parts = -(-N // n)
 
         def cut(x: Array) -> Array:
             """[B, T, ...] → [parts, n, ...]; what is missing from the last chunk has weight 0."""
@@ -275,6 +276,14 @@ def _backward(saved: tuple[Array, Array, Array | None], douts: tuple[Array, Arra
     dloss, _ = douts
     scaled = jax.tree.map(lambda x: (x.astype(dloss.dtype) * dloss).astype(x.dtype), saved)
     return (*scaled, None, None)
+
+
+def _even(most: int, tokens: int) -> int:
+    """The size of chunks of at most this size that leaves the last one the least to fill up, in whole tiles of `TILE`."""
+    if most >= tokens or most < TILE:
+        return -(-tokens // -(-tokens // most))
+    sizes = range(most // TILE * TILE, most // 2, -TILE)
+    return min(sizes, key=lambda size: -(-tokens // size) * size, default=most)
 
 
 def _contract(a: Array, b: Array, a_dim: int, b_dim: int) -> Array:
