@@ -88,6 +88,13 @@ def axes_size(names: tuple[str, ...]) -> int:
     return math.prod(shape[name] for name in names)
 
 
+def platform_of_program() -> str:
+    """The platform that a program will run on, cpu, gpu or tpu: that of the active mesh, or the default one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform == "cuda" else platform
+
+
 def _manual() -> set[str]:
     """The axes of the active mesh that an enclosing `jax.shard_map` has made manual."""
     mesh = jax.sharding.get_abstract_mesh()

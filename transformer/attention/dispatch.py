@@ -21,7 +21,7 @@ from transformer.attention.spec.shapes import AttentionShapes
 from transformer.attention.spec.spec import AttentionSpec, Dropout, Score
 from transformer.errors import UserError, nearest
 from transformer.randomness import seeds_of
-from transformer.sharding import axes_size, mesh_axes
+from transformer.sharding import axes_size, mesh_axes, platform_of_program
 from transformer.types import Array, Float, Keys, wide
 
 
@@ -42,7 +42,7 @@ BACKENDS: dict[str, Backend] = {
     "xla": Backend(xla.xla, xla.supports_xla),
     "cudnn": Backend(cudnn.cudnn, cudnn.supports_cudnn),
     "blockwise": Backend(blockwise.blockwise, lambda request: None),
-    "pallas": Backend(lambda *call: pallas.pallas(*call, platform=_platform()), pallas.supports_pallas),
+    "pallas": Backend(lambda *call: pallas.pallas(*call, platform=platform_of_program()), pallas.supports_pallas),
     "ring": Backend(ring.ring, ring.supports_ring),
     "ulysses": Backend(lambda *call: ring.ulysses(*call, attend=_by_auto), ring.supports_ulysses),
 }
@@ -156,7 +156,7 @@ def _by_auto(q: Array, k: Array, v: Array, spec: AttentionSpec) -> Array:
 
 
 def _request(q_BTNH: Array, v_BSKC: Array, spec: AttentionSpec) -> AttentionShapes:
-    platform = _platform()
+    platform = platform_of_program()
     capability = compute_capability() if platform == "gpu" else 0.0
     devices = axes_size(mesh_axes("batch")) * axes_size(mesh_axes("heads"))
     return AttentionShapes.of(q_BTNH, v_BSKC, spec, platform, compute_capability=capability, devices=devices)
@@ -173,13 +173,6 @@ def compute_capability() -> float:
         return float(found[0]) if found else 0.0
     named = re.search(r"\b(A|L|H|GH|B|GB)\d+", device.device_kind)
     return {"A": 8.0, "L": 8.9, "H": 9.0, "GH": 9.0, "B": 10.0, "GB": 10.0}[named[1]] if named else 0.0
-
-
-def _platform() -> str:
-    """The platform that the call will run on: that of the active mesh, or the default one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return "gpu" if platform == "cuda" else platform
 
 
 def _check_options(mask: Any, scale: Any, soft_cap: Any, dropout_rate: Any) -> None:

@@ -63,8 +63,9 @@ class StackConfig(Config):
     """Standard deviation of initial weights; for those that write to the residual stream, divided by sqrt(2 num_layers)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in. Parameters are always float32."""
-    scan_layers: Free[bool] = True
-    """One compiled block, scanned over the layers; false: an unrolled loop (slower to compile)."""
+    scan_layers: Free[Literal["auto"] | bool] = "auto"
+    """One compiled block, scanned over the layers; false: an unrolled loop, slower to compile, and faster on a GPU. auto: there
+    a loop up to 24 layers, and a scan of 4 at a time beyond; elsewhere a scan."""
     remat: Free[Literal["none", "light", "dots", "full"]] = "none"
     """What the backward pass recomputes to save memory: nothing; norms and activations; all but matrix products; all."""
 
