@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--no-compiled-peer", action="store_true", help="leave torch.compile out (it needs a C++ compiler)"
     )
+    text = "plain: chunks of text, next to torch; packed: eight documents a row; large: 1.3 billion parameters, on an accelerator"
+    sub.add_argument("--case", choices=("plain", "packed", "large"), default="plain", help=text)
     sub = command(
         "finetuning-step", _finetuning_step, "a step of fine-tuning an encoder compared with torch's", rounds=7
     )
@@ -166,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
 def _step(options: argparse.Namespace) -> None:
     from benchmarks import step
 
-    step.run(options.rounds, options.steps, compiled_peer=not options.no_compiled_peer)
+    step.run(options.rounds, options.steps, compiled_peer=not options.no_compiled_peer, case=options.case)
 
 
 def _finetuning_step(options: argparse.Namespace) -> None:

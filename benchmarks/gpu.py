@@ -1,48 +1,97 @@
-"""`make bench-gpu`: every measurement that needs an accelerator, in one run."""
+"""`make bench-gpu`: every measurement that needs an accelerator, the most important first, each with a time limit of its own."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
 
-import jax
-
-from benchmarks import compile_time, decode, step
-from benchmarks.attention import certify, length, speed
-from benchmarks.encoders import step as encoder_step
-from benchmarks.sharding import validate
 from transformer.errors import UserError
 
-MEASUREMENTS: dict[str, Callable[[], object]] = {
-    "step": lambda: step.run(rounds=5, steps=10),
-    "fine-tuning step": lambda: encoder_step.run(rounds=5, steps=10),
-    "decode": lambda: decode.run(rounds=3),
-    "compile": lambda: compile_time.run(rounds=1),
-    "prediction": lambda: validate.run(rounds=10),
-    "attention, speed": lambda: speed.run(rounds=3),
-    "attention, length": lambda: length.run(budget=0.5),
-    "attention, certificate": certify.run,
-}
+SECONDS = 480
+"""Of all measurements together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A command of `manyheads-bench`, in a process of its own, which writes its result when it has it."""
+
+    arguments: tuple[str, ...]
+    seconds: int
+    """The most that it may take."""
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.arguments)
+
+
+def _measurement(command: str, seconds: int) -> Measurement:
+    return Measurement(tuple(command.split()), seconds)
+
+
+MEASUREMENTS = (
+    _measurement("step --rounds 3 --steps 10", 100),
+    _measurement("step --case packed --rounds 3 --steps 10", 45),
+    _measurement("step --case large --rounds 3 --steps 5", 60),
+    _measurement("finetuning-step --rounds 3 --steps 10", 75),
+    _measurement("decode --rounds 3", 60),
+    _measurement("attention --speed --rounds 3", 60),
+    _measurement("plan --validate", 90),
+    _measurement("attention --certify", 90),
+    _measurement("experts --rounds 3", 45),
+    _measurement("compile --rounds 1", 90),
+)
 
 
 def run() -> None:
     """Run all measurements in sequence; a failure does not stop the rest.
 
     Raises:
-        UserError: there is no accelerator, or a measurement failed.
+        UserError: there is no accelerator, or a measurement failed or took too long.
     """
-    if jax.default_backend() == "cpu":
+    # In a process of its own: a device's memory is not held while others need it.
+    found = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
+    )
+    if found.stdout.strip() in ("", "cpu"):
         raise UserError("no accelerator found: jax sees only the CPU; install jax for it, such as jax[cuda13]")
-    failed = []
-    for name, measure in MEASUREMENTS.items():
-        start = time.monotonic()
-        print(f"── {name} ──", flush=True)
-        try:
-            measure()
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
-        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    run_all(MEASUREMENTS, SECONDS)
+
+
+def run_all(measurements: Sequence[Measurement], seconds: float) -> None:
+    """Run them one after the other; those for which no time is left do not run.
+
+    Raises:
+        UserError: at least one did not succeed.
+    """
+    end, failed = time.monotonic() + seconds, []
+    # JAX takes most of a GPU's memory at once by default, and torch needs some next to it.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+    for one in measurements:
+        limit = min(one.seconds, end - time.monotonic())
+        if limit < 1:
+            failed.append(f"{one.name}: no time was left")
+            continue
+        print(f"── {one.name} ──", flush=True)
+        began = time.monotonic()
+        with subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.cli", *one.arguments], env=environment, start_new_session=True
+        ) as process:
+            try:
+                status = process.wait(limit)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+                # Its compiling processes too.
+                os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                failed.append(f"{one.name}: not finished in {limit:.0f} s")
+                continue
+        if status:
+            failed.append(f"{one.name}: status {status}")
+        print(f"{one.name}: {time.monotonic() - began:.0f} s", flush=True)
     if failed:
-        raise UserError(f"failed: {', '.join(failed)}; the others are written")
+        raise UserError(f"{'; '.join(failed)}. The other results are written")

@@ -46,11 +46,14 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield from _sharding_rows(result)
         return
     if "ratio_to" in result:
-        yield "training step, tokens/s", *_figure(result["tokens_per_second"]["manyheads"], "{:.0f}")
+        step = "training step" + {"packed": ", packed documents", "large": ", 1.3 billion parameters"}.get(
+            result.get("case", ""), ""
+        )
+        yield f"{step}, tokens/s", *_figure(result["tokens_per_second"]["manyheads"], "{:.0f}")
         for peer, values in result["ratio_to"].items():
-            yield f"training step, speed over {peer}", *_figure(values, "{:.2f}×")
+            yield f"{step}, speed over {peer}", *_figure(values, "{:.2f}×")
         if result.get("mfu") is not None:
-            yield "training step, MFU", f"{result['mfu']:.1%}", ""
+            yield f"{step}, MFU", f"{result['mfu']:.1%}", ""
     for batch in ("batch_1", "batch_8"):
         if batch in result:
             yield (

@@ -9,30 +9,44 @@ import jax
 
 from benchmarks import peer
 from benchmarks.record import ratio, save, seconds_per_call, speeds_in_turn, summary
-from benchmarks.workload import gpt_of, our_step, random_batch, workload
+from benchmarks.workload import gpt_of, large, our_step, packed, random_batch, workload
 from train.config import RunConfig
 from train.parallel.hardware import utilization
 from transformer.models.gpt import flops_per_token
 
+CASES: dict[str, Callable[[RunConfig], RunConfig]] = {
+    "plain": lambda work: work,
+    "packed": packed,
+    "large": lambda _: large(),
+}
 
-def run(rounds: int, steps: int, *, compiled_peer: bool = True, work: RunConfig | None = None) -> dict[str, Any]:
+
+def run(
+    rounds: int, steps: int, *, compiled_peer: bool = True, case: str = "plain", work: RunConfig | None = None
+) -> dict[str, Any]:
     """Tokens per second of each, in turn, and the ratios.
 
     Args:
         rounds: how often the candidates take turns.
         steps: training steps in a turn.
         compiled_peer: also compare with torch.compile.
+        case: plain, next to torch; packed, next to plain; or large.
         work: model and batch; the device's usual ones by default.
     """
-    work = workload() if work is None else work
+    plain = workload() if work is None else work
+    work = CASES[case](plain)
     model = gpt_of(work)
     candidates: dict[str, Callable[[], object]] = {"manyheads": our_step(work)}
-    candidates["torch eager"] = _torch_step(work, compiled=False)
-    if compiled_peer:
+    if case == "packed":
+        candidates["manyheads plain"] = our_step(plain)
+    if case == "plain":
+        candidates["torch eager"] = _torch_step(work, compiled=False)
+    if case == "plain" and compiled_peer:
         candidates["torch compiled"] = _torch_step(work, compiled=True)
     speeds = speeds_in_turn(candidates, rounds, steps, work.tokens_per_step)
     flops = 3 * flops_per_token(model, model.max_length)
     result: dict[str, Any] = {
+        "case": case,
         "workload": f"GPT-2, {model.num_layers} layers, {model.embed_dim} wide, {model.attention.num_heads} heads, "
         f"context {model.max_length}, batch {work.batch_size}, vocabulary {model.vocab_size}, {model.dtype}, AdamW, clipping",
         "tokens_per_second": {name: summary(speed) for name, speed in speeds.items()},
@@ -43,7 +57,8 @@ def run(rounds: int, steps: int, *, compiled_peer: bool = True, work: RunConfig 
     }
     median = result["tokens_per_second"]["manyheads"]["median"]
     result["mfu"] = utilization(median * flops, jax.devices()[:1], model.dtype)
-    save("step", f"manyheads-bench step --rounds {rounds} --steps {steps}", result)
+    name, option = ("step", "") if case == "plain" else (f"step_{case}", f" --case {case}")
+    save(name, f"manyheads-bench step{option} --rounds {rounds} --steps {steps}", result)
     return result
 
 

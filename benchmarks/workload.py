@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,12 +10,16 @@ import jax
 import numpy as np
 
 from train.config import RunConfig
+from train.data.examples.pack import with_lengths
+from train.data.prepared.config import DataConfig
 from train.optimizer import OptimizerConfig
 from train.parallel.mesh import check_batch, make_mesh, shard_batch, use_mesh
 from train.program.program import Program, batch_shapes
+from transformer.errors import UserError
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
 
+DOCUMENTS = 8
 OPTIMIZER = OptimizerConfig(learning_rate=3e-4, schedule="constant", b1=0.9, b2=0.95, weight_decay=0.1, clip_norm=1.0)
 
 
@@ -30,6 +35,26 @@ def workload() -> RunConfig:
     return of_model(GPTConfig(vocab_size=50304, dtype="bfloat16"), batch_size=32)
 
 
+def packed(work: RunConfig) -> RunConfig:
+    """The same with several documents in a row, which do not see each other."""
+    return dataclasses.replace(work, name="packed", data=DataConfig(packing="documents"))
+
+
+def large() -> RunConfig:
+    """GPT with 1.3 billion parameters, 8 × 2048.
+
+    Raises:
+        UserError: there is only a CPU.
+    """
+    if jax.default_backend() == "cpu":
+        raise UserError("--case large needs an accelerator; jax sees only the CPU")
+    model = GPTConfig(
+        vocab_size=50304, max_length=2048, num_layers=24, embed_dim=2048, attention=SoftmaxConfig(num_heads=16),
+        dtype="bfloat16", remat="light",
+    )  # fmt: skip
+    return of_model(model, batch_size=8)
+
+
 def of_model(model: GPTConfig, batch_size: int) -> RunConfig:
     """A run with the optimiser of all benchmarks."""
     return RunConfig(name="benchmark", batch_size=batch_size, model=model, optimizer=OPTIMIZER)
@@ -42,14 +67,14 @@ def gpt_of(work: RunConfig) -> GPTConfig:
 
 
 def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
-    """A batch of the objective's shapes with random tokens, each row a single document."""
+    """A batch of the objective's shapes with random tokens; a row is a single document, or, where documents are packed, as many
+    as `DOCUMENTS`, of random lengths."""
     rng = np.random.default_rng(0)
-    batch = {}
+    batch: dict[str, np.ndarray] = {}
     for name, shape in batch_shapes(config).items():
         if name.endswith("lengths"):
-            alone = np.arange(shape.shape[-1]) == 0
-            batch[name] = np.broadcast_to(alone * config.sequence_length, shape.shape).astype(np.int32)
-        elif name.endswith(("tokens", "targets")):
+            continue
+        if name.endswith(("tokens", "targets")):
             batch[name] = rng.integers(0, min(config.model.vocab_size, 1000), shape.shape).astype(np.int32)
         elif name.endswith("positions") or name == "predicted":
             batch[name] = np.broadcast_to(np.arange(shape.shape[1], dtype=np.int32), shape.shape).copy()
@@ -57,7 +82,19 @@ def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
             batch[name] = np.ones(shape.shape, np.float32)
         else:
             batch[name] = np.ones(shape.shape, np.int32) * (name not in ("token_types", "labels", "prefix"))
-    return batch
+    most = 1
+    if config.data.packing == "documents":
+        for name in [name for name in batch if name.endswith("segments")]:
+            starts = np.sort(rng.random((*batch[name].shape[:-1], DOCUMENTS - 1)), axis=-1) * batch[name].shape[-1]
+            places = np.arange(batch[name].shape[-1])
+            batch[name] = 1 + (starts[..., None] <= places).sum(-2, dtype=np.int32)
+            # A position within its document: how long its number has been the same.
+            changes = np.diff(batch[name], axis=-1, prepend=0) != 0
+            first = np.maximum.accumulate(np.where(changes, places, 0), axis=-1)
+            batch[name.replace("segments", "positions")] = (places - first).astype(np.int32)
+            batch[name] = np.cumsum(changes, axis=-1, dtype=np.int32)
+            most = max(most, int(batch[name].max()))
+    return with_lengths(batch, most)
 
 
 def program_of(config: RunConfig, devices: Sequence[Any]) -> Program:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks import compile_time, decode, experts, record, step
-from benchmarks.cli import main
+from benchmarks import compile_time, decode, experts, gpu, record, step, workload
+from benchmarks.cli import _parser, main
 from benchmarks.report import report
 from benchmarks.workload import of_model
 from transformer.errors import UserError
@@ -80,3 +81,46 @@ def test_experts_are_timed_over_the_number_of_tokens(results):
 def test_without_an_accelerator_the_gpu_run_says_so(capsys):
     assert main(["gpu"]) == 2
     assert capsys.readouterr().err.startswith("manyheads-bench: no accelerator found")
+
+
+def test_each_accelerator_measurement_has_a_process_and_a_limit(capfd):
+    """One that fails or does not end takes nothing from the others."""
+    asked = [
+        gpu.Measurement(("attention", "--support"), 100),
+        gpu.Measurement(("attention",), 100),
+        gpu.Measurement(("attention", "--long", "1048576"), 6),
+        gpu.Measurement(("report",), 100),
+    ]
+    with pytest.raises(UserError) as raised:
+        gpu.run_all(asked, 300)
+    assert str(raised.value).startswith(
+        "attention: status 2; attention --long 1048576: not finished in 6 s. The other results"
+    )
+    said = capfd.readouterr().out
+    assert "| mask: causal |" in said and "| measured | figure |" in said
+    with pytest.raises(UserError, match="report: no time was left"):
+        gpu.run_all(asked[3:], 0)
+
+
+def test_every_accelerator_measurement_is_a_command():
+    for one in gpu.MEASUREMENTS:
+        _parser().parse_args(one.arguments)
+    assert gpu.MEASUREMENTS[0].arguments[0] == "step"
+
+
+def test_packed_rows_have_documents_of_their_own():
+    config = workload.packed(TINY)
+    batch = workload.random_batch(config)
+    for row in range(config.batch_size):
+        segments, positions, lengths = (batch[name][row] for name in ("segments", "positions", "lengths"))
+        assert lengths.sum() == len(segments) and (lengths > 0).sum() == segments.max() > 1
+        np.testing.assert_array_equal(segments, np.repeat(np.arange(1, len(lengths) + 1), lengths))
+        np.testing.assert_array_equal(positions, np.concatenate([np.arange(size) for size in lengths]))
+
+
+def test_a_packed_step_is_compared_with_a_plain_one(results):
+    result = step.run(rounds=1, steps=1, work=TINY, case="packed")
+    assert result["ratio_to"].keys() == {"manyheads plain"}
+    assert "| training step, packed documents, speed over manyheads plain |" in report(results)
+    with pytest.raises(UserError, match="large needs an accelerator"):
+        step.run(rounds=1, steps=1, case="large")
