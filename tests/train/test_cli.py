@@ -72,6 +72,24 @@ def test_explain_names_every_field_and_the_cost(config_file, capsys):
         assert re.search(rf"memory, {part} +[\d.]+ [KMG]iB", output)
 
 
+def test_explain_says_which_attention_each_kind_of_layer_takes(config_file, capsys):
+    layers = "[{window: 4}, {}]"
+    overrides = ["--model.pattern", layers, "--data.packing", "documents", "--model.dtype", "bfloat16"]
+    assert (
+        main(["explain", str(config_file), *overrides, "--model.num-layers", "4", "--model.attention-dropout", "0.1"])
+        == 0
+    )
+    dropped = capsys.readouterr().out.partition("attention, by kind of layer")[2]
+    assert "cudnn: its dropout" in " ".join(dropped.split())
+    assert main(["explain", str(config_file), *overrides, "--model.num-layers", "4"]) == 0
+    table = capsys.readouterr().out.partition("attention, by kind of layer")[2]
+    rows = [line.split() for line in table.splitlines() if "blockwise" in line]
+    assert len(rows) == 2
+    # What is plain is fused everywhere; a window in packed rows is not, and the table says why.
+    assert {"cudnn", "blockwise"} <= {word for row in rows for word in row}
+    assert "no window within packed or padded rows" in " ".join(table.split())
+
+
 def test_prepare_counts_what_it_made(config_file, capsys):
     assert main(["prepare", str(config_file)]) == 0
     output = capsys.readouterr().out

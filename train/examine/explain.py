@@ -14,6 +14,7 @@ from rich import box
 from rich.table import Table
 
 from train.config import RunConfig, fields
+from train.examine.attention_backends import Choice, choices_of
 from train.loss import LossConfig
 from train.parallel.mesh import MESH_AXES
 from train.program.program import batch_shapes, described_state, trained_of
@@ -73,14 +74,30 @@ def explain(config: RunConfig) -> None:
         value = _plain(field.value)
         table.add_row(field.path, value if value == default else f"[bold]{value}[/bold]", default, field.meaning)
     out.print(table)
-    total = cost(config)
+    totals: list[Cost] = []
+    # What the loss is traced for tells which backends its attention takes.
+    found = choices_of(lambda: totals.append(cost(config)))
     costs = Table(title="costs", title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
     costs.add_column("what")
     costs.add_column("how much", justify="right")
     costs.add_column("meaning")
-    for row in _cost_rows(config, total):
+    for row in _cost_rows(config, totals[0]):
         costs.add_row(*row)
     out.print(costs)
+    if found:
+        out.print(_attention_table(found))
+
+
+def _attention_table(found: list[Choice]) -> Table:
+    table = Table(
+        title="attention, by kind of layer", title_justify="left", box=box.SIMPLE_HEAD,
+        caption="GPU: of the Hopper generation or newer", caption_justify="left",
+    )  # fmt: skip
+    for column in ("layer", "here", *(name for name, _ in found[0].elsewhere), "why not a faster one"):
+        table.add_column(column, overflow="fold")
+    for one in found:
+        table.add_row(one.call, one.here, *(backend for _, backend in one.elsewhere), "\n".join(one.reasons))
+    return table
 
 
 def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
@@ -121,7 +138,8 @@ def saved_bytes(
     """Bytes of the arrays that the loss's forward pass saves, other than the parameters and the batch themselves."""
 
     def residuals(params: nnx.State, batch: dict[str, Any]) -> Any:
-        drops = config.model.dropout or (config.adapter is not None and config.adapter.dropout)
+        attention = getattr(config.model, "attention_dropout", 0)
+        drops = config.model.dropout or attention or (config.adapter is not None and config.adapter.dropout)
         key = jax.random.key(0) if drops else None
 
         part, frozen = trained.split(params)

@@ -5,9 +5,10 @@ B batch, T query position, S key position, N query heads, K key/value heads, H h
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -137,7 +138,10 @@ def attend(
         Score.of(q_BTNH, bias_BNTS, score_mod=score_mod, scale=scale, logit_soft_cap=logit_soft_cap),
         None if dropout_key is None or dropout_rate == 0 else Dropout(seeds_of(dropout_key, B), dropout_rate),
     )
-    chosen = choose_backend(backend, _request(q_BTNH, v_BSKC, spec))
+    request = _request(q_BTNH, v_BSKC, spec)
+    chosen = choose_backend(backend, request)
+    for listener in _LISTENERS:
+        listener(chosen, request)
     if 0 in (B, T, S):
         # A softmax over no keys has no maximum.
         heads = N if isinstance(return_weights, bool) else len(return_weights)
@@ -148,6 +152,19 @@ def attend(
     if not return_weights:
         return out, None
     return out, attention_weights(q_BTNH, k_BSKH, spec, None if isinstance(return_weights, bool) else return_weights)
+
+
+_LISTENERS: list[Callable[[str, AttentionShapes], object]] = []
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[str, AttentionShapes], object]) -> Iterator[None]:
+    """Call `listener(backend, request)` for each call of `attend` that is traced or run inside."""
+    _LISTENERS.append(listener)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(listener)
 
 
 def _by_auto(q: Array, k: Array, v: Array, spec: AttentionSpec) -> Array:
