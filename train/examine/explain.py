@@ -14,10 +14,10 @@ from rich import box
 from rich.table import Table
 
 from train.config import RunConfig, fields
-from train.examine.attention_backends import Choice, choices_of
 from train.loss import LossConfig
 from train.parallel.mesh import MESH_AXES
 from train.program.program import batch_shapes, described_state, trained_of
+from train.report.attention_backends import Choice, choices
 from train.report.display import console
 from train.trained import ALL, TrainableMask, size
 from transformer.functional import graphdef_of
@@ -74,18 +74,18 @@ def explain(config: RunConfig) -> None:
         value = _plain(field.value)
         table.add_row(field.path, value if value == default else f"[bold]{value}[/bold]", default, field.meaning)
     out.print(table)
-    totals: list[Cost] = []
-    # What the loss is traced for tells which backends its attention takes.
-    found = choices_of(lambda: totals.append(cost(config)))
+    # The loss is traced, which tells the backends that its attention takes.
+    with choices() as found:
+        total = cost(config)
     costs = Table(title="costs", title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
     costs.add_column("what")
     costs.add_column("how much", justify="right")
     costs.add_column("meaning")
-    for row in _cost_rows(config, totals[0]):
+    for row in _cost_rows(config, total):
         costs.add_row(*row)
     out.print(costs)
     if found:
-        out.print(_attention_table(found))
+        out.print(_attention_table(list(found)))
 
 
 def _attention_table(found: list[Choice]) -> Table:

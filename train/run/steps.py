@@ -26,6 +26,7 @@ from train.parallel.processes import any_process, is_first
 from train.parallel.runtime import GracefulStop, Watchdog
 from train.program.program import flops_per_prediction
 from train.program.state import TrainState
+from train.report.attention_backends import choices, in_a_line
 from train.report.display import Display
 from train.report.meter import Meter, Reading
 from train.report.metrics import MetricLog
@@ -186,8 +187,11 @@ class Run:
                 examples, batch = next(on_devices)
                 trace.step(step)
                 session.watch.alive()
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                with jax.profiler.StepTraceAnnotation("train", step_num=step), choices() as found:
                     state, metrics = self.program.train_step(state, batch)
+                # The first call traces the program. A CPU has one backend.
+                if found and jax.default_backend() != "cpu":
+                    session.display.say(in_a_line(found))
                 # The host reads a step's metrics while the devices compute the next one.
                 meter.push(step, metrics, examples)
                 if (spike := self._read(session, keep=1)) is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformer.attention.backends.cudnn import HOPPER
@@ -26,38 +27,51 @@ class Choice:
     """What it asks of attention, as text."""
     here: str
     """The backend on the devices at hand."""
+    own_reasons: tuple[str, ...]
+    """Why not a faster one there."""
     elsewhere: tuple[tuple[str, str], ...]
     """For each of `PLATFORMS`, its name and the backend."""
     reasons: tuple[str, ...]
-    """Why not a faster backend: one text for each that a device prefers, and cannot use."""
+    """Why not a faster one, on any of these devices: a text for each that it prefers, and cannot use."""
 
 
-def choices_of(trace: Callable[[], object]) -> list[Choice]:
-    """The different choices of the calls of attention that `trace` makes, in the order of the first of each.
-
-    Args:
-        trace: traces a model, such as `jax.eval_shape` of its loss.
-    """
+@contextlib.contextmanager
+def choices() -> Iterator[dict[Choice, None]]:
+    """The different choices of the calls of attention that are traced inside, in the order of the first of each."""
     found: dict[Choice, None] = {}
     with listening(lambda backend, request: found.setdefault(_choice(backend, request))):
-        trace()
-    return list(found)
+        yield found
+
+
+def in_a_line(found: Iterable[Choice]) -> str:
+    """The backends on the devices at hand, with the kinds of layer if they differ, and why not a faster one."""
+    found = list(found)
+    several = len({one.here for one in found}) > 1
+    parts = dict[str, None]()
+    for one in found:
+        why = f", since {'; '.join(one.own_reasons)}" if one.own_reasons else ""
+        parts.setdefault(f"{one.here} ({one.call}){why}" if several else f"{one.here}{why}")
+    return f"attention: {'; '.join(parts)}"
 
 
 def _choice(backend: str, request: AttentionShapes) -> Choice:
-    elsewhere, reasons = [], dict[str, None]()
-    own = [("", request)] if request.platform != "cpu" else []
-    others = [(name, dataclasses.replace(request, **device)) for name, device in PLATFORMS.items()]
-    for name, asked in own + others:
-        taken = backend if not name else choose_backend("auto", asked)
-        for faster in PREFERENCE[asked.platform]:
-            if faster == taken:
-                break
-            if (why := BACKENDS[faster].supports(asked)) is not None and faster != "xla":
-                reasons.setdefault(f"{faster}: {why}")
-        if name:
-            elsewhere.append((name, taken))
-    return Choice(_described(request), backend, tuple(elsewhere), tuple(reasons))
+    elsewhere, reasons = [], dict.fromkeys(_reasons(request, backend))
+    own = tuple(reasons)
+    for name, device in PLATFORMS.items():
+        asked = dataclasses.replace(request, **device)
+        taken = choose_backend("auto", asked)
+        elsewhere.append((name, taken))
+        reasons |= dict.fromkeys(_reasons(asked, taken))
+    return Choice(_described(request), backend, own, tuple(elsewhere), tuple(reasons))
+
+
+def _reasons(request: AttentionShapes, taken: str) -> Iterator[str]:
+    """Why the platform's backends that come before the one taken cannot serve the call; xla may be able to."""
+    for faster in PREFERENCE.get(request.platform, ()):
+        if faster == taken:
+            return
+        if faster != "xla" and (why := BACKENDS[faster].supports(request)) is not None:
+            yield f"{faster}: {why}"
 
 
 def _described(request: AttentionShapes) -> str:
