@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         "finetuning-step", _finetuning_step, "a step of fine-tuning an encoder compared with torch's", rounds=7
     )
     sub.add_argument("--steps", type=_positive, default=3, help="steps in a turn (3)")
+    text = "plain: rows of one length; padded: of half the length to the whole"
+    sub.add_argument("--case", choices=("plain", "padded"), default="plain", help=text)
+    sub.add_argument("--compiled-peer", action="store_true", help="also compare with torch.compile")
     command(
         "embedding", _embedding, "text embedding compared with sentence-transformers, with the same weights", rounds=3
     )
@@ -174,7 +177,7 @@ def _step(options: argparse.Namespace) -> None:
 def _finetuning_step(options: argparse.Namespace) -> None:
     from benchmarks.encoders import step
 
-    step.run(options.rounds, options.steps)
+    step.run(options.rounds, options.steps, case=options.case, compiled_peer=options.compiled_peer)
 
 
 def _import_layouts(options: argparse.Namespace) -> None:

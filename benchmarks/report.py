@@ -72,7 +72,9 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         what = f"{result['classifier']}, held-out accuracy, {arm}, median"
         yield what, f"{values['median']:.1%}", f"{values['min']:.1%} to {values['max']:.1%}, {values['seeds']} seeds"
     if "finetuning_ratio_to" in result:
-        yield "fine-tuning step, speed over torch", *_figure(result["finetuning_ratio_to"]["torch"], "{:.2f}×")
+        step = "fine-tuning step" + (", padded rows" if result.get("case") == "padded" else "")
+        for peer, values in result["finetuning_ratio_to"].items():
+            yield f"{step}, speed over {peer}", *_figure(values, "{:.2f}×")
     for layout, found in result.get("import_layouts", {}).items():
         what = f"imported encoder, {layout} on {result['devices']} devices"
         yield f"{what}, largest difference", f"{found['largest_difference']:.1e}", ""

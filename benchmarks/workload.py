@@ -109,17 +109,30 @@ def program_of(config: RunConfig, devices: Sequence[Any]) -> Program:
         return Program(config, mesh)
 
 
-def our_step(work: RunConfig) -> Callable[[], object]:
-    """A function that takes one training step and returns its metrics (not yet computed, as JAX arrays are)."""
+def padded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch with rows of half its length to the whole, and padding after them."""
+    rows, length = batch["tokens"].shape
+    sizes = np.random.default_rng(1).integers(length // 2, length + 1, (rows, 1))
+    valid = np.arange(length) < sizes
+    whole = {name: batch[name] * valid for name in ("tokens", "positions", "segments")}
+    return batch | whole | {"lengths": sizes.astype(np.int32)}
+
+
+def our_step(work: RunConfig, batch: dict[str, np.ndarray] | None = None) -> Callable[[], object]:
+    """A function that takes one training step and returns its metrics (not yet computed, as JAX arrays are).
+
+    Args:
+        batch: `random_batch` by default.
+    """
     program = program_of(work, jax.devices()[:1])
     with use_mesh(program.mesh, work.mesh.rules):
         held = program.init()
-        batch = shard_batch(random_batch(work), program.batch_sharding)
+        on_devices = shard_batch(random_batch(work) if batch is None else batch, program.batch_sharding)
 
     def take() -> object:
         nonlocal held
         with use_mesh(program.mesh, work.mesh.rules):
-            held, metrics = program.train_step(held, batch)
+            held, metrics = program.train_step(held, on_devices)
         return metrics
 
     return take

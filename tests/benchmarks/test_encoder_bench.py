@@ -34,9 +34,10 @@ def test_a_fine_tuning_step_is_compared_with_torch(results):
     model = dataclasses.replace(BERT, head=ClassificationHeadConfig())
     objective = Classification()
     work = RunConfig(name="tiny", batch_size=2, length=8, model=model, objective=objective)
-    result = step.run(rounds=1, steps=1, work=work)
-    assert set(result["tokens_per_second"]) == {"manyheads", "torch"}
-    assert "fine-tuning step, speed over torch" in report(results)
+    for case, name in (("plain", "fine-tuning step"), ("padded", "fine-tuning step, padded rows")):
+        result = step.run(rounds=1, steps=1, work=work, case=case)
+        assert set(result["tokens_per_second"]) == {"manyheads", "torch"}
+        assert f"| {name}, speed over torch |" in report(results)
 
 
 @pytest.mark.torch
