@@ -110,6 +110,12 @@ def test_any_kind_of_key(kind):
     assert len(np.unique(np.asarray(seeds_of(key, 4)))) == 8
 
 
+def test_a_key_of_the_older_kind_is_the_same_key():
+    old, new = jax.random.PRNGKey(3), jax.random.key(3)
+    for function in (lambda key: row_keys(key, 4), lambda key: split(key, 2), lambda key: fold_in(key, 5)):
+        np.testing.assert_array_equal(*(jax.random.key_data(function(key)) for key in (old, new)))
+
+
 def test_the_gradient_drops_the_same():
     x, key = jnp.linspace(1, 2, 60).reshape(3, 20), jax.random.key(2)
     run = functools.partial(dropout, rate=0.3, key=key)

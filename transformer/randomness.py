@@ -28,6 +28,7 @@ def row_keys(key: Keys, num_rows: int, start: int | Int[Array, ""] = 0) -> Key[A
     Raises:
         ValueError: a number of keys that does not divide that of the rows.
     """
+    key = _typed(key)
     if key.ndim == 0:
         return fold_in(jnp.broadcast_to(key, (num_rows,)), start + jnp.arange(num_rows))
     several, rest = divmod(num_rows, key.shape[0])
@@ -38,12 +39,13 @@ def row_keys(key: Keys, num_rows: int, start: int | Int[Array, ""] = 0) -> Key[A
 
 def split(key: Keys, count: int) -> Key[Array, "count ..."]:
     """`count` keys, or `count` for each row, as `jax.random.split`."""
-    divide = functools.partial(jax.random.split, num=count)
+    key, divide = _typed(key), functools.partial(jax.random.split, num=count)
     return divide(key) if key.ndim == 0 else jax.vmap(divide, out_axes=1)(key)
 
 
 def fold_in(key: Keys, number: int | Int[Array, ...]) -> Keys:
     """A key from a key and a number, as `jax.random.fold_in`; for each row, of its own number or of one for all."""
+    key = _typed(key)
     if key.ndim == 0:
         return jax.random.fold_in(key, number)
     return jax.vmap(jax.random.fold_in, in_axes=(0, 0 if jnp.ndim(number) else None))(key, number)
@@ -99,6 +101,11 @@ def dropout_mask(
     """
     dropped = min(round(rate * 2**32), 2**32 - 1)
     return _hash(seeds_B2, *places) >= jnp.uint32(dropped), 2**32 / (2**32 - dropped)
+
+
+def _typed(key: Array) -> Keys:
+    """A key of `jax.random.key`, also from one of `jax.random.PRNGKey`, which is an array of two numbers."""
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def _numbered(shape: tuple[int, ...]) -> Array:

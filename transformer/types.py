@@ -15,12 +15,13 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, PRNGKeyArray, UInt32
 
-    Keys = Key[Array, "..."]
+    Keys = Key[Array, "..."] | UInt32[Array, "2"]
+    """A random key, or one for each row of a batch (`transformer/randomness.py`)."""
 else:
     try:
         from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, PRNGKeyArray, UInt32
 
-        Keys = Key[Array, "..."]
+        Keys = Key[Array, "..."] | UInt32[Array, "2"]
     except ImportError:
         # The test suite, which has jaxtyping, checks shapes; elsewhere nothing reads the annotations.
         Array = Bool = DTypeLike = Float = Int = Key = Keys = PRNGKeyArray = UInt32 = Any
