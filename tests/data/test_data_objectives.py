@@ -21,8 +21,8 @@ from train.objectives import OBJECTIVES, Causal, Masked, Objective, Seq2Seq, Spa
 from transformer.errors import ConfigError, UserError
 
 LENGTH = 32
-MASKED_KEYS = {"tokens", "targets", "weights", "predicted", "segments", "positions", "example"}
-SIDES_KEYS = MASKED_KEYS - {"predicted"} | {"source_tokens", "source_segments", "source_positions"}
+MASKED_KEYS = {"tokens", "targets", "weights", "predicted", "segments", "positions", "lengths", "example"}
+SIDES_KEYS = MASKED_KEYS - {"predicted"} | {"source_tokens", "source_segments", "source_positions", "source_lengths"}
 KEYS: dict[str, set[str]] = {
     "causal": {"tokens", "targets", "weights", "example"},
     "masked": MASKED_KEYS,

@@ -208,7 +208,7 @@ def with_lengths(batch: dict[str, np.ndarray], most_documents: int) -> dict[str,
             flat = segments.reshape(-1, size)
             places = np.arange(len(flat))[:, None] * (M + 1) + flat
             counts = np.bincount(places.reshape(-1), minlength=len(flat) * (M + 1)).reshape(*rows, M + 1)
-            lengths[f"{name.removesuffix('segments')}lengths"] = counts[..., 1:].astype(np.int32)
+            lengths[f"{name.removesuffix('segments')}lengths"] = np.ascontiguousarray(counts[..., 1:], np.int32)
     return batch | lengths
 
 
