@@ -58,7 +58,9 @@ def run() -> None:
     found = subprocess.run(
         [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
     )
-    if found.stdout.strip() in ("", "cpu"):
+    if found.returncode:
+        raise UserError(f"jax does not start: {found.stderr.strip().splitlines()[-1]}")
+    if found.stdout.strip() == "cpu":
         raise UserError("no accelerator found: jax sees only the CPU; install jax for it, such as jax[cuda13]")
     run_all(MEASUREMENTS, SECONDS)
 

@@ -91,6 +91,19 @@ def with_backward(
     )
 
 
+def own_transpose(function: Callable[[Any, Array], Array], residuals: Any, x: Array) -> Array:
+    """`function(residuals, x)`, which is linear in x and equal to its own transpose: a mask, for example.
+
+    Only the residuals are kept for the backward pass; autodiff of the function would keep what it computes from them.
+    """
+    flat, structure = jax.tree.flatten(residuals)
+
+    def apply(kept: Sequence[Any], xs: Sequence[Array]) -> list[Array]:
+        return [function(jax.tree.unflatten(structure, kept), x) for x in xs]
+
+    return _linear(apply, apply, flat, [x], [x])[0]
+
+
 def reverse_mode_only(arrays: Sequence[Array], message: str) -> list[Array]:
     """The arrays unchanged, as inputs of a kernel that only defines its first gradient.
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from transformer.differentiation import with_backward
+from transformer.differentiation import own_transpose
 from transformer.types import Array, Bool, Float, Int, Key, Keys, UInt32
 
 
@@ -54,8 +54,9 @@ def fold_in(key: Keys, number: int | Int[Array, ...]) -> Keys:
 def seeds_of(key: Keys, num_rows: int) -> UInt32[Array, "B 2"]:
     """Two words for each row, from which `dropout_mask` makes its bits."""
     words = jax.random.key_data(row_keys(key, num_rows))
-    # Keys of other generators than Threefry have four words, of which two may repeat the others.
-    return words if words.shape[1] == 2 else words[:, :2] + words[:, -2:] * _ODD[0]
+    # Keys of other generators than Threefry have four words, of which two may repeat the others; times an odd number, no bit is
+    # lost.
+    return words if words.shape[1] == 2 else words[:, :2] + words[:, -2:] * (_ODD[0] - np.uint32(1))
 
 
 def gumbel(key: Keys, like: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
@@ -75,17 +76,11 @@ def dropout(x: Float[Array, "B ..."], rate: float, key: Keys | None) -> Float[Ar
     if rate == 0 or key is None:
         return x
 
-    def masked(x: Array, seeds_B2: Array) -> Array:
+    def masked(seeds_B2: Array, x: Array) -> Array:
         is_kept, scale = dropout_mask(seeds_B2, rate, _numbered(x.shape[1:]))
         return jnp.where(is_kept, x * jnp.asarray(scale, x.dtype), jnp.zeros_like(x))
 
-    def forward(x: Array, seeds_B2: Array) -> tuple[Array, Array]:
-        return masked(x, seeds_B2), seeds_B2
-
-    def backward(seeds_B2: Array, dy: Array) -> tuple[Array, None]:
-        return masked(dy, seeds_B2), None
-
-    return with_backward(forward, backward, x, seeds_of(key, x.shape[0]))
+    return own_transpose(masked, seeds_of(key, x.shape[0]), x)
 
 
 def dropout_mask(

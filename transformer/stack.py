@@ -97,6 +97,7 @@ def apply_stack(
     schedule: Schedule | None = None,
     scan: Literal["auto"] | bool = True,
     remat: str = "none",
+    group: int = 1,
 ) -> tuple[Array, Any]:
     """Run `call(block, x, key, layer_input, context) -> (x, layer_output)` through the layers, from the first to the last.
 
@@ -116,6 +117,7 @@ def apply_stack(
             XLA optimise across layers. auto: on a GPU a loop up to `FEW_LAYERS`, and beyond that a scan of `TOGETHER` layers at
             a time: a scan copies what each layer keeps for the backward pass into stacked arrays and out again.
         remat: `none` or a name of `REMAT_POLICIES`.
+        group: the number of blocks that a layer is.
 
     Returns:
         The last x, and the layers' outputs with a leading L; a list of outputs for a list of blocks.
@@ -126,7 +128,7 @@ def apply_stack(
     if remat != "none" and remat not in REMAT_POLICIES:
         known = ", ".join(REMAT_POLICIES)
         raise ValueError(f"remat {remat!r} does not exist; allowed: none, {known}.{nearest(remat, REMAT_POLICIES)}")
-    through = functools.partial(_through, list(calls), first=first, scan=scan, remat=remat)
+    through = functools.partial(_through, list(calls), first=first, scan=scan, remat=remat, group=group)
 
     def stage(blocks: nnx.Module, x: Array, keys: Array | None, inputs: Any, context: Any) -> tuple[Array, Any]:
         check_period(num_layers, _leading(blocks), len(calls))
@@ -154,13 +156,14 @@ def _through(
     first: Callable[..., tuple[Array, Any]] | None,
     scan: Literal["auto"] | bool,
     remat: str,
+    group: int,
 ) -> tuple[Array, Any]:
     """The layers one after the other."""
     period, together = len(calls), 1
     if scan == "auto":
         on_gpu = platform_of_program() == "gpu"
-        scan = not (on_gpu and (isinstance(blocks, list) or _leading(blocks) <= FEW_LAYERS))
-        together = TOGETHER if on_gpu else 1
+        scan = not (on_gpu and (isinstance(blocks, list) or _leading(blocks) * group <= FEW_LAYERS))
+        together = max(TOGETHER // (period * group), 1) if on_gpu else 1
 
     def body_of(call: Callable[..., tuple[Array, Any]]) -> Callable[..., tuple[Array, Any]]:
         def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
@@ -196,7 +199,7 @@ def _through(
     def part(start: int, stop: int) -> Any:
         return layers if (start, stop) == (0, num_layers) else jax.tree.map(lambda leaf: leaf[start:stop], layers)
 
-    def group(x: Array, layers: Any) -> tuple[Array, Any]:
+    def repeat(x: Array, layers: Any) -> tuple[Array, Any]:
         x, outputs = one_by_one(x, unstack(layers, period), start=period)
         return x, restack(outputs)
 
@@ -210,7 +213,7 @@ def _through(
         outputs.append(restack(found))
     if groups:
         stacked = jax.tree.map(lambda leaf: leaf.reshape(groups, period, *leaf.shape[1:]), part(begin, end))
-        x, found = jax.lax.scan(group, x, stacked)
+        x, found = jax.lax.scan(repeat, x, stacked, unroll=together)
         outputs.append(jax.tree.map(lambda leaf: leaf.reshape(groups * period, *leaf.shape[2:]), found))
     if end < num_layers:
         x, found = one_by_one(x, unstack(part(end, num_layers), num_layers - end), start=end)

@@ -175,11 +175,41 @@ def test_what_else_decides(calls, name):
 
 
 PACKED = np.array([[1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 0, 0, 0, 0, 0, 0], [1] * 16, [1] * 5 + [2] * 11, [0] * 16])
-LENGTHS = np.array([[3, 2, 5, 0], [16, 0, 0, 0], [5, 11, 0, 0], [0, 0, 0, 0]])
+LENGTHS = np.array([[3, 2, 5, 0], [16, 0, 0, 0], [5, 11, 0, 0], [0, 0, 0, 0]], np.int32)
 
 
 def packed(lengths=LENGTHS):
-    return AttentionMask.segments(jnp.asarray(PACKED), lengths_BM=jnp.asarray(lengths, jnp.int32))
+    return AttentionMask.segments(jnp.asarray(PACKED), lengths_BM=jnp.asarray(lengths))
+
+
+def between(q_lengths, k_lengths):
+    """Of queries to keys with documents of their own, whatever they are."""
+    ids = jnp.asarray(PACKED)
+    return AttentionMask.segments(ids, ids, lengths_BM=jnp.asarray(q_lengths), k_lengths_BM=jnp.asarray(k_lengths))
+
+
+@pytest.mark.parametrize("version", [(0, 10, 2), (0, 11, 2)])
+def test_keys_that_heads_share_are_repeated_where_jax_miscounts_their_offsets(calls, monkeypatch, version):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    heads = {}
+
+    def look(query, key, value, **options):
+        heads.update(q=query.shape[2], k=key.shape[2], v=value.shape[2])
+        return query
+
+    monkeypatch.setattr(kernel, "dot_product_attention", look)
+    spec = AttentionSpec(causal() & packed(), Score(H**-0.5))
+    q, k = (jax.ShapeDtypeStruct((4, T, heads, H), jnp.bfloat16) for heads in (4, 2))
+    jax.eval_shape(lambda q, k, v: cudnn.cudnn(q, k, v, spec), q, k, k)
+    assert heads == ({"q": 4, "k": 4, "v": 4} if version < (0, 11) else {"q": 4, "k": 2, "v": 2})
+
+
+def test_lengths_of_one_row_are_those_of_all(calls):
+    mask = AttentionMask.segments(jnp.asarray(PACKED[:1]), lengths_BM=jnp.asarray(LENGTHS[:1]))
+    asked = request(causal() & mask, batch_size=4)
+    assert choose_backend("auto", asked) == "cudnn"
+    trace(asked)
+    assert calls[0]["q_seqlen"].shape == (4, 4)
 
 
 def test_packed_documents_are_the_same_to_cudnn(calls):
@@ -248,6 +278,9 @@ def test_what_the_kernel_leaves_unwritten_is_zero(monkeypatch, num_documents):
         (packed(), {}, None),
         (causal() & packed() & window(left=3), {}, "no window within packed or padded rows"),
         (packed() & packed(), {}, "this mask has several"),
+        (packed(np.pad(LENGTHS, ((0, 0), (0, 60)))), {}, "with more than 48 documents in a row, and there is room for 64"),
+        (between(LENGTHS, LENGTHS), {}, "only if queries and keys have the same ones"),
+        (between(LENGTHS.sum(1, keepdims=True), LENGTHS.sum(1, keepdims=True) - 1), {}, None),
     ],
 )  # fmt: skip
 def test_which_packed_rows_it_takes(mask, changes, expected):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -174,7 +175,7 @@ def request(mask=None, score=None, dropout=None, **changes):
     defaults = {
         "platform": "tpu", "dtype": jnp.bfloat16, "batch_size": 2,
         "num_queries": 256, "num_keys": 256, "num_heads": 4, "num_kv_heads": 2,
-        "head_dim": 64, "value_dim": 64, "spec": AttentionSpec(mask, score or Score(0.125), dropout),
+        "head_dim": 64, "value_dim": 64, "compute_capability": 8.0, "spec": AttentionSpec(mask, score or Score(0.125), dropout),
     }  # fmt: skip
     return AttentionShapes(**(defaults | changes))
 
@@ -239,7 +240,10 @@ def test_a_jax_without_the_gpu_kernel(monkeypatch):
 def test_auto_takes_it_on_a_tpu():
     assert choose_backend("auto", request()) == "pallas"
     assert choose_backend("auto", request(num_queries=1)) == "xla"
-    assert choose_backend("auto", request(platform="gpu", num_queries=8192, num_keys=8192, mask=packed(8))) != "pallas"
+    # On a GPU where cuDNN has no packed documents, and the array of all weights is large.
+    long = request(platform="gpu", num_queries=8192, num_keys=8192, mask=packed(8))
+    assert choose_backend("auto", long) == "pallas"
+    assert choose_backend("auto", dataclasses.replace(long, compute_capability=7.5)) == "blockwise"
 
 
 def test_a_named_backend_that_cannot_run_says_why():

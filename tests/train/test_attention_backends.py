@@ -14,13 +14,13 @@ from transformer.attention.spec.mask import AttentionMask
 X = jax.ShapeDtypeStruct((2, 64, 4, 16), jnp.bfloat16)
 
 
-def traced(*masks):
+def traced(*masks, backend="auto"):
     with choices() as found:
         for mask in masks:
             # Only the choice is wanted; a GPU's kernel cannot be traced here.
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(dispatch, "BACKENDS", {name: _Untraced(one) for name, one in dispatch.BACKENDS.items()})
-                jax.eval_shape(lambda q, mask=mask: attend(q, q, q, mask)[0], X)
+                jax.eval_shape(lambda q, mask=mask: attend(q, q, q, mask, backend=backend)[0], X)
     return list(found)
 
 
@@ -67,3 +67,9 @@ def test_nothing_is_seen_outside():
         pass
     jax.eval_shape(lambda q: attend(q, q, q, CAUSAL)[0], X)
     assert not found
+
+
+def test_a_named_backend_is_named_everywhere():
+    (named,) = traced(CAUSAL, backend="reference")
+    assert named.here == "reference" and dict(named.elsewhere) == {"GPU": "reference", "TPU": "reference"}
+    assert not named.reasons

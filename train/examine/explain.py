@@ -90,7 +90,7 @@ def explain(config: RunConfig) -> None:
 
 def _attention_table(found: list[Choice]) -> Table:
     table = Table(
-        title="attention, by kind of layer", title_justify="left", box=box.SIMPLE_HEAD,
+        title="attention on one device, by kind of layer", title_justify="left", box=box.SIMPLE_HEAD,
         caption="GPU: of the Hopper generation or newer", caption_justify="left",
     )  # fmt: skip
     for column in ("layer", "here", *(name for name, _ in found[0].elsewhere), "why not a faster one"):

@@ -33,7 +33,6 @@ _ERROR = "manyheads/error"
 """Key of the error that ends all processes, and prefix of those by which each says that it has it."""
 _PATIENCE_MS = 10_000
 _POLL_SECONDS = 0.5
-_WEEK_MS = 7 * 24 * 3600 * 1000
 _MEETINGS = itertools.count()
 """Names of meetings, each of which is held once; all processes count alike."""
 _LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|ABORTED|CANCELLED|FAILED_PRECONDITION): ")
@@ -220,18 +219,32 @@ class _SharedErrors:
 
 @contextlib.contextmanager
 def process_zero_first() -> Iterator[None]:
-    """The first process runs the block, however long it takes, then the others, which find its files on the shared disk."""
-    if not is_first():
-        _meet()
-    yield
+    """The first process runs the block, however long it takes, then the others, which find its files on the shared disk.
+
+    They wait by the service through which they found each other: unlike a collective it takes no device, and no limit of a
+    transport ends it.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    key = f"manyheads/done/{next(_MEETINGS)}"
     if is_first():
-        _meet()
+        yield
+        _service().key_value_set(key, "")
+    else:
+        _awaited(key)
+        yield
 
 
-def _meet() -> None:
-    """Wait for all processes by their service: unlike a collective it takes no device, and no limit of a transport ends it."""
-    if jax.process_count() > 1:
-        _service().wait_at_barrier(f"manyheads/meeting/{next(_MEETINGS)}", _WEEK_MS)
+def _awaited(key: str) -> str:
+    """The value of a key, once a process has set it. Asked again and again, so that a signal is answered in between."""
+    while True:
+        try:
+            return _service().key_value_try_get(key)
+        except Exception as error:
+            if "NOT_FOUND" not in str(error):
+                raise
+        time.sleep(_POLL_SECONDS / 5)
 
 
 def _service() -> Any:
@@ -248,8 +261,6 @@ def any_process(value: bool, step: int, every: int = 10) -> bool:
 
 def gathered(text: str) -> list[str]:
     """The texts of all processes, in order."""
-    client = _service()
     folder = f"manyheads/text/{next(_MEETINGS)}"
-    client.key_value_set(f"{folder}/{jax.process_index()}", text)
-    _meet()
-    return [client.blocking_key_value_get(f"{folder}/{index}", _PATIENCE_MS) for index in range(jax.process_count())]
+    _service().key_value_set(f"{folder}/{jax.process_index()}", text)
+    return [_awaited(f"{folder}/{index}") for index in range(jax.process_count())]

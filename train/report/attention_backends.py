@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformer.attention.backends.cudnn import HOPPER
-from transformer.attention.dispatch import BACKENDS, PREFERENCE, choose_backend, listening
+from transformer.attention.dispatch import BACKENDS, PREFERENCE, BackendError, choose_backend, listening
 from transformer.attention.spec.predicates import Either
 from transformer.attention.spec.shapes import AttentionShapes
 
@@ -39,7 +39,7 @@ class Choice:
 def choices() -> Iterator[dict[Choice, None]]:
     """The different choices of the calls of attention that are traced inside, in the order of the first of each."""
     found: dict[Choice, None] = {}
-    with listening(lambda backend, request: found.setdefault(_choice(backend, request))):
+    with listening(lambda *call: found.setdefault(_choice(*call))):
         yield found
 
 
@@ -54,14 +54,18 @@ def in_a_line(found: Iterable[Choice]) -> str:
     return f"attention: {'; '.join(parts)}"
 
 
-def _choice(backend: str, request: AttentionShapes) -> Choice:
-    elsewhere, reasons = [], dict.fromkeys(_reasons(request, backend))
+def _choice(named: str, backend: str, request: AttentionShapes) -> Choice:
+    elsewhere, reasons = [], dict.fromkeys(_reasons(request, backend) if named == "auto" else ())
     own = tuple(reasons)
     for name, device in PLATFORMS.items():
         asked = dataclasses.replace(request, **device)
-        taken = choose_backend("auto", asked)
+        try:
+            taken = choose_backend(named, asked)
+        except BackendError:
+            taken = "–"
         elsewhere.append((name, taken))
-        reasons |= dict.fromkeys(_reasons(asked, taken))
+        if named == "auto":
+            reasons |= dict.fromkeys(_reasons(asked, taken))
     return Choice(_described(request), backend, own, tuple(elsewhere), tuple(reasons))
 
 

@@ -189,8 +189,8 @@ class Run:
                 session.watch.alive()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step), choices() as found:
                     state, metrics = self.program.train_step(state, batch)
-                # The first call traces the program. A CPU has one backend.
-                if found and jax.default_backend() != "cpu":
+                # The first call traces the program, and that of another shape does again. A CPU has one backend.
+                if found and step == start + 1 and jax.default_backend() != "cpu":
                     session.display.say(in_a_line(found))
                 # The host reads a step's metrics while the devices compute the next one.
                 meter.push(step, metrics, examples)

@@ -141,7 +141,7 @@ def attend(
     request = _request(q_BTNH, v_BSKC, spec)
     chosen = choose_backend(backend, request)
     for listener in _LISTENERS:
-        listener(chosen, request)
+        listener(backend, chosen, request)
     if 0 in (B, T, S):
         # A softmax over no keys has no maximum.
         heads = N if isinstance(return_weights, bool) else len(return_weights)
@@ -154,12 +154,13 @@ def attend(
     return out, attention_weights(q_BTNH, k_BSKH, spec, None if isinstance(return_weights, bool) else return_weights)
 
 
-_LISTENERS: list[Callable[[str, AttentionShapes], object]] = []
+_LISTENERS: list[Callable[[str, str, AttentionShapes], object]] = []
 
 
 @contextlib.contextmanager
-def listening(listener: Callable[[str, AttentionShapes], object]) -> Iterator[None]:
-    """Call `listener(backend, request)` for each call of `attend` that is traced or run inside."""
+def listening(listener: Callable[[str, str, AttentionShapes], object]) -> Iterator[None]:
+    """Call `listener(name, backend, request)` for each call of `attend` that is traced or run inside: the name that was given,
+    such as auto, and the backend that serves it."""
     _LISTENERS.append(listener)
     try:
         yield

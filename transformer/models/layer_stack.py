@@ -155,7 +155,7 @@ class LayerStack(nnx.Module):
             calls, blocks, x_BTD, keys=keys, per_layer=inputs, context=context,
             first=None if self.first_norm else self._call(0, wanted[0], normed=True),
             schedule=self.schedule if states is None and memory is None and return_weights is False else None,
-            scan=c.scan_layers, remat=c.remat,
+            scan=c.scan_layers, remat=c.remat, group=self.group,
         )  # fmt: skip
         output = self._gathered(outputs, single, chosen)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD), output

@@ -19,6 +19,7 @@ Which tokens are hidden, and where stretches are cut, is drawn anew each time an
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from dataclasses import dataclass
 
@@ -177,7 +178,7 @@ class MaskedDocuments(_Text):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    @property
+    @functools.cached_property
     def most_documents(self) -> int:
         return int(np.diff(self._bounds).max(initial=1))
 

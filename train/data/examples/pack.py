@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ class Documents(Examples):
             **placed.places(),
         }
 
-    @property
+    @functools.cached_property
     def most_documents(self) -> int:
         return int(np.diff(self._bounds).max(initial=1))
 

@@ -6,6 +6,7 @@ Axes: B rows, S positions of the source, T positions of what is predicted, N pai
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,7 +130,7 @@ class PackedPairs(Examples):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    @property
+    @functools.cached_property
     def most_documents(self) -> int:
         return int(np.diff(self._bounds).max(initial=1))
 

@@ -23,6 +23,8 @@ from transformer.attention.spec.spec import AttentionSpec
 from transformer.differentiation import reverse_mode_only
 from transformer.types import Array, Bool, Float, Int
 
+MOST_DOCUMENTS = 48
+"""Of a row: the kernel's time, and the statistic that it keeps for the backward pass, grow with the room for documents."""
 AMPERE, HOPPER = 8.0, 9.0
 """Compute capabilities from which on cuDNN has flash attention, and packed documents and heads wider than 128."""
 
@@ -40,6 +42,9 @@ def cudnn(
     """
     layout = Layout.of(spec.mask)
     assert isinstance(layout, Layout)
+    if layout.documents is not None:
+        # The lengths of one row may be those of all.
+        layout = dataclasses.replace(layout, documents=layout.documents.of_rows(q_BTNH.shape[0]))
     q_BTNH, k_BSKH, v_BSKH = reverse_mode_only(
         (q_BTNH, k_BSKH, v_BSKH),
         "attention backend 'cudnn' has a gradient and no derivative in forward mode, nor a second one; "
@@ -60,6 +65,10 @@ class Documents:
 
     q_lengths_BM: Int[Array, "B M"]
     k_lengths_BM: Int[Array, "B M"]
+
+    def of_rows(self, num_rows: int) -> Documents:
+        """The same for this number of rows."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_rows, x.shape[1])), self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +97,9 @@ class Layout:
                     return "it takes one array of segment numbers, and this mask has several"
                 if term.q_lengths_BM is None or term.k_lengths_BM is None:
                     return "it needs the lengths of packed documents: AttentionMask.segments(..., lengths_BM=...)"
+                several = max(term.q_lengths_BM.shape[1], term.k_lengths_BM.shape[1]) > 1
+                if several and term.q_lengths_BM is not term.k_lengths_BM:
+                    return "it takes several documents in a row only if queries and keys have the same ones"
                 documents = Documents(term.q_lengths_BM, term.k_lengths_BM)
             else:
                 name = type(term).__name__.lower()
@@ -137,8 +149,11 @@ def supports_cudnn(request: AttentionShapes) -> str | None:
         return layout
     if layout.window is not None and request.num_queries != request.num_keys:
         return f"its windows need as many keys as queries, and there are {request.num_keys} and {request.num_queries}"
-    if layout.documents is not None and layout.documents.q_lengths_BM.shape[1] > 1 and not is_hopper:
+    most = 1 if layout.documents is None else layout.documents.q_lengths_BM.shape[1]
+    if most > 1 and not is_hopper:
         return "it needs a GPU of the Hopper generation or newer for packed documents"
+    if most > MOST_DOCUMENTS:
+        return f"it is slow with more than {MOST_DOCUMENTS} documents in a row, and there is room for {most}"
     return None
 
 
@@ -161,6 +176,9 @@ def _on_device(q: Array, k: Array, v: Array, documents: Documents | None, layout
         if q_lengths.shape[1] == 1:
             lengths = {"q_seqlen": q_lengths[:, 0], "kv_seqlen": k_lengths[:, 0]}
         else:
+            if jax.__version_info__ < (0, 11, 2):
+                # JAX counted the offsets of shared keys by the number of query heads.
+                k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
             lengths = {
                 "q_seqlen": jnp.where(q_lengths > 0, q_lengths, -1), "kv_seqlen": jnp.where(k_lengths > 0, k_lengths, -1),
                 "q_offsets": _starts(q_lengths), "kv_offsets": _starts(k_lengths),

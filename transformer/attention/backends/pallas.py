@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.attention.backends.blockwise import ATTENTION_RESIDUALS
+from transformer.attention.backends.cudnn import AMPERE
 from transformer.attention.backends.shares import shard_map_kernel
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.predicates import Causal, MaskPredicate, Padding, Prefix, Segments, Window
@@ -156,6 +157,8 @@ def _refused_by_hardware(request: AttentionShapes) -> str | None:
     if request.dtype not in types:
         names = " or ".join(jnp.dtype(dtype).name for dtype in types)
         return f"it needs {names} on a {request.platform.upper()}, and q is {request.dtype}"
+    if request.platform == "gpu" and request.compute_capability < AMPERE:
+        return "it needs an NVIDIA GPU of the Ampere generation or newer"
     if request.platform == "tpu":
         shortest = min(request.num_queries, request.num_keys)
         if shortest < TPU_BLOCKS[-1]:

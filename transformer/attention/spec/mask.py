@@ -133,6 +133,12 @@ class AttentionMask:
         k_BS, k_lengths_BM = (q_BT, lengths_BM) if k_BS is None else (k_BS, k_lengths_BM)
         for array in (q_BT, k_BS):
             _check("segments", array, 2, jnp.integer)
+        for lengths, ids in ((lengths_BM, q_BT), (k_lengths_BM, k_BS)):
+            if lengths is None:
+                continue
+            _check("segments", lengths, 2, jnp.integer)
+            if lengths.shape[0] not in (1, ids.shape[0]):
+                raise ValueError(f"mask: lengths of {lengths.shape[0]} rows for segments of {ids.shape[0]}")
         if q_BT.shape[0] != k_BS.shape[0] and 1 not in (q_BT.shape[0], k_BS.shape[0]):
             raise ValueError(f"mask: segments of {q_BT.shape[0]} rows of queries and {k_BS.shape[0]} of keys")
         return AttentionMask((p.Segments(q_BT, k_BS, lengths_BM, k_lengths_BM),))
