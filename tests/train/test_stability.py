@@ -104,8 +104,8 @@ def test_a_rollback_passes_over_batches_and_is_the_same_after_a_restart(config, 
     records = read_skipped(whole.directory)
     back = [record for record in records if record["rolled_back_to"] is not None]
     assert back and all(record["rolled_back_to"] < record["step"] for record in back)
-    # No step that counts is a spike, but for those before the first checkpoint.
-    assert all(z <= 1 for step, z in read_metrics(whole.directory)["train/loss_z"].items() if step > 3)
+    # No step that counts is a spike, but for those before the first checkpoint, and the last, whose update is skipped.
+    assert all(z <= 1 for step, z in read_metrics(whole.directory)["train/loss_z"].items() if 3 < step < 20)
     assert list(steps_of(whole.directory)) == list(range(1, 21))
     # The batch that was skipped can be looked at.
     spike = back[-1]

@@ -185,11 +185,12 @@ def _state_of(
 def batch_shapes(config: RunConfig, rows: int | None = None) -> BatchShapes:
     """The arrays of a batch of `rows` examples (`config.batch_size`), padding included.
 
-    With packed documents, the number of documents of a row depends on the data; here it is one for each 64 tokens.
+    Where documents are packed, the number of those of a row depends on the data; here it is one for each 64 tokens.
     """
     rows = config.batch_size if rows is None else rows
     shapes = config.objective.batch(rows, config.sequence_length, config.data)
-    M = room_for(max(2, config.sequence_length // 64)) if config.data.packing == "documents" else 1
+    packed = config.data.packing == "documents" and config.objective.packings != ("documents",)
+    M = room_for(max(2, config.sequence_length // 64)) if packed else 1
     lengths = {
         f"{name.removesuffix('segments')}lengths": jax.ShapeDtypeStruct((*one.shape[:-1], M), one.dtype)
         for name, one in shapes.items()
