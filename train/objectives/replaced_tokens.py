@@ -65,7 +65,9 @@ class ReplacedTokens(HiddenTokens):
 
 
 def _drawn(key: Keys, scores_BKV: Array) -> Array:
-    """A token for each place, drawn with the row's own key."""
-    # The largest of scores with Gumbel noise is a draw from their softmax.
+    """A token for each place, drawn with one key, or with each row's own."""
     scores_BKV = jax.lax.stop_gradient(scores_BKV)
+    if key.ndim == 0:
+        return jax.random.categorical(key, scores_BKV)
+    # The largest of scores with Gumbel noise is a draw from their softmax.
     return jnp.argmax(scores_BKV + gumbel(key, scores_BKV), axis=-1)
