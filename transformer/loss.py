@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from transformer.differentiation import with_backward
-from transformer.sharding import axes_size, mesh_axes
+from transformer.sharding import axes_to_map, dividing_axes
 from transformer.types import Array, DTypeLike, Float, Int, wide
 
 CHUNK_BYTES = 512 * 2**20
@@ -118,10 +118,7 @@ class _Layout:
 
 
 def _layout(sizes: dict[str, int]) -> _Layout:
-    placed: dict[str, tuple[str, ...]] = {}
-    for axis, size in sizes.items():
-        names = tuple(name for name in mesh_axes(axis) if axes_size((name,)) > 1)
-        placed[axis] = names if size % axes_size(names) == 0 else ()
+    placed = {axis: dividing_axes(axis, size) for axis, size in sizes.items()}
     # Devices that split the features of the projection, but not the tokens, would all compute the same.
     if not set(placed["embed"]) <= {*placed["batch"], *placed["seq"]}:
         placed["embed"] = ()
@@ -154,17 +151,17 @@ class _Task:
         at = self.layout
         if not (at.tokens or at.vocab):
             return own(*args)
+        mapped = axes_to_map()
+        assert mapped is not None, "an axis of several devices is free"
         tokens, vocab, embed = PartitionSpec(at.batch or None, at.seq or None), at.vocab or None, at.embed or None
         kernel = PartitionSpec(vocab, embed) if self.is_table else PartitionSpec(embed, vocab)
         bias = None if args[2] is None else PartitionSpec(vocab)
         gradients = (tokens, kernel, bias) if with_gradients else None
-        mesh = jax.sharding.get_abstract_mesh()
-        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
         return jax.shard_map(
             own,
             in_specs=(tokens, kernel, bias, tokens, tokens),
             out_specs=((PartitionSpec(), PartitionSpec()), gradients),
-            axis_names={name for name, kind in kinds if kind is not AxisType.Manual},
+            axis_names=mapped,
             check_vma=False,
         )(*args)
 

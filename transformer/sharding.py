@@ -70,6 +70,12 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
     return () if mesh.empty else tuple(name for name in free if name in mesh.axis_names)
 
 
+def dividing_axes(axis: str, size: int) -> tuple[str, ...]:
+    """The mesh axes of a logical axis, if they divide a dim of this size evenly; else every device has the whole."""
+    names = tuple(name for name in mesh_axes(axis) if axes_size((name,)) > 1)
+    return names if size % axes_size(names) == 0 else ()
+
+
 def axes_to_map() -> set[str] | None:
     """The axes of the active mesh for a `jax.shard_map` within which the compiler partitions nothing; None if none is needed.
 

@@ -182,10 +182,9 @@ class _SharedErrors:
             if self._stopped.wait(_POLL_SECONDS):
                 return
             try:
-                text = self._client.key_value_try_get(_ERROR)
-            except Exception as error:
-                if "NOT_FOUND" not in str(error):
-                    return  # the service has ended, which other code reports
+                text = _value(_ERROR)
+            except Exception:
+                return  # the service has ended, which other code reports
         if not self._ending.acquire(blocking=False):
             return  # this process has shown an error of its own
         sender, _, message = text.partition(": ")
@@ -238,13 +237,19 @@ def process_zero_first() -> Iterator[None]:
 
 def _awaited(key: str) -> str:
     """The value of a key, once a process has set it. Asked again and again, so that a signal is answered in between."""
-    while True:
-        try:
-            return _service().key_value_try_get(key)
-        except Exception as error:
-            if "NOT_FOUND" not in str(error):
-                raise
+    while (text := _value(key)) is None:
         time.sleep(_POLL_SECONDS / 5)
+    return text
+
+
+def _value(key: str) -> str | None:
+    """The value of a key; None while no process has set it."""
+    try:
+        return str(_service().key_value_try_get(key))
+    except Exception as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return None
 
 
 def _service() -> Any:

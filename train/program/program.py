@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.config import RunConfig
-from train.data.examples.pack import room_for
+from train.data.examples.pack import lengths_name, room_for
 from train.data.prepared.store import Prepared
 from train.loss import Batch
 from train.objectives.objective import BatchShapes
@@ -192,9 +192,9 @@ def batch_shapes(config: RunConfig, rows: int | None = None) -> BatchShapes:
     packed = config.data.packing == "documents" and config.objective.packings != ("documents",)
     M = room_for(max(2, config.sequence_length // 64)) if packed else 1
     lengths = {
-        f"{name.removesuffix('segments')}lengths": jax.ShapeDtypeStruct((*one.shape[:-1], M), one.dtype)
+        of: jax.ShapeDtypeStruct((*one.shape[:-1], M), one.dtype)
         for name, one in shapes.items()
-        if name.endswith("segments")
+        if (of := lengths_name(name)) is not None
     }
     return shapes | lengths
 

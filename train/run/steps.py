@@ -182,12 +182,12 @@ class Run:
         """The steps from the one after `start`, with what is due between them; their last, and a spike to roll back from."""
         config, step, meter = self.config, start, session.meter
         on_devices = prefetch_to_device(self.batches.iterate(self.order.batch(start + 1)), self._to_device)
-        with contextlib.closing(on_devices):
+        with contextlib.closing(on_devices), choices() as found:
             for step in range(start + 1, last + 1):
                 examples, batch = next(on_devices)
                 trace.step(step)
                 session.watch.alive()
-                with jax.profiler.StepTraceAnnotation("train", step_num=step), choices() as found:
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = self.program.train_step(state, batch)
                 # The first call traces the program, and that of another shape does again. A CPU has one backend.
                 if found and step == start + 1 and jax.default_backend() != "cpu":

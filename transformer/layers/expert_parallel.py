@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from transformer.differentiation import with_backward
-from transformer.sharding import axes_size, axes_to_map, mesh_axes
+from transformer.layers.grouped_matmul import gathered_rows
+from transformer.sharding import axes_size, axes_to_map, dividing_axes
 from transformer.types import Array, Float, Int
 
 Kernels = Sequence[Array | None]
@@ -53,7 +54,7 @@ def run_experts(
     E, _, F = up_EDF.shape
     mapped = axes_to_map()
     dims = {"batch": x_BTD.shape[0], "seq": x_BTD.shape[1], "expert": E, "mlp": F}
-    batch, seq, expert, mlp = ((() if mapped is None else _dividing(*dim)) for dim in dims.items())
+    batch, seq, expert, mlp = ((() if mapped is None else dividing_axes(*dim)) for dim in dims.items())
     if not set(expert) <= set(batch):
         # The same tokens on all devices of the experts' axis, each of which computes what its own experts add.
         batch = tuple(name for name in batch if name not in expert)
@@ -151,12 +152,6 @@ def _from(experts: Array, first: Array | int) -> Array:
     return jnp.maximum(experts - first, -1)
 
 
-def _dividing(axis: str, size: int) -> tuple[str, ...]:
-    """The mesh axes of a logical axis, if they divide a dim of this size evenly; else every device has the whole."""
-    names = tuple(name for name in mesh_axes(axis) if axes_size((name,)) > 1)
-    return names if size % axes_size(names) == 0 else ()
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Order:
@@ -195,10 +190,10 @@ def dispatch(x_ND: Float[Array, "N D"], order: Order) -> Float[Array, "M D"]:
     """The token in each place; zeros in an empty one."""
 
     def forward(x_ND: Array, order: Order) -> tuple[Array, Order]:
-        return _rows(x_ND, order.choices_M // order.places_Nk.shape[1]), order
+        return gathered_rows(x_ND, order.choices_M // order.places_Nk.shape[1]), order
 
     def backward(order: Order, dx_MD: Array) -> tuple[Array, None]:
-        return _rows(dx_MD, order.places_Nk).sum(1), None
+        return gathered_rows(dx_MD, order.places_Nk).sum(1), None
 
     return with_backward(forward, backward, x_ND, order)
 
@@ -207,10 +202,10 @@ def collect(out_MD: Float[Array, "M D"], order: Order) -> Float[Array, "N k D"]:
     """The output for each choice; zeros for a choice without a place."""
 
     def forward(out_MD: Array, order: Order) -> tuple[Array, Order]:
-        return _rows(out_MD, order.places_Nk), order
+        return gathered_rows(out_MD, order.places_Nk), order
 
     def backward(order: Order, dout_NkD: Array) -> tuple[Array, None]:
-        return _rows(dout_NkD.reshape(-1, dout_NkD.shape[-1]), order.choices_M), None
+        return gathered_rows(dout_NkD.reshape(-1, dout_NkD.shape[-1]), order.choices_M), None
 
     return with_backward(forward, backward, out_MD, order)
 
@@ -219,21 +214,16 @@ def combine(out_MD: Float[Array, "M D"], weights_Nk: Float[Array, "N k"], order:
     """Each token's choices, weighted and summed in the weights' type; zeros for a choice without a place."""
 
     def forward(out_MD: Array, weights_Nk: Array, order: Order) -> tuple[Array, tuple[Array, Array, Order]]:
-        parts_NkD = _rows(out_MD, order.places_Nk).astype(weights_Nk.dtype)
+        parts_NkD = gathered_rows(out_MD, order.places_Nk).astype(weights_Nk.dtype)
         total_ND = (weights_Nk[..., None] * parts_NkD).sum(1)
         return total_ND.astype(out_MD.dtype), (out_MD, weights_Nk, order)
 
     def backward(saved: tuple[Array, Array, Order], dy_ND: Array) -> tuple[Array, Array, None]:
         out_MD, weights_Nk, order = saved
-        weights_M1 = _rows(weights_Nk.reshape(-1, 1), order.choices_M)
-        dout_MD = _rows(dy_ND, order.choices_M // weights_Nk.shape[1]).astype(weights_Nk.dtype) * weights_M1
+        weights_M1 = gathered_rows(weights_Nk.reshape(-1, 1), order.choices_M)
+        dout_MD = gathered_rows(dy_ND, order.choices_M // weights_Nk.shape[1]).astype(weights_Nk.dtype) * weights_M1
         dy_N1D = dy_ND[:, None].astype(weights_Nk.dtype)
-        dweights_Nk = (dy_N1D * _rows(out_MD, order.places_Nk).astype(weights_Nk.dtype)).sum(-1)
+        dweights_Nk = (dy_N1D * gathered_rows(out_MD, order.places_Nk).astype(weights_Nk.dtype)).sum(-1)
         return dout_MD.astype(out_MD.dtype), dweights_Nk, None
 
     return with_backward(forward, backward, out_MD, weights_Nk, order)
-
-
-def _rows(x: Array, index: Array) -> Array:
-    """The vectors at these places; zeros for a place after the last."""
-    return x.at[index].get(mode="fill", fill_value=0)

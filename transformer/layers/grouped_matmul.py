@@ -144,10 +144,10 @@ def _blocks_matmul(x_ND: Array, kernel_EDF: Array, sizes_E: Array) -> Array:
 
     def turn(_: None, given: tuple[Array, Array]) -> tuple[None, Array]:
         groups_V, vectors_VM = given
-        return None, jnp.einsum("VMD,VDF->VMF", _rows(x_ND, vectors_VM), kernel_EDF[groups_V])
+        return None, jnp.einsum("VMD,VDF->VMF", gathered_rows(x_ND, vectors_VM), kernel_EDF[groups_V])
 
     _, products = jax.lax.scan(turn, None, (groups, vectors))
-    return _rows(products.reshape(-1, F), rows_N)
+    return gathered_rows(products.reshape(-1, F), rows_N)
 
 
 def _blocks_outer(x_ND: Array, y_NF: Array, sizes_E: Array) -> Array:
@@ -157,7 +157,7 @@ def _blocks_outer(x_ND: Array, y_NF: Array, sizes_E: Array) -> Array:
 
     def turn(sums_EDF: Array, given: tuple[Array, Array]) -> tuple[Array, None]:
         groups_V, vectors_VM = given
-        each_VDF = jax.vmap(_outer)(_rows(x_ND, vectors_VM), _rows(y_NF, vectors_VM))
+        each_VDF = jax.vmap(_outer)(gathered_rows(x_ND, vectors_VM), gathered_rows(y_NF, vectors_VM))
         return sums_EDF.at[groups_V].add(each_VDF), None
 
     sums_EDF, _ = jax.lax.scan(turn, jnp.zeros((E, D, F), wide(x_ND.dtype)), (groups, vectors))
@@ -200,7 +200,7 @@ def _group_of(place: Array, ends_E: Array) -> Array:
     return jnp.minimum(before, ends_E.shape[0] - 1)
 
 
-def _rows(x: Array, index: Array) -> Array:
+def gathered_rows(x: Array, index: Array) -> Array:
     """The vectors at these places; zeros for a place after the last."""
     return x.at[index].get(mode="fill", fill_value=0)
 

@@ -19,7 +19,6 @@ Which tokens are hidden, and where stretches are cut, is drawn anew each time an
 from __future__ import annotations
 
 import abc
-import functools
 import math
 from dataclasses import dataclass
 
@@ -177,10 +176,6 @@ class MaskedDocuments(_Text):
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
-
-    @functools.cached_property
-    def most_documents(self) -> int:
-        return int(np.diff(self._bounds).max(initial=1))
 
     def laid_out(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         placed = Placed.at(self._bounds, self._sizes, indices, self.length)

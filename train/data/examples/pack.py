@@ -44,6 +44,9 @@ _INDEX_VERSION = 1
 class Examples(abc.ABC):
     """The examples of one token array. `len` is their number."""
 
+    _bounds = np.array([0, 1])
+    """[rows + 1]: row r has the documents from `bounds[r]` to `bounds[r + 1]`; where none are packed, that of any row."""
+
     def __init__(self, array: TokenArray, length: int) -> None:
         self.length = length
         self._tokens = np.asarray(array.tokens)  # a plain view: indexing a memmap is several times slower
@@ -58,10 +61,10 @@ class Examples(abc.ABC):
         `draws` has a stream of random numbers for each row, for an objective that takes any.
         """
 
-    @property
+    @functools.cached_property
     def most_documents(self) -> int:
         """The greatest number of documents of a row."""
-        return 1
+        return int(np.diff(self._bounds).max(initial=1))
 
     @property
     @abc.abstractmethod
@@ -130,10 +133,6 @@ class Documents(Examples):
             **placed.places(),
         }
 
-    @functools.cached_property
-    def most_documents(self) -> int:
-        return int(np.diff(self._bounds).max(initial=1))
-
     @property
     def efficiency(self) -> float:
         return int(self._lengths.sum()) / max(1, len(self) * self.length)
@@ -196,6 +195,11 @@ def room_for(most_documents: int) -> int:
     return 1 if most_documents <= 1 else -(-most_documents // 8) * 8
 
 
+def lengths_name(name: str) -> str | None:
+    """The name of the `lengths` of an array of segments; None for any other array."""
+    return f"{name.removesuffix('segments')}lengths" if name.endswith("segments") else None
+
+
 def with_lengths(batch: dict[str, np.ndarray], most_documents: int) -> dict[str, np.ndarray]:
     """The batch, with `lengths` for each of its `segments`: where documents begin is needed once a batch, not in each layer.
 
@@ -204,12 +208,12 @@ def with_lengths(batch: dict[str, np.ndarray], most_documents: int) -> dict[str,
     """
     M, lengths = room_for(most_documents), {}
     for name, segments in batch.items():
-        if name.endswith("segments"):
+        if (of := lengths_name(name)) is not None:
             *rows, size = segments.shape
             flat = segments.reshape(-1, size)
             places = np.arange(len(flat))[:, None] * (M + 1) + flat
             counts = np.bincount(places.reshape(-1), minlength=len(flat) * (M + 1)).reshape(*rows, M + 1)
-            lengths[f"{name.removesuffix('segments')}lengths"] = np.ascontiguousarray(counts[..., 1:], np.int32)
+            lengths[of] = np.ascontiguousarray(counts[..., 1:], np.int32)
     return batch | lengths
 
 

@@ -6,7 +6,6 @@ Axes: B rows, S positions of the source, T positions of what is predicted, N pai
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,10 +128,6 @@ class PackedPairs(Examples):
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
-
-    @functools.cached_property
-    def most_documents(self) -> int:
-        return int(np.diff(self._bounds).max(initial=1))
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:
         first, counts = self._bounds[indices], self._bounds[indices + 1] - self._bounds[indices]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.attention.backends.shares import shard_map_kernel
+from transformer.attention.spec.band import Band
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.predicates import Causal, Segments, Window
 from transformer.attention.spec.shapes import AttentionShapes
@@ -83,15 +84,11 @@ class Layout:
     @staticmethod
     def of(mask: AttentionMask) -> Layout | str:
         """The layout of a mask, or why cuDNN has none for it."""
-        is_causal, lefts, rights, documents = False, [], [], None
+        documents = None
         for term in mask.predicates:
-            if isinstance(term, Causal | Window) and not (isinstance(term.offset, int) and term.offset == 0):
-                return "its causal masks and windows count from the first key, and this mask has an offset"
-            if isinstance(term, Causal):
-                is_causal = True
-            elif isinstance(term, Window):
-                lefts += [] if term.left is None else [term.left]
-                rights += [] if term.right is None else [term.right]
+            if isinstance(term, Causal | Window):
+                if not (isinstance(term.offset, int) and term.offset == 0):
+                    return "its causal masks and windows count from the first key, and this mask has an offset"
             elif isinstance(term, Segments):
                 if documents is not None:
                     return "it takes one array of segment numbers, and this mask has several"
@@ -104,17 +101,14 @@ class Layout:
             else:
                 name = type(term).__name__.lower()
                 return f"it takes causal masks, windows and segments, and this mask has {name}"
-        # A window with nothing on the right is causal.
-        is_causal |= 0 in rights
-        if any(right > 0 for right in rights) and not is_causal:
-            return (
-                f"it has windows on the left of a causal mask only, and this one sees {max(rights)} keys on the right"
-            )
-        if lefts and not is_causal:
-            return "it has windows on the left of a causal mask only, and this one sees all keys on the right"
-        if lefts and documents is not None:
+        band = Band.of(mask)
+        if band.right not in (None, 0) or (band.right is None and band.left is not None):
+            seen = "all" if band.right is None else band.right
+            return f"it has windows on the left of a causal mask only, and this one sees {seen} keys on the right"
+        if band.left is not None and documents is not None:
             return "it has no window within packed or padded rows"
-        return Layout(is_causal, min(lefts) + 1 if lefts else None, documents)
+        # A window with nothing on the right is causal.
+        return Layout(band.right == 0, None if band.left is None else band.left + 1, documents)
 
 
 def supports_cudnn(request: AttentionShapes) -> str | None:

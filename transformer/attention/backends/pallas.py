@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from typing import Any
 
@@ -28,6 +27,7 @@ import jax.numpy as jnp
 from transformer.attention.backends.blockwise import ATTENTION_RESIDUALS
 from transformer.attention.backends.cudnn import AMPERE
 from transformer.attention.backends.shares import shard_map_kernel
+from transformer.attention.spec.band import Band
 from transformer.attention.spec.mask import AttentionMask
 from transformer.attention.spec.predicates import Causal, MaskPredicate, Padding, Prefix, Segments, Window
 from transformer.attention.spec.shapes import AttentionShapes
@@ -164,39 +164,6 @@ def _refused_by_hardware(request: AttentionShapes) -> str | None:
         if shortest < TPU_BLOCKS[-1]:
             return f"its blocks are at least {TPU_BLOCKS[-1]} positions, and {shortest} would be mostly padding"
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """The pairs of a query t and a key s with t - left ≤ s ≤ t + right; None leaves a side open. Widths may be negative."""
-
-    left: int | None = None
-    right: int | None = None
-
-    @staticmethod
-    def of(mask: AttentionMask) -> Band:
-        """The band that a mask's positional terms allow together."""
-        lefts: list[int] = []
-        rights: list[int] = []
-        for term in mask.predicates:
-            if not isinstance(term, Causal | Window):
-                continue
-            assert isinstance(term.offset, int)
-            if isinstance(term, Causal):
-                rights.append(term.offset)
-            else:
-                lefts += [] if term.left is None else [term.left - term.offset]
-                rights += [] if term.right is None else [term.right + term.offset]
-        return Band(min(lefts, default=None), min(rights, default=None))
-
-    def is_empty(self, num_queries: int, num_keys: int) -> bool:
-        """Whether no query sees any key."""
-        left, right = (math.inf if width is None else width for width in (self.left, self.right))
-        return left + right < 0 or num_queries - 1 + right < 0 or -left > num_keys - 1
-
-    def excludes_padding(self, num_queries: int, num_keys: int) -> bool:
-        """Whether no query sees the keys that padding adds after the last one."""
-        return self.right is not None and num_queries - 1 + self.right < num_keys
 
 
 Ids = tuple[Array, Array]
