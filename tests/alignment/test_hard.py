@@ -17,6 +17,7 @@ from transformer.alignment.hard import (
     temperature_at,
 )
 from transformer.attention.common import softmax
+from transformer.randomness import gumbel
 
 B, T, S = 2, 3, 4
 ALLOWED = np.array([[[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]], [[1, 1, 1, 1]] * 3], bool)
@@ -40,7 +41,7 @@ def test_argmax_takes_the_greatest_score_that_is_allowed():
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 def test_straight_through_is_hard_forwards_and_the_softmax_backwards(temperature):
     key, allowed = jax.random.key(1), jnp.asarray(ALLOWED)
-    noise = jax.random.gumbel(key, (B, T, S))
+    noise = gumbel(key, scores())
     direction = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, S)), jnp.float32)
 
     def hard(x):
