@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from transformer.models.bert import Bert, BertConfig
     from transformer.models.encoder_decoder import EncoderDecoder, T5Config, VaswaniConfig
     from transformer.models.gpt import GPT, GPTConfig
-    from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
+    from transformer.models.recurrent import RecurrentTranslator
+    from transformer.models.recurrent_config import RecurrentConfig
 
 _OWN = {"Run": "manyheads.run", "load": "manyheads.run", "train": "manyheads.run", "RunConfig": "train.config"}
 """Where the names are defined that `transformer` does not export."""

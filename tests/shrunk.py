@@ -9,7 +9,7 @@ from tests.changed import changed
 from train.data.prepared.prepare import DataConfig
 from train.data.sources.source_config import FilesSource, SourceConfig, SyntheticSource
 from train.data.tokenization.tokenizer import TokenizerConfig
-from transformer.models.recurrent import RecurrentConfig
+from transformer.models.recurrent_config import RecurrentConfig
 
 
 def write_documents(folder):

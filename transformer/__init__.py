@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from transformer.models.encoder_decoder import EncoderDecoder, T5Config, VaswaniConfig
     from transformer.models.families import make_model
     from transformer.models.gpt import GPT, GPTConfig
-    from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
+    from transformer.models.recurrent import RecurrentTranslator
+    from transformer.models.recurrent_config import RecurrentConfig
 
 _NAMES = {
     "attention.dispatch": ("attend",),

@@ -18,7 +18,7 @@ from train.config import RunConfig
 from transformer.errors import UserError, nearest
 from transformer.models.encoder_decoder import VaswaniConfig
 from transformer.models.families import ModelConfig, count_parameters
-from transformer.models.recurrent import RecurrentConfig
+from transformer.models.recurrent_config import RecurrentConfig
 
 TOLERANCE = 0.03
 """Largest deviation of a model's parameters from the budget, as a fraction of it."""

@@ -26,7 +26,8 @@ from transformer.layers.position import RelativeConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.encoder_decoder import EncoderDecoder, T5Config
 from transformer.models.gpt import GPT, GPTConfig
-from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
+from transformer.models.recurrent import RecurrentTranslator
+from transformer.models.recurrent_config import RecurrentConfig
 
 START, END = 0, 1
 CONFIG = RecurrentConfig(

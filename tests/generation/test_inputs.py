@@ -16,7 +16,8 @@ from transformer.generation.inputs import check_count, check_rows, check_seed
 from transformer.generation.translator import Translator
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPT, GPTConfig
-from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
+from transformer.models.recurrent import RecurrentTranslator
+from transformer.models.recurrent_config import RecurrentConfig
 
 CONFIG = GPTConfig(vocab_size=16, max_length=12, num_layers=1, embed_dim=8, attention=SoftmaxConfig(num_heads=2))
 

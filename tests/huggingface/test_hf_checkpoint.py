@@ -25,7 +25,7 @@ from transformer.models.heads import (
     ReplacedHeadConfig,
     TokensHeadConfig,
 )
-from transformer.models.recurrent import RecurrentConfig
+from transformer.models.recurrent_config import RecurrentConfig
 
 
 @pytest.mark.parametrize(

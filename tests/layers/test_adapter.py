@@ -20,7 +20,7 @@ from transformer.models.adapted import adapt, make_adapted
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
 from transformer.models.gpt import GPTConfig
-from transformer.models.recurrent import RecurrentConfig
+from transformer.models.recurrent_config import RecurrentConfig
 
 RNG = np.random.default_rng(0)
 MODEL = GPTConfig(

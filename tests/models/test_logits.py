@@ -17,7 +17,8 @@ from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import Bert, BertConfig
 from transformer.models.encoder_decoder import EncoderDecoder, T5Config, VaswaniConfig
 from transformer.models.gpt import GPT, GPTConfig
-from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
+from transformer.models.recurrent import RecurrentTranslator
+from transformer.models.recurrent_config import RecurrentConfig
 
 SMALL = {
     "vocab_size": 64,

@@ -21,7 +21,8 @@ from tests.made import made
 from train.parallel.mesh import MeshConfig, batch_sharding, make_mesh, shardings_of, use_mesh
 from transformer.errors import ConfigError
 from transformer.models.families import count_parameters, make_model
-from transformer.models.recurrent import RecurrentConfig, flops_per_token
+from transformer.models.recurrent import flops_per_token
+from transformer.models.recurrent_config import RecurrentConfig
 
 B, S, T, SOURCE_V, V = 3, 7, 6, 23, 19
 BAHDANAU = RecurrentConfig(

@@ -29,7 +29,7 @@ from transformer.models.encoder_decoder import T5Config, VaswaniConfig
 from transformer.models.families import count_parameters, flops_per_token, make_model
 from transformer.models.gpt import GPTConfig
 from transformer.models.heads import ClassificationHeadConfig, PretrainingHeadConfig
-from transformer.models.recurrent import RecurrentConfig
+from transformer.models.recurrent_config import RecurrentConfig
 
 V, B, T, S = 32, 8, 12, 10
 SMALL = {

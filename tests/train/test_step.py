@@ -25,7 +25,7 @@ from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.mixers.fast_weights import FastWeightConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPT, GPTConfig
-from transformer.models.recurrent import RecurrentConfig
+from transformer.models.recurrent_config import RecurrentConfig
 
 # With dropout, whose bits are of the example and the place alone: no layout may change them.
 MODEL = GPTConfig(

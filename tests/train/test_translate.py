@@ -27,7 +27,7 @@ from transformer.errors import UserError
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.encoder_decoder import VaswaniConfig
 from transformer.models.families import make_model
-from transformer.models.recurrent import RecurrentConfig
+from transformer.models.recurrent_config import RecurrentConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -15,7 +15,8 @@ from transformer.models.bert import Bert, BertConfig
 from transformer.models.electra import Electra, ElectraConfig
 from transformer.models.encoder_decoder import EncoderDecoder, T5Config, VaswaniConfig
 from transformer.models.gpt import GPT, GPTConfig
-from transformer.models.recurrent import RecurrentConfig, RecurrentTranslator
+from transformer.models.recurrent import RecurrentTranslator
+from transformer.models.recurrent_config import RecurrentConfig
 
 ModelConfig = GPTConfig | BertConfig | ElectraConfig | VaswaniConfig | T5Config | RecurrentConfig
 Model = GPT | Bert | Electra | EncoderDecoder | RecurrentTranslator

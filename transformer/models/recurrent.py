@@ -13,7 +13,7 @@ The decoder computes one query at a time, since each attention depends on the pr
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,89 +21,17 @@ import numpy as np
 from flax import nnx
 
 from transformer.alignment.multiplicative import attentional_state
-from transformer.alignment.registry import AlignmentConfig, make_alignment
-from transformer.alignment.scored import AdditiveConfig
+from transformer.alignment.registry import make_alignment
 from transformer.alignment.source import Source
-from transformer.errors import Config, ConfigError, check_size, require
 from transformer.layers.embedding import Embedding
 from transformer.layers.linear import Linear
 from transformer.layers.recurrent import CELLS, CellState, scan_cell, where_valid
 from transformer.loss import Projection
 from transformer.models.embed import projection_of
+from transformer.models.recurrent_config import RecurrentConfig
 from transformer.randomness import dropout, split
-from transformer.resume import Ask, Free
 from transformer.sharding import constrain
 from transformer.types import DTYPES, Array, Float, Int, Keys, ModelOutput, wide, widen
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RecurrentConfig(Config):
-    """The defaults are near RNNsearch-50 (Bahdanau et al. 2014)."""
-
-    family: Literal["recurrent"] = "recurrent"
-    """Kind of model."""
-    source_vocab_size: int = 30_000
-    """Number of the source's token ids."""
-    vocab_size: int = 30_000
-    """Number of the target's token ids. A multiple of 128 runs faster on accelerators."""
-    max_length: int = 50
-    """Longest source and longest target, in tokens."""
-    cell: Literal["gru", "lstm"] = "gru"
-    """Recurrent unit of encoder and decoder."""
-    style: Literal["bahdanau", "luong"] = "bahdanau"
-    """bahdanau: the decoder's state before a step attends to the source, and the context is an input of the step; luong: the
-    state after the step attends, and the context and the state form an attentional state."""
-    attention: AlignmentConfig = AdditiveConfig()
-    """The kind of attention to the source."""
-    embed_dim: int = 620
-    """Width of the embeddings, and of the maxout or tanh layer before the output in style bahdanau."""
-    hidden_dim: int = 1000
-    """Width of the decoder's state."""
-    encoder_dim: int | None = None
-    """Width of the encoder's state, in each direction; null: hidden_dim, but half of it for both directions in style luong."""
-    num_layers: int = 1
-    """Number of recurrent layers, in the encoder and in the decoder."""
-    bidirectional: bool = True
-    """The encoder reads the source in both directions."""
-    input_feeding: bool = True
-    """In style luong, the attentional state is a part of the next step's input."""
-    readout: Literal["maxout", "tanh"] = "maxout"
-    """In style bahdanau, the layer before the output."""
-    dropout: Ask[float] = 0.0
-    """Drop rate of embeddings, between layers and before the output; recurrent connections have no dropout."""
-    init_std: float = 0.05
-    """Standard deviation of initial weights; recurrent weights are initialised as orthogonal."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type to compute in. Parameters and recurrent states are always float32."""
-    remat: Free[Literal["none", "full"]] = "none"
-    """What the backward pass recomputes to save memory: nothing; each step of the decoder."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field in ("source_vocab_size", "vocab_size", "max_length", "embed_dim", "hidden_dim", "num_layers"):
-            check_size(self, field)
-        holds = self.encoder_dim is None or self.encoder_dim >= 1
-        require(self, "encoder_dim", holds, "allowed: 1 or more, or null")
-        require(self, "init_std", self.init_std > 0, "allowed: above 0")
-        require(self, "dropout", 0 <= self.dropout < 1, "allowed: 0 or more, below 1")
-        require(
-            self, "hidden_dim", self.encoder_dim is not None or self.style == "bahdanau" or not self.bidirectional
-            or self.hidden_dim % 2 == 0, "the encoder's two directions share it; allowed: an even number, or set encoder_dim",
-        )  # fmt: skip
-        if (wrong := self.attention.check(self.hidden_dim, self.memory_dim)) is not None:
-            raise ConfigError(type(self), "attention.kind", self.attention.kind, wrong)
-
-    @property
-    def dim_of_encoder(self) -> int:
-        """`encoder_dim` with its default filled in."""
-        if self.encoder_dim is not None:
-            return self.encoder_dim
-        return self.hidden_dim // 2 if self.style == "luong" and self.bidirectional else self.hidden_dim
-
-    @property
-    def memory_dim(self) -> int:
-        """Width of an encoder state, both directions taken together."""
-        return self.dim_of_encoder * (2 if self.bidirectional else 1)
 
 
 @jax.tree_util.register_dataclass
@@ -152,9 +80,9 @@ class RecurrentTranslator(nnx.Module):
         self.backward_cells = encoder() if c.bidirectional else None
         self.bridge = (
             None
-            if _copies_states(c)
+            if c.copies_states
             else Linear(
-                (_bridge_dim(c),), (c.num_layers * cell.num_states * c.hidden_dim,), axes=("embed", "mlp"), **options
+                (c.bridge_dim,), (c.num_layers * cell.num_states * c.hidden_dim,), axes=("embed", "mlp"), **options
             )
         )
         self.attention = make_alignment(c.attention, c.hidden_dim, c.memory_dim, **options)
@@ -165,14 +93,14 @@ class RecurrentTranslator(nnx.Module):
         # computed for all steps at once.
         self.feed = (
             Linear(
-                (_fed_dim(c),), (cell.num_gates * c.hidden_dim,), axes=("embed", "mlp"), use_bias=False, **options
+                (c.fed_dim,), (cell.num_gates * c.hidden_dim,), axes=("embed", "mlp"), use_bias=False, **options
             )
-            if _fed_dim(c)
+            if c.fed_dim
             else None
         )  # fmt: skip
         out_dim = c.hidden_dim if c.style == "luong" else c.embed_dim * (2 if c.readout == "maxout" else 1)
         self.combine = Linear(
-            (_combined_dim(c),), (out_dim,), axes=("mlp", "embed"), use_bias=c.style == "bahdanau", **options
+            (c.combined_dim,), (out_dim,), axes=("mlp", "embed"), use_bias=c.style == "bahdanau", **options
         )
         head_dim = c.hidden_dim if c.style == "luong" else c.embed_dim
         self.head = Linear((head_dim,), (c.vocab_size,), axes=("embed", "vocab"), **options)
@@ -389,33 +317,13 @@ def flops_per_token(config: RecurrentConfig, length: int) -> float:
     D, E, H, embed = c.hidden_dim, c.memory_dim, c.dim_of_encoder, c.embed_dim
     directions = 2 if c.bidirectional else 1
     encoder = directions * gates * H * (embed + (c.num_layers - 1) * E + c.num_layers * H)
-    decoder = gates * D * (embed + _fed_dim(c) + (c.num_layers - 1) * D + c.num_layers * D)
+    decoder = gates * D * (embed + c.fed_dim + (c.num_layers - 1) * D + c.num_layers * D)
     if c.style == "luong":
         out, head_dim = D, D
     else:
         out, head_dim = embed * (2 if c.readout == "maxout" else 1), embed
     attention = c.attention.flops(D, E, length)
-    return 2.0 * (encoder + decoder + _combined_dim(c) * out + head_dim * c.vocab_size) + attention
-
-
-def _copies_states(c: RecurrentConfig) -> bool:
-    """Whether the decoder starts from the encoder's own states: in style luong, if their widths are equal."""
-    return c.style == "luong" and c.memory_dim == c.hidden_dim
-
-
-def _bridge_dim(c: RecurrentConfig) -> int:
-    return c.dim_of_encoder if c.style == "bahdanau" else c.memory_dim
-
-
-def _fed_dim(c: RecurrentConfig) -> int:
-    """Width of a step's input in addition to the token: the context, or the last attentional state."""
-    if c.style == "bahdanau":
-        return c.memory_dim
-    return c.hidden_dim if c.input_feeding else 0
-
-
-def _combined_dim(c: RecurrentConfig) -> int:
-    return c.hidden_dim + c.memory_dim + (c.embed_dim if c.style == "bahdanau" else 0)
+    return 2.0 * (encoder + decoder + c.combined_dim * out + head_dim * c.vocab_size) + attention
 
 
 def _refuse_packed(name: str, segments: Array | None) -> None:
