@@ -192,7 +192,8 @@ class AdditiveAlignment(ScoredAlignment):
         A = dim_of(config, query_dim)
         self.query = projection(query_dim, A, use_bias=config.kind != "concat", **options)
         self.key = projection(memory_dim, A, **options)
-        self.vector = projection(A, **options)
+        # It is read as it is kept (`additive_scores`).
+        self.vector = projection(A, **options | {"dtype": wide(options.get("dtype", "float32"))})
 
     def prepare(
         self, states_BSE: Float[Array, "B S E"], valid_BS: Bool[Array, "B S"], summary_BE: Float[Array, "B E"]
@@ -261,7 +262,7 @@ class LocalAlignment(MultiplicativeAlignment):
         predicts = config.kind == "local_p"
         # With hundreds of states, a position in a narrow type would be off by a large part of the window.
         self.position = projection(query_dim, A, dtype=wide(dtype), rngs=rngs, **options) if predicts else None
-        self.position_vector = projection(A, dtype=dtype, rngs=rngs, **options) if predicts else None
+        self.position_vector = projection(A, dtype=wide(dtype), rngs=rngs, **options) if predicts else None
 
     def weights(
         self,

@@ -199,10 +199,13 @@ def beam_search(
         going_B = reachable_B > found.score_BQ[:, Q - 1]
         log_probability_BK = jnp.where(going_B[:, None], log_probability_BK, -jnp.inf)
 
-        rows_R = (base_B1 + parent_BK).reshape(-1)
+        if K > 1:
+            # A single hypothesis continues itself: its state, which may be large, stays where it is.
+            rows_R = (base_B1 + parent_BK).reshape(-1)
+            state = jax.tree.map(lambda x: x[rows_R], state)
         return _Search(
             now.written + 1,
-            jax.tree.map(lambda x: x[rows_R], state),
+            state,
             tokens_BKn.at[:, :, now.written].set(token_BK, mode="drop"),
             token_BK,
             log_probability_BK,

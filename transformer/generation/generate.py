@@ -18,6 +18,7 @@ from flax import nnx
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.generation.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses
+from transformer.generation.decoding import cache_length, for_decoding, padded_length, room_of, with_room
 from transformer.generation.inputs import check_count, check_rows, check_seed
 from transformer.generation.sampling import Sampling, next_token
 from transformer.layers.mixture_of_experts import without_limit
@@ -25,9 +26,6 @@ from transformer.mixers.state import State
 from transformer.models.gpt import GPT, GPTConfig
 from transformer.models.layer_stack import cache_lengths
 from transformer.types import Array, Bool, Float, Int, Key
-
-PREFILL_MULTIPLE = 32
-"""Prompts and caches are rounded up to a multiple of this, so that one compiled program serves many lengths."""
 
 
 @jax.tree_util.register_dataclass
@@ -58,17 +56,19 @@ class Generator:
         self.num_tokens = config.vocab_size if num_tokens is None else num_tokens
         self.config = dataclasses.replace(config, remat="none")
         self.end_of_text = end_of_text
+        self._fill = 0 if end_of_text is None else end_of_text
 
         def make(rngs: nnx.Rngs) -> GPT:
             # Dropless experts: with a capacity limit a token would depend on later ones, and on padding.
             return without_limit(GPT(self.config, rngs=rngs))
 
         self._graphdef = graphdef_of(make)
-        self._unstacked_graphdef = graphdef_of(lambda rngs: make(rngs).unstacked())
-        self._unstack = jax.jit(lambda params: nnx.split(nnx.merge(self._graphdef, params).unstacked())[1])
+        self._decoding_graphdef = graphdef_of(lambda rngs: for_decoding(make(rngs)))
+        self._for_decoding = jax.jit(lambda params: nnx.split(for_decoding(nnx.merge(self._graphdef, params)))[1])
         self._prefill = jax.jit(self._prefill_impl, static_argnames=("max_length", "sampling"))
         self._search = jax.jit(self._search_impl, static_argnames=("max_length", "width", "search"))
-        self._decode = jax.jit(self._decode_impl, static_argnames=("num_tokens", "sampling"), donate_argnames="state")
+        self._decode = jax.jit(self._decode_impl, static_argnames=("width", "sampling"), donate_argnames="state")
+        self._grow = jax.jit(with_room, static_argnames="room")
 
     def generate(
         self,
@@ -99,21 +99,35 @@ class Generator:
         if chunk is not None:
             check_count("chunk", chunk)
         sampling = Sampling() if sampling is None else sampling
-        tokens_BT, lengths_B, max_length = self._padded(prompts, max_tokens)
+        self.check(prompts, max_tokens)
+        longest = max(map(len, prompts))
+        max_length = cache_length(longest, longest + max_tokens, self.config.max_length)
+        tokens_BT, lengths_B = self._padded(prompts, max_length)
         key = jax.random.key(seed)
         state = self._prefill(params, tokens_BT, lengths_B, key, max_length=max_length, sampling=sampling)
-        return self._chunks(
-            params, state, max_tokens, max_tokens if chunk is None else min(chunk, max_tokens), sampling
-        )
+        return self._chunks(params, state, longest, max_tokens, min(chunk or max_tokens, max_tokens), sampling)
 
     def _chunks(
-        self, params: nnx.State, state: GenerationState, max_tokens: int, chunk: int, sampling: Sampling
+        self, params: nnx.State, state: GenerationState, longest: int, max_tokens: int, chunk: int, sampling: Sampling
     ) -> Iterator[Int[np.ndarray, "B n"]]:
-        unstacked = self._unstack(params)
+        ready, width = self._for_decoding(params), padded_length(chunk)
+        total, fill = longest + max_tokens, self._fill
         for start in range(0, max_tokens, chunk):
-            state, tokens_Bn = self._decode(unstacked, state, num_tokens=chunk, sampling=sampling)
-            yield np.asarray(tokens_Bn)[:, : max_tokens - start]
-            if np.asarray(state.done_B).all():
+            tokens_Bn = np.full((len(state.done_B), min(chunk, max_tokens - start)), fill, np.int32)
+            written, is_done = 0, False
+            while written < tokens_Bn.shape[1] and not is_done:
+                filled = longest + start + written
+                room = room_of(state.states)
+                if room == filled:
+                    room = cache_length(filled + 1, total, self.config.max_length)
+                    state = dataclasses.replace(state, states=self._grow(state.states, room=room))
+                left = tokens_Bn.shape[1] - written
+                count = left if room is None else min(left, room - filled)
+                state, found = self._decode(ready, state, np.int32(count), width=width, sampling=sampling)
+                tokens_Bn[:, written : written + count] = np.asarray(found)[:, :count]
+                written, is_done = written + count, bool(np.asarray(state.done_B).all())
+            yield tokens_Bn
+            if is_done:
                 return
 
     def search(
@@ -136,24 +150,26 @@ class Generator:
         search = BeamSearch() if search is None else search
         if self.end_of_text is None:
             raise UserError("beam search ranks whole texts: it needs an end of text")
-        tokens_BT, lengths_B, max_length = self._padded(prompts, max_tokens)
+        self.check(prompts, max_tokens)
+        total = max(map(len, prompts)) + max_tokens
+        max_length = cache_length(total, total, self.config.max_length)
+        tokens_BT, lengths_B = self._padded(prompts, max_length)
         found = self._search(
-            params, tokens_BT, lengths_B, jnp.int32(max_tokens), max_length=max_length, width=_round_up(max_tokens),
+            params, tokens_BT, lengths_B, jnp.int32(max_tokens), max_length=max_length, width=padded_length(max_tokens),
             search=search,
         )  # fmt: skip
         found = jax.device_get(found)
         return [hypotheses(found, row) for row in range(len(prompts))]
 
-    def _padded(self, prompts: Any, max_tokens: Any) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"], int]:
-        """The prompts padded to one width, their lengths, and the length of the cache."""
-        self.check(prompts, max_tokens)
+    def _padded(
+        self, prompts: Sequence[Sequence[int]], room: int
+    ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+        """The prompts padded to one width, for which there is room in the cache, and their lengths."""
         lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
-        longest, limit = int(lengths_B.max()), self.config.max_length
-        width = min(_round_up(longest), limit)
-        tokens_BT = np.zeros((len(prompts), width), np.int32)
+        tokens_BT = np.zeros((len(prompts), min(padded_length(int(lengths_B.max())), room)), np.int32)
         for row, prompt in zip(tokens_BT, prompts, strict=True):
             row[: len(prompt)] = prompt
-        return tokens_BT, lengths_B, max(min(_round_up(longest + max_tokens), limit), width)
+        return tokens_BT, lengths_B
 
     def check(self, prompts: Any, max_tokens: Any) -> None:
         """Raise a `UserError` for arguments that `generate` cannot handle, whatever their type."""
@@ -212,10 +228,10 @@ class Generator:
             params, tokens_BT, lengths_B - 1, jax.random.key(0), max_length=max_length, sampling=Sampling()
         )
         states = jax.tree.map(lambda x: jnp.repeat(x, search.beams, axis=0), state.states)
-        unstacked = model.unstacked()
+        model = for_decoding(model)
 
         def step(token_R: Array, states: list[State]) -> tuple[Array, list[State], None]:
-            output = unstacked(token_R[:, None], states=states)
+            output = model(token_R[:, None], states=states)
             return output.logits[:, 0], output.states, None
 
         start_B = jnp.take_along_axis(tokens_BT, (lengths_B - 1)[:, None], axis=1)[:, 0]
@@ -226,14 +242,15 @@ class Generator:
         )  # fmt: skip
 
     def _decode_impl(
-        self, params: nnx.State, state: GenerationState, *, num_tokens: int, sampling: Sampling
+        self, params: nnx.State, state: GenerationState, count: Array, *, width: int, sampling: Sampling
     ) -> tuple[GenerationState, Array]:
-        model = nnx.merge(self._unstacked_graphdef, params)
+        """The next `count` tokens of each row, [B, `width`], and the state after them."""
+        model = nnx.merge(self._decoding_graphdef, params)
         rows = jnp.arange(state.done_B.shape[0])
 
         def unfinished(carry: tuple[Array, GenerationState, Array]) -> Array:
             index, state, _ = carry
-            return (index < num_tokens) & ~state.done_B.all()
+            return (index < count) & ~state.done_B.all()
 
         def step(carry: tuple[Array, GenerationState, Array]) -> tuple[Array, GenerationState, Array]:
             index, state, tokens_Bn = carry
@@ -252,14 +269,9 @@ class Generator:
             state = GenerationState(output.states, output.logits[:, 0], done_B, seen_BV, state.keys_B)
             return index + 1, state, tokens_Bn.at[:, index].set(token_B)
 
-        fill = 0 if self.end_of_text is None else self.end_of_text
-        tokens_Bn = jnp.full((rows.shape[0], num_tokens), fill, jnp.int32)
+        tokens_Bn = jnp.full((rows.shape[0], width), self._fill, jnp.int32)
         _, state, tokens_Bn = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, tokens_Bn))
         return state, tokens_Bn
-
-
-def _round_up(length: int) -> int:
-    return -(-length // PREFILL_MULTIPLE) * PREFILL_MULTIPLE
 
 
 def until_end(chunks: Iterable[Int[np.ndarray, "B T"]], end_of_text: int) -> list[list[int]]:

@@ -22,6 +22,7 @@ from flax import nnx
 from transformer.errors import UserError
 from transformer.functional import ModelFactory, graphdef_of
 from transformer.generation.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses, sample_translations
+from transformer.generation.decoding import for_decoding
 from transformer.generation.inputs import check_count, check_rows, check_seed
 from transformer.generation.sampling import Sampling
 from transformer.layers.mixture_of_experts import without_limit
@@ -138,10 +139,8 @@ class Translator:
         width: int,
         how: BeamSearch | Sampling,
     ) -> Beams:
-        model: Any = nnx.merge(self._graphdef, params)
-        if hasattr(model, "unstacked"):
-            # Once before the loop, rather than once per token.
-            model = model.unstacked()
+        # Once before the loop, rather than once per token.
+        model = for_decoding(nnx.merge(self._graphdef, params))
         beams = how.beams if isinstance(how, BeamSearch) else 1
         weighs = isinstance(how, BeamSearch) and how.coverage_penalty > 0
         memory = model.encode(tokens_BS, source_segments_BS=segments_BS)

@@ -82,6 +82,10 @@ class Embedding(nnx.Module):
         with jax.named_scope("unembed"):
             return embed_attend(x, self._whole_rows(), dtype=self.dtype)
 
+    def cast_parameters(self) -> None:
+        """Keep the table in `dtype`, for inference, as `Linear.cast_parameters`."""
+        self.table.set_value(self.table[...].astype(self.dtype))
+
     def _whole_rows(self) -> Float[Array, "V D"]:
         """The table with whole rows: if they are sharded, they are gathered here, once, and their gradient
         is scattered; otherwise the partitioner might shard activations by features instead, and move those."""

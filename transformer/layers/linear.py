@@ -138,6 +138,12 @@ class Linear(nnx.Module):
             y = y.astype(out_dtype or self.dtype)
         return y.reshape(*y.shape[:-1], *kernel.shape[self.num_in :])
 
+    def cast_parameters(self) -> None:
+        """Keep the kernel in `dtype`, for inference: it is cast once, and not each time that it is read. An adapter, which needs
+        it as it was trained, stays as it is."""
+        if self.adapter is None:
+            self.kernel.set_value(self.kernel[...].astype(self.dtype))
+
     def plain(self) -> Linear:
         """The same layer without an adapter: its one kernel includes the adapter's product."""
         if self.adapter is None:

@@ -207,6 +207,12 @@ class MixtureOfExperts(nnx.Module):
             )
             return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), losses
 
+    def cast_parameters(self) -> None:
+        """Keep the experts' kernels in `dtype`, for inference, as `Linear.cast_parameters`."""
+        for kernel in (self.up_EDF, self.gate_EDF, self.down_EFD):
+            if kernel is not None:
+                kernel.set_value(kernel[...].astype(self.dtype))
+
     def _network(self, x_MD: Array, sizes_E: Array, kernels: Sequence[Array | None]) -> Array:
         """The output of each expert for its own tokens, which are consecutive."""
         up_EDF, gate_EDF, down_EFD = kernels

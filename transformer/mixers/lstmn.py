@@ -96,7 +96,9 @@ class LSTMN(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
 
         def linear(size: int, *out_shape: int, axes: tuple[str, ...], use_bias: bool = False) -> Linear:
-            return Linear((size,), out_shape, axes=axes, use_bias=use_bias, kernel_init=kernel_init, **options)
+            # `lstmn` reads its weights as they are kept.
+            types = options | {"dtype": param_dtype}
+            return Linear((size,), out_shape, axes=axes, use_bias=use_bias, kernel_init=kernel_init, **types)
 
         self.hidden = linear(F, A, axes=("mlp", "head_dim"))
         self.input = linear(D, A, axes=("embed", "head_dim"))

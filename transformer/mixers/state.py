@@ -77,6 +77,10 @@ class KVCache:
         v = self.v.at[rows_B1, :, positions_BT].set(v_BTKH, unique_indices=True, mode="drop")
         return KVCache(k, v, length_B)
 
+    def with_room(self, room: int) -> KVCache:
+        """The same positions, with room for `room` of them."""
+        return KVCache(_with_room(self.k, -1, room), _with_room(self.v, -2, room), self.length)
+
     def keys_and_values(self, dtype: DTypeLike) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values in attention's layout; a mask has to hide what is beyond `length`."""
         return self.k.transpose(0, 3, 1, 2).astype(dtype), self.v.swapaxes(1, 2).astype(dtype)
@@ -113,6 +117,10 @@ class LatentCache:
         latents = self.latents.at[rows_B1, positions_BT].set(latents_BTR, unique_indices=True, mode="drop")
         return LatentCache(latents, length_B)
 
+    def with_room(self, room: int) -> LatentCache:
+        """The same positions, with room for `room` of them."""
+        return LatentCache(_with_room(self.latents, -2, room), self.length)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +151,11 @@ class TapeState:
     def advanced(self, tape: Tape, num_tokens: int, valid_BT: Bool[Array, "B T"] | None) -> TapeState:
         """The state after `num_tokens` more tokens, which `tape` holds; padding does not count."""
         return TapeState(*tape, grown(self.length, num_tokens, valid_BT, self.room))
+
+    def with_room(self, room: int) -> TapeState:
+        """The same positions, with room for `room` of them."""
+        hidden, memory = (_with_room(x, -2, room) for x in (self.hidden, self.memory))
+        return TapeState(hidden, memory, self.summary, self.length)
 
 
 @jax.tree_util.register_dataclass
@@ -193,3 +206,9 @@ def grown(
 def nan_on_overflow(out: Float[Array, "B ..."], state: KVCache | LatentCache | TapeState) -> Float[Array, "B ..."]:
     """NaN in rows that hold more than there is room for: inside a compiled program no error can be raised."""
     return jnp.where(jnp.expand_dims(state.length > state.room, range(1, out.ndim)), jnp.nan, out)
+
+
+def _with_room(x: Array, axis: int, room: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, room - x.shape[axis])
+    return jnp.pad(x, widths)

@@ -1,0 +1,61 @@
+"""A model in the form that decoding reads fastest, and the sizes that its programs are compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from transformer.layers.embedding import Embedding
+from transformer.layers.linear import Linear
+from transformer.layers.mixture_of_experts import MixtureOfExperts
+from transformer.mixers.state import MatrixState, State
+
+SMALLEST = 32
+"""Prompts and caches are padded to at least this length."""
+SHORT_CACHE = 512
+"""Up to this length a cache is made for all tokens to come; beyond it, it grows with what it holds."""
+
+
+def for_decoding(model: Any) -> Any:
+    """The model for steps of one token: with separate blocks, if it has a stack of them, and with every large array in the type
+    that its layer computes in.
+
+    A step reads each weight once, so its time is that of reading them: casts are made once, and not once per token.
+    """
+    # A copy with its own variables, so that the given model keeps its arrays.
+    model = jax.tree.map(lambda leaf: leaf, model.unstacked() if hasattr(model, "unstacked") else model)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear | Embedding | MixtureOfExperts):
+            module.cast_parameters()
+    return model
+
+
+def padded_length(length: int) -> int:
+    """The next greater of 32, 48, 64, 96, 128, 192, ...: few programs serve all lengths, and at most a third is padding beyond
+    the first of them."""
+    size = SMALLEST
+    while size < length:
+        # From 2^k to 1.5 · 2^k, and from there to 2^(k+1).
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def cache_length(filled: int, total: int, limit: int) -> int:
+    """The length of a cache that holds `filled` positions, and will hold `total`, of at most `limit`.
+
+    Attention reads all of a cache, so a long one grows as it is filled, by a factor of about two.
+    """
+    return min(padded_length(min(total, max(2 * filled, SHORT_CACHE))), limit)
+
+
+def room_of(states: Sequence[State]) -> int | None:
+    """How many positions the states can hold; None if their sizes do not depend on it."""
+    return min((state.room for state in states if not isinstance(state, MatrixState)), default=None)
+
+
+def with_room(states: Sequence[State], room: int) -> list[State]:
+    """The states with room for `room` positions, no fewer than they have."""
+    return [state if isinstance(state, MatrixState) else state.with_room(room) for state in states]
