@@ -55,8 +55,8 @@ def _library_flops(module: Module, where: str, instruction: Instruction) -> floa
     if "cublas" in instruction.attributes and len(operands) >= 2:
         contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
         dims = [int(one.strip('" ')) for one in contracted.group(1).split(",")] if contracted else []
-        result = max(instruction.shapes, key=lambda shape: shape.elements)
-        return 2.0 * result.elements * math.prod(operands[0].shapes[0].dims[dim] for dim in dims)
+        # After the product, the result has scratch memory, which may be larger.
+        return 2.0 * instruction.shapes[0].elements * math.prod(operands[0].shapes[0].dims[dim] for dim in dims)
     if "splash" in instruction.attributes and "tpu_custom_call" in instruction.attributes:
         shapes = [shape for one in operands for shape in one.shapes if len(shape.dims) >= 3 and shape.elements > 1]
         if not shapes:
