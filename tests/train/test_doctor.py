@@ -52,6 +52,7 @@ def test_expensive_operations_have_scopes(report):
     assert {"layers/attention", "layers/attention/attend", "layers/feed_forward", "loss", "optimizer"} <= scopes.keys()
     assert {"forward", "backward"} <= scopes["layers/feed_forward"].by_phase.keys()
     assert set(scopes["layers/attention/attend"].by_category) <= {ATTENTION, COLLECTIVE}
+    assert scopes["optimizer"].by_phase.keys() == {"update"}
     assert not any(one.operation.contains for one in report.breakdown.spent)
 
 
@@ -125,7 +126,7 @@ def test_what_cannot_be_examined(config, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match="--steps: got 0; allowed: 1 or more"):
         doctor(config, steps=0, folder=tmp_path)
-    monkeypatch.setattr(recording, "read_events", lambda planes: [])
+    monkeypatch.setattr(recording, "read_events", lambda planes, platform: [])
     with pytest.raises(UserError, match="the trace holds no operation of the step"):
         doctor(config, steps=1, folder=tmp_path)
 

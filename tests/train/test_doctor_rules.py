@@ -122,7 +122,7 @@ def host():
 
 
 def test_a_step_of_two_gpus():
-    b = break_down(PROGRAM, read_events([host(), gpu(0), gpu(1)]), 1, PEAKS)
+    b = break_down(PROGRAM, read_events([host(), gpu(0), gpu(1)], "gpu"), 1, PEAKS)
     nanoseconds = {name: round(1e9 * total.seconds) for name, total in b.categories().items()}
     assert nanoseconds == {MATRIX: 400, ATTENTION: 200, COLLECTIVE: 50, COPY: 150, ELEMENTWISE: 100}
     assert (round(1e9 * b.step), round(1e9 * b.idle), round(1e9 * b.hidden), b.devices) == (1000, 100, 100, 2)
@@ -135,8 +135,13 @@ def test_a_step_of_two_gpus():
     assert round(1e9 * phases["recomputed"]) == 100 and round(1e9 * phases["forward"]) == 400
 
 
+def test_what_the_host_launches_is_not_what_a_gpu_runs():
+    with pytest.raises(UserError, match="NVIDIA's driver may leave profiling to administrators"):
+        break_down(PROGRAM, read_events([host(), plane("/device:GPU:0")], "gpu"), 1, PEAKS)
+
+
 def test_the_roofline_of_each_operation():
-    b = break_down(PROGRAM, read_events([gpu(0)]), 1, PEAKS)
+    b = break_down(PROGRAM, read_events([gpu(0)], "gpu"), 1, PEAKS)
     by_name = {one.operation.name: one for one in b.spent}
     gemm, attention = by_name["cublas-gemm.1"], by_name["cudnn-fmha.1"]
     assert gemm.times == 2 and gemm.operation.flops == 2 * 1024**3
@@ -156,7 +161,7 @@ def test_a_tpu_names_operations_by_their_text():
         event("%copy.3 = bf16[1024,1024]{0,1} copy(%x)", 300, 100),
     ]
     lines = {"Steps": [event("0", 0, 400)], "XLA Modules": [event("jit_step(1)", 0, 400)], "XLA Ops": operations}
-    b = break_down(PROGRAM, read_events([plane("/device:TPU:0", **lines)]), 1, PEAKS)
+    b = break_down(PROGRAM, read_events([plane("/device:TPU:0", **lines)], "tpu"), 1, PEAKS)
     # The loop itself is not counted, only what runs in it.
     assert {one.operation.name for one in b.spent} == {"loop_tanh_fusion", "copy.3"}
     assert round(1e9 * b.idle) == 200
@@ -165,7 +170,7 @@ def test_a_tpu_names_operations_by_their_text():
 def test_an_operation_on_a_cpu_ends_with_the_last_of_its_threads():
     started = event("dot.7", 10, 5, "dot.7", _p=3, device_ordinal=1)
     planes = [plane("/host:CPU", one=[started], other=[event("end: dot.7", 90, 10, _c=3)])]
-    assert read_events(planes) == [Event("dot.7", "jit_step", 1, 10, 100)]
+    assert read_events(planes, "cpu") == [Event("dot.7", "jit_step", 1, 10, 100)]
 
 
 def test_time_is_divided_among_what_runs():
@@ -256,7 +261,7 @@ def test_other_copies_are_named():
 def test_idle_time_by_its_cause():
     busy = [(MATRIX, "layers", "forward", 60.0)]
     waits = only(seen(busy, waiting=0.035))
-    assert waits.change.startswith("data.num_workers") and waits.gain == pytest.approx(0.035)
+    assert "data.num_workers" in waits.change and waits.gain == pytest.approx(0.035)
     starved = only(seen(busy, memory=(10e9, 80e9)))
     assert starved.change == "batch_size 64" and starved.gain == pytest.approx(0.02)
     assert "idle for 40%" in starved.reason
@@ -265,7 +270,7 @@ def test_idle_time_by_its_cause():
 
 
 def test_a_batch_that_is_too_small():
-    half = seen([(MATRIX, "layers", "forward", 50.0), (ELEMENTWISE, "optimizer", "forward", 50.0)], memory=(1e9, 80e9))
+    half = seen([(MATRIX, "layers", "forward", 50.0), (ELEMENTWISE, "optimizer", "update", 50.0)], memory=(1e9, 80e9))
     slow = dataclasses.replace(half.breakdown.spent[0], least=0.0175)
     found = dataclasses.replace(
         half, breakdown=dataclasses.replace(half.breakdown, spent=(slow, half.breakdown.spent[1]))

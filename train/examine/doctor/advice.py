@@ -106,9 +106,7 @@ def _bfloat16(seen: Seen) -> Iterator[Advice]:
         return
     # Without a data sheet, twice as fast, as on every GPU and TPU that is listed.
     saved = 0.5 if narrow is None or wide is None else 1 - wide / narrow
-    by_memory = seen.breakdown.where(
-        lambda one: one.category in (COPY, ELEMENTWISE) and not one.scope.startswith("optimizer")
-    )
+    by_memory = seen.breakdown.where(lambda one: one.category in (COPY, ELEMENTWISE) and one.phase != "update")
     yield Advice(
         "model.dtype bfloat16",
         "The step computes in float32. In bfloat16, products are faster and activations take half of the memory; parameters and "
@@ -147,7 +145,7 @@ def _data(seen: Seen) -> Iterator[Advice]:
     if seen.waiting < 0.5 * seen.idle:
         return
     yield Advice(
-        "data.num_workers, data.prefetch: more, or less work for each example",
+        "more data.num_workers, or a larger data.prefetch",
         f"In each step the host waits {1e3 * seen.waiting:,.1f} ms for the next batch, and the devices with it.",
         min(seen.waiting, seen.idle),
     )
@@ -158,7 +156,7 @@ def _larger_batch(seen: Seen) -> Iterator[Advice]:
     if seen.memory is not None and 2 * seen.memory[0] > _ROOM * seen.memory[1]:
         return
     parts = seen.config.microbatches
-    optimizer = seen.breakdown.where(lambda one: one.scope.startswith("optimizer")) if parts == 1 else 0.0
+    optimizer = seen.breakdown.where(lambda one: one.phase == "update") if parts == 1 else 0.0
     products, idle = seen.breakdown.categories()[MATRIX], max(seen.idle - seen.waiting, 0.0)
     reached = 1.0 if seen.on_cpu or not products.least else products.least / products.seconds
     faster = products.seconds * max(1 - reached / min(2 * reached, _LARGE), 0.0)
@@ -171,7 +169,7 @@ def _larger_batch(seen: Seen) -> Iterator[Advice]:
     if not said:
         return
     change = f"batch_size {2 * seen.config.batch_size}" if parts == 1 else f"microbatches {parts // 2}"
-    note = " It is another run then: tune its learning rate." if parts == 1 else ""
+    note = " Twice as many examples take less than twice as long; tune the learning rate." if parts == 1 else ""
     yield Advice(change, f"{said[0].upper()}{said[1:]}.{note}", sum(reasons.values()))
 
 

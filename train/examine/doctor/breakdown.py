@@ -112,7 +112,10 @@ def break_down(text: str, events: Sequence[Event], steps: int, peaks: Peaks) -> 
     pairs = [(event, operation) for event, operation in pairs if not operation.contains]
     timed = [event for event, operation in pairs if known.get(operation.name) is operation]
     if not timed:
-        raise UserError("the trace holds no operation of the step; update jax, or try another --platform")
+        raise UserError(
+            "the trace holds no operation of the step; NVIDIA's driver may leave profiling to administrators "
+            "(NVreg_RestrictProfilingToAdminUsers=0 lets everyone)"
+        )
     start, end = min(event.start for event in timed), max(event.end for event in timed)
     devices = sorted({event.device for event in timed})
     seconds, times = collections.defaultdict[Operation, float](float), collections.Counter[Operation]()

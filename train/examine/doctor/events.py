@@ -29,21 +29,17 @@ class Event:
     end: float
 
 
-def read_events(planes: Iterable[Any]) -> list[Event]:
+def read_events(planes: Iterable[Any], platform: str) -> list[Event]:
     """All operations of a trace.
 
     Args:
         planes: those of `jax.profiler.ProfileData`.
+        platform: of the devices. A CPU's operations run in threads of the host; those of others are only launched there.
     """
-    planes = list(planes)
-    found = [
-        event
-        for plane in planes
-        if (number := _DEVICE.match(plane.name))
-        for event in _on_device(plane, int(number[1]))
-    ]
-    # Where there is an accelerator, the host's threads only launch its operations.
-    return found or [event for plane in planes if plane.name.startswith("/host:") for event in _on_host(plane)]
+    if platform == "cpu":
+        return [event for plane in planes if plane.name.startswith("/host:") for event in _on_host(plane)]
+    numbered = [(plane, _DEVICE.match(plane.name)) for plane in planes]
+    return [event for plane, number in numbered if number for event in _on_device(plane, int(number[1]))]
 
 
 def _on_device(plane: Any, device: int) -> Iterator[Event]:

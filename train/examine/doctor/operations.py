@@ -17,6 +17,8 @@ NO_SCOPE = "outside the model"
 """The scope of what XLA adds without saying what for."""
 RANDOM = "random numbers"
 """The scope of the keys and masks of dropout that are made outside of the model."""
+OPTIMIZER = "optimizer"
+"""The scope of the update."""
 
 _ATTENTION_SCOPES = {"attend", "linear_attention", "fast_weights"}
 """Those of the functions that read keys and values; the projections around them are matrix products."""
@@ -47,7 +49,7 @@ class Operation:
     scope: str
     """The model's named scopes, outermost first, such as `layers/attention`."""
     phase: str
-    """forward, backward, or recomputed."""
+    """forward, backward, recomputed, or update."""
     times: int
     """How often it runs in a step, by the program; 0 if that does not say."""
     flops: float
@@ -77,12 +79,13 @@ def operations_of(module: Module) -> dict[str, Operation]:
             named = _named(module, where, one, readers, callers)
             contains = one.opcode in _CONTAINERS
             work = 0.0 if contains else flops_of(module, where, one)
+            scope = _scope(named) or NO_SCOPE
             found[one.name] = Operation(
                 name=one.name,
                 primitive=_primitive(one, work),
                 category=_category(module, where, one),
-                scope=_scope(named) or NO_SCOPE,
-                phase=pass_of(named),
+                scope=scope,
+                phase="update" if scope.startswith(OPTIMIZER) else pass_of(named),
                 times=times[f"{where} {one.name}"],
                 flops=work,
                 bytes=0.0 if contains else bytes_of(module, where, one),

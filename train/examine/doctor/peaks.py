@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from train.parallel.hardware import peak_bandwidth, peak_flops
 
-_TRIES = 5
+_TRIES = 15
 
 
 @dataclasses.dataclass(frozen=True)

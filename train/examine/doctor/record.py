@@ -57,6 +57,7 @@ def record(program: Program, state: TrainState, batches: Batches, order: Order, 
     Raises:
         UserError: the profiler could not write its trace.
     """
+    device = program.mesh.devices.flat[0]
     source = _Source(batches, order.batch(int(state.step) + 1))
     with contextlib.closing(source.on_devices(program)) as rows, choices() as found:
         batch = next(rows)
@@ -71,8 +72,8 @@ def record(program: Program, state: TrainState, batches: Batches, order: Order, 
         host.take(steps)
         seconds = (time.perf_counter() - began) / steps
         waiting, dispatching = host.waiting / (steps + source.passed_over), host.dispatching / steps
-        events = _traced(host, steps)
-    memory = _memory(program.mesh.devices.flat[0], compiled)
+        events = _traced(host, steps, device.platform)
+    memory = _memory(device, compiled)
     return Recording(
         compiled.as_text() or "", events, steps, seconds, waiting, dispatching, host.predictions / host.taken,
         tuple(found), memory,
@@ -132,7 +133,7 @@ class _Host:
             self.taken += 1
 
 
-def _traced(host: _Host, steps: int) -> tuple[Event, ...]:
+def _traced(host: _Host, steps: int, platform: str) -> tuple[Event, ...]:
     options = jax.profiler.ProfileOptions()
     # Following Python's calls would slow down the host, and the devices would wait for it.
     options.python_tracer_level = 0
@@ -142,7 +143,8 @@ def _traced(host: _Host, steps: int) -> tuple[Event, ...]:
         files = sorted(Path(folder).rglob("*.xplane.pb"))
         if not files:
             raise UserError("the profiler wrote no trace; update jax, or try another --platform")
-        return tuple(read_events(jax.profiler.ProfileData.from_file(str(files[0])).planes))
+        data = jax.profiler.ProfileData.from_file(str(files[0]))
+        return tuple(read_events(data.planes, platform))
 
 
 def _memory(device: jax.Device, compiled: Any) -> tuple[float, float] | None:

@@ -62,7 +62,8 @@ class Report:
         if b.hidden >= 0.001 * b.step:
             notes.append(f"{ms(b.hidden)} ms of communication more run while a device computes")
         if any((total.least or 0.0) > total.seconds for total in b.categories().values()):
-            notes.append("above 100%: small arrays stay in a cache, which is faster than the memory")
+            why = ", or other work slowed the machine down while its peaks were measured" if self.peaks.measured else ""
+            notes.append(f"above 100%: small arrays stay in a cache, which is faster than the memory{why}")
         return notes
 
     def parts(self) -> list[list[str]]:
