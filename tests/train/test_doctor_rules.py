@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from pathlib import Path
 
 import pytest
 
-from train.config import RunConfig
+from train.config import RunConfig, load
 from train.examine.doctor.advice import Seen, advise
 from train.examine.doctor.breakdown import Breakdown, Spent, break_down
 from train.examine.doctor.events import Event, divided, read_events
@@ -29,6 +30,7 @@ from train.report.attention_backends import Choice
 from transformer.errors import UserError
 from transformer.models.gpt import GPTConfig
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 H100 = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
 PEAKS = Peaks(flops=1e15, bandwidth=1e12)
 
@@ -287,7 +289,19 @@ def test_communication_and_padding():
     spent = [(MATRIX, "layers", "forward", 80.0), (COLLECTIVE, "layers", "backward", 20.0)]
     first, second = advise(seen(spent, padding=0.1))
     assert first.change.startswith("another mesh.strategy") and first.gain == pytest.approx(0.02)
-    assert second.change == "data.packing documents" and second.gain == pytest.approx(0.01)
+    assert second.change == "a smaller length" and second.gain == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("translate_en_fr_recurrent", "a larger objective.max_shapes"),
+     ("translate_en_fr_small", "a larger objective.max_shapes, or data.packing documents")],
+)  # fmt: skip
+def test_padding_of_pairs(name, change):
+    config = load(CONFIGS / f"{name}.yaml")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing="pad"))
+    found = advise(seen([(ATTENTION, "layers", "forward", 100.0)], padding=0.2, config=config))
+    assert change in [advice.change for advice in found]
 
 
 def test_peaks():

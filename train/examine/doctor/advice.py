@@ -186,8 +186,8 @@ def _copies(seen: Seen) -> Iterator[Advice]:
     where = list(dict.fromkeys(one.operation.scope for one in copies))[:3]
     yield Advice(
         "look at the copies",
-        f"They take {seen.breakdown.share(total):.0%} of the step, most of them in {', '.join(where)}. There XLA changes the "
-        "order of an array's dims, between operations that want another one.",
+        f"They take {seen.breakdown.share(total):.0%} of the step, most of them in {', '.join(where)}: slices of what a loop "
+        "reads and writes, and arrays whose dims XLA reorders between operations.",
         total,
     )
 
@@ -208,9 +208,12 @@ def _sharding(seen: Seen) -> Iterator[Advice]:
 def _padding(seen: Seen) -> Iterator[Advice]:
     if seen.padding < 0.05:
         return
-    packs = "documents" in seen.config.objective.packings and seen.config.data.packing != "documents"
+    packing, recurrent = seen.config.data.packing, seen.config.model.family == "recurrent"
+    change = "a smaller length"
+    if packing == "pad":
+        change = "a larger objective.max_shapes" + ("" if recurrent else ", or data.packing documents")
     yield Advice(
-        "data.packing documents" if packs else "a smaller length",
+        change,
         f"{seen.padding:.0%} of all positions are padding, which costs as much as text.",
         seen.padding * seen.breakdown.step,
     )
