@@ -238,6 +238,8 @@ def test_float32_on_a_gpu():
     advice = only(dataclasses.replace(found, config=config))
     assert advice.change == "model.dtype bfloat16"
     assert advice.gain == pytest.approx(0.08 * (1 - 494 / 989) + 0.01)
+    old = types.SimpleNamespace(platform="gpu", device_kind="Tesla V100-SXM2-16GB")
+    assert advise(dataclasses.replace(found, config=config, device=old)) == []
 
 
 def test_recomputed_though_there_is_memory():

@@ -102,9 +102,11 @@ def _fused_attention(seen: Seen) -> Iterator[Advice]:
 
 def _bfloat16(seen: Seen) -> Iterator[Advice]:
     narrow, wide = (peak_flops(seen.device, dtype) for dtype in ("bfloat16", "float32"))
-    if seen.on_cpu or seen.config.model.dtype != "float32":
+    # Some older GPUs do not have it.
+    lacks = narrow is None and wide is not None
+    if seen.on_cpu or seen.config.model.dtype != "float32" or lacks:
         return
-    # Without a data sheet, twice as fast, as on every GPU and TPU that is listed.
+    # Without a data sheet, twice as fast, as on most GPUs that are listed.
     saved = 0.5 if narrow is None or wide is None else 1 - wide / narrow
     by_memory = seen.breakdown.where(lambda one: one.category in (COPY, ELEMENTWISE) and one.phase != "update")
     yield Advice(
