@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.sharding.hlo import Module
 from tests.made import made
 from train.config import RunConfig
 from train.loss import LossConfig
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
+from train.program.hlo import Module
 from train.program.program import Program
 from train.program.step import make_eval_step
 from transformer import loss as module

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.history.findings import Figures, title
-from benchmarks.page import svg
+from train.report.page import svg
 from transformer.interpret.plot import COLORS, drawable
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.history.findings import Figures, findings, title
 from benchmarks.history.models import ENTRIES
 from benchmarks.history.plots import alignment_sheet, by_length, loss_curves
-from benchmarks.page import page
-from benchmarks.page import table as as_html
+from train.report.page import page
+from train.report.page import table as as_html
 
 HEADING = "Attention through history"
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Figures]], str]]] = {

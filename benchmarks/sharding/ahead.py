@@ -25,13 +25,13 @@ import jax
 from jax.sharding import Mesh
 
 from benchmarks import compilers
-from benchmarks.sharding.hlo import Module
 from benchmarks.sharding.roofline import predict
 from benchmarks.sharding.targets import Target
 from benchmarks.workload import program_of
 from train.config import RunConfig, to_data
 from train.config.restore import restore
 from train.parallel.mesh import use_mesh
+from train.program.hlo import Module
 from train.program.program import Program
 from transformer.errors import UserError, first_line
 

@@ -22,7 +22,6 @@ from benchmarks import record
 from benchmarks.sharding import measure_report
 from benchmarks.sharding.ahead import compile_step, summary
 from benchmarks.sharding.analytic import sharded_bytes
-from benchmarks.sharding.hlo import Module
 from benchmarks.sharding.layouts import command_of, layouts, subset, variants
 from benchmarks.sharding.least import least
 from benchmarks.units import duration
@@ -32,6 +31,7 @@ from train.files import writing
 from train.optimizer import OptimizerConfig
 from train.parallel.hardware import utilization
 from train.parallel.mesh import MESH_AXES, MeshConfig, shard_batch, use_mesh
+from train.program.hlo import Module
 from train.program.program import Program
 from train.report.display import console
 from transformer.errors import UserError

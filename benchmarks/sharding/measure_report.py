@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.page import page, svg, table
 from benchmarks.sharding.least import SYMBOLS
 from benchmarks.units import amount
+from train.report.page import page, svg, table
 
 HEADS = (
     "strategy", "mesh", "loss error", "gradient error", "ms a step", "min–max", "tokens/s", "MFU", "compile", "state",

@@ -10,10 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.page import page, svg, table
 from benchmarks.sharding.analytic import OVERLAP
 from benchmarks.sharding.validate import on_record
 from benchmarks.units import amount, duration
+from train.report.page import page, svg, table
 from transformer.interpret.capture import readable
 
 GIB = 2**30

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from train.parallel.hardware import PEAK_TFLOPS
+from train.parallel.hardware import PEAK_GIGABYTES, PEAK_TFLOPS
 from transformer.errors import UserError, nearest
 
 GB = 1e9
@@ -46,36 +46,39 @@ class Chip:
 
 
 def _chip(kind: str, **data: Any) -> Chip:
-    """Peaks are the same as for utilisation figures."""
+    """Peaks of arithmetic and memory are the same as for utilisation figures."""
     bfloat16, float32 = (PEAK_TFLOPS[kind][dtype] * 1e12 for dtype in ("bfloat16", "float32"))
     platform: Literal["tpu", "gpu"] = "tpu" if kind.startswith("TPU") else "gpu"
-    return Chip(kind=kind, platform=platform, peak_bfloat16=bfloat16, peak_float32=float32, **data)
+    bandwidth = PEAK_GIGABYTES[kind] * GB
+    return Chip(
+        kind=kind, platform=platform, peak_bfloat16=bfloat16, peak_float32=float32, bandwidth=bandwidth, **data
+    )  # fmt: skip
 
 
 CHIPS = {
     # Google's data sheets; links by the Scaling Book (Austin et al. 2025), one way 45 or 90 GB/s each, and PCIe. The
     # clock follows from the peak and the matrix units (4 or 8 of 128 × 128; of v6e 4 of 256 × 256, at half the rate).
     "v5e": _chip(
-        "TPU v5 lite", memory=15.75 * GIB, bandwidth=819 * GB, link=90 * GB, network=6.25 * GB,
+        "TPU v5 lite", memory=15.75 * GIB, link=90 * GB, network=6.25 * GB,
         host=16 * GB, clock=1.5e9, dims=2, wrap=16,
     ),
     "v5p": _chip(
-        "TPU v5", memory=95.7 * GIB, bandwidth=2765 * GB, link=180 * GB, network=6.25 * GB,
+        "TPU v5", memory=95.7 * GIB, link=180 * GB, network=6.25 * GB,
         host=16 * GB, clock=1.75e9, dims=3, wrap=4,
     ),
     "v6e": _chip(
-        "TPU v6 lite", memory=31.25 * GIB, bandwidth=1640 * GB, link=180 * GB, network=12.5 * GB,
+        "TPU v6 lite", memory=31.25 * GIB, link=180 * GB, network=12.5 * GB,
         host=32 * GB, clock=1.75e9, dims=2, wrap=16,
     ),
     "v4": _chip(
-        "TPU v4", memory=30.75 * GIB, bandwidth=1228 * GB, link=90 * GB, network=6.25 * GB,
+        "TPU v4", memory=30.75 * GIB, link=90 * GB, network=6.25 * GB,
         host=16 * GB, clock=1.05e9, dims=3, wrap=4,
     ),
     # NVIDIA's data sheets: SXM boards, NVLink one way, one 400 Gb/s (A100: 200 Gb/s) adapter a GPU. XLA takes
     # three quarters of the memory by default; a plan assumes 92 %.
-    "a100": _chip("NVIDIA A100", memory=0.92 * 80 * GB, bandwidth=2039 * GB, link=300 * GB, network=25 * GB),
-    "h100": _chip("NVIDIA H100", memory=0.92 * 84.9 * GB, bandwidth=3352 * GB, link=450 * GB, network=50 * GB),
-    "h200": _chip("NVIDIA H200", memory=0.92 * 150 * GB, bandwidth=4800 * GB, link=450 * GB, network=50 * GB),
+    "a100": _chip("NVIDIA A100", memory=0.92 * 80 * GB, link=300 * GB, network=25 * GB),
+    "h100": _chip("NVIDIA H100", memory=0.92 * 84.9 * GB, link=450 * GB, network=50 * GB),
+    "h200": _chip("NVIDIA H200", memory=0.92 * 150 * GB, link=450 * GB, network=50 * GB),
 }  # fmt: skip
 
 GPUS_A_HOST = 8

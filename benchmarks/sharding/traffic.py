@@ -14,7 +14,6 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import compilers, record
-from benchmarks.page import page, table
 from benchmarks.sharding.ahead import Compiled, Compiler, require_any
 from benchmarks.sharding.analytic import sharded_bytes
 from benchmarks.sharding.layouts import NAMES, command_of, layouts, subset, variants
@@ -26,6 +25,7 @@ from train.files import writing
 from train.parallel.mesh import MESH_AXES, MeshConfig, Rules
 from train.program.program import described_state
 from train.report.display import console
+from train.report.page import page, table
 from transformer.errors import UserError
 
 HEADS = (

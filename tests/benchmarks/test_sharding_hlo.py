@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks.sharding.hlo import Module, stage_of
-from benchmarks.sharding.roofline import flops_of, hide, predict
+from benchmarks.sharding.roofline import hide, predict
 from benchmarks.sharding.targets import parse_target
+from train.program.hlo import Module, stage_of
+from train.program.work import flops_of
 
 
 def text_of(function, *arguments):

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from train.parallel.hardware import PEAK_TFLOPS, peak_flops, utilization
+from train.parallel.hardware import PEAK_GIGABYTES, PEAK_TFLOPS, peak_bandwidth, peak_flops, utilization
 
 
 def device(kind):
@@ -27,6 +27,7 @@ def test_a_board_and_its_memory_do_not_matter(kind, listed):
     for dtype, tflops in PEAK_TFLOPS[listed].items():
         assert peak_flops(device(kind), dtype) == tflops * 1e12
     assert peak_flops(device(kind), "float8") is None
+    assert peak_bandwidth(device(kind)) == PEAK_GIGABYTES[listed] * 1e9
 
 
 @pytest.mark.parametrize(
@@ -35,4 +36,9 @@ def test_a_board_and_its_memory_do_not_matter(kind, listed):
      "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100X"],
 )  # fmt: skip
 def test_another_device_has_no_peak(kind):
+    assert peak_bandwidth(device(kind)) is None
     assert peak_flops(device(kind), "bfloat16") is None and utilization(1.0, [device(kind)], "bfloat16") is None
+
+
+def test_both_tables_list_the_same_devices():
+    assert PEAK_GIGABYTES.keys() == PEAK_TFLOPS.keys()

@@ -11,15 +11,25 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from train.commands import attend, embed, export, generate, import_checkpoint, predict, prepare, train, translate
-from train.commands.examine import checkpoints, diff, evaluate, explain, inspect_data, plot, replay, verify_resume
+from train.commands.examine import (
+    checkpoints,
+    diff,
+    doctor,
+    evaluate,
+    explain,
+    inspect_data,
+    plot,
+    replay,
+    verify_resume,
+)
 from train.interrupt import exit_on_sigint
 from transformer.errors import ConfigError, UserError, printable, shown
 
 COMMANDS = tuple(
     module.COMMAND
     for module in (
-        train, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, plot, diff, checkpoints, generate,
-        attend, translate, predict, replay, verify_resume,
+        train, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, doctor, plot, diff, checkpoints,
+        generate, attend, translate, predict, replay, verify_resume,
     )
 )  # fmt: skip
 """To add a command, add its file and its name here."""

@@ -30,16 +30,52 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "Tesla V100": {"float16": 125, "float32": 15.7},
 }
 """Device kind, without the board and the size of its memory → compute type → TFLOP/s of one JAX device."""
+PEAK_GIGABYTES: dict[str, float] = {
+    # Bandwidth of the device memory by the vendors' data sheets; of several boards with one name, the faster. A device of
+    # TPU v3 is one of a chip's two cores.
+    "TPU v3": 450,
+    "TPU v4": 1228,
+    "TPU v5 lite": 819,
+    "TPU v5p": 2765,
+    "TPU v5": 2765,
+    "TPU v6 lite": 1640,
+    "NVIDIA A100": 2039,
+    "NVIDIA A10": 600,
+    "NVIDIA B200": 8000,
+    "NVIDIA GeForce RTX 3090": 936,
+    "NVIDIA GeForce RTX 4090": 1008,
+    "NVIDIA H100 NVL": 3938,
+    "NVIDIA H100 PCIe": 2039,
+    "NVIDIA H100": 3352,
+    "NVIDIA H200": 4800,
+    "NVIDIA L4": 300,
+    "NVIDIA L40S": 864,
+    "Tesla T4": 320,
+    "Tesla V100": 900,
+}
+"""Device kind, as in `PEAK_TFLOPS` → GB/s of one JAX device, in powers of 1000."""
 _BOARD = re.compile(r"([- ](SXM\d?|PCIe|PCIE|HBM\d\w?|\d+GB))*")
 """What a name may have in addition, such as `-SXM4-80GB`. Whatever else it has is another device, such as a part of one."""
 
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
     """Dense peak of one device in FLOP/s, or None if it is not known, as for every CPU."""
+    kind = _listed(device)
+    tflops = None if kind is None else PEAK_TFLOPS[kind].get(dtype)
+    return None if tflops is None else tflops * 1e12
+
+
+def peak_bandwidth(device: jax.Device) -> float | None:
+    """Peak of one device's memory in bytes per second, or None if it is not known, as for every CPU."""
+    kind = _listed(device)
+    return None if kind is None else PEAK_GIGABYTES[kind] * 1e9
+
+
+def _listed(device: jax.Device) -> str | None:
+    """The kind of a device in the tables above."""
     name = device.device_kind
     kinds = [kind for kind in PEAK_TFLOPS if name.startswith(kind) and _BOARD.fullmatch(name.removeprefix(kind))]
-    tflops = PEAK_TFLOPS[max(kinds, key=len)].get(dtype) if kinds else None
-    return None if tflops is None else tflops * 1e12
+    return max(kinds, key=len, default=None)
 
 
 def utilization(flops_per_second: float, devices: list[jax.Device], dtype: str) -> float | None:

@@ -189,7 +189,7 @@ class Module:
         # A TPU's compiler splits a collective into pieces that overlap with several other operations.
         pieces: dict[str, Collective] = {}
         for times, name, instruction in self.executed():
-            if (kind := _kind(instruction.opcode)) is not None:
+            if (kind := collective_kind(instruction.opcode)) is not None:
                 if not instruction.opcode.endswith("-done"):
                     span = (instruction.name, self.end_of(name, instruction))
                     found.append(self._collective(kind, times, name, instruction, name, span))
@@ -197,7 +197,7 @@ class Module:
                 inner = self.computations[instruction.called]
                 sliced = any(one.opcode == "dynamic-slice" for one in inner.values())
                 for one in inner.values():
-                    if (kind := _kind(one.opcode)) is None or one.opcode.endswith("-done"):
+                    if (kind := collective_kind(one.opcode)) is None or one.opcode.endswith("-done"):
                         continue
                     kind = "reduce-scatter" if kind == "all-reduce" and sliced else kind
                     span = (instruction.name, self.end_of(name, instruction))
@@ -244,21 +244,51 @@ class Module:
 
 def stage_of(instruction: Instruction) -> str:
     """The model's named scopes of an instruction, such as `layers/attention`, and whether it is in the backward pass."""
-    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
-    path = found.group(1) if found else ""
+    path = op_name(instruction)
     backward = "backward " if "transpose(" in path else "again " if "rematted" in path else ""
+    return backward + "/".join(_words(path)[:2])
+
+
+def scopes_of(instruction: Instruction) -> tuple[str, ...]:
+    """All named scopes of an instruction, outermost first, without the name of the operation itself."""
+    return tuple(_words(op_name(instruction).rpartition("/")[0]))
+
+
+def pass_of(instruction: Instruction) -> str:
+    """The pass of an instruction: forward, backward, or recomputed, which is the forward pass again for the backward one."""
+    path = op_name(instruction)
+    return "recomputed" if "rematted" in path else "backward" if "transpose(" in path else "forward"
+
+
+def primitive_of(instruction: Instruction) -> str:
+    """JAX's name of the operation that an instruction comes from, such as `dot_general`; empty if none is known."""
+    return op_name(instruction).rpartition("/")[2]
+
+
+def op_name(instruction: Instruction) -> str:
+    """The path that JAX gave an instruction; of several that were merged, the first."""
+    found = re.search(r'op_name="([^";]*)', instruction.attributes)
+    # Those of one scope are merged as `scope/(a:b:c)`.
+    return re.sub(r"/\(([^:]*):.*", r"/\1", found.group(1)) if found else ""
+
+
+def _words(path: str) -> list[str]:
     scopes = []
     for part in path.split("/"):
         word = re.sub(r"^(?:transpose\(|jvp\()+|\)+$", "", part)
         if re.fullmatch(r"[a-z_]+", word) and word not in _PLUMBING and word not in scopes:
             scopes.append(word)
-    return backward + "/".join(scopes[:2])
+    return scopes
 
 
-_PLUMBING = {"jit", "step", "while", "body", "closed_call", "checkpoint", "rematted_computation", "cond", "shard_map"}
+_PLUMBING = {
+    "jit", "step", "while", "body", "closed_call", "checkpoint", "rematted_computation", "cond", "shard_map",
+    "custom_vjp_call", "custom_jvp_call",
+}  # fmt: skip
 
 
-def _kind(opcode: str) -> str | None:
+def collective_kind(opcode: str) -> str | None:
+    """Which of `COLLECTIVES` an opcode is, or starts or ends; None: it does not communicate."""
     base = opcode.removesuffix("-start").removesuffix("-done")
     return base if base in COLLECTIVES else None
 
