@@ -178,7 +178,7 @@ LAYOUTS = [
     ("config", "num_devices", "microbatches"), LAYOUTS, ids=lambda it: getattr(it, "strategy", str(it))
 )
 def test_every_layout_balances_as_one_device_does(config, num_devices, microbatches):
-    # Each stage of a pipeline has a group of layers.
-    model = MODELS["pattern"] if config.strategy == "pipeline" else GPT
+    # Once for each schedule, every stage of the pipeline has a group of layers.
+    model = MODELS["pattern"] if config.strategy == "pipeline" and microbatches == 1 else GPT
     got, expected = step_of(model, config, num_devices, microbatches), step_of(model, MeshConfig(), 1)
     assert max(differences(got, expected)) < 1e-5
