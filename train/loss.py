@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.errors import Config, UserError, require
+from transformer.layers.mixture_of_experts import RouterCoefficients, RouterSums
 from transformer.loss import token_cross_entropy
 from transformer.resume import Free, OnResume
 from transformer.types import Array, Float, Int
@@ -48,7 +49,7 @@ class LossSums:
     """Sums over the predictions, tokens or rows, in float32."""
 
     loss: Float[Array, ""]
-    """The training loss, z-loss and smoothing included."""
+    """The training loss, z-loss and smoothing included, without the losses of routers."""
     nll: Float[Array, ""]
     """Negative log-likelihood of the targets, in nats."""
     weight: Float[Array, ""]
@@ -57,9 +58,27 @@ class LossSums:
     """For classes: number of rows, or tokens, that are classified correctly."""
     count: Float[Array, ""] | None = None
     """Number of rows, or tokens, if `weight` is not uniform."""
+    routers: tuple[RouterSums, ...] = ()
+    """Of each stack of layers with a mixture of experts."""
 
     def __add__(self, other: LossSums) -> LossSums:
         return jax.tree.map(jnp.add, self, other)
+
+    def total(self, coefficients: tuple[RouterCoefficients, ...] | None = None) -> Float[Array, ""]:
+        """The training loss with the losses of routers, as a sum.
+
+        Args:
+            coefficients: of `routers`, from the whole batch if these are the sums of a part of it (`router_coefficients`); None:
+                these are the sums of the whole batch.
+        """
+        if coefficients is None:
+            coefficients = router_coefficients(self.weight, self.routers)
+        return sum((sums.loss(own) for sums, own in zip(self.routers, coefficients, strict=True)), self.loss)
+
+
+def router_coefficients(weight: Float[Array, ""], routers: tuple[RouterSums, ...]) -> tuple[RouterCoefficients, ...]:
+    """The coefficients of the routers' sums in the loss, from a whole batch's `weight` and sums."""
+    return tuple(sums.coefficients(weight) for sums in routers)
 
 
 def cross_entropy(
@@ -85,7 +104,7 @@ def cross_entropy(
 
 
 def of_tokens(model: Any, output: Any, batch: Batch, config: LossConfig) -> LossSums:
-    """The cross-entropy of `targets` by `weights` [B, T], and a mixture's own loss, without the logits of all tokens.
+    """The cross-entropy of `targets` by `weights` [B, T], and the model's own losses, without the logits of all tokens.
 
     Args:
         model: has predicted the tokens; its `projection` has not been applied to the output's `hidden`.
@@ -140,7 +159,8 @@ def of_rows(
 
 
 def with_added_loss(sums: LossSums, output: Any) -> LossSums:
-    """The sums with the model's auxiliary loss, if its output has one."""
+    """The sums with the model's auxiliary losses, if its output has some."""
+    sums = dataclasses.replace(sums, routers=sums.routers + output.routers)
     if output.added_loss is None:
         return sums
     return dataclasses.replace(sums, loss=sums.loss + output.added_loss * sums.weight)

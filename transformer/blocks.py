@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from transformer.layers.feed_forward import FeedForward
-from transformer.layers.mixture_of_experts import MixtureOfExperts, RouterLosses
+from transformer.layers.mixture_of_experts import MixtureOfExperts, RouterSums
 from transformer.layers.norm import LayerNorm, RMSNorm
 from transformer.mixers.context import NO_CONTEXT, Context
 from transformer.mixers.registry import Mixer, MixerConfig
@@ -32,7 +32,7 @@ class BlockOutput:
     state: State | None = None
     weights: Float[Array, "*L B N T S"] | None = None
     """Attention weights of the mixer, or of attention to the memory if there is one."""
-    router: RouterLosses | None = None
+    router: RouterSums | None = None
 
 
 class Block(nnx.Module):

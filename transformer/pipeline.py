@@ -90,7 +90,7 @@ def run_pipeline(
     """Run `stage(blocks, x, keys, per_layer, context) -> (x, outputs)` on all layers, K at a time.
 
     Args:
-        stage: its outputs are means over rows, with a leading K.
+        stage: its outputs are sums over rows, with a leading K.
         blocks: [L, ...], or [V, L / V, ...] (`in_stages`), which needs no exchange of parameters if V is above 1.
         x: [B, ...].
         keys: of each row, [L, ..., B].
@@ -98,8 +98,7 @@ def run_pipeline(
         context: a pytree that all layers get. The leaves that its `batch_leaves` marks are divided as x is.
 
     Returns:
-        The last x [B, ...], and the outputs with a leading L: means over microbatches. For an output that is not a mean over
-        rows or tokens, such as a mixture's balance, this differs from the value over the whole batch.
+        The last x [B, ...], and the outputs with a leading L: sums over the rows of the whole batch.
 
     Raises:
         UserError: layers or rows that cannot be divided evenly.
@@ -141,12 +140,12 @@ def run_pipeline(
         # The tick at which each microbatch leaves its last stage, which is on the last device.
         leaves = np.arange(M) // P * P * V + (V - 1) * P + np.arange(M) % P + P - 1
 
-        def mean(output: Array) -> Array:
+        def summed(output: Array) -> Array:
             own = jax.lax.dynamic_slice_in_dim(output, index, M * V)
-            own = own.reshape(M // P, V, P, *own.shape[1:]).mean((0, 2))
+            own = own.reshape(M // P, V, P, *own.shape[1:]).sum((0, 2))
             return own[0] if V == 1 else own
 
-        return passed[leaves][None], jax.tree.map(mean, outputs)
+        return passed[leaves][None], jax.tree.map(summed, outputs)
 
     by_stage = PartitionSpec(axes) if V == 1 else PartitionSpec(None, axes)
     flat = [microbatched(leaf, M) if cut else leaf for leaf, cut in zip(flat, is_cut, strict=True)]

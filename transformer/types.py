@@ -62,4 +62,6 @@ class ModelOutput:
     weights: Array | None = None
     """[L, B, N, T, S] attention weights, if asked for."""
     added_loss: Array | None = None
-    """A scalar to add to the mean loss, from the routers of experts or from a head."""
+    """A scalar to add to the mean loss, from a head."""
+    routers: tuple[Any, ...] = ()
+    """For each stack of layers with a mixture of experts: the sums that the losses of its routers are made of (`RouterSums`)."""

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from benchmarks.sharding.least import least
+from benchmarks.sharding.shape import experts
 from benchmarks.sharding.targets import Target
 from train.config import RunConfig
 from train.examine.explain import saved_bytes
@@ -123,6 +124,11 @@ class Analysis:
             else:
                 # Every tick stores its own, and the devices share the head.
                 activations = rows / stages * kept * (1 + bubble) + rows / parts * again + logits(rows / stages)
+        # A forward pass before those of the parts of a batch, over all of which experts are balanced.
+        mlp, mesh = experts(model), config.mesh
+        in_parts = config.microbatches > 1 or mesh.strategy == "pmap" or (stages > 1 and mesh.schedule == "1f1b")
+        if in_parts and mlp is not None and mlp.balance_loss:
+            passes += 1
         gathered = 0.0
         if sizes["fsdp"] > 1 and config.mesh.slices_parameters:
             gathered = 2 * wide * self.parameters / slices / layers

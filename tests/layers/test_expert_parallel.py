@@ -54,6 +54,7 @@ def close(got, expected, rtol=1e-5, atol=2e-5):
 def layer(**changes):
     normal = nnx.initializers.normal(0.5)
     options = {"num_experts": E, "experts_per_token": 2, "activation": "swiglu", "rngs": nnx.Rngs(0)}
+    options |= {"balance_loss": 1.0, "router_z_loss": 1.0}
     return MixtureOfExperts(D, F, kernel_init=normal, out_init=normal, **(options | changes))
 
 
@@ -71,12 +72,13 @@ def on_mesh(sizes, params, **changes):
 
 
 def step_of(graphdef):
-    """Outputs, router losses and gradients."""
+    """Outputs, router sums and gradients."""
 
     def step(params, x, valid):
         def loss(params, x):
-            out, losses = nnx.merge(graphdef, params)(x, valid)
-            return jnp.sum(jnp.sin(out).astype(jnp.float32)) + losses.balance + losses.z, (out, losses)
+            out, sums = nnx.merge(graphdef, params)(x, valid)
+            added = sums.loss(sums.coefficients(jnp.ones(())))
+            return jnp.sum(jnp.sin(out).astype(jnp.float32)) + added, (out, sums)
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
 

@@ -73,19 +73,32 @@ def test_padding_changes_nothing(capacity):
     """Neither what it is nor how much of it there is, at the end or in between."""
     moe = layer(capacity=capacity)
     x = draw(2, 6, D)
-    alone, losses = moe(x)
+    alone, sums = moe(x)
     padded = jnp.concatenate([x, 9 * draw(2, 7, D, seed=1)], axis=1)
     valid = jnp.broadcast_to(jnp.arange(13) < 6, (2, 13))
-    out, padded_losses = moe(padded, valid)
+    out, padded_sums = moe(padded, valid)
     np.testing.assert_allclose(out[:, :6], alone, atol=1e-6)
     assert not np.asarray(out[:, 6:]).any()
-    np.testing.assert_allclose(padded_losses.balance, losses.balance, rtol=1e-5)
-    np.testing.assert_allclose(padded_losses.z, losses.z, rtol=1e-5)
+    for got, expected in zip(jax.tree.leaves(padded_sums), jax.tree.leaves(sums), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
     mixed = jnp.arange(13) % 2 == 0
     between = jnp.zeros((2, 13, D)).at[:, mixed].set(padded[:, :7])
     whole, _ = moe(padded[:, :7])
     spread, _ = moe(between, jnp.broadcast_to(mixed, (2, 13)))
     np.testing.assert_allclose(spread[:, mixed], whole, atol=1e-6)
+
+
+def test_losses_are_those_of_the_papers():
+    """The sums of two parts of a batch, by the coefficients of the whole: E Σ_e f_e P_e, the mean of log² Σ_e exp(logit_e)."""
+    moe = layer(balance_loss=0.5, router_z_loss=0.25)
+    x, valid = draw(4, 6, D), jnp.arange(6) < jnp.array([6, 2, 5, 3])[:, None]
+    parts = [moe(x[rows], valid[rows])[1] for rows in (slice(0, 2), slice(2, 4))]
+    coefficients = jax.tree.map(jnp.add, *parts).coefficients(jnp.asarray(7.0))
+    logits = np.asarray(x @ moe.router.kernel[...], np.float64)[np.asarray(valid)]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    f = np.bincount(np.argsort(-p, axis=-1)[:, :2].ravel(), minlength=E) / (2 * len(p))
+    expected = 0.5 * E * (f * p.mean(0)).sum() + 0.25 * np.square(np.log(np.exp(logits).sum(-1))).mean()
+    np.testing.assert_allclose(sum(part.loss(coefficients) for part in parts), 7 * expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("capacity", [None, 0.5])
@@ -113,8 +126,9 @@ def by_arrays(moe, x_BTD, valid_BT):
     T = x_BTD.shape[1]
     capacities = moe.capacities(T)
     experts, places, weights, _ = route(
-        moe.router(x_BTD), valid_BT, jnp.asarray(capacities)[valid_BT.sum(1)], experts_per_token=moe.experts_per_token
-    )
+        moe.router(x_BTD), valid_BT, jnp.asarray(capacities)[valid_BT.sum(1)], experts_per_token=moe.experts_per_token,
+        balance_loss=0.0, router_z_loss=0.0,
+    )  # fmt: skip
     taken = (
         jax.nn.one_hot(experts, moe.num_experts)[..., :, None]
         * jax.nn.one_hot(places, int(capacities[T]))[..., None, :]

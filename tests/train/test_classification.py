@@ -18,7 +18,7 @@ from train.loss import LossConfig
 from train.objectives import Classification
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from train.program.state import abstract_state, init_state, state_maker
-from train.program.step import make_eval_step, make_gradient, make_train_step
+from train.program.step import make_eval_step, make_first_pass, make_gradient, make_train_step
 from train.run.evaluate import evaluate, scores_of
 from transformer.errors import ConfigError
 from transformer.functional import graphdef_of
@@ -60,7 +60,7 @@ def batch_of(seed: int = 0, padding: int = 0) -> dict[str, np.ndarray]:
 def test_loss_and_count_by_definition(smoothing, padding):
     batch = batch_of(padding=padding)
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(B, C)), jnp.float32)
-    output = types.SimpleNamespace(logits=logits, added_loss=None)
+    output = types.SimpleNamespace(logits=logits, added_loss=None, routers=())
     config = LossConfig(label_smoothing=smoothing)
     sums = Classification().loss(lambda *_, **__: output, batch, config)
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
@@ -105,8 +105,9 @@ def test_microbatches_give_the_gradient_of_the_whole():
         make_state = state_maker(make, optimizer)
         abstract = abstract_state(make_state, mesh)
         for parts in (1, 4):
-            gradient = make_gradient(graphdef_of(make), LossConfig(), Classification())
-            step = make_train_step(gradient, optimizer, abstract, microbatches=parts)
+            given = graphdef_of(make), LossConfig(), Classification()
+            gradient, first_pass = make_gradient(*given), make_first_pass(*given, microbatches=parts)
+            step = make_train_step(gradient, first_pass, optimizer, abstract, microbatches=parts)
             state, metrics = step(init_state(make_state, abstract, 0), batch)
             found.append((state.params, metrics))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *found)

@@ -101,7 +101,7 @@ def test_loss_and_count_by_definition(padding):
     batch["weights"] = jnp.asarray((np.arange(8) < 8 - padding)[:, None], jnp.float32)
 
     def model(*_, **__):
-        return types.SimpleNamespace(logits=jnp.asarray(next(given), jnp.float32), added_loss=None)
+        return types.SimpleNamespace(logits=jnp.asarray(next(given), jnp.float32), added_loss=None, routers=())
 
     sums = Contrastive(temperature=0.2).loss(model, batch, LossConfig())
     real = 8 - padding

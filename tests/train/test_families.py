@@ -136,7 +136,7 @@ def loss_and_gradient(name: str, **changes):
     def run(params, batch):
         def mean(params):
             sums = OBJECTIVES[objective]().loss(nnx.merge(graphdef, params), batch, LossConfig())
-            return sums.loss / sums.weight
+            return sums.total() / sums.weight
 
         return jax.value_and_grad(mean)(params)
 

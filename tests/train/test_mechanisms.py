@@ -111,7 +111,7 @@ def loss_of(name, **changes):
 
     def mean(params, batch):
         sums = config.objective.loss(nnx.merge(graphdef, params), batch, config.loss)
-        return sums.loss / sums.weight
+        return sums.total() / sums.weight
 
     return mean
 

@@ -152,10 +152,9 @@ def test_every_schedule_computes_what_one_device_does(layout, options):
 
 
 LOCAL = SoftmaxConfig(num_heads=2, window=2)
-EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, dim=16, balance_loss=0.0)
+EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, dim=16, balance_loss=1.0)
 POSITIONS = RelativeConfig(num_buckets=8, max_distance=8)
 MODELS = {
-    # Balance is each microbatch's own; without it, experts are exact.
     "experts": dataclasses.replace(
         MODEL, remat="full", attention=DifferentialConfig(num_heads=2, position=POSITIONS), mlp=EXPERTS
     ),
@@ -179,21 +178,9 @@ ONE_FORWARD = {"schedule": "1f1b"}
     ids=str,
 )
 def test_every_model_goes_through_a_pipeline(name, layout):
-    # With experts the router's loss is a mean over tokens of each microbatch; as many in each leave it what it was.
     config = MeshConfig(strategy="pipeline", **{"pipeline": 2} | layout)
     expected = on_one_device(model=MODELS[name])
     assert_same_run(run(config, config.pipeline, start=expected.start, model=MODELS[name]), expected)
-
-
-def test_the_balance_of_experts_is_near_that_of_the_whole_batch():
-    options = {"model": dataclasses.replace(MODEL, mlp=dataclasses.replace(EXPERTS, balance_loss=0.1)), "steps": 1}
-    expected = on_one_device(**options)
-    for layout in ({}, ONE_FORWARD):
-        config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
-        got = run(config, 2, start=expected.start, **options)
-        np.testing.assert_allclose(got.losses, expected.losses, rtol=1e-2)
-        assert not np.array_equal(got.losses, expected.losses)
-        assert not np.array_equal(got.grad_norms, expected.grad_norms)
 
 
 @pytest.mark.parametrize("layout", [{}, ONE_FORWARD], ids=str)

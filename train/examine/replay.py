@@ -120,7 +120,7 @@ def _losses(state: TrainState, batch: Batch, config: RunConfig, program: Program
             name: np.repeat(array[row : row + 1], config.evaluation_batch_size, 0) for name, array in batch.items()
         }
         sums, _ = program.eval_step(state.params, program.to_devices(copies))
-        found.append(float(sums.loss / jnp.maximum(sums.weight, 1)))
+        found.append(float(sums.total() / jnp.maximum(sums.weight, 1)))
     return np.array(found)
 
 

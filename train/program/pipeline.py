@@ -18,10 +18,11 @@ from train.loss import Batch, LossConfig, LossSums
 from train.objectives import Objective
 from train.parallel.mesh import MeshConfig, check_batch
 from train.program.state import TrainState
-from train.program.step import Gradient, Metrics, rows_of
+from train.program.step import Coefficients, Gradient, Metrics, make_first_pass, rows_of
 from train.trained import ALL, TrainableMask
 from transformer.errors import ConfigError, require
 from transformer.layers.embedding import Embedding, embed_lookup
+from transformer.layers.mixture_of_experts import RouterSums
 from transformer.mixers.context import Context
 from transformer.models.bert import BertConfig
 from transformer.models.config import StackConfig
@@ -109,14 +110,20 @@ def one_forward_one_backward(
     The loss is computed after the last stage, and the embedding before the first. All devices compute both, and those at
     other stages discard them: a tick is as long as its slowest stage, so this costs no time.
 
-    A mixture's load-balancing loss is computed for each microbatch, and averaged.
+    With experts that a loss balances, a first pass through the pipeline counts the tokens of all microbatches
+    (`make_first_pass`).
 
     Args:
         graphdef: of a model that consists of an embedding, one `LayerStack` named `layers`, and a head.
         schedule: with one stage a device.
     """
 
-    def gradient(params: nnx.State, batch: Batch, key: Array) -> tuple[nnx.State, LossSums]:
+    first_pass = make_first_pass(graphdef, loss, objective)
+
+    def gradient(
+        params: nnx.State, batch: Batch, key: Array, coefficients: Coefficients | None = None
+    ) -> tuple[nnx.State, LossSums]:
+        of_whole = first_pass(params, batch, key) if coefficients is None else coefficients
         axes = mesh_axes("layers")
         P = axes_size(axes)
         M = P if schedule.microbatches is None else schedule.microbatches
@@ -129,11 +136,11 @@ def one_forward_one_backward(
             for tree in (part, frozen)
         )
 
-        def on_device(part: nnx.State, frozen: nnx.State, batches: Batch, keys: Array) -> tuple[nnx.State, LossSums]:
+        def on_device(
+            part: nnx.State, frozen: nnx.State, batches: Batch, keys: Array, of_stage: Coefficients | None
+        ) -> tuple[nnx.State, LossSums, tuple[RouterSums, ...]]:
             index = jax.lax.axis_index(axes)
             is_first, is_last = index == 0, index == P - 1
-            # A router's loss is a mean over the microbatches, as in the other schedule.
-            share = jnp.sum(batches["weights"]) / M
 
             def stage(part: nnx.State, given: Array, microbatch: Array) -> tuple[tuple[Array, Array], LossSums]:
                 """The output for the next stage, and this stage's part of the loss."""
@@ -144,9 +151,9 @@ def one_forward_one_backward(
                 own, own_keys = _at((batches, keys), microbatch)
                 sums = objective.loss(model, own, loss, key=own_keys)
                 sums = jax.tree.map(lambda x: jnp.where(is_last, x, 0), sums)
-                if (routed := layers.output.added_loss) is not None:
-                    sums = dataclasses.replace(sums, loss=sums.loss + routed * share)
-                return (layers.x, sums.loss), sums
+                # Every stage has losses of routers.
+                sums = dataclasses.replace(sums, routers=layers.output.routers)
+                return (layers.x, sums.total(of_stage)), sums
 
             def forward(state: _Ticking, time: Array) -> tuple[_Ticking, Array]:
                 microbatch = jnp.clip(time - index, 0, M - 1)
@@ -201,16 +208,18 @@ def one_forward_one_backward(
             grads = jax.tree.map(
                 lambda leaf: leaf if is_stacked(leaf) else jax.lax.psum(leaf, axes), end.grads, is_leaf=is_variable
             )
-            return grads, jax.lax.psum(end.sums, axes)
+            return grads, jax.lax.psum(dataclasses.replace(end.sums, routers=()), axes), end.sums.routers
 
         with jax.named_scope("pipeline"):
-            return jax.shard_map(
+            by_stage = PartitionSpec(axes)
+            grads, sums, routers = jax.shard_map(
                 on_device,
-                in_specs=(part_layout, frozen_layout, PartitionSpec(), PartitionSpec()),
-                out_specs=(part_layout, PartitionSpec()),
+                in_specs=(part_layout, frozen_layout, PartitionSpec(), PartitionSpec(), by_stage),
+                out_specs=(part_layout, PartitionSpec(), by_stage),
                 axis_names=set(axes),
                 check_vma=False,
-            )(part, frozen, *microbatched((batch, row_keys(key, rows_of(batch))), M))
+            )(part, frozen, *microbatched((batch, row_keys(key, rows_of(batch))), M), of_whole)
+        return grads, dataclasses.replace(sums, routers=routers)
 
     return gradient
 
@@ -246,8 +255,8 @@ class _Part:
     def __call__(self, x: Array, context: Context, **options: Any) -> tuple[Array, StackOutput]:
         self.x, self.output = self.layers(jnp.where(self.is_first, x, self.given), context, **options)
         hidden = self.x if self.final_norm is None else self.final_norm(self.x)
-        # Every stage has losses of routers; only the last one has the loss of the head.
-        return hidden, dataclasses.replace(self.output, added_loss=None)
+        # The head's loss is that of the last stage alone, the routers' losses are not.
+        return hidden, dataclasses.replace(self.output, routers=())
 
 
 class _WholeTable(Embedding):

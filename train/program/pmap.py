@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train.loss import Batch, LossConfig
 from train.objectives import Causal, Objective
 from train.program.state import TrainState
-from train.program.step import Metrics, accumulated, make_gradient, rows_of, step_keys, update
+from train.program.step import Metrics, accumulated, make_first_pass, make_gradient, rows_of, step_keys, update
 from train.stability import STABILITY, StabilityConfig
 from train.trained import ALL, TrainableMask
 from transformer.errors import UserError
@@ -68,8 +68,8 @@ def make_pmap_step(
 ) -> PmapStep:
     """The step over the devices of `mesh`, whose only axis longer than 1 is that of the batch.
 
-    The gradient is that of the mean over all target tokens of the global batch. A loss that is not a sum over tokens,
-    such as a mixture's load balancing, is computed on each device separately.
+    The gradient is that of the mean over all target tokens of the global batch. With experts that a loss balances, a first pass
+    counts the tokens of all devices (`make_first_pass`).
 
     Args:
         microbatches: into how many parts each device splits its rows; the rest as in `make_train_step`.
@@ -82,14 +82,15 @@ def make_pmap_step(
             f"mesh.strategy: got 'pmap', which needs one process; there are {jax.process_count()}. dp computes the same"
         )
     devices = tuple(mesh.devices.flat)
-    gradient = accumulated(make_gradient(graphdef, loss, objective, trained=trained), microbatches)
+    first_pass = make_first_pass(graphdef, loss, objective, microbatches=microbatches, axis=AXIS)
+    gradient = accumulated(make_gradient(graphdef, loss, objective, trained=trained), first_pass, microbatches)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         first = jax.lax.axis_index(AXIS) * rows_of(batch)
         keys = step_keys(state.key, state.step, batch, first)
         # A model's logical axes mean nothing here: each device runs its own program.
         with nnx.logical_axis_rules(()):
-            own = gradient(state.params, batch, keys)
+            own = gradient(state.params, batch, keys, first_pass(state.params, batch, keys))
         grads, sums = jax.lax.psum(own, AXIS)
         return update(state, grads, sums, optimizer, ema_decay, trained, stability)
 

@@ -32,7 +32,7 @@ from train.program.state import (
     lay_out,
     state_maker,
 )
-from train.program.step import accumulated, make_eval_step, make_gradient, make_train_step
+from train.program.step import accumulated, make_eval_step, make_first_pass, make_gradient, make_train_step
 from train.trained import ALL, TrainableMask, chosen
 from transformer.errors import ConfigError
 from transformer.functional import ModelFactory, graphdef_of
@@ -78,6 +78,7 @@ class Program:
             "stability": config.stability,
         }  # fmt: skip
         gradient = make_gradient(graphdef, config.loss, config.objective, trained)
+        first_pass = make_first_pass(graphdef, config.loss, config.objective, microbatches=config.microbatches)
         self.train_step: Any
         if config.mesh.strategy == "pmap":
             self.train_step = make_pmap_step(
@@ -88,11 +89,11 @@ class Program:
             if pipelined and config.mesh.schedule == "1f1b":
                 gradient = one_forward_one_backward(graphdef, config.loss, config.objective, schedule, trained)
             self.train_step = make_train_step(
-                gradient, optimizer, staged, gradients=gradients, summed=summed, **options
+                gradient, first_pass, optimizer, staged, gradients=gradients, summed=summed, **options
             )
             if V > 1:
                 self.train_step = StagedStep(self.train_step, staged, V)
-        self.gradient = accumulated(gradient, config.microbatches)
+        self.gradient = accumulated(gradient, first_pass, config.microbatches)
         """Of a whole batch, as the step computes it."""
         self.eval_step = make_eval_step(graphdef, config.objective)
         self.plain = make_merge_fn(config.adapter)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,16 +72,56 @@ class ExpertsConfig(Config):
         return self.experts_per_token * one + 2 * embed_dim * self.num_experts
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RouterLosses:
-    """The losses of a router in addition to the model's, as means over tokens; a stack adds a leading layers axis."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("choices_E", "probability_E", "z", "tokens"),
+    meta_fields=("balance_loss", "router_z_loss"),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterSums:
+    """What a router's losses are made of, as sums over the tokens that are not padding: those of the parts of a batch add up to
+    those of the batch. A stack adds a leading layers axis. They may be abstract (`jax.eval_shape`)."""
 
-    balance: Float[Array, "*L"]
-    """E Σ_e f_e P_e with f the fraction of tokens that go to an expert and P the router's mean probability (Fedus et al. 2021,
-    equation 4): 1 if even."""
+    choices_E: Any
+    """[*L, E] of int32: number of tokens that have chosen an expert."""
+    probability_E: Any
+    """[*L, E]: the router's probability of an expert."""
+    z: Any
+    """[*L]: log² Σ_e exp(logit_e)."""
+    tokens: Any
+    """[*L] of int32: number of tokens."""
+    balance_loss: float
+    router_z_loss: float
+    """Weights of the losses, as in the config."""
+
+    def coefficients(self, weight: Float[Array, ""]) -> RouterCoefficients:
+        """The coefficients of these sums in `weight` times the mean losses of the tokens, from the sums of a whole batch.
+
+        The load-balancing loss is E Σ_e f_e P_e with f the fraction of choices of an expert, a constant to the gradient, and P
+        the router's mean probability (Fedus et al. 2021, equation 4): 1 if even. The z-loss is the mean of `z` (Zoph et al. 2022,
+        equation 5).
+        """
+        num_experts, dtype = self.choices_E.shape[-1], self.z.dtype
+        each = weight / jnp.maximum(self.tokens, 1).astype(dtype)
+        choices = jnp.maximum(self.choices_E.sum(-1, keepdims=True), 1).astype(dtype)
+        share_E = self.choices_E.astype(dtype) / choices if self.balance_loss else jnp.zeros_like(self.probability_E)
+        return RouterCoefficients(
+            probability_E=self.balance_loss * num_experts * each[..., None] * share_E, z=self.router_z_loss * each
+        )
+
+    def loss(self, coefficients: RouterCoefficients) -> Float[Array, ""]:
+        """The part of the routers' losses that is due to these tokens, summed over the layers."""
+        c = coefficients
+        return jnp.sum(c.probability_E * self.probability_E) + jnp.sum(c.z * self.z)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterCoefficients:
+    """By what a whole batch's loss grows with the sums of a part of it."""
+
+    probability_E: Float[Array, "*L E"]
     z: Float[Array, "*L"]
-    """log² Σ_e exp(logit_e) (Zoph et al. 2022, equation 5)."""
 
 
 def route(
@@ -90,19 +130,22 @@ def route(
     capacity_B: Int[Array, " B"],
     *,
     experts_per_token: int,
-) -> tuple[Int[Array, "B T k"], Int[Array, "B T k"], Float[Array, "B T k"], RouterLosses]:
+    balance_loss: float,
+    router_z_loss: float,
+) -> tuple[Int[Array, "B T k"], Int[Array, "B T k"], Float[Array, "B T k"], RouterSums]:
     """Route the tokens: Switch (Fedus et al. 2021, section 2.1) with one expert per token, top-k (Shazeer et al. 2017) with more.
 
     Each row of the batch fills the experts' capacity separately: every token's first choice before any second, and in the
     row's order. Padding takes no part.
 
     Args:
-        valid_BT: tokens that are not padding; only these use capacity and count in the losses.
+        valid_BT: tokens that are not padding; only these use capacity and count in the sums.
         capacity_B: number of tokens of each row that an expert takes.
 
     Returns:
         Each choice's expert; its place in the expert's capacity, -1 if there was none left; and its weight: the router's
-        probability for one expert, normalised over the choices for several (Mixtral; Jiang et al. 2024); and the losses.
+        probability for one expert, normalised over the choices for several (Mixtral; Jiang et al. 2024); and the sums for the
+        losses.
     """
     num_experts = logits_BTE.shape[-1]
     probabilities_BTE = jax.nn.softmax(logits_BTE)
@@ -117,12 +160,16 @@ def route(
     places = ((jnp.cumsum(in_order, axis=1) - in_order) * in_order).sum(-1)
     places_BTk = places.reshape(B, k, T).swapaxes(1, 2)
     places_BTk = jnp.where(valid_BT[..., None] & (places_BTk < capacity_B[:, None, None]), places_BTk, -1)
-    count = jnp.maximum(valid_BT.sum(), 1).astype(logits_BTE.dtype)
-    share_E = chosen_BTkE.sum((0, 1, 2)).astype(logits_BTE.dtype) / (count * k)
-    mean_E = jnp.where(valid_BT[..., None], probabilities_BTE, 0).sum((0, 1)) / count
     log_z_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
-    z = jnp.where(valid_BT, jnp.square(log_z_BT), 0).sum() / count
-    return experts_BTk, places_BTk, weights_BTk, RouterLosses(num_experts * jnp.sum(share_E * mean_E), z)
+    sums = RouterSums(
+        choices_E=chosen_BTkE.sum((0, 1, 2)),
+        probability_E=jnp.where(valid_BT[..., None], probabilities_BTE, 0).sum((0, 1)),
+        z=jnp.where(valid_BT, jnp.square(log_z_BT), 0).sum(),
+        tokens=valid_BT.sum(),
+        balance_loss=balance_loss,
+        router_z_loss=router_z_loss,
+    )
+    return experts_BTk, places_BTk, weights_BTk, sums
 
 
 def _largest(x_BTE: Array, k: int) -> tuple[Array, Array]:
@@ -147,6 +194,7 @@ class MixtureOfExperts(nnx.Module):
         capacity: tokens that an expert takes, as a multiple of an even share of a row's tokens, padding not counted; a token
             beyond that skips the expert and gets no output from it. None: no limit, which is exact.
         activation: a name of `ACTIVATIONS`.
+        balance_loss, router_z_loss: weights of the router's losses.
         kernel_init, out_init: initialisers of the input projections, and of the output projection to the residual stream.
     """
 
@@ -159,6 +207,8 @@ class MixtureOfExperts(nnx.Module):
         experts_per_token: int = 1,
         capacity: float | None = 1.25,
         activation: str = "gelu",
+        balance_loss: float = 0.01,
+        router_z_loss: float = 0.001,
         kernel_init: Callable[..., Array],
         out_init: Callable[..., Array],
         dtype: DTypeLike = jnp.float32,
@@ -167,6 +217,7 @@ class MixtureOfExperts(nnx.Module):
     ) -> None:
         self.num_experts, self.experts_per_token, self.capacity = num_experts, experts_per_token, capacity
         self.activation, self.dtype = activation, dtype
+        self.balance_loss, self.router_z_loss = balance_loss, router_z_loss
         # Routing depends on small differences, so it uses the parameters' type, whatever type the experts compute in.
         self.router = Linear(
             (embed_dim,), (num_experts,), axes=("embed", "expert"), use_bias=False, kernel_init=kernel_init,
@@ -188,15 +239,16 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None
-    ) -> tuple[Float[Array, "B T D"], RouterLosses]:
-        """The weighted outputs of each token's experts; zeros for padding and for a token that got no place."""
+    ) -> tuple[Float[Array, "B T D"], RouterSums]:
+        """The weighted outputs of each token's experts, zeros for padding and for a token that got no place; and the sums for the
+        router's losses."""
         B, T, _ = x_BTD.shape
         with jax.named_scope("mixture_of_experts"):
             valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
             capacities = self.capacities(T)
-            experts_BTk, places_BTk, weights_BTk, losses = route(
+            experts_BTk, places_BTk, weights_BTk, sums = route(
                 self.router(widen(x_BTD)), valid_BT, jnp.asarray(capacities)[valid_BT.sum(1)],
-                experts_per_token=self.experts_per_token,
+                experts_per_token=self.experts_per_token, balance_loss=self.balance_loss, router_z_loss=self.router_z_loss,
             )  # fmt: skip
             experts_BTk = jnp.where(places_BTk < 0, -1, experts_BTk)
             kernels = [
@@ -205,7 +257,7 @@ class MixtureOfExperts(nnx.Module):
             out_BTD = run_experts(
                 self._network, x_BTD.astype(self.dtype), experts_BTk, weights_BTk, kernels, capacity=int(capacities[T])
             )
-            return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), losses
+            return constrain(out_BTD.astype(x_BTD.dtype), "batch", "stream", None), sums
 
     def cast_parameters(self) -> None:
         """Keep the experts' kernels in `dtype`, for inference, as `Linear.cast_parameters`."""
@@ -241,3 +293,9 @@ def without_limit(model: ModuleT) -> ModuleT:
         if isinstance(module, MixtureOfExperts):
             module.capacity = None
     return model
+
+
+def has_router_losses(model: nnx.Module) -> bool:
+    """Whether routers add to the model's loss, so that the loss of a part of a batch depends on the other parts."""
+    mixtures = (module for _, module in nnx.iter_modules(model) if isinstance(module, MixtureOfExperts))
+    return any(one.balance_loss or one.router_z_loss for one in mixtures)

@@ -246,10 +246,9 @@ class Bert(nnx.Module):
         )  # fmt: skip
         valid_BT = None if segments_BT is None else segments_BT != 0
         pooled = None if self.pooled_head is None else self.pooled_head(hidden_BTD, valid_BT, key=head_key)
-        added, transformed = output.added_loss, None
+        added = transformed = None
         if self.structured_head is not None:
-            logits, penalty = self.structured_head(hidden_BTD, valid_BT, key=head_key)
-            added = penalty if added is None else added + penalty
+            logits, added = self.structured_head(hidden_BTD, valid_BT, key=head_key)
         elif self.decomposable_head is not None:
             logits = self.decomposable_head(hidden_BTD, token_types_BT, valid_BT)
         elif self.masked_head is not None:
@@ -269,6 +268,7 @@ class Bert(nnx.Module):
             pooled_logits=pooled if head.kind in ("pretraining", "embedding") else None,
             weights=output.weights,
             added_loss=added,
+            routers=output.routers,
         )
 
 

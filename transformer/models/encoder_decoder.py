@@ -15,6 +15,7 @@ from flax import nnx
 
 from transformer.errors import check_size, require
 from transformer.layers.feed_forward import DenseConfig
+from transformer.layers.mixture_of_experts import RouterSums
 from transformer.layers.position import RelativeConfig, token_positions
 from transformer.loss import Projection
 from transformer.mixers.context import Context
@@ -233,7 +234,7 @@ class EncoderDecoder(nnx.Module):
             ValueError: more tokens than learned positions.
         """
         encoder_key, decoder_key = (None, None) if key is None else split(key, 2)
-        hidden_BSD, source_segments_BS, encoder_loss = self._encode(
+        hidden_BSD, source_segments_BS, routers = self._encode(
             source_tokens_BS, source_segments_BS, source_lengths_BM, source_positions_BS, encoder_key
         )
         if segments_BT is None:
@@ -244,12 +245,11 @@ class EncoderDecoder(nnx.Module):
             memory_segments_BM=source_segments_BS, memory_lengths_BM=source_lengths_BM,
         )  # fmt: skip
         x_BTD, output = self.decoder(x_BTD, context, key=stack_key, return_weights=return_weights)
-        losses = [loss for loss in (encoder_loss, output.added_loss) if loss is not None]
         return ModelOutput(
             logits=self.logits(x_BTD),
             hidden=self._scaled(x_BTD),
             weights=output.weights,
-            added_loss=sum(losses[1:], losses[0]) if losses else None,
+            routers=routers + output.routers,
         )
 
     def begin(self, memory: Memory, max_length: int) -> DecoderState:
@@ -310,12 +310,12 @@ class EncoderDecoder(nnx.Module):
         lengths_BM: Array | None,
         positions_BS: Array | None,
         key: Keys | None,
-    ) -> tuple[Array, Array, Array | None]:
+    ) -> tuple[Array, Array, tuple[RouterSums, ...]]:
         segments_BS = jnp.ones_like(tokens_BS) if segments_BS is None else segments_BS
         x_BSD, positions_BS, stack_key = self._embed(tokens_BS, positions_BS, 0, True, key)
         context = Context(positions_BT=positions_BS, segments_BT=segments_BS, lengths_BM=lengths_BM)
         hidden_BSD, output = self.encoder(x_BSD, context, key=stack_key)
-        return hidden_BSD, segments_BS, output.added_loss
+        return hidden_BSD, segments_BS, output.routers
 
     def _embed(
         self, tokens: Array, positions: Array | None, start: int | Array, is_source: bool, key: Keys | None

@@ -138,7 +138,7 @@ class GPT(nnx.Module):
         )  # fmt: skip
         return ModelOutput(
             logits=self.logits(hidden_BTD), hidden=hidden_BTD, states=output.states, weights=output.weights,
-            added_loss=output.added_loss,
+            routers=output.routers,
         )  # fmt: skip
 
     def unstacked(self) -> GPT:

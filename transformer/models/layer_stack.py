@@ -16,7 +16,7 @@ from flax import nnx
 
 from transformer.blocks import Block, BlockOutput, Norm
 from transformer.layers.feed_forward import FeedForward
-from transformer.layers.mixture_of_experts import ExpertsConfig, MixtureOfExperts, RouterLosses
+from transformer.layers.mixture_of_experts import ExpertsConfig, MixtureOfExperts, RouterSums
 from transformer.layers.norm import LayerNorm, RMSNorm
 from transformer.layers.position import RelativePosition
 from transformer.mixers.context import Context
@@ -43,8 +43,8 @@ class StackOutput:
     """One per layer, if the call had some."""
     weights: Float[Array, "L B N T S"] | None
     """Weights of all layers that have them, or of the layers selected, in their order."""
-    added_loss: Float[Array, ""] | None
-    """The routers' losses, multiplied by the config's weights and summed over the layers; None without a mixture of experts."""
+    routers: tuple[RouterSums, ...]
+    """Of all layers, in their order, with a leading L: one, or none without a mixture of experts."""
 
 
 class LayerStack(nnx.Module):
@@ -192,7 +192,6 @@ class LayerStack(nnx.Module):
         """Outputs of blocks as those of the stack, whether they are single, stacked, or stacked in groups."""
         L = self.num_layers
         alike = not single and self.group == 1
-        routers: list[RouterLosses | None] = [outputs.router] if alike else [output.router for output in outputs]
         layers = outputs if single else _layers_of([outputs] if alike else outputs, L, self.group)
         found = [layer.state for layer in layers if layer.state is not None]
         states = found if len(found) == L else None
@@ -201,13 +200,7 @@ class LayerStack(nnx.Module):
         else:
             picked = range(L) if chosen is None else chosen[0]
             weights = _stacked_weights([one for layer in picked if (one := layers[layer].weights) is not None])
-        return StackOutput(states, weights, self._router_loss(routers))
-
-    def _router_loss(self, routers: Sequence[RouterLosses | None]) -> Array | None:
-        found = [router for router in routers if router is not None]
-        if not found or not isinstance(mlp := self.config.mlp, ExpertsConfig):
-            return None
-        return sum(jnp.sum(mlp.balance_loss * r.balance + mlp.router_z_loss * r.z) for r in found)  # type: ignore[return-value]
+        return StackOutput(states, weights, _routers_of([outputs] if alike else outputs, single))
 
     def _single_blocks(self) -> list[Block]:
         """One block per layer."""
@@ -301,6 +294,17 @@ def _layers_of(outputs: Sequence[BlockOutput], num_layers: int, group: int) -> l
     return [by_place[layer % group][layer // group] for layer in range(num_layers)]
 
 
+def _routers_of(outputs: Sequence[BlockOutput], single: bool) -> tuple[RouterSums, ...]:
+    """The routers' sums of all layers, from single blocks, or from one stack for each place of a group."""
+    routers = [output.router for output in outputs if output.router is not None]
+    if not routers:
+        return ()
+    if single:
+        return (restack(routers),)
+    # [L / P, P, ...]
+    return (jax.tree.map(lambda *places: jnp.stack(places, 1).reshape(-1, *places[0].shape[1:]), *routers),)
+
+
 def _stacked_weights(weights: list[Array]) -> Array | None:
     if not weights:
         return None
@@ -320,7 +324,8 @@ def _make_block(c: StackConfig, mixer: MixerConfig, rngs: nnx.Rngs, *, num_layer
     if isinstance(mlp, ExpertsConfig):
         feed_forward = MixtureOfExperts(
             c.embed_dim, mlp.width(c.embed_dim), num_experts=mlp.num_experts, experts_per_token=mlp.experts_per_token,
-            capacity=mlp.capacity_factor, activation=mlp.activation, **types,
+            capacity=mlp.capacity_factor, activation=mlp.activation, balance_loss=mlp.balance_loss,
+            router_z_loss=mlp.router_z_loss, **types,
         )  # fmt: skip
     else:
         feed_forward = FeedForward(
