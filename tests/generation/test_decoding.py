@@ -70,7 +70,9 @@ def test_a_step_casts_no_weight():
 
     program = jax.make_jaxpr(step)(params, jnp.zeros((1, 1), jnp.int32))
     weights = {array.shape for array in jax.tree.leaves(params) if array.size >= 32 * 32}
-    cast = {one.outvars[0].aval.shape for one in equations(program.jaxpr) if one.primitive.name == "convert_element_type"}
+    cast = {
+        one.outvars[0].aval.shape for one in equations(program.jaxpr) if one.primitive.name == "convert_element_type"
+    }
     assert cast and not cast & weights
 
 
