@@ -42,6 +42,13 @@ class LossConfig(Config):
         holds = not isinstance(self.chunk, int) or self.chunk >= 1
         require(self, "chunk", holds, "allowed: auto, a number of tokens (1 or more), or null")
 
+    def plain(self) -> LossConfig:
+        """Without the additional terms: the loss of an evaluation, computed in the same way."""
+        return LossConfig(chunk=self.chunk)
+
+
+DEFAULT_LOSS = LossConfig()
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

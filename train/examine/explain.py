@@ -14,7 +14,6 @@ from rich import box
 from rich.table import Table
 
 from train.config import RunConfig, fields
-from train.loss import LossConfig
 from train.parallel.mesh import MESH_AXES
 from train.program.program import batch_shapes, described_state, trained_of
 from train.report.attention_backends import Choice, choices
@@ -146,7 +145,7 @@ def saved_bytes(
 
         def loss(part: nnx.State) -> Any:
             model = nnx.merge(graphdef, part, frozen)
-            return config.objective.loss(model, batch, LossConfig(), key=key).loss
+            return config.objective.loss(model, batch, config.loss, key=key).total()
 
         return jax.vjp(loss, part)[1]
 

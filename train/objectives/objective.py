@@ -20,7 +20,7 @@ from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.sources.records import LabelKind
 from train.data.tokenization.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums
+from train.loss import DEFAULT_LOSS, Batch, LossConfig, LossSums
 from train.parallel.mesh import MeshConfig
 from transformer.errors import Config, ConfigError, UserError, require
 from transformer.models.bert import BertConfig
@@ -219,9 +219,9 @@ class Objective(Config, abc.ABC):
             key: turns dropout on.
         """
 
-    def evaluate(self, model: Any, batch: Batch) -> tuple[LossSums, Outputs]:
+    def evaluate(self, model: Any, batch: Batch, config: LossConfig = DEFAULT_LOSS) -> tuple[LossSums, Outputs]:
         """The loss without dropout, smoothing, z-loss or class weights; and for each row the outputs for its predictions."""
-        return self.loss(model, batch, LossConfig()), {}
+        return self.loss(model, batch, config.plain()), {}
 
     def tokens_per_prediction(self, prepared: Prepared, tokens_per_example: int) -> float:
         """How many tokens the model reads for each prediction.

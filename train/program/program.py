@@ -95,7 +95,7 @@ class Program:
                 self.train_step = StagedStep(self.train_step, staged, V)
         self.gradient = accumulated(gradient, first_pass, config.microbatches)
         """Of a whole batch, as the step computes it."""
-        self.eval_step = make_eval_step(graphdef, config.objective)
+        self.eval_step = make_eval_step(graphdef, config.objective, config.loss)
         self.plain = make_merge_fn(config.adapter)
         self.batch_sharding = batch_sharding(mesh, config.mesh.rules)
 

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from train.loss import Batch, LossConfig, LossSums, router_coefficients
+from train.loss import DEFAULT_LOSS, Batch, LossConfig, LossSums, router_coefficients
 from train.objectives import Causal, Objective
 from train.objectives.objective import Outputs
 from train.program.state import TrainState
@@ -238,7 +238,9 @@ def update(
     return changed, metrics
 
 
-def make_eval_step(graphdef: Any, objective: Objective = _CAUSAL) -> jax.stages.Wrapped:
+def make_eval_step(
+    graphdef: Any, objective: Objective = _CAUSAL, loss: LossConfig = DEFAULT_LOSS
+) -> jax.stages.Wrapped:
     """The jitted `(params, batch) -> (sums, outputs)` without dropout, smoothing, z-loss or class weights.
 
     Every device ends with the outputs of all rows, so that every process reads the same. They include `example` [B] if the
@@ -246,7 +248,7 @@ def make_eval_step(graphdef: Any, objective: Objective = _CAUSAL) -> jax.stages.
     """
 
     def step(params: nnx.State, batch: Batch) -> tuple[LossSums, Outputs]:
-        sums, outputs = objective.evaluate(nnx.merge(graphdef, params), batch)
+        sums, outputs = objective.evaluate(nnx.merge(graphdef, params), batch, loss)
         if "example" in batch:
             outputs |= {"example": batch["example"]}
         if outputs and not jax.sharding.get_abstract_mesh().empty:

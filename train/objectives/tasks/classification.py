@@ -20,7 +20,7 @@ from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.sources.records import Document
 from train.data.tokenization.tokenizer import Tokenizer
-from train.loss import Batch, LossConfig, LossSums, of_rows, with_added_loss
+from train.loss import DEFAULT_LOSS, Batch, LossConfig, LossSums, of_rows, with_added_loss
 from train.objectives.objective import BatchShapes, Outputs, label_shape
 from train.objectives.tasks.classes import WeightedClasses
 from train.objectives.tasks.report import ClassScores, class_table, draw_classes, draw_confusion
@@ -74,8 +74,8 @@ class Classification(WeightedClasses):
         """The cross-entropy, weighted by class, and `logits` [B, C]."""
         return self._outputs(model, batch, config, self.weights, key)
 
-    def evaluate(self, model: Any, batch: Batch) -> tuple[LossSums, Outputs]:
-        return self._outputs(model, batch, LossConfig(), None, None)
+    def evaluate(self, model: Any, batch: Batch, config: LossConfig = DEFAULT_LOSS) -> tuple[LossSums, Outputs]:
+        return self._outputs(model, batch, config.plain(), None, None)
 
     def _outputs(
         self, model: Any, batch: Batch, config: LossConfig, weights: Sequence[float] | None, key: Keys | None

@@ -19,7 +19,7 @@ from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.sources.records import Document, LabelKind
 from train.data.tokenization.tokenizer import CLS, SEP, Tokenizer
-from train.loss import Batch, LossConfig, LossSums
+from train.loss import DEFAULT_LOSS, Batch, LossConfig, LossSums
 from train.objectives.objective import BatchShapes, Objective, Outputs, objectives, places_of, row_shapes, weight_shape
 from transformer.errors import ConfigError, UserError
 from transformer.models.families import ModelConfig
@@ -122,8 +122,8 @@ class Task(Objective):
             key: turns dropout on.
         """
 
-    def evaluate(self, model: Any, batch: Batch) -> tuple[LossSums, Outputs]:
-        return self.outputs(model, batch, LossConfig())
+    def evaluate(self, model: Any, batch: Batch, config: LossConfig = DEFAULT_LOSS) -> tuple[LossSums, Outputs]:
+        return self.outputs(model, batch, config.plain())
 
     def tokens_per_prediction(self, prepared: Prepared, tokens_per_example: int) -> float:
         return float(tokens_per_example)
