@@ -37,7 +37,7 @@ class StoredCheckpoints:
         directory: the run's folder.
 
     Raises:
-        UserError: it is no run's folder.
+        UserError: it is not the folder of a run.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -279,7 +279,7 @@ def label_shape(*shape: int, dtype: Any = np.int32) -> BatchShapes:
 
 
 def places_of(batch: Batch, prefix: str = "") -> dict[str, Any]:
-    """What a model is told of where tokens belong: their positions, their documents, and the documents' sizes; None where the
+    """Where tokens belong, as a model's arguments: their positions, their documents, and the documents' sizes; None where the
     batch does not have it."""
     names = {"positions_BT": "positions", "segments_BT": "segments", "lengths_BM": "lengths"}
     return {argument: batch.get(f"{prefix}{name}") for argument, name in names.items()}

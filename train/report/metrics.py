@@ -204,7 +204,7 @@ def read_examples(directory: Path) -> dict[int, list[int]]:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """The number of each line of a file that `JsonlWriter` wrote, and its record; none if there is no file.
+    """The number of each line of a file that `JsonlWriter` wrote, and its record; none without a file.
 
     Raises:
         UserError: the file cannot be read.

@@ -103,7 +103,7 @@ def _view(name: str, about: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
 
 
 def _check_contiguous(header: Mapping[str, Any], size: int) -> None:
-    """Raise a `ValueError` for tensors that share bytes, and for bytes that are no tensor's: the format has neither."""
+    """Raise a `ValueError` for tensors that share bytes, and for bytes that do not belong to a tensor: the format has neither."""
     end = 0
     for (first, last), name in sorted((tuple(about["data_offsets"]), name) for name, about in header.items()):
         if first != end:

@@ -1,4 +1,4 @@
-"""`manyheads verify-resume`: whether a run that is killed goes on as if it had not been."""
+"""`manyheads verify-resume`: whether a run that is killed and resumed equals one that is not."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ _NOT_TEXT = {
 }
 """Suffixes of files that are not plain text, with what to do. Whatever they are, `format: text` reads them as text."""
 _BEGINNING = 8192
-"""Bytes of a file with an unknown suffix in which a zero byte tells that it is not text."""
+"""Bytes of a file with an unknown suffix in which a zero byte shows that it is not text."""
 
 
 @dataclass(frozen=True, kw_only=True)

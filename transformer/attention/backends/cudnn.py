@@ -74,7 +74,7 @@ class Documents:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What cuDNN is told of a mask."""
+    """A mask in the form that cuDNN takes."""
 
     is_causal: bool = False
     window: int | None = None
