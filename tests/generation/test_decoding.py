@@ -12,13 +12,17 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from tests.made import made
-from transformer.generation.decoding import SHORT_CACHE, cache_length, for_decoding, padded_length
+from transformer.attention.spec.mask import AttentionMask
+from transformer.generation.beam import BeamSearch
+from transformer.generation.decoding import SHORT_CACHE, cache_length, for_decoding, padded_length, with_room
 from transformer.generation.generate import Generator
 from transformer.generation.sampling import Sampling
 from transformer.layers.mixture_of_experts import ExpertsConfig
+from transformer.layers.position import AlibiConfig, RotaryConfig
 from transformer.mixers.latent import LatentConfig
 from transformer.mixers.lstmn import LSTMNConfig
 from transformer.mixers.softmax import SoftmaxConfig
+from transformer.mixers.state import KVCache, WindowCache
 from transformer.models.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=64, max_length=96, num_layers=1, embed_dim=32, attention=SoftmaxConfig(num_heads=2))
@@ -83,6 +87,15 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+def check_greedy(model, prompts, found, length):
+    """Each token is the most likely one after all before it, in one forward pass."""
+    texts = [[*prompt, *row.tolist()] for prompt, row in zip(prompts, found, strict=True)]
+    padded = jnp.array([text + [0] * (length - len(text)) for text in texts])
+    choices = np.asarray(nnx.jit(lambda model, tokens: model(tokens).logits)(model, padded)).argmax(-1)
+    for prompt, tokens, row in zip(prompts, found, choices, strict=True):
+        np.testing.assert_array_equal(row[len(prompt) - 1 :][: len(tokens)], tokens)
+
+
 @pytest.mark.parametrize("chunk", [None, 100])
 def test_a_cache_grows_with_what_it_holds(chunk):
     config = dataclasses.replace(CONFIG, max_length=640, attention=SoftmaxConfig(num_heads=2, num_kv_heads=1))
@@ -93,11 +106,70 @@ def test_a_cache_grows_with_what_it_holds(chunk):
     found = np.concatenate(
         list(Generator(config).generate(params, prompts, max_tokens=30, sampling=GREEDY, chunk=chunk)), axis=1
     )
-    texts = [[*prompt, *row.tolist()] for prompt, row in zip(prompts, found, strict=True)]
-    padded = jnp.array([text + [0] * (640 - len(text)) for text in texts])
-    choices = np.asarray(nnx.jit(lambda model, tokens: model(tokens).logits)(model, padded)).argmax(-1)
-    for prompt, tokens, row in zip(prompts, found, choices, strict=True):
-        np.testing.assert_array_equal(row[len(prompt) - 1 :][: len(tokens)], tokens)
+    check_greedy(model, prompts, found, 640)
+
+
+LOCAL = SoftmaxConfig(num_heads=2, num_kv_heads=1, window=7, position=RotaryConfig())
+WINDOWS = dataclasses.replace(
+    CONFIG, num_layers=2, pattern=(LOCAL, dataclasses.replace(LOCAL, window=None)), attention=LOCAL
+)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return model_of(WINDOWS)
+
+
+def test_a_window_keeps_what_it_sees(windows):
+    params, generator = nnx.state(windows, nnx.Param), Generator(WINDOWS)
+    # Shorter than the window and longer, and past several turns of its slots.
+    prompts = [[5], list(range(7)), list(range(20, 51))]
+    (found,) = generator.generate(params, prompts, max_tokens=30, sampling=GREEDY)
+    check_greedy(windows, prompts, found, 61)
+    tokens_BT, lengths_B = generator._padded(prompts, 64)
+    states = generator._prefill(
+        params, tokens_BT, lengths_B, jax.random.key(0), max_length=64, sampling=GREEDY
+    ).states  # fmt: skip
+    assert [type(state) for state in states] == [WindowCache, KVCache]
+    assert [state.v.shape[-2] for state in states] == [8, 64]
+
+
+def test_beams_share_a_windows_slots(windows):
+    params = nnx.state(windows, nnx.Param)
+    prompt = list(range(20, 32))
+    (found,) = Generator(WINDOWS, end_of_text=3).search(
+        params, [prompt], max_tokens=20, search=BeamSearch(beams=4, num_best=4)
+    )
+    assert len(found) == 4
+    for one in found:
+        text = jnp.array([[*prompt, *one.tokens, 3]])
+        log_probs = jax.nn.log_softmax(windows(text[:, :-1]).logits)[0]
+        expected = jnp.take_along_axis(log_probs, text[0, 1:, None], axis=-1)[len(prompt) - 1 :].sum()
+        np.testing.assert_allclose(one.log_probability, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "shrinks"),
+    [
+        ({}, True),
+        ({"sinks": 2}, False),
+        ({"position": AlibiConfig()}, False),
+        ({"window": 40}, False),
+    ],
+    ids=["plain", "sinks", "alibi", "long"],
+)
+def test_what_needs_more_than_the_newest_positions_keeps_all(change, shrinks):
+    mixer = dataclasses.replace(LOCAL, **change)
+    (state,) = with_room([KVCache.empty(1, 32, 1, 4, jnp.float32)], [mixer], 32)
+    assert isinstance(state, WindowCache) == shrinks
+
+
+def test_a_windows_cache_refuses_what_it_cannot_serve(windows):
+    ready = for_decoding(windows)
+    states = with_room(windows.make_states(1, 32), WINDOWS.mixers(), 32)
+    for tokens, options in [([[1, 2]], {}), ([[1]], {"mask": AttentionMask.window(left=3)})]:
+        with pytest.raises(ValueError, match="a window's cache takes"):
+            ready(jnp.array(tokens), states=states, **options)
 
 
 def test_a_few_programs_serve_all_lengths():

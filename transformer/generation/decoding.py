@@ -11,7 +11,9 @@ from flax import nnx
 from transformer.layers.embedding import Embedding
 from transformer.layers.linear import Linear
 from transformer.layers.mixture_of_experts import MixtureOfExperts
-from transformer.mixers.state import MatrixState, State
+from transformer.mixers.registry import MixerConfig
+from transformer.mixers.softmax import SoftmaxConfig
+from transformer.mixers.state import KVCache, MatrixState, State, WindowCache
 
 SMALLEST = 32
 """Prompts and caches are padded to at least this length."""
@@ -53,9 +55,27 @@ def cache_length(filled: int, total: int, limit: int) -> int:
 
 def room_of(states: Sequence[State]) -> int | None:
     """How many positions the states can hold; None if their sizes do not depend on it."""
-    return min((state.room for state in states if not isinstance(state, MatrixState)), default=None)
+    return min((state.room for state in states if not isinstance(state, _OF_ONE_SIZE)), default=None)
 
 
-def with_room(states: Sequence[State], room: int) -> list[State]:
-    """The states with room for `room` positions, no fewer than they have."""
-    return [state if isinstance(state, MatrixState) else state.with_room(room) for state in states]
+def with_room(states: Sequence[State], mixers: Sequence[MixerConfig], room: int) -> list[State]:
+    """The states for steps of one token, with room for `room` positions, no fewer than they have.
+
+    A layer with a window keeps what it sees, if that is less.
+
+    Args:
+        mixers: configs of the layers.
+    """
+    return [_with_room(*layer, room) for layer in zip(states, mixers, strict=True)]
+
+
+def _with_room(state: State, mixer: MixerConfig, room: int) -> State:
+    if isinstance(state, _OF_ONE_SIZE):
+        return state
+    size = mixer.window_size if isinstance(mixer, SoftmaxConfig) else None
+    if isinstance(state, KVCache) and size is not None and size < room:
+        return WindowCache.of(state, size)
+    return state.with_room(room)
+
+
+_OF_ONE_SIZE = (MatrixState, WindowCache)

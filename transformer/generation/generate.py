@@ -68,7 +68,7 @@ class Generator:
         self._prefill = jax.jit(self._prefill_impl, static_argnames=("max_length", "sampling"))
         self._search = jax.jit(self._search_impl, static_argnames=("max_length", "width", "search"))
         self._decode = jax.jit(self._decode_impl, static_argnames=("width", "sampling"), donate_argnames="state")
-        self._grow = jax.jit(with_room, static_argnames="room")
+        self._grow = jax.jit(with_room, static_argnames=("mixers", "room"))
 
     def generate(
         self,
@@ -120,7 +120,7 @@ class Generator:
                 room = room_of(state.states)
                 if room == filled:
                     room = cache_length(filled + 1, total, self.config.max_length)
-                    state = dataclasses.replace(state, states=self._grow(state.states, room=room))
+                    state = dataclasses.replace(state, states=self._grow(state.states, self.config.mixers(), room))
                 left = tokens_Bn.shape[1] - written
                 count = left if room is None else min(left, room - filled)
                 state, found = self._decode(ready, state, np.int32(count), width=width, sampling=sampling)
@@ -203,7 +203,7 @@ class Generator:
             rows = jnp.arange(batch_size)[:, None]
             seen_BV = jnp.zeros((batch_size, self.config.vocab_size), bool).at[rows, tokens_BT].max(real_BT)
         return GenerationState(
-            output.states,
+            with_room(output.states, self.config.mixers(), max_length),
             model.logits(last_B1D)[:, 0],
             jnp.zeros(batch_size, bool),
             seen_BV,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from transformer.attention.spec.mask import AttentionMask
 from transformer.layers.position import Alibi, RelativePosition, ScoreMod, token_positions
-from transformer.mixers.state import KVCache, State
+from transformer.mixers.state import KVCache, State, WindowCache
 from transformer.types import Array, Bool, Float, Int, Keys
 
 
@@ -113,6 +113,16 @@ class Context:
             return mask
         # Slots that have not been written are hidden by causality alone.
         return mask & AttentionMask.padding(jnp.arange(state.room) < state.length[:, None])
+
+    def window_mask(self, state: WindowCache) -> AttentionMask:
+        """The mask of a token over the newest positions.
+
+        Raises:
+            ValueError: a mask, a prefix or a score_mod, which would need the order of the positions.
+        """
+        if self.mask is not None or self.prefix_B is not None or self.score_mod is not None:
+            raise ValueError("attention: a window's cache takes no mask, prefix or score_mod")
+        return AttentionMask.padding(state.seen)
 
     def memory_mask(self, x_BTD: Float[Array, "B T D"]) -> AttentionMask:
         """Which of the memory's positions each query sees: those of its own document, or those that are not padding."""

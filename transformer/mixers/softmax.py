@@ -28,7 +28,7 @@ from transformer.mixers.heads import (
     projection_flops,
     seen_keys,
 )
-from transformer.mixers.state import KVCache, nan_on_overflow
+from transformer.mixers.state import KVCache, WindowCache, nan_on_overflow
 from transformer.resume import Free
 from transformer.sharding import constrain, with_axes
 from transformer.types import Array, DTypeLike, Float
@@ -97,6 +97,13 @@ class SoftmaxConfig(Config):
         _, _, H = head_sizes(self, embed_dim)
         return check_width(self, embed_dim) or check_rotary(self.position, H)
 
+    @property
+    def window_size(self) -> int | None:
+        """How many positions of a cache later tokens see, if those are the newest ones and their order makes no difference; None
+        otherwise."""
+        is_simple = self.window is not None and self.sinks == 0 and self.position.kind in ("none", "rotary")
+        return None if self.window is None or not is_simple else self.window + 1
+
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
         """FLOPs of one token in a context of `length`, projections included; a multiply-add counts as two."""
         N, _, H = head_sizes(self, embed_dim)
@@ -163,7 +170,7 @@ class MultiHeadAttention(nnx.Module):
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: Context = NO_CONTEXT
-    ) -> tuple[Float[Array, "B T D"], KVCache | None, Float[Array, "B n T S"] | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | WindowCache | None, Float[Array, "B n T S"] | None]:
         """Self-attention over x, or over the state's keys with x's after them; or cross-attention over the memory.
 
         Returns:
@@ -177,7 +184,7 @@ class MultiHeadAttention(nnx.Module):
         with jax.named_scope("attention"):
             return self._over_memory(x_BTD, context) if self.is_cross else self._over_itself(x_BTD, context)
 
-    def _over_itself(self, x_BTD: Array, context: Context) -> tuple[Array, KVCache | None, Array | None]:
+    def _over_itself(self, x_BTD: Array, context: Context) -> tuple[Array, KVCache | WindowCache | None, Array | None]:
         c, state = self.config, context.state
         mask = context.self_mask(x_BTD, window=c.window, sinks=c.sinks)
         q_BTNH, k_BSKH, v_BSKH = self._project(x_BTD, context)
@@ -185,12 +192,12 @@ class MultiHeadAttention(nnx.Module):
             positions_BT = context.positions(x_BTD)
             q_BTNH, k_BSKH = (self._rotate(x, positions_BT, c.position) for x in (q_BTNH, k_BSKH))
         if state is not None:
-            assert isinstance(state, KVCache)
+            assert isinstance(state, KVCache | WindowCache)
             state = state.append(k_BSKH, v_BSKH, context.valid_BT)
-            mask = context.cached_mask(mask, state)
+            mask = context.cached_mask(mask, state) if isinstance(state, KVCache) else context.window_mask(state)
             k_BSKH, v_BSKH = state.keys_and_values(q_BTNH.dtype)
         out_BTNH, weights = self._attend(q_BTNH, k_BSKH, v_BSKH, mask, context)
-        if state is not None:
+        if isinstance(state, KVCache):
             out_BTNH = nan_on_overflow(out_BTNH, state)
         return self._written(out_BTNH, context), state, weights
 

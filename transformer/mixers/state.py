@@ -88,6 +88,60 @@ class KVCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class WindowCache:
+    """The newest keys and values of one layer, as many as its window sees; for steps of one token.
+
+    Position p is in slot p mod S: a new one replaces the one that leaves the window.
+    """
+
+    k: Float[Array, "*L B K H S"]
+    v: Float[Array, "*L B K S H"]
+    length: Int[Array, "*L B"]
+
+    @staticmethod
+    def of(cache: KVCache, size: int) -> WindowCache:
+        """The last `size` positions of each row of a cache."""
+        last_B1 = cache.length[:, None] - 1
+        # Slots of positions that a short row does not have get any values, which `seen` hides.
+        positions_BS = jnp.maximum(last_B1 - (last_B1 - jnp.arange(size)) % size, 0)
+        return WindowCache(
+            jnp.take_along_axis(cache.k, positions_BS[:, None, None], axis=-1),
+            jnp.take_along_axis(cache.v, positions_BS[:, None, :, None], axis=-2),
+            cache.length,
+        )
+
+    @property
+    def seen(self) -> Bool[Array, "B S"]:
+        """The slots that have been written."""
+        return jnp.arange(self.v.shape[-2]) < self.length[:, None]
+
+    def append(
+        self,
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKH: Float[Array, "B T K H"],
+        valid_BT: Bool[Array, "B T"] | None = None,
+    ) -> WindowCache:
+        """Append one position to each row.
+
+        Raises:
+            ValueError: several positions, or padding.
+        """
+        if k_BTKH.shape[1] != 1 or valid_BT is not None:
+            raise ValueError(
+                f"cache: got {k_BTKH.shape[1]} positions; a window's cache takes one at a time, and no padding"
+            )
+        rows_B, slot_B = jnp.arange(k_BTKH.shape[0]), self.length % self.v.shape[-2]
+        k = self.k.at[rows_B, :, :, slot_B].set(k_BTKH[:, 0].astype(self.k.dtype), unique_indices=True)
+        v = self.v.at[rows_B, :, slot_B].set(v_BTKH[:, 0].astype(self.v.dtype), unique_indices=True)
+        return WindowCache(k, v, grown(self.length, 1, None, None))
+
+    def keys_and_values(self, dtype: DTypeLike) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """As of `KVCache`, in the order of the slots."""
+        return self.k.transpose(0, 3, 1, 2).astype(dtype), self.v.swapaxes(1, 2).astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LatentCache:
     """What multi-head latent attention keeps of each position: the compressed keys and values, followed by the rotary key.
 
@@ -179,7 +233,7 @@ class MatrixState:
         return MatrixState(matrix, grown(self.length, num_tokens, valid_BT, None))
 
 
-State = KVCache | LatentCache | TapeState | MatrixState
+State = KVCache | WindowCache | LatentCache | TapeState | MatrixState
 """The state of one layer."""
 
 
