@@ -179,6 +179,24 @@ DECODERS = {
     "Qwen3, one group": ("Qwen3ForCausalLM", LLAMA | {"head_dim": 8, "num_key_value_heads": 1}),
     "Qwen3, larger epsilon": ("Qwen3ForCausalLM", LLAMA | {"head_dim": 8, "rms_norm_eps": 1e-2}),
 }
+EXPERTS = {
+    "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48, "moe_intermediate_size": 20,
+    "norm_topk_prob": True,
+}  # fmt: skip
+DECODERS |= {
+    "MixtralForCausalLM": ("MixtralForCausalLM", LLAMA | EXPERTS | {"sliding_window": 5}),
+    "MixtralModel, tied": (
+        "MixtralModel",
+        LLAMA | EXPERTS | {"tie_word_embeddings": True, "num_experts_per_tok": 3, "head_dim": 10},
+    ),
+    "Qwen3MoeForCausalLM": ("Qwen3MoeForCausalLM", LLAMA | EXPERTS | {"head_dim": 8}),
+    "Qwen3MoE, one expert a token": (
+        "Qwen3MoeForCausalLM",
+        LLAMA
+        | EXPERTS
+        | {"num_experts_per_tok": 1, "norm_topk_prob": False, "attention_bias": True, "num_local_experts": 5},
+    ),
+}
 ENCODER_DECODERS = {
     "T5 1.0": ("T5ForConditionalGeneration", T5),
     "T5 1.1": ("T5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),

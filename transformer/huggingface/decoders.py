@@ -1,16 +1,14 @@
-"""GPT-2, GPT-NeoX, and Llama and its relatives: all of them are models of the family gpt here."""
+"""GPT-2 and GPT-NeoX, models of the family gpt here."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from transformer.huggingface.architecture import Architecture, rules_of
 from transformer.huggingface.encoders import BLOCKS
 from transformer.huggingface.fields import (
     ACTIVATIONS,
-    GATED,
     HFConfigReader,
     dense_mlp,
     name_of,
@@ -18,19 +16,13 @@ from transformer.huggingface.fields import (
     rotary_fields,
     rotary_of,
 )
-from transformer.huggingface.mapping import ByHead, Tables, TensorRule, Vector, fused, linear, norm, table
+from transformer.huggingface.mapping import ByHead, Tables, TensorRule, fused, linear, norm, output_head, table
 from transformer.layers.feed_forward import DenseConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
 
 _ATTENTION, _FEED_FORWARD = f"{BLOCKS}.attention", f"{BLOCKS}.feed_forward"
 _QKV = [f"{_ATTENTION}.{name}" for name in ("query", "key", "value")]
-
-
-def _head(c: GPTConfig, name: str, tied_to: str) -> tuple[list[TensorRule], dict[str, str]]:
-    """The output projection, or the tensor that it repeats."""
-    weight = f"{name}.weight"
-    return ([], {weight: tied_to}) if c.tie_embeddings else (list(linear(name, "head", use_bias=False)), {})
 
 
 def _read_gpt2(theirs: HFConfigReader, head: Any) -> GPTConfig:
@@ -65,7 +57,7 @@ def _gpt2_fields(c: GPTConfig) -> dict[str, Any]:
 
 def _gpt2_tables(c: GPTConfig) -> Tables:
     layer = "transformer.h.{}"
-    head, copies = _head(c, "lm_head", "transformer.wte.weight")
+    head, copies = output_head(c.tie_embeddings, "lm_head", "transformer.wte.weight")
     rules = rules_of(
         table("transformer.wte", "embed"),
         table("transformer.wpe", "positions"),
@@ -126,7 +118,7 @@ def _neox_fields(c: GPTConfig) -> dict[str, Any]:
 
 def _neox_tables(c: GPTConfig) -> Tables:
     layer, has_bias = "gpt_neox.layers.{}", only_mixer(c).bias
-    head, copies = _head(c, "embed_out", "gpt_neox.embed_in.weight")
+    head, copies = output_head(c.tie_embeddings, "embed_out", "gpt_neox.embed_in.weight")
     qkv = [TensorRule(f"{layer}.attention.query_key_value.weight", tuple(f"{one}.kernel" for one in _QKV), ByHead())]
     if has_bias:
         qkv.append(
@@ -152,126 +144,3 @@ GPT_NEOX = Architecture(
     prefix="gpt_neox", heads=("embed_out.",), renamed={"lm_head.weight": "embed_out.weight"},
     read=_read_neox, write=_neox_fields, tables=_neox_tables,
 )  # fmt: skip
-
-
-def _read_llama(kind: str) -> Callable[[HFConfigReader, Any], GPTConfig]:
-    """Reader of Llama, Mistral, Qwen2 or Qwen3, which differ in biases, windows, and norms of queries and keys."""
-
-    def read(theirs: HFConfigReader, head: Any) -> GPTConfig:
-        num_heads, dim = theirs.size("num_attention_heads", 32), theirs.size("hidden_size", 4096)
-        head_dim = theirs.size("head_dim", 128 if kind == "qwen3" else max(dim // num_heads, 1))
-        num_layers = theirs.layers("num_hidden_layers", 32)
-        return GPTConfig(
-            vocab_size=theirs.size("vocab_size", 32_000), max_length=theirs.size("max_position_embeddings", 2048),
-            num_layers=num_layers, embed_dim=dim,
-            attention=SoftmaxConfig(
-                num_heads=num_heads, head_dim=head_dim,
-                num_kv_heads=theirs.size("num_key_value_heads", 8 if kind == "mistral" else num_heads),
-                bias=kind in ("llama", "qwen3") and theirs.flag("attention_bias", False),
-                qkv_bias=True if kind == "qwen2" else None, qk_norm=kind == "qwen3",
-                window=_window(theirs, kind, num_layers), position=theirs.rotary(theta=10_000.0),
-            ),
-            mlp=DenseConfig(
-                dim=theirs.size("intermediate_size", 11_008), activation=theirs.one_of("hidden_act", GATED, "silu"),
-                bias=kind == "llama" and theirs.flag("mlp_bias", False),
-            ),
-            norm="rms_norm", norm_eps=theirs.number("rms_norm_eps", 1e-6),
-            attention_dropout=theirs.number("attention_dropout", 0.0),
-            init_std=theirs.number("initializer_range", 0.02),
-            tie_embeddings=theirs.flag("tie_word_embeddings", False),
-        )  # fmt: skip
-
-    return read
-
-
-def _window(theirs: HFConfigReader, kind: str, num_layers: int) -> int | None:
-    """How many tokens before itself each token sees; their number includes the token itself."""
-    if kind == "llama":
-        return None
-    # Mistral has a window by default.
-    if "sliding_window" not in theirs and (kind != "mistral" or theirs.written("sliding_window")):
-        return None
-    if kind != "mistral":
-        if not theirs.flag("use_sliding_window", False):
-            return None
-        # This is what transformers uses; it derives them from max_window_layers if they are not written.
-        kinds = set(theirs.texts("layer_types"))
-        if kinds == {"full_attention"}:
-            return None
-        if kinds and kinds != {"sliding_attention"}:
-            theirs.wrong(f"layer_types: got {', '.join(sorted(kinds))}; supported: the same in all layers")
-        first = 0 if kinds else theirs.token("max_window_layers", 28)
-        if 0 < first < num_layers:
-            theirs.wrong(f"max_window_layers: got {first}; supported: 0, or a window in no layer")
-        if first >= num_layers:
-            return None
-    width = theirs.size("sliding_window", 4096)
-    if width < 2:
-        theirs.wrong(f"sliding_window: got {width}; allowed: 2 or more")
-    return max(width - 1, 1)
-
-
-def _llama_fields(kind: str) -> Callable[[GPTConfig], dict[str, Any]]:
-    def write(c: GPTConfig) -> dict[str, Any]:
-        mixer, mlp = only_mixer(c), dense_mlp(c)
-        rotary, num_kv_heads = rotary_of(mixer), mixer.num_kv_heads or mixer.num_heads
-        fields: dict[str, Any] = {
-            "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers,
-            "hidden_size": c.embed_dim, "num_attention_heads": mixer.num_heads, "num_key_value_heads": num_kv_heads,
-            "head_dim": mixer.head_dim or c.embed_dim // mixer.num_heads, "intermediate_size": mlp.width(c.embed_dim),
-            "hidden_act": name_of(GATED, mlp.activation), "rms_norm_eps": c.norm_eps,
-            "attention_dropout": c.attention_dropout, "initializer_range": c.init_std,
-            "tie_word_embeddings": c.tie_embeddings, "rope_parameters": rotary_fields(rotary), "rope_theta": rotary.theta,
-        }  # fmt: skip
-        if kind in ("llama", "qwen3"):
-            fields["attention_bias"] = mixer.bias
-        if kind == "llama":
-            fields["mlp_bias"] = mlp.bias
-        else:
-            fields["sliding_window"] = None if mixer.window is None else mixer.window + 1
-        if kind in ("qwen2", "qwen3"):
-            kinds = "full_attention" if mixer.window is None else "sliding_attention"
-            fields |= {"use_sliding_window": mixer.window is not None, "max_window_layers": 0}
-            fields |= {"layer_types": [kinds] * c.num_layers}
-        return fields
-
-    return write
-
-
-def _llama_tables(c: GPTConfig) -> Tables:
-    layer, mixer, of_mlp = "model.layers.{}", only_mixer(c), dense_mlp(c).bias
-    head, copies = _head(c, "lm_head", "model.embed_tokens.weight")
-    projections = zip("qkv", _QKV, strict=True)
-    norms: list[TensorRule] = []
-    if mixer.qk_norm:
-        norms = [
-            TensorRule(f"{layer}.self_attn.{short}_norm.weight", (f"{_ATTENTION}.{name}_norm.scale",), Vector())
-            for short, name in (("q", "query"), ("k", "key"))
-        ]
-    rules = rules_of(
-        table("model.embed_tokens", "embed"),
-        norm(f"{layer}.input_layernorm", f"{BLOCKS}.attention_norm", use_bias=False),
-        *(linear(f"{layer}.self_attn.{short}_proj", one, use_bias=mixer.has_qkv_bias) for short, one in projections),
-        norms,
-        linear(f"{layer}.self_attn.o_proj", f"{_ATTENTION}.out", use_bias=mixer.bias, num_in=2),
-        norm(f"{layer}.post_attention_layernorm", f"{BLOCKS}.feed_forward_norm", use_bias=False),
-        *(
-            linear(f"{layer}.mlp.{name}_proj", f"{_FEED_FORWARD}.{name}", use_bias=of_mlp)
-            for name in ("gate", "up", "down")
-        ),
-        norm("model.norm", "layers.final_norm", use_bias=False),
-        head,
-    )
-    return Tables(rules, copies, ("*.rotary_emb.inv_freq",))
-
-
-def _llama(kind: str, name: str) -> Architecture:
-    return Architecture(
-        model_type=kind, family=GPTConfig, classes={f"{name}ForCausalLM": "", f"{name}Model": ""},
-        bare=(f"{name}Model",), prefix="model", heads=("lm_head.",),
-        read=_read_llama(kind), write=_llama_fields(kind), tables=_llama_tables,
-    )  # fmt: skip
-
-
-LLAMA, MISTRAL = _llama("llama", "Llama"), _llama("mistral", "Mistral")
-QWEN2, QWEN3 = _llama("qwen2", "Qwen2"), _llama("qwen3", "Qwen3")

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformer.errors import UserError, shown
 from transformer.layers.feed_forward import DenseConfig
+from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.layers.position import RotaryConfig, RotaryScaling
 from transformer.mixers.softmax import SoftmaxConfig
 
@@ -241,6 +242,17 @@ def dense_mlp(config: Any) -> DenseConfig:
     """
     if not isinstance(config.mlp, DenseConfig):
         raise UserError("a mixture of experts")
+    return config.mlp
+
+
+def experts_mlp(config: Any) -> ExpertsConfig:
+    """The feed-forward part, as a mixture of experts.
+
+    Raises:
+        UserError: it is dense.
+    """
+    if not isinstance(config.mlp, ExpertsConfig):
+        raise UserError("a dense feed-forward part")
     return config.mlp
 
 

@@ -1,7 +1,7 @@
 """Tables that map the parameters of a checkpoint to ours, used in both directions.
 
 A `TensorRule` names a tensor on both sides, its `Layout` defines how the two are arranged. One rule is for all layers: theirs are
-numbered, ours have a leading L. L layers, D embed, N heads, H head_dim, I in, O out.
+numbered, ours have a leading L; and for all experts of a mixture. L layers, E experts, D embed, N heads, H head_dim, I in, O out.
 """
 
 from __future__ import annotations
@@ -135,9 +135,10 @@ class TensorRule:
     """The correspondence between a tensor of theirs and our parameters.
 
     Args:
-        theirs: its name; `{}` is replaced by the number of a layer.
+        theirs: its name; `{}` is replaced by the number of a layer, and `{expert}` by that of an expert.
         ours: dotted paths of the parameters that it holds.
         first: the first layer that has such a tensor; in the layers before it, ours is `filler`, and has no effect.
+        experts: the number of a mixture's experts, if each has such a tensor; ours has an E after its L.
     """
 
     theirs: str
@@ -145,6 +146,7 @@ class TensorRule:
     layout: Layout
     first: int = 0
     filler: float = 0.0
+    experts: int = 0
 
     @property
     def stacked(self) -> bool:
@@ -155,6 +157,16 @@ class TensorRule:
     def paths(self) -> list[Path]:
         """Paths of the parameters that it holds."""
         return [tuple(path.split(".")) for path in self.ours]
+
+    def inner(self, shape: Shape) -> Shape:
+        """The shape of the part of ours that one tensor holds."""
+        return shape[int(self.stacked) + int(self.experts > 0) :]
+
+    def names(self, num_layers: int) -> Iterator[str]:
+        """The tensors, layer by layer and expert by expert."""
+        for number in range(self.first, num_layers) if self.stacked else [0]:
+            for expert in range(max(self.experts, 1)):
+                yield self.theirs.format(number, expert=expert)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +207,12 @@ def fused(theirs: str, ours: Sequence[str], *, use_bias: bool, transposed: bool 
     yield TensorRule(f"{theirs}.weight", tuple(f"{one}.kernel" for one in ours), Matrix(1, transposed))
     if use_bias:
         yield TensorRule(f"{theirs}.bias", tuple(f"{one}.bias" for one in ours), Vector())
+
+
+def output_head(is_tied: bool, theirs: str, tied_to: str) -> tuple[list[TensorRule], dict[str, str]]:
+    """The output projection's rules, or the tensor that it repeats: its name, and that of the embedding."""
+    weight = f"{theirs}.weight"
+    return ([], {weight: tied_to}) if is_tied else (list(linear(theirs, "head", use_bias=False)), {})
 
 
 def check(tables: Tables, theirs: Mapping[str, np.ndarray], ours: Mapping[Path, Any], source: str) -> list[str]:
@@ -248,17 +266,23 @@ def _read(
     rule: TensorRule, which: int, theirs: Mapping[str, np.ndarray], described: Mapping[Path, Any], index: Any
 ) -> np.ndarray:
     """A slice of our parameter number `which` of a rule."""
-    shapes = [described[path].shape[int(rule.stacked) :] for path in rule.paths]
+    shapes = [rule.inner(described[path].shape) for path in rule.paths]
     about = described[rule.paths[which]]
 
     def single(name: str, inner: tuple[slice, ...]) -> np.ndarray:
         return rule.layout.take(theirs[name], shapes, which)[inner].astype(about.dtype)
 
+    def layer(number: int, inner: tuple[slice, ...]) -> np.ndarray:
+        if not rule.experts:
+            return single(rule.theirs.format(number), inner)
+        experts = range(*inner[0].indices(rule.experts))
+        return np.stack([single(rule.theirs.format(number, expert=expert), inner[1:]) for expert in experts])
+
     if not rule.stacked:
-        return single(rule.theirs, index)
+        return layer(0, index)
     filler = np.full(about.shape[1:], rule.filler, about.dtype)[index[1:]]
     layers = range(*index[0].indices(about.shape[0]))
-    return np.stack([filler if n < rule.first else single(rule.theirs.format(n), index[1:]) for n in layers])
+    return np.stack([filler if number < rule.first else layer(number, index[1:]) for number in layers])
 
 
 def described_theirs(tables: Tables, ours: Mapping[Path, Any], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -270,18 +294,18 @@ def to_theirs(tables: Tables, ours: Mapping[Path, Any], dtype: Any) -> Iterator[
     """Their tensors from our parameters, one after the other."""
     for rule in tables.rules:
         held = [np.asarray(jax.device_get(ours[path])) for path in rule.paths]
-        for number in range(rule.first, held[0].shape[0]) if rule.stacked else [0]:
-            parts = [one[number] for one in held] if rule.stacked else held
-            yield rule.theirs.format(number), rule.layout.give(parts).astype(dtype)
+        # Layers, and experts in them, in one dim.
+        flat = [one[rule.first if rule.stacked else 0 :].reshape(-1, *rule.inner(one.shape)) for one in held]
+        for place, name in enumerate(rule.names(held[0].shape[0])):
+            yield name, rule.layout.give([one[place] for one in flat]).astype(dtype)
 
 
 def wanted(tables: Tables, ours: Mapping[Path, Any]) -> Iterator[tuple[str, Shape]]:
     """Name and shape of each of their tensors."""
     for rule in tables.rules:
         shapes = [tuple(ours[path].shape) for path in rule.paths]
-        inner = [shape[int(rule.stacked) :] for shape in shapes]
-        for number in range(rule.first, shapes[0][0]) if rule.stacked else [0]:
-            yield rule.theirs.format(number), rule.layout.shape(inner)
+        shape = rule.layout.shape([rule.inner(one) for one in shapes])
+        yield from ((name, shape) for name in rule.names(shapes[0][0]))
 
 
 def _span(sizes: Sequence[int], which: int) -> tuple[int, int]:
