@@ -39,10 +39,12 @@ class Block(nnx.Module):
     """A sequence mixer, then attention to a memory if `cross` is given, then a feed-forward network.
 
     Pre-norm (Xiong et al. 2020): x + f(norm(x)) for each. Post-norm (Vaswani et al. 2017, section 3.1): norm(x + f(x)).
+    With norms of the outputs (Ding et al. 2021, section 2.4): x + norm'(f(norm(x))).
     Parallel (Wang & Komatsuzaki 2021): x + f(norm(x)) + g(norm(x)), with f the mixer and g the feed-forward network.
 
     Args:
         norms: one for each sublayer, in their order.
+        output_norms: the same for what each sublayer adds; with pre-norm.
         norm_first: pre-norm.
         parallel: the mixer and the feed-forward network run in parallel, each after its norm; not with `cross`.
     """
@@ -53,6 +55,7 @@ class Block(nnx.Module):
         feed_forward: FeedForward | MixtureOfExperts,
         norms: tuple[Norm, ...],
         *,
+        output_norms: tuple[Norm, ...] | None = None,
         cross: MultiHeadAttention | None = None,
         norm_first: bool = True,
         parallel: bool = False,
@@ -64,6 +67,9 @@ class Block(nnx.Module):
         self.attention_norm = norms[0]
         self.cross_norm = None if cross is None else norms[1]
         self.feed_forward_norm = norms[-1]
+        self.attention_output_norm = None if output_norms is None else output_norms[0]
+        self.cross_output_norm = None if output_norms is None or cross is None else output_norms[1]
+        self.feed_forward_output_norm = None if output_norms is None else output_norms[-1]
         self.norm_first, self.parallel = norm_first, parallel
         self.dropout_rate = dropout_rate
 
@@ -85,18 +91,19 @@ class Block(nnx.Module):
         def attended(x: Array) -> Array:
             own = dataclasses.replace(context, key=keys[0], return_weights=own_weights)
             out, output["state"], output["weights"] = self.attention(x, own)
-            return out
+            return _normed(self.attention_output_norm, out)
 
         def remembered(x: Array) -> Array:
             assert self.cross is not None
             out, _, output["weights"] = self.cross(x, dataclasses.replace(context, key=keys[2]))
-            return out
+            return _normed(self.cross_output_norm, out)
 
         def fed(x: Array) -> Array:
             if isinstance(self.feed_forward, FeedForward):
-                return self.feed_forward(x, context.adapter_key)
-            out, output["router"] = self.feed_forward(x, context.valid_BT)
-            return out
+                out = self.feed_forward(x, context.adapter_key)
+            else:
+                out, output["router"] = self.feed_forward(x, context.valid_BT)
+            return _normed(self.feed_forward_output_norm, out)
 
         def attention_norm(x: Array) -> Array:
             return x if normed else self.attention_norm(x)
@@ -127,3 +134,7 @@ class Block(nnx.Module):
         if self.norm_first:
             return x + dropout(sublayer(norm(x)), self.dropout_rate, key)
         return norm(x + dropout(sublayer(x), self.dropout_rate, key))
+
+
+def _normed(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)

@@ -197,6 +197,25 @@ DECODERS |= {
         | {"num_experts_per_tok": 1, "norm_topk_prob": False, "attention_bias": True, "num_local_experts": 5},
     ),
 }
+GEMMA = LLAMA | {"head_dim": 8, "num_hidden_layers": 4, "sliding_window": 5, "query_pre_attn_scalar": 12}
+ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+}  # fmt: skip
+DECODERS |= {
+    "GemmaForCausalLM": ("GemmaForCausalLM", GEMMA | {"num_hidden_layers": 2}),
+    "GemmaModel": ("GemmaModel", GEMMA | {"num_hidden_layers": 2, "num_key_value_heads": 1, "attention_bias": True}),
+    "Gemma2ForCausalLM": ("Gemma2ForCausalLM", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "Gemma2, no caps": (
+        "Gemma2ForCausalLM",
+        GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False},
+    ),
+    "Gemma3ForCausalLM": ("Gemma3ForCausalLM", GEMMA | {"rope_parameters": ROPES, "num_hidden_layers": 7}),
+    "Gemma3TextModel": (
+        "Gemma3TextModel",
+        GEMMA | {"layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8},
+    ),
+}
 ENCODER_DECODERS = {
     "T5 1.0": ("T5ForConditionalGeneration", T5),
     "T5 1.1": ("T5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from transformer.errors import UserError, nearest
-from transformer.huggingface import decoders, encoder_decoders, encoders, llama, modernbert
+from transformer.huggingface import decoders, encoder_decoders, encoders, gemma, llama, modernbert
 from transformer.huggingface.architecture import OTHER_MODEL, Architecture
 from transformer.huggingface.fields import UNTIED
 from transformer.huggingface.mapping import Tables, check, described_theirs, to_ours, to_theirs
@@ -26,7 +26,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     for one in (
         encoders.BERT, encoders.ROBERTA, encoders.XLM_ROBERTA, encoders.DISTILBERT, encoders.ELECTRA,
         modernbert.MODERNBERT, decoders.GPT2, decoders.GPT_NEOX, llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3,
-        llama.MIXTRAL, llama.QWEN3_MOE, encoder_decoders.T5, encoder_decoders.MT5, encoder_decoders.MARIAN,
+        llama.MIXTRAL, llama.QWEN3_MOE, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, encoder_decoders.T5,
+        encoder_decoders.MT5, encoder_decoders.MARIAN,
     )
 }  # fmt: skip
 """By their model_type."""

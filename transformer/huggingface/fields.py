@@ -80,6 +80,12 @@ class HFConfigReader:
         self._wrong.append(f"{name}: got {shown(value)}; allowed: a number")
         return usual
 
+    def optional_number(self, name: str, default: float | None) -> float | None:
+        """A finite number, or None where the field is null, or missing without a default."""
+        if name not in self and (default is None or self.written(name)):
+            return None
+        return self._number(name, self.get(name, default))
+
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self.get(name, default)
@@ -132,18 +138,22 @@ class HFConfigReader:
                 self.notes.append(f"{other} is {value:g} there, and dropout {rate:g} here, as {name}")
         return {"dropout": rate, "attention_dropout": self.number(attention, default)}
 
-    def rotary(self, *, theta: float, section: str | None = None) -> RotaryConfig:
+    def rotary(
+        self, *, theta: float, section: str | None = None, name: str = "rope_theta", scaled: bool = True
+    ) -> RotaryConfig:
         """Rotary positions, in any form in which the config writes them.
 
         Args:
             theta: their default.
             section: the section to read, of a config with several.
+            name: of the field for theta outside of a section.
+            scaled: whether the field rope_scaling applies.
         """
         new = self.section("rope_parameters")
         new = new if section is None else self._section(f"rope_parameters.{section}", new.get(section) or {})
-        both = {**self.section("rope_scaling"), **new}
+        both = {**(self.section("rope_scaling") if scaled else {}), **new}
         usual = {
-            "rope_theta": self.get("rope_theta", theta),
+            "rope_theta": self.get(name, theta),
             "partial_rotary_factor": self.get("partial_rotary_factor", 1.0),
         }
         found = {name: self._number(name, both.get(name, value)) for name, value in usual.items()}

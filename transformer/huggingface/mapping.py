@@ -83,6 +83,16 @@ class Vector(Layout):
         return np.concatenate([one.reshape(-1) for one in ours])
 
 
+class ShiftedGain(Vector):
+    """The gain of a norm, which theirs multiplies by 1 + weight."""
+
+    def take(self, theirs: np.ndarray, ours: Sequence[Shape], which: int) -> np.ndarray:
+        return super().take(theirs.astype(np.float32), ours, which) + 1
+
+    def give(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        return super().give(ours) - 1
+
+
 @dataclasses.dataclass(frozen=True)
 class ByHead(Layout):
     """Queries, keys and values of a head next to each other, head after head (GPT-NeoX): [N 3 H, D], or a bias [N 3 H]."""

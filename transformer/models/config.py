@@ -48,6 +48,8 @@ class StackConfig(Config):
     """Kind of normalisation."""
     norm_first: bool = True
     """Normalise before each sublayer, and once at the end (pre-norm); false: after each sum (post-norm, Vaswani et al. 2017)."""
+    norm_outputs: bool = False
+    """Also normalise what each sublayer adds to the residual stream (with norm_first; Ding et al. 2021, Gemma 2)."""
     norm_eps: float = 1e-5
     """Added to the variance in a norm."""
     norm_bias: bool | None = None
@@ -79,12 +81,8 @@ class StackConfig(Config):
             require(self, field, 0 <= getattr(self, field) < 1, "allowed: 0 or more, below 1")
         holds = self.norm_bias is None or self.norm == "layer_norm"
         require(self, "norm_bias", holds, "rms_norm has no biases; allowed: null")
-        require(
-            self,
-            "parallel_residual",
-            self.norm_first or not self.parallel_residual,
-            "it needs norm_first; allowed: false",
-        )
+        for field in ("parallel_residual", "norm_outputs"):
+            require(self, field, self.norm_first or not getattr(self, field), "it needs norm_first; allowed: false")
         self._check_mixers()
         self._check_positions()
         drops = any(isinstance(mixer, DROPS_WEIGHTS) for mixer in self.mixers()) or self.has_cross

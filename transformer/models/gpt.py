@@ -6,6 +6,7 @@ B batch, T position, D embed, V vocab, L layers, N query heads, K key/value head
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -32,6 +33,8 @@ class GPTConfig(StackConfig):
     """Kind of model."""
     tie_embeddings: bool = True
     """Use the token embedding as the output projection too."""
+    scale_embeddings: bool = False
+    """Multiply token embeddings by sqrt(embed_dim) (Vaswani et al. 2017, section 3.4; Gemma)."""
     logit_soft_cap: float | None = None
     """Soft cap c of the output logits: c tanh(logits / c). null: none."""
 
@@ -74,6 +77,7 @@ class GPT(nnx.Module):
         x_BTD, positions_BT, key = embed(
             self.config, self.embed, self.positions, tokens_BT, positions_BT=positions_BT,
             start=0 if states is None else cache_lengths(states), key=key,
+            scale=math.sqrt(self.config.embed_dim) if self.config.scale_embeddings else None,
         )  # fmt: skip
         context = Context(
             positions_BT=positions_BT,

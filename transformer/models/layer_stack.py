@@ -332,8 +332,12 @@ def _make_block(c: StackConfig, mixer: MixerConfig, rngs: nnx.Rngs, *, num_layer
             c.embed_dim, mlp.width(c.embed_dim), activation=mlp.activation, use_bias=mlp.bias, **types
         )
     options = {"dropout_rate": c.attention_dropout, "norm_eps": c.norm_eps, **types}
+
+    def norms() -> tuple[Norm, ...]:
+        return tuple(make_norm(c, rngs) for _ in range(3 if cross else 2))
+
     return Block(
-        make_mixer(mixer, c.embed_dim, **options), feed_forward, tuple(make_norm(c, rngs) for _ in range(3 if cross else 2)),
+        make_mixer(mixer, c.embed_dim, **options), feed_forward, norms(), output_norms=norms() if c.norm_outputs else None,
         cross=MultiHeadAttention(c.embed_dim, c.cross_attention, memory_dim=c.embed_dim, **options) if cross else None,
         norm_first=c.norm_first, parallel=c.parallel_residual, dropout_rate=c.dropout,
     )  # fmt: skip
