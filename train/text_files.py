@@ -31,6 +31,8 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
     (codecs.BOM_UTF8, "utf-8"),
 )
+_LITTLE_ENDIAN = {"utf-16": "utf-16-le", "utf-32": "utf-32-le"}
+"""What an encoding whose name leaves the order of bytes to the mark is without one."""
 _BEGINNING = 8192
 """Bytes of a file in which a zero tells that it is not text."""
 _KEEP = "train.text_files.keep"
@@ -60,9 +62,8 @@ def open_text(
     stream = open_bytes(path)
     try:
         beginning = stream.read(_BEGINNING)
-        mark, found = next(
-            ((mark, name) for mark, name in _BYTE_ORDER_MARKS if beginning.startswith(mark)), (b"", encoding)
-        )
+        marks = ((mark, name) for mark, name in _BYTE_ORDER_MARKS if beginning.startswith(mark))
+        mark, found = next(marks, (b"", _LITTLE_ENDIAN.get(codecs.lookup(encoding).name, encoding)))
         beginning = beginning[len(mark) :]
         if plain and "\0" in beginning.decode(found, "replace"):
             raise UserError(
