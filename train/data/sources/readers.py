@@ -71,16 +71,19 @@ class Reader:
         separator = unix_lines(self.separator)
         # A separator with a line end is the same one in a file with Windows line ends.
         newline: Literal[""] | None = None if "\n" in separator else ""
+        is_record = len(self.records.fields.by_setting()) > 1
         line = 1
         with open_text(path, self.encoding, newline=newline, plain=self.format == "auto") as stream:
             for number, text in enumerate(_split(stream, separator)):
-                id, place = f"{name}#{number}" if separator else name, f"{path}:{line}"
+                id = f"{name}#{number}" if separator else name
                 if fault := invalid_bytes(text):
                     below, column, what = fault
                     self.records.rejects.add(f"{path}:{line + below - 1}", not_valid(stream, column, what))
+                elif text and not is_record:
+                    yield Document(id, text)
                 elif text:
                     row = {self.records.fields.text: text, FOLDER: folder}
-                    if document := self.records.document(row, id, place):
+                    if document := self.records.document(row, id, f"{path}:{line}"):
                         yield document
                 line += unix_lines(text).count("\n") + separator.count("\n")
 
