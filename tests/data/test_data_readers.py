@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from train.config import load
 from train.data.prepared.prepare import prepare
 from train.data.sources.new_documents import file_lines, new_documents
-from train.data.sources.records import Document
+from train.data.sources.records import Document, Rejects
 from train.data.sources.source import documents
 from train.data.sources.source_config import FilesSource
 from train.text_files import read_lines
@@ -241,6 +241,14 @@ def test_odd_tables(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as raised:
             labelled(write(tmp_path, "t.csv", content))
         assert "\n" not in str(raised.value)
+    # What follows a quotation mark that nothing closes is not lost.
+    open_quote = write(tmp_path, "t.csv", b'text,label\na,good\n"b,bad\n\nc,good\n"d\ne",bad\n"f,bad\ng,good')
+    rejects = Rejects("skip")
+    source = FilesSource(path=str(open_quote), label_field="label", on_error="skip")
+    assert [(one.id, one.text) for one in documents(source, rejects)] == [
+        ("t.csv:2", "a"), ("t.csv:5", "c"), ("t.csv:6", "d\ne"), ("t.csv:9", "g"),
+    ]  # fmt: skip
+    assert rejects.count == 2 and "t.csv:3: malformed CSV" in rejects.first
     with pytest.raises(ConfigError, match="delimiter: got ';'; only csv files have it"):
         FilesSource(path="a.jsonl", delimiter=";")
     with pytest.raises(ConfigError, match="quotes: got False; only csv files have it"):

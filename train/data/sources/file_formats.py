@@ -36,17 +36,17 @@ _NOT_TEXT = {
 
 def format_of(path: Path) -> Format:
     """The format that a file's name implies: `pages.jsonl.gz` is `jsonl`, and an unknown one is `text`."""
-    return _FORMATS.get(_suffix(path), "text")
+    return _FORMATS.get(suffix_of(path), "text")
 
 
 def check_is_text(path: Path) -> None:
     """Raise a `UserError` for a file whose name says that it is not plain text."""
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if advice := _NOT_TEXT.get(suffix):
         raise UserError(f"{path}: {suffix} files are not read as text: {advice}, or set format: text")
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
     """The suffix below that of a compressed file, in small letters; empty if there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from train.data.sources.conll import conll_texts
-from train.data.sources.file_formats import Format, check_is_text, format_of
+from train.data.sources.file_formats import Format, check_is_text, format_of, suffix_of
 from train.data.sources.records import Document, Records, kind_of
 from train.data.sources.tables import TableFormat
 from train.text_files import DEFAULT_ENCODING, invalid_bytes, not_valid, open_text, reading, unix_lines
@@ -116,7 +116,7 @@ class Reader:
                     yield document
 
     def _csv(self, path: Path, name: str) -> Iterator[Document]:
-        tabbed = any(suffix.lower() in _TABBED for suffix in path.suffixes[-2:])
+        tabbed = suffix_of(path) in _TABBED
         table = TableFormat(delimiter=self.table.delimiter or "\t" * tabbed, quotes=self.table.quotes)
         header: list[str] | None = None
         with open_text(path, self.encoding) as stream:

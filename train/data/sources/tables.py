@@ -48,17 +48,20 @@ class TableFormat:
         beginning = list(_beginning(lines))
         delimiter = self.delimiter or _delimiter(beginning, fields)
         quotes = self.quotes
-        if quotes is None:
+        if quotes is None and delimiter == "\t":
             following = next(lines, None)
             is_whole = following is None
             lines = lines if following is None else itertools.chain([following], lines)
-            fits, fits_without = (_fits(beginning, delimiter, one, is_whole) for one in (True, False))
-            quotes = delimiter != "\t" or fits or not fits_without
+            quotes = _fits(beginning, delimiter, True, is_whole) or not _fits(beginning, delimiter, False, is_whole)
+        quotes = quotes is not False
         advice = "; set quotes: false if quotation marks are part of the text" if quotes and delimiter == "\t" else ""
-        reader = _reader(itertools.chain(beginning, lines), delimiter, quotes)
+        given = _Lines(itertools.chain(beginning, lines))
+        reader = _reader(given, delimiter, quotes)
         header: list[str] | None = None
+        number = 1
         while True:
-            number = reader.line_num + 1
+            number += len(given.taken)
+            given.taken.clear()
             try:
                 row = next(reader)
             except StopIteration:
@@ -67,6 +70,10 @@ class TableFormat:
                 if header is None:
                     raise UserError(f"{place}: malformed CSV ({error}); fix its header") from None
                 yield number, f"malformed CSV ({error}){advice}"
+                # A quotation mark that nothing closes took the rows after it: they are read again.
+                given = _Lines(itertools.chain(given.taken[1:], given.rest))
+                reader = _reader(given, delimiter, quotes)
+                number += 1
                 continue
             if not row:
                 continue
@@ -74,10 +81,26 @@ class TableFormat:
                 header = row
                 _check_header(header, fields, place)
             if len(row) != len(header):
-                given = f"{len(row)} field{'s' * (len(row) != 1)}, not the header's {len(header)}: {shown(row)}"
-                yield number, f"malformed CSV ({given}){advice}"
+                fault = f"{len(row)} field{'s' * (len(row) != 1)}, not the header's {len(header)}: {shown(row)}"
+                yield number, f"malformed CSV ({fault}){advice}"
             else:
                 yield number, row
+
+
+class _Lines:
+    """Lines, of which those that were taken last are kept."""
+
+    def __init__(self, rest: Iterator[str]) -> None:
+        self.rest = rest
+        self.taken: list[str] = []
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.rest)
+        self.taken.append(line)
+        return line
 
 
 def _beginning(lines: Iterator[str]) -> Iterator[str]:
