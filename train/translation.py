@@ -43,22 +43,32 @@ class TextTranslator:
             num_tokens=num_tokens,
         )
 
-    def tokens_of(self, text: str) -> list[int]:
-        """The token ids of a source. Raises `UserError` if it is empty or too long."""
+    def tokens_of(self, text: str, name: str = "the text") -> list[int]:
+        """The token ids of a source, which `name` names in errors. Raises `UserError` if it is empty or too long."""
         ids = [*self.tokenizer.encode(text).tolist(), self.tokenizer.end_of_text]
         if len(ids) == 1:
-            raise UserError("there is nothing to translate: the text has no tokens")
+            raise UserError(f"there is nothing to translate: {name} has no tokens")
         if len(ids) > (longest := self.config.model.max_length):
             raise UserError(
-                f"the text has {len(ids)} tokens, and the model's context is {longest}; shorten {shown(text)}"
+                f"{name} has {len(ids)} tokens, and the model's context is {longest}; shorten {shown(text)}"
             )
         return ids
 
     def hypotheses(
         self, params: nnx.State, texts: Sequence[str], search: BeamSearch | None = None
     ) -> list[list[Hypothesis]]:
-        """The best translations of each text, as tokens with their scores."""
-        return self._translator.translate(params, [self.tokens_of(text) for text in texts], search=search)
+        """The best translations of each text, as tokens with their scores; none of a text without tokens, such as a blank line.
+
+        Raises `UserError` for a text that is too long, and if no text has tokens.
+        """
+        ids = {
+            number: self.tokens_of(text, f"text {number}" if len(texts) > 1 else "the text")
+            for number, text in enumerate(texts, start=1) if len(self.tokenizer.encode(text))
+        }  # fmt: skip
+        if texts and not ids:
+            self.tokens_of("")
+        found = dict(zip(ids, self._translator.translate(params, list(ids.values()), search=search), strict=True))
+        return [found.get(number, []) for number in range(1, len(texts) + 1)]
 
     def translate(self, params: nnx.State, texts: Sequence[str], search: BeamSearch | None = None) -> list[str]:
         """The best translation of each text; an empty text where there is none."""

@@ -187,7 +187,9 @@ def test_finished_files_are_not_read_again(
     assert journal is not None and journal.parts[-1].stage == 1 and journal.parts[-1].following.file == 3
     opened: list[str] = []
     read = Reader.read
-    monkeypatch.setattr(Reader, "read", lambda self, path, name: (opened.append(name), read(self, path, name))[1])
+    monkeypatch.setattr(
+        Reader, "read", lambda self, path, name, *more: (opened.append(name), read(self, path, name, *more))[1]
+    )
     prepared = prepare(config)
     # The first source is finished, the second in its last file.
     assert opened == ["3.jsonl", "0.jsonl", "0.jsonl"]

@@ -184,7 +184,7 @@ def test_columns_of_words_and_tags(tmp_path):
         ("train.conll:3", ("EU", "rejects"), ("B-ORG", "O")), ("train.conll:6", ("#", "1"), ("O", "O")),
     ]  # fmt: skip
     path.write_text("EU B-ORG\nrejects\n\n", "utf-8")
-    with pytest.raises(UserError, match=r"train\.conll:1: a line of this text has a word and no tag"):
+    with pytest.raises(UserError, match=r"train\.conll:2: a line of this text has a word and no tag: 'rejects'"):
         list(documents(source_of(path, **TAGGED)))
 
 

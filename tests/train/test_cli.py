@@ -28,6 +28,21 @@ def test_generate_continues_a_batch_of_different_lengths(whole, capsys, tmp_path
     assert output.count("───") >= 2
 
 
+@pytest.mark.parametrize("search", [[], ["--beams", "2"]])
+def test_lines_in_lines_out(whole, capsys, tmp_path, search):
+    """Each line of a file is a prompt: a blank one has an empty continuation, and U+2028 ends none."""
+    prompts = ["a", "", "b\u2028c", " ", "a"]
+    (tmp_path / "prompts.txt").write_bytes("".join(f"{line}\r" for line in prompts).encode("utf-16"))
+    arguments = ["generate", str(whole), "--prompts-file", str(tmp_path / "prompts.txt"), "--max-tokens", "2", *search]
+    assert main(arguments) == 0
+    found = re.split("─+.*\n", capsys.readouterr().out)[1:]
+    assert len(found) == 5 and all(map(str.startswith, found, prompts))
+    assert [text.strip() == "" for text in found] == [False, True, False, True, False]
+    (tmp_path / "prompts.txt").write_text("a\n\n" + "b" * 20)
+    assert main(arguments) == 2
+    assert "prompt 3 has 20 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -69,6 +69,19 @@ def test_classes_have_the_runs_numbers(classifier, tmp_path, capsys):
         score(config.directory, data=write(tmp_path / "up.jsonl", [rows[0] | {"label": "up"}, rows[1]]))
 
 
+def test_a_table_in_another_encoding(classifier, tmp_path, capsys):
+    config, _ = classifier
+    rows = [row for row in rows_of("classification") if row["label"] != "left"]
+    expected = score(config.directory, data=write(tmp_path / "rows.jsonl", rows)).metrics
+    assert "data: no document has 1 of the run's 3 labels: left" in capsys.readouterr().out
+    table = "".join(
+        f"{row['label']};{row['b']};{row['a']}\r" for row in [{"a": "a", "b": "b", "label": "label"}, *rows]
+    )
+    (tmp_path / "rows.csv").write_bytes(table.encode("utf-16-le"))
+    assert main(["eval", str(config.directory), "--data", str(tmp_path / "rows.csv"), "--encoding", "utf-16"]) == 0
+    assert score(config.directory, data=str(tmp_path / "rows.csv"), encoding="utf-16").metrics == expected
+
+
 def test_a_run_whose_data_has_changed(tmp_path, corpus):
     write_texts(tmp_path / "texts")
     source = {"kind": "files", "path": f"{tmp_path}/texts/*.txt"}

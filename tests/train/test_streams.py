@@ -16,7 +16,6 @@ from pyarrow import parquet
 
 from tests.train.task_runs import rows_of, run_of, write_rows
 from train.commands.cli import main
-from train.data.sources import readers
 from train.inference import embed as embedding
 from train.inference import predict as predicting
 from train.run.loop import train
@@ -125,6 +124,37 @@ def test_a_fault_in_the_middle_leaves_the_file_as_it_was(runs, parts, tmp_path, 
     assert (tmp_path / out).read_text() == "before"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_lines_in_lines_out(runs, parts, tmp_path, capsys, encoding):
+    """Row n of vectors, or of predictions, is that of line n: a blank line is one, and U+2028 ends none."""
+    parts(3)
+    second = "Grüße" if encoding == "cp1252" else "Ann\u2028in York"
+    lines = ["Ann walks", "", second, " ", "New York", "Ann walks", ""]
+    file = tmp_path / "lines.txt"
+    file.write_bytes("".join(f"{line}\r\n" for line in lines).encode(encoding))
+    folder = str(runs("token_classification"))
+    arguments = ["--file", str(file), *(["--encoding", encoding] if encoding == "cp1252" else [])]
+    for out in (array := tmp_path / "out.npy", table := tmp_path / "out.parquet"):
+        assert main(["embed", folder, *arguments, "--out", str(out)]) == 0
+    ids = [f"lines.txt:{number}" for number in range(1, 8)]
+    read, vectors = parquet.read_table(table), np.load(array)
+    assert read["id"].to_pylist() == ids and read["text"].to_pylist() == lines
+    np.testing.assert_allclose(vectors[5], vectors[0], atol=2e-6)
+    assert np.isfinite(vectors).all() and np.abs(vectors[2] - vectors[0]).max() > 1e-3
+    capsys.readouterr()
+    assert main(["predict", folder, *arguments]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.removesuffix("\n").split("\n")]
+    assert [one["id"] for one in found] == ids
+    assert [one.get("words") for one in found] == [line.split() or None for line in lines]
+    assert [one["label"] is None for one in found] == [not line.strip() for line in lines]
+    assert found[5]["label"] == found[0]["label"]
+    file.write_bytes(b"fine\nGr\xfc\xdfe\n")
+    assert main(["predict", folder, "--file", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "lines.txt:2: not valid UTF-8 (bytes 0xfc 0xdf at column 3); set encoding" in said
+    assert len(said.splitlines()) == 1
+
+
 def test_what_is_cut_is_said_once(runs, parts, tmp_path, capsys):
     parts(16)
     rows = [{"words": ["Ann"] * (30 if number in (3, 40) else 2)} for number in range(50)]
@@ -152,7 +182,6 @@ def test_predictions_go_into_a_pipe_too(runs, tmp_path):
 @pytest.mark.parametrize("out", ["out.npy", "out.parquet", "out.jsonl"])
 def test_memory_does_not_grow_with_the_file(runs, parts, tmp_path, monkeypatch, out):
     parts(16)
-    monkeypatch.setattr(readers, "_CHUNK_BYTES", 1 << 14)
     command = "predict" if out == "out.jsonl" else "embed"
     arguments = [command, str(runs("classification")), "--file", "-", "--out", str(tmp_path / out)]
     text = "a" * 4000

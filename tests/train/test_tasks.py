@@ -114,16 +114,19 @@ def test_new_documents_are_told_as_the_held_out_ones_were(runs, kind, tmp_path, 
 
 def test_texts_are_told_from_files_and_standard_input(runs, tmp_path, capsys, monkeypatch):
     config, _ = runs("token_classification")
+    capsys.readouterr()
     (tmp_path / "texts.txt").write_text("Ann walks in New York\n\n" + "Ann " * 30 + "\n", "utf-8")
     assert main(["predict", str(config.directory), "--file", str(tmp_path / "texts.txt")]) == 0
     said = capsys.readouterr()
-    first, second = map(json.loads, said.out.splitlines())
+    first, blank, second = map(json.loads, said.out.splitlines())
+    assert blank == {"id": "texts.txt:2", "label": None}
     assert first["label"] == ["B-PER", "O", "O", "B-LOC", "I-LOC"] and first["id"] == "texts.txt:1"
     # What lies beyond the row has no tag.
     seen = [tag is not None for tag in second["label"]]
     assert len(seen) == 30 and seen == sorted(seen, reverse=True) and not all(seen)
     assert "1 of 2 documents are longer than 40 tokens with [CLS] and [SEP]: cut" in said.err
     config, _ = runs("classification")
+    capsys.readouterr()
     lines = json.dumps({"a": "ab", "b": "cmd"}) + "\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     assert main(["predict", str(config.directory), "--file", "-"]) == 0

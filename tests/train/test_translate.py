@@ -103,6 +103,25 @@ def test_translations_and_the_page(runs, name, tmp_path, capsys):
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_lines_in_lines_out(runs, name, tmp_path, capsys):
+    """Line n of the answer is the translation of line n: a blank one is empty, and U+2028 ends none."""
+    words = sentence(0).split()
+    texts = [sentence(0), "", "\u2028".join(words), "  ", sentence(1), sentence(0)]
+    (tmp_path / "texts.txt").write_bytes("".join(f"{text}\n" for text in texts).encode("utf-8-sig"))
+    arguments = ["translate", str(runs(name)), "--file", str(tmp_path / "texts.txt")]
+    capsys.readouterr()
+    assert main([*arguments, "--beams", "2"]) == 0
+    found = capsys.readouterr().out.removesuffix("\n").split("\n")
+    assert len(found) == len(texts) and found[0] == found[2] == found[5] and found[1] == found[3] == ""
+    (tmp_path / "texts.txt").write_text(f"{sentence(0)}\n\n{'x ' * 100}\n")
+    assert main(arguments) == 2
+    assert "text 3 has 101 tokens" in capsys.readouterr().err
+    (tmp_path / "texts.txt").write_text("\n\n")
+    assert main(arguments) == 2
+    assert "there is nothing to translate" in capsys.readouterr().err
+
+
 def test_without_attention_there_is_nothing_to_look_at(runs):
     loaded = load_run(runs("recurrent"))
     blind = RecurrentConfig(**SIZES, hidden_dim=16, attention=NoAlignmentConfig())

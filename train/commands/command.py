@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from transformer.errors import ConfigError, UserError
-from transformer.paths import check_file
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -83,12 +80,14 @@ def from_flags(kind: type[T], options: argparse.Namespace) -> T:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
-def read_lines(name: str) -> list[str]:
-    """The lines of a file, or of standard input (`-`), without empty ones. Raises `UserError`."""
-    if name != "-":
-        check_file(Path(name))
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: cannot be read: {error}") from None
-    return [line for line in text.splitlines() if line]
+def add_encoding(parser: argparse.ArgumentParser) -> None:
+    """How a file that the command reads is encoded."""
+    text = "encoding of a file without a byte order mark (utf-8)"
+    parser.add_argument("--encoding", default="utf-8", metavar="NAME", help=text)
+
+
+def read_lines(options: argparse.Namespace, name: str) -> list[str]:
+    """The lines of a file, or of standard input (`-`), in the encoding that was asked for, blank ones too. Raises `UserError`."""
+    from train.data.sources.new_documents import file_lines
+
+    return file_lines(name, options.encoding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from train.commands.command import Command, add_devices, add_run, set_up
+from train.commands.command import Command, add_devices, add_encoding, add_run, set_up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     texts = "texts: .txt, .jsonl, .csv, .parquet (- for standard input)"
     parser.add_argument("--file", required=True, metavar="FILE", help=texts)
+    add_encoding(parser)
     parser.add_argument("--field", default="text", metavar="NAME", help="of records: the field with the text (text)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write: .npy or .parquet")
     parser.add_argument("--pooling", choices=["mean", "cls"], help="how token vectors are pooled (the model's setting)")
@@ -26,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
 
     embed(
         options.run, options.file, options.out, field=options.field, pooling=options.pooling,
-        normalize=options.normalize, step=options.step,
+        normalize=options.normalize, step=options.step, encoding=options.encoding,
     )  # fmt: skip
 
 

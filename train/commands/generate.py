@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from train.commands.command import Command, add_devices, add_run, from_flags, read_lines, set_up
+from train.commands.command import Command, add_devices, add_encoding, add_run, from_flags, read_lines, set_up
 from transformer.errors import UserError
 
 
@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for a batch")
     parser.add_argument("--prompts-file", metavar="FILE", help="a file with one prompt per line (- for standard input)")
+    add_encoding(parser)
     length = "length of a continuation (256, or what the context leaves)"
     parser.add_argument("--max-tokens", type=int, metavar="N", help=length)
     parser.add_argument("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy (0.8)")
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     prompts = list(options.prompt or [])
     if options.prompts_file:
-        prompts += read_lines(options.prompts_file)
+        prompts += read_lines(options, options.prompts_file)
     if not prompts:
         raise UserError("nothing to continue: give --prompt TEXT or --prompts-file FILE")
     set_up(options)

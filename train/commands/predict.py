@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from train.commands.command import Command, add_devices, add_run, set_up
+from train.commands.command import Command, add_devices, add_encoding, add_run, set_up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "one text per line, or JSON lines where a document has several fields"
     )
     parser.add_argument("--file", required=True, metavar="FILE", help=documents)
+    add_encoding(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines here (standard output)")
 
 
@@ -23,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     set_up(options)
     from train.inference.predict import predict
 
-    predict(options.run, options.file, options.out, options.step)
+    predict(options.run, options.file, options.out, options.step, options.encoding)
 
 
 COMMAND = Command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from train.commands.command import Command, add_devices, add_run, from_flags, read_lines, set_up
+from train.commands.command import Command, add_devices, add_encoding, add_run, from_flags, read_lines, set_up
 from transformer.errors import UserError
 
 
@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_devices(parser)
     add_run(parser)
     parser.add_argument("--text", action="append", metavar="TEXT", help="what to translate; repeat it for a batch")
-    parser.add_argument("--file", metavar="FILE", help="a file with one text per line (- for standard input)")
+    file = "a file with one text per line (- for standard input); so are the translations"
+    parser.add_argument("--file", metavar="FILE", help=file)
+    add_encoding(parser)
     parser.add_argument("--beams", type=int, default=4, help="number of beams; 1 is greedy (4)")
     best = "show the N best with their scores (1)"
     parser.add_argument("--num-best", type=int, default=1, metavar="N", help=best)
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     texts = list(options.text or [])
     if options.file:
-        texts += read_lines(options.file)
+        texts += read_lines(options, options.file)
     if not texts:
         raise UserError("nothing to translate: give --text TEXT or --file FILE")
     set_up(options)
@@ -35,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     from transformer.generation.beam import BeamSearch
 
     search = from_flags(BeamSearch, options)
-    translate(options.run, texts, search, attention=options.attention, step=options.step)
+    translate(options.run, texts, search, attention=options.attention, step=options.step, by_line=bool(options.file))
 
 
 COMMAND = Command(

@@ -10,6 +10,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
+from train.text_files import read_text
 from transformer.errors import UserError, first_line, nearest, shown
 from transformer.paths import check_file
 
@@ -24,7 +25,7 @@ def read_yaml(path: Path) -> Any:
     """The data of a file. Raises `UserError` for one that cannot be read."""
     check_file(path)
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return parse_yaml(read_text(path), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file.{_similar_file(path)}") from None
     except (OSError, ValueError) as error:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from train.config import RunConfig
+from train.data.prepared.label_arrays import listed
 from train.data.prepared.prepare import DataConfig, prepare
 from train.data.prepared.store import Prepared, TokenArray
-from train.data.sources.source_config import FilesSource, RecordSource, SourceConfig
+from train.data.sources.file_formats import format_of
+from train.data.sources.source_config import FileFormatSource, FilesSource, RecordSource, SourceConfig
 from train.data.tokenization.tokenizer import TokenizerConfig
 from train.data.tokenization.vocabulary import is_trained
 from train.files import write_whole, writing
@@ -20,16 +23,20 @@ from train.parallel.mesh import MeshConfig, batch_parts, use_mesh
 from train.run.begin import check_data, program_of
 from train.run.evaluate import Evaluator, Scores
 from train.run.run_files import LoadedRun, load_run
+from train.text_files import DEFAULT_ENCODING
 from train.translation import TextTranslator
 from transformer.errors import UserError
 
 
-def score(run: Path, *, step: str = "best", data: str | None = None, out: Path | None = None) -> Scores:
+def score(
+    run: Path, *, step: str = "best", data: str | None = None, out: Path | None = None, encoding: str = DEFAULT_ENCODING
+) -> Scores:
     """Evaluate a run on all of its held-out data, or of another file, print every score, and store them if asked.
 
     Args:
         step: which checkpoint, as in `load_run`.
         data: files whose rows have the fields of the run's first source.
+        encoding: of files in `data` without a byte order mark.
         out: a folder for the scores, and the predictions and pictures of a task.
 
     Raises:
@@ -40,7 +47,7 @@ def score(run: Path, *, step: str = "best", data: str | None = None, out: Path |
     if config.objective.kind == "none":
         raise UserError(f"{run}: imported weights have no objective to be evaluated by; fine-tune them first")
     if data is not None:
-        config = dataclasses.replace(config, data=_data_of(loaded, run, data))
+        config = dataclasses.replace(config, data=_data_of(loaded, run, data, encoding))
     prepared = prepare(config.data)
     _check_vocabulary(loaded, prepared, run)
     prepared = _with_labels_of(loaded, prepared)
@@ -75,14 +82,17 @@ def score(run: Path, *, step: str = "best", data: str | None = None, out: Path |
     return scores
 
 
-def _data_of(loaded: LoadedRun, run: Path, path: str) -> DataConfig:
+def _data_of(loaded: LoadedRun, run: Path, path: str, encoding: str) -> DataConfig:
     """The data of files with the fields of the run's first source, tokenised as the run's."""
     config = loaded.config.data
     first = config.sources[0]
-    own = {}
+    own: dict[str, Any] = {}
     if isinstance(first, RecordSource):
         names = {field.name for field in dataclasses.fields(RecordSource)} - {"kind", "weight", "limit"}
         own = {name: getattr(first, name) for name in names}
+    own["encoding"] = encoding
+    if isinstance(first, FileFormatSource) and first.file_format == "csv" == format_of(Path(path)):
+        own |= {"delimiter": first.delimiter, "quotes": first.quotes}
     source: SourceConfig = FilesSource(path=path, **own)
     both = [
         _tokenizer_of(one, run / "tokenizer" / folder) for one, folder in
@@ -122,6 +132,8 @@ def _with_labels_of(loaded: LoadedRun, prepared: Prepared) -> Prepared:
         raise UserError(
             f"data: label {unknown[0]!r} is none that the run predicts ({', '.join(known)}); remove such rows, or fix the label"
         )
+    if missing := [name for name in known if name not in names]:
+        print(f"data: no document has {len(missing)} of the run's {len(known)} labels: {listed(missing)}")
     # The last place is that of no label, -1.
     number_of = np.array([*map(known.index, names), -1], np.int32)
 

@@ -28,6 +28,7 @@ from train.files import check_place, whole_file, writing
 from train.inference.predict import counting
 from train.parallel.mesh import use_mesh
 from train.run.run_files import load_run
+from train.text_files import DEFAULT_ENCODING
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.models.bert import BertConfig
@@ -151,13 +152,15 @@ def _take(found: np.ndarray, pieces: np.ndarray, places: np.ndarray, vectors_BKD
 
 def embed(
     run: Path, file: str, out: Path, *, field: str = "text", pooling: Pooling | None = None, normalize: bool = True,
-    step: str = "best",
+    step: str = "best", encoding: str = DEFAULT_ENCODING,
 ) -> None:  # fmt: skip
     """Write the vectors of a file's texts: `.npy`, [texts, D] float32; or `.parquet`, with the columns id, text and embedding.
 
     Args:
-        file: one text per line (.txt, or `-`: standard input), or records (.jsonl, .csv, .parquet).
+        file: one text per line (.txt, or `-`: standard input), of which a blank one has a vector too, or records (.jsonl, .csv,
+            .parquet).
         field: the field of records that holds the text.
+        encoding: of a file without a byte order mark.
 
     Raises:
         UserError: no such run or checkpoint, a model that is not an encoder, or a file that cannot be read or written.
@@ -169,7 +172,7 @@ def embed(
     model = loaded.config.model
     if not isinstance(model, BertConfig):
         raise UserError(f"{run}: a model of family {model.family!r} is not an encoder; embed needs family bert")
-    documents = new_documents(FilesSource(path=file, text_field=field), file)
+    documents = new_documents(FilesSource(path=file, text_field=field), file, encoding)
     embedder = Embedder(model, loaded.tokenizer, pooling=pooling, normalize=normalize)
     open_writer = _ArrayFile if out.suffix == ".npy" else _TableFile
     with (

@@ -26,7 +26,7 @@ def generate(
     run: Path, prompts: list[str], step: str, max_tokens: int | None, how: Sampling | BeamSearch, seed: int
 ) -> None:
     """Print a continuation of each prompt: streamed for one prompt, in turn for several; a beam search prints the best
-    ones.
+    ones. A blank prompt among others, such as a blank line of a file, has an empty one.
 
     Args:
         max_tokens: of each continuation; by default 256, or what the model's context leaves.
@@ -46,17 +46,24 @@ def generate(
     generator = Generator(model, end_of_text=tokenizer.end_of_text, num_tokens=tokenizer.vocab_size)
     for prompt in prompts:
         check_text("prompt", prompt)
-    ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+    is_blank = [not prompt.strip() for prompt in prompts]
+    if all(is_blank):  # none is left out: the check below refuses what has no tokens
+        is_blank = [False] * len(prompts)
+    asked = [prompt for prompt, blank in zip(prompts, is_blank, strict=True) if not blank]
+    ids = [tokenizer.encode(prompt).tolist() for prompt in asked]
     if max_tokens is None:
         max_tokens = default_length(model, ids)
-    generator.check(ids, max_tokens)
+    # Numbered as they were given.
+    checked = iter(ids)
+    generator.check([[tokenizer.end_of_text] if blank else next(checked) for blank in is_blank], max_tokens)
     if isinstance(how, BeamSearch):
         with use_mesh(loaded.mesh, loaded.config.mesh.rules):
             found = generator.search(loaded.params, ids, max_tokens=max_tokens, search=how)
-        _show(prompts, found, tokenizer)
+        results = iter(found)
+        _show(prompts, [[] if blank else next(results) for blank in is_blank], tokenizer)
         return
-    decoders = [StreamDecoder(tokenizer) for _ in prompts]
-    texts = [""] * len(prompts)
+    decoders = [StreamDecoder(tokenizer) for _ in asked]
+    texts = [""] * len(asked)
     alone = len(prompts) == 1
     console = Console(soft_wrap=True, highlight=False, markup=False)
     with use_mesh(loaded.mesh, loaded.config.mesh.rules):
@@ -84,9 +91,10 @@ def generate(
     if alone:
         console.print(decoders[0].flush())
         return
-    for prompt, text in zip(prompts, texts, strict=True):
+    continuations = iter(texts)
+    for prompt, blank in zip(prompts, is_blank, strict=True):
         console.rule()
-        console.print(prompt + text)
+        console.print(prompt if blank else prompt + next(continuations))
 
 
 def default_length(model: GPTConfig, prompts: Sequence[Sequence[int]]) -> int:
@@ -97,6 +105,9 @@ def default_length(model: GPTConfig, prompts: Sequence[Sequence[int]]) -> int:
 def _show(prompts: list[str], found: list[list[Hypothesis]], tokenizer: Tokenizer) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for prompt, ranked in zip(prompts, found, strict=True):
+        if not ranked:
+            console.rule()
+            console.print(prompt)
         for hypothesis in ranked:
             if len(prompts) > 1 or len(ranked) > 1:
                 console.rule(f"score {hypothesis.score:.3f}, log-probability {hypothesis.log_probability:.2f}")

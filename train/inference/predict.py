@@ -32,6 +32,7 @@ from train.parallel.mesh import use_mesh
 from train.program.step import make_eval_step
 from train.report.display import console
 from train.run.run_files import LoadedRun, load_run
+from train.text_files import DEFAULT_ENCODING
 from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.models.families import make_model
@@ -47,13 +48,18 @@ CHUNK_CHARACTERS = 1 << 22
 """Characters of text after which there are fewer."""
 
 
-def predict(run: Path, file: str, out: Path | None = None, step: str = "best") -> None:
+def predict(
+    run: Path, file: str, out: Path | None = None, step: str = "best", encoding: str = DEFAULT_ENCODING
+) -> None:
     """Write the model's prediction for each document of a file, as one JSON line: its id, label and scores.
+
+    A blank line of a text file has the label null.
 
     Args:
         file: one text per line (.txt), or records with the fields of the run's source (.jsonl, .csv, .parquet, .conll); `-`:
             standard input, with one text per line, or JSON lines if a document has several fields.
         out: where to write; None: standard output.
+        encoding: of a file without a byte order mark.
 
     Raises:
         UserError: no such run or checkpoint, a run with another objective, or a file that cannot be read or written.
@@ -63,7 +69,7 @@ def predict(run: Path, file: str, out: Path | None = None, step: str = "best") -
     loaded, task, source = as_task_run(load_run(run, step), str(run))
     if not isinstance(source, RecordSource):
         raise UserError(f"{run}: its documents are synthetic (source {source.kind}), so no fields of a file match them")
-    found = iter_predictions(loaded, task, new_documents(source, file), file)
+    found = iter_predictions(loaded, task, new_documents(source, file, encoding), file)
     if out is None:
         for one in found:
             print(json.dumps(one, ensure_ascii=False))
@@ -128,7 +134,10 @@ def predictions(loaded: LoadedRun, task: Task, documents: Iterable[Document], na
 
 
 def iter_predictions(loaded: LoadedRun, task: Task, documents: Iterable[Document], name: str) -> Iterator[Prediction]:
-    """As `predictions`, in bounded memory: documents are taken as their predictions are asked for, some thousands at a time."""
+    """As `predictions`, in bounded memory: documents are taken as their predictions are asked for, some thousands at a time.
+
+    A document without text has the label None.
+    """
     config, task = loaded.config, task.for_any_document()
     if task.label_kind == "tags":
         # The words of a plain text are separated by white space.
@@ -138,7 +147,11 @@ def iter_predictions(loaded: LoadedRun, task: Task, documents: Iterable[Document
     # Whole batches, so that only the last one is padded.
     most = max(1, CHUNK // config.batch_size) * config.batch_size
     too_long = LongTexts(0, 0)
-    for chunk in batches(_with_as_many_choices(documents), most, CHUNK_CHARACTERS):
+    for given in batches(_with_as_many_choices(documents), most, CHUNK_CHARACTERS):
+        chunk = [one for one in given if not _is_blank(one)]
+        if not chunk:
+            yield from map(_no_prediction, given)
+            continue
         array = array_of(chunk, loaded.tokenizer, name)
         length = min(config.sequence_length, _row_length(array, loaded.tokenizer))
         examples = task.rows(array, loaded.tokenizer, length)
@@ -148,8 +161,17 @@ def iter_predictions(loaded: LoadedRun, task: Task, documents: Iterable[Document
             for batch in _batches(len(examples), config.batch_size):
                 rows = with_lengths(examples.gather(np.maximum(batch, 0)), 1) | {"example": batch.astype(np.int32)}
                 parts.append(jax.device_get(step(loaded.params, jax.tree.map(jnp.asarray, rows))[1]))
-        yield from TaskDocuments(task, names, [(examples, chunk)]).predictions(parts)
+        found = iter(TaskDocuments(task, names, [(examples, chunk)]).predictions(parts))
+        yield from (_no_prediction(one) if _is_blank(one) else next(found) for one in given)
     too_long.say(name)
+
+
+def _is_blank(document: Document) -> bool:
+    return not (document.text.strip() or document.words or document.target or document.choices)
+
+
+def _no_prediction(document: Document) -> Prediction:
+    return {"id": document.id, "label": None}
 
 
 def _as_task(config: RunConfig) -> RunConfig:

@@ -18,6 +18,7 @@ from train.inference.labels import labels
 from train.parallel.mesh import use_mesh
 from train.pictures import save_figure
 from train.run.run_files import LoadedRun, load_run
+from train.text_files import unix_lines
 from train.translation import TextTranslator
 from transformer.errors import UserError, check_text
 from transformer.functional import graphdef_of
@@ -32,13 +33,23 @@ END = "(end)"
 
 
 def translate(
-    run: Path, texts: list[str], search: BeamSearch, *, attention: Path | None = None, step: str = "best"
+    run: Path,
+    texts: list[str],
+    search: BeamSearch,
+    *,
+    attention: Path | None = None,
+    step: str = "best",
+    by_line: bool = False,
 ) -> None:
     """Print the translation of each text, or the best ones with their scores if `search` returns several.
+
+    The translation of a text without tokens, such as a blank line, is empty.
 
     Args:
         attention: a page to write, with the weights of the first text's translation; a picture (.png) of their mean is
             written next to it.
+        by_line: print each translation as one line, and nothing else; several texts are printed before theirs if not, or if
+            `search` returns several.
 
     Raises:
         UserError: no such run or checkpoint, a model of another kind, a text that does not fit it, or a page that cannot be
@@ -55,11 +66,16 @@ def translate(
     with use_mesh(loaded.mesh, loaded.config.mesh.rules):
         found = translator.hypotheses(loaded.params, texts, search)
         for text, hypotheses in zip(texts, found, strict=True):
-            if len(texts) > 1:
+            if len(texts) > 1 and not (by_line and search.num_best == 1):
                 print(text)
-            for rank, hypothesis in enumerate(hypotheses):
-                translation = loaded.target_tokenizer.decode(hypothesis.tokens)
-                print(translation if search.num_best == 1 else f"{rank + 1}  {hypothesis.score:8.4f}  {translation}")
+            translations = [loaded.target_tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
+            if by_line:
+                translations = [" ".join(unix_lines(translation).split("\n")) for translation in translations]
+            if search.num_best == 1:
+                print(*translations[:1])
+                continue
+            for rank, (hypothesis, translation) in enumerate(zip(hypotheses, translations, strict=True), start=1):
+                print(f"{rank}  {hypothesis.score:8.4f}  {translation}")
         if attention is not None:
             best = found[0][0].tokens if found[0] else []
             _save(alignment(loaded, translator.tokens_of(texts[0]), best), attention)

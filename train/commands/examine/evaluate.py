@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from train.commands.command import Command, add_devices, add_run, set_up
+from train.commands.command import Command, add_devices, add_encoding, add_run, set_up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_devices(parser)
     data = "files to evaluate on, with the fields of the run's first source; by default the run's held-out data"
     parser.add_argument("--data", metavar="FILES", help=data)
+    add_encoding(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="store the scores, predictions and pictures there")
 
 
@@ -20,7 +21,7 @@ def run(options: argparse.Namespace) -> None:
     set_up(options)
     from train.examine.score import score
 
-    score(options.run, step=options.step, data=options.data, out=options.out)
+    score(options.run, step=options.step, data=options.data, out=options.out, encoding=options.encoding)
 
 
 COMMAND = Command(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class Labels:
         if self._choices:
             names = _names_of_choices(self._numbers, self._choices)
         elif self._kind in ("class", "tags"):
-            names = self._names(stored)
+            names = self._names(stored, shown=shown)
         new_number = np.array([*(names.index(name) for name in self._numbers), NONE], np.int32)
         digest = hashlib.blake2b(json.dumps(names).encode(), digest_size=16)
         for split, source in self._arrays:
@@ -141,21 +141,39 @@ class Labels:
             self._part.names.append(name)
         return self._numbers[name]
 
-    def _names(self, stored: Path) -> tuple[str, ...]:
-        """The names of the training documents' classes, or tags, sorted. Raises `UserError` for a held-out one that is not."""
+    def _names(self, stored: Path, *, shown: bool) -> tuple[str, ...]:
+        """The names of the training documents' classes, or tags, sorted; says which of them no held-out document has.
+
+        Raises `UserError` for held-out ones that no training document has.
+        """
         found = list(self._numbers)
-        trained = [np.unique(self._stored(stored, *array)) for array in self._arrays if array[0] == "train"]
-        known = {int(number) for numbers in trained for number in numbers} - {NONE}
+        known, held_out = (self._numbers_of(stored, split) for split in ("train", "validation"))
         names = tuple(sorted(found[number] for number in known))
         if unseen := [name for number, name in enumerate(found) if number not in known]:
             what = ("of class", "set labels of the sources to the classes to read")
             if self._kind == "tags":
                 what = ("with the tag", "fix the tag")
+            more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
             raise UserError(
-                f"data: held-out documents are {what[0]} {unseen[0]!r}, training documents only of {', '.join(names)}; hold "
-                f"out fewer, or {what[1]}"
+                f"data: held-out documents are {what[0]} {unseen[0]!r}{more}, training documents only of {', '.join(names)}; "
+                f"hold out fewer, or {what[1]}"
             )
+        if held_out and (missing := [name for name in names if self._numbers[name] not in held_out]):
+            what_is = "has" if self._kind == "tags" else "is of"
+            of = f"{len(missing)} of {len(names)} {'tags' if self._kind == 'tags' else 'classes'}"
+            say(f"no held-out document {what_is} {of}: {listed(missing)}", shown=shown)
         return names
+
+    def _numbers_of(self, stored: Path, split: Split) -> set[int]:
+        """The classes or tags of a split."""
+        used = [np.unique(self._stored(stored, *array)) for array in self._arrays if array[0] == split]
+        return {int(number) for numbers in used for number in numbers} - {NONE}
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names for a message, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def stored_path(stored: Path, split: Split, source: int) -> Path:
@@ -173,9 +191,9 @@ def _names_of_choices(labels: Iterable[str], count: int) -> tuple[str, ...]:
     for names in ways:
         if set(labels) <= set(names):
             return tuple(names)
-    shown = ", ".join(sorted(labels)[:_SHOWN])
     raise UserError(
-        f"data: labels of {count} choices are {shown}; allowed: the number of the correct one, from 0 or from 1, or its letter"
+        f"data: labels of {count} choices are {listed(sorted(labels))}; allowed: the number of the correct one, from 0 or "
+        "from 1, or its letter"
     )
 
 

@@ -10,22 +10,26 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.data.sources.readers import Reader, format_of
+from train.data.sources.file_formats import check_is_text, format_of
+from train.data.sources.readers import Reader
 from train.data.sources.records import Document, Rejects
-from train.data.sources.source_config import RecordSource
+from train.data.sources.source_config import FileFormatSource, RecordSource
+from train.data.sources.tables import TableFormat
 from train.files import writing
+from train.text_files import DEFAULT_ENCODING, read_lines
 from transformer.errors import UserError
 
 STANDARD_INPUT = "-"
 
 
-def new_documents(source: RecordSource, file: str) -> Iterator[Document]:
-    """The documents of a file, in its order; of a text file, the lines that are not blank.
+def new_documents(source: RecordSource, file: str, encoding: str = DEFAULT_ENCODING) -> Iterator[Document]:
+    """The documents of a file, in its order; of a text file its lines, those that are blank too.
 
     Args:
-        source: names the fields of records.
+        source: names the fields of records, and what separates those of a table.
         file: a path, or `-`: standard input, which is copied to a temporary file; text if a document has one field, else JSON
             lines.
+        encoding: of a file without a byte order mark.
 
     Raises:
         UserError: an unreadable file, a record with an empty text, or a file without documents. A fault in the middle is raised
@@ -43,26 +47,45 @@ def new_documents(source: RecordSource, file: str) -> Iterator[Document]:
         raise UserError(
             f"{file}: a document of this run has the fields {names}; give a .jsonl or .csv file that has them"
         )
+    if is_text:
+        return _lines(file, encoding)
     reader = Reader(
-        format="auto" if not from_input else "text" if is_text else "jsonl",
-        records=records,
-        separator="\n" if is_text else "",
-    )
-    return _read(reader, file, is_text=is_text)
+        format="jsonl" if from_input else "auto", records=records, encoding=encoding,
+        table=source.table if isinstance(source, FileFormatSource) else TableFormat(),
+    )  # fmt: skip
+    return _records(reader, file)
 
 
-def _read(reader: Reader, file: str, *, is_text: bool) -> Iterator[Document]:
+def file_lines(file: str, encoding: str = DEFAULT_ENCODING) -> list[str]:
+    """The lines of a text file, or of standard input (`-`), blank ones too. Raises `UserError`."""
+    with _on_disk(file) as (path, _):
+        return list(read_lines(path, encoding, name=_shown(file)))
+
+
+def _lines(file: str, encoding: str) -> Iterator[Document]:
+    is_empty = True
+    with _on_disk(file) as (path, name):
+        if file != STANDARD_INPUT:
+            check_is_text(path)
+        for number, line in enumerate(read_lines(path, encoding, name=_shown(file), plain=True), start=1):
+            is_empty = is_empty and not line.strip()
+            yield Document(f"{name}:{number}", line)
+    if is_empty:
+        raise UserError(f"{file}: it has no documents")
+
+
+def _records(reader: Reader, file: str) -> Iterator[Document]:
     is_empty = True
     with _on_disk(file) as (path, name):
         for document in reader.read(path, name):
-            if not document.text.strip():
-                continue
             is_empty = False
-            # A line of text is named by its number, as records are.
-            line = int(document.id.rpartition("#")[2]) + 1 if is_text else 0
-            yield document._replace(id=f"{name}:{line}") if is_text else document
+            yield document
     if is_empty:
         raise UserError(f"{file}: it has no documents")
+
+
+def _shown(file: str) -> str:
+    return "standard input" if file == STANDARD_INPUT else file
 
 
 @contextlib.contextmanager

@@ -1,59 +1,33 @@
-"""File formats: reads documents from one file, compressed or not. Every error names file and line."""
+"""Readers: documents from one file, compressed or not, by its format. Every error names file and line."""
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
 import io
-import itertools
 import json
-import lzma
 import shutil
 import sqlite3
-import sys
 import tempfile
 import tokenize
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Literal, TextIO
 
+from train.data.sources.conll import conll_texts
+from train.data.sources.file_formats import Format, check_is_text, format_of, suffix_of
 from train.data.sources.records import Document, Records, kind_of
-from transformer.errors import UserError, first_line
+from train.data.sources.tables import TableFormat
+from train.text_files import DEFAULT_ENCODING, invalid_bytes, not_valid, open_text, reading, unix_lines
+from transformer.errors import UserError, first_line, shown
 from transformer.paths import check_file
 
-Format = Literal["text", "python", "jsonl", "csv", "parquet", "sqlite", "conll"]
-
-_COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-_FORMATS: dict[str, Format] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".db": "sqlite",
-    ".sqlite": "sqlite",
-    ".sqlite3": "sqlite",
-    ".conll": "conll",
-}
-_CHUNK_BYTES = 1 << 20
+FOLDER = "folder"
+"""The field of plain text files that holds the name of the folder in which a file is."""
+_CHUNK = 1 << 20
+"""Bytes, or characters, of a file that are read at once."""
 _ROWS = 4096
 """Rows of a Parquet file that are in memory together."""
-_NOT_TEXT = {
-    ".json": "set format: jsonl if it has one object per line",
-    ".tsv": "write it with commas, as .csv",
-    **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar"), "unpack it"),
-    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx"), "write it as .parquet, .csv or .jsonl"),
-    **dict.fromkeys(
-        (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".pickle", ".h5"), "it holds arrays"
-    ),
-    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub"), "convert it to plain text"),
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".wav", ".mp4"), "it holds no text"),
-}
-"""Suffixes of files that are not plain text, with what to do. Whatever they are, `format: text` reads them as text."""
-_BEGINNING = 8192
-"""Bytes of a file with an unknown suffix in which a zero byte shows that it is not text."""
+_TABBED = (".tsv", ".tab")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +37,21 @@ class Reader:
     format: Literal["auto"] | Format
     records: Records
     """Turns rows into documents; its `rejects` collect all errors."""
+    encoding: str = DEFAULT_ENCODING
+    """Of text without a byte order mark."""
     separator: str = ""
+    table: TableFormat = TableFormat()
     query: str = ""
 
-    def read(self, path: Path, name: str) -> Iterator[Document]:
+    def read(self, path: Path, name: str, folder: str = "") -> Iterator[Document]:
         """The documents of the file at `path`, in its order, none of them empty.
 
-        `name` begins each document's id. Raises `UserError` for a file that cannot be opened or is damaged, and for
-        a faulty document if `rejects` is set to stop.
+        `name` begins each document's id, and `folder` is the name of the folder in which it is. Raises `UserError` for a file
+        that cannot be opened or is damaged, and for a faulty document if `rejects` is set to stop.
         """
         form = format_of(path) if self.format == "auto" else self.format
         readers: dict[str, Callable[[Path, str], Iterator[Document]]] = {
-            "text": self._text,
+            "text": lambda path, name: self._text(path, name, folder),
             "python": self._python,
             "jsonl": self._jsonl,
             "csv": self._csv,
@@ -83,34 +60,32 @@ class Reader:
             "conll": self._conll,
         }
         check_file(path)
-        try:
-            if self.format == "auto" and form == "text":
-                check_is_text(path)
+        if self.format == "auto" and form == "text":
+            check_is_text(path)
+        with reading(path):
             for document in readers[form](path, name):
                 if document.text:
                     yield document
-        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-            raise UserError(f"{path}: damaged or cut short ({error}); fetch or compress it again") from error
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error}); check path and disk") from error
 
-    def _text(self, path: Path, name: str) -> Iterator[Document]:
+    def _text(self, path: Path, name: str, folder: str) -> Iterator[Document]:
+        separator = unix_lines(self.separator)
+        # A separator with a line end is the same one in a file with Windows line ends.
+        newline: Literal[""] | None = None if "\n" in separator else ""
+        is_record = len(self.records.fields.by_setting()) > 1
         line = 1
-        with open_bytes(path) as stream:
-            for number, data in enumerate(_split(stream, self.separator.encode())):
-                # A line may have a Windows line ending.
-                text = self._decode(data.removesuffix(b"\r") if self.separator == "\n" else data, path, line)
-                line += data.count(b"\n") + self.separator.count("\n")
-                if text:
-                    yield Document(f"{name}#{number}" if self.separator else name, text)
-
-    def _decode(self, data: bytes, path: Path, line: int) -> str:
-        try:
-            return data.decode()
-        except UnicodeDecodeError as error:
-            line += data.count(b"\n", 0, error.start)
-            self.records.rejects.add(f"{path}:{line}", f"not valid UTF-8 (byte 0x{data[error.start]:02x})")
-            return ""
+        with open_text(path, self.encoding, newline=newline, plain=self.format == "auto") as stream:
+            for number, text in enumerate(_split(stream, separator)):
+                id = f"{name}#{number}" if separator else name
+                if fault := invalid_bytes(text):
+                    below, column, what = fault
+                    self.records.rejects.add(f"{path}:{line + below - 1}", not_valid(stream, column, what))
+                elif text and not is_record:
+                    yield Document(id, text)
+                elif text:
+                    row = {self.records.fields.text: text, FOLDER: folder}
+                    if document := self.records.document(row, id, f"{path}:{line}"):
+                        yield document
+                line += unix_lines(text).count("\n") + separator.count("\n")
 
     def _python(self, path: Path, name: str) -> Iterator[Document]:
         # Python source declares its own encoding (PEP 263). The standard library's tests hold a few files that are
@@ -123,15 +98,17 @@ class Reader:
             self.records.rejects.skip(str(path), f"not valid Python source text ({error})")
 
     def _jsonl(self, path: Path, name: str) -> Iterator[Document]:
-        with open_bytes(path) as stream:
+        with open_text(path, self.encoding) as stream:
             for line, data in enumerate(stream, start=1):
                 if data.isspace():
                     continue
                 place = f"{path}:{line}"
                 try:
-                    row = json.loads(data.decode("utf-8", "surrogateescape"))
-                except (json.JSONDecodeError, RecursionError) as error:
-                    self.records.rejects.add(place, f"malformed JSON ({error})")
+                    row = json.loads(data)
+                except (ValueError, RecursionError) as error:
+                    at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                    reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+                    self.records.rejects.add(place, f"malformed JSON ({reason}{at}): {shown(data.strip())}")
                     continue
                 if not isinstance(row, dict):
                     self.records.rejects.add(place, f"expected a JSON object, got {kind_of(row)}")
@@ -139,28 +116,20 @@ class Reader:
                     yield document
 
     def _csv(self, path: Path, name: str) -> Iterator[Document]:
-        csv.field_size_limit(sys.maxsize)  # a document may be longer than the module's limit of 128 KiB
-        with open_bytes(path) as stream:
-            rows = csv.DictReader(data.decode("utf-8", "surrogateescape") for data in stream)
-            try:
-                fields = [field.removeprefix("\ufeff") for field in rows.fieldnames or ()]
-            except csv.Error as error:
-                raise UserError(f"{path}:1: malformed CSV ({error}); fix its header") from None
-            if fields:
-                self.records.columns(fields, f"{path}:1")
-            rows.fieldnames = fields
-            while True:
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    self.records.rejects.add(f"{path}:{rows.line_num}", f"malformed CSV ({error})")
-                    continue
-                place = f"{path}:{rows.line_num}"
-                if None in row or None in row.values():
-                    self.records.rejects.add(place, f"malformed CSV (not the header's {len(fields)} fields)")
-                elif document := self.records.document(row, f"{name}:{rows.line_num}", place):
+        tabbed = suffix_of(path) in _TABBED
+        table = TableFormat(delimiter=self.table.delimiter or "\t" * tabbed, quotes=self.table.quotes)
+        header: list[str] | None = None
+        with open_text(path, self.encoding) as stream:
+            for line, row in table.rows(stream, self.records.fields, f"{path}:1"):
+                place = f"{path}:{line}"
+                if isinstance(row, str):
+                    self.records.rejects.add(place, row)
+                elif header is None:
+                    header = row
+                    self.records.columns(header, place)
+                elif document := self.records.document(
+                    dict(zip(header, row, strict=True)), f"{name}:{line}", place
+                ):  # fmt: skip
                     yield document
 
     def _parquet(self, path: Path, name: str) -> Iterator[Document]:
@@ -169,7 +138,7 @@ class Reader:
 
         try:
             # In memory that does not grow with the file, or with its row groups.
-            with pq.ParquetFile(path, buffer_size=_CHUNK_BYTES) as file:
+            with pq.ParquetFile(path, buffer_size=_CHUNK) as file:
                 columns = self.records.columns(file.schema_arrow.names, str(path))
                 number = 0
                 for batch in file.iter_batches(_ROWS, columns=columns):
@@ -181,23 +150,13 @@ class Reader:
             raise UserError(f"{path}: not a readable Parquet file ({first_line(error)}); make it again") from error
 
     def _conll(self, path: Path, name: str) -> Iterator[Document]:
-        """Columns separated by white space, one word per line and an empty line after each text: `words` are the first
-        column, `tags` the last (Tjong Kim Sang & De Meulder 2003). Lines that mark a new document are not words."""
-        rows: list[list[str]] = []
-        with open_bytes(path) as stream:
-            for line, data in enumerate(itertools.chain(stream, [b""]), start=1):
-                columns = data.decode("utf-8", "surrogateescape").split()
-                if columns and columns[0] != "-DOCSTART-":
-                    rows.append(columns)
-                elif not columns and rows:
-                    place, first = f"{path}:{line - len(rows)}", f"{name}:{line - len(rows)}"
-                    if min(map(len, rows)) < 2:
-                        self.records.rejects.add(place, "a line of this text has a word and no tag")
-                    else:
-                        row = {"words": [row[0] for row in rows], "tags": [row[-1] for row in rows]}
-                        if document := self.records.document(row, first, place):
-                            yield document
-                    rows = []
+        with open_text(path, self.encoding) as stream:
+            for line, row in conll_texts(stream):
+                place = f"{path}:{line}"
+                if isinstance(row, str):
+                    self.records.rejects.add(place, row)
+                elif document := self.records.document(row, f"{name}:{line}", place):
+                    yield document
 
     def _sqlite(self, path: Path, name: str) -> Iterator[Document]:
         with tempfile.TemporaryDirectory() as folder:
@@ -238,54 +197,13 @@ def write_ahead_log(path: Path) -> Path | None:
     return log if log.exists() and log.stat().st_size else None
 
 
-def format_of(path: Path) -> Format:
-    """The format that a file's name implies: `pages.jsonl.gz` is `jsonl`, and an unknown one is `text`."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return _FORMATS.get(suffixes[-1], "text") if suffixes else "text"
-
-
-def check_is_text(path: Path) -> None:
-    """Raise a `UserError` for a file whose name has no known format, and which is not plain text by its name or beginning."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    if suffixes and (advice := _NOT_TEXT.get(suffixes[-1])):
-        raise UserError(f"{path}: {suffixes[-1]} files are not read as text: {advice}, or set format: text")
-    with open_bytes(path) as stream:
-        if b"\0" in stream.read(_BEGINNING):
-            raise UserError(f"{path}: not a text file (it has zero bytes); set format to what it is, or format: text")
-
-
-def is_compressed(path: Path) -> bool:
-    """Whether the file's size says nothing about the size of its text."""
-    return path.suffix.lower() in _COMPRESSED
-
-
-def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file for reading, decompressed by its suffix: .gz, .bz2, .xz, .zst. Raises `OSError`."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    if suffix == ".bz2":
-        return bz2.open(path, "rb")
-    if suffix == ".xz":
-        return lzma.open(path, "rb")
-    if suffix == ".zst":
-        import pyarrow as pa
-
-        return io.BufferedReader(cast("Any", pa.input_stream(str(path), compression="zstd")))
-    return path.open("rb")
-
-
-def _split(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
+def _split(stream: TextIO, separator: str) -> Iterator[str]:
     """The pieces of a stream between separators, never holding more than one piece and one chunk in memory."""
     if not separator:
         yield stream.read()
         return
-    rest = b""
-    while chunk := stream.read(_CHUNK_BYTES):
+    rest = ""
+    while chunk := stream.read(_CHUNK):
         *pieces, rest = (rest + chunk).split(separator)
         yield from pieces
     yield rest

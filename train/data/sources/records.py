@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from transformer.errors import UserError, nearest
+from train.text_files import invalid_bytes
+from transformer.errors import UserError, nearest, shown
 
 _LARGEST = 3.4e38
 """The largest absolute value of a label that is stored in 32 bits."""
 _FIELDS = 40
 """The most fields that a message lists."""
+
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}\.0+")
+"""An integer that was written as a float."""
+_TRUTH = re.compile("true|True|TRUE|false|False|FALSE")
 
 LabelKind = Literal["class", "number", "tags", "answers"]
 
@@ -141,6 +147,8 @@ class Records:
     """Documents of other classes are skipped; empty: none are."""
     label_kind: LabelKind = "class"
     """What `fields.label` holds. With `tags` the text is a list of words."""
+    trim_labels: bool = False
+    """Whether white space around a class or a tag is removed; else it is an error."""
     needs_text: bool = False
     """Whether a record with an empty text is an error; else it is skipped."""
 
@@ -193,11 +201,23 @@ class Records:
         return Document(id, text, target, group, label, words, choices) if text else None
 
     def _class(self, value: Any) -> str:
+        if value is None or value != value or (isinstance(value, str) and not value.strip()):
+            raise _Faulty(f"field {self.fields.label!r} is empty, and the document has no class")
+        return self._class_name(value)
+
+    def _class_name(self, value: Any) -> str:
+        """The name of a class, or a tag."""
         field = self.fields.label
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise _Faulty(f"field {field!r} is empty, and the document has no class")
-        # Classes are often numbers.
-        return str(value) if isinstance(value, int) else _valid(value, field)
+        if isinstance(value, float) and not value.is_integer():
+            raise _Faulty(f"field {field!r} holds {shown(value)}, not a class; for numbers set label_kind: number")
+        name = class_name(value) if isinstance(value, int | float) else _valid(value, field)
+        trimmed = name.strip() or name
+        if trimmed != name and not self.trim_labels:
+            raise _Faulty(
+                f"field {field!r} holds {shown(name)}, with white space around it; set trim_labels: true to read it as "
+                f"{shown(trimmed)}"
+            )
+        return class_name(trimmed)
 
     def _label(self, value: Any, words: Sequence[str] | None, target: str | None) -> Label:
         if self.label_kind == "number":
@@ -213,7 +233,7 @@ class Records:
         except (ValueError, OverflowError):
             number = math.nan
         if not abs(number) <= _LARGEST:
-            raise _Faulty(f"field {self.fields.label!r} holds {value!r}, not a number")
+            raise _Faulty(f"field {self.fields.label!r} holds {shown(value)}, not a number")
         return number
 
     def _words(self, value: Any) -> tuple[str, ...]:
@@ -226,7 +246,7 @@ class Records:
         if not isinstance(value, list | tuple) or len(value) != len(words):
             given = f"{len(value)} tags" if isinstance(value, list | tuple) else kind_of(value)
             raise _Faulty(f"field {field!r} holds {given}, not a tag for each of {len(words)} words")
-        return tuple(str(tag) if isinstance(tag, int) else _valid(tag, field) for tag in value)
+        return tuple(self._class_name(tag) for tag in value)
 
     def _answers(self, value: Any, context: str) -> Answers:
         """SQuAD's answers: one list for each field, or a list of answers."""
@@ -239,7 +259,7 @@ class Records:
         for text, start in zip(texts, starts, strict=True):
             _valid(text, field)
             if not (text and isinstance(start, int) and start >= 0 and context.startswith(text, start)):
-                raise _Faulty(f"field {field!r}: {text!r} is not at character {start!r} of the context")
+                raise _Faulty(f"field {field!r}: {shown(text)} is not at character {shown(start)} of the context")
         return Answers(tuple(texts), tuple(starts))
 
     def _choices(self, values: list[Any], beginning: str | None) -> tuple[str, ...]:
@@ -247,6 +267,18 @@ class Records:
             values = list(values[0])
         texts = [_valid(value, ", ".join(self.fields.choices)) for value in values]
         return tuple(texts if beginning is None else [f"{beginning} {text}" for text in texts])
+
+
+def class_name(value: str | float) -> str:
+    """The name of a class, the same in every format: CSV has no types, and writes 1.0, True or true for what others know as 1.0
+    and true. A number that is an integer has the integer's name; true and false have these names."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        if _TRUTH.fullmatch(value):
+            return value.lower()
+        return str(int(value.partition(".")[0])) if _INTEGER.fullmatch(value) else value
+    return str(int(value))
 
 
 def value_at(row: Mapping[str, Any], field: str) -> Any:
@@ -262,10 +294,15 @@ def value_at(row: Mapping[str, Any], field: str) -> Any:
 
 def missing_field(setting: str, field: str, fields: list[str]) -> str:
     """The message about a missing field that `setting` names: the field, and the fields that exist."""
-    known = ", ".join(map(str, fields[:_FIELDS])) or "none"
+    known = ", ".join(map(named, map(str, fields[:_FIELDS]))) or "none"
     more = f", and {len(fields) - _FIELDS} more" if len(fields) > _FIELDS else ""
     near = nearest(field, map(str, fields[:_FIELDS]))
     return f"no field {field!r} (there is {known}{more}); set {setting}{near and f'.{near}'}"
+
+
+def named(name: str) -> str:
+    """A name for a message: in quotes if nobody would see where it begins and ends."""
+    return name if name == name.strip() and name.isprintable() and name else repr(name)
 
 
 def kind_of(value: Any) -> str:
@@ -282,9 +319,10 @@ def _item(value: Any, name: str, field: str) -> Any:
 def _valid(value: Any, field: str) -> str:
     """`value` if it is text that UTF-8 can hold. Raises `_Faulty`."""
     if not isinstance(value, str):
-        raise _Faulty(f"field {field!r} holds {kind_of(value)}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # an undecodable byte that `surrogateescape` kept, or a lone "\ud800" in JSON
-        raise _Faulty(f"field {field!r} is not valid UTF-8") from None
+        what = kind_of(value)
+        raise _Faulty(f"field {field!r} holds {what}, not text" + (f": {shown(value)}" if value is not None else ""))
+    if fault := invalid_bytes(value):
+        line, column, what = fault
+        where = f"column {column}" if line == 1 else f"line {line}, column {column} of the value"
+        raise _Faulty(f"field {field!r} is not valid text ({what} at {where}); set encoding if the file has another")
     return value

@@ -15,11 +15,12 @@ import platform
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from train.data.sources import synthetic
-from train.data.sources.readers import Reader, format_of, is_compressed, write_ahead_log
+from train.data.sources.file_formats import format_of
+from train.data.sources.readers import Reader, write_ahead_log
 from train.data.sources.records import Document, Fields, Records, Rejects
 from train.data.sources.source_config import (
     FilesSource,
@@ -31,6 +32,7 @@ from train.data.sources.source_config import (
 )
 from train.data.sources.wheel import wheel_files
 from train.remote import RemoteFile, find_files, is_remote
+from train.text_files import is_compressed
 from transformer.errors import UserError, first_line
 from transformer.paths import expanded
 
@@ -137,13 +139,15 @@ def _file_documents(
         reader = Reader(format="python", records=Records(fields=Fields("text"), rejects=rejects))
     else:
         reader = Reader(
-            format=config.format, records=config.records(rejects), separator=config.separator, query=config.query
-        )
+            format=config.format, records=config.records(rejects), encoding=config.encoding, separator=config.separator,
+            table=config.table, query=config.query,
+        )  # fmt: skip
     number = begin.document
     for file, (name, path) in enumerate(source_files(config)[begin.file :], begin.file):
         file_path = path.fetch() if isinstance(path, RemoteFile) else path
+        folder = PurePosixPath(path.address).parent if isinstance(path, RemoteFile) else path.absolute().parent
         starts.append(FileStart(file, number, rejects.count, rejects.first))
-        for document in reader.read(file_path, name):
+        for document in reader.read(file_path, name, folder.name):
             number += 1
             yield document
 

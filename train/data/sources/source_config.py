@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from train.data.sources.readers import Format, format_of
-from train.data.sources.records import Fields, LabelKind, Records, Rejects
+from train.data.sources.file_formats import Format, format_of
+from train.data.sources.readers import FOLDER
+from train.data.sources.records import Fields, LabelKind, Records, Rejects, class_name
+from train.data.sources.tables import TableFormat
+from train.text_files import DEFAULT_ENCODING, is_encoding
 from transformer.errors import Config, require
 from transformer.resume import Ask, OnResume
 
@@ -75,15 +78,18 @@ class RecordSource(BaseSource):
     group_field: str = ""
     """The field that groups documents to hold out together, such as a chapter; empty: each document alone."""
     label_field: str = ""
-    """The field that holds a document's label; empty: documents have none."""
+    """The field that holds a document's label; empty: documents have none. Of plain text files `folder`: the name of the file's
+    folder, such as `pos` in `reviews/*/*.txt`."""
     label_kind: LabelKind = "class"
     """What label_field holds. `class`: a class, or the number of the correct choice; `number`: a number (objective
     `regression`); `tags`: a list with a tag for each word of the list in text_field (`token_classification`); `answers`: the
     text and answer_start of answers in target_field to the question in text_field (`answer`)."""
     labels: tuple[str, ...] = ()
     """With a label_field of classes: read only documents of these classes; empty: all documents."""
+    trim_labels: bool = False
+    """Remove white space around a class or a tag; without it such a label is a malformed record."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What happens at a document with invalid UTF-8 or a malformed record: stop and name it, or skip and count it."""
+    """What happens at a document with bytes that are not valid or a malformed record: stop and name it, or skip and count it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,7 +131,10 @@ class RecordSource(BaseSource):
 
     def records(self, rejects: Rejects) -> Records:
         """What makes documents of records."""
-        return Records(fields=self.fields, rejects=rejects, labels=self.labels, label_kind=self.label_kind)
+        return Records(
+            fields=self.fields, rejects=rejects, labels=tuple(map(class_name, self.labels)), label_kind=self.label_kind,
+            trim_labels=self.trim_labels,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +145,19 @@ class FileFormatSource(RecordSource):
     """A file, or a glob such as `texts/**/*.jsonl.gz`, also at an address such as s3://bucket/*.txt; in a wheel, relative to
     its root."""
     format: Literal["auto", "text", "jsonl", "csv", "parquet", "sqlite", "conll"] = "auto"
-    """Format of the files; `auto` chooses it by the suffix, and reads any other suffix as text. `conll`: one word and its tag
-    per line, in the first and the last column, which are the fields `words` and `tags`."""
+    """Format of the files; `auto` chooses it by the suffix, and reads any other suffix as text. `csv`: also with other
+    delimiters. `conll`: one word and its tag per line, in the first and the last column, which are the fields `words` and `tags`;
+    of CoNLL-U's columns `tags` is UPOS, and there are `xpos`, `deprel` and others."""
+    encoding: str = DEFAULT_ENCODING
+    """Encoding of files without a byte order mark, such as `cp1252`; the mark of UTF-8, UTF-16 and UTF-32 is recognised."""
     separator: str = ""
     """Text that ends a document inside a plain text file; empty: each file is one document."""
+    delimiter: str = ""
+    """csv: the character between fields; empty: a tab in .tsv, else the comma, semicolon, tab or bar that separates the header's
+    fields."""
+    quotes: bool | None = None
+    """csv: whether quotation marks enclose fields; null: they do, but between tabs only if they pair up at the beginning of the
+    file, since in many .tsv files they are part of the text."""
     query: str = ""
     """sqlite: the SELECT statement whose column `text_field`, or whose only column, is the text."""
 
@@ -156,13 +174,26 @@ class FileFormatSource(RecordSource):
         wanted = "allowed: a SELECT statement" if form == "sqlite" else "only SQLite has a query; allowed: empty"
         require(self, "query", bool(self.query) == (form == "sqlite"), wanted)
         for field in ("target_field", "choice_fields", "group_field", "label_field"):
-            holds = form in _RECORDS or not getattr(self, field)
+            given = getattr(self, field)
+            of_text = given == FOLDER and field in ("group_field", "label_field")
+            which = f" or {FOLDER!r}, the name of a text's folder" if field in ("group_field", "label_field") else ""
             require(
                 self,
                 field,
-                holds,
-                f"only records have it (kind 'hub', or files of {', '.join(_RECORDS)}); allowed: empty",
+                form in _RECORDS or not given or (of_text and form == "text"),
+                f"only records have it (kind 'hub', or files of {', '.join(_RECORDS)}); allowed: empty{which}",
             )
+        require(self, "encoding", is_encoding(self.encoding), "allowed: a text encoding, such as utf-8 or cp1252")
+        holds = form == "csv" or not self.delimiter
+        require(self, "delimiter", holds, "only csv files have it; allowed: empty")
+        require(self, "quotes", form == "csv" or self.quotes is None, "only csv files have it; allowed: null")
+        holds = not self.delimiter or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n')
+        require(self, "delimiter", holds, "allowed: one character, or empty")
+
+    @property
+    def table(self) -> TableFormat:
+        """How files of format csv are written."""
+        return TableFormat(delimiter=self.delimiter, quotes=self.quotes)
 
     @property
     def file_format(self) -> Format:
