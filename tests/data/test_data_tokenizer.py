@@ -15,10 +15,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.data.tokenization.stream import StreamDecoder
 from train.data.tokenization.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
-    StreamDecoder,
     SubwordTokenizer,
     Tokenizer,
     TokenizerConfig,
@@ -41,7 +41,7 @@ def tokenizer_of(kind: str) -> Tokenizer:
 
 def streamed(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
     decoder = StreamDecoder(tokenizer)
-    return [*(decoder.push(int(token)) for token in ids), decoder.flush()]
+    return [*(decoder.push([int(token)]) for token in ids), decoder.flush()]
 
 
 @pytest.mark.parametrize("kind", REVERSIBLE)
@@ -79,7 +79,7 @@ def test_a_stream_holds_a_character_back_until_it_is_whole(kind: str) -> None:
     assert "".join(pieces) == "x🙂ß"
     assert not any("\ufffd" in piece for piece in pieces)
     decoder = StreamDecoder(tokenizer)
-    assert "".join(decoder.push(int(token)) for token in tokenizer.encode("🙂")[:-1]) == ""
+    assert "".join(decoder.push([int(token)]) for token in tokenizer.encode("🙂")[:-1]) == ""
     assert "\ufffd" in decoder.flush()
 
 
