@@ -89,6 +89,30 @@ def test_a_stream_of_wordpieces_ends_as_the_whole_decodes() -> None:
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("kind", ["words", "wordpiece", *REVERSIBLE])
+def test_text_that_goes_on_from_a_prompt_keeps_the_space_between_them(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    text = "import argparse as _argparse"
+    ids = tokenizer.encode(text).tolist()
+    for place in range(1, len(ids)):
+        prompt, new = ids[:place], ids[place:]
+        assert tokenizer.decode(prompt) + tokenizer.continuation(prompt, new) == tokenizer.decode(ids)
+        decoder = StreamDecoder(tokenizer, prompt)
+        pieces = [*(decoder.push([token]) for token in new), decoder.flush()]
+        assert "".join(pieces) == tokenizer.continuation(prompt, new)
+    if kind in ("words", "wordpiece"):
+        assert tokenizer.continuation(tokenizer.encode("import").tolist(), tokenizer.encode("def").tolist()) == " def"
+
+
+@pytest.mark.parametrize("kind", [*REVERSIBLE, "wordpiece"])
+def test_a_special_token_is_read_in_a_prompt_if_asked_for(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    end = tokenizer.end_of_text
+    assert end not in tokenizer.prompt(f"import{END_OF_TEXT}def")
+    spelled = tokenizer.prompt(f"import{END_OF_TEXT}def", special=True)
+    assert spelled == [*tokenizer.encode("import"), end, *tokenizer.encode("def")]
+
+
 def test_wordpiece_keeps_words_and_marks_the_unknown() -> None:
     tokenizer = tokenizer_of("wordpiece")
     assert tokenizer.decode(tokenizer.encode("import  os\n\nimport sys")) == "import os import sys"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from train.data.tokenization.tokenizer import SubwordTokenizer, Tokenizer, added_text
+from train.data.tokenization.framing import added_text
+from train.data.tokenization.tokenizer import SubwordTokenizer, Tokenizer
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\ufffd"

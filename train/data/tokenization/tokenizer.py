@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from train.data.tokenization.conventions import Conventions
+from train.data.tokenization.framing import added_text, begin_by_name, frame_of
 from transformer.errors import Config, UserError, first_line, require
 from transformer.paths import check_file
 from transformer.resume import OnResume
@@ -35,7 +37,7 @@ CLS = "[CLS]"
 SEP = "[SEP]"
 UNKNOWN = "[UNK]"
 
-_USUAL_BEGINS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<|begin▁of▁sentence|>")
+_UNKNOWN_NAMES = (UNKNOWN, "<unk>", "<UNK>")
 _OTHER_NAMES = {CLS: "<s>", SEP: "</s>", MASK: "<mask>"}
 """What RoBERTa's vocabulary, and others after it, call them."""
 _TRAINED_KINDS = ("bpe", "wordpiece", "unigram", "words")
@@ -283,20 +285,25 @@ class SubwordTokenizer(Tokenizer):
         added = model.get_added_tokens_decoder().items()
         self.special_ids = {token.content: id for id, token in added if token.special} | {end_of_text: end}
         self._special = set(self.special_ids.values())
+        self._is_special = np.zeros(self.vocab_size, bool)
+        unknown = {
+            model.token_to_id(name) for name in (*_UNKNOWN_NAMES, getattr(model.model, "unk_token", None) or UNKNOWN)
+        }
+        self._is_special[list(self._special - unknown)] = True
         for name, other in _OTHER_NAMES.items():
             if name not in self.special_ids and other in self.special_ids:
                 self.special_ids[name] = self.special_ids[other]
         self._is_byte_level = isinstance(model.decoder, decoders.ByteLevel)
         self.conventions = Conventions() if conventions is None else conventions
         self.ends = self.conventions.ends or (end,)
-        self.post_processed = self._frame()
+        self.post_processed = frame_of(model, end_of_text)
         before, after = self.post_processed
         if len(before) == 1 and len(after) == 1:
             # An encoder's two, whatever their names are.
             self.special_ids |= {CLS: before[0], SEP: after[0]}
         self.separators = self._separators()
         if self.conventions.begins is not None:
-            before = (before or self._begin_by_name()) if self.conventions.begins else ()
+            before = (before or begin_by_name(model, self.conventions)) if self.conventions.begins else ()
             self.begin = before
         self.frame = before, after
 
@@ -321,7 +328,21 @@ class SubwordTokenizer(Tokenizer):
                 f"this vocabulary cannot encode the text: {first_line(error)}; give its tokenizer.json a token for unknown text, "
                 "or use another"
             ) from error
-        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        found = [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        # A unigram model may match a special token's name as a piece like any other.
+        return [
+            np.array(self._without_special(text), self.dtype) if self._is_special[ids].any() else ids
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    def _without_special(self, text: str) -> list[int]:
+        """The ids of a text that is cut inside each special token's name that the model takes for one piece."""
+        encoding = self.model.encode(text, add_special_tokens=False)
+        starts = [encoding.offsets[place][0] for place, id in enumerate(encoding.ids) if self._is_special[id]]
+        if not starts or len(text) < 2:
+            return [id for id in encoding.ids if not self._is_special[id]]
+        cuts = [0, *(min(start + 1, len(text) - 1) for start in starts), len(text)]
+        return [id for start, stop in itertools.pairwise(cuts) for id in self._without_special(text[start:stop])]
 
     def _encode_special(self, text: str) -> list[int]:
         return self._reading_special.encode(text, add_special_tokens=False).ids
@@ -331,31 +352,6 @@ class SubwordTokenizer(Tokenizer):
         model = type(self.model).from_str(self.model.to_str())
         model.encode_special_tokens = False
         return model
-
-    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the post-processor puts before and after a text."""
-        if self.model.post_processor is None:
-            return (), ()
-        self.model.encode_special_tokens = False
-        # A text that has tokens for certain: the end of text, spelled out.
-        text = self.model.encode(self.end_token, add_special_tokens=False)
-        framed = self.model.post_process(text, None, add_special_tokens=True)
-        self.model.encode_special_tokens = True
-        own = [place for place, side in enumerate(framed.sequence_ids) if side is not None]
-        if not own:
-            return (), ()
-        return tuple(framed.ids[: own[0]]), tuple(framed.ids[own[-1] + 1 :])
-
-    def _begin_by_name(self) -> tuple[int, ...]:
-        names = (self.conventions.fields.get("bos_token"), *_USUAL_BEGINS)
-        found = [self.model.token_to_id(name) for name in names if isinstance(name, str)]
-        known = [id for id in found if id is not None]
-        if not known:
-            raise UserError(
-                "data.tokenizer.begin_of_text: the vocabulary has no token that begins a text, such as "
-                f"{', '.join(_USUAL_BEGINS[:3])}; set it to null"
-            )
-        return (known[0],)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.model.decode([int(id) for id in ids], skip_special_tokens=True)
@@ -415,14 +411,6 @@ def saved_about(path: Path) -> tuple[str, Conventions]:
         return str(about.get("end_of_text", "")), Conventions.from_data(about.get("conventions", {}))
     except (OSError, ValueError, AttributeError, TypeError):
         return "", Conventions()
-
-
-def added_text(before: str, whole: str) -> str:
-    """What a text has after the part that it has in common with the text before it."""
-    both = zip(before, whole, strict=False)
-    return whole[
-        next((place for place, (one, other) in enumerate(both) if one != other), min(len(before), len(whole))) :
-    ]
 
 
 def _write_about(directory: Path, about: dict[str, Any]) -> None:
