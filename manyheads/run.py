@@ -22,7 +22,7 @@ from train.files import cache_dir
 from train.huggingface.import_checkpoint import import_checkpoint
 from train.inference.attend import maps_of, tokens_of
 from train.inference.embed import Embedder
-from train.inference.generate import default_length
+from train.inference.generate import default_length, sampling_of
 from train.inference.predict import as_task_run, predictions
 from train.inference.translate import alignment
 from train.objectives.tasks.task import Prediction
@@ -35,7 +35,6 @@ from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.generation.beam import BeamSearch
 from transformer.generation.generate import Generator, until_end
-from transformer.generation.sampling import Sampling
 from transformer.interpret.capture import AttentionMaps
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
@@ -139,26 +138,29 @@ class Run:
 
     @overload
     def generate(
-        self, prompts: str, *, max_tokens: int | None = None, seed: int = 0, beams: int | None = None, **options: Any
-    ) -> str: ...
+        self, prompts: str, *, max_tokens: int | None = None, seed: int = 0, beams: int | None = None,
+        special: bool = False, **options: Any,
+    ) -> str: ...  # fmt: skip
 
     @overload
     def generate(
         self, prompts: Sequence[str], *, max_tokens: int | None = None, seed: int = 0, beams: int | None = None,
-        **options: Any,
+        special: bool = False, **options: Any,
     ) -> list[str]: ...  # fmt: skip
 
     def generate(
         self, prompts: str | Sequence[str], *, max_tokens: int | None = None, seed: int = 0, beams: int | None = None,
-        **options: Any,
+        special: bool = False, **options: Any,
     ) -> str | list[str]:  # fmt: skip
         """The continuation of a prompt, or of each of several.
 
         Args:
-            max_tokens: of each continuation; 256, or what the context leaves, by default.
+            max_tokens: of each continuation; by default an import's own, or 256, or what the context leaves.
             seed: random seed of the sampling.
             beams: beam search with this number of beams, instead of sampling.
-            options: of `Sampling` (temperature, top_k, top_p, min_p, repetition_penalty), or with beams of `BeamSearch`.
+            special: special tokens that a prompt spells out are those tokens; by default they are text.
+            options: of `Sampling` (temperature, top_k, top_p, min_p, repetition_penalty), an import's own by default; or with
+                beams of `BeamSearch`.
 
         Raises:
             UserError: the model is not a language model, or a prompt does not fit it.
@@ -167,9 +169,9 @@ class Run:
         if not isinstance(model, GPTConfig):
             raise self._cannot("generate", "a language model (gpt)")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [self.tokenizer.encode(text).tolist() for text in texts]
+        ids = [self.tokenizer.prompt(text, special=special) for text in texts]
         if max_tokens is None:
-            max_tokens = default_length(model, ids)
+            max_tokens = default_length(model, ids, self.tokenizer)
         with self._on_mesh():
             if beams is not None:
                 search = BeamSearch(beams=beams, **options)
@@ -177,10 +179,10 @@ class Run:
                 written = [list(ranked[0].tokens) for ranked in found]
             else:
                 chunks = self._generator.generate(
-                    self.params, ids, max_tokens=max_tokens, sampling=Sampling(**options), seed=seed
+                    self.params, ids, max_tokens=max_tokens, sampling=sampling_of(self.tokenizer, options), seed=seed
                 )
-                written = until_end(chunks, self.tokenizer.end_of_text)
-        continuations = [self.tokenizer.decode(tokens) for tokens in written]
+                written = until_end(chunks, self.tokenizer.ends)
+        continuations = [self.tokenizer.continuation(own, new) for own, new in zip(ids, written, strict=True)]
         return continuations[0] if isinstance(prompts, str) else continuations
 
     @overload
@@ -265,7 +267,7 @@ class Run:
     def _generator(self) -> Generator:
         model = self.config.model
         assert isinstance(model, GPTConfig)
-        return Generator(model, end_of_text=self.tokenizer.end_of_text, num_tokens=self.tokenizer.vocab_size)
+        return Generator(model, end_of_text=self.tokenizer.ends, num_tokens=self.tokenizer.vocab_size)
 
     @functools.cached_property
     def _translator(self) -> TextTranslator:

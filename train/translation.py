@@ -39,7 +39,7 @@ class TextTranslator:
         self._translator = Translator(
             functools.partial(make_model, config.model),
             start_token=target_tokenizer.end_of_text,
-            end_of_text=target_tokenizer.end_of_text,
+            end_of_text=target_tokenizer.ends,
             num_tokens=num_tokens,
         )
 

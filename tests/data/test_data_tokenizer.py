@@ -15,10 +15,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.data.tokenization.stream import StreamDecoder
 from train.data.tokenization.tokenizer import (
     END_OF_TEXT,
     ByteTokenizer,
-    StreamDecoder,
     SubwordTokenizer,
     Tokenizer,
     TokenizerConfig,
@@ -41,7 +41,7 @@ def tokenizer_of(kind: str) -> Tokenizer:
 
 def streamed(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
     decoder = StreamDecoder(tokenizer)
-    return [*(decoder.push(int(token)) for token in ids), decoder.flush()]
+    return [*(decoder.push([int(token)]) for token in ids), decoder.flush()]
 
 
 @pytest.mark.parametrize("kind", REVERSIBLE)
@@ -79,7 +79,7 @@ def test_a_stream_holds_a_character_back_until_it_is_whole(kind: str) -> None:
     assert "".join(pieces) == "x🙂ß"
     assert not any("\ufffd" in piece for piece in pieces)
     decoder = StreamDecoder(tokenizer)
-    assert "".join(decoder.push(int(token)) for token in tokenizer.encode("🙂")[:-1]) == ""
+    assert "".join(decoder.push([int(token)]) for token in tokenizer.encode("🙂")[:-1]) == ""
     assert "\ufffd" in decoder.flush()
 
 
@@ -87,6 +87,30 @@ def test_a_stream_of_wordpieces_ends_as_the_whole_decodes() -> None:
     tokenizer = tokenizer_of("wordpiece")
     ids = tokenizer.encode("def add_argument(self, *args): isn't it unhelpful?")
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["words", "wordpiece", *REVERSIBLE])
+def test_text_that_goes_on_from_a_prompt_keeps_the_space_between_them(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    text = "import argparse as _argparse"
+    ids = tokenizer.encode(text).tolist()
+    for place in range(1, len(ids)):
+        prompt, new = ids[:place], ids[place:]
+        assert tokenizer.decode(prompt) + tokenizer.continuation(prompt, new) == tokenizer.decode(ids)
+        decoder = StreamDecoder(tokenizer, prompt)
+        pieces = [*(decoder.push([token]) for token in new), decoder.flush()]
+        assert "".join(pieces) == tokenizer.continuation(prompt, new)
+    if kind in ("words", "wordpiece"):
+        assert tokenizer.continuation(tokenizer.encode("import").tolist(), tokenizer.encode("def").tolist()) == " def"
+
+
+@pytest.mark.parametrize("kind", [*REVERSIBLE, "wordpiece"])
+def test_a_special_token_is_read_in_a_prompt_if_asked_for(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    end = tokenizer.end_of_text
+    assert end not in tokenizer.prompt(f"import{END_OF_TEXT}def")
+    spelled = tokenizer.prompt(f"import{END_OF_TEXT}def", special=True)
+    assert spelled == [*tokenizer.encode("import"), end, *tokenizer.encode("def")]
 
 
 def test_wordpiece_keeps_words_and_marks_the_unknown() -> None:

@@ -393,3 +393,24 @@ def test_searches_that_cannot_be_are_refused(changes, field):
 def test_an_end_that_is_never_written_is_refused():
     with pytest.raises(ValueError, match="end_of_text=9"):
         Translator(maker(CONFIG), start_token=0, end_of_text=9, num_tokens=4)
+
+
+def test_a_hypothesis_ends_with_any_of_several_end_tokens():
+    # Tokens 2 and 3 both end a text: that is one way to end it, with the probability of the likelier token.
+    logits = jnp.log(jnp.array([0.1, 0.2, 0.4, 0.3]))
+
+    def step(token_R, state):
+        return jnp.broadcast_to(logits, (*token_R.shape, 4)), state, None
+
+    start, limit = jnp.zeros(1, jnp.int32), jnp.full(1, 3, jnp.int32)
+    search = BeamSearch(beams=3, num_best=3, length_penalty=0.0)
+    found = beam_search(step, jnp.zeros(3), start, limit, search=search, width=4, end_of_text=(3, 2))
+    assert found.length_BQ[0, 0] == 0 and math.isclose(float(found.score_BQ[0, 0]), math.log(0.4), rel_tol=1e-5)
+    texts = [tuple(row[:length].tolist()) for row, length in zip(found.tokens_BQn[0], found.length_BQ[0], strict=True)]
+    assert texts == [(), (1,), (0,)]
+    keys = jax.random.split(jax.random.key(0), 64)
+    start, limit = jnp.zeros(64, jnp.int32), jnp.full(64, 4, jnp.int32)
+    options = {"sampling": Sampling(), "width": 4}
+    sampled = sample_translations(step, jnp.zeros(64), start, limit, keys, end_of_text=(3, 2), **options)
+    for row, length in zip(sampled.tokens_BQn[:, 0].tolist(), sampled.length_BQ[:, 0].tolist(), strict=True):
+        assert set(row[:length]) <= {0, 1} and (length == 4 or row[length] in (2, 3))

@@ -12,7 +12,7 @@ from flax import nnx
 from tests.made import made
 from transformer.errors import UserError
 from transformer.generation.beam import BeamSearch
-from transformer.generation.generate import Generator
+from transformer.generation.generate import Generator, until_end
 from transformer.generation.sampling import Sampling
 from transformer.layers.mixture_of_experts import ExpertsConfig, without_limit
 from transformer.layers.position import RotaryConfig
@@ -81,6 +81,17 @@ def test_stops_at_the_end_of_text(model, generator):
     where = got[0].tolist().index(end)
     assert (got[0, where:] == end).all()
     np.testing.assert_array_equal(got[0, :where], first[0, :where])
+
+
+def test_stops_at_any_of_several_end_tokens(model, generator):
+    first = run(generator, model, sampling=GREEDY)
+    end = int(first[0, 3])
+    unused = next(token for token in range(CONFIG.vocab_size) if token not in first)
+    stopping = Generator(CONFIG, end_of_text=(unused, end))
+    got = run(stopping, model, PROMPTS[:1], max_tokens=60, sampling=GREEDY, chunk=5)
+    where = first[0].tolist().index(end)
+    assert got[0, where] == end and (got[0, where + 1 :] == unused).all()
+    assert until_end([got], (unused, end)) == [first[0, :where].tolist()]
 
 
 def test_a_context_can_be_filled_to_the_last_token(model, generator):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformer.errors import ConfigError, UserError
 
@@ -71,11 +71,16 @@ def load_config(options: argparse.Namespace) -> RunConfig:
     return load(options.config, options.overrides)
 
 
+def given_flags(kind: type, options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a config for which a flag of the same name was given, or has a default."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {name: vars(options)[name] for name in names if vars(options).get(name) is not None}
+
+
 def from_flags(kind: type[T], options: argparse.Namespace) -> T:
     """A config whose fields take the values of the command's flags of the same names. Raises `UserError`."""
-    names = {field.name for field in dataclasses.fields(kind)} & vars(options).keys()  # type: ignore[arg-type]
     try:
-        return kind(**{name: getattr(options, name) for name in names})
+        return kind(**given_flags(kind, options))
     except ConfigError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 

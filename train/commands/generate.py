@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from train.commands.command import Command, add_devices, add_encoding, add_run, from_flags, read_lines, set_up
+from train.commands.command import (
+    Command,
+    add_devices,
+    add_encoding,
+    add_run,
+    from_flags,
+    given_flags,
+    read_lines,
+    set_up,
+)
 from transformer.errors import UserError
 
 
@@ -14,19 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; repeat it for a batch")
     parser.add_argument("--prompts-file", metavar="FILE", help="a file with one prompt per line (- for standard input)")
     add_encoding(parser)
-    length = "length of a continuation (256, or what the context leaves)"
+    special = "read special tokens that a prompt spells out as those tokens, not as text"
+    parser.add_argument("--special", action="store_true", help=special)
+    length = "length of a continuation (an import's own, else 256, or what the context leaves)"
     parser.add_argument("--max-tokens", type=int, metavar="N", help=length)
-    parser.add_argument("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy (0.8)")
-    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=0.95,
-        help="sample from the likeliest tokens whose probabilities sum to this (0.95)",
-    )
-    least = "drop tokens below this fraction of the likeliest token's probability (0)"
-    parser.add_argument("--min-p", type=float, default=0.0, help=least)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 penalises repetition (1)")
+    warm = "sampling temperature; 0 is greedy (an import's own, else 0.8)"
+    parser.add_argument("--temperature", type=float, help=warm)
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens (an import's own, else all)")
+    most = "sample from the likeliest tokens whose probabilities sum to this (an import's own, else 0.95)"
+    parser.add_argument("--top-p", type=float, help=most)
+    least = "drop tokens below this fraction of the likeliest token's probability (an import's own, else 0)"
+    parser.add_argument("--min-p", type=float, help=least)
+    again = "above 1 penalises repetition (an import's own, else 1)"
+    parser.add_argument("--repetition-penalty", type=float, help=again)
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (0)")
     beams = "beam search with N beams instead of sampling"
     parser.add_argument("--beams", type=int, metavar="N", help=beams)
@@ -48,8 +58,14 @@ def run(options: argparse.Namespace) -> None:
 
     if options.beams is None and options.num_best != 1:
         raise UserError("--num-best: several continuations are ranked with --beams N")
-    method = from_flags(Sampling, options) if options.beams is None else from_flags(BeamSearch, options)
-    generate(options.run, prompts, options.step, options.max_tokens, method, options.seed)
+    how: BeamSearch | dict[str, Any]
+    if options.beams is None:
+        # Checked before the run is loaded; what is not given is known after it.
+        from_flags(Sampling, options)
+        how = given_flags(Sampling, options)
+    else:
+        how = from_flags(BeamSearch, options)
+    generate(options.run, prompts, options.step, options.max_tokens, how, options.seed, special=options.special)
 
 
 COMMAND = Command(

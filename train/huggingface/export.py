@@ -15,6 +15,7 @@ from train.data.tokenization.tokenizer import ByteTokenizer, SubwordTokenizer, T
 from train.files import check_new, whole_folder
 from train.huggingface import card, parity
 from train.huggingface.import_checkpoint import record_of
+from train.huggingface.text_files import as_json
 from train.huggingface.vocabulary import as_subwords, special_ids, written
 from train.parallel.mesh import use_mesh
 from train.remote import local_path
@@ -64,7 +65,7 @@ def export(
             limit=limit,
         )  # fmt: skip
         files = {} if tokenizer is None else written(tokenizer, config)
-        files |= _generation(loaded, extra)
+        files |= _generation(loaded, tokenizer, extra)
         if isinstance(config, BertConfig) and isinstance(config.head, EmbeddingHeadConfig):
             files |= _sentence_transformers(config, config.head.pooling)
         files["config.yaml"] = dump(loaded.config)
@@ -111,21 +112,21 @@ def _labels(loaded: LoadedRun) -> dict[str, Any]:
     }
 
 
-def _generation(loaded: LoadedRun, extra: dict[str, Any]) -> dict[str, str]:
-    """generation_config.json of a model that generates."""
+def _generation(loaded: LoadedRun, tokenizer: SubwordTokenizer | None, extra: dict[str, Any]) -> dict[str, str]:
+    """generation_config.json of a model that generates: that of an import, with the tokens of the run."""
     model: Any = loaded.config.model
     if isinstance(model, BertConfig):
         return {}
-    kept = {
-        key: value for key, value in extra.items() if key in ("eos_token_id", "pad_token_id", "decoder_start_token_id")
-    }
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    imported = {} if tokenizer is None else tokenizer.conventions.generation
+    kept = {**imported, **{key: value for key, value in extra.items() if key in tokens}}
     start = getattr(model, "start_token", None)
     if start is not None:
         kept["decoder_start_token_id"] = start
     if isinstance(model, EncoderDecoderConfig) and model.written_tokens < model.vocab_size:
         kept["bad_words_ids"] = [[model.written_tokens]]
     kept["transformers_version"] = version("transformers")
-    return {"generation_config.json": json.dumps(kept, indent=2) + "\n"}
+    return {"generation_config.json": as_json(kept)}
 
 
 def _sentence_transformers(config: BertConfig, pooling: Pooling) -> dict[str, str]:

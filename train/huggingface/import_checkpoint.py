@@ -17,7 +17,7 @@ from train.data.prepared.prepare import DataConfig
 from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
 from train.files import check_new, whole_folder
 from train.huggingface import parity, source
-from train.huggingface.vocabulary import tokenizer_of
+from train.huggingface.vocabulary import beyond, tokenizer_of
 from train.objectives import Causal, NoObjective, Objective, Seq2Seq
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from train.program.state import abstract_params
@@ -53,7 +53,7 @@ def import_checkpoint(
     check_new(directory)
     folder = source.fetch(given, sha256)
     read = _with_pooling(checkpoint.read(folder, head=head))
-    tokenizer = tokenizer_of(folder, read.data, read.config.vocab_size)
+    tokenizer = tokenizer_of(folder, read.data, read.config.vocab_size, read.config.family)
     config = _run_config(read, name, directory, tokenizer)
     print(
         f"{given}: {read.name}, {count_parameters(read.config):,} parameters, as a model of family {read.config.family}"
@@ -62,6 +62,10 @@ def import_checkpoint(
         print(f"  note: {note}")
     if tokenizer is None:
         print("  note: no tokenizer could be read, so texts can be neither encoded nor decoded")
+    elif more := beyond(tokenizer, read.config.vocab_size):
+        print(
+            f"  note: the model has no ids for {', '.join(more)}: they stay in the tokenizer, and are never generated"
+        )
     mesh = make_mesh(config.mesh)
     with use_mesh(mesh, config.mesh.rules):
         params = read.params(abstract_params(lambda rngs: make_model(read.config, rngs), mesh))

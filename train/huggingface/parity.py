@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from transformer.errors import UserError, first_line
 from transformer.functional import graphdef_of
 from transformer.generation.beam import BeamSearch
+from transformer.generation.ends import before_end
 from transformer.generation.generate import Generator
 from transformer.generation.sampling import Sampling
 from transformer.generation.translator import Translator
@@ -70,9 +72,11 @@ def line(result: dict[str, Any]) -> str:
         return "  verified: every tensor survives a round trip bit for bit (torch and transformers are not installed to compare)"
     worst = _worst(result)
     greedy = {None: "", True: "; the same greedy tokens"}[result["greedy_tokens_equal"]]
+    differs = result["token_ids_equal"] is False
+    other_ids = "\n  note: transformers' tokenizer gives other ids for the same text" if differs else ""
     return (
         f"  verified against transformers {result['versions']['transformers']}: max relative error "
-        f"{worst['relative']:.1e}, max absolute error {worst['largest']:.1e}{greedy}"
+        f"{worst['relative']:.1e}, max absolute error {worst['largest']:.1e}{greedy}{other_ids}"
     )
 
 
@@ -114,6 +118,7 @@ def _compared(read: Checkpoint, params: nnx.State, tokenizer: Tokenizer | None) 
     with torch.no_grad():
         found["inputs"] = {name: compare(read, model, theirs, *batch) for name, batch in rows.items()}
         found["greedy_tokens_equal"] = None
+        found["token_ids_equal"] = None if tokenizer is None else _same_ids(read, tokenizer)
         if tokenizer is not None and not isinstance(read.config, BertConfig) and hasattr(theirs, "generate"):
             found["greedy_tokens_equal"] = _same_greedy(read, params, theirs, tokenizer)
     worst = _worst(found)
@@ -142,10 +147,12 @@ def _random(read: Checkpoint, tokenizer: Tokenizer | None) -> tuple[np.ndarray, 
 def _texts(read: Checkpoint, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """`TEXTS` as token ids for the model, padded with its padding token."""
     rows = [tokenizer.encode(text).tolist() for text in TEXTS]
-    if isinstance(read.config, BertConfig):
+    if isinstance(read.config, GPTConfig):
+        rows = [tokenizer.prompt(text) for text in TEXTS]
+    elif isinstance(read.config, BertConfig):
         cls, sep = (tokenizer.special(name) for name in (CLS, SEP))
         rows = [[*([] if cls is None else [cls]), *row, *([] if sep is None else [sep])] for row in rows]
-    elif read.config.family != "gpt":
+    else:
         rows = [[*row, tokenizer.end_of_text] for row in rows]
     length = min(max(map(len, rows)), read.config.max_length)
     pad = read.data.get("pad_token_id")
@@ -155,6 +162,22 @@ def _texts(read: Checkpoint, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
         ids[row, : len(tokens)] = tokens[:length]
         valid[row, : len(tokens)] = 1
     return ids, valid
+
+
+def _same_ids(read: Checkpoint, tokenizer: Tokenizer) -> bool | None:
+    """Whether the tokenizer of the checkpoint's folder gives the same ids, special tokens included; None without one."""
+    import transformers
+
+    if not (read.folder / "tokenizer_config.json").exists():
+        # transformers would guess its class.
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(read.folder)
+            return all(theirs(text).input_ids == tokenizer.prompt(text) for text in TEXTS)
+        except Exception:  # transformers may fail for its own reasons
+            return None
 
 
 def _encoder(read: Checkpoint, model: Any, theirs: Any, ids: np.ndarray, valid: np.ndarray) -> dict[str, Any]:
@@ -234,7 +257,7 @@ def _same_greedy(read: Checkpoint, params: nnx.State, theirs: Any, tokenizer: To
     import torch
     import transformers
 
-    end, config = tokenizer.end_of_text, read.config
+    end, ends, config = tokenizer.end_of_text, tokenizer.ends, read.config
     if config.max_length <= _NEW:
         return None
 
@@ -245,39 +268,34 @@ def _same_greedy(read: Checkpoint, params: nnx.State, theirs: Any, tokenizer: To
     if isinstance(config, EncoderDecoderConfig) and config.written_tokens < config.vocab_size:
         never = [[config.written_tokens]]
     how = transformers.GenerationConfig(
-        max_new_tokens=_NEW, do_sample=False, num_beams=1, eos_token_id=end, pad_token_id=end,
+        max_new_tokens=_NEW, do_sample=False, num_beams=1, eos_token_id=list(ends), pad_token_id=end,
         decoder_start_token_id=getattr(read.config, "start_token", None), bad_words_ids=never,
     )  # fmt: skip
     theirs.generation_config = how
     for text in TEXTS:
-        ids = tokenizer.encode(text).tolist()
         if isinstance(read.config, GPTConfig):
-            ids = ids[: min(8, read.config.max_length - _NEW)]
+            ids = tokenizer.prompt(text)[: min(8, read.config.max_length - _NEW)]
             other = written_there(ids)[len(ids) :]
-            (chunk,) = Generator(read.config, end_of_text=end).generate(
+            (chunk,) = Generator(read.config, end_of_text=ends).generate(
                 params, [ids], max_tokens=_NEW, sampling=Sampling(temperature=0.0)
             )
             ours = chunk[0].tolist()
         else:
-            ids = [*ids, end][: read.config.max_length]
+            ids = [*tokenizer.encode(text).tolist(), end][: read.config.max_length]
             try:
                 other = written_there(ids)[1:]
             except IndexError:
                 # For a decoder that is deeper than its encoder.
                 return None
             translator = Translator(
-                lambda rngs: make_model(config, rngs), start_token=end, end_of_text=end,
+                lambda rngs: make_model(config, rngs), start_token=end, end_of_text=ends,
                 num_tokens=None if never is None else never[0][0],
             )  # fmt: skip
             best = translator.translate(params, [ids], max_tokens=_NEW, search=BeamSearch(beams=1))[0]
             ours = list(best[0].tokens) if best else []
-        if _before(ours, end) != _before(other, end):
+        if before_end(ours, ends) != before_end(other, ends):
             return False
     return True
-
-
-def _before(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
 def _loss(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

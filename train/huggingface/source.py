@@ -11,7 +11,7 @@ from transformer.paths import expanded
 
 WHEEL = "wheel:"
 """Prefix of the name of a source in a wheel."""
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 """The files to download: none that executes code when read, and none of other frameworks."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,19 @@ from train.data.tokenization.tokenizer import (
     UNKNOWN,
     ByteTokenizer,
     SubwordTokenizer,
-    Tokenizer,
     byte_of_letter,
 )  # fmt: skip
 from train.data.tokenization.vocabulary import usual_end
+from train.huggingface.text_files import (
+    ROLES,
+    add_tokens,
+    apply_frame,
+    as_json,
+    conventions_of,
+    template,
+    template_files,
+    tokenizer_fields,
+)
 from transformer.errors import UserError
 from transformer.paths import check_file
 
@@ -28,17 +37,24 @@ _ROLES = {
     "unk_token": (UNKNOWN, "<unk>"),
 }  # fmt: skip
 """transformers' names of special tokens → their names in vocabularies, the likeliest first."""
+_WITH_ID = ("bos_token", "cls_token", "sep_token", "pad_token")
+"""Those whose ids config.json has."""
 
 
-def tokenizer_of(folder: Path, config: Mapping[str, Any], vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a checkpoint's folder, converted by transformers if there is no tokenizer.json; None if neither works.
+def tokenizer_of(folder: Path, config: Mapping[str, Any], vocab_size: int, family: str) -> SubwordTokenizer | None:
+    """The tokenizer of a checkpoint's folder with its conventions, converted by transformers if there is no tokenizer.json; None
+    if neither works.
+
+    Added tokens may have ids beyond the model's vocabulary, as in transformers: no text is generated with them.
 
     Args:
         config: config.json.
         vocab_size: of the model.
+        family: of the model.
 
     Raises:
-        UserError: an invalid tokenizer.json, or one with more ids than the model has.
+        UserError: an invalid file, a vocabulary with more ids than the model has, or an encoder's tokens around a text that are
+            not one before it and one after.
     """
     import tokenizers
 
@@ -53,16 +69,39 @@ def tokenizer_of(folder: Path, config: Mapping[str, Any], vocab_size: int) -> To
         model = converted
     else:
         return None
-    end = _end(model, config)
-    if end is None:
-        raise UserError(f"{path}: no end-of-text token found, neither in config.json nor by name")
-    tokenizer = SubwordTokenizer(model, end)
-    if tokenizer.vocab_size > vocab_size:
+    largest = max(model.get_vocab(with_added_tokens=False).values(), default=0)
+    if largest >= vocab_size:
         raise UserError(
-            f"{path}: its ids go up to {tokenizer.vocab_size - 1}, and the model's vocabulary has {vocab_size} tokens: it is "
-            "another model's"
+            f"{path}: its ids go up to {largest}, and the model's vocabulary has {vocab_size} tokens: it is another model's"
+        )
+    fields = tokenizer_fields(folder)
+    try:
+        add_tokens(model, fields)
+        apply_frame(model, fields)
+        conventions = conventions_of(folder, fields, ())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: a field is missing, or of another type than transformers writes: {error!r}"
+        ) from None
+    ends = _ends(model, conventions.generation, config, vocab_size)
+    known = next((name for name in map(model.id_to_token, ends) if name is not None), None) or usual_end(model)
+    if known is None:
+        raise UserError(f"{path}: no end-of-text token found, neither in config.json nor by name")
+    tokenizer = SubwordTokenizer(model, known, dataclasses.replace(conventions, ends=ends))
+    before, after = tokenizer.frame
+    if family == "gpt" and before:
+        return SubwordTokenizer(model, known, dataclasses.replace(tokenizer.conventions, begins=True))
+    if family == "bert" and (before or after) and (len(before), len(after)) != (1, 1):
+        raise UserError(
+            f"{path}: puts {len(before)} tokens before a text and {len(after)} after it; supported of an encoder: one each"
         )
     return tokenizer
+
+
+def beyond(tokenizer: SubwordTokenizer, vocab_size: int) -> list[str]:
+    """The tokens with ids that a model with a vocabulary of that size does not have."""
+    found = sorted((id, token.content) for id, token in tokenizer.model.get_added_tokens_decoder().items())
+    return [name for id, name in found if id >= vocab_size]
 
 
 def _converted(folder: Path) -> Any:
@@ -77,34 +116,45 @@ def _converted(folder: Path) -> Any:
         return None
 
 
-def _end(model: Any, config: Mapping[str, Any]) -> str | None:
-    ids = config.get("eos_token_id")
-    first = ids[0] if isinstance(ids, list) and ids else ids
-    if isinstance(first, int) and not isinstance(first, bool) and (token := model.id_to_token(first)) is not None:
-        return token
-    return usual_end(model)
+def _ends(model: Any, generation: Mapping[str, Any], config: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a generated text, that of config.json first; those of generation_config.json count, if it has any."""
+    own, theirs = (_ids(data.get("eos_token_id")) for data in (config, generation))
+    ids = [id for id in own if id in theirs or not theirs] + theirs
+    return tuple(dict.fromkeys(id for id in ids if 0 <= id < vocab_size))
+
+
+def _ids(value: Any) -> list[int]:
+    given = value if isinstance(value, list) else [value]
+    return [id for id in given if isinstance(id, int) and not isinstance(id, bool)]
 
 
 def written(tokenizer: SubwordTokenizer, model: Any) -> dict[str, str]:
-    """The files of a tokenizer for transformers, by name: with its special tokens, and adding those that the `model`, a
-    config, expects around a text."""
-    names = {
-        role: next((name for name in known if name in _vocabulary(tokenizer)), None) for role, known in _ROLES.items()
-    }
-    roles = {role: name for role, name in names.items() if name is not None}
-    roles["eos_token"] = tokenizer.end_token
-    about: dict[str, Any] = {
+    """The files of a tokenizer for transformers, by name: with its special tokens and chat templates, and adding the tokens that
+    the `model`, a config, expects around a text."""
+    types = ["token_type_ids"] if getattr(model, "token_types", 0) >= 2 else []
+    about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.max_length,
-        **roles,
+        "model_input_names": ["input_ids", *types, "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **_roles(tokenizer),
+        **tokenizer.conventions.fields,
     }
-    types = ["token_type_ids"] if getattr(model, "token_types", 0) >= 2 else []
-    about["model_input_names"] = ["input_ids", *types, "attention_mask"]
-    about["clean_up_tokenization_spaces"] = False
     return {
         "tokenizer.json": _framing(tokenizer, model.family).to_str(pretty=True),
-        "tokenizer_config.json": json.dumps(about, indent=2, ensure_ascii=False) + "\n",
+        "tokenizer_config.json": as_json(about),
+        **template_files(tokenizer.conventions),
     }
+
+
+def _roles(tokenizer: SubwordTokenizer) -> dict[str, str]:
+    """Role → token: as published, or by the usual names."""
+    if published := {role: name for role, name in tokenizer.conventions.fields.items() if role in ROLES}:
+        return {"eos_token": tokenizer.end_token} | published
+    vocabulary = _vocabulary(tokenizer)
+    known = {role: next((name for name in names if name in vocabulary), None) for role, names in _ROLES.items()}
+    begin = {"bos_token": _name(tokenizer.model, tokenizer.begin[0])} if tokenizer.begin else {}
+    return {role: name for role, name in known.items() if name is not None} | begin | {"eos_token": tokenizer.end_token}
 
 
 def _framing(tokenizer: SubwordTokenizer, family: str) -> Any:
@@ -112,9 +162,16 @@ def _framing(tokenizer: SubwordTokenizer, family: str) -> Any:
     from tokenizers import Tokenizer as Model
     from tokenizers import processors
 
-    if tokenizer.model.post_processor is not None or family == "gpt":
-        return tokenizer.model
-    framed, ids = Model.from_str(tokenizer.model.to_str()), tokenizer.special_ids
+    model, ids = tokenizer.model, tokenizer.special_ids
+    if tokenizer.conventions.begins is not None:
+        if tokenizer.frame == tokenizer.post_processed:
+            return model
+        framed = Model.from_str(model.to_str())
+        framed.post_processor = template(model, *([_name(model, id) for id in side] for side in tokenizer.frame))
+        return framed
+    if model.post_processor is not None or family == "gpt":
+        return model
+    framed = Model.from_str(model.to_str())
     if family != "bert":
         end = framed.id_to_token(tokenizer.end_of_text)
         single, pair, ends = f"$A {end}", f"$A {end} $B {end}", [(end, tokenizer.end_of_text)]
@@ -123,7 +180,7 @@ def _framing(tokenizer: SubwordTokenizer, family: str) -> Any:
         single, pair = f"{cls} $A {sep}", f"{cls} $A {sep} $B:1 {sep}:1"
         ends = [(cls, ids[CLS]), (sep, ids[SEP])]
     else:
-        return tokenizer.model
+        return model
     framed.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
     return framed
 
@@ -141,16 +198,21 @@ def as_subwords(tokenizer: ByteTokenizer) -> SubwordTokenizer:
     return SubwordTokenizer(model, END_OF_TEXT)
 
 
-def special_ids(tokenizer: SubwordTokenizer) -> dict[str, int]:
-    """The fields of config.json that name special tokens."""
-    vocabulary = _vocabulary(tokenizer)
-    found = {"eos_token_id": tokenizer.end_of_text}
-    for role, names in _ROLES.items():
-        known = [vocabulary[name] for name in names if name in vocabulary]
-        if role in ("cls_token", "sep_token", "pad_token") and known:
-            found[f"{role}_id"] = known[0]
+def special_ids(tokenizer: SubwordTokenizer) -> dict[str, Any]:
+    """The fields of config.json that name special tokens: an id, or a list of the several that end a text."""
+    vocabulary, ends = _vocabulary(tokenizer), list(tokenizer.ends)
+    found: dict[str, Any] = {
+        f"{role}_id": vocabulary[name]
+        for role, name in _roles(tokenizer).items()
+        if role in _WITH_ID and name in vocabulary
+    }
+    found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     found.setdefault("pad_token_id", tokenizer.end_of_text)
     return found
+
+
+def _name(model: Any, id: int) -> str:
+    return str(model.id_to_token(id))
 
 
 def _vocabulary(tokenizer: SubwordTokenizer) -> dict[str, int]:

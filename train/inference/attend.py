@@ -109,7 +109,9 @@ def tokens_of(loaded: LoadedRun, text: str, name: str) -> np.ndarray:
     if not isinstance(model, GPTConfig | BertConfig):
         raise UserError(f"{name}: a model of family {model.family!r} reads pairs; use manyheads translate --attention")
     ids = tokenizer.encode(text)
-    if isinstance(model, BertConfig):
+    if isinstance(model, GPTConfig):
+        ids = np.array(tokenizer.prompt(text), ids.dtype)
+    elif isinstance(model, BertConfig):
         # As in training.
         around = [np.array([tokenizer.special(token)], ids.dtype) for token in (CLS, SEP)]
         ids = np.concatenate([around[0], ids, around[1]]) if ids.size else ids

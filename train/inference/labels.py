@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.data.tokenization.tokenizer import CLS, MASK, SEP, Tokenizer
+from train.data.tokenization.tokenizer import Tokenizer
 
 
 def labels(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
     """The text of each token alone; a part of a character is shown as bytes, such as \\xe4."""
-
-    names = {tokenizer.special(name): name for name in (MASK, CLS, SEP)}
+    # A token's own name comes before the general one, such as [CLS].
+    names = {id: name for name, id in reversed(tokenizer.special_ids.items())}
 
     def label(token: int) -> str:
         if name := names.get(token):

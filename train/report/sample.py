@@ -30,8 +30,8 @@ def make_sampler(config: RunConfig, prepared: Prepared, translator: TextTranslat
 
 def _writer(config: RunConfig, model: GPTConfig, prepared: Prepared) -> Sampler:
     sample, tokenizer = config.sample, prepared.tokenizer
-    generator = Generator(model, end_of_text=tokenizer.end_of_text, num_tokens=tokenizer.vocab_size)
-    prompt = tokenizer.encode(sample.prompt).tolist() or [tokenizer.end_of_text]
+    generator = Generator(model, end_of_text=tokenizer.ends, num_tokens=tokenizer.vocab_size)
+    prompt = tokenizer.prompt(sample.prompt) or [tokenizer.end_of_text]
     # A long prompt keeps its end, with room for at least one token.
     prompt = prompt[-(model.max_length - 1) :]
     room = model.max_length - len(prompt)
@@ -44,7 +44,7 @@ def _writer(config: RunConfig, model: GPTConfig, prepared: Prepared) -> Sampler:
             sampling=Sampling(temperature=sample.temperature, top_p=sample.top_p),
             seed=config.seed,
         )
-        return f"{sample.prompt}{tokenizer.decode(until_end(chunks, tokenizer.end_of_text)[0])}"
+        return sample.prompt + tokenizer.continuation(prompt, until_end(chunks, tokenizer.ends)[0])
 
     return write
 

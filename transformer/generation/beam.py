@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.errors import UserError, require
+from transformer.generation.ends import EndOfText, ends_of, first_end_for_all, is_end
 from transformer.generation.sampling import Sampling, next_token
 from transformer.types import Array, Bool, Float, Int, Key
 
@@ -115,7 +116,7 @@ def beam_search(
     *,
     search: BeamSearch,
     width: int,
-    end_of_text: int,
+    end_of_text: EndOfText,
     num_tokens: int | None = None,
     valid_BS: Bool[Array, "B S"] | None = None,
 ) -> Beams:
@@ -132,7 +133,7 @@ def beam_search(
         start_B: the token that the first step reads.
         limit_B: maximum number of tokens of a row's hypotheses, at most `width`.
         width: number of tokens to allocate.
-        end_of_text: ends a hypothesis.
+        end_of_text: ends a hypothesis. Of several, the likeliest stands for all: they are one way to end.
         num_tokens: number of valid token ids, if the vocabulary is padded; other ids are never generated.
         valid_BS: source positions that coverage counts; all by default.
 
@@ -140,10 +141,12 @@ def beam_search(
         UserError: a coverage penalty, but no attention weights.
     """
     B, K, Q = start_B.shape[0], search.beams, search.num_best
+    ends = ends_of(end_of_text)
+    end = ends[0]
     base_B1 = jnp.arange(B)[:, None] * K
     alone_K = jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf)
     nothing = Beams(
-        jnp.full((B, K, width), end_of_text, jnp.int32),
+        jnp.full((B, K, width), end, jnp.int32),
         jnp.zeros((B, K), jnp.int32),
         jnp.full((B, K), -jnp.inf),
         jnp.full((B, K), -jnp.inf),
@@ -155,8 +158,8 @@ def beam_search(
     def advance(now: _Search) -> _Search:
         logits_RV, state, weights_RS = step(now.last_BK.reshape(-1), now.state)
         V = logits_RV.shape[-1]
-        log_probs_BKV = _log_probabilities(logits_RV, num_tokens).reshape(B, K, V)
-        is_end_V = jnp.arange(V) == end_of_text
+        log_probs_BKV = first_end_for_all(_log_probabilities(logits_RV, num_tokens), ends).reshape(B, K, V)
+        is_end_V = jnp.arange(V) == end
         must_end_B = now.written >= limit_B
         may_end_B = must_end_B | (now.written >= search.min_tokens)
         allowed_BV = jnp.where(is_end_V, may_end_B[:, None], ~must_end_B[:, None])
@@ -181,7 +184,7 @@ def beam_search(
                 logs_BKS = jnp.where(valid_BS[:, None], logs_BKS, 0)
             penalty_BK = search.coverage_penalty * logs_BKS.sum(-1)
 
-        ends_BK = token_BK == end_of_text
+        ends_BK = token_BK == end
         length = now.written.astype(jnp.float32) + 1
         score_BK = best_BK / length_penalty(length, search.length_penalty) + penalty_BK
         ended = Beams(
@@ -223,7 +226,7 @@ def beam_search(
         first = _Search(
             jnp.int32(0),
             state,
-            jnp.full((B, K, width), end_of_text, jnp.int32),
+            jnp.full((B, K, width), end, jnp.int32),
             jnp.broadcast_to(start_B[:, None], (B, K)).astype(jnp.int32),
             jnp.broadcast_to(alone_K, (B, K)),
             coverage_BKS,
@@ -242,7 +245,7 @@ def sample_translations(
     *,
     sampling: Sampling,
     width: int,
-    end_of_text: int,
+    end_of_text: EndOfText,
     num_tokens: int | None = None,
 ) -> Beams:
     """Sample one continuation of each row, token by token; a row that reaches `limit_B` tokens stops without an end token.
@@ -252,6 +255,8 @@ def sample_translations(
     """
     B = start_B.shape[0]
     rows_B = jnp.arange(B)
+    ends = ends_of(end_of_text)
+    end = ends[0]
 
     def unfinished(now: tuple) -> Array:
         return ~now[-1].all()
@@ -262,9 +267,9 @@ def sample_translations(
         log_probs_BV = _log_probabilities(logits_BV, num_tokens)
         keys = jax.vmap(functools.partial(jax.random.fold_in, data=index))(keys_B)
         logits_BV = jnp.where(jnp.isfinite(log_probs_BV), logits_BV.astype(jnp.float32), -jnp.inf)
-        token_B = jnp.where(done_B, end_of_text, next_token(logits_BV, sampling, keys, seen_BV))
+        token_B = jnp.where(done_B, end, next_token(logits_BV, sampling, keys, seen_BV))
         sum_B = jnp.where(done_B, sum_B, sum_B + log_probs_BV[rows_B, token_B])
-        done_B = done_B | (token_B == end_of_text)
+        done_B = done_B | is_end(token_B, ends)
         length_B = jnp.where(done_B, length_B, index + 1)
         seen_BV = None if seen_BV is None else seen_BV.at[rows_B, token_B].set(True)
         tokens_Bn = tokens_Bn.at[:, index].set(token_B)
@@ -275,7 +280,7 @@ def sample_translations(
         if sampling.repetition_penalty != 1:
             V = jax.eval_shape(lambda: step(start_B, state)[0]).shape[-1]
             seen_BV = jnp.zeros((B, V), bool)
-        tokens_Bn = jnp.full((B, width), end_of_text, jnp.int32)
+        tokens_Bn = jnp.full((B, width), end, jnp.int32)
         first = (
             jnp.int32(0), state, tokens_Bn, start_B.astype(jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B), seen_BV,
             limit_B <= 0,

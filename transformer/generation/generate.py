@@ -19,6 +19,7 @@ from transformer.errors import UserError
 from transformer.functional import graphdef_of
 from transformer.generation.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses
 from transformer.generation.decoding import cache_length, for_decoding, padded_length, room_of, with_room
+from transformer.generation.ends import EndOfText, before_end, ends_of, is_end
 from transformer.generation.inputs import check_count, check_rows, check_seed
 from transformer.generation.sampling import Sampling, next_token
 from transformer.layers.mixture_of_experts import without_limit
@@ -48,15 +49,15 @@ class Generator:
 
     Args:
         config: the model's config.
-        end_of_text: the token that ends a row, or None if no such token exists.
+        end_of_text: the token that ends a row, or several of which any does; None if no such token exists.
         num_tokens: number of valid token ids, if the model's vocabulary is padded; other ids are never generated.
     """
 
-    def __init__(self, config: GPTConfig, *, end_of_text: int | None = None, num_tokens: int | None = None) -> None:
+    def __init__(self, config: GPTConfig, *, end_of_text: EndOfText = None, num_tokens: int | None = None) -> None:
         self.num_tokens = config.vocab_size if num_tokens is None else num_tokens
         self.config = dataclasses.replace(config, remat="none")
-        self.end_of_text = end_of_text
-        self._fill = 0 if end_of_text is None else end_of_text
+        self.ends = ends_of(end_of_text)
+        self._fill = self.ends[0] if self.ends else 0
 
         def make(rngs: nnx.Rngs) -> GPT:
             # Dropless experts: with a capacity limit a token would depend on later ones, and on padding.
@@ -82,8 +83,8 @@ class Generator:
     ) -> Iterator[Int[np.ndarray, "B n"]]:
         """Continue every prompt; yields the new tokens of all rows, one chunk at a time.
 
-        A finished row is filled with `end_of_text`. Row b's tokens depend only on the model, its prompt, the seed and b, and not
-        on the rest of the batch.
+        A finished row is filled with the first `end_of_text`. Row b's tokens depend only on the model, its prompt, the seed and
+        b, and not on the rest of the batch.
 
         Args:
             params: the model's `nnx.Param` state.
@@ -148,7 +149,7 @@ class Generator:
             UserError: as for `generate`; no end of text; or a coverage penalty, which needs a source.
         """
         search = BeamSearch() if search is None else search
-        if self.end_of_text is None:
+        if not self.ends:
             raise UserError("beam search ranks whole texts: it needs an end of text")
         self.check(prompts, max_tokens)
         total = max(map(len, prompts)) + max_tokens
@@ -222,7 +223,6 @@ class Generator:
         search: BeamSearch,
     ) -> Beams:
         model = nnx.merge(self._graphdef, params)
-        assert self.end_of_text is not None
         # The search itself reads a prompt's last token, to score the first token that it generates.
         state = self._prefill_impl(
             params, tokens_BT, lengths_B - 1, jax.random.key(0), max_length=max_length, sampling=Sampling()
@@ -237,7 +237,7 @@ class Generator:
         start_B = jnp.take_along_axis(tokens_BT, (lengths_B - 1)[:, None], axis=1)[:, 0]
         limit_B = jnp.full_like(lengths_B, max_tokens)
         return beam_search(
-            step, states, start_B, limit_B, search=search, width=width, end_of_text=self.end_of_text,
+            step, states, start_B, limit_B, search=search, width=width, end_of_text=self.ends,
             num_tokens=self.num_tokens,
         )  # fmt: skip
 
@@ -261,9 +261,9 @@ class Generator:
                 logits_BV = jnp.where(jnp.arange(self.config.vocab_size) < self.num_tokens, logits_BV, -jnp.inf)
             token_B = next_token(logits_BV, sampling, keys_B, state.seen_BV)
             done_B = state.done_B
-            if self.end_of_text is not None:
-                token_B = jnp.where(done_B, self.end_of_text, token_B)
-                done_B = done_B | (token_B == self.end_of_text)
+            if self.ends:
+                token_B = jnp.where(done_B, self._fill, token_B)
+                done_B = done_B | is_end(token_B, self.ends)
             seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows, token_B].set(True)
             output = model(token_B[:, None], states=state.states)
             state = GenerationState(output.states, output.logits[:, 0], done_B, seen_BV, state.keys_B)
@@ -274,11 +274,11 @@ class Generator:
         return state, tokens_Bn
 
 
-def until_end(chunks: Iterable[Int[np.ndarray, "B T"]], end_of_text: int) -> list[list[int]]:
+def until_end(chunks: Iterable[Int[np.ndarray, "B T"]], end_of_text: EndOfText) -> list[list[int]]:
     """The tokens that `Generator.generate` yields for each row, up to the end of its text."""
     written: list[list[int]] = []
     for chunk in chunks:
         written = written or [[] for _ in chunk]
         for row, tokens in zip(written, chunk, strict=True):
             row += map(int, tokens)
-    return [row[: row.index(end_of_text)] if end_of_text in row else row for row in written]
+    return [before_end(row, ends_of(end_of_text)) for row in written]

@@ -23,6 +23,7 @@ from transformer.errors import UserError
 from transformer.functional import ModelFactory, graphdef_of
 from transformer.generation.beam import Beams, BeamSearch, Hypothesis, beam_search, hypotheses, sample_translations
 from transformer.generation.decoding import for_decoding
+from transformer.generation.ends import EndOfText, ends_of
 from transformer.generation.inputs import check_count, check_rows, check_seed
 from transformer.generation.sampling import Sampling
 from transformer.layers.mixture_of_experts import without_limit
@@ -40,7 +41,7 @@ class Translator:
     Args:
         make_model: makes the model, which has `encode`, `begin` and `step`.
         start_token: the token that the decoder reads first.
-        end_of_text: the token that ends a translation.
+        end_of_text: the token that ends a translation, or several of which any does.
         num_tokens: number of valid target token ids, if the vocabulary is padded; other ids are never generated.
         batch_size: maximum number of sources translated at a time.
 
@@ -53,13 +54,14 @@ class Translator:
         make_model: ModelFactory,
         *,
         start_token: int,
-        end_of_text: int,
+        end_of_text: EndOfText,
         num_tokens: int | None = None,
         batch_size: int = 32,
     ) -> None:
-        if num_tokens is not None and not 0 <= end_of_text < num_tokens:
+        self.ends = ends_of(end_of_text)
+        if not self.ends or (num_tokens is not None and not all(0 <= end < num_tokens for end in self.ends)):
             raise ValueError(f"Translator: end_of_text={end_of_text} is not one of the {num_tokens} tokens")
-        self.start_token, self.end_of_text, self.num_tokens = start_token, end_of_text, num_tokens
+        self.start_token, self.num_tokens = start_token, num_tokens
         self.batch_size = batch_size
         self._graphdef = graphdef_of(lambda rngs: without_limit(make_model(rngs)))
         config = getattr(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), "config", None)
@@ -157,7 +159,7 @@ class Translator:
         state = model.begin(memory, room)
         start_B = jnp.full(limit_B.shape, self.start_token, jnp.int32)
         options: dict[str, Any] = {
-            "width": width, "end_of_text": self.end_of_text, "num_tokens": self.num_tokens
+            "width": width, "end_of_text": self.ends, "num_tokens": self.num_tokens
         }  # fmt: skip
         if isinstance(how, BeamSearch):
             return beam_search(step, state, start_B, limit_B, search=how, valid_BS=segments_BS != 0, **options)

@@ -16,7 +16,7 @@ from train.data.prepared.make import LOCK, make, remove_abandoned
 from train.data.prepared.store import FORMAT_VERSION, Prepared
 from train.data.sources.source import identity
 from train.data.sources.source_config import SourceConfig
-from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
+from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig, saved_about
 from train.files import cache_dir, locked, writing
 from train.progress import say
 from transformer.errors import UserError
@@ -105,7 +105,13 @@ def _check_ids(prepared: Prepared, field: str, largest: int, vocab_size: int, to
 
 def _tokenizer_identity(config: TokenizerConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
-    return settings | ({"content": _content_hash(expanded(config.path))} if config.path else {})
+    if not config.path:
+        return settings
+    path = expanded(config.path)
+    # Two imports may have the same vocabulary, and put other tokens around a text.
+    _, conventions = saved_about(path)
+    kept = conventions.to_data()
+    return settings | {"content": _content_hash(path)} | ({"conventions": kept} if kept else {})
 
 
 def _content_hash(path: Path) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from train.data.prepared.baseline import LIMIT_BYTES
 from train.data.prepared.growing_file import GrowingFile, is_intact
 from train.data.prepared.journal import Journal, Part
@@ -172,6 +174,9 @@ class _Writing:
             for split in stage.splits:
                 self._labels[split] = files.open(stored_path(run.stored, split, stage.index), run.labels.begin)
         self._held_out = files.open(held_out_path(run.stored, stage.number))
+        # Plain text alone: the rows of pairs and of labelled documents have tokens of their own around each text.
+        is_plain = run.labels is None and len(run.tokenizers) == 1
+        self._before = np.array(run.tokenizers[0].begin if is_plain else (), run.tokenizers[0].dtype)
         self._begin_part(0)
 
     def _begin_part(self, begin: int) -> None:
@@ -193,7 +198,7 @@ class _Writing:
             self._check_choices(document)
             split = self._stage.split_of(document)
             texts = [text.encode() for text in document.sides]
-            self._writers[split].add(document, texts, ids)
+            self._writers[split].add(document, texts, self._framed(ids))
             if self._run.labels is not None:
                 label = self._run.labels.add(split, self._stage.index, document, len(ids[0]), marks)
                 self._labels[split].write(label)
@@ -226,6 +231,9 @@ class _Writing:
             rejected=source.rejects.count,
             first_rejected=source.rejects.first,
         )
+
+    def _framed(self, ids: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        return [np.concatenate([self._before, side]) for side in ids] if self._before.size else ids
 
     def _check_choices(self, document: Document) -> None:
         if not self._first:

