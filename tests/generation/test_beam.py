@@ -397,7 +397,7 @@ def test_an_end_that_is_never_written_is_refused():
 
 def test_a_hypothesis_ends_with_any_of_several_end_tokens():
     # Tokens 2 and 3 both end a text: that is one way to end it, with the probability of the likelier token.
-    logits = jnp.log(jnp.array([0.1, 0.2, 0.4, 0.3]))
+    logits = jnp.log(jnp.array([0.12, 0.18, 0.4, 0.3]))
 
     def step(token_R, state):
         return jnp.broadcast_to(logits, (*token_R.shape, 4)), state, None

@@ -144,16 +144,20 @@ def _random(read: Checkpoint, tokenizer: Tokenizer | None) -> tuple[np.ndarray, 
     return ids, valid
 
 
-def _texts(read: Checkpoint, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """`TEXTS` as token ids for the model, padded with its padding token."""
-    rows = [tokenizer.encode(text).tolist() for text in TEXTS]
+def _rows(read: Checkpoint, tokenizer: Tokenizer) -> list[list[int]]:
+    """`TEXTS` as token ids, with the tokens around each that the model reads."""
     if isinstance(read.config, GPTConfig):
-        rows = [tokenizer.prompt(text) for text in TEXTS]
-    elif isinstance(read.config, BertConfig):
+        return [tokenizer.prompt(text) for text in TEXTS]
+    rows = [tokenizer.encode(text).tolist() for text in TEXTS]
+    if isinstance(read.config, BertConfig):
         cls, sep = (tokenizer.special(name) for name in (CLS, SEP))
-        rows = [[*([] if cls is None else [cls]), *row, *([] if sep is None else [sep])] for row in rows]
-    else:
-        rows = [[*row, tokenizer.end_of_text] for row in rows]
+        return [[*([] if cls is None else [cls]), *row, *([] if sep is None else [sep])] for row in rows]
+    return [[*row, tokenizer.end_of_text] for row in rows]
+
+
+def _texts(read: Checkpoint, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """`_rows` in one array, padded with the model's padding token."""
+    rows = _rows(read, tokenizer)
     length = min(max(map(len, rows)), read.config.max_length)
     pad = read.data.get("pad_token_id")
     ids = np.full((len(rows), length), pad if isinstance(pad, int) and pad >= 0 else 0, np.int32)
@@ -175,7 +179,7 @@ def _same_ids(read: Checkpoint, tokenizer: Tokenizer) -> bool | None:
         warnings.simplefilter("ignore")
         try:
             theirs = transformers.AutoTokenizer.from_pretrained(read.folder)
-            return all(theirs(text).input_ids == tokenizer.prompt(text) for text in TEXTS)
+            return [theirs(text).input_ids for text in TEXTS] == _rows(read, tokenizer)
         except Exception:  # transformers may fail for its own reasons
             return None
 
