@@ -405,7 +405,7 @@ def test_a_hypothesis_ends_with_any_of_several_end_tokens():
     start, limit = jnp.zeros(1, jnp.int32), jnp.full(1, 3, jnp.int32)
     search = BeamSearch(beams=3, num_best=3, length_penalty=0.0)
     found = beam_search(step, jnp.zeros(3), start, limit, search=search, width=4, end_of_text=(3, 2))
-    assert found.length_BQ[0, 0] == 0 and math.isclose(float(found.score_BQ[0, 0]), math.log(0.35), rel_tol=1e-5)
+    assert found.length_BQ[0, 0] == 0 and math.isclose(float(found.score_BQ[0, 0]), math.log(0.4), rel_tol=1e-5)
     texts = [tuple(row[:length].tolist()) for row, length in zip(found.tokens_BQn[0], found.length_BQ[0], strict=True)]
     assert texts == [(), (1,), (0,)]
     keys = jax.random.split(jax.random.key(0), 64)
