@@ -39,7 +39,7 @@ class TextTranslator:
         self._translator = Translator(
             functools.partial(make_model, config.model),
             start_token=target_tokenizer.end_of_text,
-            end_of_text=target_tokenizer.ends,
+            end_of_text=tuple(end for end in target_tokenizer.ends if end < num_tokens),
             num_tokens=num_tokens,
         )
 

@@ -8,6 +8,7 @@ import json
 import lzma
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -119,7 +120,25 @@ def test_delimiters(
         data = encoded((line_end * (1 + blank)).join(lines) + line_end, encoding)
         for name in ("rows.csv", *(("rows.tsv",) if delimiter == "\t" else ())):
             path = write(folder, name, data, suffix)
-            assert labelled(path) == labelled(path, delimiter=delimiter) == rows
+            # Between tabs, rows over several lines may also be read as rows with quotation marks in their text.
+            both = delimiter == "\t" and any(mark in text for row in rows for text in row for mark in "\r\n")
+            told: dict[str, Any] = {"quotes": True} if both else {}
+            assert labelled(path, **told) == labelled(path, delimiter=delimiter, **told) == rows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'text\tlabel\n"a b\t1\nc d\t0\ne f"\t1\n',
+        'label\ttext\n0\t"He said\n1\tand left"\n1\tfine\n',
+    ],
+)
+def test_quotation_marks_of_a_text_do_not_join_its_lines(text: str, tmp_path: Path) -> None:
+    """Between tabs, where the table can be read both with and without fields in quotation marks."""
+    path = write(str(tmp_path), "rows.tsv", text.encode(), "")
+    header, *lines = (line.split("\t") for line in text.splitlines())
+    at, of_class = header.index("text"), header.index("label")
+    assert labelled(path) == [(line[at], line[of_class]) for line in lines]
 
 
 @written

@@ -192,3 +192,25 @@ def test_encoder_decoders(case, tmp_path):
 
     compare(theirs)
     round_trip(read, params, name, tmp_path / "ours", compare)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama", "LlamaConfig"), ("mistral", "MistralConfig"), ("qwen2", "Qwen2Config"), ("qwen3", "Qwen3Config"),
+        ("mixtral", "MixtralConfig"), ("qwen3_moe", "Qwen3MoeConfig"), ("gemma", "GemmaConfig"),
+        ("gemma2", "Gemma2Config"), ("gemma3_text", "Gemma3TextConfig"),
+    ],
+)  # fmt: skip
+def test_fields_that_are_not_written_are_those_of_transformers(kind, name):
+    import transformers
+
+    # What only transformers 5 writes in another way is left out of the comparison by writing it here too.
+    needed = {"num_experts_per_tok": 2, "norm_topk_prob": True}
+    architecture = checkpoint.ARCHITECTURES[kind]
+    theirs = getattr(transformers, name)(**needed).to_dict()
+    written, bare = ({"model_type": kind, **fields} for fields in (theirs, needed))
+    (own, _), (expected, _) = (
+        architecture.config(one, next(iter(architecture.classes)), kind) for one in (bare, written)
+    )
+    assert own == expected

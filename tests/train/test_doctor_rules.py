@@ -285,6 +285,9 @@ def test_a_batch_that_is_too_small():
     assert advice.gain == pytest.approx(0.025 + 0.025)
     parts = dataclasses.replace(found.config, microbatches=4)
     assert only(dataclasses.replace(found, config=parts)).change == "microbatches 2"
+    # The next smaller divisor, which also divides the batch.
+    odd = dataclasses.replace(found.config, batch_size=15, microbatches=15)
+    assert only(dataclasses.replace(found, config=odd)).change == "microbatches 5"
 
 
 def test_communication_and_padding():

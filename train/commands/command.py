@@ -85,10 +85,10 @@ def from_flags(kind: type[T], options: argparse.Namespace) -> T:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
-def add_encoding(parser: argparse.ArgumentParser) -> None:
-    """How a file that the command reads is encoded."""
-    text = "encoding of a file without a byte order mark (utf-8)"
-    parser.add_argument("--encoding", default="utf-8", metavar="NAME", help=text)
+def add_encoding(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """How a file that the command reads is encoded; utf-8, or None if a text says what the `default` is."""
+    text = f"encoding of a file without a byte order mark ({default or 'utf-8'})"
+    parser.add_argument("--encoding", default=None if default else "utf-8", metavar="NAME", help=text)
 
 
 def read_lines(options: argparse.Namespace, name: str) -> list[str]:

@@ -23,20 +23,19 @@ from train.parallel.mesh import MeshConfig, batch_parts, use_mesh
 from train.run.begin import check_data, program_of
 from train.run.evaluate import Evaluator, Scores
 from train.run.run_files import LoadedRun, load_run
-from train.text_files import DEFAULT_ENCODING
 from train.translation import TextTranslator
 from transformer.errors import UserError
 
 
 def score(
-    run: Path, *, step: str = "best", data: str | None = None, out: Path | None = None, encoding: str = DEFAULT_ENCODING
+    run: Path, *, step: str = "best", data: str | None = None, out: Path | None = None, encoding: str | None = None
 ) -> Scores:
     """Evaluate a run on all of its held-out data, or of another file, print every score, and store them if asked.
 
     Args:
         step: which checkpoint, as in `load_run`.
         data: files whose rows have the fields of the run's first source.
-        encoding: of files in `data` without a byte order mark.
+        encoding: of files in `data` without a byte order mark; None: that of the run's first source.
         out: a folder for the scores, and the predictions and pictures of a task.
 
     Raises:
@@ -82,7 +81,7 @@ def score(
     return scores
 
 
-def _data_of(loaded: LoadedRun, run: Path, path: str, encoding: str) -> DataConfig:
+def _data_of(loaded: LoadedRun, run: Path, path: str, encoding: str | None) -> DataConfig:
     """The data of files with the fields of the run's first source, tokenised as the run's."""
     config = loaded.config.data
     first = config.sources[0]
@@ -90,7 +89,12 @@ def _data_of(loaded: LoadedRun, run: Path, path: str, encoding: str) -> DataConf
     if isinstance(first, RecordSource):
         names = {field.name for field in dataclasses.fields(RecordSource)} - {"kind", "weight", "limit"}
         own = {name: getattr(first, name) for name in names}
-    own["encoding"] = encoding
+    if isinstance(first, FileFormatSource):
+        own["encoding"] = first.encoding
+        if format_of(Path(path)) == "text":
+            own["separator"] = first.separator
+    if encoding is not None:
+        own["encoding"] = encoding
     if isinstance(first, FileFormatSource) and first.file_format == "csv" == format_of(Path(path)):
         own |= {"delimiter": first.delimiter, "quotes": first.quotes}
     source: SourceConfig = FilesSource(path=path, **own)

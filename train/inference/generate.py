@@ -63,7 +63,8 @@ def generate(
     # Numbered as they were given.
     checked = iter(ids)
     generator.check([[tokenizer.end_of_text] if blank else next(checked) for blank in is_blank], max_tokens)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    # For the lines between texts. The texts are printed as they are: rich would replace tabs, and the names of emoji.
+    console = Console()
     with use_mesh(loaded.mesh, loaded.config.mesh.rules):
         if isinstance(how, BeamSearch):
             found = generator.search(loaded.params, ids, max_tokens=max_tokens, search=how)
@@ -79,14 +80,13 @@ def generate(
             texts = (tokenizer.continuation(own, new) for own, new in written)
             for prompt, blank in zip(prompts, is_blank, strict=True):
                 console.rule()
-                console.print(prompt if blank else prompt + next(texts))
+                print(prompt if blank else prompt + next(texts))
             return
-        console.print(prompts[0], end="")
+        print(prompts[0], end="")
         decoder = StreamDecoder(tokenizer, ids[0])
         for (row,) in chunks:
-            console.print(decoder.push(before_end(row.tolist(), tokenizer.ends)), end="")
-            console.file.flush()
-        console.print(decoder.flush())
+            print(decoder.push(before_end(row.tolist(), tokenizer.ends)), end="", flush=True)
+        print(decoder.flush())
 
 
 def sampling_of(tokenizer: Tokenizer, given: Mapping[str, Any], usual: Mapping[str, Any] | None = None) -> Sampling:
@@ -95,7 +95,7 @@ def sampling_of(tokenizer: Tokenizer, given: Mapping[str, Any], usual: Mapping[s
     Raises:
         UserError: the import's own are not valid, or those given.
     """
-    own = tokenizer.conventions.sampling
+    own = {name: value for name, value in tokenizer.conventions.sampling.items() if name not in given}
     try:
         Sampling(**own)
     except ConfigError as error:
@@ -123,8 +123,8 @@ def _show(
         own, ranked = ([], []) if blank else next(results)
         if not ranked:
             console.rule()
-            console.print(prompt)
+            print(prompt)
         for hypothesis in ranked:
             if len(prompts) > 1 or len(ranked) > 1:
                 console.rule(f"score {hypothesis.score:.3f}, log-probability {hypothesis.log_probability:.2f}")
-            console.print(prompt + tokenizer.continuation(own, hypothesis.tokens))
+            print(prompt + tokenizer.continuation(own, hypothesis.tokens))

@@ -36,8 +36,10 @@ def for_decoding(model: Any) -> Any:
 
 
 def padded_length(length: int) -> int:
-    """The next greater of 32, 48, 64, 96, 128, 192, ...: few programs serve all lengths, and at most a third is padding beyond
-    the first of them."""
+    """The first of 32, 48, 64, 96, 128, 192, ... that is no smaller.
+
+    So few programs serve all lengths, and beyond the first of them at most a third is padding.
+    """
     size = SMALLEST
     while size < length:
         # From 2^k to 1.5 · 2^k, and from there to 2^(k+1).

@@ -5,13 +5,13 @@ B batch, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 
 from transformer.types import Array, Bool, Float, Int
 
-EndOfText = int | Sequence[int] | None
+EndOfText = int | Iterable[int] | None
 """One id, several, or None if no token ends a text."""
 
 
@@ -19,7 +19,7 @@ def ends_of(end_of_text: EndOfText) -> tuple[int, ...]:
     """The ids as a tuple, each once; a finished row is filled with the first of them."""
     if end_of_text is None:
         return ()
-    if isinstance(end_of_text, Sequence):
+    if isinstance(end_of_text, Iterable):
         return tuple(dict.fromkeys(map(int, end_of_text)))
     return (int(end_of_text),)
 

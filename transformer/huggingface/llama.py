@@ -45,33 +45,64 @@ _MIXTURES = {
     "qwen3_moe": _Names("num_experts", "moe_intermediate_size", "mlp", ("gate_proj", "up_proj", "down_proj")),
 }
 _QWEN3S = ("qwen3", "qwen3_moe")
-_KV_HEADS = {"mistral": 8, "mixtral": 8, "qwen3_moe": 4}
-"""Key/value heads of a config that does not write them, where they are not as many as the queries'."""
+
+
+class _Usual(NamedTuple):
+    """What transformers takes for the fields that a config does not write."""
+
+    vocab_size: int = 32_000
+    max_length: int = 2048
+    num_layers: int = 32
+    embed_dim: int = 4096
+    num_kv_heads: int | None = None
+    """None: as many as those of the queries, which it is for all if the field is null."""
+    head_dim: int | None = None
+    """None: embed_dim over the number of heads."""
+    mlp_dim: int = 11_008
+    """Of one expert in a mixture."""
+    norm_eps: float = 1e-6
+    theta: float = 10_000.0
+
+
+_USUAL = {
+    "llama": _Usual(),
+    "mistral": _Usual(max_length=131_072, num_kv_heads=8, mlp_dim=14_336),
+    "mixtral": _Usual(max_length=131_072, num_kv_heads=8, mlp_dim=14_336, norm_eps=1e-5, theta=1e6),
+    "qwen2": _Usual(vocab_size=151_936, max_length=32_768, num_kv_heads=32, mlp_dim=22_016),
+    "qwen3": _Usual(vocab_size=151_936, max_length=32_768, num_kv_heads=32, head_dim=128, mlp_dim=22_016),
+    "qwen3_moe": _Usual(
+        vocab_size=151_936, max_length=32_768, num_layers=24, embed_dim=2048, num_kv_heads=4, mlp_dim=768
+    ),
+}  # fmt: skip
 
 
 def _read_llama(kind: str) -> Callable[[HFConfigReader, Any], GPTConfig]:
     """Reader of Llama and its relatives, which differ in biases, windows, norms of queries and keys, and experts."""
 
+    usual = _USUAL[kind]
+
     def read(theirs: HFConfigReader, head: Any) -> GPTConfig:
-        num_heads, dim = theirs.size("num_attention_heads", 32), theirs.size("hidden_size", 4096)
-        head_dim = theirs.size("head_dim", 128 if kind == "qwen3" else max(dim // num_heads, 1))
-        num_layers = theirs.layers("num_hidden_layers", 32)
+        num_heads, dim = theirs.size("num_attention_heads", 32), theirs.size("hidden_size", usual.embed_dim)
+        head_dim = theirs.size("head_dim", usual.head_dim or max(dim // num_heads, 1))
+        num_layers = theirs.layers("num_hidden_layers", usual.num_layers)
+        kv_heads = num_heads if theirs.written("num_key_value_heads") else usual.num_kv_heads or num_heads
         return GPTConfig(
-            vocab_size=theirs.size("vocab_size", 32_000), max_length=theirs.size("max_position_embeddings", 2048),
+            vocab_size=theirs.size("vocab_size", usual.vocab_size),
+            max_length=theirs.size("max_position_embeddings", usual.max_length),
             num_layers=num_layers, embed_dim=dim,
             attention=SoftmaxConfig(
                 num_heads=num_heads, head_dim=head_dim,
-                num_kv_heads=theirs.size("num_key_value_heads", _KV_HEADS.get(kind, num_heads)),
+                num_kv_heads=theirs.size("num_key_value_heads", kv_heads),
                 bias=kind in ("llama", *_QWEN3S) and theirs.flag("attention_bias", False),
                 qkv_bias=True if kind == "qwen2" else None, qk_norm=kind in _QWEN3S,
                 window=_window(theirs, kind, num_layers),
-                position=theirs.rotary(theta=1e6 if kind == "mixtral" else 10_000.0),
+                position=theirs.rotary(theta=usual.theta),
             ),
-            mlp=_read_experts(theirs, kind) if kind in _MIXTURES else DenseConfig(
-                dim=theirs.size("intermediate_size", 11_008), activation=theirs.one_of("hidden_act", GATED, "silu"),
+            mlp=_read_experts(theirs, kind, num_layers) if kind in _MIXTURES else DenseConfig(
+                dim=theirs.size("intermediate_size", usual.mlp_dim), activation=theirs.one_of("hidden_act", GATED, "silu"),
                 bias=kind == "llama" and theirs.flag("mlp_bias", False),
             ),
-            norm="rms_norm", norm_eps=theirs.number("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6),
+            norm="rms_norm", norm_eps=theirs.number("rms_norm_eps", usual.norm_eps),
             attention_dropout=theirs.number("attention_dropout", 0.0),
             init_std=theirs.number("initializer_range", 0.02),
             tie_embeddings=theirs.flag("tie_word_embeddings", False),
@@ -80,8 +111,12 @@ def _read_llama(kind: str) -> Callable[[HFConfigReader, Any], GPTConfig]:
     return read
 
 
-def _read_experts(theirs: HFConfigReader, kind: str) -> ExpertsConfig:
-    """A mixture whose router's probabilities are normalised over the chosen experts, as they are here for several of them."""
+def _read_experts(theirs: HFConfigReader, kind: str, num_layers: int) -> ExpertsConfig:
+    """A mixture whose router's probabilities are normalised over the chosen experts, as they are here for several of them.
+
+    transformers has one balance loss for all layers together, which is the number of experts per token if the load is even; here
+    each layer has one, which is then 1.
+    """
     per_token = theirs.size("num_experts_per_tok", 2 if kind == "mixtral" else 8)
     if kind == "qwen3_moe":
         theirs.must("decoder_sparse_step", [1], 1)
@@ -94,25 +129,27 @@ def _read_experts(theirs: HFConfigReader, kind: str) -> ExpertsConfig:
     count = "num_local_experts" if "num_local_experts" in theirs else names.experts
     return ExpertsConfig(
         num_experts=theirs.size(count, 8 if kind == "mixtral" else 128), experts_per_token=per_token,
-        dim=theirs.size(names.width, 14_336 if kind == "mixtral" else 768),
+        dim=theirs.size(names.width, _USUAL[kind].mlp_dim),
         activation=theirs.one_of("hidden_act", GATED, "silu"),
-        balance_loss=theirs.number("router_aux_loss_coef", 0.001), router_z_loss=0.0,
+        balance_loss=_rounded(theirs.number("router_aux_loss_coef", 0.001) * per_token / num_layers), router_z_loss=0.0,
     )  # fmt: skip
+
+
+def _rounded(number: float) -> float:
+    """To 12 digits, so that what is written and read again is the same."""
+    return float(f"{number:.12g}")
 
 
 def _window(theirs: HFConfigReader, kind: str, num_layers: int) -> int | None:
     """How many tokens before itself each token sees; their number includes the token itself."""
     if kind == "llama":
         return None
-    if kind == "qwen3_moe":
-        theirs.must("use_sliding_window", [False], False)
+    # Only Mixtral has none by default.
+    if "sliding_window" not in theirs and (kind == "mixtral" or theirs.written("sliding_window")):
         return None
-    # Mistral has a window by default.
-    if "sliding_window" not in theirs and (kind != "mistral" or theirs.written("sliding_window")):
+    if kind not in ("mistral", "mixtral") and not theirs.flag("use_sliding_window", False):
         return None
-    if kind not in ("mistral", "mixtral"):
-        if not theirs.flag("use_sliding_window", False):
-            return None
+    if kind in ("qwen2", "qwen3"):
         # This is what transformers uses; it derives them from max_window_layers if they are not written.
         kinds = set(theirs.texts("layer_types"))
         if kinds == {"full_attention"}:
@@ -148,7 +185,7 @@ def _llama_fields(kind: str) -> Callable[[GPTConfig], dict[str, Any]]:
         if isinstance(mlp, ExpertsConfig):
             fields |= {
                 _MIXTURES[kind].experts: mlp.num_experts, "num_experts_per_tok": mlp.experts_per_token,
-                "router_aux_loss_coef": mlp.balance_loss,
+                "router_aux_loss_coef": _rounded(mlp.balance_loss * c.num_layers / mlp.experts_per_token),
             }  # fmt: skip
         if kind == "qwen3_moe" and isinstance(mlp, ExpertsConfig):
             fields |= {"norm_topk_prob": mlp.experts_per_token > 1, "use_sliding_window": mixer.window is not None}

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_devices(parser)
     data = "files to evaluate on, with the fields of the run's first source; by default the run's held-out data"
     parser.add_argument("--data", metavar="FILES", help=data)
-    add_encoding(parser)
+    add_encoding(parser, default="that of the run's source")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="store the scores, predictions and pictures there")
 
 

@@ -52,7 +52,11 @@ class TableFormat:
             following = next(lines, None)
             is_whole = following is None
             lines = lines if following is None else itertools.chain([following], lines)
-            quotes = _fits(beginning, delimiter, True, is_whole) or not _fits(beginning, delimiter, False, is_whole)
+            enclosed, plain = (_rows_that_fit(beginning, delimiter, quoted, is_whole) for quoted in (True, False))
+            # Where both readings fit, quotation marks that would join lines are more likely part of the text, unless those within
+            # a field are doubled.
+            doubled = any('""' in line for line in beginning)
+            quotes = plain is None or (enclosed is not None and (enclosed >= plain or doubled))
         quotes = quotes is not False
         advice = "; set quotes: false if quotation marks are part of the text" if quotes and delimiter == "\t" else ""
         given = _Lines(itertools.chain(beginning, lines))
@@ -134,18 +138,19 @@ def _delimiter(lines: Sequence[str], fields: Fields) -> str:
     return max(headers, key=lambda delimiter: len(headers[delimiter]))
 
 
-def _fits(lines: Sequence[str], delimiter: str, quotes: bool, is_whole: bool) -> bool:
-    """Whether all rows are well-formed; if there are more lines than these, the last row may be cut."""
+def _rows_that_fit(lines: Sequence[str], delimiter: str, quotes: bool, is_whole: bool) -> int | None:
+    """How many rows there are, if all are well-formed; else None. If there are more lines than these, the last row may be cut."""
     reader = _reader(lines, delimiter, quotes)
-    width = 0
+    width = count = 0
     try:
         for row in reader:
             width = width or len(row)
             if row and len(row) != width:
-                return False
+                return None
+            count += 1
     except csv.Error:
-        return not is_whole and reader.line_num == len(lines)
-    return True
+        return None if is_whole or reader.line_num != len(lines) else count + 1
+    return count
 
 
 def _check_header(header: Sequence[str], fields: Fields, place: str) -> None:

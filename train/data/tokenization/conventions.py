@@ -21,8 +21,7 @@ class Conventions:
     ends: tuple[int, ...] = ()
     """The tokens that end a generated text; empty: the end of text alone."""
     begins: bool | None = None
-    """Whether every document of training text, and every prompt, has the begin-of-text token in front; None: prompts are framed
-    as the post-processor says, and documents have none."""
+    """Whether every document of training text, and every prompt, has the begin-of-text token in front; None: neither has."""
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of tokenizer_config.json: the names of special tokens (`bos_token`, ...), and on which side padding is."""
     chat_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -47,15 +46,16 @@ class Conventions:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The model's own defaults, as fields of `Sampling`: those that its generation config has with a number.
+        """The model's own defaults, as fields of `Sampling`: those that its generation config has with a number. Where a model is
+        published without one, transformers has a default of its own (of top_k, 50), which is not taken.
 
         If any of them decides which token is drawn, the others that do are those of `Sampling`, and not a command's.
         """
         given = self.generation
         found: dict[str, Any] = {name: float(given[name]) for name in _NUMBERS if _is_number(given.get(name))}
         if _is_number(given.get("top_k")):
-            # transformers spells "all" as 0.
-            found["top_k"] = int(given["top_k"]) or None
+            # "All" is spelled 0, or -1.
+            found["top_k"] = int(given["top_k"]) if given["top_k"] > 0 else None
         if given.get("do_sample") is False:
             found["temperature"] = 0.0
         if any(name in found for name in _DRAWN_BY):

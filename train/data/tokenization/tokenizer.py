@@ -189,19 +189,16 @@ class Tokenizer(abc.ABC):
         return self.encode_batch([text])[0]
 
     def prompt(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of a text for a model to go on from, with the tokens around it that the tokenizer defines.
+        """The ids of a text for a model to go on from. It begins as the documents that the model has learned from, and no token
+        that ends a text follows it.
 
         Args:
-            special: special tokens that the text spells out are those tokens; by default they are ordinary text. What the text
-                has of the frame is not added again.
+            special: special tokens that the text spells out are those tokens; by default they are ordinary text. A beginning
+                that the text spells out is not added again.
         """
-        before, after = map(list, self.frame)
+        begin = list(self.begin)
         ids = self._encode_special(text) if special else self.encode(text).tolist()
-        if special and ids[: len(before)] == before:
-            before = []
-        if special and after and ids[-len(after) :] == after:
-            after = []
-        return [*before, *ids, *after]
+        return ids if special and ids[: len(begin)] == begin else [*begin, *ids]
 
     def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
         """The text that `new` ids add to that of a prompt's ids: what all of them decode to, without the prompt's text.
@@ -378,7 +375,7 @@ class SubwordTokenizer(Tokenizer):
         # The library reads a float back with an error in its last digits, so a loaded model's scores are not the
         # saved one's.
         content = json.loads(self.model.to_str(), parse_float=lambda digits: f"{float(digits):.6g}")
-        return json.dumps([self.end_token, content], sort_keys=True).encode()
+        return json.dumps([self.end_token, content, *self.begin], sort_keys=True).encode()
 
     def save(self, directory: Path) -> None:
         about = {"kind": "subword", "end_of_text": self.end_token}

@@ -155,9 +155,12 @@ def _data(seen: Seen) -> Iterator[Advice]:
 
 def _larger_batch(seen: Seen) -> Iterator[Advice]:
     """Twice as many examples at a time: the optimiser takes as long, and so does the host; products get closer to the peak."""
-    if seen.memory is not None and 2 * seen.memory[0] > _ROOM * seen.memory[1]:
-        return
     parts = seen.config.microbatches
+    # A smaller divisor also divides the batch.
+    fewer = next((number for number in range(parts // 2, 0, -1) if parts % number == 0), 1)
+    times = 2 if parts == 1 else parts // fewer
+    if seen.memory is not None and times * seen.memory[0] > _ROOM * seen.memory[1]:
+        return
     optimizer = seen.breakdown.where(lambda one: one.phase == "update") if parts == 1 else 0.0
     products, idle = seen.breakdown.categories()[MATRIX], max(seen.idle - seen.waiting, 0.0)
     reached = 1.0 if seen.on_cpu or not products.least else products.least / products.seconds
@@ -170,7 +173,7 @@ def _larger_batch(seen: Seen) -> Iterator[Advice]:
     said = "; ".join(text for text, gain in reasons.items() if gain >= _WORTH * seen.breakdown.step)
     if not said:
         return
-    change = f"batch_size {2 * seen.config.batch_size}" if parts == 1 else f"microbatches {parts // 2}"
+    change = f"batch_size {2 * seen.config.batch_size}" if parts == 1 else f"microbatches {fewer}"
     note = " Twice as many examples take less than twice as long; tune the learning rate." if parts == 1 else ""
     yield Advice(change, f"{said[0].upper()}{said[1:]}.{note}", sum(reasons.values()))
 
