@@ -68,7 +68,7 @@ class TokenizerConfig(Config):
     """file: the token that ends a document; empty: whichever of the usual ones the vocabulary holds."""
     begin_of_text: bool | None = None
     """file: whether the begin-of-text token is put in front of every document of plain text, and of every prompt; null: as the
-    tokenizer does if it was imported with a language model, else not in front of documents."""
+    tokenizer does if it was imported with a language model, else not."""
     training_bytes: int = 1 << 28
     """Kinds that are trained: learn the vocabulary from at most this much text, the same share of each source."""
     special_tokens: tuple[str, ...] = ()
@@ -128,9 +128,9 @@ class Tokenizer(abc.ABC):
     ends: tuple[int, ...]
     """The ids that end a generated text, each of them; `end_of_text` is one."""
     begin: tuple[int, ...] = ()
-    """The ids in front of every document of plain text; empty for vocabularies of our own."""
+    """The ids in front of every document of plain text, and of every prompt; empty for vocabularies of our own."""
     frame: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-    """The ids before and after a prompt."""
+    """The ids before and after a text that the tokenizer's post-processor adds, or the config asks for."""
     conventions = Conventions()
     """What was published with the vocabulary."""
     special_ids: dict[str, int]
