@@ -89,6 +89,17 @@ def test_each_device_reads_its_own_part(tmp_path):
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(read))
 
 
+@pytest.mark.parametrize("config", [BERT, GPT, LLAMA], ids=["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "model.", "module._orig_mod.model."])
+def test_wrapped_checkpoints(wrapper, config, tmp_path):
+    params = written(config, tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({wrapper + name: tensor for name, tensor in load_file(path).items()}, path)
+    read = checkpoint.read(tmp_path)
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, read.params(on_one_device(config))))
+    assert f"the names of all tensors begin with {wrapper}, which was taken off" in read.notes
+
+
 def test_old_names_and_names_without_a_prefix(tmp_path):
     params = written(BERT, tmp_path)
     path = tmp_path / "model.safetensors"
@@ -200,6 +211,11 @@ def test_configs_that_are_not_supported(tmp_path, change, message):
     [
         ({"rope_scaling": "linear"}, "rope_scaling: got 'linear'; allowed: a mapping of fields"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor: got None; allowed: a number"),
+        ({"rope_parameters": {"rope_theta": 1e4, "ramp": 2, "base": 1}}, "fields that are not known: base, ramp"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "truncate: got False; supported: true",
+        ),
         ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope_type: got \['linear'\]; supported"),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta: got 'x'; allowed: a number"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings: got 'no'; allowed: true or false"),

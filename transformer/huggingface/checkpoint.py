@@ -33,6 +33,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 """By their model_type."""
 FILE_LIMIT = 5_000_000_000
 """Maximum bytes of tensors in a file, as in transformers."""
+_WRAPPERS, _BODY = ("_orig_mod.", "module."), "model."
+"""What torch.compile, its data parallelism, and classes that hold a model put before the names of tensors."""
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Names in BERT's first checkpoints, and their present names."""
 
@@ -82,7 +84,8 @@ def read(folder: Path, *, head: str | None = None) -> Checkpoint:
     """
     data = read_config(folder)
     architecture = _architecture(data, folder)
-    tensors = _full_names(architecture, open_folder(folder))
+    tensors, wrapped = _unwrapped(architecture, open_folder(folder))
+    tensors = _full_names(architecture, tensors)
     source = str(folder / "config.json")
     if (output := tensors.get(architecture.output)) is not None:
         data[UNTIED] = not np.array_equal(output, tensors.get(architecture.tied_to, output))
@@ -99,6 +102,8 @@ def read(folder: Path, *, head: str | None = None) -> Checkpoint:
         heads = sorted({part.rpartition(".")[0] for part in left if not part.endswith("_ids")})
         if heads:
             notes = [*notes, f"left out, which {name} does not use: {', '.join(heads)}"]
+        if wrapped:
+            notes = [*notes, f"the names of all tensors begin with {wrapped}, which was taken off"]
         return Checkpoint(folder, architecture, name, config, data, tensors, tables, notes)
     assert last is not None
     raise last
@@ -220,6 +225,20 @@ def _candidates(architecture: Architecture, data: Mapping[str, Any], head: str |
     if fuller != given and classes.get(fuller) == "pretraining":
         yield fuller
     yield given
+
+
+def _unwrapped(architecture: Architecture, tensors: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], str]:
+    """The tensors without what wrappers put before all of their names, and that."""
+    taken = ""
+    # A model's own names may begin with the name of its body.
+    inner = tuple(f"{_BODY}{part}" for part in (f"{architecture.prefix}.", *architecture.heads))
+    wrappers = (*_WRAPPERS, _BODY) if architecture.prefix else _WRAPPERS
+    while tensors and (start := next((one for one in wrappers if all(name.startswith(one) for name in tensors)), "")):
+        if start == _BODY and architecture.prefix == "model" and not all(name.startswith(inner) for name in tensors):
+            break
+        tensors = {name.removeprefix(start): tensor for name, tensor in tensors.items()}
+        taken += start
+    return tensors, taken
 
 
 def _full_names(architecture: Architecture, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

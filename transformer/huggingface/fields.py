@@ -24,6 +24,11 @@ UNTIED = "untied by its tensors"
 """A field that no config.json has: whether the output projection is a separate tensor from the embedding."""
 
 
+_ROPE_FIELDS = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
+    "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim",
+    "truncate",
+}  # fmt: skip
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 10_000
 _LARGEST_NUMBER = 1e30
@@ -163,6 +168,11 @@ class HFConfigReader:
 
     def _scaling(self, rope: Mapping[str, Any]) -> RotaryScaling:
         kind = rope.get("rope_type") or rope.get("type") or "default"
+        if unknown := sorted(rope.keys() - _ROPE_FIELDS):
+            # It may change what the model computes.
+            self._wrong.append(f"rope_parameters: fields that are not known: {', '.join(unknown)}")
+        if rope.get("truncate", True) is not True:
+            self._wrong.append(f"truncate: got {shown(rope['truncate'])}; supported: true")
         length = rope.get("original_max_position_embeddings")
 
         def number(name: str, usual: float | None = None) -> float:
