@@ -100,6 +100,15 @@ def test_wrapped_checkpoints(wrapper, config, tmp_path):
     assert f"the names of all tensors begin with {wrapper}, which was taken off" in read.notes
 
 
+def test_several_labels_at_once_are_refused(tmp_path):
+    config = dataclasses.replace(BERT, head=ClassificationHeadConfig(num_labels=3, pooler="tanh"))
+    written(config, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"problem_type": "multi_label_classification"}))
+    with pytest.raises(UserError, match="problem_type: got 'multi_label_classification'; supported: 'single_label"):
+        checkpoint.read(tmp_path)
+
+
 def test_old_names_and_names_without_a_prefix(tmp_path):
     params = written(BERT, tmp_path)
     path = tmp_path / "model.safetensors"

@@ -22,7 +22,7 @@ from train.objectives import Causal, NoObjective, Objective, Seq2Seq
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from train.program.state import abstract_params
 from train.versions import versions
-from transformer.errors import UserError
+from transformer.errors import UserError, shown
 from transformer.huggingface import checkpoint
 from transformer.huggingface.checkpoint import Checkpoint, read_mapping
 from transformer.models.bert import BertConfig
@@ -30,6 +30,8 @@ from transformer.models.families import count_parameters, make_model
 from transformer.models.heads import ClassificationHeadConfig, EmbeddingHeadConfig, TokensHeadConfig
 
 _RECORD = "huggingface.json"
+_MODULES = ("Transformer", "Pooling", "Normalize")
+"""The modules of sentence-transformers that an embedding model may have."""
 
 
 def import_checkpoint(
@@ -94,9 +96,11 @@ def record_of(run: Path) -> dict[str, Any]:
 
 def _with_pooling(read: Checkpoint) -> Checkpoint:
     """The checkpoint with the pooling that sentence-transformers stores next to an embedding model."""
-    path = read.folder / "1_Pooling" / "config.json"
     config = read.config
-    if not isinstance(config, BertConfig) or not isinstance(config.head, EmbeddingHeadConfig) or not path.exists():
+    if not isinstance(config, BertConfig) or not isinstance(config.head, EmbeddingHeadConfig):
+        return read
+    path = read.folder / _pooling_folder(read.folder) / "config.json"
+    if not path.exists():
         return read
     about = read_mapping(path)
     lengths = read.folder / "sentence_bert_config.json"
@@ -114,6 +118,28 @@ def _with_pooling(read: Checkpoint) -> Checkpoint:
     return dataclasses.replace(
         read, config=dataclasses.replace(config, head=dataclasses.replace(config.head, pooling=pooling))
     )
+
+
+def _pooling_folder(folder: Path) -> str:
+    """The folder of the pooling's config.
+
+    Raises:
+        UserError: modules.json has modules that would change the vectors and are not supported.
+    """
+    path = folder / "modules.json"
+    if not path.exists():
+        return "1_Pooling"
+    try:
+        modules = json.loads(path.read_text("utf-8-sig"))
+        kinds = {str(module["type"]).rpartition(".")[2]: str(module.get("path", "")) for module in modules}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a list of modules ({error})") from None
+    if unknown := [kind for kind in kinds if kind not in _MODULES]:
+        raise UserError(f"{path}: got {', '.join(map(shown, unknown))}; supported: {', '.join(_MODULES)}")
+    place = kinds.get("Pooling", "1_Pooling")
+    if not Path(place).name or Path(place).name != place:
+        raise UserError(f"{path}: got {shown(place)} as the folder of Pooling; allowed: a name in this folder")
+    return place
 
 
 def _run_config(read: Checkpoint, name: str, directory: Path, tokenizer: Tokenizer | None) -> RunConfig:

@@ -121,8 +121,10 @@ def _common(theirs: HFConfigReader, *, dim: int = 768, num_heads: int = 12, mlp_
     }
 
 
-def labels_of(theirs: HFConfigReader) -> int:
-    """How many classes a config names."""
+def labels_of(theirs: HFConfigReader, head: Any) -> int:
+    """How many classes a config names, of which one is right."""
+    if head == "classification":
+        theirs.must("problem_type", ["single_label_classification", "regression"], "single_label_classification")
     named = theirs.get("id2label")
     if named and not (isinstance(named, dict) and sorted(map(str, named)) == sorted(map(str, range(len(named))))):
         theirs.wrong("id2label: supported: a name for each number from 0 up")
@@ -147,7 +149,7 @@ def num_labels_of(c: BertConfig) -> int:
 
 
 def _read_bert(theirs: HFConfigReader, head: Any) -> BertConfig:
-    return BertConfig(**_common(theirs), head=head_of(head, labels_of(theirs), pooler="tanh"))
+    return BertConfig(**_common(theirs), head=head_of(head, labels_of(theirs, head), pooler="tanh"))
 
 
 def _bert_tables(c: BertConfig) -> Tables:
@@ -187,7 +189,7 @@ def _read_roberta(theirs: HFConfigReader, head: Any) -> BertConfig:
     if rows <= _UNUSED_ROWS:
         theirs.wrong(f"max_position_embeddings: got {rows}; allowed: above {_UNUSED_ROWS}")
         rows = _UNUSED_ROWS + 1
-    made = head_of(head, labels_of(theirs), pooler="tanh")
+    made = head_of(head, labels_of(theirs, head), pooler="tanh")
     return BertConfig(**common | {"max_length": rows - _UNUSED_ROWS}, head=made)
 
 
@@ -240,7 +242,7 @@ def _read_distilbert(theirs: HFConfigReader, head: Any) -> BertConfig:
         ),
         norm_eps=1e-12, token_types=0, init_std=theirs.number("initializer_range", 0.02),
         **theirs.dropouts("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
-        head=head_of(head, labels_of(theirs), activation="relu"),
+        head=head_of(head, labels_of(theirs, head), activation="relu"),
     )  # fmt: skip
 
 
@@ -287,7 +289,7 @@ def _read_electra(theirs: HFConfigReader, head: Any) -> BertConfig:
     if head == "masked":
         # The generator's head uses this activation, whatever the layers use.
         theirs.must("hidden_act", ["gelu"], "gelu")
-    made = head_of(head, labels_of(theirs), activation="gelu_exact")
+    made = head_of(head, labels_of(theirs, head), activation="gelu_exact")
     return BertConfig(**common, embedding_size=None if width == dim else width, head=made)
 
 

@@ -62,7 +62,7 @@ def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
     pooled["pooling"] = theirs.one_of("classifier_pooling", {"cls": "cls", "mean": "mean"}, "cls")
     made: Any = MaskedHeadConfig(bias=has_bias)
     if head != "masked":
-        made = head_of(head, labels_of(theirs), token={"dense": "gelu_exact", "bias": has_bias}, **pooled)
+        made = head_of(head, labels_of(theirs, head), token={"dense": "gelu_exact", "bias": has_bias}, **pooled)
     return BertConfig(
         vocab_size=theirs.size("vocab_size", 50368), max_length=theirs.size("max_position_embeddings", 8192),
         num_layers=layers, embed_dim=theirs.size("hidden_size", 768), attention=attention["full_attention"],
