@@ -101,7 +101,7 @@ def test_wrapped_checkpoints(wrapper, config, tmp_path):
 
 
 def test_several_labels_at_once_are_refused(tmp_path):
-    config = dataclasses.replace(BERT, head=ClassificationHeadConfig(num_labels=3, pooler="tanh"))
+    config = dataclasses.replace(BERT, head=ClassificationHeadConfig(num_labels=3))
     written(config, tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"problem_type": "multi_label_classification"}))
