@@ -126,14 +126,15 @@ def test_embed_writes_arrays_and_tables(imported, tmp_path, capsys):
     texts.write_text("the cat sat\n\na mat far away\n" + "dogs run " * 30 + "\n")
     array, table = tmp_path / "vectors.npy", tmp_path / "vectors.parquet"
     assert main(["embed", str(imported), "--file", str(texts), "--out", str(array)]) == 0
-    assert "3 texts, 16 numbers each (cls pooling)" in (said := capsys.readouterr().out)
+    # A row for each line, blank ones too.
+    assert "4 texts, 16 numbers each (cls pooling)" in (said := capsys.readouterr().out)
     assert "1 of them were longer than 20 tokens, and cut" in said
     assert main(["embed", str(imported), "--file", str(texts), "--out", str(table), "--pooling", "mean"]) == 0
     import pyarrow.parquet
 
     read = pyarrow.parquet.read_table(table)
-    assert read.column_names == ["id", "text", "embedding"] and read["text"][1].as_py() == "a mat far away"
-    assert np.load(array).shape == np.array(read["embedding"].to_pylist()).shape == (3, 16)
+    assert read.column_names == ["id", "text", "embedding"] and read["text"][2].as_py() == "a mat far away"
+    assert np.load(array).shape == np.array(read["embedding"].to_pylist()).shape == (4, 16)
     for arguments, message in (
         (
             ["--file", str(texts), "--out", "vectors.txt"],
@@ -396,4 +397,4 @@ def test_empty_records_and_missing_folders_are_refused(imported, tmp_path, capsy
     assert (
         main(["embed", str(imported), "--file", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "x.parquet")]) == 0
     )
-    assert parquet.read_table(tmp_path / "x.parquet")["text"].to_pylist() == ["the cat", "a mat"]
+    assert parquet.read_table(tmp_path / "x.parquet")["text"].to_pylist() == ["the cat", "", "a mat"]
