@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 from transformer.huggingface.architecture import Architecture, rules_of
-from transformer.huggingface.encoders import BLOCKS
 from transformer.huggingface.fields import (
     ACTIVATIONS,
     HFConfigReader,
@@ -16,13 +15,23 @@ from transformer.huggingface.fields import (
     rotary_fields,
     rotary_of,
 )
-from transformer.huggingface.mapping import ByHead, Tables, TensorRule, fused, linear, norm, output_head, table
+from transformer.huggingface.mapping import (
+    ATTENTION,
+    BLOCKS,
+    FEED_FORWARD,
+    QKV,
+    ByHead,
+    Tables,
+    TensorRule,
+    fused,
+    linear,
+    norm,
+    output_head,
+    table,
+)
 from transformer.layers.feed_forward import DenseConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
-
-_ATTENTION, _FEED_FORWARD = f"{BLOCKS}.attention", f"{BLOCKS}.feed_forward"
-_QKV = [f"{_ATTENTION}.{name}" for name in ("query", "key", "value")]
 
 
 def _read_gpt2(theirs: HFConfigReader, head: Any) -> GPTConfig:
@@ -62,11 +71,11 @@ def _gpt2_tables(c: GPTConfig) -> Tables:
         table("transformer.wte", "embed"),
         table("transformer.wpe", "positions"),
         norm(f"{layer}.ln_1", f"{BLOCKS}.attention_norm"),
-        fused(f"{layer}.attn.c_attn", _QKV, use_bias=True, transposed=False),
-        linear(f"{layer}.attn.c_proj", f"{_ATTENTION}.out", num_in=2, transposed=False),
+        fused(f"{layer}.attn.c_attn", QKV, use_bias=True, transposed=False),
+        linear(f"{layer}.attn.c_proj", f"{ATTENTION}.out", num_in=2, transposed=False),
         norm(f"{layer}.ln_2", f"{BLOCKS}.feed_forward_norm"),
-        linear(f"{layer}.mlp.c_fc", f"{_FEED_FORWARD}.up", transposed=False),
-        linear(f"{layer}.mlp.c_proj", f"{_FEED_FORWARD}.down", transposed=False),
+        linear(f"{layer}.mlp.c_fc", f"{FEED_FORWARD}.up", transposed=False),
+        linear(f"{layer}.mlp.c_proj", f"{FEED_FORWARD}.down", transposed=False),
         norm("transformer.ln_f", "layers.final_norm"),
         head,
     )
@@ -119,19 +128,17 @@ def _neox_fields(c: GPTConfig) -> dict[str, Any]:
 def _neox_tables(c: GPTConfig) -> Tables:
     layer, has_bias = "gpt_neox.layers.{}", only_mixer(c).bias
     head, copies = output_head(c.tie_embeddings, "embed_out", "gpt_neox.embed_in.weight")
-    qkv = [TensorRule(f"{layer}.attention.query_key_value.weight", tuple(f"{one}.kernel" for one in _QKV), ByHead())]
+    qkv = [TensorRule(f"{layer}.attention.query_key_value.weight", tuple(f"{one}.kernel" for one in QKV), ByHead())]
     if has_bias:
-        qkv.append(
-            TensorRule(f"{layer}.attention.query_key_value.bias", tuple(f"{one}.bias" for one in _QKV), ByHead())
-        )
+        qkv.append(TensorRule(f"{layer}.attention.query_key_value.bias", tuple(f"{one}.bias" for one in QKV), ByHead()))
     rules = rules_of(
         table("gpt_neox.embed_in", "embed"),
         norm(f"{layer}.input_layernorm", f"{BLOCKS}.attention_norm"),
         qkv,
-        linear(f"{layer}.attention.dense", f"{_ATTENTION}.out", use_bias=has_bias, num_in=2),
+        linear(f"{layer}.attention.dense", f"{ATTENTION}.out", use_bias=has_bias, num_in=2),
         norm(f"{layer}.post_attention_layernorm", f"{BLOCKS}.feed_forward_norm"),
-        linear(f"{layer}.mlp.dense_h_to_4h", f"{_FEED_FORWARD}.up"),
-        linear(f"{layer}.mlp.dense_4h_to_h", f"{_FEED_FORWARD}.down"),
+        linear(f"{layer}.mlp.dense_h_to_4h", f"{FEED_FORWARD}.up"),
+        linear(f"{layer}.mlp.dense_4h_to_h", f"{FEED_FORWARD}.down"),
         norm("gpt_neox.final_layer_norm", "layers.final_norm"),
         head,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformer.huggingface.architecture import Architecture, rules_of
 from transformer.huggingface.fields import ACTIVATIONS, HFConfigReader, dense_mlp, name_of, only_mixer
-from transformer.huggingface.mapping import Tables, TensorRule, Vector, linear, norm, table
+from transformer.huggingface.mapping import BLOCKS, Tables, TensorRule, Vector, linear, norm, table
 from transformer.layers.feed_forward import DenseConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
@@ -23,7 +23,6 @@ from transformer.models.heads import (
     TokensHeadConfig,
 )
 
-BLOCKS = "layers.blocks"
 HEADS = {
     "ForMaskedLM": "masked", "ForSequenceClassification": "classification", "ForTokenClassification": "tokens",
     "ForQuestionAnswering": "answer", "ForMultipleChoice": "choice", "Model": "embedding",

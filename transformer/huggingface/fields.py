@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformer.errors import UserError, shown
@@ -20,6 +20,8 @@ GATED = {"gelu": "geglu_exact", "gelu_new": "geglu", "gelu_pytorch_tanh": "geglu
 """The same for gated activations."""
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Their names of layers without a window and with one."""
 UNTIED = "untied by its tensors"
 """A field that no config.json has: whether the output projection is a separate tensor from the embedding."""
 
@@ -218,6 +220,18 @@ def rotary_fields(rotary: RotaryConfig) -> dict[str, Any]:
         if scaling.attention_factor is not None:
             rope["attention_factor"] = scaling.attention_factor
     return rope
+
+
+def layer_types(mixers: Iterable[SoftmaxConfig]) -> list[str]:
+    """The field of this name: whether a layer has a window."""
+    return [FULL if mixer.window is None else SLIDING for mixer in mixers]
+
+
+def repeated(mixers: Sequence[SoftmaxConfig]) -> tuple[SoftmaxConfig, ...]:
+    """The shortest sequence that divides the layers and that they repeat, as a pattern; empty if all are equal."""
+    lengths = (size for size in range(1, len(mixers) + 1) if len(mixers) % size == 0)
+    size = next(size for size in lengths if all(one == mixers[at % size] for at, one in enumerate(mixers)))
+    return tuple(mixers[:size]) if size > 1 else ()
 
 
 def softmax_of(mixer: Any) -> SoftmaxConfig:

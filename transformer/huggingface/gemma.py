@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from transformer.huggingface.architecture import Architecture, rules_of
-from transformer.huggingface.encoders import BLOCKS
 from transformer.huggingface.fields import (
+    FULL,
     GATED,
+    SLIDING,
     HFConfigReader,
     dense_mlp,
+    layer_types,
     name_of,
+    repeated,
     rotary_fields,
     rotary_of,
     softmax_of,
 )
-from transformer.huggingface.mapping import ShiftedGain, Tables, TensorRule, linear, output_head, table
+from transformer.huggingface.llama import attention_tables, common_fields, gated_tables
+from transformer.huggingface.mapping import BLOCKS, ShiftedGain, Tables, TensorRule, output_head, table
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.position import RotaryConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
 
-_ATTENTION, _FEED_FORWARD = f"{BLOCKS}.attention", f"{BLOCKS}.feed_forward"
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = {"gelu_pytorch_tanh": "geglu", **GATED}
 _LEGACY = _ACTIVATIONS | {"gelu": "geglu"}
 """In a config of the first Gemma, gelu means the tanh approximation, as in transformers."""
@@ -47,20 +49,20 @@ def _reader(kind: str) -> Callable[[HFConfigReader, Any], GPTConfig]:
             bias=theirs.flag("attention_bias", False), qk_norm=is_third,
             scale=None if scalar == head_dim else scalar**-0.5,
             soft_cap=None if is_first else theirs.optional_number("attn_logit_softcapping", None if is_third else 50.0),
-            position=_positions(theirs, _FULL, is_third),
+            position=_positions(theirs, FULL, is_third),
         )  # fmt: skip
-        kinds = [_FULL] * num_layers if is_first else _kinds(theirs, num_layers, 6 if is_third else 2)
-        layers = {_FULL: full}
-        if _SLIDING in kinds:
-            near, width = _positions(theirs, _SLIDING, is_third), theirs.size("sliding_window", 4096, least=2)
-            layers[_SLIDING] = dataclasses.replace(full, window=width - 1, position=near)
-        turn = _turn([layers[one] for one in kinds])
+        kinds = [FULL] * num_layers if is_first else _kinds(theirs, num_layers, 6 if is_third else 2)
+        layers = {FULL: full}
+        if SLIDING in kinds:
+            near, width = _positions(theirs, SLIDING, is_third), theirs.size("sliding_window", 4096, least=2)
+            layers[SLIDING] = dataclasses.replace(full, window=width - 1, position=near)
+        mixers = [layers[one] for one in kinds]
         name, activations = ("hidden_act", _LEGACY) if is_first else ("hidden_activation", _ACTIVATIONS)
         return GPTConfig(
             vocab_size=theirs.size("vocab_size", 262_208 if is_third else 256_000),
             max_length=theirs.size("max_position_embeddings", 131_072 if is_third else 8192),
             num_layers=num_layers, embed_dim=theirs.size("hidden_size", 3072 if is_first else 2304),
-            attention=turn[0], pattern=turn if len(turn) > 1 else (),
+            attention=mixers[0], pattern=repeated(mixers),
             mlp=DenseConfig(
                 dim=theirs.size("intermediate_size", 24_576 if is_first else 9216),
                 activation=theirs.one_of(name, activations, "gelu_pytorch_tanh"), bias=False,
@@ -81,7 +83,7 @@ def _positions(theirs: HFConfigReader, section: str, is_third: bool) -> RotaryCo
     """Rotary positions; Gemma 3 has its own for layers with a window, which rope_scaling does not change."""
     if not is_third:
         return theirs.rotary(theta=10_000.0)
-    if section == _FULL:
+    if section == FULL:
         return theirs.rotary(theta=1e6, section=section)
     return theirs.rotary(theta=10_000.0, section=section, name="rope_local_base_freq", scaled=False)
 
@@ -91,20 +93,13 @@ def _kinds(theirs: HFConfigReader, num_layers: int, every: int) -> list[str]:
     kinds = theirs.texts("layer_types")
     if not kinds:
         every = theirs.size("sliding_window_pattern", every)
-        return [_SLIDING if (layer + 1) % every else _FULL for layer in range(num_layers)]
-    if len(kinds) != num_layers or not set(kinds) <= {_FULL, _SLIDING}:
+        return [SLIDING if (layer + 1) % every else FULL for layer in range(num_layers)]
+    if len(kinds) != num_layers or not set(kinds) <= {FULL, SLIDING}:
         theirs.wrong(
-            f"layer_types: got {len(kinds)} of {', '.join(sorted(set(kinds)))}; supported: {_FULL} or {_SLIDING} for each layer"
+            f"layer_types: got {len(kinds)} of {', '.join(sorted(set(kinds)))}; supported: {FULL} or {SLIDING} for each layer"
         )
-        return [_FULL] * num_layers
+        return [FULL] * num_layers
     return kinds
-
-
-def _turn(mixers: Sequence[SoftmaxConfig]) -> tuple[SoftmaxConfig, ...]:
-    """The shortest sequence that the layers repeat."""
-    lengths = (size for size in range(1, len(mixers) + 1) if len(mixers) % size == 0)
-    size = next(size for size in lengths if all(one == mixers[at % size] for at, one in enumerate(mixers)))
-    return tuple(mixers[:size])
 
 
 def _writer(kind: str) -> Callable[[GPTConfig], dict[str, Any]]:
@@ -112,26 +107,20 @@ def _writer(kind: str) -> Callable[[GPTConfig], dict[str, Any]]:
         mixers, mlp = [softmax_of(mixer) for mixer in c.mixers()], dense_mlp(c)
         full = next((mixer for mixer in mixers if mixer.window is None), mixers[0])
         near = next((mixer for mixer in mixers if mixer.window is not None), None)
-        head_dim = full.head_dim or c.embed_dim // full.num_heads
-        fields: dict[str, Any] = {
-            "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers,
-            "hidden_size": c.embed_dim, "num_attention_heads": full.num_heads,
-            "num_key_value_heads": full.num_kv_heads or full.num_heads, "head_dim": head_dim,
-            "intermediate_size": mlp.width(c.embed_dim), "rms_norm_eps": c.norm_eps,
-            "attention_bias": full.bias, "attention_dropout": c.attention_dropout, "initializer_range": c.init_std,
-            "tie_word_embeddings": c.tie_embeddings,
+        fields = common_fields(c, full) | {
+            "intermediate_size": mlp.width(c.embed_dim), "attention_bias": full.bias,
             "hidden_act" if kind == "gemma" else "hidden_activation": name_of(_ACTIVATIONS, mlp.activation),
         }  # fmt: skip
         rotary = rotary_of(full)
         if kind == "gemma3_text":
             local = rotary if near is None else rotary_of(near)
-            fields["rope_parameters"] = {_FULL: rotary_fields(rotary), _SLIDING: rotary_fields(local)}
+            fields["rope_parameters"] = {FULL: rotary_fields(rotary), SLIDING: rotary_fields(local)}
         else:
             fields |= {"rope_parameters": rotary_fields(rotary), "rope_theta": rotary.theta}
         if kind != "gemma":
-            scale = head_dim**-0.5 if full.scale is None else full.scale
+            scale = fields["head_dim"] ** -0.5 if full.scale is None else full.scale
             fields |= {
-                "layer_types": [_FULL if mixer.window is None else _SLIDING for mixer in mixers],
+                "layer_types": layer_types(mixers),
                 "sliding_window": 4096 if near is None or near.window is None else near.window + 1,
                 "query_pre_attn_scalar": _whole(scale**-2), "attn_logit_softcapping": full.soft_cap,
                 "final_logit_softcapping": c.logit_soft_cap,
@@ -165,15 +154,8 @@ def _tables(kind: str) -> Callable[[GPTConfig], Tables]:
         rules = rules_of(
             table("model.embed_tokens", "embed"),
             (_gain(f"{layer}.{theirs}", f"{BLOCKS}.{ours}") for theirs, ours in gains.items()),
-            *(
-                linear(f"{layer}.self_attn.{name[0]}_proj", f"{_ATTENTION}.{name}", use_bias=first.has_qkv_bias)
-                for name in ("query", "key", "value")
-            ),
-            linear(f"{layer}.self_attn.o_proj", f"{_ATTENTION}.out", use_bias=first.bias, num_in=2),
-            *(
-                linear(f"{layer}.mlp.{name}_proj", f"{_FEED_FORWARD}.{name}", use_bias=False)
-                for name in ("gate", "up", "down")
-            ),
+            attention_tables(layer, first),
+            gated_tables(layer, use_bias=False),
             _gain("model.norm", "layers.final_norm"),
             head,
         )

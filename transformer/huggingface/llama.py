@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from transformer.huggingface.architecture import Architecture, rules_of
-from transformer.huggingface.encoders import BLOCKS
 from transformer.huggingface.fields import (
+    FULL,
     GATED,
+    SLIDING,
     HFConfigReader,
     dense_mlp,
     experts_mlp,
+    layer_types,
     name_of,
     only_mixer,
     rotary_fields,
     rotary_of,
 )
-from transformer.huggingface.mapping import Matrix, Tables, TensorRule, Vector, linear, norm, output_head, table
+from transformer.huggingface.mapping import (
+    ATTENTION,
+    BLOCKS,
+    FEED_FORWARD,
+    QKV,
+    Matrix,
+    Tables,
+    TensorRule,
+    Vector,
+    linear,
+    norm,
+    output_head,
+    table,
+)
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.gpt import GPTConfig
-
-_ATTENTION, _FEED_FORWARD = f"{BLOCKS}.attention", f"{BLOCKS}.feed_forward"
-_QKV = [f"{_ATTENTION}.{name}" for name in ("query", "key", "value")]
 
 
 class _Names(NamedTuple):
@@ -152,9 +164,9 @@ def _window(theirs: HFConfigReader, kind: str, num_layers: int) -> int | None:
     if kind in ("qwen2", "qwen3"):
         # This is what transformers uses; it derives them from max_window_layers if they are not written.
         kinds = set(theirs.texts("layer_types"))
-        if kinds == {"full_attention"}:
+        if kinds == {FULL}:
             return None
-        if kinds and kinds != {"sliding_attention"}:
+        if kinds and kinds != {SLIDING}:
             theirs.wrong(f"layer_types: got {', '.join(sorted(kinds))}; supported: the same in all layers")
         first = 0 if kinds else theirs.token("max_window_layers", 28)
         if 0 < first < num_layers:
@@ -167,18 +179,25 @@ def _window(theirs: HFConfigReader, kind: str, num_layers: int) -> int | None:
     return max(width - 1, 1)
 
 
+def common_fields(c: GPTConfig, mixer: SoftmaxConfig) -> dict[str, Any]:
+    """The fields that mean the same in Llama and all of its relatives."""
+    return {
+        "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers,
+        "hidden_size": c.embed_dim, "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_kv_heads or mixer.num_heads,
+        "head_dim": mixer.head_dim or c.embed_dim // mixer.num_heads, "rms_norm_eps": c.norm_eps,
+        "attention_dropout": c.attention_dropout, "initializer_range": c.init_std, "tie_word_embeddings": c.tie_embeddings,
+    }  # fmt: skip
+
+
 def _llama_fields(kind: str) -> Callable[[GPTConfig], dict[str, Any]]:
     def write(c: GPTConfig) -> dict[str, Any]:
         mixer, mlp = only_mixer(c), experts_mlp(c) if kind in _MIXTURES else dense_mlp(c)
-        rotary, num_kv_heads = rotary_of(mixer), mixer.num_kv_heads or mixer.num_heads
-        fields: dict[str, Any] = {
-            "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers,
-            "hidden_size": c.embed_dim, "num_attention_heads": mixer.num_heads, "num_key_value_heads": num_kv_heads,
-            "head_dim": mixer.head_dim or c.embed_dim // mixer.num_heads,
+        rotary = rotary_of(mixer)
+        fields = common_fields(c, mixer) | {
             _MIXTURES[kind].width if kind in _MIXTURES else "intermediate_size": mlp.width(c.embed_dim),
-            "hidden_act": name_of(GATED, mlp.activation), "rms_norm_eps": c.norm_eps,
-            "attention_dropout": c.attention_dropout, "initializer_range": c.init_std,
-            "tie_word_embeddings": c.tie_embeddings, "rope_parameters": rotary_fields(rotary), "rope_theta": rotary.theta,
+            "hidden_act": name_of(GATED, mlp.activation), "rope_parameters": rotary_fields(rotary),
+            "rope_theta": rotary.theta,
         }  # fmt: skip
         if kind in ("llama", *_QWEN3S):
             fields["attention_bias"] = mixer.bias
@@ -194,9 +213,8 @@ def _llama_fields(kind: str) -> Callable[[GPTConfig], dict[str, Any]]:
         else:
             fields["sliding_window"] = None if mixer.window is None else mixer.window + 1
         if kind in ("qwen2", "qwen3"):
-            kinds = "full_attention" if mixer.window is None else "sliding_attention"
             fields |= {"use_sliding_window": mixer.window is not None, "max_window_layers": 0}
-            fields |= {"layer_types": [kinds] * c.num_layers}
+            fields |= {"layer_types": layer_types([mixer] * c.num_layers)}
         return fields
 
     return write
@@ -205,42 +223,49 @@ def _llama_fields(kind: str) -> Callable[[GPTConfig], dict[str, Any]]:
 def _llama_tables(kind: str, c: GPTConfig) -> Tables:
     layer, mixer = "model.layers.{}", only_mixer(c)
     head, copies = output_head(c.tie_embeddings, "lm_head", "model.embed_tokens.weight")
-    projections = zip("qkv", _QKV, strict=True)
     norms: list[TensorRule] = []
     if mixer.qk_norm:
         norms = [
-            TensorRule(f"{layer}.self_attn.{short}_norm.weight", (f"{_ATTENTION}.{name}_norm.scale",), Vector())
+            TensorRule(f"{layer}.self_attn.{short}_norm.weight", (f"{ATTENTION}.{name}_norm.scale",), Vector())
             for short, name in (("q", "query"), ("k", "key"))
         ]
     rules = rules_of(
         table("model.embed_tokens", "embed"),
         norm(f"{layer}.input_layernorm", f"{BLOCKS}.attention_norm", use_bias=False),
-        *(linear(f"{layer}.self_attn.{short}_proj", one, use_bias=mixer.has_qkv_bias) for short, one in projections),
+        attention_tables(layer, mixer),
         norms,
-        linear(f"{layer}.self_attn.o_proj", f"{_ATTENTION}.out", use_bias=mixer.bias, num_in=2),
         norm(f"{layer}.post_attention_layernorm", f"{BLOCKS}.feed_forward_norm", use_bias=False),
         _expert_tables(_MIXTURES[kind], layer, experts_mlp(c).num_experts)
         if kind in _MIXTURES
-        else [
-            rule
-            for name in ("gate", "up", "down")
-            for rule in linear(f"{layer}.mlp.{name}_proj", f"{_FEED_FORWARD}.{name}", use_bias=dense_mlp(c).bias)
-        ],
+        else gated_tables(layer, use_bias=dense_mlp(c).bias),
         norm("model.norm", "layers.final_norm", use_bias=False),
         head,
     )
     return Tables(rules, copies, ("*.rotary_emb.inv_freq",))
 
 
+def attention_tables(layer: str, mixer: SoftmaxConfig) -> Iterator[TensorRule]:
+    """The four projections of attention."""
+    for short, ours in zip("qkv", QKV, strict=True):
+        yield from linear(f"{layer}.self_attn.{short}_proj", ours, use_bias=mixer.has_qkv_bias)
+    yield from linear(f"{layer}.self_attn.o_proj", f"{ATTENTION}.out", use_bias=mixer.bias, num_in=2)
+
+
+def gated_tables(layer: str, *, use_bias: bool) -> Iterator[TensorRule]:
+    """The three projections of a gated feed-forward network."""
+    for name in ("gate", "up", "down"):
+        yield from linear(f"{layer}.mlp.{name}_proj", f"{FEED_FORWARD}.{name}", use_bias=use_bias)
+
+
 def _expert_tables(names: _Names, layer: str, num_experts: int) -> list[TensorRule]:
     """The router, and each expert's three matrices."""
     module = f"{layer}.{names.module}"
-    ours = (f"{_FEED_FORWARD}.{name}" for name in ("gate_EDF", "up_EDF", "down_EFD"))
+    ours = (f"{FEED_FORWARD}.{name}" for name in ("gate_EDF", "up_EDF", "down_EFD"))
     experts = [
         TensorRule(f"{module}.experts.{{expert}}.{theirs}.weight", (one,), Matrix(), experts=num_experts)
         for theirs, one in zip(names.matrices, ours, strict=True)
     ]
-    return [*linear(f"{module}.gate", f"{_FEED_FORWARD}.router", use_bias=False), *experts]
+    return [*linear(f"{module}.gate", f"{FEED_FORWARD}.router", use_bias=False), *experts]
 
 
 def _llama(kind: str, name: str) -> Architecture:

@@ -19,6 +19,11 @@ import numpy as np
 
 from transformer.errors import UserError
 
+BLOCKS = "layers.blocks"
+ATTENTION, FEED_FORWARD = f"{BLOCKS}.attention", f"{BLOCKS}.feed_forward"
+QKV = tuple(f"{ATTENTION}.{name}" for name in ("query", "key", "value"))
+"""Paths of the parts of our blocks."""
+
 Shape = tuple[int, ...]
 Path = tuple[Any, ...]
 """The path of one of our parameters, as in `nnx.to_flat_state`."""

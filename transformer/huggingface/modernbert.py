@@ -6,24 +6,28 @@ import dataclasses
 from typing import Any
 
 from transformer.huggingface.architecture import Architecture, rules_of
-from transformer.huggingface.encoders import BLOCKS, head_of, labels_of, num_labels_of
+from transformer.huggingface.encoders import head_of, labels_of, num_labels_of
 from transformer.huggingface.fields import (
+    FULL,
     GATED,
+    SLIDING,
     HFConfigReader,
     dense_mlp,
+    layer_types,
     name_of,
+    repeated,
     rotary_fields,
     rotary_of,
     softmax_of,
 )
-from transformer.huggingface.mapping import TableLayout, Tables, TensorRule, Vector, fused, linear, norm
+from transformer.huggingface.mapping import BLOCKS, TableLayout, Tables, TensorRule, Vector, fused, linear, norm
 from transformer.layers.feed_forward import DenseConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.heads import EmbeddingHeadConfig, MaskedHeadConfig, ReplacedHeadConfig
 from transformer.models.sentence_heads import DecomposableHeadConfig, StructuredHeadConfig
 
-_THETAS = {"full_attention": ("global_rope_theta", 160_000.0), "sliding_attention": ("local_rope_theta", 10_000.0)}
+_THETAS = {FULL: ("global_rope_theta", 160_000.0), SLIDING: ("local_rope_theta", 10_000.0)}
 
 _HEADS = {
     "masked": ("masked_head", "dense"), "classification": ("pooled_head", "pooler"), "choice": ("pooled_head", "pooler"),
@@ -54,10 +58,8 @@ def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
             bias=theirs.flag("attention_bias", False),
             position=rotary,
         )
-    near = dataclasses.replace(attention["sliding_attention"], window=max(theirs.size("local_attention", 128) // 2, 1))
-    turn = [attention["full_attention"], *[near] * (every - 1)]
-    # A pattern has to divide the layers; otherwise all layers are listed.
-    pattern = turn if layers % every == 0 else [turn[layer % every] for layer in range(layers)]
+    near = dataclasses.replace(attention[SLIDING], window=max(theirs.size("local_attention", 128) // 2, 1))
+    pattern = repeated([near if layer % every else attention[FULL] for layer in range(layers)])
     pooled = {"activation": "gelu_exact", "norm": True, "bias": has_bias}
     pooled["pooling"] = theirs.one_of("classifier_pooling", {"cls": "cls", "mean": "mean"}, "cls")
     made: Any = MaskedHeadConfig(bias=has_bias)
@@ -65,8 +67,8 @@ def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
         made = head_of(head, labels_of(theirs, head), token={"dense": "gelu_exact", "bias": has_bias}, **pooled)
     return BertConfig(
         vocab_size=theirs.size("vocab_size", 50368), max_length=theirs.size("max_position_embeddings", 8192),
-        num_layers=layers, embed_dim=theirs.size("hidden_size", 768), attention=attention["full_attention"],
-        pattern=tuple(pattern) if len(set(pattern)) > 1 else (), norm_first=True, first_norm=False, token_types=0,
+        num_layers=layers, embed_dim=theirs.size("hidden_size", 768), attention=attention[FULL],
+        pattern=pattern, norm_first=True, first_norm=False, token_types=0,
         mlp=DenseConfig(
             dim=theirs.size("intermediate_size", 1152), activation=theirs.one_of("hidden_activation", GATED, "gelu"),
             bias=theirs.flag("mlp_bias", False),
@@ -82,7 +84,7 @@ def _every(theirs: HFConfigReader, layers: int) -> int:
     types = theirs.texts("layer_types")
     if not types:
         return theirs.size("global_attn_every_n_layers", 3)
-    kinds = [kind == "full_attention" for kind in types]
+    kinds = [kind == FULL for kind in types]
     every = next((index for index in range(1, len(kinds)) if kinds[index]), max(len(kinds), 1))
     if kinds != [index % every == 0 for index in range(layers)]:
         theirs.wrong("layer_types: supported: full_attention in every n-th layer, from the first on")
@@ -92,9 +94,9 @@ def _every(theirs: HFConfigReader, layers: int) -> int:
 def _write(c: BertConfig) -> dict[str, Any]:
     mixers, mlp = [softmax_of(mixer) for mixer in c.mixers()], dense_mlp(c)
     full, near = mixers[0], next((mixer for mixer in mixers if mixer.window is not None), None)
-    kinds = ["full_attention" if mixer.window is None else "sliding_attention" for mixer in mixers]
-    every = next((index for index, kind in enumerate(kinds) if index and kind == "full_attention"), len(kinds))
-    thetas = {"full_attention": full, "sliding_attention": full if near is None else near}
+    kinds = layer_types(mixers)
+    every = next((index for index, kind in enumerate(kinds) if index and kind == FULL), len(kinds))
+    thetas = {FULL: full, SLIDING: full if near is None else near}
     ropes = {name: rotary_of(mixer) for name, mixer in thetas.items()}
     has_bias = getattr(c.head, "bias", c.has_norm_bias)
     return {
@@ -105,7 +107,7 @@ def _write(c: BertConfig) -> dict[str, Any]:
         "layer_types": kinds, "global_attn_every_n_layers": every,
         "local_attention": 128 if near is None else 2 * (near.window or 1),
         "rope_parameters": {name: rotary_fields(rope) for name, rope in ropes.items()},
-        "global_rope_theta": ropes["full_attention"].theta, "local_rope_theta": ropes["sliding_attention"].theta,
+        "global_rope_theta": ropes[FULL].theta, "local_rope_theta": ropes[SLIDING].theta,
         "mlp_dropout": c.dropout, "attention_dropout": c.attention_dropout, "embedding_dropout": c.dropout,
         "classifier_dropout": c.dropout, "initializer_range": c.init_std, "num_labels": num_labels_of(c),
         "classifier_pooling": getattr(c.head, "pooling", "cls"),

@@ -83,7 +83,7 @@ class KVCache:
 
     def keys_and_values(self, dtype: DTypeLike) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """Keys and values in attention's layout; a mask has to hide what is beyond `length`."""
-        return self.k.transpose(0, 3, 1, 2).astype(dtype), self.v.swapaxes(1, 2).astype(dtype)
+        return _in_attentions_layout(self.k, self.v, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -137,7 +137,7 @@ class WindowCache:
 
     def keys_and_values(self, dtype: DTypeLike) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         """As of `KVCache`, in the order of the slots."""
-        return self.k.transpose(0, 3, 1, 2).astype(dtype), self.v.swapaxes(1, 2).astype(dtype)
+        return _in_attentions_layout(self.k, self.v, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -260,6 +260,11 @@ def grown(
 def nan_on_overflow(out: Float[Array, "B ..."], state: KVCache | LatentCache | TapeState) -> Float[Array, "B ..."]:
     """NaN in rows that hold more than there is room for: inside a compiled program no error can be raised."""
     return jnp.where(jnp.expand_dims(state.length > state.room, range(1, out.ndim)), jnp.nan, out)
+
+
+def _in_attentions_layout(k_BKHS: Array, v_BKSH: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Stored keys and values as [B, S, K, H]."""
+    return k_BKHS.transpose(0, 3, 1, 2).astype(dtype), v_BKSH.swapaxes(1, 2).astype(dtype)
 
 
 def _with_room(x: Array, axis: int, room: int) -> Array:
