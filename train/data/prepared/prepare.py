@@ -16,7 +16,8 @@ from train.data.prepared.make import LOCK, make, remove_abandoned
 from train.data.prepared.store import FORMAT_VERSION, Prepared
 from train.data.sources.source import identity
 from train.data.sources.source_config import SourceConfig
-from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig, saved_about
+from train.data.tokenization.conventions import saved_about
+from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
 from train.files import cache_dir, locked, writing
 from train.progress import say
 from transformer.errors import UserError

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from transformer.paths import check_file
+
+ABOUT_FILE = "tokenizer_about.json"
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 _DRAWN_BY = ("temperature", "top_k", "top_p", "min_p")
@@ -71,3 +77,19 @@ class Conventions:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def saved_about(path: Path) -> tuple[str, Conventions]:
+    """The end of text and the conventions of a tokenizer.json that `Tokenizer.save` wrote; "" and none for any other."""
+    check_file(path.parent / ABOUT_FILE)
+    try:
+        about = json.loads((path.parent / ABOUT_FILE).read_text("utf-8"))
+        return str(about.get("end_of_text", "")), Conventions.from_data(about.get("conventions", {}))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return "", Conventions()
+
+
+def write_about(directory: Path, about: Mapping[str, Any]) -> None:
+    """Write what `saved_about` and `Tokenizer.load` read, into a folder, which is made if need be. Raises `OSError`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / ABOUT_FILE).write_text(json.dumps(about) + "\n", "utf-8")

@@ -17,11 +17,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from train.data.tokenization.conventions import Conventions
+from train.data.tokenization.conventions import ABOUT_FILE, Conventions, write_about
 from train.data.tokenization.framing import added_text, begin_by_name, frame_of
 from transformer.errors import Config, UserError, first_line, require
 from transformer.paths import check_file
@@ -47,7 +47,6 @@ _MOST_IDS = 1 << 24
 # Brackets on both sides: so spelled, no token that a vocabulary learns from text can be equal to one of them.
 _SPECIAL_NAME = re.compile(r"\[[^\s\[\]]+\]|<[^\s<>]+>")
 _MODEL_FILE = "tokenizer.json"
-_ABOUT_FILE = "tokenizer_about.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +164,9 @@ class Tokenizer(abc.ABC):
     @staticmethod
     def load(directory: Path) -> Tokenizer:
         """The tokenizer that `save` wrote. Raises `UserError` if there is none, or it is damaged."""
-        check_file(directory / _ABOUT_FILE)
+        check_file(directory / ABOUT_FILE)
         try:
-            about = json.loads((directory / _ABOUT_FILE).read_text("utf-8"))
+            about = json.loads((directory / ABOUT_FILE).read_text("utf-8"))
             if about["kind"] == "bytes":
                 return ByteTokenizer(about.get("special_tokens", ()))
             kept = Conventions.from_data(about.get("conventions", {}))
@@ -255,7 +254,7 @@ class ByteTokenizer(Tokenizer):
         return json.dumps(["bytes", *list(self.special_ids)[1:]]).encode()
 
     def save(self, directory: Path) -> None:
-        _write_about(directory, {"kind": "bytes", "special_tokens": list(self.special_ids)[1:]})
+        write_about(directory, {"kind": "bytes", "special_tokens": list(self.special_ids)[1:]})
 
 
 class SubwordTokenizer(Tokenizer):
@@ -380,7 +379,7 @@ class SubwordTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         about = {"kind": "subword", "end_of_text": self.end_token}
         kept = self.conventions.to_data()
-        _write_about(directory, about | ({"conventions": kept} if kept else {}))
+        write_about(directory, about | ({"conventions": kept} if kept else {}))
         (directory / _MODEL_FILE).write_text(self.model.to_str(pretty=True), "utf-8")
 
 
@@ -398,18 +397,3 @@ def byte_of_letter() -> dict[str, int]:
 def sentinel(number: int) -> str:
     """T5's name of the token for span `number`, counted from 0."""
     return f"<extra_id_{number}>"
-
-
-def saved_about(path: Path) -> tuple[str, Conventions]:
-    """The end of text and the conventions of a tokenizer.json that `Tokenizer.save` wrote; "" and none for any other."""
-    check_file(path.parent / _ABOUT_FILE)
-    try:
-        about = json.loads((path.parent / _ABOUT_FILE).read_text("utf-8"))
-        return str(about.get("end_of_text", "")), Conventions.from_data(about.get("conventions", {}))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return "", Conventions()
-
-
-def _write_about(directory: Path, about: dict[str, Any]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / _ABOUT_FILE).write_text(json.dumps(about) + "\n", "utf-8")

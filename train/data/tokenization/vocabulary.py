@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.data.sources.wheel import wheel_files
+from train.data.tokenization.conventions import saved_about
 from train.data.tokenization.tokenizer import (
     END_OF_TEXT,
     UNKNOWN,
@@ -19,7 +20,6 @@ from train.data.tokenization.tokenizer import (
     Tokenizer,
     TokenizerConfig,
     byte_of_letter,
-    saved_about,
 )
 from transformer.errors import UserError
 from transformer.paths import check_file, expanded
