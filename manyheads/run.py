@@ -6,7 +6,6 @@ S source position, T target position, D embed, L layers, N heads.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -19,7 +18,8 @@ from train.config import load as load_config
 from train.data.sources.records import Document
 from train.data.tokenization.tokenizer import Tokenizer
 from train.files import cache_dir
-from train.huggingface.import_checkpoint import import_checkpoint
+from train.finetune.base import find_base
+from train.huggingface.import_checkpoint import files_digest, import_checkpoint
 from train.inference.attend import maps_of, tokens_of
 from train.inference.embed import Embedder
 from train.inference.generate import default_length, sampling_of
@@ -53,9 +53,9 @@ def train(config: RunConfig | str | Path | Mapping[str, Any], overrides: Sequenc
         UserError: as in `manyheads train`.
     """
     if isinstance(config, str | Path):
-        config = load_config(config, overrides)
+        config = load_config(config, overrides, find_base=find_base)
     elif not isinstance(config, RunConfig):
-        config = parse(dict(config), "the config", overrides)
+        config = parse(dict(config), "the config", overrides, find_base=find_base)
     train_run(config)
     return load(config.directory)
 
@@ -81,9 +81,7 @@ def load(folder: str | Path, step: str | int = "best") -> Run:
 
 def _imported(folder: Path) -> Path:
     """The import of a Hugging Face folder, cached as long as the folder's files are unchanged."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    name = hashlib.blake2b(repr((str(folder.resolve()), files)).encode(), digest_size=8).hexdigest()
-    place = cache_dir() / "imports" / name
+    place = cache_dir() / "imports" / files_digest(folder)
     return place if place.is_dir() else import_checkpoint(str(folder), place, verify=False)
 
 

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from train.data.prepared import make
+from train.data.prepared.held_out import position_of
 from train.data.prepared.prepare import DataConfig, check_vocabulary, fingerprint, prepare
 from train.data.prepared.store import Prepared, TokenArray
-from train.data.sources.source import documents, validation_position
+from train.data.sources.source import documents
 from train.data.sources.source_config import FilesSource
 from train.data.tokenization.tokenizer import TokenizerConfig
 from transformer.errors import ConfigError, UserError
@@ -78,7 +79,7 @@ def test_every_document_is_in_its_split(corpus: Path, tokenizer: dict) -> None:
     prepared = prepare(config, progress=False)
     expected: dict[str, list[str]] = {"train": [], "validation": []}
     for document in documents(config.sources[0]):
-        expected["validation" if validation_position(document.id) < 0.5 else "train"].append(document.text)
+        expected["validation" if position_of(document.id) < 0.5 else "train"].append(document.text)
     assert texts_of(prepared.train[0], prepared) == expected["train"]
     assert texts_of(prepared.validation[0], prepared) == expected["validation"]
 

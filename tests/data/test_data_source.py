@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from train.config import parse
+from train.data.prepared.held_out import position_of
 from train.data.sources.records import Document, Rejects
-from train.data.sources.source import documents, identity, text_size, validation_position
+from train.data.sources.source import documents, identity, text_size
 from train.data.sources.source_config import FilesSource, HubSource, SourceConfig, StdlibSource
 from transformer.errors import UserError
 
@@ -259,8 +260,8 @@ def test_identity_follows_the_files_but_not_the_weight(tmp_path: Path) -> None:
     assert identity(files(path)) != before
 
 
-def test_validation_positions_are_even_and_known() -> None:
-    positions = [validation_position(f"document {number}") for number in range(2000)]
+def test_position_ofs_are_even_and_known() -> None:
+    positions = [position_of(f"document {number}") for number in range(2000)]
     assert all(0 <= position < 1 for position in positions)
     assert sum(position < 0.1 for position in positions) == pytest.approx(200, abs=50)
-    assert validation_position("json/decoder.py") == pytest.approx(0.1139399173, abs=1e-9)
+    assert position_of("json/decoder.py") == pytest.approx(0.1139399173, abs=1e-9)

@@ -10,7 +10,18 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from train.commands import attend, embed, export, generate, import_checkpoint, predict, prepare, train, translate
+from train.commands import (
+    attend,
+    embed,
+    export,
+    finetune,
+    generate,
+    import_checkpoint,
+    predict,
+    prepare,
+    train,
+    translate,
+)
 from train.commands.examine import (
     checkpoints,
     diff,
@@ -28,8 +39,8 @@ from transformer.errors import ConfigError, UserError, printable, shown
 COMMANDS = tuple(
     module.COMMAND
     for module in (
-        train, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, doctor, plot, diff, checkpoints,
-        generate, attend, translate, predict, replay, verify_resume,
+        train, finetune, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, doctor, plot, diff,
+        checkpoints, generate, attend, translate, predict, replay, verify_resume,
     )
 )  # fmt: skip
 """To add a command, add its file and its name here."""
@@ -42,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and not options.command.takes_config:
+    if rest and not (options.command.takes_config or options.command.takes_fields):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     try:

@@ -30,13 +30,15 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     takes_config: bool = False
     """Whether it reads a config, whose fields can be overridden by further flags."""
+    takes_fields: bool = False
+    """Whether it makes a config, whose fields can be set by further flags."""
 
     def add_to(self, commands: argparse._SubParsersAction) -> None:
         """Add its parser to those of the other commands."""
         listed = "`manyheads explain CONFIG` lists them"
         overrides = f"\n\nAny field can be overridden: --model.num-layers 8 --steps 500; {listed}."
         parser = commands.add_parser(
-            self.name, help=self.help, description=self.help + (overrides if self.takes_config else ""),
+            self.name, help=self.help, description=self.help + (overrides if self.takes_config or self.takes_fields else ""),
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         )  # fmt: skip
         if self.takes_config:
@@ -65,10 +67,11 @@ def set_up(options: argparse.Namespace, peers: Peers | None = None) -> None:
 
 
 def load_config(options: argparse.Namespace) -> RunConfig:
-    """The config with its overrides. Raises `UserError`."""
+    """The config with its overrides, and the model of the run in its `init_from`. Raises `UserError`."""
     from train.config import load
+    from train.finetune.base import find_base
 
-    return load(options.config, options.overrides)
+    return load(options.config, options.overrides, find_base=find_base)
 
 
 def given_flags(kind: type, options: argparse.Namespace) -> dict[str, Any]:

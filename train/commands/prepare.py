@@ -11,10 +11,10 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options)
     from train.data.prepared.prepare import prepare
     from train.data.prepared.store import Split
-    from train.run.begin import check_data
+    from train.run.begin import check_data, with_data
 
     prepared = prepare(config.data)
-    check_data(config, prepared)
+    check_data(with_data(config, prepared), prepared)
     meta = prepared.meta
     splits: tuple[Split, ...] = ("train", "validation")
     for split in splits:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from train.config.complete import FindBase, complete
 from train.config.describe import to_data
 from train.config.run import RunConfig
 from train.config.yaml_files import as_json, dump_yaml, read_yaml
@@ -17,14 +18,17 @@ from transformer.models.families import inherit
 T = TypeVar("T")
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Sequence[str] = (), *, find_base: FindBase | None = None) -> RunConfig:
     """Read a YAML file, with command-line overrides such as `--model.num-layers 8`.
+
+    Args:
+        find_base: finds the run of `init_from`, whose model and tokenizer the config takes over; None: it states them itself.
 
     Raises:
         UserError: no such file, invalid YAML, an unknown key, a wrong type, a value out of range, values that contradict each
             other, or imported weights, which have no objective.
     """
-    config = parse(read_yaml(Path(path)), str(path), overrides)
+    config = parse(read_yaml(Path(path)), str(path), overrides, find_base=find_base)
     if config.objective.kind == "none":
         raise UserError(
             f"{path}: objective.kind: got 'none'; this is the config of imported weights: name their folder in the init_from of "
@@ -33,17 +37,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def parse(data: Any, source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A config from plain data, with overrides; `source` names the data in errors.
+def parse(data: Any, source: str, overrides: Sequence[str] = (), *, find_base: FindBase | None = None) -> RunConfig:
+    """A config from plain data, with overrides and with what it leaves out (`train.config.complete`).
+
+    Args:
+        source: names the data in errors.
+        find_base: as in `load`.
 
     Raises:
         UserError: as `load`.
     """
-    return build(RunConfig, data, source, overrides)
+    return build(RunConfig, data, source, overrides, lambda data: complete(data, find_base))
 
 
-def build(config_type: type[T], data: Any, source: str, overrides: Sequence[str] = ()) -> T:
-    """A config of any type from plain data, as `parse`."""
+def build(
+    config_type: type[T], data: Any, source: str, overrides: Sequence[str] = (),
+    complete: Callable[[Any], Any] = lambda data: data,
+) -> T:  # fmt: skip
+    """A config of any type from plain data, as `parse`; `complete` fills in what the data leaves out."""
     import pydantic
 
     from train.config import overrides as flags
@@ -52,6 +63,7 @@ def build(config_type: type[T], data: Any, source: str, overrides: Sequence[str]
 
     # As JSON, a list may become a tuple, while every scalar must still have the field's own type.
     data, changed = flags.apply(config_type, as_json(data, source), overrides)
+    data = complete(data)
     if isinstance(data, dict) and isinstance(model := data.get("model"), dict):
         data = data | {"model": inherit(model)}
     try:

@@ -106,6 +106,12 @@ def _mistake(error: Any, place: _Place, config_type: type) -> Mistake:
         return Mistake(
             (*path, tag), f"got {shown(given, _LONGEST)}; allowed: {', '.join(names)}" + (f".{near}" if near else "")
         )
+    if len(configs) > 1 and isinstance(value, str):
+        names = [value for one in configs for value in tag_values(one, tag_of(configs))]
+        return Mistake(
+            path,
+            f"got {shown(value, _LONGEST)}; allowed: {', '.join(names)}, or a mapping of field: value.{nearest(value, names)}",
+        )
     if configs:
         return Mistake(path, f"got {shown(value, _LONGEST)}; expected a mapping of field: value")
     return Mistake(path, f"got {shown(value, _LONGEST)}; {what_fits(place.annotation, value)}")

@@ -33,7 +33,6 @@ MOVED: dict[str, str] = {
     "model.hard_temperature": "model.attention.temperature",
     "model.global_every": "model.pattern, whose mixers have a window",
     "model.local_rotary_period": "model.pattern, whose mixers have a position",
-    "model.head": "model.head.kind",
     "model.num_labels": "model.head.num_labels",
     "model.pooling": "model.head.pooling",
     "model.pooler": "model.head.pooler",

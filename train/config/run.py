@@ -20,6 +20,8 @@ from transformer.models.families import ModelConfig
 from transformer.models.gpt import GPTConfig
 from transformer.resume import Ask, Free, Upwards
 
+_STEPS = 1000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
@@ -30,11 +32,14 @@ class RunConfig(Config):
     run_dir: Free[str | None] = None
     """Folder of the run, also at an address such as s3://bucket/runs/one; null: runs/NAME."""
     init_from: Ask[str | None] = None
-    """Folder or address of a run with whose weights training begins. Parameters that it lacks are random; null: all are."""
+    """What training begins from, with its model and tokenizer wherever the config does not name others: the folder or address of
+    a run, a folder with a Hugging Face checkpoint, or its name on the hub. Parameters that it lacks are random; null: all are."""
     seed: Ask[int] = 0
     """Random seed of the initial weights, dropout and the order of the data."""
-    steps: Upwards[int] = 1000
+    steps: Upwards[int] = _STEPS
     """Optimiser steps."""
+    epochs: Upwards[float | None] = None
+    """Passes over all examples, in place of `steps`, which then follow from the data; null: as `steps` says."""
     batch_size: Ask[int] = 32
     """Sequences in a step, over all devices and microbatches."""
     length: Ask[int | None] = None
@@ -72,6 +77,9 @@ class RunConfig(Config):
         require(self, "name", bool(plain), "allowed: text that can be the name of a folder, without a slash")
         for field in ("steps", "batch_size", "microbatches"):
             require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
+        require(self, "epochs", self.epochs is None or self.epochs > 0, "allowed: above 0, or null")
+        wanted = "with epochs the steps follow from the data; leave out one of the two"
+        require(self, "steps", self.epochs is None or self.steps == _STEPS, wanted)
         require(self, "seed", 0 <= self.seed < 2**32, "allowed: 0 to 2**32 - 1")
         self.objective.check_model(self.model)
         self.objective.check_mesh(self.mesh)

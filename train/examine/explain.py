@@ -14,10 +14,14 @@ from rich import box
 from rich.table import Table
 
 from train.config import RunConfig, fields
+from train.data.prepared.prepare import prepare, prepared_before
+from train.data.prepared.store import Prepared
+from train.examine.doctor.peaks import peaks_of
 from train.parallel.mesh import MESH_AXES
 from train.program.program import batch_shapes, described_state, trained_of
 from train.report.attention_backends import Choice, choices
-from train.report.display import console
+from train.report.display import clock, console
+from train.run.begin import batches_of, with_data
 from train.trained import ALL, TrainableMask, size
 from transformer.functional import graphdef_of
 from transformer.interpret.capture import readable
@@ -62,8 +66,16 @@ def cost(config: RunConfig) -> Cost:
 
 
 def explain(config: RunConfig) -> None:
-    """Print it."""
+    """Print it.
+
+    Data that is prepared already tells the number of epochs. What only the data decides is printed as it will be; the data is
+    then prepared now.
+    """
     out = console()
+    waits_for_data = config.epochs is not None or getattr(getattr(config.model, "head", None), "num_labels", 0) is None
+    prepared = prepare(config.data) if waits_for_data else prepared_before(config.data)
+    if prepared is not None:
+        config = with_data(config, prepared)
     table = Table(title=f"{config.name}: every field", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("field", "value", "default"):
         table.add_column(column, overflow="fold", no_wrap=column == "field")
@@ -80,7 +92,7 @@ def explain(config: RunConfig) -> None:
     costs.add_column("what")
     costs.add_column("how much", justify="right")
     costs.add_column("meaning")
-    for row in _cost_rows(config, total):
+    for row in (*_cost_rows(config, total), _epochs_row(config, prepared), _time_row(config, total)):
         costs.add_row(*row)
     out.print(costs)
     if found:
@@ -129,6 +141,22 @@ def _cost_rows(config: RunConfig, total: Cost) -> list[tuple[str, str, str]]:
         ("memory, activations", readable(total.activation_bytes), "stored for the backward pass of one microbatch"),
         ("memory, total", readable(memory), "without the compiler's own temporaries"),
     ]
+
+
+def _epochs_row(config: RunConfig, prepared: Prepared | None) -> tuple[str, str, str]:
+    if prepared is None:
+        return "epochs", "–", "known once the data is prepared, by `manyheads prepare` or by the run"
+    examples = batches_of(config, prepared).examples_per_epoch
+    return "epochs", f"{config.steps * config.batch_size / examples:,.3g}", f"of {examples:,} examples"
+
+
+def _time_row(config: RunConfig, total: Cost) -> tuple[str, str, str]:
+    devices = jax.devices()
+    peaks = peaks_of(devices, config.model.dtype)
+    seconds = total.flops_per_token * total.tokens_per_step * config.steps / peaks.of_all(len(devices))
+    how = "measured" if peaks.measured else "by its data sheet"
+    kind = f"{len(devices)} × {devices[0].device_kind}"
+    return "time, at least", clock(seconds), f"at the peak of {kind}, {how}; `manyheads doctor` times real steps"
 
 
 def saved_bytes(

@@ -17,8 +17,9 @@ from train.data.loader import Batch
 from train.data.prepared.prepare import prepare
 from train.data.prepared.store import Prepared
 from train.files import write_whole, writing
+from train.finetune.base import find_base
 from train.remote import local_run
-from train.run.begin import batches_of, check_data
+from train.run.begin import batches_of, check_data, with_data
 from train.run.order import Order
 from train.run.run_files import config_file
 from transformer.errors import UserError
@@ -36,7 +37,7 @@ class Planned:
         """That of a config's file, or of a run's folder or address. Raises `UserError` if there is neither."""
         path = local_run(named)
         if not path.is_dir():
-            return cls(load(path, overrides))
+            return cls(load(path, overrides, find_base=find_base))
         config = load(config_file(path), overrides)
         stored = StoredCheckpoints(path) if (path / FOLDER).is_dir() else None
         newest = None if stored is None else stored.latest
@@ -86,8 +87,8 @@ def inspect_data(
 
 
 def _batch_of(planned: Planned, step: int) -> tuple[Prepared, Batch]:
-    config = planned.config
-    prepared = prepare(config.data)
+    prepared = prepare(planned.config.data)
+    config = with_data(planned.config, prepared)
     check_data(config, prepared)
     return prepared, batches_of(config, prepared).batch(planned.order.batch(step))
 

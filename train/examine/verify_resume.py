@@ -15,9 +15,11 @@ import orbax.checkpoint as ocp
 
 from train.checkpoints.stored import AVERAGE, PARAMS, STATE, StoredCheckpoints
 from train.config import RunConfig, dump
+from train.data.prepared.prepare import prepare
 from train.examine.interrupted import MOMENTS, Kill, Killer, Layout, Running, seconds_to_first_step
 from train.files import check_new, write_whole, writing
 from train.report.metrics import read_examples
+from train.run.begin import with_data
 from train.run.run_files import read_metrics
 from train.versions import versions
 
@@ -43,6 +45,7 @@ def verify_resume(config: RunConfig, folder: Path, *, kills: int, layouts: Seque
         UserError: a run fails, or the folder is there already.
     """
     check_new(folder)
+    config = with_data(config, prepare(config.data))
     log = dataclasses.replace(config.log, every=1, examples=True)
     file = folder / "config.yaml"
     with writing(folder):

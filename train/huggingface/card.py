@@ -39,7 +39,7 @@ def text(loaded: LoadedRun, run: Path, name: str, model_type: str, *, base: str 
     if base is not None:
         what, library = f"Low-rank adapters of a `{name}`", f"peft\nbase_model: {base}"
         imports = "import peft\nimport transformers"
-        labels = f", num_labels={head.num_labels}" if head is not None and tag.endswith("classification") else ""
+        labels = f", num_labels={head.classes}" if head is not None and tag.endswith("classification") else ""
         load = (
             f"base = transformers.{name}.from_pretrained({base!r}{labels})\n"
             "model = peft.PeftModel.from_pretrained(base, FOLDER)"

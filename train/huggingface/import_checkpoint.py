@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,12 @@ def record_of(run: Path) -> dict[str, Any]:
         return {}
 
 
+def files_digest(folder: Path) -> str:
+    """A digest of the names, sizes and times of a folder's files, to notice that they have changed."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    return hashlib.blake2b(repr((str(folder.resolve()), files)).encode(), digest_size=8).hexdigest()
+
+
 def _with_pooling(read: Checkpoint) -> Checkpoint:
     """The checkpoint with the pooling that sentence-transformers stores next to an embedding model."""
     config = read.config
@@ -171,6 +178,7 @@ def _write(
         "model_type": read.architecture.model_type,
         "class": read.name,
         "config": dict(read.data),
+        "files": files_digest(read.folder),
     }
     (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     if report is not None:
@@ -184,5 +192,5 @@ def _labels(read: Checkpoint) -> list[str]:
     ):
         return []
     # transformers' default names.
-    named = read.data.get("id2label") or {str(number): f"LABEL_{number}" for number in range(head.num_labels)}
+    named = read.data.get("id2label") or {str(number): f"LABEL_{number}" for number in range(head.classes)}
     return [str(named[key]) for key in sorted(named, key=int)]

@@ -43,7 +43,7 @@ class NoObjective(Objective):
         raise _nothing()
 
     def next_step(self, run: Any) -> str:
-        return f"to fine-tune it: set init_from: {run} in a config, and copy model and data.tokenizer from {run}/config.yaml"
+        return f"to fine-tune it: manyheads finetune {run} --data FILE, or set init_from: {run} in a config"
 
 
 def _nothing() -> UserError:

@@ -153,6 +153,10 @@ class Objective(Config, abc.ABC):
         """The largest token id that it may put into sequences; 0 if it puts in none."""
         return max((tokenizer.special(name) or 0 for name in self.special_tokens), default=0)
 
+    def num_labels(self, prepared: Prepared) -> int:
+        """The number of classes of a head that leaves it to the data."""
+        return len(prepared.meta.labels)
+
     def with_data(self, prepared: Prepared) -> Self:
         """The objective with every setting that depends on the training data filled in."""
         return self

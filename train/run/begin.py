@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,24 @@ from train.files import Busy, locked, run_lock, writing
 from train.parallel.processes import gathered
 from train.program.program import Program
 from transformer.errors import UserError
+from transformer.models.labelled import LabelledHeadConfig
+
+
+def with_data(config: RunConfig, prepared: Prepared) -> RunConfig:
+    """The config with what its data decides: the number of classes, and the steps of `epochs`.
+
+    Raises:
+        UserError: the examples of an epoch cannot be made.
+    """
+    head = getattr(config.model, "head", None)
+    if isinstance(head, LabelledHeadConfig) and head.num_labels is None:
+        head = dataclasses.replace(head, num_labels=config.objective.num_labels(prepared))
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))  # type: ignore[arg-type]
+    if config.epochs is not None:
+        check_data(config, prepared)
+        steps = math.ceil(config.epochs * batches_of(config, prepared).examples_per_epoch / config.batch_size)
+        config = dataclasses.replace(config, steps=steps, epochs=None)
+    return config
 
 
 def check_data(config: RunConfig, prepared: Prepared) -> None:

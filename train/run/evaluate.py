@@ -158,7 +158,12 @@ class Evaluator:
     def say(self, scores: Scores) -> str:
         """The scores as text."""
         own = "".join(f"\n    {name}: loss {loss:.4f}" for name, loss in scores.sources.items())
-        return f"held-out {scores}{self._baseline}{own}"
+        accuracy = scores.metrics.get("accuracy")
+        sure = ""
+        if accuracy is not None and self.config.objective.unit == "row":
+            low, high = wilson(accuracy, scores.tokens)
+            sure = f"; accuracy of {scores.tokens:,} rows, 95% interval {low:.1%} to {high:.1%}"
+        return f"held-out {scores}{self._baseline}{sure}{own}"
 
     def _by_source(self, sums: Sequence[LossSums], sources: Sequence[int]) -> dict[str, float]:
         """The loss on each source of which there are batches; empty for a single source."""
@@ -194,6 +199,15 @@ class Evaluator:
         if self.task is None:
             del batch["example"]
         return shard_batch(batch, self._program.batch_sharding)
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a probability, of which a `share` of `count` independent draws was seen (Wilson 1927)."""
+    z = 1.959964
+    middle = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    whole = 1 + z * z / count
+    return max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole)
 
 
 def _selection(scores: Scores) -> dict[str, float]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
 
 from train.config import RunConfig, difference, fields
 from train.data.prepared.store import Prepared
-from train.data.tokenization.tokenizer import ByteTokenizer, Tokenizer
+from train.data.tokenization.tokenizer import Tokenizer
+from train.data.tokenization.vocabulary import as_setting
 from train.program.program import Program
 from train.program.state import TrainState
 from train.remote import local_run
-from train.run.run_files import load_run
+from train.run.run_files import StoredRun, load_run, stored_run
 from train.trained import ParameterPath, dotted, size
 from transformer.errors import ConfigError, UserError
 from transformer.layers.adapter import is_adapter, reset_dora_magnitudes
@@ -38,10 +41,20 @@ _OFTEN_ANOTHER = tuple(
 def check_begin(config: RunConfig) -> None:
     """Raise a `UserError` if the run of `init_from` does not exist, before the data is prepared, which may need the
     vocabulary of that run."""
-    if config.init_from is None or (config.directory / "checkpoints").exists():
+    if not _begins(config):
         return
-    if not local_run(config.init_from).is_dir():
+    if not local_run(str(config.init_from)).is_dir():
         raise UserError(f"init_from: {config.init_from}: no such run; train it first, or set init_from to null")
+
+
+def check_weights(config: RunConfig, prepared: Prepared) -> None:
+    """Raise a `UserError` unless the weights of `init_from` fit, before they are read and anything is compiled."""
+    if not _begins(config):
+        return
+    run = local_run(str(config.init_from))
+    with _of_init_from():
+        stored = stored_run(run)
+    _check_fits(run, stored, _by_path(described_parameters(config.model)), config, prepared)
 
 
 def fresh_state(program: Program, config: RunConfig, prepared: Prepared) -> TrainState:
@@ -67,23 +80,12 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
     """
     assert config.init_from is not None
     run = local_run(config.init_from)
-    try:
+    with _of_init_from():
         loaded = load_run(run, "best", like=config)
-    except UserError as error:
-        raise UserError(f"init_from: {error}") from None
-    _check_tokenizer("tokenizer", run / "tokenizer", loaded.tokenizer, prepared.tokenizer)
-    if prepared.pairs:
-        folder = run / "tokenizer" / "target"
-        _check_tokenizer("target_tokenizer", folder, loaded.target_tokenizer, prepared.target_tokenizer)
     ours, theirs = _by_path(fresh), _by_path(loaded.params)
+    _check_fits(run, loaded, ours, config, prepared)
     theirs, of_classes = _same_classes(theirs, loaded.labels, prepared.meta.labels)
-    _check_shapes(run, ours, theirs, config.model, loaded.config.model)
     taken = {path: parameter.replace(theirs[path].get_value()) for path, parameter in ours.items() if path in theirs}
-    if not taken:
-        raise UserError(
-            f"init_from: {run}, of model.family {loaded.config.model.family!r}, has no parameter in common with this model, "
-            f"of family {config.model.family!r}; name a run of a similar model"
-        )
     said = f"weights from {run}, step {loaded.step}: {size(taken):,} of {size(ours):,} parameters"
     called = {path: "adapters" if is_adapter(path) else str(path[0]) for path in ours | theirs}
     for what, paths in (
@@ -109,22 +111,68 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
     return params if config.adapter is None else reset_dora_magnitudes(params), said
 
 
+def _begins(config: RunConfig) -> bool:
+    """Whether the run will begin from other weights: none of its own checkpoints is there."""
+    return config.init_from is not None and not (config.directory / "checkpoints").exists()
+
+
+@contextlib.contextmanager
+def _of_init_from() -> Iterator[None]:
+    """Errors about the run that `init_from` names say so."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+
+
+def _check_fits(run: Path, stored: StoredRun, ours: Parameters, config: RunConfig, prepared: Prepared) -> None:
+    """Raise a `UserError` for another tokenizer, a parameter of another shape, or no parameter with the same path."""
+    _check_tokenizer("tokenizer", run / "tokenizer", stored.tokenizer, prepared.tokenizer)
+    if prepared.pairs:
+        folder = run / "tokenizer" / "target"
+        _check_tokenizer("target_tokenizer", folder, stored.target_tokenizer, prepared.target_tokenizer)
+    theirs = _by_path(described_parameters(stored.config.model))
+    if _relation(stored.labels, prepared.meta.labels) == "other":
+        theirs = _without_classes(theirs)
+    _check_shapes(run, ours, theirs, config.model, stored.config.model)
+    if not ours.keys() & theirs.keys():
+        raise UserError(
+            f"init_from: {run}, of model.family {stored.config.model.family!r}, has no parameter in common with this model, "
+            f"of family {config.model.family!r}; name a run of a similar model"
+        )
+
+
+def _relation(before: Sequence[str], now: Sequence[str]) -> Literal["same", "reordered", "by number", "other"]:
+    """How the classes, or tags, of a head relate to those of the data."""
+    if not before or not now or tuple(before) == tuple(now):
+        return "same"
+    if sorted(before) == sorted(now):
+        return "reordered"
+    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(before))
+    return "by number" if unnamed and len(before) == len(now) else "other"
+
+
 def _same_classes(theirs: Parameters, before: Sequence[str], now: Sequence[str]) -> tuple[Parameters, str]:
     """Parameters whose head has the classes, or tags, of the data in the data's order, and a note about it.
 
     The head of a model with other classes is not used.
     """
     heads = {path for path in theirs if path[:-1] in _OVER_CLASSES}
-    if not heads or not before or not now or tuple(before) == tuple(now):
+    relation = _relation(before, now) if heads else "same"
+    if relation == "same":
         return theirs, ""
-    if sorted(before) == sorted(now):
+    if relation == "reordered":
         order = np.array([before.index(name) for name in now])
         moved = {path: theirs[path].replace(theirs[path].get_value()[..., order]) for path in heads}
         return theirs | moved, ". Classes reordered to match the data"
-    if all(name == f"LABEL_{number}" for number, name in enumerate(before)):
+    if relation == "by number":
         return theirs, ". Its classes have no names, and were matched by number"
-    left = {path: value for path, value in theirs.items() if path not in heads}
-    return left, f". It predicts other classes ({', '.join(before[:_SHOWN])}{', ...' if len(before) > _SHOWN else ''})"
+    names = f"{', '.join(before[:_SHOWN])}{', ...' if len(before) > _SHOWN else ''}"
+    return _without_classes(theirs), f". It predicts other classes ({names})"
+
+
+def _without_classes(theirs: Parameters) -> Parameters:
+    return {path: value for path, value in theirs.items() if path[:-1] not in _OVER_CLASSES}
 
 
 def _by_path(params: nnx.State) -> Parameters:
@@ -134,10 +182,12 @@ def _by_path(params: nnx.State) -> Parameters:
 def _check_tokenizer(field: str, folder: Path, theirs: Tokenizer, ours: Tokenizer) -> None:
     if theirs.fingerprint() == ours.fingerprint():
         return
-    names = ", ".join(f'"{name}"' for name, id in theirs.special_ids.items() if id != theirs.end_of_text)
-    is_bytes = isinstance(theirs, ByteTokenizer)
-    same = f"kind: bytes, special_tokens: [{names}]" if is_bytes else f"kind: file, path: {folder / 'tokenizer.json'}"
-    raise UserError(f"data.{field}: does not match the tokenizer of init_from; set it to {{{same}}}")
+    same = ", ".join(f"{name}: {_in_yaml(value)}" for name, value in as_setting(theirs, folder).items())
+    raise UserError(f"data.{field}: does not match the tokenizer of init_from; leave it out, or set it to {{{same}}}")
+
+
+def _in_yaml(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list) else str(value)
 
 
 def _check_shapes(

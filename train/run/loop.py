@@ -11,8 +11,8 @@ from train.data.prepared.prepare import prepare
 from train.parallel.mesh import check_batch, make_mesh, use_mesh
 from train.parallel.processes import is_first, one_log, process_zero_first, report_lost_peers
 from train.parallel.runtime import GracefulStop, Watchdog
-from train.run.begin import agree_on, alone_in, check_data
-from train.run.init_from import check_begin
+from train.run.begin import agree_on, alone_in, check_data, with_data
+from train.run.init_from import check_begin, check_weights
 from train.run.mirror import mirrored
 from train.run.run_files import finished_step, forget_finished, write_run_files
 from train.run.steps import Finished, Run
@@ -48,15 +48,17 @@ def train(
 def _train(
     config: RunConfig, profile: tuple[int, int] | None, allow_changed: Sequence[str], hang_seconds: float
 ) -> Finished:
-    if profile is not None and profile[0] > config.steps:
-        raise UserError(f"profile: step {profile[0]} is after the last one, {config.steps}")
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
     check_batch(mesh, config.mesh.rules, config.evaluation_batch_size, 1, "evaluation.batch_size")
     check_begin(config)
     with process_zero_first():
         prepared = prepare(config.data)
+    config = with_data(config, prepared)
     check_data(config, prepared)
+    if profile is not None and profile[0] > config.steps:
+        raise UserError(f"profile: step {profile[0]} is after the last one, {config.steps}")
+    check_weights(config, prepared)
     with use_mesh(mesh, config.mesh.rules), GracefulStop() as stop, Watchdog(hang_seconds) as watch:
         run = Run(config, prepared, mesh)
         watch.alive()

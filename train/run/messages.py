@@ -29,6 +29,13 @@ def headline(config: RunConfig, mesh: jax.sharding.Mesh, counted: str, start: in
     return f"{config.name}: {begins}; {counted} on {devices}; {config.tokens_per_step:,} tokens a step"
 
 
+def course_of(config: RunConfig, batches: Batches) -> str:
+    """How often a run goes through its data, as text."""
+    examples = batches.examples_per_epoch
+    epochs = config.steps * config.batch_size / examples
+    return f"{config.steps:,} steps of {config.batch_size:,} examples: {epochs:,.3g} epochs of {examples:,}"
+
+
 def padding_of(batches: Batches) -> str | None:
     """The fraction of positions that is padding, as text; None if it is negligible."""
     parts = {"source": batches.source_efficiency, "target": batches.efficiency}

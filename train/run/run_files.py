@@ -40,28 +40,32 @@ Curves = dict[str, dict[int, float]]
 """Metric → step → value."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedRun:
-    """A trained model with everything needed to use it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """A checkpoint of a run without its parameters."""
 
     config: RunConfig
     tokenizer: Tokenizer
     target_tokenizer: Tokenizer
     """The tokenizer of the target: the same, unless the two sides of pairs have separate vocabularies."""
-    params: nnx.State
-    mesh: jax.sharding.Mesh
     step: int
     labels: tuple[str, ...] = ()
     """The names of the classes, or tags, that it predicts, by their numbers."""
 
 
-def load_run(run: Path, step: str = "best", *, like: RunConfig | None = None, merge_adapters: bool = True) -> LoadedRun:
-    """A run's config, tokenizers and parameters, sharded over the available devices.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedRun(StoredRun):
+    """A trained model with everything needed to use it."""
+
+    params: nnx.State
+    mesh: jax.sharding.Mesh
+
+
+def stored_run(run: Path, step: str = "best") -> StoredRun:
+    """What a checkpoint says of itself.
 
     Args:
         step: `latest`, `best` (the latest if none was evaluated), or a step's number.
-        like: shard the parameters as this run would; None: as the run itself.
-        merge_adapters: merge adapters into the model, which then computes the same, and give a config without them.
 
     Raises:
         UserError: no such run or checkpoint.
@@ -71,17 +75,39 @@ def load_run(run: Path, step: str = "best", *, like: RunConfig | None = None, me
     meta = checkpoints.meta(number)
     config = parse(meta["config"], f"{run}, step {number}")
     tokenizer, target_tokenizer = load_tokenizers(meta["tokenizer"], f"{run}, step {number}")
+    return StoredRun(
+        config=config, tokenizer=tokenizer, target_tokenizer=target_tokenizer, step=number,
+        labels=tuple(meta.get("labels", ())),
+    )  # fmt: skip
+
+
+def load_run(run: Path, step: str = "best", *, like: RunConfig | None = None, merge_adapters: bool = True) -> LoadedRun:
+    """A run's config, tokenizers and parameters, sharded over the available devices.
+
+    Args:
+        step: as in `stored_run`.
+        like: shard the parameters as this run would; None: as the run itself.
+        merge_adapters: merge adapters into the model, which then computes the same, and give a config without them.
+
+    Raises:
+        UserError: no such run or checkpoint.
+    """
+    stored = stored_run(run, step)
+    config = stored.config
     placed = MeshConfig(strategy="fsdp" if config.mesh.slices_parameters else "dp") if like is None else like.mesh
     mesh = make_mesh(placed)
     with use_mesh(mesh, placed.rules):
         described = abstract_params(functools.partial(make_adapted, config.model, config.adapter), mesh)
-        params = checkpoints.restore_params(number, described)
+        params = StoredCheckpoints(run).restore_params(stored.step, described)
         if config.adapter is not None and merge_adapters:
             plain = abstract_params(functools.partial(make_model, config.model), mesh)
             layout = jax.tree.map(lambda leaf: leaf.sharding, plain)
             params = jax.jit(merged, static_argnums=1, out_shardings=layout)(params, config.adapter.scale)
             config = dataclasses.replace(config, adapter=None)
-    return LoadedRun(config, tokenizer, target_tokenizer, params, mesh, number, tuple(meta.get("labels", ())))
+    return LoadedRun(
+        config=config, tokenizer=stored.tokenizer, target_tokenizer=stored.target_tokenizer, params=params, mesh=mesh,
+        step=stored.step, labels=stored.labels,
+    )  # fmt: skip
 
 
 def write_run_files(config: RunConfig, prepared: Prepared) -> str:

@@ -34,7 +34,7 @@ from train.report.sample import make_sampler
 from train.run.begin import batches_of, program_of
 from train.run.evaluate import Evaluation, Evaluator, Scores
 from train.run.init_from import fresh_state
-from train.run.messages import all_skipped, headline, interrupted_at, padding_of
+from train.run.messages import all_skipped, course_of, headline, interrupted_at, padding_of
 from train.run.order import Order
 from train.run.run_files import write_finished
 from train.run.skipped import record_of, why_skipped
@@ -147,6 +147,7 @@ class Run:
         ):
             session = Session(checkpoints, display, log, meter, stop, watch)
             display.say(headline(config, self.mesh, self.program.trained.counted(state.params), start, start == last))
+            display.say(course_of(config, self.batches))
             if padding := padding_of(self.batches):
                 display.say(padding)
             if self._lacks_evaluation(start, last, checkpoints):

@@ -109,6 +109,17 @@ def read(folder: Path, *, head: str | None = None) -> Checkpoint:
     raise last
 
 
+def published_head(data: Mapping[str, Any], kind: str) -> Any:
+    """The config of a head of one kind with the settings of a config.json; None for an architecture that has no such head.
+
+    Raises:
+        UserError: a setting that is not supported.
+    """
+    architecture = ARCHITECTURES[data["model_type"]]
+    name = next((name for name, ours in architecture.classes.items() if ours == kind), None)
+    return None if name is None else getattr(architecture.config(data, name, "config.json")[0], "head", None)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json. Raises `UserError` if there is none."""
     path = folder / "config.json"

@@ -144,7 +144,7 @@ def _common_fields(c: BertConfig) -> dict[str, Any]:
 
 def num_labels_of(c: BertConfig) -> int:
     """Number of classes of the head; their default for a head without classes."""
-    return getattr(c.head, "num_labels", 2)
+    return getattr(c.head, "classes", 2)
 
 
 def _read_bert(theirs: HFConfigReader, head: Any) -> BertConfig:

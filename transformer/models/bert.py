@@ -134,7 +134,7 @@ class Bert(nnx.Module):
         if isinstance(head, MaskedHeadConfig | PretrainingHeadConfig):
             self.masked_head = nnx.data(make_masked_head(c, head.bias, options))
         if isinstance(head, PretrainingHeadConfig | ClassificationHeadConfig | ChoiceHeadConfig):
-            classes = {"pretraining": 2, "classification": getattr(head, "num_labels", 1), "choice": 1}[head.kind]
+            classes = {"pretraining": 2, "classification": getattr(head, "classes", 1), "choice": 1}[head.kind]
             pooled = PooledHead(
                 c.embed_dim, classes, pooling=head.pooling, dropout_rate=c.dropout, activation=head.activation,
                 norm_epsilon=c.norm_eps if head.norm else None, use_bias=head.bias, **options,
@@ -145,7 +145,7 @@ class Bert(nnx.Module):
             self.pooled_head = nnx.data(pooled)
         if isinstance(head, TokensHeadConfig | AnswerHeadConfig):
             scores = TokenHead(
-                c.embed_dim, head.num_labels if isinstance(head, TokensHeadConfig) else 2, dropout_rate=c.dropout,
+                c.embed_dim, head.classes if isinstance(head, TokensHeadConfig) else 2, dropout_rate=c.dropout,
                 activation=head.dense, norm_epsilon=c.norm_eps, use_bias=head.bias, **options,
             )  # fmt: skip
             self.token_head = nnx.data(scores)

@@ -18,6 +18,7 @@ from transformer.layers.embedding import Embedding
 from transformer.layers.feed_forward import ACTIVATIONS
 from transformer.layers.linear import Linear
 from transformer.layers.norm import LayerNorm
+from transformer.models.labelled import LabelledHeadConfig
 from transformer.models.sentence_heads import DecomposableHeadConfig, StructuredHeadConfig
 from transformer.precision import einsum
 from transformer.randomness import dropout
@@ -74,17 +75,11 @@ class PretrainingHeadConfig(PooledHeadConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassificationHeadConfig(PooledHeadConfig):
+class ClassificationHeadConfig(PooledHeadConfig, LabelledHeadConfig):
     """Scores of a row's classes, or, with num_labels 1, a number."""
 
     kind: Literal["classification"] = "classification"
     """The class of a row, or a number."""
-    num_labels: int = 2
-    """Number of classes; 1: a number."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "num_labels", self.num_labels >= 1, "allowed: 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,17 +105,11 @@ class TokenHeadConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokensHeadConfig(TokenHeadConfig):
+class TokensHeadConfig(TokenHeadConfig, LabelledHeadConfig):
     """Scores of the classes of each token."""
 
     kind: Literal["tokens"] = "tokens"
     """The class of each token."""
-    num_labels: int = 2
-    """Number of classes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "num_labels", self.num_labels >= 1, "allowed: 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,20 +15,19 @@ from flax import nnx
 from transformer.alignment.decomposable import DecomposableAttention
 from transformer.alignment.structured import StructuredAttention, redundancy_penalty
 from transformer.attention.spec.mask import AttentionMask
-from transformer.errors import Config, require
+from transformer.errors import require
 from transformer.layers.linear import Linear
+from transformer.models.labelled import LabelledHeadConfig
 from transformer.randomness import dropout
 from transformer.types import Array, Bool, Float, Int, Keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StructuredHeadConfig(Config):
+class StructuredHeadConfig(LabelledHeadConfig):
     """Structured self-attention (Lin et al. 2017) followed by a classifier."""
 
     kind: Literal["structured"] = "structured"
     """The class of a row, from several weighted means of its tokens."""
-    num_labels: int = 2
-    """Number of classes."""
     hops: int = 4
     """Number of weighted means."""
     dim: int | None = None
@@ -38,20 +37,17 @@ class StructuredHeadConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("num_labels", "hops"):
-            require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
+        require(self, "hops", self.hops >= 1, "allowed: 1 or more")
         require(self, "dim", self.dim is None or self.dim >= 1, "allowed: 1 or more, or null")
         require(self, "penalty", self.penalty >= 0, "allowed: 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecomposableHeadConfig(Config):
+class DecomposableHeadConfig(LabelledHeadConfig):
     """Decomposable attention (Parikh et al. 2016) between the two texts of a row."""
 
     kind: Literal["decomposable"] = "decomposable"
     """The class of a pair, from its words compared with what they attend to in the other text."""
-    num_labels: int = 2
-    """Number of classes."""
     dim: int | None = None
     """Width of the layers that attend, compare and aggregate. null: embed_dim."""
     intra: bool = False
@@ -59,7 +55,6 @@ class DecomposableHeadConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "num_labels", self.num_labels >= 1, "allowed: 1 or more")
         require(self, "dim", self.dim is None or self.dim >= 1, "allowed: 1 or more, or null")
 
 
@@ -74,7 +69,7 @@ class StructuredHead(nnx.Module):
         self.config, self.dropout_rate = config, dropout_rate
         self.attend = StructuredAttention(embed_dim, config.dim or embed_dim, config.hops, **options)
         self.hidden = Linear((config.hops, embed_dim), (embed_dim,), axes=(None, "embed", None), **options)
-        self.out = Linear((embed_dim,), (config.num_labels,), axes=("embed", None), **options)
+        self.out = Linear((embed_dim,), (config.classes,), axes=("embed", None), **options)
 
     def __call__(
         self,
@@ -101,7 +96,7 @@ class DecomposableHead(nnx.Module):
 
     def __init__(self, embed_dim: int, config: DecomposableHeadConfig, **options: Any) -> None:
         self.compare = DecomposableAttention(
-            embed_dim, config.dim or embed_dim, config.num_labels, use_intra=config.intra, **options
+            embed_dim, config.dim or embed_dim, config.classes, use_intra=config.intra, **options
         )
 
     def __call__(

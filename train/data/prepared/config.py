@@ -22,8 +22,8 @@ class DataConfig(Config):
     validation: ByContent[tuple[SourceConfig, ...]] = ()
     """Sources of validation text; empty: documents held out from `sources`."""
     validation_fraction: ByContent[float] = 0.05
-    """The fraction of documents that is held out, chosen by document id, or by group if the source has a
-    `group_field`; not used if `validation` is given."""
+    """The fraction of documents that is held out: of each class, if they have classes; otherwise chosen by document id, or by
+    group if the source has a `group_field`. Not used if `validation` is given."""
     tokenizer: ByContent[TokenizerConfig] = field(default_factory=TokenizerConfig)
     """How text becomes token ids."""
     target_tokenizer: ByContent[TokenizerConfig | None] = None

@@ -18,7 +18,7 @@ from train.data.prepared.label_arrays import LabelsPart
 from train.data.sources.source import FileStart
 from train.files import sync, whole_file
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 _CHECKSUM_DIGITS = 16
 
 
@@ -72,6 +72,8 @@ class Part:
     held_out_bytes: int
     """Of the held-out texts that a model predicts, in UTF-8."""
     labels: LabelsPart | None
+    classes: dict[str, int]
+    """How many documents of each class the source has up to its end, where that decides what is held out."""
     rejected: int
     """How many documents of the source were left out as unreadable, if this is its last part."""
     first_rejected: str

@@ -18,6 +18,7 @@ from pathlib import Path
 from train.data.prepared.baseline import LIMIT_BYTES, compressed_sizes
 from train.data.prepared.config import DataConfig
 from train.data.prepared.growing_file import digest_of
+from train.data.prepared.held_out import HeldOut
 from train.data.prepared.journal import Journal, Work
 from train.data.prepared.label_arrays import Labels
 from train.data.prepared.store import (
@@ -32,7 +33,7 @@ from train.data.prepared.store import (
 )
 from train.data.prepared.write_documents import complete
 from train.data.prepared.write_source import PART_BYTES, SourceWriter, Stage, UnusableParts, held_out_path
-from train.data.sources.source import documents, text_size, validation_position
+from train.data.sources.source import documents, text_size
 from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
 from train.data.tokenization.vocabulary import is_trained, make_tokenizer
 from train.files import Busy, locked, sync
@@ -209,11 +210,11 @@ def _training_texts(config: DataConfig, tokenizer: TokenizerConfig, side: int | 
     `side` chooses one side of pairs; None: all sides.
     """
     for source in config.sources:
-        left = tokenizer.training_bytes // len(config.sources)
+        left, held_out = tokenizer.training_bytes // len(config.sources), HeldOut(source, _held_out(config))
         for document in documents(source):
             if left <= 0:
                 break
-            if validation_position(document.split_by) >= _held_out(config):
+            if not held_out.holds_out(document):
                 for text in document.sides if side is None else document.sides[side : side + 1]:
                     left -= len(text.encode())
                     yield text

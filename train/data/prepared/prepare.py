@@ -46,6 +46,15 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Prepared:
     return Prepared.load(target)
 
 
+def prepared_before(config: DataConfig) -> Prepared | None:
+    """The config's data if it is prepared already. Raises `UserError` if it is damaged."""
+    try:
+        target = cache_dir() / "prepared" / fingerprint(config)
+    except UserError:  # a source that is not there yet
+        return None
+    return Prepared.load(target) if target.is_dir() else None
+
+
 def fingerprint(config: DataConfig) -> str:
     """32 hexadecimal digits that depend on everything that affects the prepared tokens.
 

@@ -43,7 +43,7 @@ from transformer.errors import UserError
 
 Split = Literal["train", "validation"]
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 META_FILE = "meta.json"
 SIDES = ("", ".target")
 """What the names of the files of each side have before their suffix."""

@@ -16,12 +16,13 @@ import numpy as np
 
 from train.data.prepared.baseline import LIMIT_BYTES
 from train.data.prepared.growing_file import GrowingFile, is_intact
+from train.data.prepared.held_out import HeldOut
 from train.data.prepared.journal import Journal, Part
 from train.data.prepared.label_arrays import Labels, stored_path
 from train.data.prepared.store import Split, array_path
 from train.data.prepared.write_documents import DocumentWriter, GrowingFiles
 from train.data.sources.records import Document, Rejects
-from train.data.sources.source import FileStart, documents, text_size, validation_position
+from train.data.sources.source import FileStart, documents, text_size
 from train.data.sources.source_config import SourceConfig, SyntheticSource
 from train.data.tokenization.tokenise import Tokenised, tokenised
 from train.data.tokenization.tokenizer import Tokenizer
@@ -53,10 +54,6 @@ class Stage:
     def splits(self) -> tuple[Split, ...]:
         """The splits that its documents go to."""
         return (*(("train",) if self.held_out < 1 else ()), *(("validation",) if self.held_out > 0 else ()))
-
-    def split_of(self, document: Document) -> Split:
-        """The split of one document."""
-        return "validation" if validation_position(document.split_by) < self.held_out else "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +181,8 @@ class _Writing:
         self._held_out_bytes = 0
         self._hash = hashlib.blake2b(digest_size=16)
         before = [part for part in self._run.journal.parts if (part.stage, part.end) <= (self._stage.number, begin)]
+        known = {part.end: part.classes for part in before if part.stage == self._stage.number}
+        self._chooser = HeldOut(self._stage.source, self._stage.held_out, known.get(begin))
         self._left = LIMIT_BYTES - sum(part.held_out_bytes for part in before)
 
     def add(self, found: Iterable[Tokenised], begin: int, *, enough: int | None = None) -> bool:
@@ -196,7 +195,7 @@ class _Writing:
         size = 0
         for document, ids, marks in found:
             self._check_choices(document)
-            split = self._stage.split_of(document)
+            split: Split = "validation" if self._chooser.holds_out(document) else "train"
             texts = [text.encode() for text in document.sides]
             self._writers[split].add(document, texts, self._framed(ids))
             if self._run.labels is not None:
@@ -228,6 +227,7 @@ class _Writing:
             first=self._first or ("", 0),
             held_out_bytes=self._held_out_bytes,
             labels=None if labels is None else labels.end_part(known=known),
+            classes=dict(self._chooser.counts),
             rejected=source.rejects.count,
             first_rejected=source.rejects.first,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import itertools
 import os
 import platform
@@ -124,12 +123,6 @@ def source_files(config: StdlibSource | FilesSource | WheelSource) -> Sequence[t
     if isinstance(config, WheelSource):
         return wheel_files(config.package, config.sha256, config.path)
     return find_files(config.path) if is_remote(config.path) else _local_files(config.path)
-
-
-def validation_position(split_by: str) -> float:
-    """A hash of a document's id or group in [0, 1); documents below the validation fraction are held out."""
-    digest = hashlib.blake2b(split_by.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 def _file_documents(

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.data.sources.wheel import wheel_files
 from train.data.tokenization.conventions import saved_about
@@ -228,3 +228,11 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
     return merges
+
+
+def as_setting(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """How a config names a tokenizer that is stored in a folder, as plain data."""
+    if isinstance(tokenizer, ByteTokenizer):
+        names = [name for name, id in tokenizer.special_ids.items() if id != tokenizer.end_of_text]
+        return {"kind": "bytes", "special_tokens": names}
+    return {"kind": "file", "path": str(folder / "tokenizer.json")}

@@ -24,7 +24,7 @@ from train.files import writing
 from train.parallel.mesh import check_batch, make_mesh, use_mesh
 from train.program.program import Program, flops_per_prediction
 from train.program.state import TrainState
-from train.run.begin import batches_of, check_data, program_of
+from train.run.begin import batches_of, check_data, program_of, with_data
 from train.run.init_from import check_begin, fresh_state
 from train.run.order import Order
 from train.run.run_files import config_file
@@ -72,6 +72,7 @@ def _examine(config: RunConfig, stored: StoredCheckpoints | None, steps: int, fo
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.mesh.rules, config.batch_size, config.microbatches)
     prepared = prepare(config.data)
+    config = with_data(config, prepared)
     check_data(config, prepared)
     devices = list(mesh.devices.flat)
     peaks = peaks_of(devices, config.model.dtype)

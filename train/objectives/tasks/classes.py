@@ -33,7 +33,7 @@ class WeightedClasses(Task):
 
     def check_classes(self, prepared: Prepared, model: ModelConfig) -> None:
         if isinstance(model, BertConfig) and isinstance(model.head, (*CLASSES, TokensHeadConfig)):
-            check_labels(prepared, model.head.num_labels)
+            check_labels(prepared, model.head.classes)
 
     def with_data(self, prepared: Prepared) -> Self:
         """With `balanced` weights as numbers: N / (C · n) for a class with n of all N labels.

@@ -49,7 +49,7 @@ class Classification(WeightedClasses):
         super().check_model(model)
         if isinstance(model, BertConfig) and isinstance(model.head, CLASSES):
             allowed = "allowed: 2 or more classes; for numbers objective.kind: regression"
-            require(model.head, "num_labels", model.head.num_labels >= 2, allowed)
+            require(model.head, "num_labels", model.head.classes >= 2, allowed)
 
     def check_classes(self, prepared: Prepared, model: ModelConfig) -> None:
         super().check_classes(prepared, model)

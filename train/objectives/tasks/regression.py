@@ -17,7 +17,7 @@ import numpy as np
 from train.data.examples.labelled import LabelledDocuments
 from train.data.examples.rows import TaskRows, TooLong
 from train.data.prepared.prepare import DataConfig
-from train.data.prepared.store import TokenArray
+from train.data.prepared.store import Prepared, TokenArray
 from train.data.sources.records import Document
 from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import Batch, LossConfig, LossSums, with_added_loss
@@ -48,9 +48,11 @@ class Regression(Task):
     def check_model(self, model: ModelConfig) -> None:
         super().check_model(model)
         if isinstance(model, BertConfig) and isinstance(model.head, ClassificationHeadConfig):
-            require(
-                model.head, "num_labels", model.head.num_labels == 1, "a regression predicts one number; allowed: 1"
-            )
+            wanted = "a regression predicts one number; allowed: 1"
+            require(model.head, "num_labels", model.head.num_labels in (1, None), wanted)
+
+    def num_labels(self, prepared: Prepared) -> int:
+        return 1
 
     def for_any_document(self) -> Self:
         return dataclasses.replace(self, too_long="truncate")
