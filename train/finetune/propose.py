@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from train.data.prepared.prepare import DataConfig, prepare
 from train.data.prepared.store import Prepared
 from train.data.sources.file_formats import format_of
 from train.data.sources.readers import FOLDER
-from train.data.sources.source import source_files
+from train.data.sources.source import documents, source_files
 from train.data.sources.source_config import FilesSource
 from train.finetune.base import find_base
 from train.huggingface.source import name_of
@@ -98,11 +99,10 @@ def propose(request: Request) -> tuple[Data, RunConfig]:
     if request.lora is not None:
         data["adapter"] = {"rank": request.lora}
     draft = _parsed(data, request)
-    prepared = prepare(draft.data)
-    if (fraction := _held_out(draft, prepared)) is not None:
+    if (fraction := _held_out(draft)) is not None:
         data["data"]["validation_fraction"] = fraction
         draft = _parsed(data, request)
-        prepared = prepare(draft.data)
+    prepared = prepare(draft.data)
     data |= {"length": _length(draft, prepared), "batch_size": _batch_size(prepared)}
     draft = with_data(_parsed(data, request), prepared)
     check_data(draft, prepared)
@@ -172,14 +172,14 @@ def _source(request: Request, path: str, objective: type[Objective]) -> Data:
     return source
 
 
-def _held_out(config: RunConfig, prepared: Prepared) -> float | None:
+def _held_out(config: RunConfig) -> float | None:
     """The fraction to hold out so that scores mean something; None for the usual one."""
     usual = DataConfig().validation_fraction
     if config.data.validation or config.data.validation_fraction != usual or not isinstance(config.objective, Task):
         return None
-    documents = sum(array.documents for array in (*prepared.train, *prepared.validation))
-    wanted = round(min(_MOST_HELD_OUT, _SURE / max(documents, 1)), 2)
-    return wanted if wanted > usual else None
+    enough = math.ceil(_SURE / usual)
+    count = sum(1 for _ in itertools.islice(documents(config.data.sources[0]), enough))
+    return None if count == enough else round(min(_MOST_HELD_OUT, _SURE / max(count, 1)), 2)
 
 
 def _length(config: RunConfig, prepared: Prepared) -> int:

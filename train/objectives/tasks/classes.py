@@ -31,6 +31,10 @@ class WeightedClasses(Task):
             holds = min(self.class_weights, default=-1) >= 0 and sum(self.class_weights) > 0
             require(self, "class_weights", holds, "allowed: numbers, 0 or more, not all 0; balanced; or null")
 
+    def num_labels(self, prepared: Prepared) -> int:
+        check_labels(prepared, found := len(prepared.meta.labels))
+        return found
+
     def check_classes(self, prepared: Prepared, model: ModelConfig) -> None:
         if isinstance(model, BertConfig) and isinstance(model.head, (*CLASSES, TokensHeadConfig)):
             check_labels(prepared, model.head.classes)
