@@ -105,6 +105,7 @@ SHORTER = [
 ELSEWHERE = {
     "--coordinator": "train/test_processes.py",
     "verify-resume": "train/test_verify_resume.py",
+    "--tasks": "train/test_harness.py",
     "--install": "benchmarks/test_compile_ahead.py",
     "gpt_7b.yaml --target": "benchmarks/test_compile_ahead.py",
     "sharding configs/tiny.yaml": "benchmarks/test_sharding_measure.py",

@@ -196,7 +196,7 @@ class Tokenizer(abc.ABC):
                 that the text spells out is not added again.
         """
         begin = list(self.begin)
-        ids = self._encode_special(text) if special else self.encode(text).tolist()
+        ids = self.encode_special(text) if special else self.encode(text).tolist()
         return ids if special and ids[: len(begin)] == begin else [*begin, *ids]
 
     def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
@@ -207,7 +207,7 @@ class Tokenizer(abc.ABC):
         return added_text(self.decode(prompt), self.decode([*prompt, *new]))
 
     @abc.abstractmethod
-    def _encode_special(self, text: str) -> list[int]:
+    def encode_special(self, text: str) -> list[int]:
         """The ids of a text in which special tokens may be spelled out."""
 
     def fingerprint(self) -> str:
@@ -236,7 +236,7 @@ class ByteTokenizer(Tokenizer):
         ids = np.asarray(ids, np.int64)
         return bytes(ids[(ids > 0) & (ids < _BYTES)].astype(np.uint8)).decode("utf-8", "replace")
 
-    def _encode_special(self, text: str) -> list[int]:
+    def encode_special(self, text: str) -> list[int]:
         parts = re.split("|".join(f"({re.escape(name)})" for name in self.special_ids), text)
         ids: list[int] = []
         for part in filter(None, parts):
@@ -340,7 +340,7 @@ class SubwordTokenizer(Tokenizer):
         cuts = [0, *(min(start + 1, len(text) - 1) for start in starts), len(text)]
         return [id for start, stop in itertools.pairwise(cuts) for id in self._without_special(text[start:stop])]
 
-    def _encode_special(self, text: str) -> list[int]:
+    def encode_special(self, text: str) -> list[int]:
         return self._reading_special.encode(text, add_special_tokens=False).ids
 
     @functools.cached_property
