@@ -111,8 +111,8 @@ def test_packed_texts_score_as_each_alone(one):
     for text, packed in zip(texts, together, strict=True):
         (alone,) = scorer(loaded.params, [text])
         assert packed.log_probabilities.shape == (len(text) - 1,)
-        np.testing.assert_allclose(packed.log_probabilities, alpacked.log_probabilities, rtol=1e-5, atol=1e-5)
-        assert (packed.is_likeliest == alpacked.is_likeliest).all()
+        np.testing.assert_allclose(packed.log_probabilities, alone.log_probabilities, rtol=1e-5, atol=1e-5)
+        assert (packed.is_likeliest == alone.is_likeliest).all()
 
 
 @pytest.fixture
