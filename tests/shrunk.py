@@ -72,11 +72,24 @@ def _source(config, folder) -> SourceConfig:
     first = config.data.sources[0]
     if isinstance(first, SyntheticSource):
         return dataclasses.replace(first, limit=100)
+    if getattr(first, "holds", "texts") != "texts":
+        return _dialogues(first.holds, folder)
     if config.data.labelled:
         return _labelled_source(config, folder)
     if config.data.pairs:
         return SyntheticSource(limit=100)
     return FilesSource(path=str(folder / "texts.jsonl"))
+
+
+def _dialogues(holds, folder) -> SourceConfig:
+    """Answers that fit a row with the template around them, and none of the questions."""
+    rows = []
+    for number in range(40):
+        answer = [{"role": "assistant", "content": f"{number}"}]
+        rows.append(json.dumps({"messages": answer}) + "\n")
+    path = folder / f"{holds}.jsonl"
+    path.write_text("".join(rows))
+    return FilesSource(path=str(path), holds=holds)
 
 
 def _labelled_source(config, folder) -> SourceConfig:

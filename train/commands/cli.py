@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from train.commands import attend, embed, export, generate, import_checkpoint, predict, prepare, train, translate
+from train.commands import attend, chat, embed, export, generate, import_checkpoint, predict, prepare, train, translate
 from train.commands.examine import (
     checkpoints,
     diff,
@@ -29,7 +29,7 @@ COMMANDS = tuple(
     module.COMMAND
     for module in (
         train, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, doctor, plot, diff, checkpoints,
-        generate, attend, translate, predict, replay, verify_resume,
+        generate, chat, attend, translate, predict, replay, verify_resume,
     )
 )  # fmt: skip
 """To add a command, add its file and its name here."""

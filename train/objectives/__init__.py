@@ -10,6 +10,7 @@ from __future__ import annotations
 import typing
 
 from train.objectives.causal import Causal
+from train.objectives.chat import Chat
 from train.objectives.contrastive import Contrastive
 from train.objectives.masked import Masked
 from train.objectives.none import NoObjective
@@ -30,6 +31,7 @@ from train.objectives.ul2 import Ul2
 AnyObjective = (
     Causal
     | Prefix
+    | Chat
     | Masked
     | NextSentence
     | SentenceOrder

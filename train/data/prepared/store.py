@@ -272,7 +272,7 @@ def _open(directory: Path, split: Split, source: int, meta: Meta, dtypes: tuple[
     labels = None
     if meta.label_kind is not None and counts.documents:
         labels = np.load(labels_path(directory, split, source), mmap_mode="r")
-        of_tokens = meta.label_kind == "tags"
+        of_tokens = meta.label_kind in ("tags", "turns", "preferences")
         wanted, what = (counts.tokens + 1, "tokens") if of_tokens else (counts.documents, "documents")
         if len(labels) != wanted:
             raise ValueError(f"{path.name}: {len(labels)} labels where meta.json counts {wanted} {what}")

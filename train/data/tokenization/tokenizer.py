@@ -237,11 +237,14 @@ class ByteTokenizer(Tokenizer):
         return bytes(ids[(ids > 0) & (ids < _BYTES)].astype(np.uint8)).decode("utf-8", "replace")
 
     def _encode_special(self, text: str) -> list[int]:
-        parts = re.split("|".join(f"({re.escape(name)})" for name in self.special_ids), text)
         ids: list[int] = []
-        for part in filter(None, parts):
+        for part in self.cut_at_special(text):
             ids += [self.special_ids[part]] if part in self.special_ids else self.encode(part).tolist()
         return ids
+
+    def cut_at_special(self, text: str) -> list[str]:
+        """The parts of a text: special tokens that it spells out, and what is between them."""
+        return list(filter(None, re.split(f"({'|'.join(map(re.escape, self.special_ids))})", text)))
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if 0 < token < _BYTES else b""
@@ -341,10 +344,11 @@ class SubwordTokenizer(Tokenizer):
         return [id for start, stop in itertools.pairwise(cuts) for id in self._without_special(text[start:stop])]
 
     def _encode_special(self, text: str) -> list[int]:
-        return self._reading_special.encode(text, add_special_tokens=False).ids
+        return self.reading_special.encode(text, add_special_tokens=False).ids
 
     @functools.cached_property
-    def _reading_special(self) -> tokenizers.Tokenizer:
+    def reading_special(self) -> tokenizers.Tokenizer:
+        """The same vocabulary, to which special tokens that a text spells out are those tokens."""
         model = type(self.model).from_str(self.model.to_str())
         model.encode_special_tokens = False
         return model
