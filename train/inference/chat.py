@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from train.data.prepared.label_arrays import MARKED
 from train.data.sources.dialogues import ASSISTANT, USER
 from train.data.sources.records import Message
 from train.data.tokenization.chat import Chat
@@ -45,7 +46,7 @@ def chat(run: Path, step: str, system: str, max_tokens: int | None, how: Mapping
             f"{run}: cannot chat: family {loaded.config.model.family!r} is not a language model; use predict or embed"
         )
     dialogue = Dialogue(loaded, loaded.config.model, system=system, max_tokens=max_tokens, how=how, seed=seed)
-    if dialogue.chat.is_built_in and loaded.config.objective.kind != "chat":
+    if dialogue.chat.is_built_in and loaded.config.objective.label_kind not in MARKED:
         _say("this vocabulary has no chat template: the dialogue is written in the built-in one (ChatML)")
     is_terminal = sys.stdin.isatty()
     if is_terminal:

@@ -15,6 +15,7 @@ from train.objectives.contrastive import Contrastive
 from train.objectives.masked import Masked
 from train.objectives.none import NoObjective
 from train.objectives.objective import Objective, objectives
+from train.objectives.preference import Preference
 from train.objectives.prefix import Prefix
 from train.objectives.replaced_tokens import ReplacedTokens
 from train.objectives.sentences import NextSentence, SentenceOrder
@@ -31,7 +32,6 @@ from train.objectives.ul2 import Ul2
 AnyObjective = (
     Causal
     | Prefix
-    | Chat
     | Masked
     | NextSentence
     | SentenceOrder
@@ -45,6 +45,8 @@ AnyObjective = (
     | Answer
     | Choice
     | Contrastive
+    | Chat
+    | Preference
     | NoObjective
 )
 

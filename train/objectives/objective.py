@@ -73,6 +73,8 @@ class Objective(Config, abc.ABC):
     """The name of one prediction, in messages."""
     compares_rows: ClassVar[bool] = False
     """Whether the loss compares the rows of a batch with each other, so that it depends on the size of the batch."""
+    needs_reference: ClassVar[bool] = False
+    """Whether it compares with what the weights that the run begins with say of its data."""
     predicts_all_text: ClassVar[bool] = False
     """Whether every token of the text is predicted once, from those before it, so that bits per byte are meaningful."""
     translates: ClassVar[bool] = False

@@ -154,6 +154,8 @@ class TokenArray:
     """For pairs, the target side, document by document; None for single texts."""
     labels: np.ndarray | None = None
     """The label of each document, or token, as `train.data.prepared.label_arrays` describes them; None without labels."""
+    reference: np.ndarray | None = None
+    """[examples, 2] float32: what the reference model says of both answers of each pair; None where that is not known."""
 
     @property
     def documents(self) -> int:

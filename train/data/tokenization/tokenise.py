@@ -94,9 +94,20 @@ def _dialogues(tokenizer: Tokenizer, documents: list[Document]) -> list[Tokenise
                     f"{document.id}: the chat template: {error}; fix the dialogue, or the template"
                 ) from None
             parts.append((ids, said * SAID + len(parts) * REJECTED))
+        if len(parts) > 1:
+            _unmark_beginning(*parts)
         ids, marks = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         found.append(Tokenised(document, (ids,), marks))
     return found
+
+
+def _unmark_beginning(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> None:
+    """Take the mark `SAID` from what two dialogues have in common at their beginning."""
+    shorter = min(len(one[0]), len(other[0]))
+    differs = np.flatnonzero(one[0][:shorter] != other[0][:shorter])
+    common = int(differs[0]) if len(differs) else shorter
+    for _, marks in (one, other):
+        marks[:common] &= ~SAID
 
 
 def _answer(document: Document, places: np.ndarray) -> np.ndarray:
