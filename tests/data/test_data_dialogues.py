@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -251,3 +252,27 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
     plain = DataConfig(sources=(FilesSource(path=str(texts)),), validation_fraction=0)
     with pytest.raises(UserError, match="'chat' needs dialogues; set holds: dialogues in the sources"):
         ChatObjective().check_data(prepare(plain, progress=False), 16)
+
+
+def test_a_template_of_ones_own_is_kept_with_the_vocabulary(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", *({"messages": HI} for _ in range(3)))
+    template = tmp_path / "mine.jinja"
+    template.write_text(MARKED.replace("</s>", "<|eot|>"))
+    words = {"kind": "bpe", "vocab_size": 300, "special_tokens": ("<|eot|>",)}
+    config = dataclasses.replace(config_of(path), tokenizer=TokenizerConfig(**words, chat_template=str(template)))
+    prepared = prepare(config, progress=False)
+    made, (array,) = prepared.tokenizer, prepared.train
+    eot = made.special_ids["<|eot|>"]
+    assert made.ends == (made.end_of_text, eot)
+    assert set(array.tokens[array.labels > 0].tolist()) >= {eot} and "ChatML" not in capsys.readouterr().err
+    # What is prepared depends on the file's content.
+    template.write_text(MARKED.replace("</s>", "!"))
+    assert prepare(config, progress=False).directory != prepared.directory
+    with pytest.raises(ConfigError, match="chat_template: got 'x'; kind 'bytes' has the built-in one"):
+        TokenizerConfig(chat_template="x")
+    missing = dataclasses.replace(config, tokenizer=TokenizerConfig(**words, chat_template=str(tmp_path / "no.jinja")))
+    with pytest.raises(UserError, match=r"no\.jinja: cannot be read .*correct data\.tokenizer\.chat_template"):
+        prepare(missing, progress=False)
+    # A vocabulary of our own gets the built-in template, and keeps it.
+    plain = prepare(dataclasses.replace(config, tokenizer=TokenizerConfig(**words)), progress=False).tokenizer
+    assert plain.conventions.chat_templates == {"default": BUILT_IN} and plain.ends == (plain.end_of_text,)

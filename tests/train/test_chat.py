@@ -14,9 +14,13 @@ from train.commands.cli import main
 from train.config import load
 from train.data.loader import train_batches
 from train.data.prepared.prepare import prepare
+from train.data.tokenization.chat import Chat, for_dialogues
+from train.data.tokenization.tokenizer import ByteTokenizer
 from train.huggingface.export import export
 from train.huggingface.import_checkpoint import import_checkpoint
+from train.huggingface.vocabulary import as_subwords, written
 from train.run.loop import train
+from transformer.models.gpt import GPTConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -150,3 +154,17 @@ def test_adapters_learn_what_the_assistant_says(llama, imported, tmp_path, capsy
     capsys.readouterr()
     assert main(["chat", str(config.directory), *greedy]) == 0
     assert capsys.readouterr().out == dialogues()[0]["messages"][1]["content"] + "\n"
+
+
+@pytest.mark.torch
+def test_a_vocabulary_of_bytes_is_exported_with_the_built_in_template(tmp_path):
+    import transformers
+
+    tokens = ByteTokenizer()
+    for name, text in written(for_dialogues(as_subwords(tokens)), GPTConfig(vocab_size=256)).items():
+        (tmp_path / name).write_text(text)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for row in dialogues(4):
+        ids, marks = Chat(tokens).tokens(row["messages"])
+        wanted = theirs.apply_chat_template(row["messages"], return_assistant_tokens_mask=True, return_dict=True)
+        assert ids.tolist() == wanted["input_ids"] and marks.astype(int).tolist() == wanted["assistant_masks"]

@@ -37,6 +37,7 @@ def referred(program: Program, config: RunConfig, prepared: Prepared, params: nn
     """The data with the log-probabilities of all answers by these parameters, where the objective needs them."""
     if not config.objective.needs_reference:
         return prepared
+    print(f"{config.name}: applying the reference model, that of the weights so far, to all data once")
     found = {split: _log_probs(program, config, prepared, split, params) for split in _SPLITS}
     return _with(config, prepared, found)
 

@@ -125,9 +125,6 @@ class Run:
             return self._restore(checkpoints, step, meta)
         state = fresh_state(self.program, self.config, self.prepared)
         if self.config.objective.needs_reference:
-            print(
-                f"{self.config.name}: applying the reference model, which is that of the weights so far, to all data once"
-            )
             self._take(referred(self.program, self.config, self.prepared, state.params))
         return state
 

@@ -33,7 +33,7 @@ from train.data.prepared.store import (
 from train.data.prepared.write_documents import complete
 from train.data.prepared.write_source import PART_BYTES, SourceWriter, Stage, UnusableParts, held_out_path
 from train.data.sources.source import documents, text_size, validation_position
-from train.data.tokenization.chat import with_template
+from train.data.tokenization.chat import for_dialogues
 from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
 from train.data.tokenization.vocabulary import is_trained, make_tokenizer
 from train.files import Busy, locked, sync
@@ -196,7 +196,7 @@ def _make_tokenizers(config: DataConfig, *, shown: bool) -> list[Tokenizer]:
         made = _tokenizer(config.tokenizer, _training_texts(config, config.tokenizer, None), shown=shown)
         if not made.conventions.chat_templates:
             say("the vocabulary has no chat template: dialogues are written in the built-in one (ChatML)", shown=shown)
-        return [with_template(made)]
+        return [for_dialogues(made)]
     if config.target_tokenizer is None:
         return [_tokenizer(config.tokenizer, _training_texts(config, config.tokenizer, None), shown=shown)]
     both = (config.tokenizer, config.target_tokenizer)

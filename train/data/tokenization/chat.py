@@ -109,16 +109,29 @@ def template_of(tokenizer: Tokenizer) -> str:
     return own.get(_DEFAULT, BUILT_IN)
 
 
-def with_template(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, with the built-in template as its own if it has none: it is then stored and exported with it."""
-    if not isinstance(tokenizer, SubwordTokenizer) or tokenizer.conventions.chat_templates:
+def for_dialogues(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer of a model that learns dialogues, as it is stored and exported: with its template, which may be the built-in
+    one, and with every token that ends an answer. Raises `UserError` as `Chat`."""
+    if not isinstance(tokenizer, SubwordTokenizer):
         return tokenizer
-    kept = dataclasses.replace(tokenizer.conventions, chat_templates={_DEFAULT: BUILT_IN})
+    chat = Chat(tokenizer)
+    templates = tokenizer.conventions.chat_templates or {_DEFAULT: BUILT_IN}
+    kept = dataclasses.replace(tokenizer.conventions, chat_templates=templates, ends=chat.ends)
+    return SubwordTokenizer(tokenizer.model, tokenizer.end_token, kept)
+
+
+def with_template(tokenizer: SubwordTokenizer, template: str) -> SubwordTokenizer:
+    """The tokenizer with another template for every dialogue."""
+    templates = {**tokenizer.conventions.chat_templates, _DEFAULT: template}
+    kept = dataclasses.replace(tokenizer.conventions, chat_templates=templates)
     return SubwordTokenizer(tokenizer.model, tokenizer.end_token, kept)
 
 
 def _names(tokenizer: Tokenizer) -> dict[str, str]:
     """The special tokens by the names that templates use."""
-    end = tokenizer.end_token if isinstance(tokenizer, SubwordTokenizer) else END_OF_TEXT
-    published = {role: name for role, name in tokenizer.conventions.fields.items() if role in ROLES}
-    return {"eos_token": end} | published
+    if not isinstance(tokenizer, SubwordTokenizer):
+        return {"eos_token": END_OF_TEXT}
+    names = {role: name for role, name in tokenizer.conventions.fields.items() if role in ROLES}
+    if not names and tokenizer.begin:
+        names = {"bos_token": str(tokenizer.model.id_to_token(tokenizer.begin[0]))}
+    return {"eos_token": tokenizer.end_token} | names
