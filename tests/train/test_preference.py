@@ -177,6 +177,18 @@ def test_it_goes_on_bitwise_with_the_same_reference(whole, tmp_path):
         train(dataclasses.replace(other, length=90), allow_changed=["length"])
 
 
+@pytest.mark.all_devices
+def test_eight_devices_compute_what_one_does(whole, rows, tmp_path):
+    first, _ = whole
+    config = config_of(rows, tmp_path / "eight", steps=3, mesh={"strategy": "fsdp"}, loss={"chunk": 64})
+    train(dataclasses.replace(config, optimizer=first.optimizer))
+    one, eight = (
+        [record["train/loss"] for _, record in read_records(run / METRICS) if "train/loss" in record][:2]
+        for run in (first.directory, config.directory)
+    )
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
+
+
 def test_adapters_are_compared_with_the_model_without_them(whole, rows, tmp_path, capsys):
     first, _ = whole
     config = config_of(
