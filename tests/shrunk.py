@@ -29,7 +29,7 @@ def shrunk(config, folder):
         steps=1,
         batch_size=config.microbatches * 8,
         length=None,
-        model=_smaller(config.model),
+        model=_smaller(config.model, 64 if config.data.label_kind == "preferences" else 32),
         # Its own sources may be a download of gigabytes: their reading is tested elsewhere.
         data=DataConfig(
             sources=(_source(config, folder),),
@@ -46,9 +46,9 @@ def shrunk(config, folder):
     )
 
 
-def _smaller(model):
+def _smaller(model, length):
     """The same kind of model, whose parts have the same settings and small sizes."""
-    sizes = {"vocab_size": 512, "max_length": 32, "num_layers": 2, "embed_dim": 32}
+    sizes = {"vocab_size": 512, "max_length": length, "num_layers": 2, "embed_dim": 32}
     if getattr(model, "source_vocab_size", None) is not None:
         sizes["source_vocab_size"] = 512
     if isinstance(model, RecurrentConfig):
@@ -72,11 +72,27 @@ def _source(config, folder) -> SourceConfig:
     first = config.data.sources[0]
     if isinstance(first, SyntheticSource):
         return dataclasses.replace(first, limit=100)
+    if getattr(first, "holds", "texts") != "texts":
+        return dialogue_source(first.holds, folder)
     if config.data.labelled:
         return _labelled_source(config, folder)
     if config.data.pairs:
         return SyntheticSource(limit=100)
     return FilesSource(path=str(folder / "texts.jsonl"))
+
+
+def dialogue_source(holds, folder) -> SourceConfig:
+    """Short dialogues: of an answer alone, or of a question and two answers, which need 48 tokens."""
+    rows = []
+    for number in range(40):
+        if holds == "preferences":
+            row = {"prompt": "", "chosen": f"{number}", "rejected": f"{number} or"}
+        else:
+            row = {"messages": [{"role": "assistant", "content": f"{number}"}]}
+        rows.append(json.dumps(row) + "\n")
+    path = folder / f"{holds}.jsonl"
+    path.write_text("".join(rows))
+    return FilesSource(path=str(path), holds=holds)
 
 
 def _labelled_source(config, folder) -> SourceConfig:

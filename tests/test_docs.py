@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import shutil
@@ -128,6 +129,7 @@ LEFT = {
 def test_its_commands_run(page, tmp_path, monkeypatch, capsys):
     """In their order, on the shipped configs and the page's own, at a small size."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     Path("texts").mkdir()
     write_documents(tmp_path / "texts")
     Path("texts.txt").write_text("a text\nand another\n")

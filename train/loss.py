@@ -67,6 +67,8 @@ class LossSums:
     """Number of rows, or tokens, if `weight` is not uniform."""
     routers: tuple[RouterSums, ...] = ()
     """Of each stack of layers with a mixture of experts."""
+    also: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict)
+    """Sums whose means by `weight` are metrics of a step and of an evaluation, by name."""
 
     def __add__(self, other: LossSums) -> LossSums:
         return jax.tree.map(jnp.add, self, other)

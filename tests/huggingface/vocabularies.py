@@ -59,8 +59,9 @@ def save_tokenizer(made, folder, **options):
     """Save it as transformers does, with a chat template."""
     from transformers import PreTrainedTokenizerFast
 
+    options = {"chat_template": CHAT} | options
     theirs = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT, **options
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **options
     )
     theirs.save_pretrained(folder)
 

@@ -275,6 +275,29 @@ def test_tags_pairs_numbers_and_plain_text_have_their_own_objectives(encoder, pl
         assert config.model.embed_dim == 32
 
 
+def test_dialogues_and_preferences_are_recognised(place):
+    base = place / "runs" / "gpt"
+    base.mkdir(parents=True)
+    (base / "config.yaml").write_text(
+        "name: gpt\nmodel: {family: gpt, num_layers: 1, embed_dim: 32, attention: {num_heads: 2}}\n"
+    )
+    ask, rows = [{"role": "user", "content": "Hi!"}], range(12)
+    kinds = {
+        "chat": [{"messages": [*ask, {"role": "assistant", "content": f"Hello {number}."}]} for number in rows],
+        "preference": [{"prompt": ask, "chosen": f"Hello {number}.", "rejected": "What?"} for number in rows],
+        "causal": [{"text": f"some words {number} " * 300} for number in rows],
+    }
+    for kind, records in kinds.items():
+        (place / f"{kind}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+        words = ("--config-only", "--lora", "4", "--data.validation-fraction", "0.3")
+        assert finetune("runs/gpt", "--data", f"{kind}.jsonl", *words) == 0
+        config = load(place / "runs" / f"gpt-{kind}.yaml", find_base=find_base)
+        assert config.objective.kind == kind and config.adapter.rank == 4
+        # A config that names no objective has the same one.
+        sources = to_data(config.data)["sources"]
+        assert parsed(model={"family": "gpt"}, data={"sources": sources, "packing": "documents"}).objective.kind == kind
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from train.commands import (
     attend,
+    chat,
     embed,
     export,
     finetune,
@@ -40,7 +41,7 @@ COMMANDS = tuple(
     module.COMMAND
     for module in (
         train, finetune, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, doctor, plot, diff,
-        checkpoints, generate, attend, translate, predict, replay, verify_resume,
+        checkpoints, generate, chat, attend, translate, predict, replay, verify_resume,
     )
 )  # fmt: skip
 """To add a command, add its file and its name here."""

@@ -88,6 +88,22 @@ def from_flags(kind: type[T], options: argparse.Namespace) -> T:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
+def add_sampling(parser: argparse.ArgumentParser, what: str) -> None:
+    """How text is sampled from a language model: the fields of `Sampling`, the seed, and the length of `what` is generated."""
+    length = f"length of {what} (an import's own, else 256, or what the context leaves)"
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=length)
+    warm = "sampling temperature; 0 is greedy (an import's own, else 0.8)"
+    parser.add_argument("--temperature", type=float, help=warm)
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens (an import's own, else all)")
+    most = "sample from the likeliest tokens whose probabilities sum to this (an import's own, else 0.95)"
+    parser.add_argument("--top-p", type=float, help=most)
+    least = "drop tokens below this fraction of the likeliest token's probability (an import's own, else 0)"
+    parser.add_argument("--min-p", type=float, help=least)
+    again = "above 1 penalises repetition (an import's own, else 1)"
+    parser.add_argument("--repetition-penalty", type=float, help=again)
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (0)")
+
+
 def add_encoding(parser: argparse.ArgumentParser, default: str = "") -> None:
     """How a file that the command reads is encoded; utf-8, or None if a text says what the `default` is."""
     text = f"encoding of a file without a byte order mark ({default or 'utf-8'})"

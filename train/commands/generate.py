@@ -10,6 +10,7 @@ from train.commands.command import (
     add_devices,
     add_encoding,
     add_run,
+    add_sampling,
     from_flags,
     given_flags,
     read_lines,
@@ -26,18 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_encoding(parser)
     special = "read special tokens that a prompt spells out as those tokens, not as text"
     parser.add_argument("--special", action="store_true", help=special)
-    length = "length of a continuation (an import's own, else 256, or what the context leaves)"
-    parser.add_argument("--max-tokens", type=int, metavar="N", help=length)
-    warm = "sampling temperature; 0 is greedy (an import's own, else 0.8)"
-    parser.add_argument("--temperature", type=float, help=warm)
-    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens (an import's own, else all)")
-    most = "sample from the likeliest tokens whose probabilities sum to this (an import's own, else 0.95)"
-    parser.add_argument("--top-p", type=float, help=most)
-    least = "drop tokens below this fraction of the likeliest token's probability (an import's own, else 0)"
-    parser.add_argument("--min-p", type=float, help=least)
-    again = "above 1 penalises repetition (an import's own, else 1)"
-    parser.add_argument("--repetition-penalty", type=float, help=again)
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling (0)")
+    add_sampling(parser, "a continuation")
     beams = "beam search with N beams instead of sampling"
     parser.add_argument("--beams", type=int, metavar="N", help=beams)
     parser.add_argument("--num-best", type=int, default=1, metavar="N", help="with --beams: show the N best (1)")

@@ -137,17 +137,18 @@ def _merged(given: Data, theirs: Data) -> Data:
 
 def _with_objective(data: Data, family: str) -> Data:
     """With the first objective that trains this head on these labels, unless one is named or it is the default."""
-    if "objective" in data or family in Causal.families:
+    labels = _label_kind(data.get("data", {}))
+    if "objective" in data or (family in Causal.families and labels is None):
         return data
-    kind, labels = _kind_of_head(data, family), _label_kind(data.get("data", {}))
-    for name, objective in OBJECTIVES.items():
-        if (
-            family in objective.families
-            and (not objective.heads or kind in objective.heads)
-            and objective.label_kind in (labels, None)
-        ):
-            return data | {"objective": {"kind": name}}
-    return data
+    kind = _kind_of_head(data, family)
+    suited = {
+        name: one.label_kind
+        for name, one in OBJECTIVES.items()
+        if family in one.families and (not one.heads or kind in one.heads) and one.label_kind in (labels, None)
+    }
+    # What is for these labels comes before what takes any text.
+    found = next((name for name, wanted in suited.items() if wanted == labels), next(iter(suited), None))
+    return data if found is None else data | {"objective": {"kind": found}}
 
 
 def _with_head(data: Data, family: str, given: Any, base: Base | None) -> Data:
@@ -188,4 +189,6 @@ def _label_kind(section: Data) -> LabelKind | None:
     """What the labels of the first source are; None if it has none."""
     sources = section.get("sources")
     first = sources[0] if isinstance(sources, list) and sources and isinstance(sources[0], dict) else {}
+    if (holds := first.get("holds", "texts")) != "texts":
+        return {"dialogues": "turns", "preferences": "preferences"}.get(holds) if isinstance(holds, str) else None  # type: ignore[return-value]
     return first.get("label_kind", "class") if first.get("label_field") else None

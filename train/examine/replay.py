@@ -27,6 +27,7 @@ from train.report.display import console
 from train.run.begin import batches_of, check_data, program_of
 from train.run.init_from import fresh_state
 from train.run.order import Order
+from train.run.reference import with_stored
 from train.run.run_files import config_file, read_metrics
 from train.run.skipped import read_skipped
 from transformer.errors import UserError
@@ -71,6 +72,7 @@ def replay(run: Path, step: int, *, rows: int = 8) -> bool:
             before = [one for one in known if one <= last and stored.damage(one) is None]
             if before:
                 state = restore_state(stored.folder(before[-1]), program.abstract)
+        prepared = with_stored(run, config, prepared)
         state = fresh_state(program, config, prepared) if state is None else state
         start, batches = int(state.step), batches_of(config, prepared)
         print(f"{run}: step {step}, from {f'the checkpoint of step {start}' if start else 'the beginning'}")

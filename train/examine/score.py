@@ -22,6 +22,7 @@ from train.files import write_whole, writing
 from train.parallel.mesh import MeshConfig, batch_parts, use_mesh
 from train.run.begin import check_data, program_of
 from train.run.evaluate import Evaluator, Scores
+from train.run.reference import with_stored
 from train.run.run_files import LoadedRun, load_run
 from train.translation import TextTranslator
 from transformer.errors import UserError
@@ -59,6 +60,7 @@ def score(
         evaluation = dataclasses.replace(config.evaluation, batches=None, batch_size=size)
         config = dataclasses.replace(config, mesh=mesh, evaluation=evaluation, microbatches=1)
         check_data(config, prepared)
+        prepared = with_stored(run, config, prepared)
         program = program_of(config, prepared, loaded.mesh)
         evaluator = Evaluator(config, prepared, program, _translator(config, prepared))
         found = evaluator.evaluate(loaded.params, None, lambda: False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -16,13 +17,25 @@ from train.config import RunConfig, overrides, parse
 from train.config.complete import Base
 from train.data.prepared.prepare import DataConfig, prepare
 from train.data.prepared.store import Prepared
+from train.data.sources.dialogues import Holds
 from train.data.sources.file_formats import format_of
 from train.data.sources.readers import FOLDER
 from train.data.sources.source import documents, source_files
 from train.data.sources.source_config import FilesSource
 from train.finetune.base import find_base
 from train.huggingface.source import name_of
-from train.objectives import OBJECTIVES, Causal, Classification, Contrastive, Masked, Objective, Seq2Seq, Task
+from train.objectives import (
+    OBJECTIVES,
+    Causal,
+    Chat,
+    Classification,
+    Contrastive,
+    Masked,
+    Objective,
+    Preference,
+    Seq2Seq,
+    Task,
+)
 from train.objectives import TokenClassification as Tags
 from train.run.begin import batches_of, check_data, with_data
 from transformer.errors import UserError, nearest, shown
@@ -131,10 +144,23 @@ def _objective(request: Request, base: Base) -> type[Objective]:
             raise UserError(
                 f"--label: a model of family {family!r} predicts no labels; name an encoder, or leave it out"
             )
-        return Causal if family in Causal.families else Seq2Seq
+        if family not in Causal.families:
+            return Seq2Seq
+        by_records: dict[Holds, type[Objective]] = {"dialogues": Chat, "preferences": Preference, "texts": Causal}
+        return by_records[_held_by(request.data)]
     if _labels_of(request) is not None:
         return Tags if _format(request.data) == "conll" else Classification
     return Contrastive if request.second is not None else Masked
+
+
+def _held_by(path: str) -> Holds:
+    """What the first record of a file is: a dialogue, a question with two answers, or a text."""
+    holding: tuple[Holds, ...] = ("dialogues", "preferences") if _format(path) in ("jsonl", "parquet") else ()
+    for holds in holding:
+        with contextlib.suppress(UserError):
+            next(documents(FilesSource(path=path, holds=holds)), None)
+            return holds
+    return "texts"
 
 
 def _labels_of(request: Request) -> str | None:
@@ -161,7 +187,9 @@ def _source(request: Request, path: str, objective: type[Objective]) -> Data:
         source["text_field"] = text
     if request.second is not None:
         source["target_field"] = request.second
-    if objective.label_kind is not None:
+    if objective.label_kind in ("turns", "preferences"):
+        source["holds"] = "dialogues" if objective.label_kind == "turns" else "preferences"
+    elif objective.label_kind is not None:
         if (label := _labels_of(request)) is None:
             raise UserError(
                 f"--label: {objective.kind_name()} needs labels; name the field, or the column, that holds them"

@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from train.config import dump
+from train.data.prepared.label_arrays import MARKED
+from train.data.tokenization.chat import for_dialogues
 from train.data.tokenization.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from train.files import check_new, whole_folder
 from train.huggingface import card, parity
@@ -98,7 +100,9 @@ def exported_tokenizer(loaded: LoadedRun) -> SubwordTokenizer | None:
     """A run's tokenizer in a form that transformers reads; None if there is no such form."""
     tokenizer: Tokenizer | None = loaded.tokenizer
     if isinstance(tokenizer, ByteTokenizer):
-        return as_subwords(tokenizer)
+        tokenizer = as_subwords(tokenizer)
+        if loaded.config.objective.label_kind in MARKED:
+            tokenizer = for_dialogues(tokenizer)
     return tokenizer if isinstance(tokenizer, SubwordTokenizer) else None
 
 

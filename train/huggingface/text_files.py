@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.data.tokenization.conventions import Conventions
+from train.data.tokenization.conventions import ROLES, Conventions
 from transformer.errors import UserError
 from transformer.huggingface.checkpoint import read_mapping
 from transformer.paths import check_file
 
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""transformers' names of special tokens."""
 _MORE_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 _KEPT = ("padding_side", "truncation_side", "clean_up_tokenization_spaces", "split_special_tokens")
 """Further fields of tokenizer_config.json that are written back."""

@@ -22,8 +22,8 @@ from transformer.models.gpt import GPTConfig
 DEFAULT_TOKENS = 256
 STREAM_CHUNK = 8
 """Tokens between two flushes of the text: frequent enough to read along, and rare enough not to slow the device."""
-_COMMAND = {"temperature": 0.8, "top_p": 0.95}
-"""How the command samples from a model that says nothing about it."""
+USUAL_SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+"""How the commands sample from a model that says nothing about it."""
 
 
 def generate(
@@ -72,7 +72,7 @@ def generate(
             return
         alone = len(prompts) == 1
         chunks = generator.generate(
-            loaded.params, ids, max_tokens=max_tokens, sampling=sampling_of(tokenizer, how, _COMMAND), seed=seed,
+            loaded.params, ids, max_tokens=max_tokens, sampling=sampling_of(tokenizer, how, USUAL_SAMPLING), seed=seed,
             chunk=STREAM_CHUNK if alone else None,
         )  # fmt: skip
         if not alone:

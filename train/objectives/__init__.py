@@ -10,10 +10,12 @@ from __future__ import annotations
 import typing
 
 from train.objectives.causal import Causal
+from train.objectives.chat import Chat
 from train.objectives.contrastive import Contrastive
 from train.objectives.masked import Masked
 from train.objectives.none import NoObjective
 from train.objectives.objective import Objective, objectives
+from train.objectives.preference import Preference
 from train.objectives.prefix import Prefix
 from train.objectives.replaced_tokens import ReplacedTokens
 from train.objectives.sentences import NextSentence, SentenceOrder
@@ -43,6 +45,8 @@ AnyObjective = (
     | Answer
     | Choice
     | Contrastive
+    | Chat
+    | Preference
     | NoObjective
 )
 

@@ -42,6 +42,7 @@ class Contrastive(Objective):
     takes_pairs = True
     compares_rows = True
     packings = ("documents",)
+    packs = False
     least_length = 3
     metrics = ("accuracy",)
     unit = "row"

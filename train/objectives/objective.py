@@ -16,6 +16,7 @@ import numpy as np
 
 from train.data.examples.buckets import Buckets
 from train.data.examples.pack import Examples, Packing
+from train.data.prepared.label_arrays import MARKED
 from train.data.prepared.prepare import DataConfig
 from train.data.prepared.store import Prepared, TokenArray
 from train.data.sources.records import LabelKind
@@ -58,6 +59,8 @@ class Objective(Config, abc.ABC):
     """The kind of labels that its documents must have."""
     packings: ClassVar[tuple[Packing, ...]] = ("chunk", "documents")
     """The values of `data.packing` that it supports."""
+    packs: ClassVar[bool] = True
+    """Whether packing `documents` puts several documents into a row; else each has a row of its own."""
     least_length: ClassVar[int] = 1
     """The fewest tokens of a sequence."""
     loss_settings: ClassVar[tuple[str, ...]] = ("z_loss", "label_smoothing")
@@ -70,6 +73,8 @@ class Objective(Config, abc.ABC):
     """The name of one prediction, in messages."""
     compares_rows: ClassVar[bool] = False
     """Whether the loss compares the rows of a batch with each other, so that it depends on the size of the batch."""
+    needs_reference: ClassVar[bool] = False
+    """Whether it compares with what the weights that the run begins with say of its data."""
     predicts_all_text: ClassVar[bool] = False
     """Whether every token of the text is predicted once, from those before it, so that bits per byte are meaningful."""
     translates: ClassVar[bool] = False
@@ -133,6 +138,12 @@ class Objective(Config, abc.ABC):
 
     def _check_documents(self, prepared: Prepared) -> None:
         """Raise a `UserError` for documents of the wrong kind."""
+        if (given := prepared.meta.label_kind) in MARKED and given != self.label_kind:
+            what = "dialogues" if given == "turns" else "preferences"
+            suited = " or ".join(repr(one.kind_name()) for one in objectives() if one.label_kind == given)
+            raise UserError(
+                f"objective.kind: {self.kind!r} is for texts, but the sources hold {what}; set it to {suited}"
+            )
         if any(array.others > 1 for array in prepared.train):
             raise UserError(f"objective.kind: {self.kind!r} is not for texts with choices; set it to 'choice'")
 
@@ -197,7 +208,8 @@ class Objective(Config, abc.ABC):
     def _check_packing(self, packing: Packing) -> None:
         if packing not in self.packings:
             reasons: dict[tuple[Packing, ...], str] = {
-                ("chunk",): "is for running text", ("documents",): "takes one document per row",
+                ("chunk",): "is for running text",
+                ("documents",): "keeps dialogues apart" if self.packs else "takes one document per row",
             }  # fmt: skip
             reason = reasons.get(self.packings, "does not support it")
             allowed = " or ".join(repr(one) for one in self.packings)

@@ -190,7 +190,7 @@ def batch_shapes(config: RunConfig, rows: int | None = None) -> BatchShapes:
     """
     rows = config.batch_size if rows is None else rows
     shapes = config.objective.batch(rows, config.sequence_length, config.data)
-    packed = config.data.packing == "documents" and config.objective.packings != ("documents",)
+    packed = config.data.packing == "documents" and config.objective.packs
     M = room_for(max(2, config.sequence_length // 64)) if packed else 1
     lengths = {
         of: jax.ShapeDtypeStruct((*one.shape[:-1], M), one.dtype)

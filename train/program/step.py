@@ -229,6 +229,7 @@ def update(
         "skipped": 1 - made.astype(jnp.float32),
         "updates": count.astype(jnp.float32),
     }
+    metrics |= {name: value / weight for name, value in sums.also.items()}
     if threshold is not None:
         metrics["loss_z"] = z
     changed = dataclasses.replace(

@@ -90,6 +90,9 @@ def scores_of(parts: Sequence[LossSums], bytes_per_token: float | None) -> Score
     correct = [float(part.correct) for part in parts if part.correct is not None]
     if correct:
         return Scores(loss, None, None, int(weight), sum(correct) / max(weight, 1.0))
+    if names := [*parts[0].also] if parts else []:
+        means = {name: sum(float(part.also[name]) for part in parts) / max(weight, 1.0) for name in names}
+        return Scores(loss, None, None, int(weight), metrics=means)
     return Scores(loss, math.exp(min(loss, 700.0)), bits, int(weight))
 
 

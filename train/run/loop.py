@@ -14,6 +14,7 @@ from train.parallel.runtime import GracefulStop, Watchdog
 from train.run.begin import agree_on, alone_in, check_data, with_data
 from train.run.init_from import check_begin, check_weights
 from train.run.mirror import mirrored
+from train.run.reference import store
 from train.run.run_files import finished_step, forget_finished, write_run_files
 from train.run.steps import Finished, Run
 from transformer.errors import UserError
@@ -80,5 +81,7 @@ def _train(
             run_id = ""
             if is_first():
                 run_id = write_run_files(config, prepared)
+                if done is None:
+                    store(config, run.prepared)
                 forget_finished(config.directory)
             return run.loop(state, checkpoints, stop, watch, profile, run_id)

@@ -36,6 +36,7 @@ from train.run.evaluate import Evaluation, Evaluator, Scores
 from train.run.init_from import fresh_state
 from train.run.messages import all_skipped, course_of, headline, interrupted_at, padding_of
 from train.run.order import Order
+from train.run.reference import referred, with_stored
 from train.run.run_files import write_finished
 from train.run.skipped import record_of, why_skipped
 from train.run.trace import Trace
@@ -96,11 +97,16 @@ class Run:
             "data": describe_data(prepared),
             "versions": versions(),
         }
-        self.held_out = Evaluator(config, prepared, self.program, self.translator) if prepared.validation else None
         self.flops_per_prediction = flops_per_prediction(config, prepared, self.program)
-        self.batches = batches_of(config, prepared)
+        self._take(prepared)
         self.selection = Selection(config.checkpoint.best)
         self.order = Order()
+
+    def _take(self, prepared: Prepared) -> None:
+        """Read batches from this data."""
+        self.prepared = prepared
+        self.held_out = Evaluator(self.config, prepared, self.program, self.translator) if prepared.validation else None
+        self.batches = batches_of(self.config, prepared)
 
     def start(self, checkpoints: Checkpoints, allow_changed: Sequence[str] = ()) -> TrainState:
         """A fresh state, with another run's weights if the config names one; or the state of the newest checkpoint.
@@ -114,8 +120,13 @@ class Run:
             for line in check_same_run(meta, self.config, self.prepared, allow_changed, owner):
                 print(f"{self.config.name}: changed since step {step}: {line}")
             self.order = Order.from_data(meta["passed"])
+            if self.config.objective.needs_reference:
+                self._take(with_stored(self.config.directory, self.config, self.prepared))
             return self._restore(checkpoints, step, meta)
-        return fresh_state(self.program, self.config, self.prepared)
+        state = fresh_state(self.program, self.config, self.prepared)
+        if self.config.objective.needs_reference:
+            self._take(referred(self.program, self.config, self.prepared, state.params))
+        return state
 
     def _restore(self, checkpoints: Checkpoints, step: int, meta: Mapping[str, Any]) -> TrainState:
         self.selection = Selection.from_data(self.config.checkpoint.best, meta["selection"])

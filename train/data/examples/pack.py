@@ -114,11 +114,19 @@ class Documents(Examples):
 
     def __init__(self, array: TokenArray, length: int) -> None:
         super().__init__(array, length)
-        name = f"fit{_INDEX_VERSION}-{length}"
-        index = kept_index(array, name, lambda: fit_documents(array.offsets, length))
+        index = self._index(array)
         self._starts, self._lengths = index[:, 0], index[:, 1]
         count = int(index[-1, 2]) + 1 if len(index) else 0
         self._bounds = np.searchsorted(index[:, 2], np.arange(count + 1))
+
+    def _index(self, array: TokenArray) -> np.ndarray:
+        """The pieces [P, 3] as `fit_documents` gives them."""
+        name = f"fit{_INDEX_VERSION}-{self.length}"
+        return kept_index(array, name, lambda: fit_documents(array.offsets, self.length))
+
+    def _weights(self, targets: np.ndarray) -> np.ndarray | np.float32:
+        """The weights [N] of the targets, given by their places among the array's tokens."""
+        return np.float32(1)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -129,7 +137,7 @@ class Documents(Examples):
         return {
             "tokens": placed.spread(self._tokens[source]),
             "targets": placed.spread(self._tokens[source + 1]),
-            "weights": placed.spread(np.float32(1)),
+            "weights": placed.spread(self._weights(source + 1)),
             **placed.places(),
         }
 

@@ -18,6 +18,8 @@ from train.files import sync
 from train.progress import say
 from transformer.errors import UserError
 
+MARKED = ("turns", "preferences")
+"""Kinds of labels that are a mark at each token."""
 NONE = -1
 """The number of a missing class."""
 
@@ -67,6 +69,8 @@ class Labels:
     @property
     def begin(self) -> bytes:
         """What the labels of each source and split begin with: a token array begins with an end of text."""
+        if self._kind in MARKED:
+            return np.zeros(1, np.uint8).tobytes()
         return np.array([NONE] if self._kind == "tags" else [], np.int32).tobytes()
 
     def add(self, split: Split, source: int, document: Document, tokens: int, marks: np.ndarray | None) -> bytes:
@@ -74,13 +78,16 @@ class Labels:
 
         Args:
             tokens: how many its first side has, without end of text.
-            marks: for tags, each word's first token; for answers, the first and the last token.
+            marks: for tags, each word's first token; for answers, the first and the last token; for dialogues, all tokens.
         """
         label, kind = document.label, self._kind
-        assert label is not None
         if (split, source) not in self._arrays:
             self._arrays.append((split, source))
             self._part.arrays.append((split, source))
+        if kind in MARKED:
+            assert marks is not None
+            return np.append(marks, 0).astype(np.uint8).tobytes()
+        assert label is not None
         if isinstance(label, float):
             return np.float32(label).tobytes()
         if isinstance(label, str):
@@ -133,7 +140,8 @@ class Labels:
         return names, digest.hexdigest()
 
     def _stored(self, stored: Path, split: Split, source: int) -> np.ndarray:
-        return np.fromfile(stored_path(stored, split, source), np.float32 if self._kind == "number" else np.int32)
+        dtype = np.uint8 if self._kind in MARKED else np.float32 if self._kind == "number" else np.int32
+        return np.fromfile(stored_path(stored, split, source), dtype)
 
     def _number(self, name: str) -> int:
         if name not in self._numbers:

@@ -20,7 +20,7 @@ from train.data.prepared.config import DataConfig
 from train.data.prepared.growing_file import digest_of
 from train.data.prepared.held_out import HeldOut
 from train.data.prepared.journal import Journal, Work
-from train.data.prepared.label_arrays import Labels
+from train.data.prepared.label_arrays import MARKED, Labels
 from train.data.prepared.store import (
     FORMAT_VERSION,
     META_FILE,
@@ -34,6 +34,7 @@ from train.data.prepared.store import (
 from train.data.prepared.write_documents import complete
 from train.data.prepared.write_source import PART_BYTES, SourceWriter, Stage, UnusableParts, held_out_path
 from train.data.sources.source import documents, text_size
+from train.data.tokenization.chat import for_dialogues
 from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
 from train.data.tokenization.vocabulary import is_trained, make_tokenizer
 from train.files import Busy, locked, sync
@@ -192,6 +193,11 @@ def _digests(partial: Path, paths: Sequence[Path]) -> dict[str, str]:
 
 
 def _make_tokenizers(config: DataConfig, *, shown: bool) -> list[Tokenizer]:
+    if config.label_kind in MARKED:
+        made = _tokenizer(config.tokenizer, _training_texts(config, config.tokenizer, None), shown=shown)
+        if not made.conventions.chat_templates:
+            say("the vocabulary has no chat template: dialogues are written in the built-in one (ChatML)", shown=shown)
+        return [for_dialogues(made)]
     if config.target_tokenizer is None:
         return [_tokenizer(config.tokenizer, _training_texts(config, config.tokenizer, None), shown=shown)]
     both = (config.tokenizer, config.target_tokenizer)

@@ -115,6 +115,8 @@ def _check_ids(prepared: Prepared, field: str, largest: int, vocab_size: int, to
 
 def _tokenizer_identity(config: TokenizerConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
+    if config.chat_template:
+        settings["chat_template"] = _content_hash(expanded(config.chat_template), "chat_template")
     if not config.path:
         return settings
     path = expanded(config.path)
@@ -124,11 +126,11 @@ def _tokenizer_identity(config: TokenizerConfig) -> dict[str, Any]:
     return settings | {"content": _content_hash(path)} | ({"conventions": kept} if kept else {})
 
 
-def _content_hash(path: Path) -> str:
+def _content_hash(path: Path, field: str = "path") -> str:
     check_file(path)
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "blake2b").hexdigest()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}); correct data.tokenizer.path") from error
+        raise UserError(f"{path}: cannot be read ({reason}); correct data.tokenizer.{field}") from error

@@ -154,6 +154,8 @@ class TokenArray:
     """For pairs, the target side, document by document; None for single texts."""
     labels: np.ndarray | None = None
     """The label of each document, or token, as `train.data.prepared.label_arrays` describes them; None without labels."""
+    reference: np.ndarray | None = None
+    """[examples, 2] float32: what the reference model says of both answers of each pair; None where that is not known."""
 
     @property
     def documents(self) -> int:
@@ -272,7 +274,7 @@ def _open(directory: Path, split: Split, source: int, meta: Meta, dtypes: tuple[
     labels = None
     if meta.label_kind is not None and counts.documents:
         labels = np.load(labels_path(directory, split, source), mmap_mode="r")
-        of_tokens = meta.label_kind == "tags"
+        of_tokens = meta.label_kind in ("tags", "turns", "preferences")
         wanted, what = (counts.tokens + 1, "tokens") if of_tokens else (counts.documents, "documents")
         if len(labels) != wanted:
             raise ValueError(f"{path.name}: {len(labels)} labels where meta.json counts {wanted} {what}")

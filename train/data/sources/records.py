@@ -21,7 +21,13 @@ _INTEGER = re.compile(r"[-+]?[0-9]{1,18}\.0+")
 """An integer that was written as a float."""
 _TRUTH = re.compile("true|True|TRUE|false|False|FALSE")
 
-LabelKind = Literal["class", "number", "tags", "answers"]
+GivenLabels = Literal["class", "number", "tags", "answers"]
+"""The labels that a record has in a field."""
+LabelKind = Literal[GivenLabels, "turns", "preferences"]
+"""What is stored of a document in addition to its tokens: its label, or which tokens of a dialogue the assistant writes, in one
+answer or in two of which one is preferred."""
+Message = Mapping[str, Any]
+"""A turn of a dialogue: `role`, `content`, and whatever else a chat template reads."""
 
 
 class Answers(NamedTuple):
@@ -51,6 +57,10 @@ class Document(NamedTuple):
     """The text's words, if each has a tag."""
     choices: tuple[str, ...] = ()
     """The choices, one of which continues the text."""
+    messages: tuple[Message, ...] = ()
+    """The turns of a dialogue, whose contents are the text."""
+    answers: tuple[tuple[Message, ...], ...] = ()
+    """Two ways in which the dialogue goes on, of which the first is preferred."""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -76,8 +86,10 @@ class Document(NamedTuple):
             # Two lists are answers, a list of texts is tags.
             nested = bool(label) and isinstance(label[0], list)
             given["label"] = Answers(*map(tuple, label)) if nested else tuple(label)
-        for name in given.keys() & {"words", "choices"}:
+        for name in given.keys() & {"words", "choices", "messages"}:
             given[name] = tuple(given[name])
+        if "answers" in given:
+            given["answers"] = tuple(map(tuple, given["answers"]))
         return cls(**given)
 
 
@@ -133,7 +145,7 @@ class Rejects:
         self.first = self.first or f"{place}: {reason}"
 
 
-class _Faulty(Exception):
+class Faulty(Exception):
     """The reason why a record is not a document."""
 
 
@@ -145,7 +157,7 @@ class Records:
     rejects: Rejects
     labels: tuple[str, ...] = ()
     """Documents of other classes are skipped; empty: none are."""
-    label_kind: LabelKind = "class"
+    label_kind: GivenLabels = "class"
     """What `fields.label` holds. With `tags` the text is a list of words."""
     trim_labels: bool = False
     """Whether white space around a class or a tag is removed; else it is an error."""
@@ -163,7 +175,7 @@ class Records:
         """The document that a record holds; None for one to skip, and for an error, which goes to `rejects`."""
         try:
             return self._document(row, id)
-        except _Faulty as fault:
+        except Faulty as fault:
             self.rejects.add(place, str(fault))
             return None
 
@@ -173,7 +185,7 @@ class Records:
             try:
                 values.setdefault(setting, []).append(value_at(row, field))
             except KeyError:
-                raise _Faulty(missing_field(setting, field, list(row))) from None
+                raise Faulty(missing_field(setting, field, list(row))) from None
         label: Label | None = None
         if self.fields.label and self.label_kind == "class":
             # Before the text: errors in a document that is skipped do not matter.
@@ -181,17 +193,17 @@ class Records:
             if self.labels and label not in self.labels:
                 return None
         words = self._words(values["text_field"][0]) if self.label_kind == "tags" else None
-        text = _valid(values["text_field"][0], self.fields.text) if words is None else " ".join(words)
+        text = valid_text(values["text_field"][0], self.fields.text) if words is None else " ".join(words)
         if self.needs_text and not text.strip():
-            raise _Faulty(f"field {self.fields.text!r} is empty")
-        target = _valid(values["target_field"][0], self.fields.target) if self.fields.target else None
+            raise Faulty(f"field {self.fields.text!r} is empty")
+        target = valid_text(values["target_field"][0], self.fields.target) if self.fields.target else None
         if target is not None and not self.fields.choices:
             for field, side in ((self.fields.text, text), (self.fields.target, target)):
                 if not side.strip():
-                    raise _Faulty(f"field {field!r} is empty, and so is one side of the pair")
+                    raise Faulty(f"field {field!r} is empty, and so is one side of the pair")
         group = values.get("group_field", [""])[0]
         if group is None:
-            raise _Faulty(f"field {self.fields.group!r} is empty")
+            raise Faulty(f"field {self.fields.group!r} is empty")
         choices: tuple[str, ...] = ()
         if self.fields.choices:
             choices, target = self._choices(values["choice_fields"], target), None
@@ -202,18 +214,18 @@ class Records:
 
     def _class(self, value: Any) -> str:
         if value is None or value != value or (isinstance(value, str) and not value.strip()):
-            raise _Faulty(f"field {self.fields.label!r} is empty, and the document has no class")
+            raise Faulty(f"field {self.fields.label!r} is empty, and the document has no class")
         return self._class_name(value)
 
     def _class_name(self, value: Any) -> str:
         """The name of a class, or a tag."""
         field = self.fields.label
         if isinstance(value, float) and not value.is_integer():
-            raise _Faulty(f"field {field!r} holds {shown(value)}, not a class; for numbers set label_kind: number")
-        name = class_name(value) if isinstance(value, int | float) else _valid(value, field)
+            raise Faulty(f"field {field!r} holds {shown(value)}, not a class; for numbers set label_kind: number")
+        name = class_name(value) if isinstance(value, int | float) else valid_text(value, field)
         trimmed = name.strip() or name
         if trimmed != name and not self.trim_labels:
-            raise _Faulty(
+            raise Faulty(
                 f"field {field!r} holds {shown(name)}, with white space around it; set trim_labels: true to read it as "
                 f"{shown(trimmed)}"
             )
@@ -233,19 +245,19 @@ class Records:
         except (ValueError, OverflowError):
             number = math.nan
         if not abs(number) <= _LARGEST:
-            raise _Faulty(f"field {self.fields.label!r} holds {shown(value)}, not a number")
+            raise Faulty(f"field {self.fields.label!r} holds {shown(value)}, not a number")
         return number
 
     def _words(self, value: Any) -> tuple[str, ...]:
         if not isinstance(value, list | tuple):
-            raise _Faulty(f"field {self.fields.text!r} holds {kind_of(value)}, not a list of words")
-        return tuple(_valid(word, self.fields.text) for word in value)
+            raise Faulty(f"field {self.fields.text!r} holds {kind_of(value)}, not a list of words")
+        return tuple(valid_text(word, self.fields.text) for word in value)
 
     def _tags(self, value: Any, words: Sequence[str]) -> tuple[str, ...]:
         field = self.fields.label
         if not isinstance(value, list | tuple) or len(value) != len(words):
             given = f"{len(value)} tags" if isinstance(value, list | tuple) else kind_of(value)
-            raise _Faulty(f"field {field!r} holds {given}, not a tag for each of {len(words)} words")
+            raise Faulty(f"field {field!r} holds {given}, not a tag for each of {len(words)} words")
         return tuple(self._class_name(tag) for tag in value)
 
     def _answers(self, value: Any, context: str) -> Answers:
@@ -255,17 +267,17 @@ class Records:
             value = {name: [_item(answer, name, field) for answer in value] for name in ("text", "answer_start")}
         texts, starts = (_item(value, name, field) for name in ("text", "answer_start"))
         if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
-            raise _Faulty(f"field {field!r} does not hold lists text and answer_start of the same length")
+            raise Faulty(f"field {field!r} does not hold lists text and answer_start of the same length")
         for text, start in zip(texts, starts, strict=True):
-            _valid(text, field)
+            valid_text(text, field)
             if not (text and isinstance(start, int) and start >= 0 and context.startswith(text, start)):
-                raise _Faulty(f"field {field!r}: {shown(text)} is not at character {shown(start)} of the context")
+                raise Faulty(f"field {field!r}: {shown(text)} is not at character {shown(start)} of the context")
         return Answers(tuple(texts), tuple(starts))
 
     def _choices(self, values: list[Any], beginning: str | None) -> tuple[str, ...]:
         if len(values) == 1 and isinstance(values[0], list | tuple):
             values = list(values[0])
-        texts = [_valid(value, ", ".join(self.fields.choices)) for value in values]
+        texts = [valid_text(value, ", ".join(self.fields.choices)) for value in values]
         return tuple(texts if beginning is None else [f"{beginning} {text}" for text in texts])
 
 
@@ -312,17 +324,17 @@ def kind_of(value: Any) -> str:
 
 def _item(value: Any, name: str, field: str) -> Any:
     if not isinstance(value, Mapping) or name not in value:
-        raise _Faulty(f"field {field!r} holds {kind_of(value)}, not answers with text and answer_start")
+        raise Faulty(f"field {field!r} holds {kind_of(value)}, not answers with text and answer_start")
     return value[name]
 
 
-def _valid(value: Any, field: str) -> str:
-    """`value` if it is text that UTF-8 can hold. Raises `_Faulty`."""
+def valid_text(value: Any, field: str) -> str:
+    """`value` if it is text that UTF-8 can hold. Raises `Faulty`."""
     if not isinstance(value, str):
         what = kind_of(value)
-        raise _Faulty(f"field {field!r} holds {what}, not text" + (f": {shown(value)}" if value is not None else ""))
+        raise Faulty(f"field {field!r} holds {what}, not text" + (f": {shown(value)}" if value is not None else ""))
     if fault := invalid_bytes(value):
         line, column, what = fault
         where = f"column {column}" if line == 1 else f"line {line}, column {column} of the value"
-        raise _Faulty(f"field {field!r} is not valid text ({what} at {where}); set encoding if the file has another")
+        raise Faulty(f"field {field!r} is not valid text ({what} at {where}); set encoding if the file has another")
     return value

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from train.data.sources.dialogues import DialogueFields, DialogueRecords, Holds
 from train.data.sources.file_formats import Format, format_of
 from train.data.sources.readers import FOLDER
-from train.data.sources.records import Fields, LabelKind, Records, Rejects, class_name
+from train.data.sources.records import Fields, GivenLabels, LabelKind, Records, Rejects, class_name
 from train.data.sources.tables import TableFormat
 from train.text_files import DEFAULT_ENCODING, is_encoding
 from transformer.errors import Config, require
 from transformer.resume import Ask, OnResume
 
 _RECORDS = ("jsonl", "csv", "parquet", "sqlite", "conll")
+_NESTED = ("jsonl", "parquet")
+"""Formats whose records hold lists of messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,19 @@ class StdlibSource(BaseSource):
 class RecordSource(BaseSource):
     """Sources whose documents may be records; names the fields that make up a document."""
 
+    holds: Holds = "texts"
+    """What a record holds. `texts`: what text_field and the others say; `dialogues` (objective `chat`): messages, or a prompt and
+    its completion; `preferences` (objective `preference`): a prompt, and two answers of which one is preferred."""
+    messages_field: str = "messages"
+    """dialogues: the field that holds a list of messages, each with role and content."""
+    prompt_field: str = "prompt"
+    """dialogues without messages, and preferences: the field that holds what is answered, a text of the user or messages."""
+    completion_field: str = "completion"
+    """dialogues without messages: the field that holds the assistant's answer, a text or messages."""
+    chosen_field: str = "chosen"
+    """preferences: the field that holds the better answer, a text or messages."""
+    rejected_field: str = "rejected"
+    """preferences: the field that holds the worse answer, a text or messages."""
     text_field: str = "text"
     """The field or column that holds the text, except in plain text files; a dotted name such as `translation.en` is nested."""
     target_field: str = ""
@@ -80,7 +96,7 @@ class RecordSource(BaseSource):
     label_field: str = ""
     """The field that holds a document's label; empty: documents have none. Of plain text files `folder`: the name of the file's
     folder, such as `pos` in `reviews/*/*.txt`."""
-    label_kind: LabelKind = "class"
+    label_kind: GivenLabels = "class"
     """What label_field holds. `class`: a class, or the number of the correct choice; `number`: a number (objective
     `regression`); `tags`: a list with a tag for each word of the list in text_field (`token_classification`); `answers`: the
     text and answer_start of answers in target_field to the question in text_field (`answer`)."""
@@ -93,7 +109,11 @@ class RecordSource(BaseSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "text_field", bool(self.text_field), "allowed: the name of a field")
+        for field in ("text_field", *(f"{name}_field" for name in DialogueFields._fields)):
+            require(self, field, bool(getattr(self, field)), "allowed: the name of a field")
+        for field in ("target_field", "choice_fields", "label_field"):
+            holds = self.holds == "texts" or not getattr(self, field)
+            require(self, field, holds, f"the source holds {self.holds}; allowed: empty")
         for field in ("target_field", "label_field"):
             require(self, field, getattr(self, field) != self.text_field, "allowed: a field other than text_field")
         kind = self.label_kind
@@ -122,6 +142,8 @@ class RecordSource(BaseSource):
 
     @property
     def document_labels(self) -> LabelKind | None:
+        if self.holds != "texts":
+            return "turns" if self.holds == "dialogues" else "preferences"
         return self.label_kind if self.label_field else None
 
     @property
@@ -131,6 +153,11 @@ class RecordSource(BaseSource):
 
     def records(self, rejects: Rejects) -> Records:
         """What makes documents of records."""
+        if self.holds != "texts":
+            names = (getattr(self, f"{name}_field") for name in DialogueFields._fields)
+            return DialogueRecords(
+                fields=self.fields, rejects=rejects, holds=self.holds, dialogue=DialogueFields(*names)
+            )
         return Records(
             fields=self.fields, rejects=rejects, labels=tuple(map(class_name, self.labels)), label_kind=self.label_kind,
             trim_labels=self.trim_labels,
@@ -183,6 +210,13 @@ class FileFormatSource(RecordSource):
                 form in _RECORDS or not given or (of_text and form == "text"),
                 f"only records have it (kind 'hub', or files of {', '.join(_RECORDS)}); allowed: empty{which}",
             )
+        holds = form in _NESTED or self.holds == "texts"
+        require(
+            self,
+            "holds",
+            holds,
+            f"files of {form} hold no messages; allowed: 'texts', or files of {', '.join(_NESTED)}",
+        )
         require(self, "encoding", is_encoding(self.encoding), "allowed: a text encoding, such as utf-8 or cp1252")
         holds = form == "csv" or not self.delimiter
         require(self, "delimiter", holds, "only csv files have it; allowed: empty")

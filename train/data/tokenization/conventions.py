@@ -11,6 +11,8 @@ from typing import Any
 from transformer.paths import check_file
 
 ABOUT_FILE = "tokenizer_about.json"
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""transformers' names of special tokens."""
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 _DRAWN_BY = ("temperature", "top_k", "top_p", "min_p")

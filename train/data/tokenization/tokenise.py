@@ -15,11 +15,16 @@ import numpy as np
 from train.data.prepared.label_arrays import NONE
 from train.data.sources.records import Answers, Document
 from train.data.tokenization.align import encode_with_places, encode_words, tokens_of_answer
+from train.data.tokenization.chat import Chat
+from train.data.tokenization.chat_template import Unusable
 from train.data.tokenization.tokenizer import Tokenizer
+from transformer.errors import UserError
 
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_DOCUMENTS = 1024
 _BATCHES_PER_WORKER = 2
+SAID, REJECTED = 1, 2
+"""The marks of a dialogue's tokens."""
 _LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
 
 
@@ -31,7 +36,8 @@ class Tokenised(NamedTuple):
     """The ids [n] of each of its sides."""
     marks: np.ndarray | None
     """For words with tags, the index of each word's first token [words]; for a question, the first and the last token [2] of
-    its first answer; -1 if there is none."""
+    its first answer; -1 if there is none. For a dialogue, one for each token [n]: `SAID` where the assistant writes it, and
+    `REJECTED` in an answer that is not preferred, whose whole dialogue follows that with the preferred one."""
 
 
 def tokenised(tokenizers: Sequence[Tokenizer], documents: Iterable[Document], workers: int) -> Iterator[Tokenised]:
@@ -55,7 +61,9 @@ def tokenised(tokenizers: Sequence[Tokenizer], documents: Iterable[Document], wo
 
 
 def encode_documents(tokenizers: Sequence[Tokenizer], documents: list[Document]) -> list[Tokenised]:
-    """The tokens of documents of one kind."""
+    """The tokens of documents of one kind. Raises `UserError` for a dialogue that the chat template refuses."""
+    if documents[0].messages:
+        return _dialogues(tokenizers[0], documents)
     if documents[0].words is not None:
         words = encode_words(tokenizers[0], [document.words or () for document in documents])
         return [Tokenised(document, (ids,), firsts) for document, (ids, firsts) in zip(documents, words, strict=True)]
@@ -72,6 +80,34 @@ def encode_documents(tokenizers: Sequence[Tokenizer], documents: list[Document])
         Tokenised(document, (ids, *itertools.islice(others, len(document.sides) - 1)), mark)
         for document, ids, mark in zip(documents, first, marks, strict=True)
     ]
+
+
+def _dialogues(tokenizer: Tokenizer, documents: list[Document]) -> list[Tokenised]:
+    chat, found = Chat(tokenizer), []
+    for document in documents:
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        for answer in document.answers or ((),):
+            try:
+                ids, said = chat.tokens([*document.messages, *answer])
+            except Unusable as error:
+                raise UserError(
+                    f"{document.id}: the chat template: {error}; fix the dialogue, or the template"
+                ) from None
+            parts.append((ids, said * SAID + len(parts) * REJECTED))
+        if len(parts) > 1:
+            _unmark_beginning(*parts)
+        ids, marks = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        found.append(Tokenised(document, (ids,), marks))
+    return found
+
+
+def _unmark_beginning(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> None:
+    """Take the mark `SAID` from what two dialogues have in common at their beginning."""
+    shorter = min(len(one[0]), len(other[0]))
+    differs = np.flatnonzero(one[0][:shorter] != other[0][:shorter])
+    common = int(differs[0]) if len(differs) else shorter
+    for _, marks in (one, other):
+        marks[:common] &= ~SAID
 
 
 def _answer(document: Document, places: np.ndarray) -> np.ndarray:

@@ -68,6 +68,9 @@ class TokenizerConfig(Config):
     begin_of_text: bool | None = None
     """file: whether the begin-of-text token is put in front of every document of plain text, and of every prompt; null: as the
     tokenizer does if it was imported with a language model, else not."""
+    chat_template: str = ""
+    """A file with the template of dialogues, in Jinja's language; empty: the one that was published with the vocabulary, or else
+    the built-in one (ChatML)."""
     training_bytes: int = 1 << 28
     """Kinds that are trained: learn the vocabulary from at most this much text, the same share of each source."""
     special_tokens: tuple[str, ...] = ()
@@ -109,6 +112,8 @@ class TokenizerConfig(Config):
             )
             require(self, "end_of_text", not self.end_of_text, "only kind 'file' has it; allowed: empty")
             require(self, "begin_of_text", self.begin_of_text is None, "only kind 'file' has it; allowed: null")
+        holds = not self.chat_template or self.kind != "bytes"
+        require(self, "chat_template", holds, "kind 'bytes' has the built-in one; allowed: empty")
         require(self, "training_bytes", self.training_bytes > 0, "allowed: 1 or more")
 
     @property
@@ -237,11 +242,13 @@ class ByteTokenizer(Tokenizer):
         return bytes(ids[(ids > 0) & (ids < _BYTES)].astype(np.uint8)).decode("utf-8", "replace")
 
     def encode_special(self, text: str) -> list[int]:
-        parts = re.split("|".join(f"({re.escape(name)})" for name in self.special_ids), text)
-        ids: list[int] = []
-        for part in filter(None, parts):
-            ids += [self.special_ids[part]] if part in self.special_ids else self.encode(part).tolist()
-        return ids
+        known = self.special_ids
+        parts = ([known[part]] if part in known else self.encode(part).tolist() for part in self.cut_at_special(text))
+        return list(itertools.chain.from_iterable(parts))
+
+    def cut_at_special(self, text: str) -> list[str]:
+        """The parts of a text: special tokens that it spells out, and what is between them."""
+        return list(filter(None, re.split(f"({'|'.join(map(re.escape, self.special_ids))})", text)))
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if 0 < token < _BYTES else b""
@@ -341,10 +348,11 @@ class SubwordTokenizer(Tokenizer):
         return [id for start, stop in itertools.pairwise(cuts) for id in self._without_special(text[start:stop])]
 
     def encode_special(self, text: str) -> list[int]:
-        return self._reading_special.encode(text, add_special_tokens=False).ids
+        return self.reading_special.encode(text, add_special_tokens=False).ids
 
     @functools.cached_property
-    def _reading_special(self) -> tokenizers.Tokenizer:
+    def reading_special(self) -> tokenizers.Tokenizer:
+        """The same vocabulary, to which special tokens that a text spells out are those tokens."""
         model = type(self.model).from_str(self.model.to_str())
         model.encode_special_tokens = False
         return model

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.data.sources.wheel import wheel_files
+from train.data.tokenization.chat import with_template
 from train.data.tokenization.conventions import saved_about
 from train.data.tokenization.tokenizer import (
     END_OF_TEXT,
@@ -21,6 +22,7 @@ from train.data.tokenization.tokenizer import (
     TokenizerConfig,
     byte_of_letter,
 )
+from train.text_files import read_text
 from transformer.errors import UserError
 from transformer.paths import check_file, expanded
 
@@ -54,6 +56,19 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
     Raises `UserError` for a file that is missing or not a tokenizer.
     """
+    made = _made(config, texts)
+    if not config.chat_template or not isinstance(made, SubwordTokenizer):
+        return made
+    path = expanded(config.chat_template)
+    check_file(path)
+    try:
+        return with_template(made, read_text(path))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); correct data.tokenizer.chat_template") from error
+
+
+def _made(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     added = config.added_tokens
     if config.kind == "bytes":
         return ByteTokenizer(added)

@@ -27,6 +27,7 @@ from train.program.state import TrainState
 from train.run.begin import batches_of, check_data, program_of, with_data
 from train.run.init_from import check_begin, fresh_state
 from train.run.order import Order
+from train.run.reference import referred
 from train.run.run_files import config_file
 from transformer.errors import UserError
 
@@ -79,6 +80,8 @@ def _examine(config: RunConfig, stored: StoredCheckpoints | None, steps: int, fo
     with use_mesh(mesh, config.mesh.rules):
         program = program_of(config, prepared, mesh)
         state, order = _state(config, prepared, program, stored)
+        # Those of the run itself are other numbers, and the work is the same.
+        prepared = referred(program, config, prepared, state.params)
         first, batches = int(state.step) + 1, batches_of(config, prepared)
         recording = record(program, state, batches, order, steps)
         breakdown = break_down(recording.text, recording.events, steps, peaks)

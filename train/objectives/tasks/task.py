@@ -32,7 +32,7 @@ Prediction = dict[str, Any]
 Rows = dict[str, np.ndarray]
 """The outputs of examples, [N, ...] by name."""
 
-_LABELS: dict[LabelKind, str] = {
+_LABELS: dict[LabelKind | None, str] = {
     "class": "a class", "number": "a number", "tags": "a tag for each word", "answers": "answers",
 }  # fmt: skip
 
@@ -56,6 +56,7 @@ class Task(Objective):
     families = ("bert",)
     takes_pairs: ClassVar[bool | None] = None
     packings: ClassVar[tuple[Packing, ...]] = ("documents",)
+    packs = False
     least_length = 3
     unit = "row"
     use = ("predict", "manyheads predict {} --file FILE")
