@@ -77,7 +77,7 @@ def test_sqlite_reads_rows_that_are_in_the_log_alone(tmp_path: Path) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.tar.gz", "a.safetensors", "a.pdf", "a.npz", "a.JSON", "a.zip"])
+@pytest.mark.parametrize("name", ["a.7z.gz", "a.safetensors", "a.pdf", "a.npz", "a.PDF", "a.rar"])
 def test_what_is_not_text_by_its_name_is_refused(tmp_path: Path, name: str) -> None:
     if name.endswith(".gz"):
         (tmp_path / name).write_bytes(gzip.compress(b"some text"))

@@ -155,7 +155,7 @@ def _objective(request: Request, base: Base) -> type[Objective]:
 
 def _held_by(path: str) -> Holds:
     """What the first record of a file is: a dialogue, a question with two answers, or a text."""
-    holding: tuple[Holds, ...] = ("dialogues", "preferences") if _format(path) in ("jsonl", "parquet") else ()
+    holding: tuple[Holds, ...] = ("dialogues", "preferences") if _format(path) in ("json", "jsonl", "parquet") else ()
     for holds in holding:
         with contextlib.suppress(UserError):
             next(documents(FilesSource(path=path, holds=holds)), None)

@@ -8,9 +8,10 @@ from typing import Literal
 from train.text_files import COMPRESSED
 from transformer.errors import UserError
 
-Format = Literal["text", "python", "jsonl", "csv", "parquet", "sqlite", "conll"]
+Format = Literal["text", "python", "json", "jsonl", "csv", "parquet", "sqlite", "conll"]
 
 _FORMATS: dict[str, Format] = {
+    ".json": "json",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     **dict.fromkeys((".csv", ".tsv", ".tab"), "csv"),
@@ -19,8 +20,11 @@ _FORMATS: dict[str, Format] = {
     **dict.fromkeys((".conll", ".conllu"), "conll"),
 }
 _NOT_TEXT = {
-    ".json": "set format: jsonl if it has one object per line",
-    **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar"), "unpack it"),
+    **dict.fromkeys(
+        (".tar", ".tgz", ".tbz2", ".txz", ".zip"),
+        "unpack it; a source reads the files in it",
+    ),
+    **dict.fromkeys((".7z", ".rar"), "unpack it"),
     **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx"), "write it as .parquet, .csv or .jsonl"),
     **dict.fromkeys(
         (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz", ".pkl", ".pickle", ".h5"), "it holds arrays"

@@ -15,6 +15,7 @@ from typing import Literal, TextIO
 
 from train.data.sources.conll import conll_texts
 from train.data.sources.file_formats import Format, check_is_text, format_of, suffix_of
+from train.data.sources.json_items import json_items
 from train.data.sources.records import Document, Records, kind_of
 from train.data.sources.tables import TableFormat
 from train.text_files import DEFAULT_ENCODING, invalid_bytes, not_valid, open_text, reading, unix_lines
@@ -53,6 +54,7 @@ class Reader:
         readers: dict[str, Callable[[Path, str], Iterator[Document]]] = {
             "text": lambda path, name: self._text(path, name, folder),
             "python": self._python,
+            "json": self._json,
             "jsonl": self._jsonl,
             "csv": self._csv,
             "parquet": self._parquet,
@@ -113,6 +115,20 @@ class Reader:
                 if not isinstance(row, dict):
                     self.records.rejects.add(place, f"expected a JSON object, got {kind_of(row)}")
                 elif document := self.records.document(row, f"{name}:{line}", place):
+                    yield document
+
+    def _json(self, path: Path, name: str) -> Iterator[Document]:
+        """A list of objects; or, as many .json files are, one object per line."""
+        with open_text(path, self.encoding) as stream:
+            items = json_items(stream)
+            if items is None:
+                yield from self._jsonl(path, name)
+                return
+            for number, (line, row) in enumerate(items, start=1):
+                place = f"{path}:{line}"
+                if isinstance(row, str):
+                    self.records.rejects.add(place, row)
+                elif document := self.records.document(row, f"{name}:{number}", place):
                     yield document
 
     def _csv(self, path: Path, name: str) -> Iterator[Document]:

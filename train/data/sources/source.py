@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from train.data.sources import synthetic
+from train.data.sources.archives import archive_in, unpacked
 from train.data.sources.file_formats import format_of
 from train.data.sources.readers import Reader, write_ahead_log
 from train.data.sources.records import Document, Fields, Records, Rejects
@@ -160,11 +161,18 @@ def _library_files(include_tests: bool) -> list[tuple[str, Path]]:
     return sorted(files)
 
 
-def _local_files(pattern: str) -> list[tuple[str, Path]]:
+def _local_files(pattern: str, named: str = "") -> list[tuple[str, Path]]:
+    """The files that a pattern matches, sorted by name; `named` is the pattern in messages, if it is another one."""
     place = expanded(pattern)
+    if (archive := archive_in(place)) is not None:
+        inside = place.relative_to(archive)
+        folder = unpacked(archive)
+        found = _local_files(str(folder / ("**/*" if inside == Path() else inside)), pattern)
+        return [(f"{archive.name}/{name}", path) for name, path in found]
     # These two are False for a name that no disk takes, such as a long one.
     if os.path.isdir(place):
-        raise UserError(f"{pattern}: this is a folder; name its files, such as {pattern.rstrip('/')}/**/*.txt")
+        shown_as = named or pattern
+        raise UserError(f"{shown_as}: this is a folder; name its files, such as {shown_as.rstrip('/')}/**/*.txt")
     if os.path.isfile(place):  # before globbing: a name may hold brackets
         return [(place.name, place)]
     paths = [Path(path) for path in glob.glob(str(place), recursive=True)]
@@ -172,7 +180,7 @@ def _local_files(pattern: str) -> list[tuple[str, Path]]:
     root = Path(*fixed)
     files = sorted((path.relative_to(root).as_posix(), path) for path in paths if os.path.isfile(path))
     if not files:
-        raise UserError(f"{pattern}: no such file (looked in {Path.cwd()}); correct path")
+        raise UserError(f"{named or pattern}: no such file (looked in {Path.cwd()}); correct path")
     return files
 
 

@@ -16,8 +16,8 @@ from train.text_files import DEFAULT_ENCODING, is_encoding
 from transformer.errors import Config, require
 from transformer.resume import Ask, OnResume
 
-_RECORDS = ("jsonl", "csv", "parquet", "sqlite", "conll")
-_NESTED = ("jsonl", "parquet")
+_RECORDS = ("json", "jsonl", "csv", "parquet", "sqlite", "conll")
+_NESTED = ("json", "jsonl", "parquet")
 """Formats whose records hold lists of messages."""
 
 
@@ -169,10 +169,11 @@ class FileFormatSource(RecordSource):
     """Files of one of several formats."""
 
     path: str
-    """A file, or a glob such as `texts/**/*.jsonl.gz`, also at an address such as s3://bucket/*.txt; in a wheel, relative to
-    its root."""
-    format: Literal["auto", "text", "jsonl", "csv", "parquet", "sqlite", "conll"] = "auto"
-    """Format of the files; `auto` chooses it by the suffix, and reads any other suffix as text. `csv`: also with other
+    """A file, or a glob such as `texts/**/*.jsonl.gz`, also at an address such as s3://bucket/*.txt, or in an archive, such as
+    `news.zip/*/*.txt`; in a wheel, relative to its root."""
+    format: Literal["auto", "text", "json", "jsonl", "csv", "parquet", "sqlite", "conll"] = "auto"
+    """Format of the files; `auto` chooses it by the suffix, and reads any other suffix as text. `json`: a list of objects, or one
+    object per line; `jsonl`: one object per line. `csv`: also with other
     delimiters. `conll`: one word and its tag per line, in the first and the last column, which are the fields `words` and `tags`;
     of CoNLL-U's columns `tags` is UPOS, and there are `xpos`, `deprel` and others."""
     encoding: str = DEFAULT_ENCODING
