@@ -102,7 +102,7 @@ class Run:
     def __init__(self, directory: Path, loaded: LoadedRun) -> None:
         self.directory = directory
         self._loaded = loaded
-        self._embedders: dict[tuple[Any, bool], Embedder] = {}
+        self._embedders: dict[tuple[Any, ...], Embedder] = {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, step={self.step}, family={self.config.model.family!r})"
@@ -206,22 +206,28 @@ class Run:
         return found[0] if isinstance(texts, str) else found
 
     def embed(
-        self, texts: str | Sequence[str], *, pooling: Any = None, normalize: bool = True
+        self,
+        texts: str | Sequence[str],
+        *,
+        pooling: Any = None,
+        normalize: bool | None = None,
+        prompt_name: str | None = None,
     ) -> Float[np.ndarray, "*texts D"]:
         """The vector of a text, or the vectors of several, in float32.
 
         Args:
-            pooling: `mean` or `cls`; the model's own by default.
-            normalize: scale vectors to length 1.
+            pooling: `cls`, `max`, `mean`, `mean_sqrt_len`, `weighted_mean` or `last`; the model's own by default.
+            normalize: whether the last step scales the vectors to length 1; as the model does by default.
+            prompt_name: which of the model's prompts to put before each text; its default one, or none, by default.
 
         Raises:
-            UserError: the model is not an encoder.
+            UserError: the model is not an encoder, or has no such prompt.
         """
         if not isinstance(self.config.model, BertConfig):
             raise self._cannot("embed", "an encoder (bert)")
-        if (kind := (pooling, normalize)) not in self._embedders:
+        if (kind := (pooling, normalize, prompt_name)) not in self._embedders:
             self._embedders[kind] = Embedder(
-                self.config.model, self.tokenizer, pooling=pooling, normalize=normalize
+                self.config.model, self.tokenizer, pooling=pooling, normalize=normalize, prompt_name=prompt_name
             )  # fmt: skip
         with self._on_mesh():
             vectors = self._embedders[kind](self.params, [texts] if isinstance(texts, str) else list(texts))
