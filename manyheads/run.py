@@ -23,7 +23,7 @@ from train.huggingface.import_checkpoint import import_checkpoint
 from train.inference.attend import maps_of, tokens_of
 from train.inference.embed import Embedder
 from train.inference.generate import default_length, sampling_of
-from train.inference.predict import as_task_run, predictions
+from train.inference.predict import as_task_run, predictions, with_threshold
 from train.inference.translate import alignment
 from train.objectives.tasks.task import Prediction
 from train.parallel.mesh import use_mesh
@@ -233,11 +233,14 @@ class Run:
             vectors = self._embedders[kind](self.params, [texts] if isinstance(texts, str) else list(texts))
         return vectors[0] if isinstance(texts, str) else vectors
 
-    def predict(self, documents: Sequence[str | tuple[str, str] | Document]) -> list[Prediction]:
+    def predict(
+        self, documents: Sequence[str | tuple[str, str] | Document], *, threshold: float | None = None
+    ) -> list[Prediction]:
         """The model's prediction for each document: its label and scores.
 
         Args:
             documents: texts; pairs of texts, for a model of pairs; or documents with words or choices.
+            threshold: of multi-label classification: the probability from which on a class is predicted; the run's by default.
 
         Raises:
             UserError: the model was not fine-tuned on a task, or expects other documents.
@@ -248,7 +251,7 @@ class Run:
             if (document.target is not None or bool(document.choices)) != source.gives_pairs:
                 wanted = "pairs of texts" if source.gives_pairs else "single texts"
                 raise UserError(f"document {document.id}: this model takes {wanted}")
-        return predictions(loaded, task, made, "documents")
+        return predictions(loaded, with_threshold(task, threshold), made, "documents")
 
     def attention(
         self, text: str, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None

@@ -97,6 +97,10 @@ ENCODERS = {
     "BertForMaskedLM": ("BertForMaskedLM", ENCODER | {"hidden_act": "gelu_new", "vocab_size": 77}),
     "BertForPreTraining": ("BertForPreTraining", ENCODER | {"num_attention_heads": 2, "intermediate_size": 17}),
     "BertForSequenceClassification": ("BertForSequenceClassification", ENCODER | {"num_labels": 5}),
+    "BertForSequenceClassification, several labels": (
+        "BertForSequenceClassification",
+        ENCODER | {"num_labels": 4, "problem_type": "multi_label_classification"},
+    ),
     "BertForTokenClassification": ("BertForTokenClassification", ENCODER | {"num_labels": 7, "hidden_act": "relu"}),
     "BertForQuestionAnswering": ("BertForQuestionAnswering", ENCODER | {"num_hidden_layers": 3}),
     "BertForMultipleChoice": ("BertForMultipleChoice", ENCODER | {"type_vocab_size": 3}),

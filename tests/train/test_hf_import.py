@@ -269,6 +269,32 @@ def test_an_imported_classifier_predicts(tmp_path, capsys):
         assert list(one["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
 
 
+@pytest.mark.torch
+def test_an_imported_classifier_of_several_labels_predicts_as_transformers(tmp_path, capsys):
+    import torch
+    import transformers
+
+    config = dataclasses.replace(BERT, head=ClassificationHeadConfig(num_labels=3, multi_label=True))
+    names = {"0": "sad", "1": "neutral", "2": "glad"}
+    written(config, tmp_path / "bert", extra={"pad_token_id": 0, "id2label": names})
+    tokenizer_json(tmp_path / "bert", BERT_SPECIAL)
+    run = import_checkpoint(str(tmp_path / "bert"), tmp_path / "run")
+    texts = ["the cat sat on a mat", "dogs run"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    out = export(run, tmp_path / "out")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    assert theirs.config.problem_type == "multi_label_classification"
+    for threshold in (0.5, 0.45):
+        capsys.readouterr()
+        assert main(["predict", str(run), "--file", str(tmp_path / "texts.txt"), "--threshold", str(threshold)]) == 0
+        told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        for text, one in zip(texts, told, strict=True):
+            ids = torch.tensor([[2, *(5 + WORDS.index(word) for word in text.split()), 3]])
+            expected = torch.sigmoid(theirs(ids).logits[0]).tolist()
+            assert list(one["scores"].values()) == pytest.approx(expected, abs=1e-5)
+            assert one["label"] == [name for name, part in one["scores"].items() if part >= threshold]
+
+
 def test_an_imported_tagger_and_an_imported_reader_predict(tmp_path, capsys):
     documents = {
         "tokens": ("texts.txt", "the cat sat\n"),

@@ -78,11 +78,13 @@ def _masked_head(dense: str, norm_name: str, bias: str) -> Iterator[TensorRule]:
 
 
 def head_of(
-    kind: str, num_labels: int, *, token: dict[str, Any] | None = None, pooler: Any = None, **pooled: Any
-) -> HeadConfig:
+    kind: str, num_labels: int, *, multi_label: bool = False, token: dict[str, Any] | None = None, pooler: Any = None,
+    **pooled: Any,
+) -> HeadConfig:  # fmt: skip
     """The head of a kind.
 
     Args:
+        multi_label: of a head over classes of rows.
         token: of the heads of single tokens.
         pooler: of embeddings.
         pooled: of the heads of whole rows.
@@ -91,7 +93,7 @@ def head_of(
         "masked": MaskedHeadConfig,
         "replaced": ReplacedHeadConfig,
         "pretraining": lambda: PretrainingHeadConfig(**pooled),
-        "classification": lambda: ClassificationHeadConfig(num_labels=num_labels, **pooled),
+        "classification": lambda: ClassificationHeadConfig(num_labels=num_labels, multi_label=multi_label, **pooled),
         "choice": lambda: ChoiceHeadConfig(**pooled),
         "tokens": lambda: TokensHeadConfig(num_labels=num_labels, **token or {}),
         "answer": lambda: AnswerHeadConfig(**token or {}),
@@ -120,15 +122,18 @@ def _common(theirs: HFConfigReader, *, dim: int = 768, num_heads: int = 12, mlp_
     }
 
 
-def labels_of(theirs: HFConfigReader, head: Any) -> int:
-    """How many classes a config names, of which one is right."""
+def classes_of(theirs: HFConfigReader, head: Any) -> dict[str, Any]:
+    """How many classes a config names, and whether a text may have several: arguments of `head_of`."""
+    several = "multi_label_classification"
     if head == "classification":
-        theirs.must("problem_type", ["single_label_classification", "regression"], "single_label_classification")
+        allowed = ["single_label_classification", "regression", several]
+        theirs.must("problem_type", allowed, "single_label_classification")
+    multi_label = head == "classification" and theirs.get("problem_type") == several
     named = theirs.get("id2label")
     if named and not (isinstance(named, dict) and sorted(map(str, named)) == sorted(map(str, range(len(named))))):
         theirs.wrong("id2label: supported: a name for each number from 0 up")
-        return 2
-    return len(named) if named else theirs.size("num_labels", 2)
+        return {"num_labels": 2, "multi_label": multi_label}
+    return {"num_labels": len(named) if named else theirs.size("num_labels", 2), "multi_label": multi_label}
 
 
 def _common_fields(c: BertConfig) -> dict[str, Any]:
@@ -138,8 +143,14 @@ def _common_fields(c: BertConfig) -> dict[str, Any]:
         "hidden_size": c.embed_dim, "num_attention_heads": mixer.num_heads, "intermediate_size": mlp.width(c.embed_dim),
         "hidden_act": name_of(ACTIVATIONS, mlp.activation), "layer_norm_eps": c.norm_eps,
         "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": c.attention_dropout,
-        "type_vocab_size": c.token_types, "initializer_range": c.init_std, "num_labels": num_labels_of(c),
+        "type_vocab_size": c.token_types, "initializer_range": c.init_std, **class_fields(c),
     }  # fmt: skip
+
+
+def class_fields(c: BertConfig) -> dict[str, Any]:
+    """The fields of `classes_of`."""
+    several = {"problem_type": "multi_label_classification"} if getattr(c.head, "multi_label", False) else {}
+    return {"num_labels": num_labels_of(c)} | several
 
 
 def num_labels_of(c: BertConfig) -> int:
@@ -148,7 +159,7 @@ def num_labels_of(c: BertConfig) -> int:
 
 
 def _read_bert(theirs: HFConfigReader, head: Any) -> BertConfig:
-    return BertConfig(**_common(theirs), head=head_of(head, labels_of(theirs, head), pooler="tanh"))
+    return BertConfig(**_common(theirs), head=head_of(head, **classes_of(theirs, head), pooler="tanh"))
 
 
 def _bert_tables(c: BertConfig) -> Tables:
@@ -188,7 +199,7 @@ def _read_roberta(theirs: HFConfigReader, head: Any) -> BertConfig:
     if rows <= _UNUSED_ROWS:
         theirs.wrong(f"max_position_embeddings: got {rows}; allowed: above {_UNUSED_ROWS}")
         rows = _UNUSED_ROWS + 1
-    made = head_of(head, labels_of(theirs, head), pooler="tanh")
+    made = head_of(head, **classes_of(theirs, head), pooler="tanh")
     return BertConfig(**common | {"max_length": rows - _UNUSED_ROWS}, head=made)
 
 
@@ -241,7 +252,7 @@ def _read_distilbert(theirs: HFConfigReader, head: Any) -> BertConfig:
         ),
         norm_eps=1e-12, token_types=0, init_std=theirs.number("initializer_range", 0.02),
         **theirs.dropouts("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
-        head=head_of(head, labels_of(theirs, head), activation="relu"),
+        head=head_of(head, **classes_of(theirs, head), activation="relu"),
     )  # fmt: skip
 
 
@@ -251,7 +262,7 @@ def _distilbert_fields(c: BertConfig) -> dict[str, Any]:
         "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "n_layers": c.num_layers,
         "dim": c.embed_dim, "n_heads": mixer.num_heads, "hidden_dim": mlp.width(c.embed_dim),
         "activation": name_of(ACTIVATIONS, mlp.activation), "dropout": c.dropout,
-        "attention_dropout": c.attention_dropout, "initializer_range": c.init_std, "num_labels": num_labels_of(c),
+        "attention_dropout": c.attention_dropout, "initializer_range": c.init_std, **class_fields(c),
     }  # fmt: skip
 
 
@@ -288,7 +299,7 @@ def _read_electra(theirs: HFConfigReader, head: Any) -> BertConfig:
     if head == "masked":
         # The generator's head uses this activation, whatever the layers use.
         theirs.must("hidden_act", ["gelu"], "gelu")
-    made = head_of(head, labels_of(theirs, head), activation="gelu_exact")
+    made = head_of(head, **classes_of(theirs, head), activation="gelu_exact")
     return BertConfig(**common, embedding_size=None if width == dim else width, head=made)
 
 

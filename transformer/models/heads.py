@@ -80,6 +80,9 @@ class ClassificationHeadConfig(PooledHeadConfig):
     """The class of a row, or a number."""
     num_labels: int = 2
     """Number of classes; 1: a number."""
+    multi_label: bool = False
+    """A row may have none, one or several of the classes (objective multi_label_classification): a sigmoid of each score, in the
+    place of a softmax over them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,6 +51,9 @@ class Regression(Task):
             require(
                 model.head, "num_labels", model.head.num_labels == 1, "a regression predicts one number; allowed: 1"
             )
+            require(
+                model.head, "multi_label", not model.head.multi_label, "a regression has no classes; allowed: false"
+            )
 
     def for_any_document(self) -> Self:
         return dataclasses.replace(self, too_long="truncate")
