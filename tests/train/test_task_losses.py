@@ -116,7 +116,8 @@ def test_each_class_is_a_decision_as_in_torch():
     expected.backward()
     np.testing.assert_allclose(found, expected.detach(), rtol=1e-5)
     np.testing.assert_allclose(gradient[:4], theirs.grad, atol=1e-6)
-    assert not gradient[4:].any() and sums.correct == ((logits > 0) == (labels > 0)).all(1)[:4].sum()
+    assert not gradient[4:].any()
+    assert float(sums.correct) == ((logits > 0) == (labels > 0)).all(1)[:4].sum()
 
 
 def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):

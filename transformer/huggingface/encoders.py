@@ -1,7 +1,8 @@
-"""BERT, RoBERTa, DistilBERT and ELECTRA: the same body, with different names, heads and details."""
+"""BERT, RoBERTa, DistilBERT, ELECTRA and MPNet: the same body, with different names, heads and details."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformer.huggingface.architecture import Architecture, rules_of
 from transformer.huggingface.fields import ACTIVATIONS, HFConfigReader, dense_mlp, name_of, only_mixer
 from transformer.huggingface.mapping import BLOCKS, Tables, TensorRule, Vector, linear, norm, table
 from transformer.layers.feed_forward import DenseConfig
+from transformer.layers.position import RelativeConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.heads import (
@@ -28,7 +30,8 @@ HEADS = {
     "ForQuestionAnswering": "answer", "ForMultipleChoice": "choice", "Model": "embedding",
 }  # fmt: skip
 """Suffix of their classes' names → our head."""
-_BUFFERS = ("*.position_ids", "*.token_type_ids", "embeddings.position_ids", "embeddings.token_type_ids")
+BUFFERS = ("*.position_ids", "*.token_type_ids", "embeddings.position_ids", "embeddings.token_type_ids")
+"""Tensors in older checkpoints that are not parameters."""
 
 
 def classes(name: str, **more: str) -> dict[str, str]:
@@ -63,7 +66,7 @@ def _bert_body(c: BertConfig, prefix: str, skipped: int = 0) -> Iterator[TensorR
     )  # fmt: skip
 
 
-def _small_heads(c: BertConfig) -> Iterator[TensorRule]:
+def small_heads(c: BertConfig) -> Iterator[TensorRule]:
     """Rules for the heads of single tokens, which have the same names in all of these."""
     if c.head.kind == "tokens":
         yield from linear("classifier", "token_head.out")
@@ -71,7 +74,8 @@ def _small_heads(c: BertConfig) -> Iterator[TensorRule]:
         yield from linear("qa_outputs", "token_head.out")
 
 
-def _masked_head(dense: str, norm_name: str, bias: str) -> Iterator[TensorRule]:
+def masked_head(dense: str, norm_name: str, bias: str) -> Iterator[TensorRule]:
+    """Rules for the head that predicts masked tokens."""
     yield from linear(dense, "masked_head.dense")
     yield from norm(norm_name, "masked_head.norm")
     yield TensorRule(bias, ("masked_head.bias",), Vector())
@@ -163,11 +167,11 @@ def _read_bert(theirs: HFConfigReader, head: Any) -> BertConfig:
 
 
 def _bert_tables(c: BertConfig) -> Tables:
-    heads: list[TensorRule] = list(_small_heads(c))
+    heads: list[TensorRule] = list(small_heads(c))
     copies = {}
     if c.head.kind in ("masked", "pretraining"):
         names = [f"cls.predictions.{name}" for name in ("transform.dense", "transform.LayerNorm", "bias")]
-        heads += _masked_head(*names)
+        heads += masked_head(*names)
         copies = {
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -176,7 +180,7 @@ def _bert_tables(c: BertConfig) -> Tables:
         heads += linear("bert.pooler.dense", "pooled_head.pooler")
     if c.head.kind in ("pretraining", "classification", "choice"):
         heads += linear("cls.seq_relationship" if c.head.kind == "pretraining" else "classifier", "pooled_head.out")
-    left_out = ("cls.*", "bert.pooler.*", *_BUFFERS)
+    left_out = ("cls.*", "bert.pooler.*", *BUFFERS)
     return Tables(rules_of(_bert_body(c, "bert"), heads), copies, left_out)
 
 
@@ -208,22 +212,28 @@ def _roberta_fields(c: BertConfig) -> dict[str, Any]:
     return _common_fields(c) | special | {"max_position_embeddings": c.max_length + _UNUSED_ROWS}
 
 
-def _roberta_tables(c: BertConfig) -> Tables:
-    heads: list[TensorRule] = list(_small_heads(c))
+def _roberta_heads(c: BertConfig, prefix: str) -> tuple[list[TensorRule], dict[str, str]]:
+    """The rules of the heads, and the tensors that repeat others."""
+    heads: list[TensorRule] = list(small_heads(c))
     copies = {}
     if c.head.kind == "masked":
-        heads += _masked_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
+        heads += masked_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
         copies = {
-            "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+            "lm_head.decoder.weight": f"{prefix}.embeddings.word_embeddings.weight",
             "lm_head.decoder.bias": "lm_head.bias",
         }
     if c.head.kind == "classification":
         heads += [*linear("classifier.dense", "pooled_head.pooler"), *linear("classifier.out_proj", "pooled_head.out")]
     if c.head.kind in ("choice", "embedding"):
-        heads += linear("roberta.pooler.dense", "pooled_head.pooler")
+        heads += linear(f"{prefix}.pooler.dense", "pooled_head.pooler")
     if c.head.kind == "choice":
         heads += linear("classifier", "pooled_head.out")
-    left_out = ("lm_head.*", "roberta.pooler.*", *_BUFFERS)
+    return heads, copies
+
+
+def _roberta_tables(c: BertConfig) -> Tables:
+    heads, copies = _roberta_heads(c, "roberta")
+    left_out = ("lm_head.*", "roberta.pooler.*", *BUFFERS)
     return Tables(rules_of(_bert_body(c, "roberta", _UNUSED_ROWS), heads), copies, left_out)
 
 
@@ -272,14 +282,14 @@ def _distilbert_tables(c: BertConfig) -> Tables:
         attention={"query": "attention.q_lin", "key": "attention.k_lin", "value": "attention.v_lin", "out": "attention.out_lin"},
         feed_forward=("ffn.lin1", "ffn.lin2"), norms=("sa_layer_norm", "output_layer_norm"),
     )  # fmt: skip
-    heads: list[TensorRule] = list(_small_heads(c))
+    heads: list[TensorRule] = list(small_heads(c))
     copies = {}
     if c.head.kind == "masked":
-        heads += _masked_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias")
+        heads += masked_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias")
         copies = {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"}
     if c.head.kind in ("classification", "choice"):
         heads += [*linear("pre_classifier", "pooled_head.pooler"), *linear("classifier", "pooled_head.out")]
-    return Tables(rules_of(body, heads), copies, ("vocab_*", *_BUFFERS))
+    return Tables(rules_of(body, heads), copies, ("vocab_*", *BUFFERS))
 
 
 DISTILBERT = Architecture(
@@ -308,13 +318,13 @@ def _electra_fields(c: BertConfig) -> dict[str, Any]:
 
 
 def _electra_tables(c: BertConfig) -> Tables:
-    heads: list[TensorRule] = list(_small_heads(c))
+    heads: list[TensorRule] = list(small_heads(c))
     copies = {}
     if c.dim_of_embedding != c.embed_dim:
         heads += linear("electra.embeddings_project", "embedding_projection")
     if c.head.kind == "masked":
         names = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias")
-        heads += _masked_head(*names)
+        heads += masked_head(*names)
         copies = {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"}
     if c.head.kind == "replaced":
         heads += linear("discriminator_predictions.dense", "replaced_head.dense")
@@ -323,7 +333,7 @@ def _electra_tables(c: BertConfig) -> Tables:
         heads += [*linear("classifier.dense", "pooled_head.pooler"), *linear("classifier.out_proj", "pooled_head.out")]
     if c.head.kind == "choice":
         heads += [*linear("sequence_summary.summary", "pooled_head.pooler"), *linear("classifier", "pooled_head.out")]
-    left_out = ("discriminator_predictions.*", "generator_*", *_BUFFERS)
+    left_out = ("discriminator_predictions.*", "generator_*", *BUFFERS)
     return Tables(rules_of(_bert_body(c, "electra"), heads), copies, left_out)
 
 
@@ -332,4 +342,42 @@ ELECTRA = Architecture(
     classes=classes("Electra", ForPreTraining="replaced"), bare=("ElectraModel",),
     prefix="electra", heads=("discriminator_", "generator_", "classifier.", "qa_outputs.", "sequence_summary."),
     read=_read_electra, write=_electra_fields, tables=_electra_tables,
+)  # fmt: skip
+
+_MPNET_BUCKETS, _MPNET_DISTANCE = 32, 128
+"""Their implementation computes the buckets with these numbers, whatever config.json has."""
+
+
+def _read_mpnet(theirs: HFConfigReader, head: Any) -> BertConfig:
+    theirs.must("relative_attention_num_buckets", [_MPNET_BUCKETS], _MPNET_BUCKETS)
+    if head == "masked":
+        # Their head has this activation, whatever the layers have.
+        theirs.must("hidden_act", ["gelu"], "gelu")
+    roberta = _read_roberta(theirs, head)
+    bias = RelativeConfig(num_buckets=_MPNET_BUCKETS, max_distance=_MPNET_DISTANCE)
+    attention = dataclasses.replace(only_mixer(roberta), position=bias)
+    return dataclasses.replace(roberta, token_types=0, attention=attention, position_embedding="learned")
+
+
+def _mpnet_fields(c: BertConfig) -> dict[str, Any]:
+    fields = _roberta_fields(c) | {"relative_attention_num_buckets": _MPNET_BUCKETS}
+    del fields["type_vocab_size"]
+    return fields
+
+
+def _mpnet_tables(c: BertConfig) -> Tables:
+    body = _body(
+        c, "mpnet", embeddings="embeddings", layer="encoder.layer", skipped=_UNUSED_ROWS,
+        attention={ours: f"attention.attn.{ours[0]}" for ours in ("query", "key", "value", "out")},
+        feed_forward=("intermediate.dense", "output.dense"), norms=("attention.LayerNorm", "output.LayerNorm"),
+    )  # fmt: skip
+    bias = table("mpnet.encoder.relative_attention_bias", "layers.relative")
+    heads, copies = _roberta_heads(c, "mpnet")
+    return Tables(rules_of(body, bias, heads), copies, ("lm_head.*", "mpnet.pooler.*", *BUFFERS))
+
+
+MPNET = Architecture(
+    model_type="mpnet", family=BertConfig,
+    classes=classes("MPNet"), bare=("MPNetModel",), prefix="mpnet", heads=_ROBERTA_HEADS,
+    read=_read_mpnet, write=_mpnet_fields, tables=_mpnet_tables,
 )  # fmt: skip
