@@ -211,7 +211,9 @@ def _encoder(read: Checkpoint, model: Any, theirs: Any, ids: np.ndarray, valid: 
     elif head in ("classification", "choice"):
         found["logits"] = _difference(logits.reshape(out.logits.shape), out.logits.numpy())
     if head == "pretraining":
-        found["pooled"] = _difference(np.asarray(ours.pooled_logits), out.seq_relationship_logits.numpy())
+        # ALBERT's second head predicts the order of two sentences.
+        second = out.sop_logits if "sop_logits" in out else out.seq_relationship_logits
+        found["pooled"] = _difference(np.asarray(ours.pooled_logits), second.numpy())
     if head == "embedding" and getattr(out, "pooler_output", None) is not None and ours.pooled_logits is not None:
         found["pooled"] = _difference(np.asarray(ours.pooled_logits), out.pooler_output.numpy())
     if head == "embedding":

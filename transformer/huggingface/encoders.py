@@ -106,7 +106,11 @@ def head_of(
     return makers[kind]()
 
 
-def _common(theirs: HFConfigReader, *, dim: int = 768, num_heads: int = 12, mlp_dim: int = 3072) -> dict[str, Any]:
+def bert_config(
+    theirs: HFConfigReader, *, dim: int = 768, num_heads: int = 12, mlp_dim: int = 3072, activation: str = "gelu",
+    dropout: float = 0.1, classifier_dropout: str = "classifier_dropout",
+) -> dict[str, Any]:  # fmt: skip
+    """Fields of our config from those that most of them have; the other arguments are their defaults."""
     theirs.must("is_decoder", [False], False)
     theirs.must("position_embedding_type", ["absolute"], "absolute")
     theirs.must("tie_word_embeddings", [True], True)
@@ -117,10 +121,11 @@ def _common(theirs: HFConfigReader, *, dim: int = 768, num_heads: int = 12, mlp_
         "embed_dim": theirs.size("hidden_size", dim),
         "attention": SoftmaxConfig(num_heads=theirs.size("num_attention_heads", num_heads)),
         "mlp": DenseConfig(
-            dim=theirs.size("intermediate_size", mlp_dim), activation=theirs.one_of("hidden_act", ACTIVATIONS, "gelu")
+            dim=theirs.size("intermediate_size", mlp_dim),
+            activation=theirs.one_of("hidden_act", ACTIVATIONS, activation),
         ),
         "norm_eps": theirs.number("layer_norm_eps", 1e-12),
-        **theirs.dropouts("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+        **theirs.dropouts("hidden_dropout_prob", "attention_probs_dropout_prob", classifier_dropout, default=dropout),
         "token_types": theirs.size("type_vocab_size", 2),
         "init_std": theirs.number("initializer_range", 0.02),
     }
@@ -140,7 +145,8 @@ def classes_of(theirs: HFConfigReader, head: Any) -> dict[str, Any]:
     return {"num_labels": len(named) if named else theirs.size("num_labels", 2), "multi_label": multi_label}
 
 
-def _common_fields(c: BertConfig) -> dict[str, Any]:
+def bert_fields(c: BertConfig) -> dict[str, Any]:
+    """The fields that `bert_config` reads."""
     mixer, mlp = only_mixer(c), dense_mlp(c)
     return {
         "vocab_size": c.vocab_size, "max_position_embeddings": c.max_length, "num_hidden_layers": c.num_layers,
@@ -163,7 +169,7 @@ def num_labels_of(c: BertConfig) -> int:
 
 
 def _read_bert(theirs: HFConfigReader, head: Any) -> BertConfig:
-    return BertConfig(**_common(theirs), head=head_of(head, **classes_of(theirs, head), pooler="tanh"))
+    return BertConfig(**bert_config(theirs), head=head_of(head, **classes_of(theirs, head), pooler="tanh"))
 
 
 def _bert_tables(c: BertConfig) -> Tables:
@@ -188,7 +194,7 @@ BERT = Architecture(
     model_type="bert", family=BertConfig,
     classes=classes("Bert", ForPreTraining="pretraining"), bare=("BertModel",), prefix="bert",
     heads=("cls.", "classifier.", "qa_outputs."),
-    read=_read_bert, write=_common_fields, tables=_bert_tables,
+    read=_read_bert, write=bert_fields, tables=_bert_tables,
 )  # fmt: skip
 
 _ROBERTA_HEADS = ("lm_head.", "classifier.", "qa_outputs.")
@@ -198,7 +204,7 @@ _UNUSED_ROWS = 2
 
 def _read_roberta(theirs: HFConfigReader, head: Any) -> BertConfig:
     theirs.must("pad_token_id", [_UNUSED_ROWS - 1], _UNUSED_ROWS - 1)
-    common = _common(theirs)
+    common = bert_config(theirs)
     rows = common["max_length"]
     if rows <= _UNUSED_ROWS:
         theirs.wrong(f"max_position_embeddings: got {rows}; allowed: above {_UNUSED_ROWS}")
@@ -209,7 +215,7 @@ def _read_roberta(theirs: HFConfigReader, head: Any) -> BertConfig:
 
 def _roberta_fields(c: BertConfig) -> dict[str, Any]:
     special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    return _common_fields(c) | special | {"max_position_embeddings": c.max_length + _UNUSED_ROWS}
+    return bert_fields(c) | special | {"max_position_embeddings": c.max_length + _UNUSED_ROWS}
 
 
 def _roberta_heads(c: BertConfig, prefix: str) -> tuple[list[TensorRule], dict[str, str]]:
@@ -305,7 +311,7 @@ def _read_electra(theirs: HFConfigReader, head: Any) -> BertConfig:
         for name, value in (("summary_type", "first"), ("summary_use_proj", True), ("summary_activation", "gelu")):
             theirs.must(name, [value], value)
     width, dim = theirs.size("embedding_size", 128), theirs.size("hidden_size", 256)
-    common = _common(theirs, dim=256, num_heads=4, mlp_dim=1024)
+    common = bert_config(theirs, dim=256, num_heads=4, mlp_dim=1024)
     if head == "masked":
         # The generator's head uses this activation, whatever the layers use.
         theirs.must("hidden_act", ["gelu"], "gelu")
@@ -314,7 +320,7 @@ def _read_electra(theirs: HFConfigReader, head: Any) -> BertConfig:
 
 
 def _electra_fields(c: BertConfig) -> dict[str, Any]:
-    return _common_fields(c) | {"embedding_size": c.dim_of_embedding, "summary_activation": "gelu"}
+    return bert_fields(c) | {"embedding_size": c.dim_of_embedding, "summary_activation": "gelu"}
 
 
 def _electra_tables(c: BertConfig) -> Tables:

@@ -77,6 +77,9 @@ class BertConfig(StackConfig):
     first_norm: bool = True
     """With norm_first, whether the first block normalises the input of its attention; false: embed_norm has already normalised it
     (ModernBERT)."""
+    distinct_layers: int | None = None
+    """How many blocks have parameters of their own; each is applied num_layers / distinct_layers times in a row (ALBERT has one;
+    Lan et al. 2020). null: all of them."""
     head: HeadConfig = MaskedHeadConfig()
     """The head on the hidden states, by its kind: masked, pretraining, replaced, classification, tokens, answer, choice,
     embedding, structured or decomposable."""
@@ -86,6 +89,16 @@ class BertConfig(StackConfig):
         require(self, "token_types", self.token_types >= 0, "allowed: 0 or more")
         width = self.embedding_size
         require(self, "embedding_size", width is None or width >= 1, "allowed: 1 or more, or null")
+        blocks = self.distinct_layers
+        holds = blocks is None or (blocks >= 1 and self.num_layers % blocks == 0)
+        require(self, "distinct_layers", holds, f"allowed: a divisor of num_layers ({self.num_layers}), or null")
+        alike = not self.pattern and self.first_norm
+        require(
+            self,
+            "distinct_layers",
+            blocks is None or alike,
+            "it needs first_norm and no pattern; allowed: null",
+        )
         holds = self.first_norm or (self.norm_first and self.embed_norm)
         require(self, "first_norm", holds, "it needs norm_first and embed_norm; allowed: true")
 
@@ -116,7 +129,7 @@ class Bert(nnx.Module):
         self.embed_norm = make_norm(c, rngs, dim=E) if c.embed_norm else None
         options = linear_options(c.init_std, DTYPES[c.dtype], rngs)
         self.embedding_projection = make_embedding_projection(c, options)
-        self.layers = LayerStack(c, causal=False, first_norm=c.first_norm, rngs=rngs)
+        self.layers = LayerStack(c, causal=False, first_norm=c.first_norm, distinct=c.distinct_layers, rngs=rngs)
         self.masked_head: MaskedHead | None = None
         self.pooled_head: PooledHead | None = None
         self.token_head: TokenHead | None = None
