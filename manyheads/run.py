@@ -23,7 +23,7 @@ from train.huggingface.import_checkpoint import files_digest, import_checkpoint
 from train.inference.attend import maps_of, tokens_of
 from train.inference.embed import Embedder
 from train.inference.generate import default_length, sampling_of
-from train.inference.predict import as_task_run, predictions
+from train.inference.predict import as_task_run, predictions, with_threshold
 from train.inference.translate import alignment
 from train.objectives.tasks.task import Prediction
 from train.parallel.mesh import use_mesh
@@ -100,7 +100,7 @@ class Run:
     def __init__(self, directory: Path, loaded: LoadedRun) -> None:
         self.directory = directory
         self._loaded = loaded
-        self._embedders: dict[tuple[Any, bool], Embedder] = {}
+        self._embedders: dict[tuple[Any, ...], Embedder] = {}
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, step={self.step}, family={self.config.model.family!r})"
@@ -204,32 +204,41 @@ class Run:
         return found[0] if isinstance(texts, str) else found
 
     def embed(
-        self, texts: str | Sequence[str], *, pooling: Any = None, normalize: bool = True
+        self,
+        texts: str | Sequence[str],
+        *,
+        pooling: Any = None,
+        normalize: bool | None = None,
+        prompt_name: str | None = None,
     ) -> Float[np.ndarray, "*texts D"]:
         """The vector of a text, or the vectors of several, in float32.
 
         Args:
-            pooling: `mean` or `cls`; the model's own by default.
-            normalize: scale vectors to length 1.
+            pooling: `cls`, `max`, `mean`, `mean_sqrt_len`, `weighted_mean` or `last`; the model's own by default.
+            normalize: whether the last step scales the vectors to length 1; as the model does by default.
+            prompt_name: which of the model's prompts to put before each text; its default one, or none, by default.
 
         Raises:
-            UserError: the model is not an encoder.
+            UserError: the model is not an encoder, or has no such prompt.
         """
         if not isinstance(self.config.model, BertConfig):
             raise self._cannot("embed", "an encoder (bert)")
-        if (kind := (pooling, normalize)) not in self._embedders:
+        if (kind := (pooling, normalize, prompt_name)) not in self._embedders:
             self._embedders[kind] = Embedder(
-                self.config.model, self.tokenizer, pooling=pooling, normalize=normalize
+                self.config.model, self.tokenizer, pooling=pooling, normalize=normalize, prompt_name=prompt_name
             )  # fmt: skip
         with self._on_mesh():
             vectors = self._embedders[kind](self.params, [texts] if isinstance(texts, str) else list(texts))
         return vectors[0] if isinstance(texts, str) else vectors
 
-    def predict(self, documents: Sequence[str | tuple[str, str] | Document]) -> list[Prediction]:
+    def predict(
+        self, documents: Sequence[str | tuple[str, str] | Document], *, threshold: float | None = None
+    ) -> list[Prediction]:
         """The model's prediction for each document: its label and scores.
 
         Args:
             documents: texts; pairs of texts, for a model of pairs; or documents with words or choices.
+            threshold: of multi-label classification: the probability from which on a class is predicted; the run's by default.
 
         Raises:
             UserError: the model was not fine-tuned on a task, or expects other documents.
@@ -240,7 +249,7 @@ class Run:
             if (document.target is not None or bool(document.choices)) != source.gives_pairs:
                 wanted = "pairs of texts" if source.gives_pairs else "single texts"
                 raise UserError(f"document {document.id}: this model takes {wanted}")
-        return predictions(loaded, task, made, "documents")
+        return predictions(loaded, with_threshold(task, threshold), made, "documents")
 
     def attention(
         self, text: str, *, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None

@@ -167,6 +167,25 @@ def of_rows(
     return of_classes(logits_BC[:, None], labels_B[:, None], weights_B1, config, class_weights)
 
 
+def of_labels(
+    logits_BC: Float[Array, "B C"], labels_BC: Int[Array, "B C"], weights_B: Float[Array, " B"], *, least: float = 0.0
+) -> LossSums:
+    """The binary cross-entropy of each class, as a mean over the classes of a row, as torch's `BCEWithLogitsLoss` has it, and the
+    number of rows of which all classes are right.
+
+    Args:
+        labels_BC: 1 for the classes of a row, else 0.
+        least: the logit from which on a class is predicted.
+    """
+    wide_BC = logits_BC.astype(jnp.float32)
+    targets_BC = labels_BC.astype(jnp.float32)
+    # log(1 + exp(x)) - x y, without overflow.
+    of_class_BC = jnp.maximum(wide_BC, 0) - wide_BC * targets_BC + jnp.log1p(jnp.exp(-jnp.abs(wide_BC)))
+    loss = jnp.sum(of_class_BC.mean(-1) * weights_B)
+    is_right_B = ((wide_BC >= least) == (labels_BC > 0)).all(-1)
+    return LossSums(loss, loss, jnp.sum(weights_B), jnp.sum(jnp.where(is_right_B, weights_B, 0)))
+
+
 def with_added_loss(sums: LossSums, output: Any) -> LossSums:
     """The sums with the model's auxiliary losses, if its output has some."""
     sums = dataclasses.replace(sums, routers=sums.routers + output.routers)

@@ -68,8 +68,8 @@ class TrainableMask:
 ALL = TrainableMask()
 
 
-_FRESH = ("pooled_head.*", "token_head.*")
-"""Heads over classes, which are not pretrained."""
+_FRESH = ("pooled_head.*", "token_head.*", "embedding_head.*")
+"""Heads over classes, and layers on embeddings, which are usually not pretrained."""
 
 
 def chosen(params: nnx.State, freeze: Sequence[str], adapter: AdapterConfig | None) -> TrainableMask:

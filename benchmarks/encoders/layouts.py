@@ -22,8 +22,8 @@ from train.huggingface.source import fetch
 from train.parallel.mesh import MeshConfig, batch_sharding, shard_batch, use_mesh
 from train.run.run_files import LoadedRun, load_run
 from transformer.functional import graphdef_of
+from transformer.models.embedding_head import pool, unit
 from transformer.models.families import make_model
-from transformer.models.heads import embedding_of
 
 TEXTS, LENGTH = 64, 64
 
@@ -85,7 +85,7 @@ def _encoded(loaded: LoadedRun, mesh: MeshConfig, batch: dict[str, np.ndarray]) 
     @jax.jit
     def encode(params: nnx.State, batch: Any) -> tuple[Any, Any]:
         hidden, _ = nnx.merge(graphdef, params).hidden(batch["tokens"], segments_BT=batch["valid"])
-        return hidden, embedding_of(hidden, batch["valid"] > 0)
+        return hidden, unit(pool(hidden, batch["valid"] > 0, pooling="mean"))
 
     with use_mesh(loaded.mesh, mesh.rules):
         placed = shard_batch(batch, batch_sharding(loaded.mesh, mesh.rules))

@@ -81,6 +81,45 @@ def files(folder: Path) -> dict[str, Path]:
     return paths
 
 
+SEVERAL = [("a", ["joy", "anger"]), ("b", []), ("c", ["fear"]), ("d", ["anger", "joy", "anger"])]
+
+
+@pytest.mark.parametrize(("form", "separator"), [("jsonl", ";"), ("parquet", ";"), ("csv", ";"), ("csv", " | ")])
+def test_a_document_may_have_several_classes(form: str, separator: str, tmp_path: Path) -> None:
+    rows = [{"text": text, "labels": labels} for text, labels in SEVERAL]
+    path = tmp_path / f"rows.{form}"
+    if form == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as stream:
+            csv.writer(stream).writerows([["text", "labels"], *((text, separator.join(own)) for text, own in SEVERAL)])
+    source = FilesSource(path=str(path), label_field="labels", label_kind="classes", label_separator=separator)
+    prepared = prepare(DataConfig(sources=(source,), packing="documents", validation_fraction=0.0), progress=False)
+    assert prepared.meta.labels == ("anger", "fear", "joy") and prepared.meta.label_kind == "classes"
+    (array,) = prepared.train
+    np.testing.assert_array_equal(array.labels, [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "field 'labels' holds null, not a list of classes; \\[\\] is a document without any"),
+        (3, "field 'labels' holds int, not a list of classes"),
+        ("joy;;fear", "field 'labels' is empty, and the document has no class"),
+        (["joy", 0.5], "field 'labels' holds 0.5, not a class"),
+        ("joy; fear", "field .labels. holds . fear., with white space around it; set trim_labels: true"),
+    ],
+)
+def test_a_list_of_classes_that_is_none(value: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "a", "labels": value}) + "\n")
+    source = FilesSource(path=str(path), label_field="labels", label_kind="classes")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: {message}"):
+        prepare(DataConfig(sources=(source,), packing="documents"), progress=False)
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "csv", "db"])
 def test_every_format_gives_classes(tmp_path: Path, form: str) -> None:
     source = source_of(files(tmp_path)[form], query="select * from t" if form == "db" else "")

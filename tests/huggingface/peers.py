@@ -60,6 +60,8 @@ ENCODER = {
     "vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40,
     "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
+ALBERT = ENCODER | {"num_hidden_layers": 4, "embedding_size": 16}
+NOMIC = ENCODER | {"hidden_size": 32, "num_attention_heads": 2}
 DISTILBERT = {
     "vocab_size": 60, "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40, "max_position_embeddings": 32,
     "dropout": 0.0, "attention_dropout": 0.0,
@@ -97,9 +99,26 @@ ENCODERS = {
     "BertForMaskedLM": ("BertForMaskedLM", ENCODER | {"hidden_act": "gelu_new", "vocab_size": 77}),
     "BertForPreTraining": ("BertForPreTraining", ENCODER | {"num_attention_heads": 2, "intermediate_size": 17}),
     "BertForSequenceClassification": ("BertForSequenceClassification", ENCODER | {"num_labels": 5}),
+    "BertForSequenceClassification, several labels": (
+        "BertForSequenceClassification",
+        ENCODER | {"num_labels": 4, "problem_type": "multi_label_classification"},
+    ),
     "BertForTokenClassification": ("BertForTokenClassification", ENCODER | {"num_labels": 7, "hidden_act": "relu"}),
     "BertForQuestionAnswering": ("BertForQuestionAnswering", ENCODER | {"num_hidden_layers": 3}),
     "BertForMultipleChoice": ("BertForMultipleChoice", ENCODER | {"type_vocab_size": 3}),
+    "AlbertModel": ("AlbertModel", ALBERT),
+    "AlbertForMaskedLM": ("AlbertForMaskedLM", ALBERT | {"num_hidden_groups": 2}),
+    "AlbertForPreTraining": ("AlbertForPreTraining", ALBERT | {"vocab_size": 77}),
+    "AlbertForSequenceClassification": ("AlbertForSequenceClassification", ALBERT | {"num_hidden_groups": 4}),
+    "AlbertForQuestionAnswering": ("AlbertForQuestionAnswering", ALBERT | {"hidden_act": "gelu"}),
+    "MPNetModel": ("MPNetModel", ENCODER),
+    "MPNetForMaskedLM": ("MPNetForMaskedLM", ENCODER | {"layer_norm_eps": 1e-5}),
+    "MPNetForSequenceClassification": ("MPNetForSequenceClassification", ENCODER | {"num_labels": 3}),
+    "MPNetForMultipleChoice": ("MPNetForMultipleChoice", ENCODER),
+    "NomicBertModel": ("NomicBertModel", NOMIC),
+    "NomicBertForMaskedLM": ("NomicBertForMaskedLM", NOMIC | {"hidden_act": "gelu"}),
+    "NomicBertForSequenceClassification": ("NomicBertForSequenceClassification", NOMIC | {"num_labels": 3}),
+    "NomicBertForTokenClassification": ("NomicBertForTokenClassification", NOMIC | {"type_vocab_size": 1}),
     "RobertaModel": ("RobertaModel", ENCODER | {"type_vocab_size": 1}),
     "RobertaForMaskedLM": ("RobertaForMaskedLM", ENCODER | {"type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     "RobertaForSequenceClassification": ("RobertaForSequenceClassification", ENCODER | {"num_labels": 3}),

@@ -100,12 +100,16 @@ def test_wrapped_checkpoints(wrapper, config, tmp_path):
     assert f"the names of all tensors begin with {wrapper}, which was taken off" in read.notes
 
 
-def test_several_labels_at_once_are_refused(tmp_path):
-    config = dataclasses.replace(BERT, head=ClassificationHeadConfig(num_labels=3))
-    written(config, tmp_path)
+def test_several_labels_at_once_are_read_and_written(tmp_path):
+    config = dataclasses.replace(BERT, head=ClassificationHeadConfig(num_labels=3, multi_label=True))
+    params = written(config, tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"problem_type": "multi_label_classification"}))
-    with pytest.raises(UserError, match="problem_type: got 'multi_label_classification'; supported: 'single_label"):
+    assert json.loads(path.read_text())["problem_type"] == "multi_label_classification"
+    read = checkpoint.read(tmp_path)
+    assert read.config == config
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, read.params(on_one_device(config))))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"problem_type": "ranking"}))
+    with pytest.raises(UserError, match="problem_type: got 'ranking'; supported: 'single_label_classification', "):
         checkpoint.read(tmp_path)
 
 

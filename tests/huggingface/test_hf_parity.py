@@ -112,7 +112,7 @@ def test_encoders(case, tmp_path):
                 close(logits[valid > 0], out.logits[real])
             case "pretraining":
                 close(logits[valid > 0], out.prediction_logits[real])
-                close(pooled_logits, out.seq_relationship_logits)
+                close(pooled_logits, out.sop_logits if "sop_logits" in out else out.seq_relationship_logits)
             case "answer":
                 close(logits[..., 0][:2], out.start_logits[:2])
                 close(logits[..., 1][:2], out.end_logits[:2])

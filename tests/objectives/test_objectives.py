@@ -17,7 +17,7 @@ from flax import nnx
 
 import train.objectives
 from tests.shrunk import dialogue_source
-from tests.train.task_runs import KINDS, SETTINGS, SOURCES, write_rows
+from tests.train.task_runs import HEADS, KINDS, SETTINGS, SOURCES, write_rows
 from train.checkpoints.selection import ranking_key
 from train.config import RunConfig, to_data
 from train.data.evaluation import evaluation_batches
@@ -120,7 +120,8 @@ def test_batches_are_as_described(kind, packing, settings, folder, monkeypatch):
     prepared = prepare(data, progress=False)
     length = length_of(kind)
     common = {"batch_size": B, "length": length, "objective": objective}
-    given = described(objective.batch(B, length, data))
+    model = BertConfig(**HEADS[kind]) if kind in HEADS else BertConfig()
+    given = described(objective.batch(B, length, data) | objective.model_batch(B, model))
     real = [train_batches(prepared, data, seed=0, **common).batch(step) for step in (0, 5)]
     real += [evaluation_batches(prepared, data, **common).batch(0)]
     for one in real:
@@ -220,7 +221,11 @@ def model_of(objective: Objective):
     }
     if objective.heads:
         labels = {"regression": 1, "classification": 3, "token_classification": 4}.get(objective.kind, 2)
-        small |= {"head": head_of(objective.heads[0], labels), "norm_first": True}
+        several = objective.kind == "multi_label_classification"
+        small |= {
+            "head": head_of(objective.heads[0], 3 if several else labels, multi_label=several),
+            "norm_first": True,
+        }
     return FAMILIES[family].config(**small)
 
 

@@ -19,10 +19,11 @@ from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.heads import AnswerHeadConfig, ChoiceHeadConfig, ClassificationHeadConfig, TokensHeadConfig
 
-KINDS = ("classification", "regression", "token_classification", "answer", "choice")
+KINDS = ("classification", "multi_label_classification", "regression", "token_classification", "answer", "choice")
 
 SOURCES = {
     "classification": {"text_field": "a", "target_field": "b", "label_field": "label"},
+    "multi_label_classification": {"label_field": "labels", "label_kind": "classes"},
     "regression": {"label_field": "score", "label_kind": "number"},
     "token_classification": {"text_field": "words", "label_field": "tags", "label_kind": "tags"},
     "answer": {
@@ -32,12 +33,14 @@ SOURCES = {
 }  # fmt: skip
 SETTINGS = {
     "classification": {"too_long": "truncate"},
+    "multi_label_classification": {"too_long": "truncate"},
     "token_classification": {"too_long": "truncate"},
     "answer": {"stride": 12, "answer_length": 8},
     "choice": {"num_choices": 3},
 }
 HEADS = {
     "classification": {"head": ClassificationHeadConfig(num_labels=3, pooling="mean")},
+    "multi_label_classification": {"head": ClassificationHeadConfig(num_labels=3, multi_label=True, pooling="mean")},
     "regression": {"head": ClassificationHeadConfig(num_labels=1, pooling="mean")},
     "token_classification": {"head": TokensHeadConfig(num_labels=4)},
     "answer": {"head": AnswerHeadConfig()},
@@ -57,6 +60,9 @@ def rows_of(kind: str, count: int = 240) -> list[dict]:
         if kind == "classification":
             label = ("left", "middle", "right")[number % 3]
             rows.append({"a": letters(), "b": letters() + label[0] + letters(), "label": label})
+        elif kind == "multi_label_classification":
+            held = [name for name in "xyz" if rng.random() < 0.4]
+            rows.append({"text": "".join([*held, letters(), *held, letters(), *held]), "labels": held})
         elif kind == "regression":
             size = int(rng.integers(1, 20))
             rows.append({"text": "".join(rng.choice(["a", "x"], size)), "score": 0.0})

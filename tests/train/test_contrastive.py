@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from manyheads.run import Run
 from tests.train.fine_tuning import SMALL, SPECIAL
 from train.config import RunConfig, load
 from train.config.sections import CheckpointConfig, EvaluationConfig, LogConfig, SampleConfig
@@ -25,9 +26,11 @@ from train.optimizer import OptimizerConfig
 from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
 from train.program.program import Program, batch_shapes
 from train.run.loop import train
+from train.run.run_files import load_run
 from transformer.errors import ConfigError, UserError
 from transformer.models.bert import BertConfig
-from transformer.models.heads import EmbeddingHeadConfig, MaskedHeadConfig
+from transformer.models.embedding_head import DenseLayerConfig, EmbeddingHeadConfig, LayerNormLayerConfig
+from transformer.models.heads import MaskedHeadConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -148,6 +151,17 @@ def test_a_run_learns_and_reports_its_accuracy(pairs, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "held-out loss" in said and "accuracy" in said and "to embed texts: manyheads embed" in said
     assert load(tmp_path / "run" / "config.yaml").objective.kind == "contrastive"
+
+
+def test_a_head_with_layers_of_its_own_is_trained(pairs, tmp_path):
+    layers = (DenseLayerConfig(dim=12), LayerNormLayerConfig())
+    head = EmbeddingHeadConfig(pooling=("cls", "mean"), layers=layers)
+    config = config_of(pairs, tmp_path / "run", model=dataclasses.replace(MODEL, head=head))
+    assert train(config).scores.accuracy > 0.4
+    loaded = load_run(tmp_path / "run")
+    kernel = loaded.params["embedding_head"]["layer_0"]["linear"]["kernel"].get_value()
+    assert kernel.shape == (2 * MODEL.embed_dim, 12) and float(jnp.abs(kernel).max()) > 0.1
+    assert Run(tmp_path / "run", loaded).embed("abcde").shape == (12,)
 
 
 def test_settings_that_do_not_suit_pairs_are_refused(pairs, tmp_path):

@@ -17,7 +17,15 @@ from train.config.yaml_files import dump_yaml
 from train.data.prepared.prepare import prepare
 from train.finetune.base import find_base
 from train.huggingface.import_checkpoint import import_checkpoint
-from train.objectives import Causal, Classification, Contrastive, Masked, Regression, TokenClassification
+from train.objectives import (
+    Causal,
+    Classification,
+    Contrastive,
+    Masked,
+    MultiLabelClassification,
+    Regression,
+    TokenClassification,
+)
 from train.run.begin import with_data
 from train.run.evaluate import wilson
 from train.run.init_from import check_weights
@@ -77,6 +85,12 @@ def test_a_wrong_kind_is_refused_with_the_nearest():
     [
         ({"head": "classification"}, [LABELLED], Classification, "classification"),
         ({"head": "classification"}, [LABELLED | {"label_kind": "number"}], Regression, "classification"),
+        (
+            {"head": "classification"},
+            [LABELLED | {"label_kind": "classes"}],
+            MultiLabelClassification,
+            "classification",
+        ),
         ({"head": "tokens"}, [LABELLED | {"label_kind": "tags"}], TokenClassification, "tokens"),
         ({"head": "embedding"}, [{"kind": "files", "path": "a.jsonl", "target_field": "b"}], Contrastive, "embedding"),
         ({}, [{"kind": "files", "path": "a.txt"}], Masked, "masked"),

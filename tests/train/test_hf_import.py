@@ -209,36 +209,9 @@ def test_pooling_is_imported_and_exported(bert, tmp_path):
     run = import_checkpoint(str(bert), tmp_path / "run", verify=False)
     again = import_checkpoint(str(export(run, verify=False)), tmp_path / "again", verify=False)
     assert [load_run(one).config.model.head.pooling for one in (run, again)] == ["mean", "mean"]
-    path.write_text(json.dumps({"pooling_mode_max_tokens": True}))
-    with pytest.raises(UserError, match="got pooling_mode_max_tokens; supported: one of pooling_mode_mean_tokens"):
+    path.write_text(json.dumps({"pooling_mode_max_tokens": 3}))
+    with pytest.raises(UserError, match="pooling_mode_max_tokens: got 3; allowed: true or false"):
         import_checkpoint(str(bert), tmp_path / "other")
-
-
-@pytest.mark.parametrize(
-    ("modules", "message"),
-    [
-        (
-            ["Transformer", "Pooling", "Dense", "Normalize"],
-            "modules.json: got 'Dense'; supported: Transformer, Pooling",
-        ),
-        (["Transformer", "Pooling", "LayerNorm", "WordWeights"], "got 'LayerNorm', 'WordWeights'; supported"),
-        ("{", "modules.json: not a list of modules"),
-        ([3], "modules.json: not a list of modules"),
-    ],
-)
-def test_modules_that_would_change_vectors_are_refused(modules, message, bert, tmp_path):
-    (bert / "1_Pooling").mkdir()
-    (bert / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    kinds = [
-        {"idx": number, "path": f"{number}_{kind}", "type": f"sentence_transformers.models.{kind}"}
-        if isinstance(kind, str)
-        else kind
-        for number, kind in enumerate(modules)
-    ]
-    (bert / "modules.json").write_text(modules if isinstance(modules, str) else json.dumps(kinds))
-    with pytest.raises(UserError, match=message):
-        import_checkpoint(str(bert), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -294,6 +267,32 @@ def test_an_imported_classifier_predicts(tmp_path, capsys):
         scores = jax.nn.softmax(model(jnp.asarray([ids])).logits[0])
         assert one["label"] == names[str(int(scores.argmax()))]
         assert list(one["scores"].values()) == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+@pytest.mark.torch
+def test_an_imported_classifier_of_several_labels_predicts_as_transformers(tmp_path, capsys):
+    import torch
+    import transformers
+
+    config = dataclasses.replace(BERT, head=ClassificationHeadConfig(num_labels=3, multi_label=True))
+    names = {"0": "sad", "1": "neutral", "2": "glad"}
+    written(config, tmp_path / "bert", extra={"pad_token_id": 0, "id2label": names})
+    tokenizer_json(tmp_path / "bert", BERT_SPECIAL)
+    run = import_checkpoint(str(tmp_path / "bert"), tmp_path / "run")
+    texts = ["the cat sat on a mat", "dogs run"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    out = export(run, tmp_path / "out")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out).eval()
+    assert theirs.config.problem_type == "multi_label_classification"
+    for threshold in (0.5, 0.45):
+        capsys.readouterr()
+        assert main(["predict", str(run), "--file", str(tmp_path / "texts.txt"), "--threshold", str(threshold)]) == 0
+        told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        for text, one in zip(texts, told, strict=True):
+            ids = torch.tensor([[2, *(5 + WORDS.index(word) for word in text.split()), 3]])
+            expected = torch.sigmoid(theirs(ids).logits[0]).tolist()
+            assert list(one["scores"].values()) == pytest.approx(expected, abs=1e-5)
+            assert one["label"] == [name for name, part in one["scores"].items() if part >= threshold]
 
 
 def test_an_imported_tagger_and_an_imported_reader_predict(tmp_path, capsys):

@@ -15,7 +15,7 @@ from tests.train.task_runs import KINDS, run_of, write_rows
 from train.config import RunConfig
 from train.data.loader import train_batches
 from train.data.prepared.prepare import prepare
-from train.loss import LossConfig, LossSums, of_classes
+from train.loss import LossConfig, LossSums, of_classes, of_labels
 from train.objectives import Answer, TokenClassification
 from train.parallel.mesh import MeshConfig, make_mesh, shard_batch, use_mesh
 from train.program.program import Program, batch_shapes
@@ -98,6 +98,28 @@ def test_classes_are_weighed_as_in_torch(weights):
         of_classes(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(given), LossConfig(), (1.0, 2.0))
 
 
+@pytest.mark.torch
+def test_each_class_is_a_decision_as_in_torch():
+    import torch
+
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(0, 30, (6, 3)).astype(np.float32), rng.integers(0, 2, (6, 3)).astype(np.int32)
+    weights = np.array([1, 1, 1, 1, 0, 0], np.float32)
+
+    def loss(logits):
+        sums = of_labels(logits, jnp.asarray(labels), jnp.asarray(weights))
+        return sums.loss / sums.weight, sums
+
+    (found, sums), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
+    theirs = torch.tensor(logits[:4], requires_grad=True)
+    expected = torch.nn.BCEWithLogitsLoss()(theirs, torch.from_numpy(labels[:4]).float())
+    expected.backward()
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-5)
+    np.testing.assert_allclose(gradient[:4], theirs.grad, atol=1e-6)
+    assert not gradient[4:].any()
+    assert float(sums.correct) == ((logits > 0) == (labels > 0)).all(1)[:4].sum()
+
+
 def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):
     _, batch, model = batches_and_model("answer", tmp_path)
     arrays = jax.tree.map(jnp.asarray, batch)
@@ -130,6 +152,16 @@ def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):
             "classification",
             {"model": {"head": ClassificationHeadConfig(num_labels=1)}},
             "num_labels: got 1; allowed: 2 or more",
+        ),
+        (
+            "multi_label_classification",
+            {"model": {"head": ClassificationHeadConfig(num_labels=3)}},
+            "multi_label: got False; allowed with objective 'multi_label_classification': true",
+        ),
+        (
+            "classification",
+            {"model": {"head": ClassificationHeadConfig(num_labels=3, multi_label=True)}},
+            "multi_label: got True; allowed with objective 'classification', which predicts one class: false",
         ),
         ("answer", {"loss": {"label_smoothing": 0.1}}, "label_smoothing: got 0.1; not for objective answer"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -54,7 +55,7 @@ def predictions_of(config: RunConfig) -> list[dict]:
 
 LEARNED = {
     "classification": ("accuracy", 0.9), "regression": ("pearson", 0.8), "token_classification": ("f1", 0.8),
-    "answer": ("exact_match", 0.6), "choice": ("accuracy", 0.8),
+    "multi_label_classification": ("f1_macro", 0.8), "answer": ("exact_match", 0.6), "choice": ("accuracy", 0.8),
 }  # fmt: skip
 
 
@@ -79,6 +80,9 @@ def test_a_task_is_learned_scored_and_written_down(runs, kind):
             assert document.target.startswith(one["label"], one["start"])
         elif kind == "regression":
             assert one["gold"] == document.label
+        elif kind == "multi_label_classification":
+            assert one["gold"] == list(document.label)
+            assert one["label"] == [name for name, part in one["scores"].items() if part >= 0.5]
         else:
             assert one["gold"] == document.label and sum(one["scores"].values()) == pytest.approx(1, abs=1e-5)
             assert one["label"] == max(one["scores"], key=one["scores"].__getitem__)
@@ -94,6 +98,39 @@ def test_the_classes_are_scored_as_by_the_library_and_drawn(runs):
     assert finished.scores.accuracy == pytest.approx(accuracy_score(gold, told))
     for name in ("confusion.png", "classes.png"):
         assert (config.directory / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_classes_are_scored_as_by_the_library(runs, tmp_path, capsys):
+    config, finished = runs("multi_label_classification")
+    found = predictions_of(config)
+    gold, told = ([[name in one[field] for name in "xyz"] for one in found] for field in ("gold", "label"))
+    assert [] in [one["gold"] for one in found]
+    assert finished.scores.metrics == {
+        "accuracy": accuracy_score(gold, told), "f1_micro": f1_score(gold, told, average="micro"),
+        "f1_macro": f1_score(gold, told, average="macro"),
+    }  # fmt: skip
+    assert finished.scores.accuracy == pytest.approx(accuracy_score(gold, told))
+    path = config.data.sources[0].path
+    for threshold in ("0.1", "0.9"):
+        capsys.readouterr()
+        assert main(["predict", str(config.directory), "--file", path, "--threshold", threshold]) == 0
+        for one in map(json.loads, capsys.readouterr().out.splitlines()):
+            assert one["label"] == [name for name, part in one["scores"].items() if part >= float(threshold)]
+    for given, message in (("1.5", "threshold: got 1.5; allowed: above 0, below 1"), ("x", "invalid float value: 'x'")):
+        with contextlib.suppress(SystemExit):
+            assert main(["predict", str(config.directory), "--file", path, "--threshold", given]) == 2
+        assert message in capsys.readouterr().err
+    other, _ = runs("classification")
+    assert main(["predict", str(other.directory), "--file", path, "--threshold", "0.3"]) == 2
+    assert "only multi_label_classification has one, and this is classification" in capsys.readouterr().err
+    # Data that lacks a class is scored by the run's numbers.
+    few = [row for row in rows_of("multi_label_classification") if "x" not in row["labels"]]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in few))
+    assert (
+        main(["eval", str(config.directory), "--data", str(tmp_path / "few.jsonl"), "--out", str(tmp_path / "e")]) == 0
+    )
+    again = [json.loads(line) for line in (tmp_path / "e" / "predictions.jsonl").read_text().splitlines()]
+    assert [one["gold"] for one in again] == [row["labels"] for row in few]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,9 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_encoding(parser)
     parser.add_argument("--field", default="text", metavar="NAME", help="of records: the field with the text (text)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write: .npy or .parquet")
-    parser.add_argument("--pooling", choices=["mean", "cls"], help="how token vectors are pooled (the model's setting)")
-    normalize = "scale vectors to length 1 (yes)"
-    parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help=normalize)
+    poolings = ["cls", "max", "mean", "mean_sqrt_len", "weighted_mean", "last"]
+    parser.add_argument("--pooling", choices=poolings, help="how token vectors are pooled (the model's setting)")
+    normalize = "scale vectors to length 1 at the end (the model's setting)"
+    parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help=normalize)
+    prompt = "which of the model's prompts to put before each text (its default prompt, or none)"
+    parser.add_argument("--prompt-name", metavar="NAME", help=prompt)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -27,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
 
     embed(
         options.run, options.file, options.out, field=options.field, pooling=options.pooling,
-        normalize=options.normalize, step=options.step, encoding=options.encoding,
+        normalize=options.normalize, prompt_name=options.prompt_name, step=options.step, encoding=options.encoding,
     )  # fmt: skip
 
 

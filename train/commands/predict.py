@@ -17,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--file", required=True, metavar="FILE", help=documents)
     add_encoding(parser)
+    threshold = "several classes: the probability from which on one is predicted (the run's, 0.5)"
+    parser.add_argument("--threshold", type=float, metavar="P", help=threshold)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the JSON lines here (standard output)")
 
 
@@ -24,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     set_up(options)
     from train.inference.predict import predict
 
-    predict(options.run, options.file, options.out, options.step, options.encoding)
+    predict(options.run, options.file, options.out, options.step, options.encoding, threshold=options.threshold)
 
 
 COMMAND = Command(

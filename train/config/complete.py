@@ -17,7 +17,7 @@ from train.config.run import RunConfig
 from train.config.tags import chosen, configs_in, default_of, members, tag_of, tag_values
 from train.data.prepared.prepare import DataConfig
 from train.data.sources.records import LabelKind
-from train.objectives import OBJECTIVES, Causal, Regression
+from train.objectives import OBJECTIVES, Causal, MultiLabelClassification, Regression
 from transformer.errors import field_types
 from transformer.models.families import FAMILIES
 
@@ -162,6 +162,8 @@ def _with_head(data: Data, family: str, given: Any, base: Base | None) -> Data:
         head = head | given
     if objective is Regression and head["kind"] == "classification":
         head = {"num_labels": 1} | head
+    if objective is MultiLabelClassification and head["kind"] == "classification":
+        head = {"multi_label": True} | head
     return data if head == {"kind": kind, **model.get("head", {})} else data | {"model": model | {"head": head}}
 
 

@@ -95,6 +95,12 @@ class RunConfig(Config):
             f"layer_decay needs one stack of blocks (gpt, bert), and the model family is {self.model.family!r}; "
             "allowed: null",
         )  # fmt: skip
+        shares = getattr(self.model, "distinct_layers", None) is not None
+        alone = "its layers share parameters (model.distinct_layers); allowed: "
+        require(self.optimizer, "layer_decay", decay is None or not shares, f"{alone}null")
+        require(
+            self.mesh, "strategy", self.mesh.strategy != "pipeline" or not shares, f"{alone}any strategy but pipeline"
+        )
         holds = isinstance(getattr(self.model, "mlp", None), ExpertsConfig) or self.mesh.expert in (None, 1)
         require(self.mesh, "expert", holds, "the model has no experts (model.mlp.kind); allowed: 1 or null")
         longest = self.model.max_length

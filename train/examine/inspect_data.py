@@ -121,7 +121,10 @@ def _row(batch: Batch, row: int, prepared: Prepared) -> Iterator[str]:
             text = f": {json.dumps([text_of(tokenizer, [id]) for id in targets[predicted]], ensure_ascii=False)}"
         yield f"  predicted: {int(predicted.sum())} of {len(weights)} positions{text}"
     if "labels" in batch:
-        yield f"  label: {_label(batch['labels'][row], prepared.meta.labels)}"
+        label = batch["labels"][row]
+        if prepared.meta.label_kind == "classes":
+            label = np.flatnonzero(label)
+        yield f"  label: {_label(label, prepared.meta.labels) or 'none'}"
 
 
 def _label(label: np.ndarray, names: Sequence[str]) -> str:

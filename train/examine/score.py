@@ -144,7 +144,14 @@ def _with_labels_of(loaded: LoadedRun, prepared: Prepared) -> Prepared:
     number_of = np.array([*map(known.index, names), -1], np.int32)
 
     def renumbered(array: TokenArray) -> TokenArray:
-        return array if array.labels is None else dataclasses.replace(array, labels=number_of[np.asarray(array.labels)])
+        if array.labels is None:
+            return array
+        labels = np.asarray(array.labels)
+        if prepared.meta.label_kind != "classes":
+            return dataclasses.replace(array, labels=number_of[labels])
+        several = np.zeros((len(labels), len(known)), labels.dtype)
+        several[:, number_of[:-1]] = labels
+        return dataclasses.replace(array, labels=several)
 
     return dataclasses.replace(
         prepared, meta=dataclasses.replace(prepared.meta, labels=tuple(known)),

@@ -55,6 +55,11 @@ def export_adapter(
     base, revision = _base_of(local_path(config.init_from))
     ours = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(loaded.params)}
     frozen = trained_of(config, functools.partial(make_adapted, config.model, config.adapter)).frozen
+    if any(path[0] == "embedding_head" and path not in frozen for path in ours):
+        raise UserError(
+            f"{run}: the layers of its embedding head were trained too, and PEFT has no place for them; --format hf writes "
+            "the model whole"
+        )
     # A base with another head lacks these, trained or not.
     kept = {path for path in ours if path not in frozen or path[0] in ("pooled_head", "token_head")}
     with use_mesh(loaded.mesh, config.mesh.rules), whole_folder(directory) as partial:

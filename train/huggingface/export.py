@@ -17,6 +17,8 @@ from train.data.tokenization.tokenizer import ByteTokenizer, SubwordTokenizer, T
 from train.files import check_new, whole_folder
 from train.huggingface import card, parity
 from train.huggingface.import_checkpoint import record_of
+from train.huggingface.sentence_modules import is_embedder, with_modules, write_modules
+from train.huggingface.sentence_texts import text_files
 from train.huggingface.text_files import as_json
 from train.huggingface.vocabulary import as_subwords, special_ids, written
 from train.parallel.mesh import use_mesh
@@ -27,7 +29,6 @@ from transformer.errors import UserError
 from transformer.huggingface import checkpoint
 from transformer.models.bert import BertConfig
 from transformer.models.encoder_decoder import EncoderDecoderConfig
-from transformer.models.heads import EmbeddingHeadConfig, Pooling
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -68,14 +69,16 @@ def export(
         )  # fmt: skip
         files = {} if tokenizer is None else written(tokenizer, config)
         files |= _generation(loaded, tokenizer, extra)
-        if isinstance(config, BertConfig) and isinstance(config.head, EmbeddingHeadConfig):
-            files |= _sentence_transformers(config, config.head.pooling)
+        if isinstance(config, BertConfig) and is_embedder(config):
+            about = loaded.tokenizer.conventions.embedding
+            write_modules(partial, config, loaded.params, DTYPES[dtype], about)
+            files |= text_files(about, config.max_length)
         files["config.yaml"] = dump(loaded.config)
         files["README.md"] = card.text(loaded, run, name, architecture.model_type)
         for place, text in files.items():
             (partial / place).parent.mkdir(exist_ok=True)
             (partial / place).write_text(text, encoding="utf-8")
-        read = checkpoint.read(partial)
+        read = with_modules(checkpoint.read(partial), partial)
         if verify is not False:
             kept = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]).astype(leaf.dtype), loaded.params)
             report = parity.report(read, kept, tokenizer, required=bool(verify))
@@ -131,28 +134,3 @@ def _generation(loaded: LoadedRun, tokenizer: SubwordTokenizer | None, extra: di
         kept["bad_words_ids"] = [[model.written_tokens]]
     kept["transformers_version"] = version("transformers")
     return {"generation_config.json": as_json(kept)}
-
-
-def _sentence_transformers(config: BertConfig, pooling: Pooling) -> dict[str, str]:
-    """The files with which sentence-transformers loads the folder too, with the same pooling and scaling to length 1."""
-    kinds = ["Transformer", "Pooling", "Normalize"]
-    modules = [
-        {
-            "idx": number,
-            "name": str(number),
-            "path": f"{number}_{kind}" if number else "",
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for number, kind in enumerate(kinds)
-    ]
-    modes = {
-        "word_embedding_dimension": config.embed_dim,
-        "pooling_mode_cls_token": pooling == "cls",
-        "pooling_mode_mean_tokens": pooling == "mean",
-    }
-    length = {"max_seq_length": config.max_length, "do_lower_case": False}
-    return {
-        "modules.json": json.dumps(modules, indent=2) + "\n",
-        "1_Pooling/config.json": json.dumps(modes, indent=2) + "\n",
-        "sentence_bert_config.json": json.dumps(length, indent=2) + "\n",
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -18,21 +17,20 @@ from train.data.prepared.prepare import DataConfig
 from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig
 from train.files import check_new, whole_folder
 from train.huggingface import parity, source
+from train.huggingface.sentence_modules import body_of, is_embedder, with_modules
+from train.huggingface.sentence_texts import read_texts, text_notes, with_texts
 from train.huggingface.vocabulary import beyond, tokenizer_of
 from train.objectives import Causal, NoObjective, Objective, Seq2Seq
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from train.program.state import abstract_params
 from train.versions import versions
-from transformer.errors import UserError, shown
 from transformer.huggingface import checkpoint
-from transformer.huggingface.checkpoint import Checkpoint, read_mapping
+from transformer.huggingface.checkpoint import Checkpoint
 from transformer.models.bert import BertConfig
 from transformer.models.families import count_parameters, make_model
-from transformer.models.heads import ClassificationHeadConfig, EmbeddingHeadConfig, TokensHeadConfig
+from transformer.models.heads import ClassificationHeadConfig, TokensHeadConfig
 
 _RECORD = "huggingface.json"
-_MODULES = ("Transformer", "Pooling", "Normalize")
-"""The modules of sentence-transformers that an embedding model may have."""
 
 
 def import_checkpoint(
@@ -55,13 +53,19 @@ def import_checkpoint(
     directory = Path("runs", name) if directory is None else directory
     check_new(directory)
     folder = source.fetch(given, sha256)
-    read = _with_pooling(checkpoint.read(folder, head=head))
-    tokenizer = tokenizer_of(folder, read.data, read.config.vocab_size, read.config.family)
+    body = body_of(folder)
+    read = with_modules(checkpoint.read(body, head=head), folder)
+    tokenizer = tokenizer_of(body, read.data, read.config.vocab_size, read.config.family)
+    notes = list(read.notes)
+    if tokenizer is not None and is_embedder(read.config):
+        about = read_texts(folder, body, read.config.max_length)
+        tokenizer = with_texts(tokenizer, about)
+        notes += text_notes(about)
     config = _run_config(read, name, directory, tokenizer)
     print(
         f"{given}: {read.name}, {count_parameters(read.config):,} parameters, as a model of family {read.config.family}"
     )
-    for note in read.notes:
+    for note in notes:
         print(f"  note: {note}")
     if tokenizer is None:
         print("  note: no tokenizer could be read, so texts can be neither encoded nor decoded")
@@ -99,54 +103,6 @@ def files_digest(folder: Path) -> str:
     """A digest of the names, sizes and times of a folder's files, to notice that they have changed."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     return hashlib.blake2b(repr((str(folder.resolve()), files)).encode(), digest_size=8).hexdigest()
-
-
-def _with_pooling(read: Checkpoint) -> Checkpoint:
-    """The checkpoint with the pooling that sentence-transformers stores next to an embedding model."""
-    config = read.config
-    if not isinstance(config, BertConfig) or not isinstance(config.head, EmbeddingHeadConfig):
-        return read
-    path = read.folder / _pooling_folder(read.folder) / "config.json"
-    if not path.exists():
-        return read
-    about = read_mapping(path)
-    lengths = read.folder / "sentence_bert_config.json"
-    length = read_mapping(lengths).get("max_seq_length") if lengths.exists() else None
-    if isinstance(length, int) and length < read.config.max_length:
-        note = (
-            f"sentence-transformers cuts texts after {length} tokens; here they are cut after {read.config.max_length}"
-        )
-        read = dataclasses.replace(read, notes=[*read.notes, note])
-    on = [key for key, value in about.items() if key.startswith("pooling_mode_") and value is True]
-    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    if len(on) != 1 or on[0] not in known:
-        raise UserError(f"{path}: got {', '.join(on) or 'no pooling'}; supported: one of {', '.join(known)}")
-    pooling: Any = known[on[0]]
-    return dataclasses.replace(
-        read, config=dataclasses.replace(config, head=dataclasses.replace(config.head, pooling=pooling))
-    )
-
-
-def _pooling_folder(folder: Path) -> str:
-    """The folder of the pooling's config.
-
-    Raises:
-        UserError: modules.json has modules that would change the vectors and are not supported.
-    """
-    path = folder / "modules.json"
-    if not path.exists():
-        return "1_Pooling"
-    try:
-        modules = json.loads(path.read_text("utf-8-sig"))
-        kinds = {str(module["type"]).rpartition(".")[2]: str(module.get("path", "")) for module in modules}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a list of modules ({error})") from None
-    if unknown := [kind for kind in kinds if kind not in _MODULES]:
-        raise UserError(f"{path}: got {', '.join(map(shown, unknown))}; supported: {', '.join(_MODULES)}")
-    place = kinds.get("Pooling", "1_Pooling")
-    if not Path(place).name or Path(place).name != place:
-        raise UserError(f"{path}: got {shown(place)} as the folder of Pooling; allowed: a name in this folder")
-    return place
 
 
 def _run_config(read: Checkpoint, name: str, directory: Path, tokenizer: Tokenizer | None) -> RunConfig:

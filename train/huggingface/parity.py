@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from train.data.tokenization.tokenizer import CLS, SEP, Tokenizer
+from train.huggingface.sentence_modules import vectors_by_hand
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from transformer.errors import UserError, first_line
 from transformer.functional import graphdef_of
@@ -210,9 +211,13 @@ def _encoder(read: Checkpoint, model: Any, theirs: Any, ids: np.ndarray, valid: 
     elif head in ("classification", "choice"):
         found["logits"] = _difference(logits.reshape(out.logits.shape), out.logits.numpy())
     if head == "pretraining":
-        found["pooled"] = _difference(np.asarray(ours.pooled_logits), out.seq_relationship_logits.numpy())
+        # ALBERT's second head predicts the order of two sentences.
+        second = out.sop_logits if "sop_logits" in out else out.seq_relationship_logits
+        found["pooled"] = _difference(np.asarray(ours.pooled_logits), second.numpy())
     if head == "embedding" and getattr(out, "pooler_output", None) is not None and ours.pooled_logits is not None:
         found["pooled"] = _difference(np.asarray(ours.pooled_logits), out.pooler_output.numpy())
+    if head == "embedding":
+        found["vectors"] = _difference(logits, vectors_by_hand(read, last.numpy(), valid))
     return found
 
 

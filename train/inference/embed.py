@@ -8,6 +8,7 @@ B batch, T position, K text of a row, D embed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,11 +30,17 @@ from train.inference.predict import counting
 from train.parallel.mesh import use_mesh
 from train.run.run_files import load_run
 from train.text_files import DEFAULT_ENCODING
-from transformer.errors import UserError
+from transformer.errors import UserError, nearest, shown
 from transformer.functional import graphdef_of
 from transformer.models.bert import BertConfig
+from transformer.models.embedding_head import (
+    EmbeddingHead,
+    EmbeddingHeadConfig,
+    NormalizeLayerConfig,
+    Pooling,
+    VectorLayerConfig,
+)
 from transformer.models.families import make_model
-from transformer.models.heads import Pooling
 from transformer.types import Array
 
 SHORTEST_ROW = 64
@@ -51,22 +58,36 @@ class Embedder:
     """An encoder that embeds texts, compiled once for each length of rows; the parameters are given at each call.
 
     Args:
-        pooling: the vector of a text: that of its first token, or the mean of all its tokens, `[CLS]` and `[SEP]` included; the
-            config's by default.
-        normalize: scale vectors to length 1.
+        pooling: how the vectors of a text's tokens, `[CLS]` and `[SEP]` included, become one; as the model's head does by
+            default.
+        normalize: whether the last step scales the vectors to length 1; as the model's head does by default. A model with
+            another head pools the first token and scales.
+        prompt_name: the name of one of the model's prompts, which is put before each text; its default one by default.
         batch_tokens: tokens in one call of the model; the default depends on the device.
 
+    Attributes:
+        dim: the size of the vectors.
+        cut: how many texts so far were longer than `longest` tokens, and cut.
+
     Raises:
-        UserError: a vocabulary without `[CLS]` and `[SEP]`.
+        UserError: a vocabulary without `[CLS]` and `[SEP]`, a prompt that does not exist, or a pooling that does not fit the
+            layers of the head.
     """
 
     def __init__(
-        self, config: BertConfig, tokenizer: Tokenizer, *, pooling: Pooling | None = None, normalize: bool = True,
-        batch_tokens: int | None = None,
+        self, config: BertConfig, tokenizer: Tokenizer, *, pooling: Pooling | None = None, normalize: bool | None = None,
+        prompt_name: str | None = None, batch_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.config, self.tokenizer = config, tokenizer
-        usual = getattr(config.head, "pooling", "cls")
-        self.pooling, self.normalize = usual if pooling is None else pooling, normalize
+        self.head = head_with(config, pooling, normalize)
+        self.dim = self.head.dim(config.embed_dim)
+        about = tokenizer.conventions.embedding
+        self.prompt = prompt_of(tokenizer, prompt_name)
+        # [CLS] and the prompt's tokens.
+        self._first = (
+            0 if about.get("include_prompt", True) or not self.prompt else 1 + len(tokenizer.encode(self.prompt))
+        )
+        self.longest = min(config.max_length, about.get("max_length", config.max_length))
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(jax.default_backend(), LARGE_BATCH)
         ends = tokenizer.special(CLS), tokenizer.special(SEP)
         if ends[0] is None or ends[1] is None:
@@ -79,22 +100,21 @@ class Embedder:
         self._graphdef = graphdef_of(functools.partial(make_model, config))
         self._run = jax.jit(self._run_impl, static_argnames="num_texts")
         self.cut = 0
-        """How many texts so far were longer than the context, and cut."""
 
     def __call__(self, params: nnx.State, texts: Sequence[str]) -> np.ndarray:
         """The vectors of texts, [texts, D] float32, in their order."""
         parts = [self._chunk(params, texts[first : first + CHUNK]) for first in range(0, len(texts), CHUNK)]
-        return np.concatenate([np.zeros((0, self.config.embed_dim), np.float32), *parts])
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
     def _chunk(self, params: nnx.State, texts: Sequence[str]) -> np.ndarray:
-        longest = self.config.max_length
-        ids = self.tokenizer.encode_batch(texts)
+        longest = self.longest
+        ids = self.tokenizer.encode_batch([self.prompt + text for text in texts])
         self.cut += sum(len(one) + 2 > longest for one in ids)
         ids = [one[: longest - 2] for one in ids]
         sizes = np.array([len(one) + 2 for one in ids], np.int64)
         tokens = np.concatenate([*ids, np.zeros(1, self.tokenizer.dtype)])
         starts = np.cumsum(sizes - 2) - (sizes - 2)
-        found = np.empty((len(texts), self.config.embed_dim), np.float32)
+        found = np.empty((len(texts), self.dim), np.float32)
         waiting: list[tuple[np.ndarray, np.ndarray, Array]] = []
         for length in sorted({self._row_length(size) for size in set(sizes.tolist())}, reverse=True):
             own = np.flatnonzero([self._row_length(size) == length for size in sizes.tolist()])
@@ -137,13 +157,49 @@ class Embedder:
             lengths_BM=is_own_BKT.sum(-1, dtype=jnp.int32),
             positions_BT=positions_BT,
         )
-        if self.pooling == "cls":
-            is_own_BKT &= positions_BT[:, None] == 0
-        own_BKT = is_own_BKT.astype(jnp.float32)
-        sums_BKD = jnp.einsum("BKT,BTD->BKD", own_BKT, hidden_BTD.astype(jnp.float32), precision="highest")
-        if self.normalize:
-            return sums_BKD * jax.lax.rsqrt(jnp.maximum(jnp.square(sums_BKD).sum(-1, keepdims=True), 1e-24))
-        return sums_BKD / jnp.maximum(own_BKT.sum(-1, keepdims=True), 1)
+        head = model.embedding_head or EmbeddingHead(self.config.embed_dim, self.head, rngs=nnx.Rngs(0))
+        return head.packed(
+            hidden_BTD, segments_BT, positions_BT, num_texts=num_texts, first=self._first, config=self.head
+        )
+
+
+def head_with(config: BertConfig, pooling: Pooling | None, normalize: bool | None) -> EmbeddingHeadConfig:
+    """The head of a model that embeds, with another pooling or last layer if they are given.
+
+    Raises:
+        UserError: that pooling does not fit the layers after it.
+    """
+    head = config.head if isinstance(config.head, EmbeddingHeadConfig) else EmbeddingHeadConfig()
+    layers: tuple[VectorLayerConfig, ...] = head.layers
+    if pooling is not None:
+        sized = [layer.kind for layer in layers if not isinstance(layer, NormalizeLayerConfig)]
+        if sized and len(head.poolings) > 1:
+            raise UserError(
+                f"pooling: got {pooling!r}; the model's layers after pooling ({', '.join(sized)}) need its own, "
+                f"{' and '.join(head.poolings)}; leave it out"
+            )
+        head = dataclasses.replace(head, pooling=pooling)
+    ends = bool(layers) and isinstance(layers[-1], NormalizeLayerConfig)
+    if normalize is not None and normalize != ends:
+        layers = (*layers, NormalizeLayerConfig()) if normalize else layers[:-1]
+    return dataclasses.replace(head, layers=layers)
+
+
+def prompt_of(tokenizer: Tokenizer, name: str | None) -> str:
+    """The text of a model's prompt, by its name; that of the default prompt, or none, by default.
+
+    Raises:
+        UserError: the model has no prompt of that name.
+    """
+    about = tokenizer.conventions.embedding
+    # Names that sentence-transformers knows for every model.
+    prompts = {"query": "", "document": ""} | about.get("prompts", {})
+    name = about.get("default_prompt") if name is None else name
+    if name is None:
+        return ""
+    if name not in prompts:
+        raise UserError(f"prompt_name: got {name!r}; this model has {', '.join(prompts)}.{nearest(name, prompts)}")
+    return prompts[name]
 
 
 def _take(found: np.ndarray, pieces: np.ndarray, places: np.ndarray, vectors_BKD: Array) -> None:
@@ -151,8 +207,8 @@ def _take(found: np.ndarray, pieces: np.ndarray, places: np.ndarray, vectors_BKD
 
 
 def embed(
-    run: Path, file: str, out: Path, *, field: str = "text", pooling: Pooling | None = None, normalize: bool = True,
-    step: str = "best", encoding: str = DEFAULT_ENCODING,
+    run: Path, file: str, out: Path, *, field: str = "text", pooling: Pooling | None = None,
+    normalize: bool | None = None, prompt_name: str | None = None, step: str = "best", encoding: str = DEFAULT_ENCODING,
 ) -> None:  # fmt: skip
     """Write the vectors of a file's texts: `.npy`, [texts, D] float32; or `.parquet`, with the columns id, text and embedding.
 
@@ -160,6 +216,7 @@ def embed(
         file: one text per line (.txt, or `-`: standard input), of which a blank one has a vector too, or records (.jsonl, .csv,
             .parquet).
         field: the field of records that holds the text.
+        pooling, normalize, prompt_name: as of `Embedder`.
         encoding: of a file without a byte order mark.
 
     Raises:
@@ -173,20 +230,22 @@ def embed(
     if not isinstance(model, BertConfig):
         raise UserError(f"{run}: a model of family {model.family!r} is not an encoder; embed needs family bert")
     documents = new_documents(FilesSource(path=file, text_field=field), file, encoding)
-    embedder = Embedder(model, loaded.tokenizer, pooling=pooling, normalize=normalize)
+    embedder = Embedder(model, loaded.tokenizer, pooling=pooling, normalize=normalize, prompt_name=prompt_name)
     open_writer = _ArrayFile if out.suffix == ".npy" else _TableFile
     with (
         use_mesh(loaded.mesh, loaded.config.mesh.rules),
         writing(out),
         whole_file(out) as partial,
         counting("embedding") as advance,
-        open_writer(partial, model.embed_dim) as writer,
+        open_writer(partial, embedder.dim) as writer,
     ):
         for chunk in batches(documents, CHUNK, CHUNK_CHARACTERS):
             writer.add(chunk, embedder(loaded.params, [document.text for document in chunk]))
             advance(len(chunk))
-    cut = f"; {embedder.cut} of them were longer than {model.max_length} tokens, and cut" if embedder.cut else ""
-    print(f"{writer.count} texts, {model.embed_dim} numbers each ({embedder.pooling} pooling): {out}{cut}")
+    cut = f"; {embedder.cut} of them were longer than {embedder.longest} tokens, and cut" if embedder.cut else ""
+    pooled = " and ".join(embedder.head.poolings)
+    prompt = f", prompt {shown(embedder.prompt)}" if embedder.prompt else ""
+    print(f"{writer.count} texts, {embedder.dim} numbers each ({pooled} pooling{prompt}): {out}{cut}")
 
 
 class _ArrayFile(contextlib.AbstractContextManager["_ArrayFile"]):

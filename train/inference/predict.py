@@ -25,7 +25,7 @@ from train.data.sources.source_config import FilesSource, RecordSource, SourceCo
 from train.data.tokenization.tokenise import batches, encode_documents
 from train.data.tokenization.tokenizer import Tokenizer
 from train.files import check_place
-from train.objectives import OBJECTIVES, Task
+from train.objectives import OBJECTIVES, MultiLabelClassification, Task
 from train.objectives.tasks.documents import TaskDocuments, write_predictions
 from train.objectives.tasks.task import Labelling, Prediction
 from train.parallel.mesh import use_mesh
@@ -49,8 +49,9 @@ CHUNK_CHARACTERS = 1 << 22
 
 
 def predict(
-    run: Path, file: str, out: Path | None = None, step: str = "best", encoding: str = DEFAULT_ENCODING
-) -> None:
+    run: Path, file: str, out: Path | None = None, step: str = "best", encoding: str = DEFAULT_ENCODING, *,
+    threshold: float | None = None,
+) -> None:  # fmt: skip
     """Write the model's prediction for each document of a file, as one JSON line: its id, label and scores.
 
     A blank line of a text file has the label null.
@@ -60,15 +61,18 @@ def predict(
             standard input, with one text per line, or JSON lines if a document has several fields.
         out: where to write; None: standard output.
         encoding: of a file without a byte order mark.
+        threshold: of multi-label classification: the probability from which on a class is predicted; the run's by default.
 
     Raises:
-        UserError: no such run or checkpoint, a run with another objective, or a file that cannot be read or written.
+        UserError: no such run or checkpoint, a run with another objective, a threshold that is out of range or that the task does
+            not have, or a file that cannot be read or written.
     """
     if out is not None:
         check_place(out)
     loaded, task, source = as_task_run(load_run(run, step), str(run))
     if not isinstance(source, RecordSource):
         raise UserError(f"{run}: its documents are synthetic (source {source.kind}), so no fields of a file match them")
+    task = with_threshold(task, threshold)
     found = iter_predictions(loaded, task, new_documents(source, file, encoding), file)
     if out is None:
         for one in found:
@@ -77,6 +81,17 @@ def predict(
     with counting("predicting") as advance:
         count = write_predictions(_advancing(found, advance), out)
     print(f"{count} predictions: {out}")
+
+
+def with_threshold(task: Task, threshold: float | None) -> Task:
+    """The task with another threshold, if one is given. Raises `UserError` for a task that has none, and one out of range."""
+    if threshold is None:
+        return task
+    if not isinstance(task, MultiLabelClassification):
+        raise UserError(
+            f"threshold: got {threshold:g}; only multi_label_classification has one, and this is {task.kind}"
+        )
+    return dataclasses.replace(task, threshold=threshold)
 
 
 @contextlib.contextmanager

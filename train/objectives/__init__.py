@@ -24,6 +24,7 @@ from train.objectives.span_corruption import SpanCorruption
 from train.objectives.tasks.answers import Answer
 from train.objectives.tasks.choice import Choice
 from train.objectives.tasks.classification import Classification
+from train.objectives.tasks.multi_label import MultiLabelClassification
 from train.objectives.tasks.regression import Regression
 from train.objectives.tasks.tags import TokenClassification
 from train.objectives.tasks.task import Task
@@ -40,6 +41,7 @@ AnyObjective = (
     | Ul2
     | Seq2Seq
     | Classification
+    | MultiLabelClassification
     | Regression
     | TokenClassification
     | Answer

@@ -226,6 +226,10 @@ class Objective(Config, abc.ABC):
     def batch(self, rows: int, length: int, data: DataConfig) -> BatchShapes:
         """The arrays of a batch of `rows` examples of `length` tokens, padding included; with packing `pad` the widest."""
 
+    def model_batch(self, rows: int, model: ModelConfig) -> BatchShapes:
+        """The arrays of a batch whose shapes depend on the model, in addition to those of `batch`."""
+        return {}
+
     @abc.abstractmethod
     def loss(self, model: Any, batch: Batch, config: LossConfig, *, key: Keys | None = None) -> LossSums:
         """What a training step minimises.

@@ -189,8 +189,9 @@ def batch_shapes(config: RunConfig, rows: int | None = None) -> BatchShapes:
     Where documents are packed, the number of those of a row depends on the data; here it is one for each 64 tokens.
     """
     rows = config.batch_size if rows is None else rows
-    shapes = config.objective.batch(rows, config.sequence_length, config.data)
-    packed = config.data.packing == "documents" and config.objective.packs
+    objective = config.objective
+    shapes = objective.batch(rows, config.sequence_length, config.data) | objective.model_batch(rows, config.model)
+    packed = config.data.packing == "documents" and objective.packs
     M = room_for(max(2, config.sequence_length // 64)) if packed else 1
     lengths = {
         of: jax.ShapeDtypeStruct((*one.shape[:-1], M), one.dtype)

@@ -136,8 +136,8 @@ def _computes(config: Any) -> dict[str, Any]:
         data["embedding_size"] = config.dim_of_embedding
         head = _fields_of("head", config.head)
         if config.head.kind == "embedding":
-            # It is written next to config.json.
-            del head["head.pooling"]
+            # The rest is written next to config.json.
+            head = {"head.kind": "embedding", "head.pooler": config.head.pooler}
         data |= head
     return data
 

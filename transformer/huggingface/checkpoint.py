@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from transformer.errors import UserError, nearest
-from transformer.huggingface import decoders, encoder_decoders, encoders, gemma, llama, modernbert
+from transformer.huggingface import albert, decoders, encoder_decoders, encoders, gemma, llama, modernbert, nomic_bert
 from transformer.huggingface.architecture import OTHER_MODEL, Architecture
 from transformer.huggingface.fields import UNTIED
 from transformer.huggingface.mapping import Tables, check, described_theirs, to_ours, to_theirs
@@ -24,9 +24,10 @@ from transformer.paths import check_file
 ARCHITECTURES: dict[str, Architecture] = {
     one.model_type: one
     for one in (
-        encoders.BERT, encoders.ROBERTA, encoders.XLM_ROBERTA, encoders.DISTILBERT, encoders.ELECTRA,
-        modernbert.MODERNBERT, decoders.GPT2, decoders.GPT_NEOX, llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3,
-        llama.MIXTRAL, llama.QWEN3_MOE, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3, encoder_decoders.T5,
+        encoders.BERT, encoders.ROBERTA, encoders.XLM_ROBERTA, encoders.DISTILBERT, encoders.ELECTRA, encoders.MPNET,
+        albert.ALBERT, modernbert.MODERNBERT, nomic_bert.NOMIC_BERT, decoders.GPT2, decoders.GPT_NEOX, llama.LLAMA, llama.MISTRAL,
+        llama.QWEN2, llama.QWEN3, llama.MIXTRAL, llama.QWEN3_MOE, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3,
+        encoder_decoders.T5,
         encoder_decoders.MT5, encoder_decoders.MARIAN,
     )
 }  # fmt: skip

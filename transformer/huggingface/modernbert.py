@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from transformer.huggingface.architecture import Architecture, rules_of
-from transformer.huggingface.encoders import head_of, labels_of, num_labels_of
+from transformer.huggingface.encoders import class_fields, classes_of, head_of
 from transformer.huggingface.fields import (
     FULL,
     GATED,
@@ -60,11 +60,11 @@ def _read(theirs: HFConfigReader, head: Any) -> BertConfig:
         )
     near = dataclasses.replace(attention[SLIDING], window=max(theirs.size("local_attention", 128) // 2, 1))
     pattern = repeated([near if layer % every else attention[FULL] for layer in range(layers)])
-    pooled = {"activation": "gelu_exact", "norm": True, "bias": has_bias}
+    pooled: dict[str, Any] = {"activation": "gelu_exact", "norm": True, "bias": has_bias}
     pooled["pooling"] = theirs.one_of("classifier_pooling", {"cls": "cls", "mean": "mean"}, "cls")
     made: Any = MaskedHeadConfig(bias=has_bias)
     if head != "masked":
-        made = head_of(head, labels_of(theirs, head), token={"dense": "gelu_exact", "bias": has_bias}, **pooled)
+        made = head_of(head, **classes_of(theirs, head), token={"dense": "gelu_exact", "bias": has_bias}, **pooled)
     return BertConfig(
         vocab_size=theirs.size("vocab_size", 50368), max_length=theirs.size("max_position_embeddings", 8192),
         num_layers=layers, embed_dim=theirs.size("hidden_size", 768), attention=attention[FULL],
@@ -109,7 +109,7 @@ def _write(c: BertConfig) -> dict[str, Any]:
         "rope_parameters": {name: rotary_fields(rope) for name, rope in ropes.items()},
         "global_rope_theta": ropes[FULL].theta, "local_rope_theta": ropes[SLIDING].theta,
         "mlp_dropout": c.dropout, "attention_dropout": c.attention_dropout, "embedding_dropout": c.dropout,
-        "classifier_dropout": c.dropout, "initializer_range": c.init_std, "num_labels": num_labels_of(c),
+        "classifier_dropout": c.dropout, "initializer_range": c.init_std, **class_fields(c),
         "classifier_pooling": getattr(c.head, "pooling", "cls"),
     }  # fmt: skip
 

@@ -48,7 +48,7 @@ class LayerNorm(nnx.Module):
 
     Args:
         dim: the length of the last dim of the input.
-        axis: its logical name.
+        axis: its logical name; None: it is never sharded.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class LayerNorm(nnx.Module):
         *,
         use_bias: bool = True,
         epsilon: float = 1e-5,
-        axis: str = "embed",
+        axis: str | None = "embed",
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:

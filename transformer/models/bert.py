@@ -20,11 +20,11 @@ from transformer.loss import Projection
 from transformer.mixers.context import Context
 from transformer.models.config import MlpConfig, StackConfig, stack_flops
 from transformer.models.embed import embed, make_positions, make_table, projection_of
+from transformer.models.embedding_head import EmbeddingHead, EmbeddingHeadConfig
 from transformer.models.heads import (
     AnswerHeadConfig,
     ChoiceHeadConfig,
     ClassificationHeadConfig,
-    EmbeddingHeadConfig,
     HeadConfig,
     MaskedHead,
     MaskedHeadConfig,
@@ -34,7 +34,6 @@ from transformer.models.heads import (
     ReplacedHeadConfig,
     TokenHead,
     TokensHeadConfig,
-    embedding_of,
     linear_options,
 )
 from transformer.models.layer_stack import Chosen, LayerStack, StackOutput, make_norm
@@ -78,6 +77,9 @@ class BertConfig(StackConfig):
     first_norm: bool = True
     """With norm_first, whether the first block normalises the input of its attention; false: embed_norm has already normalised it
     (ModernBERT)."""
+    distinct_layers: int | None = None
+    """How many blocks have parameters of their own; each is applied num_layers / distinct_layers times in a row (ALBERT has one;
+    Lan et al. 2020). null: all of them."""
     head: HeadConfig = MaskedHeadConfig()
     """The head on the hidden states, by its kind: masked, pretraining, replaced, classification, tokens, answer, choice,
     embedding, structured or decomposable."""
@@ -87,6 +89,16 @@ class BertConfig(StackConfig):
         require(self, "token_types", self.token_types >= 0, "allowed: 0 or more")
         width = self.embedding_size
         require(self, "embedding_size", width is None or width >= 1, "allowed: 1 or more, or null")
+        blocks = self.distinct_layers
+        holds = blocks is None or (blocks >= 1 and self.num_layers % blocks == 0)
+        require(self, "distinct_layers", holds, f"allowed: a divisor of num_layers ({self.num_layers}), or null")
+        alike = not self.pattern and self.first_norm
+        require(
+            self,
+            "distinct_layers",
+            blocks is None or alike,
+            "it needs first_norm and no pattern; allowed: null",
+        )
         holds = self.first_norm or (self.norm_first and self.embed_norm)
         require(self, "first_norm", holds, "it needs norm_first and embed_norm; allowed: true")
 
@@ -117,10 +129,11 @@ class Bert(nnx.Module):
         self.embed_norm = make_norm(c, rngs, dim=E) if c.embed_norm else None
         options = linear_options(c.init_std, DTYPES[c.dtype], rngs)
         self.embedding_projection = make_embedding_projection(c, options)
-        self.layers = LayerStack(c, causal=False, first_norm=c.first_norm, rngs=rngs)
+        self.layers = LayerStack(c, causal=False, first_norm=c.first_norm, distinct=c.distinct_layers, rngs=rngs)
         self.masked_head: MaskedHead | None = None
         self.pooled_head: PooledHead | None = None
         self.token_head: TokenHead | None = None
+        self.embedding_head: EmbeddingHead | None = None
         self.replaced_head: ReplacedHead | None = None
         self.structured_head: StructuredHead | None = None
         self.decomposable_head: DecomposableHead | None = None
@@ -140,6 +153,8 @@ class Bert(nnx.Module):
                 norm_epsilon=c.norm_eps if head.norm else None, use_bias=head.bias, **options,
             )  # fmt: skip
             self.pooled_head = nnx.data(pooled)
+        if isinstance(head, EmbeddingHeadConfig):
+            self.embedding_head = nnx.data(EmbeddingHead(c.embed_dim, head, **options))
         if isinstance(head, EmbeddingHeadConfig) and head.pooler is not None:
             pooled = PooledHead(c.embed_dim, None, dropout_rate=c.dropout, activation=head.pooler, **options)
             self.pooled_head = nnx.data(pooled)
@@ -230,8 +245,8 @@ class Bert(nnx.Module):
 
         Returns:
             Float32 logits: [B, K, V] (masked, pretraining; K is T without `predicted_BK`), [B, C] (classification, choice,
-            structured, decomposable), [B, T, C] (tokens, answer), [B, T] (replaced), or the vectors of length 1 [B, D]
-            (embedding). `pooled_logits` [B, 2] are the next sentence's (pretraining), or the pooler's vectors [B, D]
+            structured, decomposable), [B, T, C] (tokens, answer), [B, T] (replaced), or the vectors [B, O] (embedding).
+            `pooled_logits` [B, 2] are the next sentence's (pretraining), or the pooler's vectors [B, D]
             (embedding with pooler). `hidden` [B, K, E] is what the output projection reads (masked, pretraining).
 
         Raises:
@@ -257,8 +272,8 @@ class Bert(nnx.Module):
             logits = self.replaced_head(hidden_BTD)
         elif self.token_head is not None:
             logits = self.token_head(hidden_BTD, key=head_key)
-        elif isinstance(head, EmbeddingHeadConfig):
-            logits = embedding_of(hidden_BTD, valid_BT, pooling=head.pooling)
+        elif self.embedding_head is not None:
+            logits = self.embedding_head(hidden_BTD, valid_BT)
         else:
             assert pooled is not None
             logits = pooled

@@ -114,7 +114,8 @@ class StackConfig(Config):
 
     def _check_positions(self) -> None:
         own = next((kind for mixer in self.mixers() if (kind := _position_kind(mixer)) != "none"), None)
-        if self.position_embedding not in (None, "none") and own is not None:
+        # A learned bias by distance may come on top of positions in the embeddings (MPNet).
+        if self.position_embedding not in (None, "none") and own not in (None, "relative"):
             raise ConfigError(
                 type(self), "position_embedding", self.position_embedding,
                 f"attention has positions of its own ({own}); allowed: none, or null",

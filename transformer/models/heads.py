@@ -18,15 +18,14 @@ from transformer.layers.embedding import Embedding
 from transformer.layers.feed_forward import ACTIVATIONS
 from transformer.layers.linear import Linear
 from transformer.layers.norm import LayerNorm
+from transformer.models.embedding_head import EmbeddingHeadConfig, PoolerActivation, Pooling, pool, unit
 from transformer.models.labelled import LabelledHeadConfig
 from transformer.models.sentence_heads import DecomposableHeadConfig, StructuredHeadConfig
 from transformer.precision import einsum
 from transformer.randomness import dropout
 from transformer.sharding import constrain, with_axes
-from transformer.types import Array, Bool, DTypeLike, Float, Int, Keys, widen
+from transformer.types import Array, Bool, DTypeLike, Float, Int, Keys
 
-Pooling = Literal["cls", "mean"]
-PoolerActivation = Literal["tanh", "relu", "gelu_exact"]
 POOLERS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
     "relu": ACTIVATIONS["relu"][0],
@@ -57,7 +56,7 @@ class PooledHeadConfig(Config):
     """What the heads of whole rows share: a layer on a pooled vector."""
 
     pooling: Pooling = "cls"
-    """The vector of a row: that of its first token, or the mean of its tokens."""
+    """The vector of a row: that of its first token (cls), the mean of its tokens, or another one, as for the embedding head."""
     activation: PoolerActivation = "tanh"
     """Activation after the layer on that vector (the pooler)."""
     norm: bool = False
@@ -80,6 +79,9 @@ class ClassificationHeadConfig(PooledHeadConfig, LabelledHeadConfig):
 
     kind: Literal["classification"] = "classification"
     """The class of a row, or a number."""
+    multi_label: bool = False
+    """A row may have none, one or several of the classes (objective multi_label_classification): a sigmoid of each score, in the
+    place of a softmax over them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,19 +122,6 @@ class AnswerHeadConfig(TokenHeadConfig):
     """Predicts where an answer starts and where it ends."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbeddingHeadConfig(Config):
-    """The vector of a row, of length 1."""
-
-    kind: Literal["embedding"] = "embedding"
-    """A vector for each row."""
-    pooling: Pooling = "cls"
-    """The vector of a row: that of its first token, or the mean of its tokens."""
-    pooler: PoolerActivation | None = None
-    """Activation of a layer on the first token's vector (BERT's pooler), whose output is kept in addition to the embedding for
-    fine-tuning classifiers. null: no such layer."""
-
-
 HeadConfig = (
     MaskedHeadConfig
     | PretrainingHeadConfig
@@ -148,27 +137,6 @@ HeadConfig = (
 """The heads that an encoder may have."""
 CLASSES = (ClassificationHeadConfig, StructuredHeadConfig, DecomposableHeadConfig)
 """The heads that score classes for a whole row."""
-
-
-def pool(
-    hidden_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None, *, pooling: Pooling
-) -> Float[Array, "B D"]:
-    """One vector per row: that of the first token, or the mean of the tokens that are not padding (zeros if there are none)."""
-    if pooling == "cls":
-        return hidden_BTD[:, 0]
-    if valid_BT is None:
-        return hidden_BTD.mean(1)
-    weights_BT1 = valid_BT[..., None].astype(widen(hidden_BTD).dtype)
-    mean_BD = (widen(hidden_BTD) * weights_BT1).sum(1) / jnp.maximum(weights_BT1.sum(1), 1)
-    return mean_BD.astype(hidden_BTD.dtype)
-
-
-def embedding_of(
-    hidden_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"] | None = None, *, pooling: Pooling = "mean"
-) -> Float[Array, "B D"]:
-    """`pool` scaled to length 1, so that products are cosines."""
-    pooled_BD = widen(pool(hidden_BTD, valid_BT, pooling=pooling))
-    return pooled_BD * jax.lax.rsqrt(jnp.maximum(jnp.square(pooled_BD).sum(-1, keepdims=True), 1e-24))
 
 
 class MaskedHead(nnx.Module):
@@ -347,7 +315,7 @@ def contrastive_logits(
     *,
     temperature: float = 0.05,
 ) -> Float[Array, "B B"]:
-    """Scores of each a for every b of the batch, of vectors of length 1; the matching pairs are on the diagonal.
+    """Scores of each a for every b of the batch, by their cosines; the matching pairs are on the diagonal.
 
     In-batch negatives (van den Oord et al. 2018, equation 4; Gao et al. 2021). Over devices the batch is the global one.
 
@@ -355,7 +323,7 @@ def contrastive_logits(
         valid_B: rows that are not padding; padding rows are not used as negatives. All by default.
         temperature: divides the cosines.
     """
-    logits_BB = einsum("AD,BD->AB", widen(a_BD), widen(b_BD)) / temperature
+    logits_BB = einsum("AD,BD->AB", unit(a_BD), unit(b_BD)) / temperature
     # A finite number: with -inf, the gradient of a padding row's own likelihood would not be finite.
     return logits_BB if valid_B is None else jnp.where(valid_B, logits_BB, -1e9)
 

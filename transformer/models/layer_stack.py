@@ -58,6 +58,7 @@ class LayerStack(nnx.Module):
         causal: whether a token sees only the tokens before it and itself.
         cross: give each block attention to a memory as wide as the residual stream.
         first_norm: false omits attention's norm from the first block, whose input is already normalised.
+        distinct: number of blocks with parameters of their own, each of which is applied several times in a row; by default all.
         final_norm: a norm after the last block; by default with pre-norm, where nothing else would normalise the output.
     """
 
@@ -70,6 +71,7 @@ class LayerStack(nnx.Module):
         cross: bool = False,
         first_norm: bool = True,
         final_norm: bool | None = None,
+        distinct: int | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         c = config
@@ -93,7 +95,8 @@ class LayerStack(nnx.Module):
         makers = [
             functools.partial(_make_block, c, mixer, num_layers=L, cross=cross) for mixer in self.mixers[: self.group]
         ]
-        stacks = [stack(make, L // self.group, rngs) for make in makers]
+        self.distinct = L if distinct is None else distinct
+        stacks = [stack(make, self.distinct // self.group, rngs) for make in makers]
         self.blocks: Any = stacks[0] if self.group == 1 else nnx.List(stacks)
         self.is_unstacked = False
         final_norm = c.norm_first if final_norm is None else final_norm
@@ -142,7 +145,7 @@ class LayerStack(nnx.Module):
             )
             calls = [self._call(layer, wanted[layer]) for layer in range(L)]
         elif self.group == 1:
-            blocks = self.blocks
+            blocks = self._repeated()
             inputs = (numbers, None if states is None else restack(states), None)
             calls = [self._call(layer, wanted[0]) for layer in range(self.period)]
         else:
@@ -207,9 +210,15 @@ class LayerStack(nnx.Module):
         if self.is_unstacked:
             return list(self.blocks)
         if self.group == 1:
-            return unstack(self.blocks, self.num_layers)
+            return unstack(self._repeated(), self.num_layers)
         groups = unstack(self.blocks, self.num_layers // self.group)
         return [block for group in groups for block in group]
+
+    def _repeated(self) -> Any:
+        """The stacked blocks with each distinct one as often as it is applied; their gradients add up."""
+        if self.distinct == self.depth:
+            return self.blocks
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, self.depth // self.distinct, axis=0), self.blocks)
 
     def _layer_keys(self, key: Keys) -> Keys:
         """The keys of each layer's rows, [L, B]; in a part of a longer stack those that its layers have there."""

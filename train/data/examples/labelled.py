@@ -1,9 +1,10 @@
-"""Examples of documents with a class or a number: one document, or one pair, per row.
+"""Examples of documents with a class, several classes or a number: one document, or one pair, per row.
 
 Axes: B examples asked for at once. Every example holds the arrays of `train.data.examples.rows` and
 
     labels            [B] int32       the class, by its number in `Meta.labels`; or
-                          float32     the number
+                          float32     the number; or
+                      [B, C] int32    1 for each of its classes, else 0
     weights           [B, 1] float32  1: a row is one prediction
 """
 
@@ -34,9 +35,11 @@ class LabelledDocuments(TaskRows):
         too_long: TooLong,
         *,
         numbers: bool = False,
+        several: bool = False,
         shown: bool = False,
     ) -> None:
-        """`numbers`: the labels are numbers, not classes; `shown` says how many documents are too long.
+        """`numbers`: the labels are numbers, not classes; `several`: a document may have several classes; `shown` says how many
+        documents are too long.
 
         Raises `UserError` if no document is short enough.
         """
@@ -50,7 +53,8 @@ class LabelledDocuments(TaskRows):
         taken = [np.minimum(sizes[0], room)] if len(sides) == 1 else longest_first(sizes[0], sizes[1], room)
         self.sides = [Stretches.of(side, self.documents, size) for side, size in zip(sides, taken, strict=True)]
         kind = np.float32 if numbers else np.int32
-        labels = np.full(array.documents, NONE, kind) if array.labels is None else np.asarray(array.labels)
+        shape = (array.documents, 1) if several else array.documents
+        labels = np.full(shape, NONE, kind) if array.labels is None else np.asarray(array.labels).astype(kind)
         self._labels = labels[self.documents]
 
     def gather(self, indices: np.ndarray, draws: Draws | None = None) -> dict[str, np.ndarray]:

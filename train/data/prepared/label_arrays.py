@@ -46,9 +46,10 @@ class LabelsPart:
 class Labels:
     """The labels of each source and split, in the order of the documents; classes and tags as numbers.
 
-    Written for D documents of N tokens (all ends of text included): int32 [D] (class), float32 [D] (number), int32 [D, 2]
-    (answers: the first and the last token of the first answer in its context), int32 [N] (tags: a word's tag at its first
-    token); -1 if there is none. Until all are known, classes and tags are numbered in the order in which they came.
+    Written for D documents of N tokens (all ends of text included): int32 [D] (class), int8 [D, C] (classes: 1 for each that a
+    document has), float32 [D] (number), int32 [D, 2] (answers: the first and the last token of the first answer in its context),
+    int32 [N] (tags: a word's tag at its first token); -1 if there is none. Until all are known, classes and tags are numbered in
+    the order in which they came.
     """
 
     def __init__(self, kind: LabelKind, parts: Iterable[LabelsPart] = ()) -> None:
@@ -93,6 +94,8 @@ class Labels:
         if isinstance(label, str):
             self._choices = self._part.choices = len(document.choices)
             return np.int32(self._number(label)).tobytes()
+        if kind == "classes":
+            return np.array([*(self._number(str(name)) for name in label), NONE], np.int32).tobytes()
         assert marks is not None
         if kind == "answers":
             self._part.lost += bool(label.texts) and int(marks[0]) == NONE  # type: ignore[union-attr]
@@ -125,7 +128,7 @@ class Labels:
         names: tuple[str, ...] = ()
         if self._choices:
             names = _names_of_choices(self._numbers, self._choices)
-        elif self._kind in ("class", "tags"):
+        elif self._kind in ("class", "classes", "tags"):
             names = self._names(stored, shown=shown)
         new_number = np.array([*(names.index(name) for name in self._numbers), NONE], np.int32)
         digest = hashlib.blake2b(json.dumps(names).encode(), digest_size=16)
@@ -133,6 +136,8 @@ class Labels:
             values = self._stored(stored, split, source)
             if names:
                 values = new_number[values]
+            if self._kind == "classes":
+                values = _hot(values, len(names))
             path = labels_path(directory, split, source)
             np.save(path, values.reshape(-1, 2) if self._kind == "answers" else values)
             sync(path)
@@ -176,6 +181,15 @@ class Labels:
         """The classes or tags of a split."""
         used = [np.unique(self._stored(stored, *array)) for array in self._arrays if array[0] == split]
         return {int(number) for numbers in used for number in numbers} - {NONE}
+
+
+def _hot(values: np.ndarray, num_classes: int) -> np.ndarray:
+    """Which classes each document has, int8 [D, C], from the classes of one document after the other, each ended by `NONE`."""
+    is_end = values == NONE
+    document = np.cumsum(is_end) - is_end
+    found = np.zeros((int(is_end.sum()), num_classes), np.int8)
+    found[document[~is_end], values[~is_end]] = 1
+    return found
 
 
 def listed(names: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ _INTEGER = re.compile(r"[-+]?[0-9]{1,18}\.0+")
 """An integer that was written as a float."""
 _TRUTH = re.compile("true|True|TRUE|false|False|FALSE")
 
-GivenLabels = Literal["class", "number", "tags", "answers"]
+GivenLabels = Literal["class", "classes", "number", "tags", "answers"]
 """The labels that a record has in a field."""
 LabelKind = Literal[GivenLabels, "turns", "preferences"]
 """What is stored of a document in addition to its tokens: its label, or which tokens of a dialogue the assistant writes, in one
@@ -39,7 +39,7 @@ class Answers(NamedTuple):
 
 
 Label = str | float | tuple[str, ...] | Answers
-"""A class, a number, a tag for each word, or answers."""
+"""A class, a number, several classes or a tag for each word, or answers."""
 
 
 class Document(NamedTuple):
@@ -83,7 +83,7 @@ class Document(NamedTuple):
         given = json.loads(line)
         label = given.get("label")
         if isinstance(label, list):
-            # Two lists are answers, a list of texts is tags.
+            # Two lists are answers, a list of texts is classes or tags.
             nested = bool(label) and isinstance(label[0], list)
             given["label"] = Answers(*map(tuple, label)) if nested else tuple(label)
         for name in given.keys() & {"words", "choices", "messages"}:
@@ -159,6 +159,8 @@ class Records:
     """Documents of other classes are skipped; empty: none are."""
     label_kind: GivenLabels = "class"
     """What `fields.label` holds. With `tags` the text is a list of words."""
+    label_separator: str = ";"
+    """What is between the classes of a document in a field of text."""
     trim_labels: bool = False
     """Whether white space around a class or a tag is removed; else it is an error."""
     needs_text: bool = False
@@ -234,10 +236,21 @@ class Records:
     def _label(self, value: Any, words: Sequence[str] | None, target: str | None) -> Label:
         if self.label_kind == "number":
             return self._number(value)
+        if self.label_kind == "classes":
+            return self._classes(value)
         if self.label_kind == "answers":
             return self._answers(value, target or "")
         assert words is not None
         return self._tags(value, words)
+
+    def _classes(self, value: Any) -> tuple[str, ...]:
+        if isinstance(value, str):
+            value = value.split(self.label_separator) if value.strip() else []
+        if not isinstance(value, list | tuple):
+            raise Faulty(
+                f"field {self.fields.label!r} holds {kind_of(value)}, not a list of classes; [] is a document without any"
+            )
+        return tuple(dict.fromkeys(map(self._class, value)))
 
     def _number(self, value: Any) -> float:
         try:

@@ -97,9 +97,12 @@ class RecordSource(BaseSource):
     """The field that holds a document's label; empty: documents have none. Of plain text files `folder`: the name of the file's
     folder, such as `pos` in `reviews/*/*.txt`."""
     label_kind: GivenLabels = "class"
-    """What label_field holds. `class`: a class, or the number of the correct choice; `number`: a number (objective
+    """What label_field holds. `class`: a class, or the number of the correct choice; `classes`: a list of classes, or a text with
+    label_separator between them (`multi_label_classification`); `number`: a number (objective
     `regression`); `tags`: a list with a tag for each word of the list in text_field (`token_classification`); `answers`: the
     text and answer_start of answers in target_field to the question in text_field (`answer`)."""
+    label_separator: str = ";"
+    """With label_kind classes: what is between the classes in a field of text, as in CSV; an empty field has none."""
     labels: tuple[str, ...] = ()
     """With a label_field of classes: read only documents of these classes; empty: all documents."""
     trim_labels: bool = False
@@ -126,6 +129,9 @@ class RecordSource(BaseSource):
             bool(self.label_field and kind == "class") or not self.labels,
             "they need a label_field of classes; allowed: empty",
         )
+        holds = kind == "classes" or self.label_separator == ";"
+        require(self, "label_separator", holds, "only label_kind 'classes' has it; allowed: ';'")
+        require(self, "label_separator", bool(self.label_separator.strip()), "allowed: one or more visible characters")
         paired = {"tags": False, "answers": True}.get(kind)
         wanted = f"label_kind {kind!r} " + (
             "needs a context; allowed: the name of its field" if paired else "is for single texts; allowed: empty"
@@ -160,7 +166,7 @@ class RecordSource(BaseSource):
             )
         return Records(
             fields=self.fields, rejects=rejects, labels=tuple(map(class_name, self.labels)), label_kind=self.label_kind,
-            trim_labels=self.trim_labels,
+            label_separator=self.label_separator, trim_labels=self.trim_labels,
         )  # fmt: skip
 
 

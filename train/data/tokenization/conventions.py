@@ -36,6 +36,10 @@ class Conventions:
     """Name → Jinja template; the usual one is called `default`."""
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """generation_config.json."""
+    embedding: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What sentence-transformers stores about texts: `prompts` (name → text), `default_prompt` (a name), `include_prompt`
+    (whether the tokens of a prompt are pooled), `max_length` (tokens of a text, those around it included), `lower_case`, and
+    `similarity`."""
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Conventions:

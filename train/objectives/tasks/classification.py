@@ -28,7 +28,7 @@ from train.objectives.tasks.task import Labelling, Prediction, Rows, forward, so
 from transformer.errors import UserError, require
 from transformer.models.bert import BertConfig
 from transformer.models.families import ModelConfig
-from transformer.models.heads import CLASSES, DecomposableHeadConfig
+from transformer.models.heads import CLASSES, ClassificationHeadConfig, DecomposableHeadConfig
 from transformer.types import Keys
 
 
@@ -50,6 +50,9 @@ class Classification(WeightedClasses):
         if isinstance(model, BertConfig) and isinstance(model.head, CLASSES):
             allowed = "allowed: 2 or more classes; for numbers objective.kind: regression"
             require(model.head, "num_labels", model.head.classes >= 2, allowed)
+            if isinstance(model.head, ClassificationHeadConfig):
+                one = "allowed with objective 'classification', which predicts one class: false"
+                require(model.head, "multi_label", not model.head.multi_label, one)
 
     def check_classes(self, prepared: Prepared, model: ModelConfig) -> None:
         super().check_classes(prepared, model)

@@ -50,6 +50,8 @@ class Regression(Task):
         if isinstance(model, BertConfig) and isinstance(model.head, ClassificationHeadConfig):
             wanted = "a regression predicts one number; allowed: 1"
             require(model.head, "num_labels", model.head.num_labels in (1, None), wanted)
+            wanted = "a regression has no classes; allowed: false"
+            require(model.head, "multi_label", not model.head.multi_label, wanted)
 
     def num_labels(self, prepared: Prepared) -> int:
         return 1

@@ -33,7 +33,7 @@ Rows = dict[str, np.ndarray]
 """The outputs of examples, [N, ...] by name."""
 
 _LABELS: dict[LabelKind | None, str] = {
-    "class": "a class", "number": "a number", "tags": "a tag for each word", "answers": "answers",
+    "class": "a class", "classes": "a list of classes", "number": "a number", "tags": "a tag for each word", "answers": "answers",
 }  # fmt: skip
 
 
