@@ -51,7 +51,7 @@ def test_an_import_is_a_run(bert, tmp_path, capsys):
     assert main(["import", str(bert), "--run-dir", str(run), "--no-verify"]) == 0
     said = capsys.readouterr().out
     assert f"{bert}: BertModel, 5,376 parameters, as a model of family bert" in said
-    assert f"written to {run}. To fine-tune it: set init_from: {run}" in said
+    assert f"written to {run}. To fine-tune it: manyheads finetune {run} --data FILE, or set init_from: {run}" in said
     loaded = load_run(run)
     assert loaded.config.model == BERT and loaded.tokenizer.special("[CLS]") == 2
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, params_of(BERT)))

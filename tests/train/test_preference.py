@@ -219,6 +219,13 @@ def test_a_bad_pair_is_named_with_file_and_line(tmp_path, row, reason):
         prepare(config_of(path, tmp_path / "run").data, progress=False)
 
 
+def test_a_schedule_that_passes_the_model_once_is_refused(rows, tmp_path):
+    with pytest.raises(
+        UserError, match=r"schedule: got '1f1b'; preferences take the model twice in a step; allowed: gpipe"
+    ):
+        config_of(rows, tmp_path / "run", mesh={"strategy": "pipeline", "schedule": "1f1b"})
+
+
 def test_preferences_need_their_objective(rows, tmp_path):
     prepared = prepare(config_of(rows, tmp_path / "run").data, progress=False)
     with pytest.raises(

@@ -181,7 +181,7 @@ def test_what_does_not_go_together_is_refused(kind, changes, told, tmp_path):
 
 
 def test_an_objective_needs_its_head():
-    assert BertConfig(head=TokensHeadConfig()).head.num_labels == 2
+    assert BertConfig(head=TokensHeadConfig()).head.classes == 2
     with pytest.raises(ConfigError, match="allowed with objective 'token_classification': 'tokens'"):
         RunConfig(name="x", model=BertConfig(), objective=TokenClassification())
 

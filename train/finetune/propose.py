@@ -165,7 +165,7 @@ def _held_by(path: str) -> Holds:
 
 def _labels_of(request: Request) -> str | None:
     """The field of the labels: the one named, or the one that the files have anyway."""
-    if request.label is not None or request.task in ("masked", "contrastive"):
+    if request.label is not None or (request.task is not None and OBJECTIVES[request.task].label_kind is None):
         return request.label
     form = _format(request.data)
     if form == "conll":

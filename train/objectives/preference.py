@@ -20,6 +20,7 @@ from train.data.prepared.store import Prepared, TokenArray
 from train.data.tokenization.tokenizer import Tokenizer
 from train.loss import DEFAULT_LOSS, Batch, LossConfig, LossSums, with_added_loss
 from train.objectives.objective import BatchShapes, Objective, Outputs, places_of, row_shapes, weight_shape
+from train.parallel.mesh import MeshConfig
 from transformer.errors import UserError, require
 from transformer.loss import tokens_of_chunk
 from transformer.randomness import split
@@ -52,6 +53,10 @@ class Preference(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "beta", 0 < self.beta < math.inf, "allowed: above 0")
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        wanted = "preferences take the model twice in a step; allowed: gpipe"
+        require(mesh, "schedule", mesh.schedule != "1f1b", wanted)
 
     def _check_documents(self, prepared: Prepared) -> None:
         super()._check_documents(prepared)
