@@ -125,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(call=_soak)
     sub.add_argument("--steps", type=_positive, default=2000, metavar="N", help="its steps (2000)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where the run is kept, a new folder (runs/soak)")
+    text = "the time of the test suite with an empty compilation cache"
+    sub = commands.add_parser("suite", help=text, description=text)
+    sub.set_defaults(call=_suite)
+    sub.add_argument("--fast", action="store_true", help="the quick half of the tests")
     text = "one model under every sharding strategy on the available devices: exactness, time, memory, communication"
     sub = commands.add_parser("sharding", help=text, description=text)
     sub.set_defaults(call=_sharding)
@@ -299,6 +303,12 @@ def _soak(options: argparse.Namespace) -> None:
     from benchmarks.robustness import soak
 
     soak.run(options.steps, options.directory or soak.DIRECTORY)
+
+
+def _suite(options: argparse.Namespace) -> None:
+    from benchmarks import suite
+
+    suite.run(options.fast)
 
 
 def _sharding(options: argparse.Namespace) -> None:

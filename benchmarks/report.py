@@ -138,6 +138,10 @@ def _robustness_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             "",
         )
         yield f"{what}, time that checkpoints hold up the steps", f"{soak['checkpoint_stall']:.1%}", ""
+    if (suite := result.get("suite")) is not None:
+        what = f"{'the quick tests' if suite['fast'] else 'all tests'}, nothing compiled before, time"
+        machine = f"10 million additions in Python {suite['seconds_of_ten_million_additions']:.1f} s"
+        yield what, f"{suite['seconds'] / 60:.0f} min", f"{suite['tests']:,} tests; {machine}"
     for kind, found in result.get("kinds", {}).items():
         what = f"mutated inputs, {kind}: tracebacks, hangs and stray writes"
         yield (

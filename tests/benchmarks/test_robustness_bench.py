@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from benchmarks import suite
 from benchmarks.report import report
 from benchmarks.robustness import resume, soak
 from benchmarks.stage import folder_of
@@ -73,3 +74,11 @@ def test_growth_is_that_after_the_warm_up():
     assert figures["resident_growth"] == pytest.approx(0.005) and figures["checkpoints"] == 2
     assert figures["checkpoint_stall"] == pytest.approx(0.5 / 9.9)
     assert figures["open_files"] == {"after_warm_up": 8, "at_the_end": 8}
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [("....\n3 failed, 41 passed in 2.3s\n", 41), ("bringing up nodes...\n....s. [ 50%]\n...... [100%]\n", 11)],
+)
+def test_tests_are_counted(output, expected):
+    assert suite.passed(output) == expected
