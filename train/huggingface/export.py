@@ -59,7 +59,7 @@ def export(
     model_type = model_type or origin_of(run, loaded)
     config, tokenizer = loaded.config.model, exported_tokenizer(loaded)
     architecture = checkpoint.architecture_of(config, model_type)
-    extra = _labels(loaded) | ({} if tokenizer is None else special_ids(tokenizer))
+    extra = _labels(loaded) | ({} if tokenizer is None else special_ids(tokenizer, loaded.config.model.vocab_size))
     if getattr(config, "start_token", 0) is None:
         extra["decoder_start_token_id"] = loaded.target_tokenizer.end_of_text
     with use_mesh(loaded.mesh, loaded.config.mesh.rules), whole_folder(directory) as partial:

@@ -198,13 +198,17 @@ def as_subwords(tokenizer: ByteTokenizer) -> SubwordTokenizer:
     return SubwordTokenizer(model, END_OF_TEXT)
 
 
-def special_ids(tokenizer: SubwordTokenizer) -> dict[str, Any]:
-    """The fields of config.json that name special tokens: an id, or a list of the several that end a text."""
+def special_ids(tokenizer: SubwordTokenizer, vocab_size: int) -> dict[str, Any]:
+    """The fields of config.json that name special tokens: an id, or a list of the several that end a text.
+
+    Args:
+        vocab_size: of the model; a token of the vocabulary that it lacks is not named, as transformers would refuse it.
+    """
     vocabulary, ends = _vocabulary(tokenizer), list(tokenizer.ends)
     found: dict[str, Any] = {
         f"{role}_id": vocabulary[name]
         for role, name in _roles(tokenizer).items()
-        if role in _WITH_ID and name in vocabulary
+        if role in _WITH_ID and vocabulary.get(name, vocab_size) < vocab_size
     }
     found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     found.setdefault("pad_token_id", tokenizer.end_of_text)
