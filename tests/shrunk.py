@@ -100,7 +100,7 @@ def _labelled_source(config, folder) -> SourceConfig:
     first, kind = config.data.sources[0], config.data.label_kind
     choices, rows = first.choice_fields, []
     # The answer of a question has no class.
-    classes = len(choices) or getattr(config.model.head, "num_labels", 1)
+    classes = len(choices) or getattr(config.model.head, "classes", 1)
     for number in range(120):
         row = {"first": f"text {number}", label: number % classes}
         if kind == "number":

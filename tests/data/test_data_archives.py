@@ -73,6 +73,29 @@ def test_a_name_that_leads_out_is_refused(tmp_path, archive, name):
     assert not list(tmp_path.rglob("out.txt")) and not list(tmp_path.rglob("in.txt"))
 
 
+def test_folders_in_an_archive_are_classes_at_its_root_too(tmp_path):
+    archive = pack(tmp_path / "a.zip", {"1.txt": "at the root", "b/2.txt": "below"})
+    assert sorted((one.label, one.text) for one in read(archive, label_field="folder")) == [
+        ("a.zip", "at the root"), ("b", "below"),
+    ]  # fmt: skip
+
+
+def test_second_names_of_a_file_are_read(tmp_path):
+    with tarfile.open(pack(tmp_path / "a.tar", {"a/x.txt": "text"}), "a") as tar:
+        member = tarfile.TarInfo("b/y.txt")
+        member.type, member.linkname, member.mtime = tarfile.LNKTYPE, "a/x.txt", 1e30
+        tar.addfile(member)
+    assert [one.text for one in read(tmp_path / "a.tar")] == ["text", "text"]
+
+
+def test_links_in_a_zip_are_not_texts(tmp_path):
+    link = zipfile.ZipInfo("b.txt")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(pack(tmp_path / "a.zip", {"a.txt": "text"}), "a") as packed:
+        packed.writestr(link, "../a.txt")
+    assert [one.text for one in read(tmp_path / "a.zip")] == ["text"]
+
+
 def test_links_in_an_archive_are_not_followed(tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

@@ -108,7 +108,7 @@ def test_a_template_without_generation_blocks_is_marked_by_its_beginnings():
         vocabulary(UNMARKED.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '' }}"))
     )
     assert said(forgets, HI) == "yo"
-    with pytest.raises(Unusable, match=r"message 3 cannot be found.*put {% generation %}"):
+    with pytest.raises(Unusable, match=r"the answer in message 3 cannot be located; put {% generation %}"):
         forgets.tokens(LONG)
 
 
@@ -122,6 +122,7 @@ def test_the_built_in_template_and_the_ends_of_an_answer():
         with pytest.raises(Unusable, match="role judge is none of system, user, assistant, tool"):
             chat.prompt([{"role": "judge", "content": "no"}])
     # What ends an answer ends it when it is generated too, also where the model's config does not say it.
+    assert Template("{% macro f(function) %}{{ function }}{% endmacro %}{{ f(function='x') }}", {}).render(HI)[0] == "x"
     other = MARKED.replace("{{ m.content }}</s>{% endgen", "<s>{{ m.content }}<|eot|>{% endgen")
     assert Chat(vocabulary(other)).ends == (2, 3)
 
@@ -144,6 +145,22 @@ def test_the_built_in_template_and_the_ends_of_an_answer():
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ messages.__class__.__mro__ }}", "unsafe|no attribute"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for i in range(30) %}{% set y = ([0]*300000)|map('string')|join %}{% endfor %}", "longer than 0.2 seconds"),
+        ("{{ [1]|slice(3000000)|list|length }}", "the filter 'slice' would make more than"),
+        ("{{ [1]|batch(1000000000, 0)|list|length }}", "the filter 'batch' would make more than"),
+        ("{{ 'a'|center(300000000)|length }}", "the filter 'center' would make more than"),
+        ("{{ 'a'|indent(300000000)|length }}", "the filter 'indent' would make more than"),
+        ("{{ ('a'*20000)|replace('a','b'*20000)|length }}", "the filter 'replace' would make more than"),
+        ("{{ ('a'*20000).replace('a','b'*20000)|length }}", "more than 16,777,216 characters"),
+        ("{{ 'a'.ljust(300000000)|length }}", "more than 16,777,216 characters"),
+        ("{{ '%300000000d' % 1 }}", "more than 16,777,216 characters"),
+        ("{{ '{:300000000}'.format(1) }}", "more than 16,777,216 characters"),
+        ("{{ '%300000000d'|format(1) }}", "more than 16,777,216 characters"),
+        ("{{ messages|tojson(indent=1000000000) }}", "more than 16,777,216 characters"),
+        ("{{ " + "9" * 5000 + " }}", "cannot be compiled"),
+        ("{{ '\\ud800' }}", "half of a surrogate pair"),
+        ("{% macro t() %}a{% generation %}b{% endgeneration %}{% endmacro %}c{{ t() }}", "inside of a macro"),
+        ("{% set x %}a{% generation %}b{% endgeneration %}{% endset %}cd{{ x }}", "inside of a macro"),
     ],
 )  # fmt: skip
 def test_a_bad_template_is_refused_in_one_line(monkeypatch, template, reason):

@@ -72,3 +72,10 @@ def test_prepared_data_hold_out_the_rarer_class_too(tmp_path):
     prepared = prepare(DataConfig(sources=(source,), packing="documents"), progress=False)
     (held_out,) = prepared.validation
     assert collections.Counter(document.label for document in prepared.held_out(held_out)) == {"common": 18, "rare": 2}
+
+
+def test_the_first_of_a_class_is_for_training():
+    for fraction in (0.05, 0.2, 0.5, 0.9):
+        assert chosen([f"class {number}" for number in range(300)], fraction) == []
+        assert 0 not in chosen(["a"] * 20, fraction)
+    assert len(chosen(["a"] * 1000, 1e-7)) <= 1

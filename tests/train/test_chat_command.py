@@ -89,7 +89,10 @@ def test_a_long_history_loses_its_oldest_turns_and_keeps_the_system(talk):
     assert "(the context of 128 tokens is full: the oldest 2 messages are left out)" in err
     assert given[-1][0] == ("system", "s") and given[-1][1] == ("user", "more")
     status, _, err, given = talk("x" * 100 + "\n", "--max-tokens", "4")
-    assert status == 2 and "the message takes 141 tokens with the chat template; with 4 for the answer the model" in err
+    assert (
+        status == 2
+        and "the message takes 141 tokens with the chat template; together with 4 tokens kept for the" in err
+    )
 
 
 @pytest.mark.parametrize(

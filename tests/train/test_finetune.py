@@ -126,8 +126,22 @@ def test_a_named_head_that_does_not_suit_stays_an_error():
 
 
 def test_epochs_and_steps_are_not_given_together():
-    assert "steps: got 20; with epochs the steps follow from the data" in refusal(epochs=2, steps=20)
-    assert "epochs: got 0.0; allowed: above 0, or null" in refusal(epochs=0)
+    for steps in (20, 1000):
+        assert "steps: with epochs the steps follow from the data" in refusal(epochs=2, steps=steps)
+    for epochs in (0, float("inf")):
+        assert f"epochs: got {float(epochs)}; allowed: above 0, up to 1,000,000, or null" in refusal(epochs=epochs)
+
+
+def test_labels_decide_where_no_head_is_named(encoder):
+    config = parsed(find_base, init_from=str(encoder), data={"sources": [LABELLED]})
+    assert isinstance(config.objective, Classification) and config.model.head.kind == "classification"
+
+
+def test_a_tokenizer_that_is_named_in_part_is_the_runs(encoder):
+    config = parsed(
+        find_base, init_from=str(encoder), data={"tokenizer": {"special_tokens": ["[MASK]", "[CLS]", "[SEP]", "[X]"]}}
+    )
+    assert config.data.tokenizer.special_tokens[-1] == "[X]" and config.data.tokenizer.kind == "bytes"
 
 
 # ── what a config takes from the run that it begins from ─────────────────────────────────────────────────────────────
@@ -256,6 +270,11 @@ def test_one_command_trains_a_classifier_of_a_checkpoint(texts, place, capsys):
     # Again: the run is there.
     assert finetune(*command) == 0
     assert "already finished" in capsys.readouterr().out
+    # A file that was changed by hand is not written over.
+    kept = written.read_text()
+    written.write_text(kept + "seed: 3\n")
+    assert finetune(*command) == 2
+    written.write_text(kept)
     assert finetune(*command[:-1], "2") == 2
     assert "runs/bert-reviews.yaml: it has other settings; remove it" in capsys.readouterr().err
 

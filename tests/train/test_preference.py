@@ -159,7 +159,14 @@ def test_a_run_begins_as_its_reference_and_prefers_what_it_is_told(whole, capsys
 def test_it_goes_on_bitwise_with_the_same_reference(whole, tmp_path):
     config, _ = whole
     half = dataclasses.replace(config, run_dir=str(tmp_path / "half"))
-    with asked_to_stop(looks=6):
+    with asked_to_stop(looks=1):
+        assert train(half).interrupted
+    # While the reference model is applied nothing is there yet.
+    assert not half.directory.exists()
+    prepared = prepare(config.data, progress=False)
+    sizes = [sum(array.documents for array in arrays) for arrays in (prepared.train, prepared.validation)]
+    of_reference = sum(-(-size // config.evaluation_batch_size) for size in sizes)
+    with asked_to_stop(looks=of_reference + 6):
         assert train(half).interrupted
     kept = tmp_path / "kept"
     shutil.copytree(half.directory, kept)
@@ -170,10 +177,10 @@ def test_it_goes_on_bitwise_with_the_same_reference(whole, tmp_path):
     # Without it, or with that of other data, it does not go on.
     other = dataclasses.replace(half, run_dir=str(kept))
     (kept / "reference.npz").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"reference\.npz: cannot be read .*restore it, or begin another run"):
+    with pytest.raises(UserError, match=r"reference\.npz: cannot be read .*restore it, or start a new run"):
         train(other)
     shutil.copy(half.directory / "reference.npz", kept)
-    with pytest.raises(UserError, match=r"reference\.npz: it is about other data, or another length"):
+    with pytest.raises(UserError, match=r"reference\.npz: it was made for other data, or for another length"):
         train(dataclasses.replace(other, length=90), allow_changed=["length"])
 
 

@@ -144,7 +144,7 @@ def test_the_answer_loss_is_the_mean_of_both_ends(tmp_path):
         ),
         (
             "regression",
-            {"model": {"head": ClassificationHeadConfig()}},
+            {"model": {"head": ClassificationHeadConfig(num_labels=2)}},
             "num_labels: got 2; a regression predicts one number; allowed: 1",
         ),
         ("regression", {"loss": {"z_loss": 0.1}}, "z_loss: got 0.1; not for objective regression"),

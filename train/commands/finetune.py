@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     data, config = propose(request)
     path, body = Path("runs", f"{config.name}.yaml"), dump_yaml(data)
     given = shlex.join(["manyheads", *sys.argv[1:]]).replace("\n", " ")
-    if path.exists() and body not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.exists() and path.read_text(encoding="utf-8", errors="replace").partition("\n")[2] != body:
         raise UserError(f"{path}: it has other settings; remove it, or give this run another --name")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

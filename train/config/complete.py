@@ -18,7 +18,7 @@ from train.config.tags import chosen, configs_in, default_of, members, tag_of, t
 from train.data.prepared.prepare import DataConfig
 from train.data.sources.records import LabelKind
 from train.objectives import OBJECTIVES, Causal, MultiLabelClassification, Regression
-from transformer.errors import field_types
+from transformer.errors import UserError, field_types
 from transformer.models.families import FAMILIES
 
 Data = dict[str, Any]
@@ -50,9 +50,15 @@ FindBase = Callable[[str, Data], Base | None]
 
 
 def complete(data: Any, find_base: FindBase | None = None) -> Any:
-    """The plain data of a config with what it leaves out filled in. What is malformed stays, for the validation to report."""
+    """The plain data of a config with what it leaves out filled in. What is malformed stays, for the validation to report.
+
+    Raises:
+        UserError: both `steps` and `epochs`, or as `find_base`.
+    """
     if not isinstance(data, dict):
         return data
+    if data.get("epochs") is not None and data.get("steps") is not None:
+        raise UserError("steps: with epochs the steps follow from the data; leave out one of the two")
     given = data.get("init_from")
     base = find_base(given, data) if find_base is not None and isinstance(given, str) else None
     if base is not None and isinstance(model := data.get("model", {}), dict):
@@ -66,7 +72,7 @@ def complete(data: Any, find_base: FindBase | None = None) -> Any:
     family = data.get("model", {}).get("family", "gpt")
     if not isinstance(family, str) or family not in FAMILIES:
         return data
-    return _with_packing(_with_head(_with_objective(data, family), family, head, base))
+    return _with_packing(_with_head(_with_objective(data, family, head), family, head, base))
 
 
 def with_kinds(annotation: Any, value: Any, default: Any = None) -> Any:
@@ -96,11 +102,19 @@ def _with_base(data: Data, base: Base) -> Data:
     """With the tokenizers, the model, and the objective of the run that the weights are from."""
     tokenizers = {"tokenizer": base.tokenizer, "target_tokenizer": base.target_tokenizer}
     found = {name: one for name, one in tokenizers.items() if one is not None}
-    given = data.get("model", {})
-    data = data | {"init_from": base.folder, "data": found | data.get("data", {}), "model": _model(given, base)}
+    given, section = data.get("model", {}), data.get("data", {})
+    named = {
+        name: _merged(section[name], one)
+        for name, one in found.items()
+        if isinstance(section.get(name), dict) and "kind" not in section[name]
+    }
+    data = data | {"init_from": base.folder, "data": found | section | named, "model": _model(given, base)}
+    labels = _label_kind(section)
     goes_on = _kind(given.get("head")) is None and given.get("family", base.model["family"]) == base.model["family"]
     if goes_on and base.objective is not None and "objective" not in data:
-        data["objective"] = base.objective
+        known = OBJECTIVES.get(_kind(base.objective) or "")
+        if known is not None and known.label_kind == labels:
+            data["objective"] = base.objective
     return data
 
 
@@ -135,16 +149,21 @@ def _merged(given: Data, theirs: Data) -> Data:
     }
 
 
-def _with_objective(data: Data, family: str) -> Data:
-    """With the first objective that trains this head on these labels, unless one is named or it is the default."""
+def _with_objective(data: Data, family: str, given: Any) -> Data:
+    """With the first objective that trains this head on these labels, unless one is named or it is the default.
+
+    Where the config names no head, its labels alone decide.
+    """
     labels = _label_kind(data.get("data", {}))
     if "objective" in data or (family in Causal.families and labels is None):
         return data
-    kind = _kind_of_head(data, family)
+    kind, any_head = _kind_of_head(data, family), labels is not None and _kind(given) is None
     suited = {
         name: one.label_kind
         for name, one in OBJECTIVES.items()
-        if family in one.families and (not one.heads or kind in one.heads) and one.label_kind in (labels, None)
+        if family in one.families
+        and (any_head or not one.heads or kind in one.heads)
+        and one.label_kind in (labels, None)
     }
     # What is for these labels comes before what takes any text.
     found = next((name for name, wanted in suited.items() if wanted == labels), next(iter(suited), None))

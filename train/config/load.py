@@ -63,7 +63,10 @@ def build(
 
     # As JSON, a list may become a tuple, while every scalar must still have the field's own type.
     data, changed = flags.apply(config_type, as_json(data, source), overrides)
-    data = complete(data)
+    try:
+        data = complete(data)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     if isinstance(data, dict) and isinstance(model := data.get("model"), dict):
         data = data | {"model": inherit(model)}
     try:

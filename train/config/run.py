@@ -20,7 +20,7 @@ from transformer.models.families import ModelConfig
 from transformer.models.gpt import GPTConfig
 from transformer.resume import Ask, Free, Upwards
 
-_STEPS = 1000
+_STEPS, _MOST_EPOCHS = 1000, 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,8 @@ class RunConfig(Config):
         require(self, "name", bool(plain), "allowed: text that can be the name of a folder, without a slash")
         for field in ("steps", "batch_size", "microbatches"):
             require(self, field, getattr(self, field) >= 1, "allowed: 1 or more")
-        require(self, "epochs", self.epochs is None or self.epochs > 0, "allowed: above 0, or null")
+        holds = self.epochs is None or 0 < self.epochs <= _MOST_EPOCHS
+        require(self, "epochs", holds, f"allowed: above 0, up to {_MOST_EPOCHS:,}, or null")
         wanted = "with epochs the steps follow from the data; leave out one of the two"
         require(self, "steps", self.epochs is None or self.steps == _STEPS, wanted)
         require(self, "seed", 0 <= self.seed < 2**32, "allowed: 0 to 2**32 - 1")

@@ -46,6 +46,11 @@ def score(
     config = loaded.config
     if config.objective.kind == "none":
         raise UserError(f"{run}: imported weights have no objective to be evaluated by; fine-tune them first")
+    if data is not None and config.objective.needs_reference:
+        raise UserError(
+            f"{run}: --data: preferences are compared with the reference model, whose log-probabilities are stored for the run's "
+            "own pairs alone; leave out --data"
+        )
     if data is not None:
         config = dataclasses.replace(config, data=_data_of(loaded, run, data, encoding))
     prepared = prepare(config.data)

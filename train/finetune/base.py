@@ -31,7 +31,7 @@ _ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 def find_base(given: str, data: dict[str, Any]) -> Base | None:
     """What a config takes from the run, or the checkpoint, that its `init_from` names.
 
-    A run that has begun needs its own folder alone: where the other is gone, model and tokenizer are those that it began with.
+    A run that has begun needs its own folder alone: model and tokenizer are those that it began with.
 
     Args:
         data: the config's plain data.
@@ -42,14 +42,15 @@ def find_base(given: str, data: dict[str, Any]) -> Base | None:
     Raises:
         UserError: a checkpoint that cannot be imported, or a run that cannot be read.
     """
-    run = run_of(given)
-    if run is not None:
-        folder = local_run(run)
-        config = _config_of(folder)
-        return None if config is None else _base(run, folder, config)
     own = _own_folder(data)
-    config = None if own is None else _config_of(own)
-    return None if own is None or config is None else _base(given, own, config)
+    if own is not None and (own / FOLDER).is_dir() and (config := _config_of(own)) is not None:
+        return _base(config.init_from if _is_import(given, config.init_from) else given, own, config)
+    run = run_of(given)
+    if run is None:
+        return None
+    folder = local_run(run)
+    config = _config_of(folder)
+    return None if config is None else _base(run, folder, config)
 
 
 def run_of(given: str) -> str | None:
@@ -68,6 +69,11 @@ def run_of(given: str) -> str | None:
     if given.startswith(WHEEL) or (folder / "config.json").is_file() or on_hub:
         return str(_imported(given))
     return None
+
+
+def _is_import(given: str, before: str | None) -> bool:
+    """Whether a run that has begun from `before` did so since `given` was imported to it."""
+    return before is not None and before != given and Path(before) == Path(_RUNS, name_of(given))
 
 
 def _imported(source: str) -> Path:
@@ -91,7 +97,7 @@ def _imported(source: str) -> Path:
 
 def _import(source: str, directory: Path) -> None:
     # A process of its own: here JAX has yet to be told about its devices and the other processes.
-    command = [sys.executable, "-m", "train.commands.cli", "import", source, "--run-dir", str(directory)]
+    command = [sys.executable, "-P", "-m", "train.commands.cli", "import", source, "--run-dir", str(directory)]
     done = subprocess.run([*command, "--platform", "cpu"], stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         *_, last = done.stderr.strip().splitlines() or [f"the import ended with status {done.returncode}"]
@@ -110,12 +116,12 @@ def _config_of(folder: Path) -> RunConfig | None:
     return parse(read_yaml(path), str(path)) if path.is_file() else None
 
 
-def _base(run: str, folder: Path, config: RunConfig) -> Base:
+def _base(run: str | None, folder: Path, config: RunConfig) -> Base:
     tokenizer, target = folder / "tokenizer", folder / "tokenizer" / "target"
     objective = to_data(config.objective)
     published = record_of(folder).get("config")
     return Base(
-        folder=run, model=to_data(config.model), objective=None if objective["kind"] == "none" else objective,
+        folder=str(run), model=to_data(config.model), objective=None if objective["kind"] == "none" else objective,
         tokenizer=_setting(tokenizer), target_tokenizer=_setting(target),
         head=lambda kind: None if published is None else _head(published, kind, folder),
     )  # fmt: skip

@@ -101,7 +101,8 @@ def record_of(run: Path) -> dict[str, Any]:
 
 def files_digest(folder: Path) -> str:
     """A digest of the names, sizes and times of a folder's files, to notice that they have changed."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     return hashlib.blake2b(repr((str(folder.resolve()), files)).encode(), digest_size=8).hexdigest()
 
 

@@ -4,12 +4,13 @@ text is generated. Read at import, and written at export."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from train.data.tokenization.conventions import ROLES, Conventions
-from transformer.errors import UserError
+from transformer.errors import UserError, shown
 from transformer.huggingface.checkpoint import read_mapping
 from transformer.paths import check_file
 
@@ -115,10 +116,14 @@ def _chat_templates(folder: Path, fields: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(given, str):
         given = {"default": given}
     elif isinstance(given, list):
-        given = {str(one["name"]): str(one["template"]) for one in given}
+        given = {one.get("name"): one.get("template") for one in given if isinstance(one, Mapping)}
     files = {"default": folder / _TEMPLATE} | {
         path.stem: path for path in sorted((folder / _MORE_TEMPLATES).glob("*.jinja"))
     }
+    if not isinstance(given, Mapping) or not all(_is_template(*one) for one in given.items()):
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: chat_template: got {shown(given)}; allowed: a text, or named texts"
+        )
     found: dict[str, str] = dict(given)
     for name, path in files.items():
         if path.exists():
@@ -128,6 +133,11 @@ def _chat_templates(folder: Path, fields: Mapping[str, Any]) -> dict[str, str]:
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read: {error}") from None
     return found
+
+
+def _is_template(name: Any, text: Any) -> bool:
+    """Whether it is a text with a name that can be a file's, since it becomes one on export."""
+    return isinstance(name, str) and isinstance(text, str) and bool(re.fullmatch(r"\w[\w.-]*", name))
 
 
 def _mapping(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from train.run.run_files import LoadedRun, load_run
 from transformer.errors import UserError, check_text
 from transformer.generation.ends import before_end
 from transformer.generation.generate import Generator
-from transformer.generation.inputs import check_count
+from transformer.generation.inputs import check_count, check_seed
 from transformer.generation.sampling import Sampling
 from transformer.models.gpt import GPTConfig
 
@@ -38,6 +39,7 @@ def chat(run: Path, step: str, system: str, max_tokens: int | None, how: Mapping
         UserError: no such run, a model that is not a language model, or a question that does not fit.
     """
     check_text("--system", system)
+    check_seed(seed)
     if max_tokens is not None:
         check_count("max_tokens", max_tokens)
     loaded = load_run(run, step)
@@ -59,7 +61,6 @@ def chat(run: Path, step: str, system: str, max_tokens: int | None, how: Mapping
             if question == RESET:
                 dialogue.reset()
             elif question:
-                check_text("standard input", question)
                 try:
                     for text in dialogue.answers(question):
                         print(text, end="", flush=True)
@@ -108,6 +109,7 @@ class Dialogue:
         """
         self._turns.append({"role": USER, "content": question})
         try:
+            check_text("standard input", question)
             prompt = self._prompt()
         except UserError:
             self._turns.pop()
@@ -133,9 +135,9 @@ class Dialogue:
             following = _next_question(self._turns, left_out)
             if following is None:
                 raise UserError(
-                    f"the message takes {len(ids)} tokens with the chat template{' and --system' if self._system else ''}; with "
-                    f"{self._room} for the answer the model's context of {self._model.max_length} is full; shorten it, or set "
-                    "--max-tokens lower"
+                    f"the message takes {len(ids)} tokens with the chat template{' and --system' if self._system else ''}; "
+                    f"together with {self._room} tokens kept for the answer that is more than the model's context of "
+                    f"{self._model.max_length}; shorten it, or set --max-tokens lower"
                 )
             left_out = following
         if left_out:
@@ -158,6 +160,9 @@ def _next_question(turns: list[Message], after: int) -> int | None:
 
 def _lines(is_terminal: bool) -> Iterator[str]:
     """The lines of standard input; a terminal is asked for each."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # What is not UTF-8 is refused with the message that holds it.
+        sys.stdin.reconfigure(errors="surrogateescape")
     if not is_terminal:
         yield from sys.stdin
         return

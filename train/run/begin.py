@@ -31,6 +31,7 @@ def with_data(config: RunConfig, prepared: Prepared) -> RunConfig:
     """
     head = getattr(config.model, "head", None)
     if isinstance(head, LabelledHeadConfig) and head.num_labels is None:
+        config.objective.check_data(prepared, config.sequence_length)
         head = dataclasses.replace(head, num_labels=config.objective.num_labels(prepared))
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))  # type: ignore[arg-type]
     if config.epochs is not None:

@@ -144,7 +144,10 @@ def _check_fits(run: Path, stored: StoredRun, ours: Parameters, config: RunConfi
 
 def _relation(before: Sequence[str], now: Sequence[str]) -> Literal["same", "reordered", "by number", "other"]:
     """How the classes, or tags, of a head relate to those of the data."""
-    if not before or not now or tuple(before) == tuple(now):
+    if bool(before) != bool(now):
+        # One of them is a number.
+        return "other"
+    if tuple(before) == tuple(now):
         return "same"
     if sorted(before) == sorted(now):
         return "reordered"
@@ -167,8 +170,12 @@ def _same_classes(theirs: Parameters, before: Sequence[str], now: Sequence[str])
         return theirs | moved, ". Classes reordered to match the data"
     if relation == "by number":
         return theirs, ". Its classes have no names, and were matched by number"
-    names = f"{', '.join(before[:_SHOWN])}{', ...' if len(before) > _SHOWN else ''}"
-    return _without_classes(theirs), f". It predicts other classes ({names})"
+    names = (
+        f"other classes ({', '.join(before[:_SHOWN])}{', ...' if len(before) > _SHOWN else ''})"
+        if before
+        else "a number"
+    )
+    return _without_classes(theirs), f". It predicts {names}"
 
 
 def _without_classes(theirs: Parameters) -> Parameters:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
+
 from train.checkpoints.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.config.changes import check_allowed
@@ -46,6 +48,10 @@ def train(
             return _train(config, profile, allow_changed, hang_seconds)
 
 
+class _Stopped(Exception):
+    """A signal came before the first step."""
+
+
 def _train(
     config: RunConfig, profile: tuple[int, int] | None, allow_changed: Sequence[str], hang_seconds: float
 ) -> Finished:
@@ -71,7 +77,20 @@ def _train(
                     f"set steps to {done} or more, or start another run with --run-dir"
                 )
             watch.alive()
-            state = run.start(checkpoints, allow_changed)
+
+            def on_batch() -> None:
+                watch.alive()
+                # Several processes would stop at different batches, and wait for each other.
+                if stop.requested and jax.process_count() == 1:
+                    raise _Stopped
+
+            try:
+                state = run.start(checkpoints, allow_changed, on_batch)
+            except _Stopped:
+                print(
+                    f"{config.directory}: stopped before the first step; nothing is saved. Run the same command again"
+                )
+                return Finished(config.directory, 0, None, True, stop.number)
             watch.alive()
             over = done == config.steps or (done is not None and run.selection.is_over(config.evaluation.patience))
             if done is not None and over and finished_step(config.directory) == done:

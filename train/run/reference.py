@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import zipfile
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,28 @@ from train.data.prepared.store import Prepared, TokenArray
 from train.files import whole_file, writing
 from train.parallel.mesh import shard_batch
 from train.program.program import Program
-from train.run.evaluate import evaluate
-from transformer.errors import UserError
+from transformer.errors import UserError, first_line
 
 FILE = "reference.npz"
 _SPLITS = ("train", "validation")
+_UNDER_WAY = 2
+"""Number of batches in flight."""
 
 
-def referred(program: Program, config: RunConfig, prepared: Prepared, params: nnx.State) -> Prepared:
-    """The data with the log-probabilities of all answers by these parameters, where the objective needs them."""
+def referred(
+    program: Program, config: RunConfig, prepared: Prepared, params: nnx.State, on_batch: Callable[[], None] = lambda: None
+) -> Prepared:  # fmt: skip
+    """The data with the log-probabilities of all answers by these parameters, where the objective needs them.
+
+    Args:
+        on_batch: called before each batch; what it raises ends the computation.
+    """
     if not config.objective.needs_reference:
         return prepared
-    print(f"{config.name}: applying the reference model, that of the weights so far, to all data once")
-    found = {split: _log_probs(program, config, prepared, split, params) for split in _SPLITS}
+    print(
+        f"{config.name}: computing the reference model's log-probabilities of all answers, once, with the starting weights"
+    )
+    found = {split: _log_probs(program, config, prepared, split, params, on_batch) for split in _SPLITS}
     return _with(config, prepared, found)
 
 
@@ -54,15 +65,14 @@ def with_stored(directory: Path, config: RunConfig, prepared: Prepared) -> Prepa
     try:
         with np.load(path, allow_pickle=False) as stored:
             about, found = str(stored["about"]), {split: stored[split] for split in _SPLITS}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}); it has what the weights that the run began with say of its data: restore it, or "
-            "begin another run"
+            f"{path}: cannot be read ({first_line(error)}); it holds the reference model's log-probabilities, without which the "
+            "run cannot continue: restore it, or start a new run"
         ) from None
     if about != _about(config, prepared):
         raise UserError(
-            f"{path}: it is about other data, or another length, and preferences are compared with the weights that the run "
-            "began with; begin another run"
+            f"{path}: it was made for other data, or for another length; restore the old settings, or start a new run"
         )
     return _with(config, prepared, found)
 
@@ -89,7 +99,9 @@ def _about(config: RunConfig, prepared: Prepared) -> str:
     return json.dumps([Content.of(prepared).digest, config.sequence_length, getattr(config.objective, "too_long", "")])
 
 
-def _log_probs(program: Program, config: RunConfig, prepared: Prepared, split: str, params: nnx.State) -> np.ndarray:
+def _log_probs(
+    program: Program, config: RunConfig, prepared: Prepared, split: str, params: nnx.State, on_batch: Callable[[], None]
+) -> np.ndarray:  # fmt: skip
     """[N, 2] float32: of both answers of each example of a split, as evaluations number them."""
     arrays = getattr(prepared, split)
     if not arrays:
@@ -103,9 +115,20 @@ def _log_probs(program: Program, config: RunConfig, prepared: Prepared, split: s
     def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return shard_batch(batch | {"example": batch["example"].astype(np.int32)}, program.batch_sharding)
 
-    parts = evaluate(program.eval_step, params, prefetch_to_device(iter(batches), to_device))
-    ids = np.concatenate([outputs["example"] for _, outputs in parts])
-    values = np.concatenate([outputs["log_probs"] for _, outputs in parts])
+    waiting, taken = deque[Any](), list[tuple[np.ndarray, np.ndarray]]()
+
+    def take() -> None:
+        outputs = waiting.popleft()
+        taken.append((np.asarray(outputs["example"]), np.asarray(outputs["log_probs"])))
+
+    for batch in prefetch_to_device(iter(batches), to_device):
+        on_batch()
+        waiting.append(program.eval_step(params, batch)[1])
+        if len(waiting) > _UNDER_WAY:
+            take()
+    while waiting:
+        take()
+    ids, values = (np.concatenate(arrays) for arrays in zip(*taken, strict=True))
     found = np.full((int(ids.max()) + 1, 2), np.nan, np.float32)
     found[ids[ids >= 0]] = values[ids >= 0]
     return found

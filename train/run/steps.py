@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,8 +108,13 @@ class Run:
         self.held_out = Evaluator(self.config, prepared, self.program, self.translator) if prepared.validation else None
         self.batches = batches_of(self.config, prepared)
 
-    def start(self, checkpoints: Checkpoints, allow_changed: Sequence[str] = ()) -> TrainState:
+    def start(
+        self, checkpoints: Checkpoints, allow_changed: Sequence[str] = (), on_batch: Callable[[], None] = lambda: None
+    ) -> TrainState:  # fmt: skip
         """A fresh state, with another run's weights if the config names one; or the state of the newest checkpoint.
+
+        Args:
+            on_batch: called before each batch to which the reference model is applied, if the objective has one.
 
         Raises:
             UserError: the checkpoint is that of another run, or of this one with changes that are not allowed.
@@ -125,7 +130,7 @@ class Run:
             return self._restore(checkpoints, step, meta)
         state = fresh_state(self.program, self.config, self.prepared)
         if self.config.objective.needs_reference:
-            self._take(referred(self.program, self.config, self.prepared, state.params))
+            self._take(referred(self.program, self.config, self.prepared, state.params, on_batch))
         return state
 
     def _restore(self, checkpoints: Checkpoints, step: int, meta: Mapping[str, Any]) -> TrainState:

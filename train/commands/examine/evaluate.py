@@ -48,6 +48,10 @@ def _evaluate_tasks(options: argparse.Namespace) -> None:
             raise
         raise UserError("--tasks: needs lm-evaluation-harness: pip install 'manyheads[lm-eval]'") from None
     names = [name for name in options.tasks.split(",") if name]
+    if not names:
+        raise UserError(
+            "--tasks: got none; allowed: names of tasks of lm-evaluation-harness, or YAML files, with commas"
+        )
     evaluate_tasks(
         options.run, names, step=options.step, examples=options.examples, limit=options.limit, out=options.out
     )  # fmt: skip

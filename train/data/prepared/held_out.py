@@ -16,8 +16,8 @@ _MOST_PARTS = 10**6
 class HeldOut:
     """Chooses a fixed share of the documents of a source, in their order.
 
-    Of documents with classes it is the share of each class: one, chosen by a hash, of every 1 / `fraction` in a row. Others are
-    chosen by a hash of their id, or of their group, which is held out as a whole.
+    Of documents with classes it is the share of each class: one, chosen by a hash, of every 1 / `fraction` in a row, and never
+    the first. Others are chosen by a hash of their id, or of their group, which is held out as a whole.
 
     Args:
         fraction: of the documents.
@@ -25,7 +25,10 @@ class HeldOut:
     """
 
     def __init__(self, source: SourceConfig, fraction: float, before: Mapping[str, int] | None = None) -> None:
-        self._fraction, self._share = fraction, Fraction(fraction).limit_denominator(_MOST_PARTS)
+        self._fraction, self._share = (
+            fraction,
+            max(Fraction(fraction).limit_denominator(_MOST_PARTS), Fraction(1, _MOST_PARTS)),
+        )
         self._by_class = 0 < fraction < 1 and isinstance(source, RecordSource) and _has_classes(source)
         self.counts: dict[str, int] = dict(before or {})
         """How many documents there were of each class; empty where they are chosen by id."""
@@ -38,8 +41,9 @@ class HeldOut:
         number = self.counts.get(name, 0)
         self.counts[name] = number + 1
         block = math.floor(number * share)
-        first, after = math.ceil(block / share), math.ceil((block + 1) / share)
-        return number == first + math.floor(position_of(f"{name}\0{block}") * (after - first))
+        # The first of a class is for training: a class with a single document would have none.
+        first, after = max(math.ceil(block / share), 1), math.ceil((block + 1) / share)
+        return after > first and number == first + math.floor(position_of(f"{name}\0{block}") * (after - first))
 
 
 def _has_classes(source: RecordSource) -> bool:

@@ -7,6 +7,7 @@ import hashlib
 import lzma
 import os
 import shutil
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -19,6 +20,8 @@ from transformer.errors import UserError, first_line
 from transformer.paths import path_inside
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz")
+_LATEST = float(2**33)
+"""The latest time, in seconds since 1970, that a file gets."""
 _HIDDEN = (".", "__MACOSX")
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -28,6 +31,8 @@ _DAMAGED = (
     EOFError,
     OSError,
     RuntimeError,
+    ValueError,
+    OverflowError,
     NotImplementedError,
 )
 
@@ -81,14 +86,17 @@ def _members(archive: Path) -> Generator[tuple[str, float, IO[bytes]], None, Non
         seconds = archive.stat().st_mtime
         with zipfile.ZipFile(archive) as packed:
             for one in packed.infolist():
-                if not one.is_dir() and not _is_hidden(one.filename):
+                is_link = stat.S_ISLNK(one.external_attr >> 16)
+                if not one.is_dir() and not is_link and not _is_hidden(one.filename):
                     yield one.filename, seconds, packed.open(one)
         return
     with tarfile.open(archive) as tar:
         for member in tar:
-            content: Any = tar.extractfile(member) if member.isfile() and not _is_hidden(member.name) else None
+            content: Any = (
+                tar.extractfile(member) if (member.isfile() or member.islnk()) and not _is_hidden(member.name) else None
+            )
             if content is not None:
-                yield member.name, float(member.mtime), content
+                yield member.name, min(max(float(member.mtime), 0.0), _LATEST), content
 
 
 def _is_hidden(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -10,7 +11,10 @@ from train.data.sources.records import kind_of
 from transformer.errors import first_line, shown
 
 _CHUNK = 1 << 20
-_SPACE = " \t\r\n"
+_REST = "; the rest of the file is not read"
+_NEAR = 64
+"""An error so near to the end of what was read may be that of a value which goes on."""
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def json_items(stream: TextIO) -> Iterator[tuple[int, dict[str, Any] | str]] | None:
@@ -35,33 +39,33 @@ class _Items:
                 value, stop = self._value()
             except (ValueError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
-                what = (
-                    "the list does not end"
-                    if not letter
-                    else f"malformed JSON ({reason}): {shown(self._text[self._place :])}"
-                )
-                yield line, what
+                found = shown(self._text[self._place : self._place + 80])
+                what = f"malformed JSON ({reason}): {found}" if letter else "the list does not end"
+                yield line, f"{what}{_REST}"
                 return
             self._use(stop - self._place)
             yield line, value if isinstance(value, dict) else f"expected a JSON object, got {kind_of(value)}"
             if (letter := self.next_letter()) == ",":
                 self._use(1)
             elif letter != "]":
-                found = shown(self._text[self._place :]) if letter else "the end of the file"
-                yield self.line, f"malformed JSON: expected a comma or the end of the list, got {found}"
+                found = shown(self._text[self._place : self._place + 80]) if letter else "the end of the file"
+                yield self.line, f"malformed JSON: expected a comma or the end of the list, got {found}{_REST}"
                 return
         self._use(1)
         if self.next_letter():
-            yield self.line, f"malformed JSON: after the list there is {shown(self._text[self._place :])}"
+            yield (
+                self.line,
+                f"malformed JSON: after the list there is {shown(self._text[self._place : self._place + 80])}",
+            )
 
     def next_letter(self) -> str:
         """The next one that is not white space, which is passed over; empty at the end of the file."""
         while True:
-            rest = self._text[self._place :]
-            space = len(rest) - len(rest.lstrip(_SPACE))
-            self._use(space)
-            if space < len(rest):
-                return rest[space]
+            found = _SPACE.match(self._text, self._place)
+            assert found is not None
+            self._use(found.end() - self._place)
+            if self._place < len(self._text):
+                return self._text[self._place]
             if not self._fill():
                 return ""
 
@@ -69,9 +73,10 @@ class _Items:
         while True:
             try:
                 return self._decoder.raw_decode(self._text, self._place)
-            except ValueError:
+            except json.JSONDecodeError as error:
                 # It may go on in what has not been read.
-                if not self._fill():
+                is_cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _NEAR
+                if not is_cut or not self._fill():
                     raise
 
     def _use(self, count: int) -> None:

@@ -140,6 +140,9 @@ def _file_documents(
     for file, (name, path) in enumerate(source_files(config)[begin.file :], begin.file):
         file_path = path.fetch() if isinstance(path, RemoteFile) else path
         folder = PurePosixPath(path.address).parent if isinstance(path, RemoteFile) else path.absolute().parent
+        if isinstance(config, FilesSource) and (archive := archive_in(expanded(config.path))) is not None:
+            # Not where it was unpacked.
+            folder = PurePosixPath(archive.name, name.removeprefix(f"{archive.name}/")).parent
         starts.append(FileStart(file, number, rejects.count, rejects.first))
         for document in reader.read(file_path, name, folder.name):
             number += 1

@@ -34,7 +34,7 @@ BUILT_IN = (
 )
 """For a vocabulary that was published without a template: ChatML, in which each turn ends with the vocabulary's end of text."""
 _DEFAULT = "default"
-_PROBE = "x"
+_PROBE = "qzkvjw"
 
 
 class Chat:
@@ -103,8 +103,8 @@ def template_of(tokenizer: Tokenizer) -> str:
     own = tokenizer.conventions.chat_templates
     if own and _DEFAULT not in own:
         raise UserError(
-            f"the vocabulary has the chat templates {', '.join(sorted(own))}, and none for every dialogue; rename one of them to "
-            f"{_DEFAULT} in the checkpoint's files, and import it again"
+            f"the vocabulary has the chat templates {', '.join(sorted(own))}, and none of them is named {_DEFAULT}; rename one "
+            "of them in the checkpoint's files, and import it again"
         )
     return own.get(_DEFAULT, BUILT_IN)
 

@@ -15,30 +15,33 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import jinja2.visitor
 
 from train.data.sources.records import Message
-from transformer.errors import UserError, first_line
+from train.data.tokenization.template_limits import (
+    GUARDED,
+    MOST_CHARACTERS,
+    Unusable,
+    check_method,
+    check_size,
+    check_widths,
+    guarded,
+    of_usual_size,
+)
+from transformer.errors import first_line
 
 Span = tuple[int, int]
 """A stretch of a text: its first character, and the one after the last."""
 
 MOST_SECONDS = 10.0
 """How long the rendering of one dialogue may take."""
-MOST_CHARACTERS = 1 << 24
-"""The longest text that a template may make of one dialogue, and of any of its parts."""
 _MOST_EXPONENT = 64
-_STEPS_BETWEEN_LOOKS = 256
-"""Passes of loops between two looks at the clock."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """The names under which a message's reasoning is published; templates read the first, and some the second."""
-
-
-class Unusable(UserError):
-    """Why a template, or a dialogue with it, cannot be used."""
 
 
 class _Budget:
@@ -46,12 +49,10 @@ class _Budget:
 
     def __init__(self) -> None:
         self._end = time.monotonic() + MOST_SECONDS
-        self._steps = 0
 
     def step(self) -> None:
         """Raise `Unusable` if the time is over."""
-        self._steps += 1
-        if self._steps % _STEPS_BETWEEN_LOOKS == 0 and time.monotonic() > self._end:
+        if time.monotonic() > self._end:
             raise Unusable(f"it takes longer than {MOST_SECONDS:g} seconds")
 
 
@@ -71,7 +72,7 @@ class _Generation(jinja2.ext.Extension):
         text = caller()
         tracked: _Tracked | None = context.parent.get(_TRACKED)
         if tracked is not None:
-            tracked.spans.append((tracked.length, tracked.length + len(text)))
+            tracked.add_span(text)
         return text
 
 
@@ -82,7 +83,28 @@ class _Tracked:
         self.parts: list[str] = []
         self.length = 0
         self.spans: list[Span] = []
+        self._said: list[str] = []
         self.budget = _Budget()
+
+    def add_span(self, said: str) -> None:
+        """Note that the assistant says this next."""
+        self.spans.append((self.length, self.length + len(said)))
+        self._said.append(said)
+
+    def text(self) -> str:
+        """All of it. Raises `Unusable` if what the assistant says is not where it was noted, or no file could hold it."""
+        text = "".join(self.parts)
+        for (start, stop), said in zip(self.spans, self._said, strict=True):
+            if text[start:stop] != said:
+                raise Unusable(
+                    "a {% generation %} block is inside of a macro, a filter or a set block, where its place is not known; put "
+                    "it at the top level, or in a loop"
+                )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Unusable("it writes half of a surrogate pair, which is not text") from None
+        return text
 
     def add(self, part: str) -> None:
         """Append a part of the text. Raises `Unusable` if it is too long."""
@@ -148,17 +170,25 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise Unusable(f"it raises a number to a power above {_MOST_EXPONENT}")
         if operator in ("*", "**") and any(isinstance(one, int) and one.bit_length() > 1024 for one in (left, right)):
             raise Unusable("it computes with huge numbers")
+        if operator == "%" and isinstance(left, str):
+            check_widths(left, right if isinstance(right, tuple) else (right,))
+        _look(context)
         made = super().call_binop(context, operator, left, right)
-        return _of_usual_size(made)
+        return of_usual_size(made)
 
-    def call(self, context: jinja2.runtime.Context, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return _of_usual_size(super().call(context, function, *args, **kwargs))
+    def call(self, context: jinja2.runtime.Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        _look(context)
+        # The sandbox wraps a text's own `format`.
+        if isinstance(owner := getattr(getattr(function, "__wrapped__", function), "__self__", None), str):
+            check_method(owner, function.__name__, args, kwargs)
+        return of_usual_size(super().call(context, function, *args, **kwargs))
 
 
-def _of_usual_size(value: Any) -> Any:
-    if isinstance(value, str | list | tuple | dict) and len(value) > MOST_CHARACTERS:
-        raise Unusable(f"it makes a value of more than {MOST_CHARACTERS:,} parts")
-    return value
+def _look(context: jinja2.runtime.Context) -> None:
+    """Raise `Unusable` if the time is over."""
+    tracked = context.parent.get(_TRACKED)
+    if tracked is not None:
+        tracked.budget.step()
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -184,10 +214,10 @@ def _check_name(name: Any) -> None:
 class _Dict:
     """`dict` in a template: it is called, and has nothing else."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def fromkeys(self, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return dict.fromkeys(*args, **kwargs)
 
 
@@ -207,12 +237,14 @@ def _as_json(
     sort_keys: bool = False,
 ) -> str:
     """The filter `tojson`, which escapes nothing for HTML."""
+    check_size((indent or 0) * 1000)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @functools.cache
 def _environment() -> _Environment:
     made = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    made.filters |= {name: guarded(name, size, most) for name, (size, most) in GUARDED.items()}
     made.filters["tojson"] = _as_json
     made.globals |= {
         "raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(), "namespace": _Namespace,
@@ -240,7 +272,7 @@ class Template:
             parsed = _environment().parse(text)
         except jinja2.exceptions.TemplateSyntaxError as error:
             raise Unusable(f"line {error.lineno}: {first_line(error.message or error)}") from None
-        except (RecursionError, MemoryError, SyntaxError) as error:
+        except Exception as error:  # whatever an unknown program may raise
             raise Unusable(f"it cannot be compiled: {first_line(error)}") from None
         self.marks_assistant = any(
             isinstance(one.call.node, jinja2.nodes.ExtensionAttribute)
@@ -264,11 +296,11 @@ class Template:
             for part in self._compiled.root_render_func(context):
                 tracked.budget.step()
                 tracked.add(part)
+            return tracked.text(), tracked.spans
         except Unusable:
             raise
         except Exception as error:  # whatever an unknown program may raise
             raise Unusable(_reason(error, self._compiled)) from None
-        return "".join(tracked.parts), tracked.spans
 
     def assistant_spans(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """The text of a dialogue, and the spans in it that the assistant wrote.
@@ -289,8 +321,9 @@ class Template:
             until, _ = self.render(messages[: number + 1])
             if not (until.startswith(before) and text.startswith(until)):
                 raise Unusable(
-                    f"it has no {{% generation %}} block, and message {number + 1} cannot be found by the messages before it, "
-                    "since it writes them otherwise when others follow; put {% generation %} and {% endgeneration %} around "
+                    "it has no {% generation %} block, and writes earlier messages differently once later ones follow, so that "
+                    f"the answer in message {number + 1} cannot be located; put "
+                    + "{% generation %} and {% endgeneration %} around "
                     "what the assistant writes"
                 )
             spans.append((len(before), len(until)))

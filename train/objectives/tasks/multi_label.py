@@ -102,22 +102,18 @@ class MultiLabelClassification(Task):
     def scores(self, predictions: Sequence[Prediction], labels: Sequence[str]) -> dict[str, float]:
         """The share of documents of which all classes are right (subset accuracy); the F1 of all decisions together (micro); and
         the mean of the classes' F1, of those that occur (macro)."""
-        from sklearn.metrics import f1_score
-
-        gold, predicted = (_hot(predictions, name, labels) for name in ("gold", "label"))
+        gold, predicted = (_hot(predictions, name, labels).astype(bool) for name in ("gold", "label"))
         occurs = (gold | predicted).any(0)
-        macro = f1_score(gold, predicted, average=None, zero_division=0)[occurs] if occurs.any() else np.zeros(1)
+        f1_C = _decisions(gold, predicted)[2][occurs]
         return {
             "accuracy": float((gold == predicted).all(1).mean()),
-            "f1_micro": float(f1_score(gold, predicted, average="micro", zero_division=0)),
-            "f1_macro": float(np.mean(macro)),
+            "f1_micro": float(_decisions(gold.reshape(-1, 1), predicted.reshape(-1, 1))[2][0]),
+            "f1_macro": float(f1_C.mean()) if occurs.any() else 0.0,
         }
 
     def describe(self, predictions: Sequence[Prediction], labels: Sequence[str], directory: Path) -> list[str]:
-        from sklearn.metrics import precision_recall_fscore_support
-
-        gold, predicted = (_hot(predictions, name, labels) for name in ("gold", "label"))
-        scored = precision_recall_fscore_support(gold, predicted, average=None, zero_division=0)
+        gold, predicted = (_hot(predictions, name, labels).astype(bool) for name in ("gold", "label"))
+        scored = (*_decisions(gold, predicted), gold.sum(0))
         classes = [
             ClassScores(name, float(precision), float(recall), float(f1), int(count))
             for name, precision, recall, f1, count in zip(labels, *scored, strict=True)
@@ -138,3 +134,11 @@ def _hot(predictions: Sequence[Prediction], field: str, labels: Sequence[str]) -
     return np.array([[name in set(one[field]) for name in labels] for one in predictions], bool).reshape(
         -1, len(labels)
     )
+
+
+def _decisions(gold_NC: np.ndarray, predicted_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1 [C] of each class; 0 where they are not defined. (sklearn takes a single class for two.)"""
+    both_C, gold_C, predicted_C = (one.sum(0) for one in (gold_NC & predicted_NC, gold_NC, predicted_NC))
+    over = [(both_C, predicted_C), (both_C, gold_C), (2 * both_C, gold_C + predicted_C)]
+    precision_C, recall_C, f1_C = (a / np.maximum(b, 1) for a, b in over)
+    return precision_C, recall_C, f1_C
