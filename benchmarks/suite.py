@@ -31,16 +31,20 @@ def run(fast: bool) -> None:
     machine = _machine()
     with tempfile.TemporaryDirectory() as cache:
         began = time.monotonic()
-        done = subprocess.run(
+        lines = []
+        with subprocess.Popen(
             [sys.executable, "-m", "pytest", *ARGUMENTS, *(_FAST if fast else ())],
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}, stdout=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}, stdout=subprocess.PIPE, text=True,
+        ) as running:  # fmt: skip
+            assert running.stdout is not None
+            for line in running.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
         seconds = time.monotonic() - began
-    print(done.stdout)
-    if done.returncode:
-        raise UserError(f"pytest ended with status {done.returncode}")
+    if running.returncode:
+        raise UserError(f"pytest ended with status {running.returncode}")
     name = "suite_fast" if fast else "suite"
-    figures = {"tests": passed(done.stdout), "seconds": seconds, "fast": fast, **machine}
+    figures = {"tests": passed("".join(lines)), "seconds": seconds, "fast": fast, **machine}
     save(name, f"manyheads-bench suite{' --fast' if fast else ''}", {"suite": figures})
 
 
