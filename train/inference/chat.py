@@ -12,8 +12,8 @@ from train.data.prepared.label_arrays import MARKED
 from train.data.sources.dialogues import ASSISTANT, USER
 from train.data.sources.records import Message
 from train.data.tokenization.chat import Chat
-from train.data.tokenization.chat_template import Unusable
 from train.data.tokenization.stream import StreamDecoder
+from train.data.tokenization.template_limits import Unusable
 from train.inference.generate import DEFAULT_TOKENS, STREAM_CHUNK, USUAL_SAMPLING, sampling_of
 from train.parallel.mesh import use_mesh
 from train.run.run_files import LoadedRun, load_run

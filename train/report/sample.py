@@ -13,7 +13,7 @@ from train.data.prepared.label_arrays import MARKED
 from train.data.prepared.store import Prepared
 from train.data.sources.dialogues import last_answer
 from train.data.tokenization.chat import Chat
-from train.data.tokenization.chat_template import Unusable
+from train.data.tokenization.template_limits import Unusable
 from train.translation import TextTranslator, spread
 from transformer.generation.generate import Generator, until_end
 from transformer.generation.sampling import Sampling

@@ -8,15 +8,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from train.data.sources.records import Message
 from train.data.tokenization.align import encode_with_places
-from train.data.tokenization.chat_template import Span, Template, Unusable
 from train.data.tokenization.conventions import ROLES
+from train.data.tokenization.template_limits import Unusable
 from train.data.tokenization.tokenizer import END_OF_TEXT, SubwordTokenizer, Tokenizer
 from transformer.errors import UserError
+
+if TYPE_CHECKING:
+    from train.data.tokenization.chat_template import Span
 
 BUILT_IN = (
     "{{ bos_token if bos_token else '' }}"
@@ -45,6 +49,9 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        # Only dialogues need a template's language.
+        from train.data.tokenization.chat_template import Template
+
         self.tokenizer = tokenizer
         text = template_of(tokenizer)
         self.is_built_in = text == BUILT_IN

@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jinja2.filters
-
 from transformer.errors import UserError
 
 MOST_CHARACTERS = 1 << 24
@@ -63,7 +61,9 @@ def _joined_size(parts: Any, between: Any = "") -> int:
 
 def guarded(name: str, size: Callable[..., int], most: int = MOST_CHARACTERS) -> Callable[..., Any]:
     """A filter of jinja2 that refuses to make more than `most` characters, or pieces: `size` of its arguments."""
-    own = jinja2.filters.FILTERS[name]
+    from jinja2.filters import FILTERS
+
+    own = FILTERS[name]
 
     @functools.wraps(own)
     def checked(*given: Any, **named: Any) -> Any:

@@ -16,7 +16,7 @@ from train.data.prepared.label_arrays import NONE
 from train.data.sources.records import Answers, Document
 from train.data.tokenization.align import encode_with_places, encode_words, tokens_of_answer
 from train.data.tokenization.chat import Chat
-from train.data.tokenization.chat_template import Unusable
+from train.data.tokenization.template_limits import Unusable
 from train.data.tokenization.tokenizer import Tokenizer
 from transformer.errors import UserError
 
