@@ -128,7 +128,10 @@ def test_the_mean_of_a_row_leaves_padding_out():
     ("model", "told"),
     [
         (BertConfig(), r"kind: got 'masked'; allowed with objective 'classification': 'classification'"),
-        (GPTConfig(), r"kind: got 'classification'; allowed with a model of family 'gpt': causal, prefix"),
+        (
+            GPTConfig(),
+            r"kind: got 'classification'; allowed with a model of family 'gpt': causal, chat, preference, prefix",
+        ),
     ],
 )
 def test_another_model_is_refused(model, told):

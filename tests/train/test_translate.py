@@ -162,7 +162,7 @@ def test_a_model_of_pairs_neither_writes_nor_shows_itself(runs, capsys):
     [
         ("model: {family: brt}", "Did you mean 'bert'?"),
         (
-            "model: {family: bert}",
+            "model: {family: bert}\nobjective: {kind: causal}",
             "objective.kind: got 'causal'; allowed with a model of family 'bert': answer, choice",
         ),
         ("model: {family: bert, num_layer: 2}", "Did you mean 'num_layers'?"),
@@ -171,8 +171,8 @@ def test_a_model_of_pairs_neither_writes_nor_shows_itself(runs, capsys):
             "model: {family: t5, embedding_size: 3}",
             "embedding_size: embedding_size is a field of families bert, electra",
         ),
-        ("model: {family: bert}\nobjective: {kind: next_sentence}", "model.head.kind: got 'masked'"),
-        ("objective: {kind: seq2seq}", "allowed with a model of family 'gpt': causal, prefix"),
+        ("model: {family: bert, head: masked}\nobjective: {kind: next_sentence}", "model.head.kind: got 'masked'"),
+        ("objective: {kind: seq2seq}", "allowed with a model of family 'gpt': causal, chat, preference, prefix"),
     ],
 )
 def test_a_family_and_what_does_not_go_with_it(tmp_path, text, words):
