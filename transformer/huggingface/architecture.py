@@ -13,6 +13,7 @@ from transformer.huggingface.mapping import Tables, TensorRule
 from transformer.mixers.heads import head_sizes
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.families import ModelConfig
+from transformer.models.labelled import LabelledHeadConfig
 
 OTHER_SETTINGS, NO_FIELD, OTHER_MODEL = range(3)
 """How an architecture differs from a model: in settings; in one for which its config has no field; altogether."""
@@ -95,6 +96,8 @@ class Architecture:
         """Why a model cannot be written as this architecture: what would not be read back unchanged. None if it can."""
         if not isinstance(config, self.family) or (name := self.class_of(config)) is None:
             return Differences(OTHER_MODEL, ("a model of this family and head",))
+        if isinstance(head := getattr(config, "head", None), LabelledHeadConfig):
+            config = dataclasses.replace(config, head=dataclasses.replace(head, num_labels=head.classes))  # type: ignore[arg-type]
         try:
             back, _ = self.config({"model_type": self.model_type} | self.write(config), name, self.model_type)
         except UserError as error:
