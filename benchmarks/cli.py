@@ -306,7 +306,7 @@ def _soak(options: argparse.Namespace) -> None:
 
 
 def _suite(options: argparse.Namespace) -> None:
-    from benchmarks import suite
+    from benchmarks.robustness import suite
 
     suite.run(options.fast)
 

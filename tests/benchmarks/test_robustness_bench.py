@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from benchmarks import suite
 from benchmarks.report import report
-from benchmarks.robustness import resume, soak
+from benchmarks.robustness import resume, soak, suite
 from benchmarks.stage import folder_of
 from train.data.prepared.prepare import prepare
 from train.run.begin import check_data

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and not (options.command.takes_config or options.command.takes_fields):
+    if rest and not options.command.takes_fields:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ from transformer.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from train.config import RunConfig
     from train.parallel.processes import Peers
+    from train.run.steps import Finished
 
 T = TypeVar("T")
 
@@ -30,15 +32,20 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     takes_config: bool = False
     """Whether it reads a config, whose fields can be overridden by further flags."""
-    takes_fields: bool = False
+    makes_config: bool = False
     """Whether it makes a config, whose fields can be set by further flags."""
+
+    @property
+    def takes_fields(self) -> bool:
+        """Whether further flags are fields of a config."""
+        return self.takes_config or self.makes_config
 
     def add_to(self, commands: argparse._SubParsersAction) -> None:
         """Add its parser to those of the other commands."""
         listed = "`manyheads explain CONFIG` lists them"
         overrides = f"\n\nAny field can be overridden: --model.num-layers 8 --steps 500; {listed}."
         parser = commands.add_parser(
-            self.name, help=self.help, description=self.help + (overrides if self.takes_config or self.takes_fields else ""),
+            self.name, help=self.help, description=self.help + (overrides if self.takes_fields else ""),
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         )  # fmt: skip
         if self.takes_config:
@@ -64,6 +71,11 @@ def set_up(options: argparse.Namespace, peers: Peers | None = None) -> None:
     from train.parallel.runtime import set_up_devices
 
     set_up_devices(getattr(options, "devices", None), getattr(options, "platform", None), peers)
+
+
+def status_of(finished: Finished) -> int:
+    """The exit status of a run: 0, or after an interruption 128 and the signal's number, as a shell has it."""
+    return 128 + (finished.signal or signal.SIGTERM) if finished.interrupted else 0
 
 
 def load_config(options: argparse.Namespace) -> RunConfig:

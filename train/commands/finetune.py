@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from train.commands.command import Command, add_devices, set_up
+from train.commands.command import Command, add_devices, set_up, status_of
 from transformer.errors import UserError
 
 
@@ -54,11 +54,10 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.config_only:
         return 0
-    finished = train(config)
-    return 128 + finished.signal if finished.signal is not None and finished.interrupted else 0
+    return status_of(train(config))
 
 
 COMMAND = Command(
     name="finetune", help="fine-tune a run or a Hugging Face checkpoint on files: writes the config, shows it, and trains",
-    run=run, add_arguments=add_arguments, takes_fields=True,
+    run=run, add_arguments=add_arguments, makes_config=True,
 )  # fmt: skip

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from typing import TYPE_CHECKING, Any
 
-from train.commands.command import Command, add_devices, load_config, set_up
+from train.commands.command import Command, add_devices, load_config, set_up, status_of
 from transformer.errors import UserError, is_number, shown
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
 
         allowed = [name.strip().replace("-", "_") for name in options.allow_changed.split(",") if name.strip()]
         finished = train(config, profile=profile, allow_changed=allowed, hang_seconds=options.hang_seconds)
-    return 128 + (finished.signal or signal.SIGTERM) if finished.interrupted else 0
+    return status_of(finished)
 
 
 def _peers(options: argparse.Namespace) -> Peers | None:

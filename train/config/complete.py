@@ -16,6 +16,7 @@ from typing import Any, Literal
 from train.config.run import RunConfig
 from train.config.tags import chosen, configs_in, default_of, members, tag_of, tag_values
 from train.data.prepared.prepare import DataConfig
+from train.data.sources.dialogues import MARKS
 from train.data.sources.records import LabelKind
 from train.objectives import OBJECTIVES, Causal, MultiLabelClassification, Regression
 from transformer.errors import UserError, field_types
@@ -175,7 +176,7 @@ def _with_head(data: Data, family: str, given: Any, base: Base | None) -> Data:
     model, objective = data.get("model", {}), OBJECTIVES.get(_kind(data.get("objective", {})) or "")
     if objective is None or not isinstance(given, dict) or (kind := _kind_of_head(data, family)) is None:
         return data
-    head = {"kind": kind, **model.get("head", {})}
+    head = own = {"kind": kind, **model.get("head", {})}
     if objective.heads and kind not in objective.heads and _kind(given) is None:
         head = (base and base.head(objective.heads[0])) or {"kind": objective.heads[0]}
         head = head | given
@@ -183,7 +184,7 @@ def _with_head(data: Data, family: str, given: Any, base: Base | None) -> Data:
         head = {"num_labels": 1} | head
     if objective is MultiLabelClassification and head["kind"] == "classification":
         head = {"multi_label": True} | head
-    return data if head == {"kind": kind, **model.get("head", {})} else data | {"model": model | {"head": head}}
+    return data if head == own else data | {"model": model | {"head": head}}
 
 
 def _with_packing(data: Data) -> Data:
@@ -211,5 +212,5 @@ def _label_kind(section: Data) -> LabelKind | None:
     sources = section.get("sources")
     first = sources[0] if isinstance(sources, list) and sources and isinstance(sources[0], dict) else {}
     if (holds := first.get("holds", "texts")) != "texts":
-        return {"dialogues": "turns", "preferences": "preferences"}.get(holds) if isinstance(holds, str) else None  # type: ignore[return-value]
+        return next((kind for name, kind in MARKS.items() if name == holds), None)
     return first.get("label_kind", "class") if first.get("label_field") else None

@@ -21,7 +21,7 @@ from train.parallel.mesh import MESH_AXES
 from train.program.program import batch_shapes, described_state, trained_of
 from train.report.attention_backends import Choice, choices
 from train.report.display import clock, console
-from train.run.begin import batches_of, with_data
+from train.run.begin import batches_of, waits_for_data, with_data
 from train.trained import ALL, TrainableMask, size
 from transformer.functional import graphdef_of
 from transformer.interpret.capture import readable
@@ -72,8 +72,7 @@ def explain(config: RunConfig) -> None:
     then prepared now.
     """
     out = console()
-    waits_for_data = config.epochs is not None or getattr(getattr(config.model, "head", None), "num_labels", 0) is None
-    prepared = prepare(config.data) if waits_for_data else prepared_before(config.data)
+    prepared = prepare(config.data) if waits_for_data(config) else prepared_before(config.data)
     if prepared is not None:
         config = with_data(config, prepared)
     table = Table(title=f"{config.name}: every field", title_justify="left", box=box.SIMPLE_HEAD)

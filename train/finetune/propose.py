@@ -17,7 +17,7 @@ from train.config import RunConfig, overrides, parse
 from train.config.complete import Base
 from train.data.prepared.prepare import DataConfig, prepare
 from train.data.prepared.store import Prepared
-from train.data.sources.dialogues import Holds
+from train.data.sources.dialogues import MARKS, Holds
 from train.data.sources.file_formats import format_of
 from train.data.sources.readers import FOLDER
 from train.data.sources.source import documents, source_files
@@ -111,22 +111,22 @@ def propose(request: Request) -> tuple[Data, RunConfig]:
         data["data"]["validation"] = [_source(request, request.validation, objective)]
     if request.lora is not None:
         data["adapter"] = {"rank": request.lora}
-    draft = _parsed(data, request)
+    draft = _parsed(data, request, base)
     if (fraction := _held_out(draft)) is not None:
         data["data"]["validation_fraction"] = fraction
-        draft = _parsed(data, request)
+        draft = _parsed(data, request, base)
     prepared = prepare(draft.data)
     data |= {"length": _length(draft, prepared), "batch_size": _batch_size(prepared)}
-    draft = with_data(_parsed(data, request), prepared)
+    draft = with_data(_parsed(data, request, base), prepared)
     check_data(draft, prepared)
     each = max(1, math.ceil(batches_of(draft, prepared).examples_per_epoch / draft.batch_size))
     data |= _schedule(draft, each, base)
-    config = _parsed(data, request)
+    config = _parsed(data, request, base)
     return overrides.apply(RunConfig, copy.deepcopy(data), request.flags)[0], config
 
 
-def _parsed(data: Data, request: Request) -> RunConfig:
-    return parse(copy.deepcopy(data), "finetune", request.flags, find_base=find_base)
+def _parsed(data: Data, request: Request, base: Base) -> RunConfig:
+    return parse(copy.deepcopy(data), "finetune", request.flags, find_base=lambda given, data: base)
 
 
 def _objective(request: Request, base: Base) -> type[Objective]:
@@ -155,7 +155,7 @@ def _objective(request: Request, base: Base) -> type[Objective]:
 
 def _held_by(path: str) -> Holds:
     """What the first record of a file is: a dialogue, a question with two answers, or a text."""
-    holding: tuple[Holds, ...] = ("dialogues", "preferences") if _format(path) in ("json", "jsonl", "parquet") else ()
+    holding: tuple[Holds, ...] = tuple(MARKS) if _format(path) in ("json", "jsonl", "parquet") else ()
     for holds in holding:
         with contextlib.suppress(UserError):
             next(documents(FilesSource(path=path, holds=holds)), None)
@@ -187,8 +187,8 @@ def _source(request: Request, path: str, objective: type[Objective]) -> Data:
         source["text_field"] = text
     if request.second is not None:
         source["target_field"] = request.second
-    if objective.label_kind in ("turns", "preferences"):
-        source["holds"] = "dialogues" if objective.label_kind == "turns" else "preferences"
+    if (holds := next((name for name, kind in MARKS.items() if kind == objective.label_kind), None)) is not None:
+        source["holds"] = holds
     elif objective.label_kind is not None:
         if (label := _labels_of(request)) is None:
             raise UserError(

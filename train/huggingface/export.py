@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from train.config import dump
-from train.data.prepared.label_arrays import MARKED
+from train.data.sources.records import MARKED
 from train.data.tokenization.chat import for_dialogues
 from train.data.tokenization.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
 from train.files import check_new, whole_folder

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.data.prepared.label_arrays import MARKED
 from train.data.sources.dialogues import ASSISTANT, USER
-from train.data.sources.records import Message
+from train.data.sources.records import MARKED, Message
 from train.data.tokenization.chat import Chat
 from train.data.tokenization.stream import StreamDecoder
 from train.data.tokenization.template_limits import Unusable

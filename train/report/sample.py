@@ -9,9 +9,9 @@ from collections.abc import Callable
 from flax import nnx
 
 from train.config import RunConfig
-from train.data.prepared.label_arrays import MARKED
 from train.data.prepared.store import Prepared
 from train.data.sources.dialogues import last_answer
+from train.data.sources.records import MARKED
 from train.data.tokenization.chat import Chat
 from train.data.tokenization.template_limits import Unusable
 from train.translation import TextTranslator, spread

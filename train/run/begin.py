@@ -23,14 +23,24 @@ from transformer.errors import UserError
 from transformer.models.labelled import LabelledHeadConfig
 
 
+def waits_for_data(config: RunConfig) -> bool:
+    """Whether only the data decides something: the number of classes, or of steps."""
+    return config.epochs is not None or _head_of_data(config) is not None
+
+
+def _head_of_data(config: RunConfig) -> LabelledHeadConfig | None:
+    """The model's head, if its number of classes is that of the data."""
+    head = getattr(config.model, "head", None)
+    return head if isinstance(head, LabelledHeadConfig) and head.num_labels is None else None
+
+
 def with_data(config: RunConfig, prepared: Prepared) -> RunConfig:
     """The config with what its data decides: the number of classes, and the steps of `epochs`.
 
     Raises:
         UserError: the examples of an epoch cannot be made.
     """
-    head = getattr(config.model, "head", None)
-    if isinstance(head, LabelledHeadConfig) and head.num_labels is None:
+    if (head := _head_of_data(config)) is not None:
         config.objective.check_data(prepared, config.sequence_length)
         head = dataclasses.replace(head, num_labels=config.objective.num_labels(prepared))
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, head=head))  # type: ignore[arg-type]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -67,14 +68,20 @@ class Scores:
 
 def evaluate(step: Callable[[nnx.State, Batch], T], params: nnx.State, batches: Iterable[Batch]) -> list[T]:
     """Run `step`, made by `make_eval_step`, over all batches; its outputs for each, on the host."""
-    parts: list[T] = []
+    return list(outputs_of(step, params, batches))
+
+
+def outputs_of(step: Callable[[nnx.State, Batch], T], params: nnx.State, batches: Iterable[Batch]) -> Iterator[T]:
+    """The same one after the other, without keeping them."""
+    waiting: deque[T] = deque()
     for batch in batches:
-        parts.append(step(params, batch))
+        waiting.append(step(params, batch))
         # Reading each batch at once would wait for it. More than a few in flight gain nothing, and on virtual devices, which
         # share the threads of one processor, they can wait for each other until the collectives time out.
-        if len(parts) > _UNDER_WAY:
-            jax.block_until_ready(parts[-_UNDER_WAY - 1])
-    return jax.device_get(parts)
+        if len(waiting) > _UNDER_WAY:
+            yield jax.device_get(waiting.popleft())
+    while waiting:
+        yield jax.device_get(waiting.popleft())
 
 
 def scores_of(parts: Sequence[LossSums], bytes_per_token: float | None) -> Scores:

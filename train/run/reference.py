@@ -11,8 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from train.data.prepared.store import Prepared, TokenArray
 from train.files import whole_file, writing
 from train.parallel.mesh import shard_batch
 from train.program.program import Program
+from train.run.evaluate import outputs_of
 from transformer.errors import UserError, first_line
 
 FILE = "reference.npz"
 _SPLITS = ("train", "validation")
-_UNDER_WAY = 2
-"""Number of batches in flight."""
 
 
 def referred(
@@ -115,20 +113,15 @@ def _log_probs(
     def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return shard_batch(batch | {"example": batch["example"].astype(np.int32)}, program.batch_sharding)
 
-    waiting, taken = deque[Any](), list[tuple[np.ndarray, np.ndarray]]()
+    def watched() -> Iterator[dict[str, jax.Array]]:
+        for batch in prefetch_to_device(iter(batches), to_device):
+            on_batch()
+            yield batch
 
-    def take() -> None:
-        outputs = waiting.popleft()
-        taken.append((np.asarray(outputs["example"]), np.asarray(outputs["log_probs"])))
-
-    for batch in prefetch_to_device(iter(batches), to_device):
-        on_batch()
-        waiting.append(program.eval_step(params, batch)[1])
-        if len(waiting) > _UNDER_WAY:
-            take()
-    while waiting:
-        take()
-    ids, values = (np.concatenate(arrays) for arrays in zip(*taken, strict=True))
+    parts = [
+        (outputs["example"], outputs["log_probs"]) for _, outputs in outputs_of(program.eval_step, params, watched())
+    ]
+    ids, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     found = np.full((int(ids.max()) + 1, 2), np.nan, np.float32)
     found[ids[ids >= 0]] = values[ids >= 0]
     return found

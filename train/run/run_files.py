@@ -61,17 +61,18 @@ class LoadedRun(StoredRun):
     mesh: jax.sharding.Mesh
 
 
-def stored_run(run: Path, step: str = "best") -> StoredRun:
+def stored_run(run: Path, step: str = "best", used: tuple[str, ...] = (META,)) -> StoredRun:
     """What a checkpoint says of itself.
 
     Args:
         step: `latest`, `best` (the latest if none was evaluated), or a step's number.
+        used: the parts of the checkpoint that must not be damaged; reading all of a part shows it.
 
     Raises:
         UserError: no such run or checkpoint.
     """
     checkpoints = StoredCheckpoints(run)
-    number = _choose(checkpoints, step)
+    number = _choose(checkpoints, step, used)
     meta = checkpoints.meta(number)
     config = parse(meta["config"], f"{run}, step {number}")
     tokenizer, target_tokenizer = load_tokenizers(meta["tokenizer"], f"{run}, step {number}")
@@ -92,7 +93,7 @@ def load_run(run: Path, step: str = "best", *, like: RunConfig | None = None, me
     Raises:
         UserError: no such run or checkpoint.
     """
-    stored = stored_run(run, step)
+    stored = stored_run(run, step, _USED)
     config = stored.config
     placed = MeshConfig(strategy="fsdp" if config.mesh.slices_parameters else "dp") if like is None else like.mesh
     mesh = make_mesh(placed)
@@ -197,7 +198,7 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
 
 
-def _choose(checkpoints: StoredCheckpoints, step: str) -> int:
+def _choose(checkpoints: StoredCheckpoints, step: str, used: tuple[str, ...]) -> int:
     """The number of a whole checkpoint: the one that is named, or the newest or best that is not damaged."""
     run, steps = checkpoints.run, checkpoints.steps
     if not steps:
@@ -205,12 +206,12 @@ def _choose(checkpoints: StoredCheckpoints, step: str) -> int:
     if step not in ("latest", "best"):
         if step not in map(str, steps):
             raise UserError(f"step: got {shown(step)}; this run has latest, best, {', '.join(map(str, steps))}")
-        checkpoints.check(int(step), _USED)
+        checkpoints.check(int(step), used)
         return int(step)
     wanted = checkpoints.best if step == "best" else None
     lines: list[str] = []
     for number in dict.fromkeys([*([] if wanted is None else [wanted]), *reversed(steps)]):
-        if (found := checkpoints.damage(number, _USED)) is None:
+        if (found := checkpoints.damage(number, used)) is None:
             for line in lines:
                 print(f"{line}; taking step {number} instead", file=sys.stderr)
             return number

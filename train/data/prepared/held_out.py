@@ -25,10 +25,8 @@ class HeldOut:
     """
 
     def __init__(self, source: SourceConfig, fraction: float, before: Mapping[str, int] | None = None) -> None:
-        self._fraction, self._share = (
-            fraction,
-            max(Fraction(fraction).limit_denominator(_MOST_PARTS), Fraction(1, _MOST_PARTS)),
-        )
+        self._fraction = fraction
+        self._share = max(Fraction(fraction).limit_denominator(_MOST_PARTS), Fraction(1, _MOST_PARTS))
         self._by_class = 0 < fraction < 1 and isinstance(source, RecordSource) and _has_classes(source)
         self.counts: dict[str, int] = dict(before or {})
         """How many documents there were of each class; empty where they are chosen by id."""

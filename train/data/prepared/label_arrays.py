@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 
 from train.data.prepared.store import Split, labels_path
-from train.data.sources.records import Document, LabelKind
+from train.data.sources.records import MARKED, Document, LabelKind
 from train.files import sync
 from train.progress import say
 from transformer.errors import UserError
 
-MARKED = ("turns", "preferences")
-"""Kinds of labels that are a mark at each token."""
 NONE = -1
 """The number of a missing class."""
 

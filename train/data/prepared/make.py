@@ -20,7 +20,7 @@ from train.data.prepared.config import DataConfig
 from train.data.prepared.growing_file import digest_of
 from train.data.prepared.held_out import HeldOut
 from train.data.prepared.journal import Journal, Work
-from train.data.prepared.label_arrays import MARKED, Labels
+from train.data.prepared.label_arrays import Labels
 from train.data.prepared.store import (
     FORMAT_VERSION,
     META_FILE,
@@ -33,6 +33,7 @@ from train.data.prepared.store import (
 )
 from train.data.prepared.write_documents import complete
 from train.data.prepared.write_source import PART_BYTES, SourceWriter, Stage, UnusableParts, held_out_path
+from train.data.sources.records import MARKED
 from train.data.sources.source import documents, text_size
 from train.data.tokenization.chat import for_dialogues
 from train.data.tokenization.tokenizer import Tokenizer, TokenizerConfig

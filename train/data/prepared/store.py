@@ -36,7 +36,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from train.data.sources.records import Document, LabelKind
+from train.data.sources.records import MARKED, Document, LabelKind
 from train.data.tokenization.tokenizer import Tokenizer
 from train.files import sync
 from transformer.errors import UserError
@@ -274,7 +274,7 @@ def _open(directory: Path, split: Split, source: int, meta: Meta, dtypes: tuple[
     labels = None
     if meta.label_kind is not None and counts.documents:
         labels = np.load(labels_path(directory, split, source), mmap_mode="r")
-        of_tokens = meta.label_kind in ("tags", "turns", "preferences")
+        of_tokens = meta.label_kind in ("tags", *MARKED)
         wanted, what = (counts.tokens + 1, "tokens") if of_tokens else (counts.documents, "documents")
         if len(labels) != wanted:
             raise ValueError(f"{path.name}: {len(labels)} labels where meta.json counts {wanted} {what}")

@@ -33,7 +33,6 @@ _DAMAGED = (
     RuntimeError,
     ValueError,
     OverflowError,
-    NotImplementedError,
 )
 
 

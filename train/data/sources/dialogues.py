@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from train.data.sources.records import (
     Document,
     Faulty,
+    LabelKind,
     Message,
     Records,
     kind_of,
@@ -21,6 +22,8 @@ from train.data.sources.records import (
 from transformer.errors import UserError, nearest, shown
 
 Holds = Literal["texts", "dialogues", "preferences"]
+MARKS: dict[Holds, LabelKind] = {"dialogues": "turns", "preferences": "preferences"}
+"""What is stored of dialogues and of preferences in addition to their tokens."""
 
 ASSISTANT, USER = "assistant", "user"
 ROLES = (ASSISTANT, "developer", "function", "ipython", "observation", "system", "tool", USER)

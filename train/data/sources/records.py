@@ -26,6 +26,8 @@ GivenLabels = Literal["class", "classes", "number", "tags", "answers"]
 LabelKind = Literal[GivenLabels, "turns", "preferences"]
 """What is stored of a document in addition to its tokens: its label, or which tokens of a dialogue the assistant writes, in one
 answer or in two of which one is preferred."""
+MARKED: tuple[LabelKind, ...] = ("turns", "preferences")
+"""Those that are a mark at each token."""
 Message = Mapping[str, Any]
 """A turn of a dialogue: `role`, `content`, and whatever else a chat template reads."""
 

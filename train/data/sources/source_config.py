@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from train.data.sources.dialogues import DialogueFields, DialogueRecords, Holds
+from train.data.sources.dialogues import MARKS, DialogueFields, DialogueRecords, Holds
 from train.data.sources.file_formats import Format, format_of
 from train.data.sources.readers import FOLDER
 from train.data.sources.records import Fields, GivenLabels, LabelKind, Records, Rejects, class_name
@@ -148,9 +148,7 @@ class RecordSource(BaseSource):
 
     @property
     def document_labels(self) -> LabelKind | None:
-        if self.holds != "texts":
-            return "turns" if self.holds == "dialogues" else "preferences"
-        return self.label_kind if self.label_field else None
+        return MARKS.get(self.holds, self.label_kind if self.label_field else None)
 
     @property
     def fields(self) -> Fields:

@@ -15,7 +15,6 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.filters
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -149,13 +148,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def joined(self, *parts: Any) -> str:
         """The operator `~`."""
         found = list(map(str, parts))
-        if sum(map(len, found)) > MOST_CHARACTERS:
-            raise Unusable(f"it makes a text of more than {MOST_CHARACTERS:,} characters")
+        check_size(sum(map(len, found)))
         return "".join(found)
 
     def step(self, context: jinja2.runtime.Context) -> None:
         """One pass of a loop, or one call of a macro."""
-        context.parent[_TRACKED].budget.step()
+        _look(context)
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
