@@ -229,12 +229,11 @@ def _attention(options: argparse.Namespace) -> None:
     if not (options.certify or options.speed or options.length or options.long or options.support):
         raise UserError("attention: choose --certify, --speed, --length, --long or --support")
     if options.certify:
-        import jax
-
         from benchmarks.attention import certify
+        from train.parallel.runtime import make_cpu_devices
 
         # A ring needs several devices; on a CPU they are virtual, and must be set up before JAX starts.
-        jax.config.update("jax_num_cpu_devices", 8)
+        make_cpu_devices(8)
         compilers = {"tpu": options.tpu_python, "gpu": options.gpu_python}
         if certify.run(compilers={name: python for name, python in compilers.items() if python})["failed"]:
             raise UserError("attention: an error against float64 exceeds its limit; see the table")

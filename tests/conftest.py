@@ -25,6 +25,8 @@ _flags = [
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_flags))
+# Threads enough for all collectives that 8 devices can be in at once; see `make_cpu_devices`, which JAX's start forbids here.
+os.environ.setdefault("PJRT_NPROC", "64")
 os.environ["NNX_GRAPH_MODE"] = "false"
 os.environ["NNX_GRAPH_UPDATES"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"

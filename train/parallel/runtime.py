@@ -23,6 +23,10 @@ _PATIENT = (
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 --xla_cpu_collective_call_terminate_timeout_seconds=1800"
 )
 """Virtual devices share the cores: one that has to wait for 40 seconds, XLA's limit, is not lost."""
+_THREADS_PER_DEVICE = 8
+"""A thread waits in each collective until all devices have come to it, and a device starts all collectives whose inputs it has.
+XLA's pool has one thread per device: where two collectives are ready at once, all threads can wait in one of them for a device
+that has no thread left to come to it."""
 
 _M_ARENA_MAX = -8
 """The number of the option in glibc's malloc.h."""
@@ -47,9 +51,7 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
         if platform not in (None, "cpu"):
             raise UserError(f"--devices makes virtual CPU devices; it cannot be combined with --platform {platform}")
         platform = "cpu"
-        # Read when the devices are made.
-        os.environ["XLA_FLAGS"] = f"{_PATIENT} {os.environ.get('XLA_FLAGS', '')}".strip()
-        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+        make_cpu_devices(num_cpu_devices)
     if platform is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -73,6 +75,14 @@ def set_up_devices(num_cpu_devices: int | None = None, platform: str | None = No
             f"no device of platform {asked!r} here{reason}; choose another with --platform "
             "(cpu, gpu, tpu), or install jax for it: jax[cuda13], jax[tpu]"
         ) from None
+
+
+def make_cpu_devices(number: int) -> None:
+    """Have JAX make this number of virtual CPU devices, which must not exist yet, and give them threads enough."""
+    os.environ["XLA_FLAGS"] = f"{_PATIENT} {os.environ.get('XLA_FLAGS', '')}".strip()
+    threads = max(_THREADS_PER_DEVICE * number, os.cpu_count() or 1)
+    os.environ.setdefault("PJRT_NPROC", str(threads))
+    jax.config.update("jax_num_cpu_devices", number)
 
 
 def _limit_arenas() -> None:
