@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import re
 
@@ -15,6 +16,8 @@ from train.commands.cli import main
 from train.data.examples.dialogues import Dialogues
 from train.data.prepared.config import DataConfig
 from train.data.prepared.prepare import prepare
+from train.data.sources.records import Document
+from train.data.sources.source import documents
 from train.data.sources.source_config import FilesSource
 from train.data.tokenization import chat_template
 from train.data.tokenization.chat import BUILT_IN, Chat
@@ -88,7 +91,7 @@ def test_ids_and_marks_are_those_of_transformers(kind, template):
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer(kind), **NAMES, chat_template=template)
-    chat = Chat(vocabulary(template, kind))
+    chat = Chat(vocabulary(template, kind), datetime.datetime.now())
     for messages in (HI, LONG, [HI[0], {"role": "assistant", "content": "it ends: </s> <|eot|>", "extra": None}]):
         wanted = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
         ids, marks = chat.tokens(messages)
@@ -193,12 +196,16 @@ def write(path, *rows):
         ({"messages": [{"content": "x"}]}, r"messages\[0\] has no role; allowed: assistant,"),
         ({"messages": [*HI, {"role": "asistant", "content": "x"}]}, r"messages\[2\] has role 'asistant'; .*mean 'assistant'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] has no content; allowed: a text"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, r"messages\[0\] has content of type list; allowed: a text"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, r"messages\[0\].content\[0\] is 'x'; allowed: parts with type"),
+        ({"messages": [*HI, {"role": "assistant", "tool_calls": "x"}]},
+         r"messages\[2\].tool_calls holds 'x'; allowed: a list"),
+        ({"messages": HI, "tools": [1]}, r"field 'tools' holds \[1\]; allowed: a list of functions"),
+        ({"messages": HI, "tools": "{"}, "field 'tools' holds no JSON"),
         ({"messages": HI[:1]}, "a dialogue of 1 messages, none of which the assistant wrote"),
         ({"prompt": "x", "completion": 3}, "field 'completion' holds int, not a text or a list of messages"),
         ({"prompt": "x", "completion": HI[:1]}, "field 'completion' holds no answer of the assistant"),
         ({"messages": [{"role": "tool", "content": "x"}, {"role": "developer", "content": "x"}, *HI]},
-         "the chat template: role developer is none of system, user, assistant, tool"),
+         "the chat template refuses the dialogue: role developer is none of .*, assistant, tool; fix it, or set on_error: skip"),
         ("[1]", "expected a JSON object"),
     ],
 )  # fmt: skip
@@ -232,6 +239,62 @@ def test_records_of_several_shapes_are_dialogues(tmp_path):
     other = write(tmp_path / "other.jsonl", {"q": {"text": "hi"}, "a": "yo"})
     (same,) = prepare(config_of(other, prompt_field="q.text", completion_field="a"), progress=False).train
     assert bytes(same.tokens.astype(np.uint8)) == b"\0" + texts[0]
+
+
+CALL = {"function": {"name": "sum", "arguments": {"of": [1, 2]}}, "type": "function"}
+TOOL = {"type": "function", "function": {"name": "sum", "parameters": {"type": "object"}}}
+CALLING = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' %}{% generation %}{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for one in m.tool_calls or [] %}{{ one.function.name }}({{ one.function.arguments | tojson }}){% endfor %}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+WITH_TOOLS = [
+    HI[0],
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "3"},
+    HI[1],
+]
+
+
+@pytest.mark.torch
+def test_functions_and_their_calls_are_written_as_transformers_writes_them(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer("byte_level"), **NAMES, chat_template=CALLING)
+    wanted = theirs.apply_chat_template(WITH_TOOLS, tools=[TOOL], return_assistant_tokens_mask=True, return_dict=True)
+    in_text = {**CALL, "function": {"name": "sum", "arguments": json.dumps(CALL["function"]["arguments"])}}
+    as_services_write = [WITH_TOOLS[0], {**WITH_TOOLS[1], "tool_calls": [in_text]}, *WITH_TOOLS[2:]]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    path = write(
+        tmp_path / "rows.jsonl", {"messages": WITH_TOOLS, "tools": [TOOL]},
+        {"messages": as_services_write, "tools": json.dumps([TOOL])}, {"messages": parts + WITH_TOOLS[1:], "tools": [TOOL]},
+    )  # fmt: skip
+    chat = Chat(vocabulary(CALLING))
+    found = list(documents(config_of(path).sources[0]))
+    assert len(found) == 3
+    for document in found:
+        ids, marks = chat.tokens(document.messages, document.tools)
+        assert ids.tolist() == wanted["input_ids"]
+        assert marks.astype(int).tolist() == wanted["assistant_masks"]
+        assert Document.from_json(document.to_json()) == document
+
+
+def test_a_dialogue_that_the_template_refuses_is_skipped_and_counted(tmp_path, capsys):
+    refused = {"messages": [{"role": "developer", "content": "x"}, *HI]}
+    path = write(tmp_path / "rows.jsonl", {"messages": HI}, refused, {"messages": HI}, refused, {"messages": 1})
+    prepared = prepare(config_of(path, on_error="skip"), progress=True)
+    (array,) = prepared.train
+    assert len(array.offsets) - 1 == 2 and prepared.meta.train[0].skipped == 3
+    assert "3 documents skipped, the first: " in capsys.readouterr().err
+
+
+def test_the_tokens_of_a_dialogue_do_not_depend_on_the_day():
+    dated = "{{ strftime_now('%d %b %Y') }}" + MARKED
+    chat = Chat(vocabulary(dated))
+    assert chat.tokenizer.decode(chat.tokens(HI)[0]).startswith("26 Jul 2024<user>hi")
+    now = Chat(vocabulary(dated), datetime.datetime(2031, 5, 4))
+    assert now.tokenizer.decode(now.prompt(HI[:1])).startswith("04 May 2031<user>hi")
 
 
 def test_long_dialogues_are_left_out_or_cut(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -84,7 +85,7 @@ class Dialogue:
         how: Mapping[str, Any],
         seed: int,
     ) -> None:
-        self.chat = Chat(loaded.tokenizer)
+        self.chat = Chat(loaded.tokenizer, datetime.datetime.now())
         self._params, self._tokenizer, self._model = loaded.params, loaded.tokenizer, model
         self._sampling: Sampling = sampling_of(loaded.tokenizer, how, USUAL_SAMPLING)
         self._generator = Generator(model, end_of_text=self.chat.ends, num_tokens=loaded.tokenizer.vocab_size)

@@ -66,9 +66,12 @@ def _answers(config: RunConfig, model: GPTConfig, prepared: Prepared) -> Sampler
     generator = Generator(model, end_of_text=chat.ends, num_tokens=prepared.tokenizer.vocab_size)
     asked = []
     held_out = itertools.islice((one for array in prepared.validation for one in prepared.held_out(array)), _LOOKED_AT)
-    for before, reference in filter(None, map(last_answer, held_out)):
+    for document in held_out:
+        if (last := last_answer(document)) is None:
+            continue
+        before, reference = last
         with contextlib.suppress(Unusable):
-            prompt = chat.prompt(before)
+            prompt = chat.prompt(before, document.tools)
             if len(prompt) < model.max_length:
                 asked.append((prompt, before[-1]["content"], reference))
     asked = asked[:_DIALOGUES]

@@ -77,6 +77,9 @@ class Part:
     rejected: int
     """How many documents of the source were left out as unreadable, if this is its last part."""
     first_rejected: str
+    refused: int
+    """How many of its documents were left out since the chat template refuses them."""
+    first_refused: str
 
     @property
     def text_bytes(self) -> int:

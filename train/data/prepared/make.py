@@ -238,7 +238,8 @@ def _finish(
     for stage in stages:
         parts = journal.of_stage(stage.number)
         # Documents left out are counted once, in the first of the source's splits.
-        skipped, first = parts[-1].rejected, parts[-1].first_rejected
+        skipped = parts[-1].rejected + sum(part.refused for part in parts)
+        first = parts[-1].first_rejected or next((part.first_refused for part in parts if part.refused), "")
         if skipped:
             say(f"{stage.source.title}: {skipped} documents skipped, the first: {first}", shown=shown)
         for split in stage.splits:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -124,7 +125,7 @@ class _Source:
         first = min(damaged, default=len(parts))
         self._begin = parts[first - 1].following if first else FileStart()
         self._starts = deque([self._begin])
-        self.rejects = Rejects("stop" if isinstance(stage.source, SyntheticSource) else stage.source.on_error)
+        self.rejects = Rejects(on_error_of(stage.source))
 
     def read(self) -> Iterator[Document]:
         """The documents of damaged parts, and all that follow the last part. Raises `UnusableParts`, and as `documents`."""
@@ -158,6 +159,7 @@ class _Writing:
         self, run: SourceWriter, stage: Stage, files: GrowingFiles, advance: Advance, parts: Sequence[Part]
     ) -> None:
         self._run, self._stage, self._files, self._advance = run, stage, files, advance
+        self._on_error = on_error_of(stage.source)
         self._first = parts[0].first if parts else None
         self._writers: dict[Split, DocumentWriter] = {}
         keeps_texts = run.labels is not None or len(run.tokenizers) == 2
@@ -179,6 +181,7 @@ class _Writing:
     def _begin_part(self, begin: int) -> None:
         self._begin = self._end = begin
         self._held_out_bytes = 0
+        self._refused = Rejects(self._on_error)
         self._hash = hashlib.blake2b(digest_size=16)
         before = [part for part in self._run.journal.parts if (part.stage, part.end) <= (self._stage.number, begin)]
         known = {part.end: part.classes for part in before if part.stage == self._stage.number}
@@ -193,17 +196,13 @@ class _Writing:
         """
         self._begin_part(begin)
         size = 0
-        for document, ids, marks in found:
-            self._check_choices(document)
-            split: Split = "validation" if self._chooser.holds_out(document) else "train"
-            texts = [text.encode() for text in document.sides]
-            self._writers[split].add(document, texts, self._framed(ids))
-            if self._run.labels is not None:
-                label = self._run.labels.add(split, self._stage.index, document, len(ids[0]), marks)
-                self._labels[split].write(label)
-            if split == "validation":
-                self._hold_out(texts[-1])
-            _update(self._hash, document, texts)
+        for one in found:
+            texts = [text.encode() for text in one.document.sides]
+            if one.refused:
+                self._refused.add(one.document.id, one.refused)
+            else:
+                self._write(one, texts)
+            _update(self._hash, one.document, texts)
             self._end += 1
             added = sum(map(len, texts))
             self._advance(added)
@@ -211,6 +210,17 @@ class _Writing:
             if enough is not None and size >= enough:
                 return False
         return True
+
+    def _write(self, found: Tokenised, texts: Sequence[bytes]) -> None:
+        document, ids = found.document, found.sides
+        self._check_choices(document)
+        split: Split = "validation" if self._chooser.holds_out(document) else "train"
+        self._writers[split].add(document, texts, self._framed(ids))
+        if self._run.labels is not None:
+            label = self._run.labels.add(split, self._stage.index, document, len(ids[0]), found.marks)
+            self._labels[split].write(label)
+        if split == "validation":
+            self._hold_out(texts[-1])
 
     def end_part(self, source: _Source, *, is_last: bool = False, known: bool = False) -> Part:
         """What was written since the part began, which is on the disk now; `known`: it was made again."""
@@ -230,6 +240,8 @@ class _Writing:
             classes=dict(self._chooser.counts),
             rejected=source.rejects.count,
             first_rejected=source.rejects.first,
+            refused=self._refused.count,
+            first_refused=self._refused.first,
         )
 
     def _framed(self, ids: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
@@ -251,6 +263,10 @@ class _Writing:
             self._held_out.write(text)
 
 
+def on_error_of(source: SourceConfig) -> Literal["stop", "skip"]:
+    return "stop" if isinstance(source, SyntheticSource) else source.on_error
+
+
 def held_out_path(stored: Path, stage: int) -> Path:
     """The file of the held-out texts of a source, for the compressors."""
     return stored / f"{stage}.held_out"
@@ -266,3 +282,5 @@ def _digest(some: Iterable[Document]) -> str:
 def _update(digest: hashlib.blake2b, document: Document, texts: Sequence[bytes]) -> None:
     names = (document.id, document.group)
     digest.update(b"\0".join([*(name.encode("utf-8", "surrogateescape") for name in names), *texts]))
+    if document.messages:
+        digest.update(document.to_json().encode("utf-8", "surrogateescape"))

@@ -13,13 +13,14 @@ from train.data.sources.records import (
     LabelKind,
     Message,
     Records,
+    Tool,
     kind_of,
     missing_field,
     named,
     valid_text,
     value_at,
 )
-from transformer.errors import UserError, nearest, shown
+from transformer.errors import UserError, first_line, nearest, shown
 
 Holds = Literal["texts", "dialogues", "preferences"]
 MARKS: dict[Holds, LabelKind] = {"dialogues": "turns", "preferences": "preferences"}
@@ -28,6 +29,8 @@ MARKS: dict[Holds, LabelKind] = {"dialogues": "turns", "preferences": "preferenc
 ASSISTANT, USER = "assistant", "user"
 ROLES = (ASSISTANT, "developer", "function", "ipython", "observation", "system", "tool", USER)
 """The roles of messages; a template may take fewer."""
+_CALLS = "tool_calls"
+"""What the assistant calls, in a message that may have no content."""
 
 
 class DialogueFields(NamedTuple):
@@ -38,6 +41,8 @@ class DialogueFields(NamedTuple):
     completion: str
     chosen: str
     rejected: str
+    tools: str
+    """A record may lack it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +57,11 @@ class DialogueRecords(Records):
         found = [roots[field] for field in self._wanted(dict.fromkeys(known), roots)]
         if not found:
             raise UserError(f"{place}: {self._neither(known)}")
-        group = self.fields.group
-        return list(
-            dict.fromkeys([*found, *([group.partition(".")[0] if group not in known else group] if group else [])])
-        )
+        if (tools := roots[self.dialogue.tools]) in known:
+            found.append(tools)
+        if group := self.fields.group:
+            found.append(group if group in known else group.partition(".")[0])
+        return list(dict.fromkeys(found))
 
     def _document(self, row: Mapping[str, Any], id: str) -> Document | None:
         group: Any = ""
@@ -68,6 +74,7 @@ class DialogueRecords(Records):
             raise Faulty(f"field {self.fields.group!r} is empty")
         group = str(group).encode("utf-8", "replace").decode()
         fields = self.dialogue
+        tools = _tools(value_at(row, fields.tools), fields.tools) if _has(row, fields.tools) else ()
         if self.holds == "preferences":
             prompt, chosen, rejected = self._values(row, (fields.prompt, fields.chosen, fields.rejected))
             asked = _messages(prompt, fields.prompt, USER)
@@ -76,20 +83,19 @@ class DialogueRecords(Records):
             )
             if answers[0] == answers[1]:
                 raise Faulty(f"fields {fields.chosen!r} and {fields.rejected!r} hold the same answer")
-            return Document(
-                id, _contents([*asked, *answers[0], *answers[1]]), group=group, messages=asked, answers=answers
-            )
+            text = _contents([*asked, *answers[0], *answers[1]])
+            return Document(id, text, group=group, messages=asked, answers=answers, tools=tools)
         if _has(row, fields.messages):
             messages = _messages(value_at(row, fields.messages), fields.messages, "")
         else:
             prompt, completion = self._values(row, (fields.prompt, fields.completion))
             asked = _messages(prompt, fields.prompt, USER)
             messages = (*asked, *_answer(completion, fields.completion, asked))
-        if not any(message["role"] == ASSISTANT and message["content"].strip() for message in messages):
+        if not any(message["role"] == ASSISTANT and _says_something(message) for message in messages):
             raise Faulty(
                 f"a dialogue of {len(messages)} messages, none of which the {ASSISTANT} wrote: nothing to learn from"
             )
-        return Document(id, _contents(messages), group=group, messages=messages)
+        return Document(id, _contents(messages), group=group, messages=messages, tools=tools)
 
     def _wanted(self, row: Mapping[str, Any], roots: Mapping[str, str]) -> list[str]:
         fields = self.dialogue
@@ -119,9 +125,10 @@ class DialogueRecords(Records):
 
 
 def last_answer(document: Document) -> tuple[list[Message], str] | None:
-    """The messages before the last answer of a dialogue, or before the preferred one, and the answer; None if there are none."""
+    """The messages before the last answer in words of a dialogue, or of its preferred end, and the answer; None without one."""
     messages = [*document.messages, *(document.answers[0] if document.answers else ())]
-    place = max((number for number, one in enumerate(messages) if one["role"] == ASSISTANT), default=0)
+    answers = (number for number, one in enumerate(messages) if one["role"] == ASSISTANT and one["content"].strip())
+    place = max(answers, default=0)
     return (messages[:place], messages[place]["content"]) if place else None
 
 
@@ -138,7 +145,7 @@ def _answer(value: Any, field: str, asked: Sequence[Message]) -> tuple[Message, 
     messages = _messages(value, field, ASSISTANT)
     if len(messages) > len(asked) and tuple(messages[: len(asked)]) == tuple(asked):
         messages = messages[len(asked) :]
-    if messages[0]["role"] != ASSISTANT or not messages[-1]["content"].strip():
+    if messages[0]["role"] != ASSISTANT or not _says_something(messages[-1]):
         raise Faulty(f"field {field!r} holds no answer of the {ASSISTANT}: {shown(value)}")
     return messages
 
@@ -158,6 +165,12 @@ def _message(value: Any, place: str) -> Message:
         raise Faulty(f"{place} is {kind_of(value)}, not a message with role and content")
     message = {str(name): one for name, one in value.items() if one is not None}
     role, content = message.get("role"), message.get("content")
+    if _CALLS in message:
+        message[_CALLS] = _calls(message[_CALLS], f"{place}.{_CALLS}")
+        content = "" if content is None else content
+    if isinstance(content, list | tuple):
+        content = _joined(content, place)
+    message["content"] = content
     if role not in ROLES:
         given = "has no role" if role is None else f"has role {shown(role)}"
         near = nearest(role, ROLES) if isinstance(role, str) else ""
@@ -171,6 +184,63 @@ def _message(value: Any, place: str) -> Message:
     except (TypeError, ValueError, RecursionError):
         raise Faulty(f"{place} holds a value that JSON has not; allowed: texts, numbers, lists and mappings") from None
     return message
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message["content"].strip() or message.get(_CALLS))
+
+
+def _joined(parts: Sequence[Any], place: str) -> str:
+    """The text of a content in parts."""
+    for number, part in enumerate(parts):
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise Faulty(f"{place}.content[{number}] is {shown(part)}; allowed: parts with type 'text' and a text")
+    return "".join(part["text"] for part in parts)
+
+
+def _calls(value: Any, place: str) -> list[Any]:
+    """The calls of functions in a message. Arguments that are JSON in a text, as services return them, become their value, which
+    is what templates write as JSON."""
+    if not isinstance(value, list | tuple) or not all(isinstance(one, Mapping) for one in value):
+        raise Faulty(
+            f"{place} holds {shown(value)}; allowed: a list of calls, each with a function, its name and arguments"
+        )
+    found = []
+    for one in value:
+        function = one.get("function")
+        if isinstance(function, Mapping):
+            found.append({**one, "function": _with_arguments(function)})
+        else:
+            found.append(_with_arguments(one))
+    return found
+
+
+def _with_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            value = json.loads(arguments)
+        except ValueError:
+            value = None
+        arguments = value if isinstance(value, dict) else arguments
+    return dict(function) if arguments is None else {**function, "arguments": arguments}
+
+
+def _tools(value: Any, field: str) -> tuple[Tool, ...]:
+    """A list of JSON schemas, or JSON of one in a text."""
+    given = value
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except ValueError as error:
+            raise Faulty(f"field {field!r} holds no JSON ({first_line(error)}): {shown(given)}") from None
+    if not isinstance(value, list | tuple) or not all(isinstance(one, Mapping) for one in value):
+        raise Faulty(f"field {field!r} holds {shown(given)}; allowed: a list of functions, each as a JSON schema")
+    try:
+        json.dumps(list(value), ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        raise Faulty(f"field {field!r} holds a value that JSON has not; allowed: a list of JSON schemas") from None
+    return tuple(map(dict, value))
 
 
 def _contents(messages: Sequence[Message]) -> str:

@@ -31,6 +31,9 @@ MARKED: tuple[LabelKind, ...] = ("turns", "preferences")
 Message = Mapping[str, Any]
 """A turn of a dialogue: `role`, `content`, and whatever else a chat template reads."""
 
+Tool = Mapping[str, Any]
+"""A function that the assistant may call, as a JSON schema."""
+
 
 class Answers(NamedTuple):
     """The annotators' answers to a question, as they occur in its context; empty if there is none."""
@@ -63,6 +66,8 @@ class Document(NamedTuple):
     """The turns of a dialogue, whose contents are the text."""
     answers: tuple[tuple[Message, ...], ...] = ()
     """Two ways in which the dialogue goes on, of which the first is preferred."""
+    tools: tuple[Tool, ...] = ()
+    """The functions that the assistant of the dialogue may call."""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -88,7 +93,7 @@ class Document(NamedTuple):
             # Two lists are answers, a list of texts is classes or tags.
             nested = bool(label) and isinstance(label[0], list)
             given["label"] = Answers(*map(tuple, label)) if nested else tuple(label)
-        for name in given.keys() & {"words", "choices", "messages"}:
+        for name in given.keys() & {"words", "choices", "messages", "tools"}:
             given[name] = tuple(given[name])
         if "answers" in given:
             given["answers"] = tuple(map(tuple, given["answers"]))

@@ -83,6 +83,9 @@ class RecordSource(BaseSource):
     """preferences: the field that holds the better answer, a text or messages."""
     rejected_field: str = "rejected"
     """preferences: the field that holds the worse answer, a text or messages."""
+    tools_field: str = "tools"
+    """dialogues and preferences: the field that holds the functions that the assistant may call, a list of JSON schemas, or its
+    text; a record may lack it."""
     text_field: str = "text"
     """The field or column that holds the text, except in plain text files; a dotted name such as `translation.en` is nested."""
     target_field: str = ""

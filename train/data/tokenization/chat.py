@@ -6,13 +6,14 @@ Axes: N tokens of a dialogue.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.data.sources.records import Message
+from train.data.sources.records import Message, Tool
 from train.data.tokenization.align import encode_with_places
 from train.data.tokenization.conventions import ROLES
 from train.data.tokenization.template_limits import Unusable
@@ -44,24 +45,28 @@ _PROBE = "qzkvjw"
 class Chat:
     """A vocabulary with its chat template.
 
+    Args:
+        now: what a template that writes the date takes for the present; None: a fixed date, so that the same dialogues have the
+            same tokens on every day.
+
     Raises:
         UserError: templates of which none is the usual one, or errors in the template's language.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, now: datetime.datetime | None = None) -> None:
         # Only dialogues need a template's language.
-        from train.data.tokenization.chat_template import Template
+        from train.data.tokenization.chat_template import FIXED_DATE, Template
 
         self.tokenizer = tokenizer
         text = template_of(tokenizer)
         self.is_built_in = text == BUILT_IN
         """Whether the template is none that was published with the vocabulary."""
         try:
-            self._template = Template(text, _names(tokenizer))
+            self._template = Template(text, _names(tokenizer), now or FIXED_DATE)
         except Unusable as error:
             raise UserError(f"the vocabulary's chat template: {error}") from None
 
-    def tokens(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+    def tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[np.ndarray, np.ndarray]:
         """The ids [N] of a dialogue, and which of them [N] bool the assistant writes.
 
         No special tokens are added to those that the template writes. A token is the assistant's if any of its characters is.
@@ -69,11 +74,11 @@ class Chat:
         Raises:
             Unusable: the template cannot render it.
         """
-        return self._marked(*self._template.assistant_spans(messages))
+        return self._marked(*self._template.assistant_spans(messages, tools))
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The ids of a dialogue that the assistant is about to answer. Raises `Unusable`."""
-        text, _ = self._template.render(messages, prompts=True)
+        text, _ = self._template.render(messages, tools, prompts=True)
         return self._marked(text, [])[0].tolist()
 
     @functools.cached_property

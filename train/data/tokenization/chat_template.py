@@ -20,7 +20,7 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.visitor
 
-from train.data.sources.records import Message
+from train.data.sources.records import Message, Tool
 from train.data.tokenization.template_limits import (
     GUARDED,
     MOST_CHARACTERS,
@@ -36,6 +36,9 @@ from transformer.errors import first_line
 Span = tuple[int, int]
 """A stretch of a text: its first character, and the one after the last."""
 
+FIXED_DATE = datetime.datetime(2024, 7, 26)
+"""Today, for templates that write the date into each dialogue, unless another time is given: the same data then have the same
+tokens on every day. It is the date that Llama's templates fall back to."""
 MOST_SECONDS = 10.0
 """How long the rendering of one dialogue may take."""
 _MOST_EXPONENT = 64
@@ -223,8 +226,13 @@ def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _clock(now: datetime.datetime) -> Callable[[str], str]:
+    """`strftime_now` of a template that is rendered at a time."""
+
+    def strftime_now(form: str) -> str:
+        return now.strftime(form)
+
+    return strftime_now
 
 
 def _as_json(
@@ -245,7 +253,7 @@ def _environment() -> _Environment:
     made.filters |= {name: guarded(name, size, most) for name, (size, most) in GUARDED.items()}
     made.filters["tojson"] = _as_json
     made.globals |= {
-        "raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": _Dict(), "namespace": _Namespace,
+        "raise_exception": _raise_exception, "dict": _Dict(), "namespace": _Namespace,
     }  # fmt: skip
     # Filler text of any length has no use here.
     del made.globals["lipsum"]
@@ -258,13 +266,14 @@ class Template:
     Args:
         text: in Jinja's language.
         names: the special tokens by which a template knows them, such as `eos_token`.
+        now: what the template takes for the present.
 
     Raises:
         Unusable: errors in the template's language.
     """
 
-    def __init__(self, text: str, names: Mapping[str, str]) -> None:
-        self.text, self._names = text, dict(names)
+    def __init__(self, text: str, names: Mapping[str, str], now: datetime.datetime = FIXED_DATE) -> None:
+        self.text, self._names = text, {**names, "strftime_now": _clock(now)}
         try:
             self._compiled = _environment().from_string(text)
             parsed = _environment().parse(text)
@@ -278,17 +287,20 @@ class Template:
         )
         """Whether it has a block `{% generation %}`."""
 
-    def render(self, messages: Sequence[Message], *, prompts: bool = False) -> tuple[str, list[Span]]:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, prompts: bool = False
+    ) -> tuple[str, list[Span]]:
         """The text of a dialogue, and the spans of its `{% generation %}` blocks.
 
         Args:
+            tools: the functions that the assistant may call, each as a JSON schema.
             prompts: add what comes before an answer of the assistant.
 
         Raises:
             Unusable: whatever the template raises, or that it takes too long, or writes too much.
         """
         tracked = _Tracked()
-        given = {**self._names, "messages": plain(messages), "tools": None, "documents": None}
+        given = {**self._names, "messages": plain(messages), "tools": list(tools) or None, "documents": None}
         try:
             context = self._compiled.new_context(given | {"add_generation_prompt": prompts, _TRACKED: tracked})
             for part in self._compiled.root_render_func(context):
@@ -300,7 +312,7 @@ class Template:
         except Exception as error:  # whatever an unknown program may raise
             raise Unusable(_reason(error, self._compiled)) from None
 
-    def assistant_spans(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def assistant_spans(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[str, list[Span]]:
         """The text of a dialogue, and the spans in it that the assistant wrote.
 
         They are those of the template's `{% generation %}` blocks. A template without such a block is rendered for the messages
@@ -309,14 +321,14 @@ class Template:
         Raises:
             Unusable: as `render`, or a template that writes a dialogue's beginning otherwise than the whole dialogue.
         """
-        text, spans = self.render(messages)
+        text, spans = self.render(messages, tools)
         if self.marks_assistant:
             return text, spans
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, _ = self.render(messages[:number], prompts=True)
-            until, _ = self.render(messages[: number + 1])
+            before, _ = self.render(messages[:number], tools, prompts=True)
+            until, _ = self.render(messages[: number + 1], tools)
             if not (until.startswith(before) and text.startswith(until)):
                 raise Unusable(
                     "it has no {% generation %} block, and writes earlier messages differently once later ones follow, so that "

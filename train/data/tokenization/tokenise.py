@@ -18,7 +18,6 @@ from train.data.tokenization.align import encode_with_places, encode_words, toke
 from train.data.tokenization.chat import Chat
 from train.data.tokenization.template_limits import Unusable
 from train.data.tokenization.tokenizer import Tokenizer
-from transformer.errors import UserError
 
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_DOCUMENTS = 1024
@@ -38,6 +37,8 @@ class Tokenised(NamedTuple):
     """For words with tags, the index of each word's first token [words]; for a question, the first and the last token [2] of
     its first answer; -1 if there is none. For a dialogue, one for each token [n]: `SAID` where the assistant writes it, and
     `REJECTED` in an answer that is not preferred, whose whole dialogue follows that with the preferred one."""
+    refused: str = ""
+    """Why the chat template does not render the dialogue, which has no tokens then; empty: it does."""
 
 
 def tokenised(tokenizers: Sequence[Tokenizer], documents: Iterable[Document], workers: int) -> Iterator[Tokenised]:
@@ -61,7 +62,7 @@ def tokenised(tokenizers: Sequence[Tokenizer], documents: Iterable[Document], wo
 
 
 def encode_documents(tokenizers: Sequence[Tokenizer], documents: list[Document]) -> list[Tokenised]:
-    """The tokens of documents of one kind. Raises `UserError` for a dialogue that the chat template refuses."""
+    """The tokens of documents of one kind."""
     if documents[0].messages:
         return _dialogues(tokenizers[0], documents)
     if documents[0].words is not None:
@@ -88,16 +89,16 @@ def _dialogues(tokenizer: Tokenizer, documents: list[Document]) -> list[Tokenise
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         for answer in document.answers or ((),):
             try:
-                ids, said = chat.tokens([*document.messages, *answer])
+                ids, said = chat.tokens([*document.messages, *answer], document.tools)
             except Unusable as error:
-                raise UserError(
-                    f"{document.id}: the chat template: {error}; fix the dialogue, or the template"
-                ) from None
+                found.append(Tokenised(document, (), None, f"the chat template refuses the dialogue: {error}"))
+                break
             parts.append((ids, said * SAID + len(parts) * REJECTED))
-        if len(parts) > 1:
-            _unmark_beginning(*parts)
-        ids, marks = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        found.append(Tokenised(document, (ids,), marks))
+        else:
+            if len(parts) > 1:
+                _unmark_beginning(*parts)
+            ids, marks = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            found.append(Tokenised(document, (ids,), marks))
     return found
 
 
