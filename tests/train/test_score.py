@@ -96,6 +96,18 @@ def test_a_run_whose_data_has_changed(tmp_path, corpus):
     assert score(tmp_path / "run", data=f"{tmp_path}/texts/*.txt").loss > 0
 
 
+def test_documents_that_changed_are_said(tmp_path, capsys):
+    write_texts(tmp_path / "texts")
+    source = {"kind": "files", "path": f"{tmp_path}/texts/*.txt"}
+    config = parsed(data={"sources": [source], "validation_fraction": 0.3}, run_dir=str(tmp_path / "run"), steps=1)
+    train(config)
+    score(tmp_path / "run")
+    assert "trained on" not in capsys.readouterr().err
+    (tmp_path / "texts" / "00.txt").write_text("entirely other words than before")
+    score(tmp_path / "run")
+    assert "run: its data are not those that it was trained on: a source has changed" in capsys.readouterr().err
+
+
 def test_without_held_out_text(tmp_path, classifier):
     config, _ = classifier
     data = dataclasses.replace(config.data, validation_fraction=0.0)

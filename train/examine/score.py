@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from train.config import RunConfig
+from train.data.prepared.content import Content
 from train.data.prepared.label_arrays import listed
 from train.data.prepared.prepare import DataConfig, prepare
 from train.data.prepared.store import Prepared, TokenArray
@@ -20,10 +21,11 @@ from train.data.tokenization.tokenizer import TokenizerConfig
 from train.data.tokenization.vocabulary import is_trained
 from train.files import write_whole, writing
 from train.parallel.mesh import MeshConfig, batch_parts, use_mesh
+from train.progress import say
 from train.run.begin import check_data, program_of
 from train.run.evaluate import Evaluator, Scores
 from train.run.reference import with_stored
-from train.run.run_files import LoadedRun, load_run
+from train.run.run_files import LoadedRun, load_run, read_origin
 from train.translation import TextTranslator
 from transformer.errors import UserError
 
@@ -55,6 +57,8 @@ def score(
         config = dataclasses.replace(config, data=_data_of(loaded, run, data, encoding))
     prepared = prepare(config.data)
     _check_vocabulary(loaded, prepared, run)
+    if data is None:
+        _warn_of_changes(run, prepared)
     prepared = _with_labels_of(loaded, prepared)
     if not prepared.validation:
         raise UserError(f"{run}: the run has no held-out text; give a file to evaluate on with --data")
@@ -127,6 +131,17 @@ def _check_vocabulary(loaded: LoadedRun, prepared: Prepared, run: Path) -> None:
         raise UserError(
             f"{run}: its sources give another vocabulary than it was trained with, since they have changed; name a file to "
             "evaluate on with --data"
+        )
+
+
+def _warn_of_changes(run: Path, prepared: Prepared) -> None:
+    """Say that the held-out documents need not be those of the training."""
+    origin = read_origin(run)
+    if origin is not None and origin["data"] != Content.of(prepared).digest:
+        say(
+            f"{run}: its data are not those that it was trained on: a source has changed, or another version of manyheads holds out "
+            "other documents. Some of these held-out documents may be ones that it has learned",
+            shown=True,
         )
 
 
