@@ -232,6 +232,24 @@ def test_line_ends(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_table_without_a_header(tmp_path: Path) -> None:
+    """CoLA has its source, the label, the author's mark, and the sentence."""
+    for name, between in (("cola.tsv", "\t"), ("cola.csv", ";")):
+        rows = (("gj04", "1", "", "They drank the pub dry."), ("gj04", "0", "*", "They drank the pub."))
+        path = write(tmp_path, name, "".join(between.join(row) + "\n" for row in rows).encode())
+        assert labelled(path, columns=("source", "label", "mark", "text")) == [(row[3], row[1]) for row in rows]
+        with pytest.raises(
+            UserError, match="cola.*:1: .*; if this is a row, and the file has no header, name its columns"
+        ):
+            labelled(path)
+        with pytest.raises(UserError, match=r":1: malformed CSV \(.* not the 2 of the setting columns"):
+            labelled(path, columns=("label", "text"))
+    with pytest.raises(ConfigError, match="columns: got .*; allowed: each name once"):
+        FilesSource(path="a.csv", columns=("a", "a"))
+    with pytest.raises(ConfigError, match="columns: got .*; only csv files have them"):
+        FilesSource(path="a.jsonl", columns=("a", "b"))
+
+
 def test_quotation_marks_between_tabs(tmp_path: Path) -> None:
     """GLUE's files have them as part of the text; other tables are quoted."""
     glue = write(tmp_path, "glue.tsv", b'text\tlabel\n" I think so , " he said .\t1\n"no\t0\na "b" c\t1\n')

@@ -107,7 +107,7 @@ def _data_of(loaded: LoadedRun, run: Path, path: str, encoding: str | None) -> D
     if encoding is not None:
         own["encoding"] = encoding
     if isinstance(first, FileFormatSource) and first.file_format == "csv" == format_of(Path(path)):
-        own |= {"delimiter": first.delimiter, "quotes": first.quotes}
+        own |= {"delimiter": first.delimiter, "quotes": first.quotes, "columns": first.columns}
     source: SourceConfig = FilesSource(path=path, **own)
     both = [
         _tokenizer_of(one, run / "tokenizer" / folder) for one, folder in
@@ -139,8 +139,8 @@ def _warn_of_changes(run: Path, prepared: Prepared) -> None:
     origin = read_origin(run)
     if origin is not None and origin["data"] != Content.of(prepared).digest:
         say(
-            f"{run}: its data are not those that it was trained on: a source has changed, or another version of manyheads holds out "
-            "other documents. Some of these held-out documents may be ones that it has learned",
+            f"{run}: its data are not those that it was trained on: a source has changed, or another version of manyheads holds "
+            "out other documents. Some of these held-out documents may be ones that it has learned",
             shown=True,
         )
 

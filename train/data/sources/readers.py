@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -133,7 +134,7 @@ class Reader:
 
     def _csv(self, path: Path, name: str) -> Iterator[Document]:
         tabbed = suffix_of(path) in _TABBED
-        table = TableFormat(delimiter=self.table.delimiter or "\t" * tabbed, quotes=self.table.quotes)
+        table = dataclasses.replace(self.table, delimiter=self.table.delimiter or "\t" * tabbed)
         header: list[str] | None = None
         with open_text(path, self.encoding) as stream:
             for line, row in table.rows(stream, self.records.fields, f"{path}:1"):
@@ -142,11 +143,21 @@ class Reader:
                     self.records.rejects.add(place, row)
                 elif header is None:
                     header = row
-                    self.records.columns(header, place)
+                    self._check_columns(header, place)
                 elif document := self.records.document(
                     dict(zip(header, row, strict=True)), f"{name}:{line}", place
                 ):  # fmt: skip
                     yield document
+
+    def _check_columns(self, header: list[str], place: str) -> None:
+        try:
+            self.records.columns(header, place)
+        except UserError as error:
+            if self.table.columns:
+                raise
+            raise UserError(
+                f"{error}; if this is a row, and the file has no header, name its columns in columns"
+            ) from None
 
     def _parquet(self, path: Path, name: str) -> Iterator[Document]:
         import pyarrow as pa

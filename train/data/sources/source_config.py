@@ -193,6 +193,8 @@ class FileFormatSource(RecordSource):
     quotes: bool | None = None
     """csv: whether quotation marks enclose fields; null: they do, but between tabs only if they pair up at the beginning of the
     file, since in many .tsv files they are part of the text."""
+    columns: tuple[str, ...] = ()
+    """csv: the names of the columns of files without a header, such as CoLA's; empty: the first row has them."""
     query: str = ""
     """sqlite: the SELECT statement whose column `text_field`, or whose only column, is the text."""
 
@@ -231,11 +233,15 @@ class FileFormatSource(RecordSource):
         require(self, "quotes", form == "csv" or self.quotes is None, "only csv files have it; allowed: null")
         holds = not self.delimiter or (len(self.delimiter) == 1 and self.delimiter not in '"\r\n')
         require(self, "delimiter", holds, "allowed: one character, or empty")
+        require(self, "columns", form == "csv" or not self.columns, "only csv files have them; allowed: empty")
+        require(self, "columns", all(map(str.strip, self.columns)), "allowed: names with visible characters")
+        twice = len(set(self.columns)) < len(self.columns)
+        require(self, "columns", not twice, "allowed: each name once")
 
     @property
     def table(self) -> TableFormat:
         """How files of format csv are written."""
-        return TableFormat(delimiter=self.delimiter, quotes=self.quotes)
+        return TableFormat(delimiter=self.delimiter, quotes=self.quotes, columns=self.columns)
 
     @property
     def file_format(self) -> Format:

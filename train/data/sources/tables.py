@@ -29,11 +29,13 @@ class TableFormat:
     quotes: bool | None = None
     """Whether quotation marks enclose fields, which may then hold delimiters and line ends. None: they do; between tabs only
     if the beginning of the table can be read so: GLUE's files have quotation marks as part of the text."""
+    columns: tuple[str, ...] = ()
+    """The names of the columns of a table without a header; empty: the first row has them."""
 
     def rows(self, lines: Iterable[str], fields: Fields, place: str) -> Iterator[tuple[int, list[str] | str]]:
-        """The header, then each row that is not blank, with the number of its first line.
+        """The names of the columns, then each row that is not blank, with the number of its first line.
 
-        In the place of a row that is not well-formed, the reason. Rows have as many fields as the header.
+        In the place of a row that is not well-formed, the reason. Rows have as many fields as there are columns.
 
         Args:
             lines: with their ends.
@@ -46,7 +48,7 @@ class TableFormat:
         csv.field_size_limit(sys.maxsize)  # a document may be longer than the module's limit of 128 KiB
         lines = iter(lines)
         beginning = list(_beginning(lines))
-        delimiter = self.delimiter or _delimiter(beginning, fields)
+        delimiter = self.delimiter or _delimiter(beginning, fields, len(self.columns))
         quotes = self.quotes
         if quotes is None and delimiter == "\t":
             following = next(lines, None)
@@ -63,6 +65,9 @@ class TableFormat:
         reader = _reader(given, delimiter, quotes)
         header: list[str] | None = None
         number = 1
+        if self.columns:
+            header = list(self.columns)
+            yield 1, header
         while True:
             number += len(given.taken)
             given.taken.clear()
@@ -85,7 +90,8 @@ class TableFormat:
                 header = row
                 _check_header(header, fields, place)
             if len(row) != len(header):
-                fault = f"{len(row)} field{'s' * (len(row) != 1)}, not the header's {len(header)}: {shown(row)}"
+                whose = f"{len(header)} of the setting columns" if self.columns else f"header's {len(header)}"
+                fault = f"{len(row)} field{'s' * (len(row) != 1)}, not the {whose}: {shown(row)}"
                 yield number, f"malformed CSV ({fault}){advice}"
             else:
                 yield number, row
@@ -122,14 +128,19 @@ def _reader(lines: Iterable[str], delimiter: str, quotes: bool) -> Reader:
     return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
 
 
-def _delimiter(lines: Sequence[str], fields: Fields) -> str:
-    """The first delimiter with which the header has the fields; if none has, the one that gives most columns."""
+def _delimiter(lines: Sequence[str], fields: Fields, columns: int) -> str:
+    """The first delimiter with which the header has the fields, or the first row this number of `columns`, if there is no header;
+    if none has, the one that gives most columns."""
     headers: dict[str, list[str]] = {}
     for delimiter in _DELIMITERS:
         try:
             headers[delimiter] = next(filter(None, _reader(lines, delimiter, True)), [])
         except csv.Error:
             headers[delimiter] = []
+        if columns:
+            if len(headers[delimiter]) == columns:
+                return delimiter
+            continue
         try:
             fields.columns(headers[delimiter])
         except KeyError:
