@@ -125,7 +125,7 @@ def refusal(config: RunConfig) -> str:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"vocab_size": 300}, "embed.table: [264, 32] there, [300, 32] here; set model.vocab_size to 264 (it is 300)"),
+        ({"vocab_size": 260}, "embed.table: [264, 32] there, [260, 32] here; set model.vocab_size to 264 (it is 260)"),
         ({"embed_dim": 64}, "set model.embed_dim to 32 (it is 64)"),
         ({"num_layers": 3}, "set model.num_layers to 2 (it is 3)"),
         ({"mlp": DenseConfig(dim=64, activation="gelu_exact")}, "set model.mlp.dim to None (it is 64)"),
@@ -135,6 +135,24 @@ def test_another_shape_names_the_field(texts, encoder, tmp_path, changes, told):
     model = BertConfig(**SMALL | changes, head=ClassificationHeadConfig())
     found = refusal(classifier_of(texts, tmp_path / "tuned", init_from=str(encoder), model=model))
     assert found.startswith("init_from: ") and "have a different shape" in found and told in found
+
+
+@pytest.mark.all_devices
+@pytest.mark.parametrize("strategy", ["dp", "fsdp"])
+def test_a_larger_vocabulary_begins_each_new_token_as_the_mean_of_the_others(texts, encoder, tmp_path, strategy):
+    config = config_of(texts, tmp_path / "more", init_from=str(encoder), mesh=MeshConfig(strategy=strategy))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=272))
+    _, begun, said = beginning(config)
+    theirs = stored(encoder, "best")
+    grown = {path for path, value in begun.items() if value.shape != theirs[path].shape}
+    assert {path[0] for path in grown} >= {"embed", "masked_head"} and "Changed: model.vocab_size: 264 → 272" in said
+    for path, value in begun.items():
+        if path not in grown:
+            np.testing.assert_array_equal(value, theirs[path])
+            continue
+        old, new = value[:264], value[264:]
+        np.testing.assert_array_equal(old, theirs[path])
+        np.testing.assert_allclose(new, np.broadcast_to(old.mean(0), new.shape), rtol=1e-6, atol=1e-7)
 
 
 def test_a_run_with_no_parameter_in_common_is_refused(texts, encoder, tmp_path):

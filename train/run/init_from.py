@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -27,6 +29,8 @@ from transformer.models.families import ModelConfig, described_parameters
 
 Parameters = dict[ParameterPath, nnx.Variable]
 
+_VOCABULARIES = ("vocab_size", "source_vocab_size")
+"""Fields of models that may be larger than in the run they begin from."""
 _OVER_CLASSES = (("pooled_head", "out"), ("token_head", "out"))
 """Linear layers with a column for each class."""
 _SHOWN = 5
@@ -85,6 +89,10 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
     ours, theirs = _by_path(fresh), _by_path(loaded.params)
     _check_fits(run, loaded, ours, config, prepared)
     theirs, of_classes = _same_classes(theirs, loaded.labels, prepared.meta.labels)
+    theirs |= {
+        path: _grown(theirs[path], ours[path])
+        for path in _of_more_tokens(ours, theirs, config.model, loaded.config.model)
+    }
     taken = {path: parameter.replace(theirs[path].get_value()) for path, parameter in ours.items() if path in theirs}
     said = f"weights from {run}, step {loaded.step}: {size(taken):,} of {size(ours):,} parameters"
     called = {path: "adapters" if is_adapter(path) else str(path[0]) for path in ours | theirs}
@@ -109,6 +117,34 @@ def begin_from(fresh: nnx.State, config: RunConfig, prepared: Prepared) -> tuple
         said += f". Changed: {', '.join(changed)}"
     params = nnx.from_flat_state(ours | taken)
     return params if config.adapter is None else reset_dora_magnitudes(params), said
+
+
+def _of_more_tokens(ours: Parameters, theirs: Parameters, model: ModelConfig, other: ModelConfig) -> set[ParameterPath]:
+    """The parameters that have another shape only because the vocabulary is larger than theirs."""
+    mine, their = _shapes(ours), _shapes(theirs)
+    found = set()
+    for field in _VOCABULARIES:
+        here, there = getattr(model, field, 0), getattr(other, field, 0)
+        if there and here > there:
+            another = [path for path in mine.keys() & their.keys() if mine[path] != their[path]]
+            found |= {path for path in another if _shape_with(model, field, there, path) == their[path]}
+    return found
+
+
+def _grown(theirs: nnx.Variable, ours: nnx.Variable) -> nnx.Variable:
+    """A parameter for more tokens: each new token begins as the mean of the others, whose logits it cannot then exceed.
+
+    After Hewitt, Initializing New Word Embeddings for Pretrained Language Models (2021).
+    """
+    value, wanted = theirs.get_value(), ours.get_value()
+    (axis,) = (axis for axis in range(value.ndim) if value.shape[axis] != wanted.shape[axis])
+
+    def grow(value: jax.Array) -> jax.Array:
+        mean = value.mean(axis, keepdims=True, dtype=jnp.float32).astype(value.dtype)
+        new = jnp.repeat(mean, wanted.shape[axis] - value.shape[axis], axis)
+        return jnp.concatenate([value, new], axis)
+
+    return theirs.replace(jax.jit(grow, out_shardings=wanted.sharding)(value))
 
 
 def _begins(config: RunConfig) -> bool:
@@ -207,7 +243,8 @@ def _check_shapes(
     """Raise a `UserError` for parameters with the same path and another shape, with the model field that causes it."""
 
     mine, their = _shapes(ours), _shapes(theirs)
-    if not (bad := [path for path, shape in mine.items() if their.get(path, shape) != shape]):
+    grows = _of_more_tokens(ours, theirs, model, other)
+    if not (bad := [path for path, shape in mine.items() if their.get(path, shape) != shape and path not in grows]):
         return
     path = bad[0]
     here, there = ({field.path: field.value for field in fields(one)} for one in (model, other))
