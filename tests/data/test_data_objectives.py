@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.huggingface.vocabularies import tokenizer as vocabulary
 from train.data.evaluation import evaluation_batches
+from train.data.examples.draws import Draws
+from train.data.examples.masked import Masking, MaskingRule
 from train.data.examples.spans import MODES
 from train.data.loader import Batches, train_batches
 from train.data.prepared.prepare import DataConfig, check_vocabulary, prepare
 from train.data.prepared.store import Prepared
 from train.data.sources.source_config import FilesSource
-from train.data.tokenization.tokenizer import CLS, MASK, SEP, TokenizerConfig
+from train.data.tokenization.tokenizer import CLS, MASK, SEP, SubwordTokenizer, TokenizerConfig
 from train.objectives import OBJECTIVES, Causal, Masked, Objective, Seq2Seq, SpanCorruption, Ul2
 from transformer.errors import ConfigError, UserError
 
@@ -178,6 +181,21 @@ def test_masked_text_is_framed_and_its_specials_stay(prepared: Prepared, packing
                 assert np.sum(piece == sep) == 1
                 assert len(set(piece.tolist()) - {cls, sep, ord(" ")}) <= 1
             np.testing.assert_array_equal(rows["positions"][row][segments[row] == segment], np.arange(len(piece)))
+
+
+def test_a_token_that_was_added_to_a_vocabulary_is_not_drawn_in_the_place_of_another() -> None:
+    """Its model may have no embedding for it."""
+    made = vocabulary("wordpiece")
+    made.add_special_tokens([MASK])
+    made.add_tokens(["later"])
+    tokenizer = SubwordTokenizer(made, "</s>")
+    size, later = tokenizer.vocab_size - 2, tokenizer.encode("later")[0]
+    assert later == size + 1
+    rule = MaskingRule(rate=1.0, mask_share=0.0, random_share=1.0, whole_word=False, ngram=1)
+    tokens = np.full((40, 100), later)
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens)}
+    hidden = Masking(tokenizer, rule).apply(batch, Draws(np.uint64(0), np.arange(40)))
+    assert hidden["weights"].all() and set(hidden["tokens"].ravel()) == set(range(4, size))
 
 
 @pytest.mark.parametrize("settings", [{}, {"whole_word": True}, {"ngram": 10}, {"mask_rate": 0.4}])

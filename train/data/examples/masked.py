@@ -58,14 +58,14 @@ class MaskingRule:
 
 
 class Masking:
-    """Hides tokens of whole batches. Special tokens are neither hidden nor drawn as random ones."""
+    """Hides tokens of whole batches. Special tokens are neither hidden nor drawn as random ones, and added ones are not drawn."""
 
     def __init__(self, tokenizer: Tokenizer, rule: MaskingRule) -> None:
         """Raises `UserError` if whole words are to be masked and the tokenizer does not mark words."""
         is_special = np.zeros(tokenizer.vocab_size, bool)
         is_special[list(tokenizer.special_ids.values())] = True
         self._is_special = is_special
-        self._ordinary = np.flatnonzero(~is_special)
+        self._ordinary = np.setdiff1d(np.flatnonzero(~is_special), list(tokenizer.added_ids))
         self._mask = tokenizer.special_ids[MASK]
         self._words = WordPieces(tokenizer) if rule.whole_word else None
         self._rule = rule

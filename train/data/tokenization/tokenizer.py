@@ -137,6 +137,8 @@ class Tokenizer(abc.ABC):
     """The ids before and after a text that the tokenizer's post-processor adds, or the config asks for."""
     conventions = Conventions()
     """What was published with the vocabulary."""
+    added_ids: frozenset[int] = frozenset()
+    """Tokens that were added to a trained vocabulary: a model need not have embeddings for them."""
     special_ids: dict[str, int]
     """Every special token by its name, the end of text included: no text gives them, and `decode` leaves them out."""
     separators: int = 1
@@ -285,8 +287,9 @@ class SubwordTokenizer(Tokenizer):
             # The library, and much else, has an array with a place for each id.
             raise UserError(f"the tokenizer's ids go up to {self.vocab_size - 1:,}; allowed: below {_MOST_IDS:,}")
         self.end_token = end_of_text
-        added = model.get_added_tokens_decoder().items()
-        self.special_ids = {token.content: id for id, token in added if token.special} | {end_of_text: end}
+        added = model.get_added_tokens_decoder()
+        self.added_ids = frozenset(added)
+        self.special_ids = {token.content: id for id, token in added.items() if token.special} | {end_of_text: end}
         self._special = set(self.special_ids.values())
         self._is_special = np.zeros(self.vocab_size, bool)
         unknown = {
