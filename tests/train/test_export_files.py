@@ -52,6 +52,7 @@ def test_several_files_and_narrow_weights_come_back(config, name, dtype, tmp_pat
     assert jax.tree.all(jax.tree.map(np.array_equal, kept, again.params))
 
 
+@pytest.mark.torch
 def test_a_size_is_as_transformers_takes_it():
     import transformers.utils.hub
 

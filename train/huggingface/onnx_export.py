@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from train.data.tokenization.tokenizer import Tokenizer
 from train.files import check_new, whole_folder
 from train.huggingface import card
 from train.huggingface.export import note_tokenizer, origin_of, write_files
 from train.huggingface.onnx_graph import FILE, FOLDER, HIDDEN, OF_TOKENS, VECTOR, inputs_of, outputs_of, write_graph
-from train.huggingface.parity import TEXTS
+from train.huggingface.parity import TEXTS, token_rows
 from train.huggingface.sentence_modules import is_embedder, with_modules
 from train.parallel.mesh import MeshConfig, make_mesh, use_mesh
 from train.run.run_files import load_run, stored_run
@@ -65,11 +66,13 @@ def export_onnx(run: Path, directory: Path | None = None, *, step: str = "best",
             "--format hf writes what transformers has a class for"
         )
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--format onnx: not installed: {', '.join(missing)}; pip install manyheads[onnx]")
+        raise UserError(f"--format onnx: not installed: {', '.join(missing)}; pip install 'manyheads[onnx]'")
     loaded = load_run(run, step)
     try:
         architecture = checkpoint.architecture_of(config, model_type or origin_of(run, loaded))
     except UserError as error:
+        if model_type is not None:
+            raise
         raise UserError(
             f"{error}; a graph is made from a class of transformers. Train a model of one of its architectures, or use this "
             "one with manyheads predict and manyheads embed"
@@ -81,13 +84,16 @@ def export_onnx(run: Path, directory: Path | None = None, *, step: str = "best",
         read = with_modules(checkpoint.read(partial), partial)
         outputs = outputs_of(read.config, vectors=vectors)
         graph = write_graph(partial / FOLDER, read, outputs)
-        report = _compared(read, loaded.params, _inputs(read, partial), graph, outputs)
+        rows, same_ids = _inputs(read, partial, loaded.tokenizer)
+        report = _compared(read, loaded.params, rows, graph, outputs)
         text = card.text(loaded, run, name, architecture.model_type, outputs=outputs)
         (partial / "README.md").write_text(text, encoding="utf-8")
         (partial / "parity.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
         for weights in (*partial.glob("model*.safetensors"), partial / INDEX):
             weights.unlink(missing_ok=True)
     note_tokenizer(loaded)
+    if not same_ids:
+        print("  note: the written tokenizer gives other ids than the run's for the same text")
     if not vectors:
         print(
             f"  note: the vectors leave out the prompt's tokens, which a graph cannot know: there is no {VECTOR}; pool "
@@ -98,27 +104,29 @@ def export_onnx(run: Path, directory: Path | None = None, *, step: str = "best",
     return directory
 
 
-def _inputs(read: Checkpoint, folder: Path) -> list[Inputs]:
+def _inputs(read: Checkpoint, folder: Path, ours: Tokenizer) -> tuple[list[Inputs], bool]:
     """The rows to compare, each alone and without padding: texts of several lengths, and pairs of texts for a model with several
-    token types, as the written tokenizer gives them; random ids without one."""
-    from tokenizers import Tokenizer
+    token types, as the written tokenizer gives them; random ids without one. And whether ours gives the same ids."""
+    from tokenizers import Tokenizer as Model
 
     config: Any = read.config
-    longest = min(config.max_length, _LONGEST)
+    longest, same = min(config.max_length, _LONGEST), True
     if not (folder / "tokenizer.json").exists():
         rng = np.random.default_rng(0)
         rows = [rng.integers(0, config.vocab_size, min(length, longest)) for length in (2, 9, 30, longest)]
         found = [(ids, np.zeros_like(ids)) for ids in rows]
     else:
-        tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer: Any = Model.from_file(str(folder / "tokenizer.json"))
+        same = [tokenizer.encode(text).ids for text in TEXTS] == token_rows(read, ours)
         tokenizer.enable_truncation(longest)
         pairs: Any = _PAIRS if config.token_types >= 2 and longest > 4 else ()
         encoded = [*map(tokenizer.encode, _CHECKED), *(tokenizer.encode(*pair) for pair in pairs)]
         found = [(np.array(one.ids), np.array(one.type_ids)) for one in encoded]
-    return [
+    given = [
         {"input_ids": ids[None], "attention_mask": np.ones_like(ids)[None], "token_type_ids": types[None]}
         for ids, types in found
     ]
+    return given, same
 
 
 def _compared(
