@@ -105,6 +105,8 @@ def test_embeddings_with_layers_after_the_pooling(tmp_path, capsys):
     np.testing.assert_allclose(outputs_of(session, tokenizer, TEXTS, "sentence_embedding", pad=1), ours, atol=CLOSE)
     hidden = outputs_of(session, tokenizer, TEXTS[:40], "last_hidden_state", pad=1)
     assert [len(one) for one in hidden] == [len(tokenizer.encode(text).ids) for text in TEXTS[:40]]
+    content = (out / "onnx" / "model.onnx").read_bytes()
+    assert b".py" not in content and str(tmp_path).encode() not in content
     # What sentence-transformers reads, without the weights of the Transformer, which are in the graph.
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     wanted = {"onnx/model.onnx", "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors", "tokenizer.json"}

@@ -65,6 +65,7 @@ def write_graph(folder: Path, read: Checkpoint, outputs: list[str]) -> Path:
     import torch
     import transformers
     from onnxscript import ir
+    from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
 
     transformers.utils.logging.disable_progress_bar()
     names = inputs_of(read.config)
@@ -85,6 +86,8 @@ def write_graph(folder: Path, read: Checkpoint, outputs: list[str]) -> Path:
             ) from None
     folder.mkdir(exist_ok=True)
     size = sum(tensor.nbytes for tensor in read.tensors.values())
+    # torch notes which lines of Python each operation comes from, with the paths of this machine.
+    ClearMetadataAndDocStringPass()(program.model)
     ir.save(program.model, folder / FILE, external_data=WEIGHTS if size > _SINGLE_LIMIT else None)
     return folder / FILE
 
