@@ -60,9 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "plain: rows of one length; padded: of half the length to the whole"
     sub.add_argument("--case", choices=("plain", "padded"), default="plain", help=text)
     sub.add_argument("--compiled-peer", action="store_true", help="also compare with torch.compile")
-    command(
-        "embedding", _embedding, "text embedding compared with sentence-transformers, with the same weights", rounds=3
-    )
+    text = "text embedding compared with sentence-transformers, with the same weights"
+    sub = command("embedding", _embedding, text, rounds=3)
+    text = "also compare with its ONNX backend, in an environment of its own, which is made on first use"
+    sub.add_argument("--onnx", action="store_true", help=text)
     text = "an imported encoder under fsdp and tensor parallelism, compared with transformers on one device"
     sub = commands.add_parser("import-layouts", help=text, description=text)
     sub.set_defaults(call=_import_layouts)
@@ -198,7 +199,7 @@ def _embedding(options: argparse.Namespace) -> None:
     from train.parallel.runtime import set_up_devices
 
     set_up_devices()
-    embedding.run(options.rounds)
+    embedding.run(options.rounds, onnx=options.onnx)
 
 
 def _decode(options: argparse.Namespace) -> None:

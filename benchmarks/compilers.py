@@ -10,12 +10,10 @@ import importlib.metadata
 import importlib.util
 import os
 import subprocess
-import sys
-import venv
 from pathlib import Path
 from typing import Any
 
-from train.files import cache_dir, writing
+from benchmarks import environments
 from transformer.errors import UserError
 
 PACKAGES = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
@@ -118,10 +116,7 @@ def find(platform: str, python: str | None = None, *, make: bool = False) -> str
         UserError: the given one does not run, or has no compiler.
     """
     if python is None:
-        made = _folder(platform) / "bin" / "python"
-        if (made.parent.parent / ".complete").exists():
-            return str(made)
-        return install(platform) if make else None
+        return environments.installed(_folder(platform)) or (install(platform) if make else None)
     names = ", ".join(repr(name) for name in PACKAGES[platform])
     test = f"import importlib.util, sys, jax; sys.exit(not any(map(importlib.util.find_spec, ({names},))))"
     try:
@@ -139,20 +134,10 @@ def install(platform: str) -> str:
     Raises:
         UserError: pip could not install it.
     """
-    folder = _folder(platform)
-    python = folder / "bin" / "python"
     wanted = [f"jax[{EXTRAS[platform]}]=={importlib.metadata.version('jax')}"]
     wanted += [f"{name}=={importlib.metadata.version(name)}" for name in ("flax", "optax", "jaxtyping", "numpy")]
-    print(f"installing {wanted[0]} into {folder}; this happens once", flush=True)
-    with writing(folder):
-        venv.create(folder, with_pip=True, clear=True)
-    done = subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted])
-    if done.returncode:
-        raise UserError(f"{folder}: pip could not install {' '.join(wanted)}; name an existing environment instead")
-    (folder / ".complete").touch()
-    return str(python)
+    return environments.install(_folder(platform), wanted, "name an existing environment instead")
 
 
 def _folder(platform: str) -> Path:
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return cache_dir() / "compilers" / f"{platform}-jax{importlib.metadata.version('jax')}-python{version}"
+    return environments.folder_of("compilers", f"{platform}-jax{importlib.metadata.version('jax')}")

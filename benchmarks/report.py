@@ -81,6 +81,9 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield f"{what}, smallest cosine", f"{found['least_cosine']:.7f}", ""
     if "embedding_ratio" in result:
         yield "embedding, texts/s over sentence-transformers'", *_figure(result["embedding_ratio"], "{:.2f}×")
+    if "embedding_ratio_onnx" in result:
+        what = "embedding, texts/s over sentence-transformers' with its ONNX backend"
+        yield what, *_figure(result["embedding_ratio_onnx"], "{:.2f}×")
     if "auto_over_best" in result:
         yield "attention, time of auto over the best backend, at worst", f"{result['auto_over_best']:.2f}×", ""
     for name, spread in result.get("flat", {}).items():

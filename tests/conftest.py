@@ -66,7 +66,7 @@ _LONG = (
     "test_mechanisms.py", "test_pipeline.py", "test_configs.py", "test_docs.py", "test_loop.py", "test_processes.py",
     "test_verify_resume.py", "test_mutations.py", "test_faults.py", "test_remote.py", "test_stability.py",
     "test_gpt.py", "test_adapter_runs.py", "test_families.py", "test_init_from.py", "test_step.py", "test_tasks.py",
-    "test_hf_parity.py", "test_recurrent.py", "test_hf_import.py", "test_protocol.py", "test_ring.py",
+    "test_hf_parity.py", "test_onnx.py", "test_recurrent.py", "test_hf_import.py", "test_protocol.py", "test_ring.py",
     "test_mixture_of_experts.py", "test_sharding_measure.py", "test_adapters.py", "test_task_losses.py",
     "test_compile_ahead.py", "test_differentiation.py", "test_pallas.py", "test_attention_bench.py",
     "test_blockwise.py", "test_history.py", "test_manyheads.py", "test_contrastive.py", "test_freezing.py",

@@ -119,7 +119,7 @@ ELSEWHERE = {
 LEFT = {
     "devices": ["doctor/tiny/doctor.html"],
     "README": ["runs/tiny/attention/attention.html", "plans/*.html"],
-    "hugging-face": ["vectors.npy"],
+    "hugging-face": ["vectors.npy", "minilm-onnx/onnx/model.onnx", "minilm-bfloat16/model.safetensors"],
     "objectives": ["curves.png"],
     "translation": ["page.html"],
 }

@@ -12,11 +12,13 @@ import yaml
 from benchmarks import record
 from benchmarks.cli import main
 from benchmarks.encoders import layouts, quality, step
+from benchmarks.encoders.onnx_peer import OnnxPeer
 from benchmarks.report import report
 from tests.changed import changed
 from tests.huggingface.ours import BERT, BERT_SPECIAL, WORDS, tokenizer_json, written
 from train.config import RunConfig
 from train.objectives import Classification
+from transformer.errors import UserError
 from transformer.models.heads import ClassificationHeadConfig
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -72,6 +74,13 @@ def test_embedding_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     assert main(["embedding", "--rounds", "1"]) == 2
     assert "pip install --no-deps sentence-transformers" in capsys.readouterr().err
+
+
+def test_a_peer_that_cannot_run_says_why(tmp_path):
+    with pytest.raises(
+        UserError, match="sentence-transformers' ONNX backend ended: .*(sentence_transformers|optimum|none)"
+    ):
+        OnnxPeer(sys.executable, tmp_path / "none", ["a text"], tmp_path)
 
 
 @pytest.mark.all_devices

@@ -227,9 +227,12 @@ def _predict(random: Random, setting: Setting, run: Path) -> list[Any]:
 
 
 def _export(random: Random, setting: Setting, run: Path) -> list[Any]:
-    known = {"--format": ("hf", "peft", "x"), "--model-type": ("gpt2", "bert", "llama", "t5", "marian", "x", "", "\x1b[31m"),
-             "--dtype": ("float32", "bfloat16", "float16", "float64", "int8", "x", "", "object"), "--out": (_out(random,
-             setting),)}  # fmt: skip
+    known = {
+        "--format": ("hf", "peft", "onnx", "x"), "--out": (_out(random, setting),),
+        "--model-type": ("gpt2", "bert", "llama", "t5", "marian", "x", "", "\x1b[31m"),
+        "--dtype": ("float32", "bfloat16", "float16", "float64", "int8", "x", "", "object"),
+        "--max-shard-size": ("5GB", "20KB", "0", "x", "", "9" * 30 + "GB"),
+    }  # fmt: skip
     return [run, "--no-verify", *_flags(random, known), *_step(random)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from train.config import dump
@@ -19,12 +20,16 @@ _USES = {
 }
 
 
-def text(loaded: LoadedRun, run: Path, name: str, model_type: str, *, base: str | None = None) -> str:
+def text(
+    loaded: LoadedRun, run: Path, name: str, model_type: str, *, base: str | None = None,
+    outputs: Sequence[str] | None = None,
+) -> str:  # fmt: skip
     """The card, in Markdown with the hub's front matter.
 
     Args:
         name: the class of transformers.
         base: the base model of adapters; None: the model is whole.
+        outputs: names of the outputs of an ONNX graph; None: the weights are in safetensors.
     """
     config = loaded.config
     head = getattr(config.model, "head", None)
@@ -34,16 +39,36 @@ def text(loaded: LoadedRun, run: Path, name: str, model_type: str, *, base: str 
     use = _USES.get(
         config.model.family, "ids = tokenizer('A text.', return_tensors='pt').input_ids\nprint(model.generate(ids))"
     )
-    what, library, imports = f"A `{name}`", "transformers", "import transformers"
-    load = f"model = transformers.{name}.from_pretrained(FOLDER)"
+    what, library = f"A `{name}`", "transformers"
+    code = f"""import transformers
+
+tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+model = transformers.{name}.from_pretrained(FOLDER)
+{use}"""
     if base is not None:
         what, library = f"Low-rank adapters of a `{name}`", f"peft\nbase_model: {base}"
-        imports = "import peft\nimport transformers"
         labels = f", num_labels={head.classes}" if head is not None and tag.endswith("classification") else ""
-        load = (
-            f"base = transformers.{name}.from_pretrained({base!r}{labels})\n"
-            "model = peft.PeftModel.from_pretrained(base, FOLDER)"
-        )
+        code = f"""import peft
+import transformers
+
+tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+base = transformers.{name}.from_pretrained({base!r}{labels})
+model = peft.PeftModel.from_pretrained(base, FOLDER)
+{use}"""
+    if outputs is not None:
+        what, library = f"The ONNX graph of a `{name}`", "onnx"
+        types = ', "token_type_ids": encoding.type_ids' if getattr(config.model, "token_types", 0) >= 2 else ""
+        names = ", ".join(outputs) + ("," if len(outputs) == 1 else "")
+        one = "[[one]]" if tag == "multiple-choice" else "[one]"
+        code = f"""import numpy as np
+import onnxruntime
+import tokenizers
+
+encoding = tokenizers.Tokenizer.from_file(FOLDER + "/tokenizer.json").encode("A text.")
+rows = {{"input_ids": encoding.ids, "attention_mask": encoding.attention_mask{types}}}
+inputs = {{name: np.array({one}) for name, one in rows.items()}}
+session = onnxruntime.InferenceSession(FOLDER + "/onnx/model.onnx")
+{names} = session.run(None, inputs)"""
     return f"""---
 library_name: {library}
 pipeline_tag: {tag}
@@ -56,11 +81,7 @@ tags: [manyheads, {model_type}]
 {config.objective.kind}).
 
 ```python
-{imports}
-
-tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
-{load}
-{use}
+{code}
 ```
 
 ## Data

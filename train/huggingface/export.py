@@ -27,6 +27,7 @@ from train.run.run_files import LoadedRun, load_run
 from train.versions import version
 from transformer.errors import UserError
 from transformer.huggingface import checkpoint
+from transformer.huggingface.architecture import Architecture
 from transformer.models.bert import BertConfig
 from transformer.models.encoder_decoder import EncoderDecoderConfig
 
@@ -44,7 +45,7 @@ def export(
         step: checkpoint: `best` (the newest if none was evaluated), `latest`, or a number.
         model_type: the architecture to write; by default the one that the weights came from, or the first that fits.
         dtype: a name of `DTYPES`.
-        limit: bytes of tensors in one file.
+        limit: maximum bytes of tensors in one file.
         verify: compare the written weights with transformers; None: if it is installed.
 
     Raises:
@@ -56,38 +57,59 @@ def export(
     if dtype not in DTYPES:
         raise UserError(f"dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     loaded = load_run(run, step)
-    model_type = model_type or origin_of(run, loaded)
-    config, tokenizer = loaded.config.model, exported_tokenizer(loaded)
-    architecture = checkpoint.architecture_of(config, model_type)
-    extra = _labels(loaded) | ({} if tokenizer is None else special_ids(tokenizer, loaded.config.model.vocab_size))
-    if getattr(config, "start_token", 0) is None:
-        extra["decoder_start_token_id"] = loaded.target_tokenizer.end_of_text
+    architecture = checkpoint.architecture_of(loaded.config.model, model_type or origin_of(run, loaded))
     with use_mesh(loaded.mesh, loaded.config.mesh.rules), whole_folder(directory) as partial:
-        _, name = checkpoint.write(
-            partial, config, loaded.params, model_type=architecture.model_type, dtype=DTYPES[dtype], extra=extra,
-            limit=limit,
-        )  # fmt: skip
-        files = {} if tokenizer is None else written(tokenizer, config)
-        files |= _generation(loaded, tokenizer, extra)
-        if isinstance(config, BertConfig) and is_embedder(config):
-            about = loaded.tokenizer.conventions.embedding
-            write_modules(partial, config, loaded.params, DTYPES[dtype], about)
-            files |= text_files(about, config.max_length)
-        files["config.yaml"] = dump(loaded.config)
-        files["README.md"] = card.text(loaded, run, name, architecture.model_type)
-        for place, text in files.items():
-            (partial / place).parent.mkdir(exist_ok=True)
-            (partial / place).write_text(text, encoding="utf-8")
+        name = write_files(partial, loaded, architecture, dtype=dtype, limit=limit)
+        (partial / "README.md").write_text(card.text(loaded, run, name, architecture.model_type), encoding="utf-8")
         read = with_modules(checkpoint.read(partial), partial)
         if verify is not False:
             kept = jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]).astype(leaf.dtype), loaded.params)
-            report = parity.report(read, kept, tokenizer, required=bool(verify))
+            report = parity.report(read, kept, exported_tokenizer(loaded), required=bool(verify))
             (partial / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
             print(parity.line(report))
-    if tokenizer is None:
-        print("  note: transformers cannot represent the run's tokenizer; none is written")
+    note_tokenizer(loaded)
     print(f"written to {directory}: transformers.{name}.from_pretrained({str(directory)!r})")
     return directory
+
+
+def write_files(
+    folder: Path, loaded: LoadedRun, architecture: Architecture, *, dtype: str = "float32",
+    limit: int = checkpoint.FILE_LIMIT,
+) -> str:  # fmt: skip
+    """Write a run's config.json, safetensors, tokenizer, sentence-transformers' modules, generation config and config.yaml into a
+    folder; returns the class of transformers that loads it.
+
+    Args:
+        dtype, limit: as in `export`.
+
+    Raises:
+        UserError: the run's tokenizer and labels contradict the architecture.
+        OSError: any error while writing.
+    """
+    config, tokenizer = loaded.config.model, exported_tokenizer(loaded)
+    extra = _labels(loaded) | ({} if tokenizer is None else special_ids(tokenizer, config.vocab_size))
+    if getattr(config, "start_token", 0) is None:
+        extra["decoder_start_token_id"] = loaded.target_tokenizer.end_of_text
+    _, name = checkpoint.write(
+        folder, config, loaded.params, model_type=architecture.model_type, dtype=DTYPES[dtype], extra=extra, limit=limit
+    )
+    files = {} if tokenizer is None else written(tokenizer, config)
+    files |= _generation(loaded, tokenizer, extra)
+    if isinstance(config, BertConfig) and is_embedder(config):
+        about = loaded.tokenizer.conventions.embedding
+        write_modules(folder, config, loaded.params, DTYPES[dtype], about)
+        files |= text_files(about, config.max_length)
+    files["config.yaml"] = dump(loaded.config)
+    for place, text in files.items():
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text(text, encoding="utf-8")
+    return name
+
+
+def note_tokenizer(loaded: LoadedRun) -> None:
+    """Say where a run's tokenizer was not written."""
+    if exported_tokenizer(loaded) is None:
+        print("  note: transformers cannot represent the run's tokenizer; none is written")
 
 
 def origin_of(run: Path, loaded: LoadedRun) -> str | None:

@@ -145,7 +145,7 @@ def _random(read: Checkpoint, tokenizer: Tokenizer | None) -> tuple[np.ndarray, 
     return ids, valid
 
 
-def _rows(read: Checkpoint, tokenizer: Tokenizer) -> list[list[int]]:
+def token_rows(read: Checkpoint, tokenizer: Tokenizer) -> list[list[int]]:
     """`TEXTS` as token ids, with the tokens around each that the model reads."""
     if isinstance(read.config, GPTConfig):
         return [tokenizer.prompt(text) for text in TEXTS]
@@ -157,8 +157,8 @@ def _rows(read: Checkpoint, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def _texts(read: Checkpoint, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """`_rows` in one array, padded with the model's padding token."""
-    rows = _rows(read, tokenizer)
+    """`token_rows` in one array, padded with the model's padding token."""
+    rows = token_rows(read, tokenizer)
     length = min(max(map(len, rows)), read.config.max_length)
     pad = read.data.get("pad_token_id")
     ids = np.full((len(rows), length), pad if isinstance(pad, int) and pad >= 0 else 0, np.int32)
@@ -180,7 +180,7 @@ def _same_ids(read: Checkpoint, tokenizer: Tokenizer) -> bool | None:
         warnings.simplefilter("ignore")
         try:
             theirs = transformers.AutoTokenizer.from_pretrained(read.folder)
-            return [theirs(text).input_ids for text in TEXTS] == _rows(read, tokenizer)
+            return [theirs(text).input_ids for text in TEXTS] == token_rows(read, tokenizer)
         except Exception:  # transformers may fail for its own reasons
             return None
 

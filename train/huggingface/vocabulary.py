@@ -132,11 +132,14 @@ def written(tokenizer: SubwordTokenizer, model: Any) -> dict[str, str]:
     """The files of a tokenizer for transformers, by name: with its special tokens and chat templates, and adding the tokens that
     the `model`, a config, expects around a text."""
     types = ["token_type_ids"] if getattr(model, "token_types", 0) >= 2 else []
+    # As config.json names it; without one, transformers cannot pad a batch.
+    pad = {"pad_token": tokenizer.end_token} if model.family == "bert" else {}
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.max_length,
         "model_input_names": ["input_ids", *types, "attention_mask"],
         "clean_up_tokenization_spaces": False,
+        **pad,
         **_roles(tokenizer),
         **tokenizer.conventions.fields,
     }

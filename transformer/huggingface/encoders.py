@@ -159,8 +159,11 @@ def bert_fields(c: BertConfig) -> dict[str, Any]:
 
 def class_fields(c: BertConfig) -> dict[str, Any]:
     """The fields of `classes_of`."""
-    several = {"problem_type": "multi_label_classification"} if getattr(c.head, "multi_label", False) else {}
-    return {"num_labels": num_labels_of(c)} | several
+    kind = {}
+    if isinstance(c.head, ClassificationHeadConfig) and (c.head.multi_label or c.head.classes == 1):
+        # Without it, transformers' pipeline applies a sigmoid to a single number.
+        kind = {"problem_type": "multi_label_classification" if c.head.multi_label else "regression"}
+    return {"num_labels": num_labels_of(c)} | kind
 
 
 def num_labels_of(c: BertConfig) -> int:
