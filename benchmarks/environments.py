@@ -44,7 +44,8 @@ def install(folder: Path, wanted: Sequence[str], advice: str) -> str:
     with writing(folder):
         venv.create(folder, with_pip=True, clear=True)
     python = str(_python(folder))
-    done = subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted])
+    # Isolated: packages next to the current folder are not in the environment, and pip would say what they lack.
+    done = subprocess.run([python, "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted])
     if done.returncode:
         raise UserError(f"{folder}: pip could not install {' '.join(wanted)}; {advice}")
     (folder / _COMPLETE).touch()
