@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +191,17 @@ def test_generators_that_were_imported_generate(tmp_path, capsys):
     capsys.readouterr()
     assert main(["translate", str(run), "--text", "the cat sat"]) == 0
     assert capsys.readouterr().out
+
+
+def test_an_import_without_a_tokenizer_says_what_to_do(bert, tmp_path, capsys):
+    (bert / "tokenizer.json").unlink(missing_ok=True)
+    assert main(["import", str(bert), "--run-dir", str(tmp_path / "run"), "--no-verify"]) == 0
+    assert (
+        f"note: no tokenizer could be read; put its files, such as tokenizer.json, into {bert}"
+        in capsys.readouterr().out
+    )
+    assert main(["export", str(tmp_path / "run")]) == 2
+    assert re.search(r"run, step 0: it has no tokenizer, .* and import it again", capsys.readouterr().err)
 
 
 def test_a_tokenizer_of_another_model(bert, tmp_path):

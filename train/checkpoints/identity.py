@@ -42,6 +42,11 @@ def load_tokenizers(files: Mapping[str, str], source: str) -> tuple[Tokenizer, T
     Raises:
         UserError: a file's name leads out of its folder, or there is no tokenizer.
     """
+    if not files:
+        raise UserError(
+            f"{source}: it has no tokenizer, since none could be read where it was imported from; put the tokenizer's files, such "
+            "as tokenizer.json, next to the checkpoint's config.json, and import it again"
+        )
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             path = path_inside(Path(folder), name, source=source)

@@ -68,7 +68,10 @@ def import_checkpoint(
     for note in notes:
         print(f"  note: {note}")
     if tokenizer is None:
-        print("  note: no tokenizer could be read, so texts can be neither encoded nor decoded")
+        print(
+            f"  note: no tokenizer could be read; put its files, such as tokenizer.json, into {folder} and import it again: "
+            "without one no command can use the run"
+        )
     elif more := beyond(tokenizer, read.config.vocab_size):
         print(
             f"  note: the model has no ids for {', '.join(more)}: they stay in the tokenizer, and are never generated"
