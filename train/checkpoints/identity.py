@@ -44,8 +44,8 @@ def load_tokenizers(files: Mapping[str, str], source: str) -> tuple[Tokenizer, T
     """
     if not files:
         raise UserError(
-            f"{source}: it has no tokenizer, since none could be read where it was imported from; put the tokenizer's files, such "
-            "as tokenizer.json, next to the checkpoint's config.json, and import it again"
+            f"{source}: it has no tokenizer, since none could be read where it was imported from; put the tokenizer's files, "
+            "such as tokenizer.json, next to the checkpoint's config.json, and import it again"
         )
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
