@@ -1,4 +1,4 @@
-"""The wheel holds everything that runs outside the checkout."""
+"""The files that are published: the sources make the wheel, the wheel runs outside the checkout, and their pages can be shown."""
 
 from __future__ import annotations
 
@@ -35,9 +35,15 @@ def test_the_wheel_runs_outside_the_checkout(tmp_path):
         if name.split("/")[0] not in ("tests", "docs", "configs") and (ROOT / name).is_file():
             (sources / name).parent.mkdir(parents=True, exist_ok=True)
             (sources / name).write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(sources)]
+    # The archive of the sources first, then the wheel from it.
+    build = [sys.executable, "-m", "build", "--outdir", str(tmp_path / "dist"), str(sources)]
     subprocess.run(build, check=True, capture_output=True, timeout=300)
-    (wheel,) = tmp_path.glob("manyheads-*.whl")
+    published = sorted(map(str, (tmp_path / "dist").iterdir()))
+    assert [Path(one).name for one in published] == ["manyheads-0.1.0-py3-none-any.whl", "manyheads-0.1.0.tar.gz"]
+    check = [sys.executable, "-m", "twine", "check", "--strict", *published]
+    checked = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    wheel = published[0]
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "wheel")
