@@ -129,7 +129,7 @@ def has_programs(page):
     return any(program.startswith("manyheads") for program, *_ in commands(page))
 
 
-@pytest.mark.parametrize("page", filter(has_programs, PAGES), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*filter(has_programs, PAGES)], ids=lambda page: page.stem)
 def test_its_commands_run(page, tmp_path, monkeypatch, capsys):
     """In their order, on the shipped configs and the page's own, at a small size."""
     monkeypatch.chdir(tmp_path)
