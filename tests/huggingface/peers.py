@@ -62,6 +62,13 @@ ENCODER = {
 }  # fmt: skip
 ALBERT = ENCODER | {"num_hidden_layers": 4, "embedding_size": 16}
 NOMIC = ENCODER | {"hidden_size": 32, "num_attention_heads": 2}
+DEBERTA = ENCODER | {
+    "relative_attention": True, "pos_att_type": "p2c|c2p", "share_att_key": True, "norm_rel_ebd": "layer_norm",
+    "position_buckets": 4, "max_relative_positions": -1, "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
+DEBERTA_V2 = DEBERTA | {
+    "position_buckets": -1, "max_relative_positions": 6, "share_att_key": False, "norm_rel_ebd": "none",
+}  # fmt: skip
 DISTILBERT = {
     "vocab_size": 60, "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40, "max_position_embeddings": 32,
     "dropout": 0.0, "attention_dropout": 0.0,
@@ -111,6 +118,25 @@ ENCODERS = {
     "AlbertForPreTraining": ("AlbertForPreTraining", ALBERT | {"vocab_size": 77}),
     "AlbertForSequenceClassification": ("AlbertForSequenceClassification", ALBERT | {"num_hidden_groups": 4}),
     "AlbertForQuestionAnswering": ("AlbertForQuestionAnswering", ALBERT | {"hidden_act": "gelu"}),
+    "DebertaV2Model": ("DebertaV2Model", DEBERTA | {"max_relative_positions": 9, "type_vocab_size": 2}),
+    "DebertaV2Model, absolute positions too": (
+        "DebertaV2Model",
+        DEBERTA_V2 | {"position_biased_input": True, "norm_rel_ebd": "layer_norm"},
+    ),
+    "DebertaV2ForMaskedLM": ("DebertaV2ForMaskedLM", DEBERTA | {"vocab_size": 77}),
+    "DebertaV2ForMaskedLM, no buckets": ("DebertaV2ForMaskedLM", DEBERTA_V2 | {"hidden_act": "gelu_new"}),
+    "DebertaV2ForSequenceClassification": ("DebertaV2ForSequenceClassification", DEBERTA | {"num_labels": 3}),
+    "DebertaV2ForSequenceClassification, content to position": (
+        "DebertaV2ForSequenceClassification",
+        DEBERTA_V2 | {"pos_att_type": ["c2p"], "position_buckets": 2, "pooler_hidden_act": "tanh"},
+    ),
+    "DebertaV2ForTokenClassification": ("DebertaV2ForTokenClassification", DEBERTA | {"position_buckets": 8}),
+    "DebertaV2ForTokenClassification, position to content": (
+        "DebertaV2ForTokenClassification",
+        DEBERTA_V2 | {"pos_att_type": ["p2c"], "num_labels": 4},
+    ),
+    "DebertaV2ForQuestionAnswering": ("DebertaV2ForQuestionAnswering", DEBERTA | {"num_hidden_layers": 3}),
+    "DebertaV2ForMultipleChoice": ("DebertaV2ForMultipleChoice", DEBERTA | {"pos_att_type": ["c2p"]}),
     "MPNetModel": ("MPNetModel", ENCODER),
     "MPNetForMaskedLM": ("MPNetForMaskedLM", ENCODER | {"layer_norm_eps": 1e-5}),
     "MPNetForSequenceClassification": ("MPNetForSequenceClassification", ENCODER | {"num_labels": 3}),

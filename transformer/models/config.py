@@ -11,6 +11,7 @@ from transformer.errors import Config, ConfigError, check_size, require
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.layers.position import NoPositionConfig, RelativeConfig
+from transformer.mixers.disentangled import DisentangledConfig
 from transformer.mixers.registry import DROPS_WEIGHTS, MixerConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.resume import Ask, Free
@@ -109,12 +110,12 @@ class StackConfig(Config):
                 raise ConfigError(
                     type(self), f"{place}.kind", mixer.kind,
                     "it reads only what came before, and an encoder sees both sides; allowed: softmax, latent,"
-                    " differential, linear",
+                    " differential, disentangled, linear",
                 )  # fmt: skip
 
     def _check_positions(self) -> None:
         own = next((kind for mixer in self.mixers() if (kind := _position_kind(mixer)) != "none"), None)
-        # A learned bias by distance may come on top of positions in the embeddings (MPNet).
+        # What is learned by distance may come on top of positions in the embeddings (MPNet, DeBERTa).
         if self.position_embedding not in (None, "none") and own not in (None, "relative"):
             raise ConfigError(
                 type(self), "position_embedding", self.position_embedding,
@@ -131,6 +132,13 @@ class StackConfig(Config):
         shared = {(heads, position) for heads, position in positions if isinstance(position, RelativeConfig)}
         if len(shared) > 1:
             allowed = "its layers share one bias by distance; allowed: equal num_heads and position"
+            raise ConfigError(type(self), "pattern", self.pattern, allowed)
+        embeddings = {mixer.shared for mixer in self.mixers() if isinstance(mixer, DisentangledConfig)}
+        if len(embeddings) + len(shared) > 1:
+            allowed = (
+                "its layers share one bias or one table of embeddings by distance; allowed: of kind disentangled, equal "
+                "max_distance, num_buckets and norm_embeddings; of position relative, none in addition"
+            )
             raise ConfigError(type(self), "pattern", self.pattern, allowed)
 
     @property
@@ -179,6 +187,11 @@ class StackConfig(Config):
         return None
 
     @property
+    def relative_embedding(self) -> DisentangledConfig | None:
+        """The first mixer with relative embeddings, which the layers share, or None."""
+        return next((mixer for mixer in self.mixers() if isinstance(mixer, DisentangledConfig)), None)
+
+    @property
     def has_norm_bias(self) -> bool:
         """`norm_bias` with its default filled in."""
         return self.norm == "layer_norm" and self.norm_bias is not False
@@ -201,7 +214,7 @@ def stack_flops(config: StackConfig, length: int, *, causal: bool, num_layers: i
 
 
 def _position_kind(mixer: MixerConfig) -> str:
-    if mixer.kind == "latent":
-        return "rotary"
+    if mixer.kind in ("latent", "disentangled"):
+        return "rotary" if mixer.kind == "latent" else "relative"
     position = getattr(mixer, "position", None)
     return "none" if position is None else position.kind
