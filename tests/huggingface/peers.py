@@ -125,6 +125,7 @@ ENCODERS = {
     ),
     "DebertaV2ForMaskedLM": ("DebertaV2ForMaskedLM", DEBERTA | {"vocab_size": 77}),
     "DebertaV2ForMaskedLM, no buckets": ("DebertaV2ForMaskedLM", DEBERTA_V2 | {"hidden_act": "gelu_new"}),
+    "DebertaV2ForMaskedLM, the other head": ("DebertaV2ForMaskedLM", DEBERTA | {"legacy": False, "num_hidden_layers": 1}),
     "DebertaV2ForSequenceClassification": ("DebertaV2ForSequenceClassification", DEBERTA | {"num_labels": 3}),
     "DebertaV2ForSequenceClassification, content to position": (
         "DebertaV2ForSequenceClassification",
