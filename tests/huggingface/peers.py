@@ -125,7 +125,10 @@ ENCODERS = {
     ),
     "DebertaV2ForMaskedLM": ("DebertaV2ForMaskedLM", DEBERTA | {"vocab_size": 77}),
     "DebertaV2ForMaskedLM, no buckets": ("DebertaV2ForMaskedLM", DEBERTA_V2 | {"hidden_act": "gelu_new"}),
-    "DebertaV2ForMaskedLM, the other head": ("DebertaV2ForMaskedLM", DEBERTA | {"legacy": False, "num_hidden_layers": 1}),
+    "DebertaV2ForMaskedLM, the other head": (
+        "DebertaV2ForMaskedLM",
+        DEBERTA | {"legacy": False, "num_hidden_layers": 1},
+    ),
     "DebertaV2ForSequenceClassification": ("DebertaV2ForSequenceClassification", DEBERTA | {"num_labels": 3}),
     "DebertaV2ForSequenceClassification, content to position": (
         "DebertaV2ForSequenceClassification",
@@ -260,6 +263,46 @@ DECODERS |= {
     "Gemma3TextModel": (
         "Gemma3TextModel",
         GEMMA | {"layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8},
+    ),
+}
+PHI3 = LLAMA | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.5, 6.0],
+}  # fmt: skip
+DECODERS |= {
+    "Phi3ForCausalLM": ("Phi3ForCausalLM", PHI3 | {"sliding_window": 5}),
+    # On both sides of the boundary, which is 13 tokens: texts of 13 have the short factors.
+    "Phi3Model, short": (
+        "Phi3Model",
+        PHI3 | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 13, "tie_word_embeddings": True},
+    ),
+    "Phi3Model, long": (
+        "Phi3Model",
+        PHI3 | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 12, "tie_word_embeddings": True},
+    ),
+    "Phi3Model, its attention factor and part of each head": (
+        "Phi3Model",
+        PHI3
+        | {
+            "rope_parameters": LONGROPE
+            | {
+                "attention_factor": 1.3,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.2, 1.3],
+                "long_factor": [3.0, 4.0],
+            },
+            "hidden_size": 32,
+            "original_max_position_embeddings": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "LlamaModel, LongRoPE": (
+        "LlamaModel",
+        LLAMA
+        | {
+            "rope_parameters": LONGROPE | {"factor": 3.0, "original_max_position_embeddings": 10},
+            "tie_word_embeddings": True,
+        },
     ),
 }
 ENCODER_DECODERS = {

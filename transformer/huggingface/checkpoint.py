@@ -23,6 +23,7 @@ from transformer.huggingface import (
     llama,
     modernbert,
     nomic_bert,
+    phi3,
 )
 from transformer.huggingface.architecture import OTHER_MODEL, Architecture
 from transformer.huggingface.fields import UNTIED
@@ -37,7 +38,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         encoders.BERT, encoders.ROBERTA, encoders.XLM_ROBERTA, encoders.DISTILBERT, encoders.ELECTRA, encoders.MPNET,
         albert.ALBERT, deberta.DEBERTA_V2, modernbert.MODERNBERT, nomic_bert.NOMIC_BERT,
         decoders.GPT2, decoders.GPT_NEOX, llama.LLAMA, llama.MISTRAL,
-        llama.QWEN2, llama.QWEN3, llama.MIXTRAL, llama.QWEN3_MOE, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3,
+        llama.QWEN2, llama.QWEN3, llama.MIXTRAL, llama.QWEN3_MOE, phi3.PHI3, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3,
         encoder_decoders.T5,
         encoder_decoders.MT5, encoder_decoders.MARIAN,
     )

@@ -80,6 +80,11 @@ class Context:
         """How many tokens each row has read before these."""
         return 0 if self.state is None else self.state.length
 
+    @property
+    def room(self) -> int | None:
+        """How many tokens each row can hold with its state, which says how long its text may become; None without one."""
+        return None if self.state is None else getattr(self.state, "room", None)
+
     def positions(self, x_BTD: Float[Array, "B T D"]) -> Int[Array, "B T"]:
         """`positions_BT` with its default filled in."""
         B, T, _ = x_BTD.shape

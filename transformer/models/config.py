@@ -10,7 +10,7 @@ from flax import nnx
 from transformer.errors import Config, ConfigError, check_size, require
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
-from transformer.layers.position import NoPositionConfig, RelativeConfig
+from transformer.layers.position import NO_SCALING, NoPositionConfig, RelativeConfig, RotaryScaling
 from transformer.mixers.disentangled import DisentangledConfig
 from transformer.mixers.registry import DROPS_WEIGHTS, MixerConfig
 from transformer.mixers.softmax import SoftmaxConfig
@@ -133,6 +133,10 @@ class StackConfig(Config):
         if len(shared) > 1:
             allowed = "its layers share one bias by distance; allowed: equal num_heads and position"
             raise ConfigError(type(self), "pattern", self.pattern, allowed)
+        boundaries = {scaling.boundary for mixer in self.mixers() if (scaling := _scaling(mixer)).boundary}
+        if len(boundaries) > 1:
+            allowed = "layers with positions of kind longrope; allowed: equal original_length in all of them"
+            raise ConfigError(type(self), "pattern", self.pattern, allowed)
         embeddings = {mixer.shared for mixer in self.mixers() if isinstance(mixer, DisentangledConfig)}
         if len(embeddings) + len(shared) > 1:
             allowed = (
@@ -192,6 +196,11 @@ class StackConfig(Config):
         return next((mixer for mixer in self.mixers() if isinstance(mixer, DisentangledConfig)), None)
 
     @property
+    def position_boundary(self) -> int | None:
+        """The number of tokens beyond which a text has other rotary frequencies (longrope), or None."""
+        return next((scaling.boundary for mixer in self.mixers() if (scaling := _scaling(mixer)).boundary), None)
+
+    @property
     def has_norm_bias(self) -> bool:
         """`norm_bias` with its default filled in."""
         return self.norm == "layer_norm" and self.norm_bias is not False
@@ -211,6 +220,11 @@ def stack_flops(config: StackConfig, length: int, *, causal: bool, num_layers: i
         mixer.flops(config.embed_dim, length, causal=causal) + config.mlp.flops(config.embed_dim)
         for mixer in config.mixers(num_layers)
     )
+
+
+def _scaling(mixer: MixerConfig) -> RotaryScaling:
+    scaling = getattr(mixer, "scaling", None) or getattr(getattr(mixer, "position", None), "scaling", None)
+    return scaling if isinstance(scaling, RotaryScaling) else NO_SCALING
 
 
 def _position_kind(mixer: MixerConfig) -> str:
