@@ -78,6 +78,7 @@ def test_each_row_has_the_factors_of_its_last_position():
     ("given", "field"),
     [
         ({"original_length": None}, "original_length"),
+        ({"original_length": 1}, "original_length"),
         ({"short_factors": ()}, "short_factors"),
         ({"long_factors": (1.0, 0.0)}, "long_factors"),
         ({"long_factors": (1.0, 2.0, 3.0)}, "long_factors"),

@@ -62,7 +62,9 @@ class HFConfigReader:
 
     def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = _LARGEST) -> int:
         """A whole number, of 1 or more where `least` does not say otherwise."""
-        value = self.get(name, default)
+        return self._size(name, self.get(name, default), least, most)
+
+    def _size(self, name: str, value: Any, least: int, most: int = _LARGEST) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             self._wrong.append(f"{name}: got {shown(value)}; allowed: a whole number from {least} to {most:,}")
             return least
@@ -147,7 +149,7 @@ class HFConfigReader:
 
     def rotary(
         self, *, theta: float, section: str | None = None, name: str = "rope_theta", scaled: bool = True,
-        kinds: Mapping[str, str] | None = None,
+        kinds: Mapping[str, str] | None = None, original: int | None = None,
     ) -> RotaryConfig:  # fmt: skip
         """Rotary positions, in any form in which the config writes them.
 
@@ -157,6 +159,7 @@ class HFConfigReader:
             name: of the field for theta outside of a section.
             scaled: whether the field rope_scaling applies.
             kinds: other names of rope_type.
+            original: their default of original_max_position_embeddings, if the model's own config has that field.
         """
         new = self.section("rope_parameters")
         new = new if section is None else self._section(f"rope_parameters.{section}", new.get(section) or {})
@@ -169,17 +172,19 @@ class HFConfigReader:
         kind = both.get("rope_type") or both.get("type") or "default"
         kind = (kinds or {}).get(kind, kind) if isinstance(kind, str) else kind
         return RotaryConfig(
-            theta=found["rope_theta"], scaling=self._scaling(kind, both), fraction=found["partial_rotary_factor"]
+            theta=found["rope_theta"],
+            scaling=self._scaling(kind, both, original),
+            fraction=found["partial_rotary_factor"],
         )
 
-    def _scaling(self, kind: Any, rope: Mapping[str, Any]) -> RotaryScaling:
+    def _scaling(self, kind: Any, rope: Mapping[str, Any], original: int | None) -> RotaryScaling:
         if unknown := sorted(rope.keys() - _ROPE_FIELDS):
             # It may change what the model computes.
             self._wrong.append(f"rope_parameters: fields that are not known: {', '.join(unknown)}")
         if rope.get("truncate", True) is not True:
             self._wrong.append(f"truncate: got {shown(rope['truncate'])}; supported: true")
         # The field outside of the section has the last word there too.
-        length = self.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        length = self.get("original_max_position_embeddings", original) or rope.get("original_max_position_embeddings")
 
         def number(name: str, usual: float | None = None) -> float:
             return self._number(name, rope.get(name) or usual)
@@ -207,7 +212,7 @@ class HFConfigReader:
 
     def _longrope(self, rope: Mapping[str, Any], length: Any) -> RotaryScaling:
         longest = self.size("max_position_embeddings")
-        length = self.size("original_max_position_embeddings", length or longest, least=2)
+        length = self._size("original_max_position_embeddings", length or longest, 2)
         factor = self._number("factor", rope.get("factor") or longest / length)
         own = rope.get("attention_factor")
         lists = {name: rope.get(name) for name in ("short_factor", "long_factor")}

@@ -47,7 +47,7 @@ def _read(theirs: HFConfigReader, head: Any) -> GPTConfig:
         attention=SoftmaxConfig(
             num_heads=num_heads, head_dim=theirs.size("head_dim", max(dim // num_heads, 1)),
             num_kv_heads=theirs.size("num_key_value_heads", num_heads), bias=False, window=window,
-            position=theirs.rotary(theta=10_000.0, kinds=_OLD_NAMES),
+            position=theirs.rotary(theta=10_000.0, kinds=_OLD_NAMES, original=4096),
         ),
         mlp=DenseConfig(
             dim=theirs.size("intermediate_size", 8192), activation=theirs.one_of("hidden_act", GATED, "silu"), bias=False

@@ -53,9 +53,9 @@ class RotaryScaling(Config):
         super().__post_init__()
         needs_length = self.kind in ("yarn", "llama3", "longrope")
         require(self, "factor", self.factor >= 1, "allowed: 1 or more")
-        require(
-            self, "original_length", self.original_length is None or self.original_length >= 1, "allowed: 1 or more"
-        )
+        least = 2 if self.kind == "longrope" else 1
+        holds = self.original_length is None or self.original_length >= least
+        require(self, "original_length", holds, f"allowed: {least} or more")
         require(
             self,
             "original_length",
@@ -71,8 +71,8 @@ class RotaryScaling(Config):
             given = getattr(self, field)
             holds = bool(given) == (self.kind == "longrope") and all(factor > 0 for factor in given)
             require(self, field, holds, "allowed: numbers above 0 with longrope, and none without it")
-        alike = len(self.short_factors) == len(self.long_factors)
-        require(self, "long_factors", alike, f"allowed: as many as short_factors ({len(self.short_factors)})")
+        count = len(self.short_factors)
+        require(self, "long_factors", len(self.long_factors) == count, f"allowed: as many as short_factors ({count})")
 
     @property
     def most_turns(self) -> float:
