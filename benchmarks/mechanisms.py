@@ -82,6 +82,7 @@ TASKS: dict[str, Task] = {
             "softmax, multi-query": {"attention": _SOFTMAX | {"num_kv_heads": 1}, "pattern": []},
             "latent": _mixer("latent", num_heads=2),
             "differential": _mixer("differential", **_HEADS, position={"kind": "rotary"}),
+            "disentangled": _mixer("disentangled", **_HEADS),
             "linear, elu": _mixer("linear", **_HEADS),
             "linear, DPFP": _mixer("linear", **_HEADS, feature_map="dpfp"),
             "linear, random features": _mixer("linear", **_HEADS, feature_map="favor"),

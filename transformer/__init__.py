@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformer.interpret.capture import AttentionMaps, attention_maps
     from transformer.mixers.context import Context
     from transformer.mixers.differential import DifferentialAttention, DifferentialConfig
+    from transformer.mixers.disentangled import DisentangledAttention, DisentangledConfig
     from transformer.mixers.fast_weights import FastWeightAttention, FastWeightConfig
     from transformer.mixers.latent import LatentAttention, LatentConfig
     from transformer.mixers.linear import LinearAttention, LinearAttentionConfig
@@ -43,6 +44,7 @@ _NAMES = {
     "interpret.capture": ("AttentionMaps", "attention_maps"),
     "mixers.context": ("Context",),
     "mixers.differential": ("DifferentialAttention", "DifferentialConfig"),
+    "mixers.disentangled": ("DisentangledAttention", "DisentangledConfig"),
     "mixers.fast_weights": ("FastWeightAttention", "FastWeightConfig"),
     "mixers.latent": ("LatentAttention", "LatentConfig"),
     "mixers.linear": ("LinearAttention", "LinearAttentionConfig"),
@@ -59,8 +61,9 @@ _PLACES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "GPT", "LSTMN", "AttentionMaps", "AttentionMask", "BeamSearch", "Bert", "BertConfig", "Context",
-    "DifferentialAttention", "DifferentialConfig", "Electra", "ElectraConfig", "EncoderDecoder", "FastWeightAttention",
-    "FastWeightConfig", "GPTConfig", "Generator", "LSTMNConfig", "LatentAttention", "LatentConfig", "LinearAttention",
+    "DifferentialAttention", "DifferentialConfig", "DisentangledAttention", "DisentangledConfig", "Electra",
+    "ElectraConfig", "EncoderDecoder", "FastWeightAttention", "FastWeightConfig",
+    "GPTConfig", "Generator", "LSTMNConfig", "LatentAttention", "LatentConfig", "LinearAttention",
     "LinearAttentionConfig", "MultiHeadAttention", "RecurrentConfig", "RecurrentTranslator", "Sampling", "SoftmaxConfig",
     "T5Config", "Translator", "VaswaniConfig", "attend", "attention_maps", "make_model",
 ]  # fmt: skip

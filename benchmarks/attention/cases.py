@@ -24,8 +24,10 @@ from transformer.attention.linear.fast_weights import RULES, fast_weights
 from transformer.attention.linear.feature_maps import unit_length
 from transformer.attention.linear.linear_attention import linear_attention
 from transformer.attention.spec.mask import AttentionMask
+from transformer.layers.relative_embedding import RelativeEmbedding
 from transformer.mixers.context import CAUSAL, Context
 from transformer.mixers.differential import DifferentialAttention, DifferentialConfig
+from transformer.mixers.disentangled import DisentangledAttention, DisentangledConfig
 from transformer.mixers.latent import LatentAttention, LatentConfig
 from transformer.mixers.lstmn import LSTMN, LSTMNConfig
 
@@ -161,6 +163,19 @@ def _alignment(config: AlignmentConfig) -> Mechanism:
     return _module(lambda **kw: make_alignment(config, D, D, **_options(**kw)), run, "BTD", "BSD")
 
 
+class _Disentangled(nnx.Module):
+    """Disentangled attention with the table of distances that a stack of layers would have."""
+
+    def __init__(self, **options: Any) -> None:
+        config = DisentangledConfig(num_heads=N, max_distance=64, num_buckets=16, norm_embeddings=False)
+        self.attention = DisentangledAttention(D, config, **options)
+        table = {"init": nnx.initializers.normal(1.0), "dtype": options["dtype"], "rngs": options["rngs"]}
+        self.table = RelativeEmbedding(D, max_distance=config.max_distance, num_buckets=config.num_buckets, **table)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.attention(x_BTD, Context(relative=self.table, is_causal=False))[0]
+
+
 def _options(**fixed: Any) -> dict[str, Any]:
     return {"kernel_init": nnx.initializers.lecun_normal()} | fixed
 
@@ -216,6 +231,9 @@ MECHANISMS: dict[str, Mechanism] = {
         lambda m, x: m(x, Context(layer=1))[0],
         "BTD",
         spread=1.0,
+    ),
+    "disentangled (He et al. 2021)": _module(
+        lambda **kw: _Disentangled(**_both(**kw)), lambda m, x: m(x), "BTD", spread=1.0
     ),
     **{
         f"linear attention, {name}": Mechanism(

@@ -62,6 +62,13 @@ ENCODER = {
 }  # fmt: skip
 ALBERT = ENCODER | {"num_hidden_layers": 4, "embedding_size": 16}
 NOMIC = ENCODER | {"hidden_size": 32, "num_attention_heads": 2}
+DEBERTA = ENCODER | {
+    "relative_attention": True, "pos_att_type": "p2c|c2p", "share_att_key": True, "norm_rel_ebd": "layer_norm",
+    "position_buckets": 4, "max_relative_positions": -1, "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
+DEBERTA_V2 = DEBERTA | {
+    "position_buckets": -1, "max_relative_positions": 6, "share_att_key": False, "norm_rel_ebd": "none",
+}  # fmt: skip
 DISTILBERT = {
     "vocab_size": 60, "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40, "max_position_embeddings": 32,
     "dropout": 0.0, "attention_dropout": 0.0,
@@ -111,6 +118,29 @@ ENCODERS = {
     "AlbertForPreTraining": ("AlbertForPreTraining", ALBERT | {"vocab_size": 77}),
     "AlbertForSequenceClassification": ("AlbertForSequenceClassification", ALBERT | {"num_hidden_groups": 4}),
     "AlbertForQuestionAnswering": ("AlbertForQuestionAnswering", ALBERT | {"hidden_act": "gelu"}),
+    "DebertaV2Model": ("DebertaV2Model", DEBERTA | {"max_relative_positions": 9, "type_vocab_size": 2}),
+    "DebertaV2Model, absolute positions too": (
+        "DebertaV2Model",
+        DEBERTA_V2 | {"position_biased_input": True, "norm_rel_ebd": "layer_norm"},
+    ),
+    "DebertaV2ForMaskedLM": ("DebertaV2ForMaskedLM", DEBERTA | {"vocab_size": 77}),
+    "DebertaV2ForMaskedLM, no buckets": ("DebertaV2ForMaskedLM", DEBERTA_V2 | {"hidden_act": "gelu_new"}),
+    "DebertaV2ForMaskedLM, the other head": (
+        "DebertaV2ForMaskedLM",
+        DEBERTA | {"legacy": False, "num_hidden_layers": 1},
+    ),
+    "DebertaV2ForSequenceClassification": ("DebertaV2ForSequenceClassification", DEBERTA | {"num_labels": 3}),
+    "DebertaV2ForSequenceClassification, content to position": (
+        "DebertaV2ForSequenceClassification",
+        DEBERTA_V2 | {"pos_att_type": ["c2p"], "position_buckets": 2, "pooler_hidden_act": "tanh"},
+    ),
+    "DebertaV2ForTokenClassification": ("DebertaV2ForTokenClassification", DEBERTA | {"position_buckets": 8}),
+    "DebertaV2ForTokenClassification, position to content": (
+        "DebertaV2ForTokenClassification",
+        DEBERTA_V2 | {"pos_att_type": ["p2c"], "num_labels": 4},
+    ),
+    "DebertaV2ForQuestionAnswering": ("DebertaV2ForQuestionAnswering", DEBERTA | {"num_hidden_layers": 3}),
+    "DebertaV2ForMultipleChoice": ("DebertaV2ForMultipleChoice", DEBERTA | {"pos_att_type": ["c2p"]}),
     "MPNetModel": ("MPNetModel", ENCODER),
     "MPNetForMaskedLM": ("MPNetForMaskedLM", ENCODER | {"layer_norm_eps": 1e-5}),
     "MPNetForSequenceClassification": ("MPNetForSequenceClassification", ENCODER | {"num_labels": 3}),
@@ -233,6 +263,46 @@ DECODERS |= {
     "Gemma3TextModel": (
         "Gemma3TextModel",
         GEMMA | {"layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8},
+    ),
+}
+PHI3 = LLAMA | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.0, 2.5, 6.0],
+}  # fmt: skip
+DECODERS |= {
+    "Phi3ForCausalLM": ("Phi3ForCausalLM", PHI3 | {"sliding_window": 5}),
+    # On both sides of the boundary, which is 13 tokens: texts of 13 have the short factors.
+    "Phi3Model, short": (
+        "Phi3Model",
+        PHI3 | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 13, "tie_word_embeddings": True},
+    ),
+    "Phi3Model, long": (
+        "Phi3Model",
+        PHI3 | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 12, "tie_word_embeddings": True},
+    ),
+    "Phi3Model, its attention factor and part of each head": (
+        "Phi3Model",
+        PHI3
+        | {
+            "rope_parameters": LONGROPE
+            | {
+                "attention_factor": 1.3,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.2, 1.3],
+                "long_factor": [3.0, 4.0],
+            },
+            "hidden_size": 32,
+            "original_max_position_embeddings": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "LlamaModel, LongRoPE": (
+        "LlamaModel",
+        LLAMA
+        | {
+            "rope_parameters": LONGROPE | {"factor": 3.0, "original_max_position_embeddings": 10},
+            "tie_word_embeddings": True,
+        },
     ),
 }
 ENCODER_DECODERS = {

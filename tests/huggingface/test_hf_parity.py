@@ -199,7 +199,7 @@ def test_encoder_decoders(case, tmp_path):
     [
         ("llama", "LlamaConfig"), ("mistral", "MistralConfig"), ("qwen2", "Qwen2Config"), ("qwen3", "Qwen3Config"),
         ("mixtral", "MixtralConfig"), ("qwen3_moe", "Qwen3MoeConfig"), ("gemma", "GemmaConfig"),
-        ("gemma2", "Gemma2Config"), ("gemma3_text", "Gemma3TextConfig"),
+        ("gemma2", "Gemma2Config"), ("gemma3_text", "Gemma3TextConfig"), ("phi3", "Phi3Config"),
     ],
 )  # fmt: skip
 def test_fields_that_are_not_written_are_those_of_transformers(kind, name):

@@ -16,8 +16,10 @@ from tests.changed import built
 from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import ConfigError
 from transformer.layers.position import AlibiConfig, RotaryConfig, RotaryScaling
+from transformer.layers.relative_embedding import RelativeEmbedding
 from transformer.mixers.context import Context
 from transformer.mixers.differential import DifferentialConfig
+from transformer.mixers.disentangled import DisentangledConfig
 from transformer.mixers.fast_weights import FastWeightConfig
 from transformer.mixers.latent import LatentConfig
 from transformer.mixers.linear import LinearAttentionConfig
@@ -43,6 +45,10 @@ CONFIGS = {
         num_heads=2, num_kv_heads=1, position=RotaryConfig(theta=100.0), window=4
     ),
     "differential, alibi": DifferentialConfig(num_heads=2, position=AlibiConfig()),
+    "disentangled, own projections": DisentangledConfig(
+        num_heads=N, share_projections=False, position_to_content=False
+    ),
+    "disentangled": DisentangledConfig(num_heads=N),
     "linear": LinearAttentionConfig(num_heads=N, num_kv_heads=2, chunk=4),
     "linear, favor": LinearAttentionConfig(num_heads=N, feature_map="favor", chunk=5),
     "sum": FastWeightConfig(kind="sum", num_heads=N, feature_map="elu", feature_norm="sum", chunk=4),
@@ -54,6 +60,10 @@ CONFIGS = {
 # One of each kind, the last: whose weights of some heads are looked at too.
 CHOSEN = {config.kind: config for config in CONFIGS.values()}.values()
 EVERY = pytest.mark.parametrize("name", CONFIGS)
+# The stack of layers has it, and gives it to them.
+DISTANCES = RelativeEmbedding(
+    D, max_distance=7, num_buckets=4, norm_epsilon=1e-5, init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(1)
+)
 X = np.random.default_rng(0).normal(size=(B, T, D)).astype("float32")
 
 
@@ -74,9 +84,13 @@ def program(config):
     return functools.partial(call, params)
 
 
+def context_of(config, **fields):
+    return Context(layer=1, relative=DISTANCES if config.kind == "disentangled" else None, **fields)
+
+
 def run(config, x, **context):
     """The output, compiled, on the host; the state; and the weights."""
-    out, state, weights = program(config)(x, Context(layer=1, **context))
+    out, state, weights = program(config)(x, context_of(config, **context))
     return np.asarray(out), state, None if weights is None else np.asarray(weights)
 
 
@@ -155,7 +169,7 @@ def test_weights_are_what_reads_the_values(name):
         chosen = (heads - 1, 0)
         few = run(config, X, return_weights=chosen)[2]
         np.testing.assert_allclose(few, weights[:, list(chosen)], atol=1e-6)
-    if config.kind in ("softmax", "latent") or name == "linear":
+    if config.kind in ("softmax", "latent", "disentangled") or name == "linear":
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-4)
 
 
@@ -166,7 +180,7 @@ def test_every_parameter_learns(name):
     @jax.jit
     @jax.grad
     def gradient(params):
-        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(jnp.asarray(X), Context(layer=1))[0]))
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(jnp.asarray(X), context_of(CONFIGS[name]))[0]))
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(params)):
         # A bias of keys shifts all logits of a query alike.
@@ -181,20 +195,20 @@ def test_settings_that_leave_the_parameters_alone(name):
     assert shapes[0] == shapes[1] and config.structure.structure == config.structure
 
 
-@pytest.mark.parametrize("name", ["softmax", "latent", "differential", "lstmn"])
+@pytest.mark.parametrize("name", ["softmax", "latent", "differential", "disentangled", "lstmn"])
 def test_a_state_without_room(name):
     config = CONFIGS[name]
     with pytest.raises(ValueError, match="11 more positions do not fit; it has room for 8 in all"):
         run(config, X, state=mixer_of(config).make_state(B, 8))
     _, state, _ = run(config, X[:, :6], state=mixer_of(config).make_state(B, 8))
     with pytest.raises(ValueError, match="row 0 would hold 9 positions; it has room for 8"):
-        mixer_of(config)(jnp.asarray(X[:, :3]), Context(state=state))
+        mixer_of(config)(jnp.asarray(X[:, :3]), context_of(config, state=state))
     # Inside a program nothing can raise.
     out, state, _ = run(config, X[:, :3], state=state)
     assert np.isnan(out).all() and int(state.length[0]) == 9
 
 
-@pytest.mark.parametrize("name", ["softmax", "softmax, rotary", "latent", "differential"])
+@pytest.mark.parametrize("name", ["softmax", "softmax, rotary", "latent", "differential", "disentangled"])
 def test_empty_slots_are_hidden_without_a_causal_mask(name):
     config = CONFIGS[name]
     expected, _, _ = run(config, X[:, :6], is_causal=False)
@@ -245,6 +259,18 @@ def test_what_a_state_of_fixed_size_cannot_do(name, context, message):
         (lambda: built(LSTMNConfig, hidden_dim=0), "hidden_dim: got 0; allowed: 1 or more, or null"),
         (lambda: built(LatentConfig, rotary_dim=3), "rotary_dim: got 3; allowed: an even number"),
         (lambda: built(DifferentialConfig, window=0), "window: got 0"),
+        (
+            lambda: built(DisentangledConfig, num_buckets=3),
+            "num_buckets: got 3; allowed: an even number from 2 up, or null",
+        ),
+        (
+            lambda: built(DisentangledConfig, max_distance=129),
+            "max_distance: got 129; with 256 num_buckets allowed: 130 or",
+        ),
+        (
+            lambda: built(DisentangledConfig, content_to_position=False, position_to_content=False),
+            "content_to_position: got False; allowed: true where position_to_content is false",
+        ),
         (lambda: built(RotaryConfig, theta=0.0), "theta: got 0.0; allowed: above 0"),
         (lambda: built(RotaryConfig, fraction=1.5), "fraction: got 1.5; allowed: above 0, at most 1"),
     ],
@@ -254,7 +280,7 @@ def test_a_config_that_exists_is_valid(make, message):
         make()
 
 
-@pytest.mark.parametrize("name", ["linear", "softmax"])
+@pytest.mark.parametrize("name", ["linear", "softmax", "disentangled"])
 def test_both_sides_are_seen_without_causality(name):
     config = CONFIGS[name]
     segments = jnp.asarray([[1] * 5 + [2] * 6] * B)

@@ -22,6 +22,7 @@ from transformer.functional import graphdef_of
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.layers.position import RelativeConfig, RotaryConfig
+from transformer.mixers.disentangled import DisentangledConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.electra import ElectraConfig
@@ -53,6 +54,12 @@ MODELS = {
         BertConfig(
             **SMALL | {"num_layers": 6}, norm_first=True, token_types=0, norm_bias=False,
             pattern=(changed(ROTARY, window=2), ROTARY), mlp=DenseConfig(activation="geglu", bias=False),
+        ),
+        "masked",
+    ),
+    "bert, disentangled": (
+        BertConfig(
+            **SMALL | {"attention": DisentangledConfig(num_heads=2, max_distance=6, num_buckets=4)}, token_types=0
         ),
         "masked",
     ),
@@ -213,7 +220,15 @@ def test_a_scan_is_a_loop_and_more_padding_is_nothing(name):
     assert_close(run(params, padded(name)), expected_of(name))
 
 
-SHARDED = ["gpt, experts", "bert, sentences", "electra", "bert, classes, experts", "t5, experts", "recurrent"]
+SHARDED = [
+    "gpt, experts",
+    "bert, sentences",
+    "bert, disentangled",
+    "electra",
+    "bert, classes, experts",
+    "t5, experts",
+    "recurrent",
+]
 
 
 @pytest.mark.parametrize("name", SHARDED)

@@ -28,6 +28,7 @@ from transformer.errors import UserError
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.layers.position import RelativeConfig
 from transformer.mixers.differential import DifferentialConfig
+from transformer.mixers.disentangled import DisentangledConfig
 from transformer.mixers.fast_weights import FastWeightConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
@@ -154,6 +155,7 @@ def test_every_schedule_computes_what_one_device_does(layout, options):
 LOCAL = SoftmaxConfig(num_heads=2, window=2)
 EXPERTS = ExpertsConfig(num_experts=4, experts_per_token=2, dim=16, balance_loss=1.0)
 POSITIONS = RelativeConfig(num_buckets=8, max_distance=8)
+DISTANCES = DisentangledConfig(num_heads=2, max_distance=6, num_buckets=4)
 MODELS = {
     "experts": dataclasses.replace(
         MODEL, remat="full", attention=DifferentialConfig(num_heads=2, position=POSITIONS), mlp=EXPERTS
@@ -181,6 +183,15 @@ def test_every_model_goes_through_a_pipeline(name, layout):
     config = MeshConfig(strategy="pipeline", **{"pipeline": 2} | layout)
     expected = on_one_device(model=MODELS[name])
     assert_same_run(run(config, config.pipeline, start=expected.start, model=MODELS[name]), expected)
+
+
+@pytest.mark.parametrize("layout", [{}, ONE_FORWARD], ids=str)
+def test_an_encoder_whose_layers_share_embeddings_of_distances(layout):
+    model = BertConfig(**SHAPE | {"attention": DISTANCES}, dropout=0.0, attention_dropout=0.0)
+    options = {"model": model, "objective": MASKED}
+    config = MeshConfig(strategy="pipeline", pipeline=2, **layout)
+    expected = on_one_device(**options)
+    assert_same_run(run(config, 2, start=expected.start, **options), expected)
 
 
 @pytest.mark.parametrize("layout", [{}, ONE_FORWARD], ids=str)

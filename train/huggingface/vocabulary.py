@@ -104,9 +104,13 @@ def beyond(tokenizer: SubwordTokenizer, vocab_size: int) -> list[str]:
     return [name for id, name in found if id >= vocab_size]
 
 
+_OLDER_FILES = ("vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "spm.model")
+"""Vocabularies of tokenizers without a tokenizer.json."""
+
+
 def _converted(folder: Path) -> Any:
     """A fast tokenizer converted from older files, such as vocab.txt."""
-    if not any((folder / name).exists() for name in ("vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")):
+    if not any((folder / name).exists() for name in _OLDER_FILES):
         return None
     try:
         import transformers

@@ -134,7 +134,9 @@ def suited(model: ModelConfig, mesh: MeshConfig) -> ModelConfig:
 
     def with_backend(mixer: MixerConfig, place: str) -> MixerConfig:
         if not hasattr(mixer, "backend"):
-            allowed = f"mesh.strategy {mesh.strategy} shards sequences; allowed: softmax, latent, differential"
+            allowed = (
+                f"mesh.strategy {mesh.strategy} shards sequences; allowed: softmax, latent, differential, disentangled"
+            )
             raise ConfigError(type(model), f"{place}.kind", mixer.kind, allowed)
         if mixer.backend not in ("auto", wanted):
             allowed = f"mesh.strategy {mesh.strategy} supports auto and {wanted}"

@@ -47,12 +47,19 @@ def padded_length(length: int) -> int:
     return size
 
 
-def cache_length(filled: int, total: int, limit: int) -> int:
+def cache_length(filled: int, total: int, limit: int, boundary: int | None = None) -> int:
     """The length of a cache that holds `filled` positions, and will hold `total`, of at most `limit`.
 
     Attention reads all of a cache, so a long one grows as it is filled, by a factor of about two.
+
+    Args:
+        boundary: the length beyond which rotary positions have other frequencies (longrope). Keys are stored rotated, so all
+            caches of a text are on the side of its `total`.
     """
-    return min(padded_length(min(total, max(2 * filled, SHORT_CACHE))), limit)
+    room = min(padded_length(min(total, max(2 * filled, SHORT_CACHE))), limit)
+    if boundary is None:
+        return room
+    return min(room, boundary) if total <= boundary else max(room, min(padded_length(boundary + 1), limit))
 
 
 def room_of(states: Sequence[State]) -> int | None:

@@ -102,7 +102,7 @@ class Generator:
         sampling = Sampling() if sampling is None else sampling
         self.check(prompts, max_tokens)
         longest = max(map(len, prompts))
-        max_length = cache_length(longest, longest + max_tokens, self.config.max_length)
+        max_length = self._room(longest, longest + max_tokens)
         tokens_BT, lengths_B = self._padded(prompts, max_length)
         key = jax.random.key(seed)
         state = self._prefill(params, tokens_BT, lengths_B, key, max_length=max_length, sampling=sampling)
@@ -120,7 +120,7 @@ class Generator:
                 filled = longest + start + written
                 room = room_of(state.states)
                 if room == filled:
-                    room = cache_length(filled + 1, total, self.config.max_length)
+                    room = self._room(filled + 1, total)
                     state = dataclasses.replace(state, states=self._grow(state.states, self.config.mixers(), room))
                 left = tokens_Bn.shape[1] - written
                 count = left if room is None else min(left, room - filled)
@@ -153,7 +153,7 @@ class Generator:
             raise UserError("beam search ranks whole texts: it needs an end of text")
         self.check(prompts, max_tokens)
         total = max(map(len, prompts)) + max_tokens
-        max_length = cache_length(total, total, self.config.max_length)
+        max_length = self._room(total, total)
         tokens_BT, lengths_B = self._padded(prompts, max_length)
         found = self._search(
             params, tokens_BT, lengths_B, jnp.int32(max_tokens), max_length=max_length, width=padded_length(max_tokens),
@@ -161,6 +161,9 @@ class Generator:
         )  # fmt: skip
         found = jax.device_get(found)
         return [hypotheses(found, row) for row in range(len(prompts))]
+
+    def _room(self, filled: int, total: int) -> int:
+        return cache_length(filled, total, self.config.max_length, self.config.position_boundary)
 
     def _padded(
         self, prompts: Sequence[Sequence[int]], room: int

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformer.errors import UserError
 from transformer.huggingface.fields import HFConfigReader
 from transformer.huggingface.mapping import Tables, TensorRule
+from transformer.mixers.disentangled import DisentangledConfig
 from transformer.mixers.heads import head_sizes
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.families import ModelConfig
@@ -147,6 +148,8 @@ def _computes(config: Any) -> dict[str, Any]:
 
 def _filled(mixer: Any, embed_dim: int) -> Any:
     """A mixer with its defaults filled in, and without a choice of implementation."""
+    if isinstance(mixer, DisentangledConfig):
+        return dataclasses.replace(mixer, head_dim=head_sizes(mixer, embed_dim)[2], backend="auto")
     if not isinstance(mixer, SoftmaxConfig):
         return mixer
     _, num_kv_heads, head_dim = head_sizes(mixer, embed_dim)

@@ -13,7 +13,18 @@ import numpy as np
 from flax import nnx
 
 from transformer.errors import UserError, nearest
-from transformer.huggingface import albert, decoders, encoder_decoders, encoders, gemma, llama, modernbert, nomic_bert
+from transformer.huggingface import (
+    albert,
+    deberta,
+    decoders,
+    encoder_decoders,
+    encoders,
+    gemma,
+    llama,
+    modernbert,
+    nomic_bert,
+    phi3,
+)
 from transformer.huggingface.architecture import OTHER_MODEL, Architecture
 from transformer.huggingface.fields import UNTIED
 from transformer.huggingface.mapping import Tables, check, described_theirs, to_ours, to_theirs
@@ -25,8 +36,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     one.model_type: one
     for one in (
         encoders.BERT, encoders.ROBERTA, encoders.XLM_ROBERTA, encoders.DISTILBERT, encoders.ELECTRA, encoders.MPNET,
-        albert.ALBERT, modernbert.MODERNBERT, nomic_bert.NOMIC_BERT, decoders.GPT2, decoders.GPT_NEOX, llama.LLAMA, llama.MISTRAL,
-        llama.QWEN2, llama.QWEN3, llama.MIXTRAL, llama.QWEN3_MOE, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3,
+        albert.ALBERT, deberta.DEBERTA_V2, modernbert.MODERNBERT, nomic_bert.NOMIC_BERT,
+        decoders.GPT2, decoders.GPT_NEOX, llama.LLAMA, llama.MISTRAL,
+        llama.QWEN2, llama.QWEN3, llama.MIXTRAL, llama.QWEN3_MOE, phi3.PHI3, gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3,
         encoder_decoders.T5,
         encoder_decoders.MT5, encoder_decoders.MARIAN,
     )
@@ -259,7 +271,9 @@ def _full_names(architecture: Architecture, tensors: Mapping[str, np.ndarray]) -
     for name, tensor in tensors.items():
         for old, new in _OLD_NAMES.items():
             name = name.removesuffix(old) + new if name.endswith(old) else name
-        renamed[architecture.renamed.get(name, name)] = tensor
+        other = architecture.renamed.get(name, name)
+        # Where a file has a tensor under both names, they are two tensors.
+        renamed[name if other in tensors else other] = tensor
     start = architecture.prefix + "."
     if not architecture.prefix or any(name.startswith(start) for name in renamed):
         return renamed

@@ -29,7 +29,7 @@ UNTIED = "untied by its tensors"
 _ROPE_FIELDS = {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
     "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim",
-    "truncate",
+    "truncate", "short_factor", "long_factor",
 }  # fmt: skip
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 10_000
@@ -62,7 +62,9 @@ class HFConfigReader:
 
     def size(self, name: str, default: int | None = None, *, least: int = 1, most: int = _LARGEST) -> int:
         """A whole number, of 1 or more where `least` does not say otherwise."""
-        value = self.get(name, default)
+        return self._size(name, self.get(name, default), least, most)
+
+    def _size(self, name: str, value: Any, least: int, most: int = _LARGEST) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             self._wrong.append(f"{name}: got {shown(value)}; allowed: a whole number from {least} to {most:,}")
             return least
@@ -146,8 +148,9 @@ class HFConfigReader:
         return {"dropout": rate, "attention_dropout": self.number(attention, default)}
 
     def rotary(
-        self, *, theta: float, section: str | None = None, name: str = "rope_theta", scaled: bool = True
-    ) -> RotaryConfig:
+        self, *, theta: float, section: str | None = None, name: str = "rope_theta", scaled: bool = True,
+        kinds: Mapping[str, str] | None = None, original: int | None = None,
+    ) -> RotaryConfig:  # fmt: skip
         """Rotary positions, in any form in which the config writes them.
 
         Args:
@@ -155,6 +158,8 @@ class HFConfigReader:
             section: the section to read, of a config with several.
             name: of the field for theta outside of a section.
             scaled: whether the field rope_scaling applies.
+            kinds: other names of rope_type.
+            original: their default of original_max_position_embeddings, if the model's own config has that field.
         """
         new = self.section("rope_parameters")
         new = new if section is None else self._section(f"rope_parameters.{section}", new.get(section) or {})
@@ -164,18 +169,22 @@ class HFConfigReader:
             "partial_rotary_factor": self.get("partial_rotary_factor", 1.0),
         }
         found = {name: self._number(name, both.get(name, value)) for name, value in usual.items()}
+        kind = both.get("rope_type") or both.get("type") or "default"
+        kind = (kinds or {}).get(kind, kind) if isinstance(kind, str) else kind
         return RotaryConfig(
-            theta=found["rope_theta"], scaling=self._scaling(both), fraction=found["partial_rotary_factor"]
+            theta=found["rope_theta"],
+            scaling=self._scaling(kind, both, original),
+            fraction=found["partial_rotary_factor"],
         )
 
-    def _scaling(self, rope: Mapping[str, Any]) -> RotaryScaling:
-        kind = rope.get("rope_type") or rope.get("type") or "default"
+    def _scaling(self, kind: Any, rope: Mapping[str, Any], original: int | None) -> RotaryScaling:
         if unknown := sorted(rope.keys() - _ROPE_FIELDS):
             # It may change what the model computes.
             self._wrong.append(f"rope_parameters: fields that are not known: {', '.join(unknown)}")
         if rope.get("truncate", True) is not True:
             self._wrong.append(f"truncate: got {shown(rope['truncate'])}; supported: true")
-        length = rope.get("original_max_position_embeddings")
+        # The field outside of the section has the last word there too.
+        length = self.get("original_max_position_embeddings", original) or rope.get("original_max_position_embeddings")
 
         def number(name: str, usual: float | None = None) -> float:
             return self._number(name, rope.get(name) or usual)
@@ -193,9 +202,30 @@ class HFConfigReader:
                 slow_turns=number("beta_slow", 1.0), fast_turns=number("beta_fast", 32.0),
                 attention_factor=None if rope.get("attention_factor") is None else number("attention_factor"),
             )  # fmt: skip
+        if kind == "longrope":
+            return self._longrope(rope, length)
         if kind != "default":
-            self._wrong.append(f"rope_type: got {shown(kind)}; supported: default, linear, llama3, yarn without mscale")
+            self._wrong.append(
+                f"rope_type: got {shown(kind)}; supported: default, linear, llama3, longrope, yarn without mscale"
+            )
         return RotaryScaling()
+
+    def _longrope(self, rope: Mapping[str, Any], length: Any) -> RotaryScaling:
+        longest = self.size("max_position_embeddings")
+        length = self._size("original_max_position_embeddings", length or longest, 2)
+        factor = self._number("factor", rope.get("factor") or longest / length)
+        own = rope.get("attention_factor")
+        lists = {name: rope.get(name) for name in ("short_factor", "long_factor")}
+        for name, given in lists.items():
+            if not isinstance(given, list) or not given:
+                self._wrong.append(f"{name}: got {shown(given)}; allowed: a list of numbers")
+                lists[name] = [1.0]
+        short, long = (tuple(self._number(name, one) for one in given) for name, given in lists.items())  # type: ignore[union-attr]
+        return RotaryScaling(
+            # From a factor of 1 down, nothing is scaled.
+            kind="longrope", original_length=length, factor=max(factor, 1.0), short_factors=short, long_factors=long,
+            attention_factor=None if own is None else self._number("attention_factor", own),
+        )  # fmt: skip
 
     def done(self, source: str) -> None:
         """Raise a `UserError` with everything that was wrong."""
@@ -211,14 +241,16 @@ def rotary_fields(rotary: RotaryConfig) -> dict[str, Any]:
         rope["partial_rotary_factor"] = rotary.fraction
     if scaling.kind != "none":
         rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind in ("llama3", "yarn"):
+    if scaling.kind in ("llama3", "yarn", "longrope"):
         rope["original_max_position_embeddings"] = scaling.original_length
     if scaling.kind == "llama3":
         rope |= {"low_freq_factor": scaling.slow_turns, "high_freq_factor": scaling.most_turns}
     if scaling.kind == "yarn":
         rope |= {"beta_slow": scaling.slow_turns, "beta_fast": scaling.most_turns}
-        if scaling.attention_factor is not None:
-            rope["attention_factor"] = scaling.attention_factor
+    if scaling.kind == "longrope":
+        rope |= {"short_factor": list(scaling.short_factors), "long_factor": list(scaling.long_factors)}
+    if scaling.attention_factor is not None:
+        rope["attention_factor"] = scaling.attention_factor
     return rope
 
 

@@ -30,26 +30,32 @@ ScoreMod = Callable[[Array, Array, Array, Array, Array], Array]
 class RotaryScaling(Config):
     """How rotary positions are extended to a context longer than the one that a model was trained with."""
 
-    kind: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
-    """linear: every period is longer by factor; ntk: the longer ones more; yarn, llama3: only the longest ones."""
+    kind: Literal["none", "linear", "ntk", "yarn", "llama3", "longrope"] = "none"
+    """linear: every period is longer by factor; ntk: the longer ones more; yarn, llama3: only the longest ones; longrope: each
+    by a factor of its own, of which there are two sets."""
     factor: float = 1.0
     """Ratio of the new context to the original one."""
     original_length: int | None = None
-    """Context that the model was trained with, in tokens; required by yarn and llama3."""
+    """Context that the model was trained with, in tokens; required by yarn, llama3 and longrope."""
     slow_turns: float = 1.0
     """Features that turn fewer times than this in original_length get a period longer by factor (yarn, llama3)."""
     fast_turns: float | None = None
     """Features that turn more often than this keep their period (yarn, llama3); null: 32 for yarn, 4 for llama3."""
     attention_factor: float | None = None
-    """Factor of rotated queries and keys in yarn; null: 0.1 ln(factor) + 1."""
+    """Factor of rotated queries and keys (yarn, longrope); null: 0.1 ln(factor) + 1 for yarn, and for longrope
+    √(1 + ln(factor) / ln(original_length))."""
+    short_factors: tuple[float, ...] = ()
+    """For each rotated pair of features, how much longer its period is, in texts of up to original_length (longrope)."""
+    long_factors: tuple[float, ...] = ()
+    """The same in longer texts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        needs_length = self.kind in ("yarn", "llama3")
+        needs_length = self.kind in ("yarn", "llama3", "longrope")
         require(self, "factor", self.factor >= 1, "allowed: 1 or more")
-        require(
-            self, "original_length", self.original_length is None or self.original_length >= 1, "allowed: 1 or more"
-        )
+        least = 2 if self.kind == "longrope" else 1
+        holds = self.original_length is None or self.original_length >= least
+        require(self, "original_length", holds, f"allowed: {least} or more")
         require(
             self,
             "original_length",
@@ -58,8 +64,15 @@ class RotaryScaling(Config):
         )
         require(self, "slow_turns", self.slow_turns > 0, "allowed: above 0")
         require(self, "fast_turns", self.most_turns > self.slow_turns, f"allowed: above slow_turns ({self.slow_turns})")
-        allowed = self.attention_factor is None or (self.kind == "yarn" and self.attention_factor > 0)
-        require(self, "attention_factor", allowed, "allowed: above 0, with yarn; or null")
+        scales = self.kind in ("yarn", "longrope")
+        allowed = self.attention_factor is None or (scales and self.attention_factor > 0)
+        require(self, "attention_factor", allowed, "allowed: above 0, with yarn or longrope; or null")
+        for field in ("short_factors", "long_factors"):
+            given = getattr(self, field)
+            holds = bool(given) == (self.kind == "longrope") and all(factor > 0 for factor in given)
+            require(self, field, holds, "allowed: numbers above 0 with longrope, and none without it")
+        count = len(self.short_factors)
+        require(self, "long_factors", len(self.long_factors) == count, f"allowed: as many as short_factors ({count})")
 
     @property
     def most_turns(self) -> float:
@@ -70,10 +83,18 @@ class RotaryScaling(Config):
 
     @property
     def magnitude(self) -> float:
-        """The factor of rotated queries and keys: √(1/t) of YaRN's attention temperature t (section 3.4)."""
-        if self.kind != "yarn":
-            return 1.0
-        return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+        """The factor of rotated queries and keys: √(1/t) of YaRN's attention temperature t (section 3.4), or LongRoPE's."""
+        if self.attention_factor is not None or self.kind not in ("yarn", "longrope"):
+            return 1.0 if self.attention_factor is None else self.attention_factor
+        if self.kind == "yarn" or self.factor == 1:
+            return 0.1 * math.log(self.factor) + 1
+        assert self.original_length is not None
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+
+    @property
+    def boundary(self) -> int | None:
+        """The number of tokens beyond which a text has other frequencies; None if all texts have the same."""
+        return self.original_length if self.kind == "longrope" else None
 
 
 NO_SCALING = RotaryScaling()
@@ -165,6 +186,7 @@ def rotary(
     theta: float = 10_000.0,
     scaling: RotaryScaling = NO_SCALING,
     dim: int | None = None,
+    length: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Rotate each pair (i, i + H/2) of features by an angle that grows with the position.
 
@@ -173,11 +195,17 @@ def rotary(
 
     Args:
         dim: rotate only the first `dim` features, as if a head had no others; None: all.
+        length: number of tokens that each row has, or will have; it decides between the frequencies of longrope. None: by the
+            last position of each row.
     """
     if dim is not None and dim < x_BTNH.shape[-1]:
-        turned = rotary(x_BTNH[..., :dim], positions_BT, theta=theta, scaling=scaling)
+        turned = rotary(x_BTNH[..., :dim], positions_BT, theta=theta, scaling=scaling, length=length)
         return jnp.concatenate([turned, x_BTNH[..., dim:]], axis=-1)
-    frequencies = rotary_frequencies(x_BTNH.shape[-1], theta, scaling)
+    frequencies: Array | np.ndarray = rotary_frequencies(x_BTNH.shape[-1], theta, scaling, length=length)
+    if scaling.boundary is not None and length is None:
+        is_long_B11 = positions_BT.max(axis=1)[:, None, None] >= scaling.boundary
+        beyond = rotary_frequencies(x_BTNH.shape[-1], theta, scaling, length=scaling.boundary + 1)
+        frequencies = jnp.where(is_long_B11, beyond, frequencies)
     angles = (positions_BT[..., None].astype(jnp.float32) * frequencies)[:, :, None, :]  # [B, T, 1, H/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if scaling.magnitude != 1:
@@ -188,7 +216,7 @@ def rotary(
 
 
 def rotary_frequencies(
-    dim: int, theta: float = 10_000.0, scaling: RotaryScaling = NO_SCALING
+    dim: int, theta: float = 10_000.0, scaling: RotaryScaling = NO_SCALING, *, length: int | None = None
 ) -> Float[np.ndarray, " half"]:
     """Radians by which each pair of features turns from one position to the next, [dim/2] in float32.
 
@@ -199,10 +227,15 @@ def rotary_frequencies(
       turns s times more slowly (bloc97 2023; Peng et al. 2023, section 3.1);
     - yarn: (1 - γ_i) θ_i / s + γ_i θ_i, γ_i from 0 to 1 between `slow_turns` and `fast_turns` in the old context (Peng et al.
       2023, section 3.2). As in its authors' code, and so in published checkpoints, γ is linear in i, between whole numbers;
-    - llama3: the same with γ linear in the number of turns, as in YaRN's paper (Llama Team 2024).
+    - llama3: the same with γ linear in the number of turns, as in YaRN's paper (Llama Team 2024);
+    - longrope: θ_i / λ_i, with λ = `long_factors` for texts longer than `original_length`, else `short_factors` (Ding et al.
+      2024, section 3.2).
+
+    Args:
+        length: number of tokens of a text; None: no more than `original_length`.
 
     Raises:
-        ValueError: an odd `dim`.
+        ValueError: an odd `dim`, or another number of factors than pairs.
     """
     if dim % 2:
         raise ValueError(f"positions of sines and cosines need an even dim; got {dim}")
@@ -211,6 +244,11 @@ def rotary_frequencies(
     frequencies = theta ** (-np.arange(0, dim, 2) / dim)
     if scaling.kind == "linear":
         frequencies = frequencies / scaling.factor
+    elif scaling.boundary is not None:
+        factors = scaling.short_factors if (length or 0) <= scaling.boundary else scaling.long_factors
+        if len(factors) != len(frequencies):
+            raise ValueError(f"longrope: {len(factors)} factors for {len(frequencies)} pairs of features")
+        frequencies = frequencies / np.asarray(factors)
     elif scaling.kind in ("yarn", "llama3"):
         keep = _kept(frequencies, theta, scaling)
         frequencies = frequencies * (keep + (1 - keep) / scaling.factor)

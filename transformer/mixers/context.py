@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from transformer.attention.spec.mask import AttentionMask
 from transformer.layers.position import Alibi, RelativePosition, ScoreMod, token_positions
+from transformer.layers.relative_embedding import RelativeEmbedding
 from transformer.mixers.state import KVCache, State, WindowCache
 from transformer.types import Array, Bool, Float, Int, Keys
 
@@ -54,8 +55,8 @@ class Context:
     score_mod: ScoreMod | None = _static(None)
     """A function of each score, `(score, row, head, query, key) -> score`, for any mixer that computes softmax weights; queries
     and keys count from the start of the row, also after a state."""
-    relative: RelativePosition | None = None
-    """The learned bias by distance that the layers share."""
+    relative: RelativePosition | RelativeEmbedding | None = None
+    """The learned bias by distance that the layers share, or their embeddings of distances."""
     state: State | None = None
     """The state of one layer after the tokens before these."""
     layer: int | Int[Array, ""] = 0
@@ -78,6 +79,11 @@ class Context:
     def start(self) -> int | Int[Array, " B"]:
         """How many tokens each row has read before these."""
         return 0 if self.state is None else self.state.length
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens each row can hold with its state, which says how long its text may become; None without one."""
+        return None if self.state is None else getattr(self.state, "room", None)
 
     def positions(self, x_BTD: Float[Array, "B T D"]) -> Int[Array, "B T"]:
         """`positions_BT` with its default filled in."""
@@ -140,7 +146,7 @@ class Context:
         if position is not None and position.kind == "alibi":
             bias = Alibi(num_heads).score_mod(self.start)
         elif position is not None and position.kind == "relative":
-            assert self.relative is not None, "the stack of layers makes the shared bias"
+            assert isinstance(self.relative, RelativePosition), "the stack of layers makes the shared bias"
             bias = self.relative.score_mod(self.start)
         if self.score_mod is None:
             return bias

@@ -153,7 +153,7 @@ class DifferentialAttention(nnx.Module):
             )
             if isinstance(c.position, RotaryConfig):
                 positions_BT = context.positions(x_BTD)
-                q, k = (self._rotate(x, positions_BT, c.position) for x in (q, k))
+                q, k = (self._rotate(x, positions_BT, c.position, context.room) for x in (q, k))
             if state is not None:
                 assert isinstance(state, KVCache)
                 state = state.append(k, v, context.valid_BT)
@@ -191,11 +191,11 @@ class DifferentialAttention(nnx.Module):
         _, K, H = self.sizes
         return KVCache.empty(batch_size, max_length, K, 2 * H, self.out.dtype)
 
-    def _rotate(self, x: Array, positions_BT: Array, position: RotaryConfig) -> Array:
+    def _rotate(self, x: Array, positions_BT: Array, position: RotaryConfig, length: int | None) -> Array:
         """Rotates each map's half separately."""
         dim = position.dim(self.sizes[2])
         halves = (
-            rotary(half, positions_BT, theta=position.theta, scaling=position.scaling, dim=dim)
+            rotary(half, positions_BT, theta=position.theta, scaling=position.scaling, dim=dim, length=length)
             for half in jnp.split(x, 2, axis=-1)
         )
         return jnp.concatenate(list(halves), axis=-1)

@@ -56,12 +56,15 @@ def check_chunk(config: Any) -> None:
 
 
 def check_rotary(position: Any, head_dim: int) -> tuple[str, str] | None:
-    """The field that prevents rotary positions from pairing a head's features and what is allowed, or None."""
+    """The field that prevents rotary positions from pairing a head's features, or scaling each pair, and what is allowed; or
+    None."""
     if not isinstance(position, RotaryConfig):
         return None
-    dim = position.dim(head_dim)
+    dim, factors = position.dim(head_dim), position.scaling.short_factors
     if dim > 0 and dim % 2 == 0:
-        return None
+        if not factors or len(factors) == dim // 2:
+            return None
+        return "position", f"it has {len(factors)} longrope factors for {dim // 2} pairs of features; allowed: one each"
     return "head_dim", f"rotary positions rotate pairs of features, and would rotate {dim}; allowed: an even number"
 
 

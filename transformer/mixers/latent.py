@@ -16,6 +16,7 @@ expands, which takes fewer products if there are as many queries as keys.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -184,8 +185,11 @@ class LatentAttention(nnx.Module):
         with jax.named_scope("latent_attention"):
             positions_BT = context.positions(x_BTD)
             mask = context.self_mask(x_BTD, window=c.window)
-            q_BTNH, turned_BTNP = self._queries(x_BTD, positions_BT, key)
-            latents_BSR = self._latents(x_BTD, positions_BT, key)
+            turn = functools.partial(
+                rotary, positions_BT=positions_BT, theta=c.theta, scaling=c.scaling, length=context.room
+            )
+            q_BTNH, turned_BTNP = self._queries(x_BTD, turn, key)
+            latents_BSR = self._latents(x_BTD, turn, key)
             if state is not None:
                 assert isinstance(state, LatentCache)
                 state = state.append(latents_BSR, context.valid_BT)
@@ -220,22 +224,19 @@ class LatentAttention(nnx.Module):
         """An empty cache for `batch_size` rows of up to `max_length` tokens: R + P numbers per token."""
         return LatentCache.empty(batch_size, max_length, self.sizes.latent_dim + self.sizes.rotary_dim, self.down.dtype)
 
-    def _queries(self, x_BTD: Array, positions_BT: Array, key: Any) -> tuple[Array, Array]:
+    def _queries(self, x_BTD: Array, turn: Callable[[Array], Array], key: Any) -> tuple[Array, Array]:
         """Queries [B, T, N, H], and their rotary parts [B, T, N, P]."""
         if self.query_down is not None and self.query_norm is not None:
             x_BTD = self.query_norm(self.query_down(x_BTD, key))
         q = constrain(self.query(x_BTD, key), "batch", "seq", "heads", "head_dim")
         q_BTNH, turned_BTNP = jnp.split(q, [self.sizes.head_dim], axis=-1)
-        return q_BTNH, self._rotary(turned_BTNP, positions_BT)
+        return q_BTNH, turn(turned_BTNP)
 
-    def _latents(self, x_BTD: Array, positions_BT: Array, key: Any) -> Array:
+    def _latents(self, x_BTD: Array, turn: Callable[[Array], Array], key: Any) -> Array:
         """What is cached, [B, T, R + P]: the latent, followed by the rotated key."""
         c_BTR, turned_BTP = jnp.split(self.down(x_BTD, key), [self.sizes.latent_dim], axis=-1)
-        turned_BTP = self._rotary(turned_BTP[:, :, None], positions_BT)[:, :, 0]
+        turned_BTP = turn(turned_BTP[:, :, None])[:, :, 0]
         return constrain(jnp.concatenate([self.norm(c_BTR), turned_BTP], axis=-1), "batch", "seq", None)
-
-    def _rotary(self, x: Array, positions_BT: Array) -> Array:
-        return rotary(x, positions_BT, theta=self.config.theta, scaling=self.config.scaling)
 
     def _absorbing_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
         """Compares the multiplications per head of both forms, for T queries and S keys."""

@@ -8,25 +8,43 @@ from __future__ import annotations
 from typing import Any
 
 from transformer.mixers.differential import DifferentialAttention, DifferentialConfig
+from transformer.mixers.disentangled import DisentangledAttention, DisentangledConfig
 from transformer.mixers.fast_weights import FastWeightAttention, FastWeightConfig
 from transformer.mixers.latent import LatentAttention, LatentConfig
 from transformer.mixers.linear import LinearAttention, LinearAttentionConfig
 from transformer.mixers.lstmn import LSTMN, LSTMNConfig
 from transformer.mixers.softmax import MultiHeadAttention, SoftmaxConfig
 
-MixerConfig = SoftmaxConfig | LatentConfig | DifferentialConfig | LinearAttentionConfig | FastWeightConfig | LSTMNConfig
-Mixer = MultiHeadAttention | LatentAttention | DifferentialAttention | LinearAttention | FastWeightAttention | LSTMN
+MixerConfig = (
+    SoftmaxConfig
+    | LatentConfig
+    | DifferentialConfig
+    | DisentangledConfig
+    | LinearAttentionConfig
+    | FastWeightConfig
+    | LSTMNConfig
+)
+Mixer = (
+    MultiHeadAttention
+    | LatentAttention
+    | DifferentialAttention
+    | DisentangledAttention
+    | LinearAttention
+    | FastWeightAttention
+    | LSTMN
+)
 
 MIXERS: dict[type, type] = {
     SoftmaxConfig: MultiHeadAttention,
     LatentConfig: LatentAttention,
     DifferentialConfig: DifferentialAttention,
+    DisentangledConfig: DisentangledAttention,
     LinearAttentionConfig: LinearAttention,
     FastWeightConfig: FastWeightAttention,
     LSTMNConfig: LSTMN,
 }
 
-DROPS_WEIGHTS = (SoftmaxConfig, LatentConfig, DifferentialConfig)
+DROPS_WEIGHTS = (SoftmaxConfig, LatentConfig, DifferentialConfig, DisentangledConfig)
 """Mixers with softmax weights, to which attention dropout applies."""
 
 

@@ -102,7 +102,9 @@ class SoftmaxConfig(Config):
         """How many positions of a cache later tokens see, if those are the newest ones and their order makes no difference; None
         otherwise."""
         is_simple = self.window is not None and self.sinks == 0 and self.position.kind in ("none", "rotary")
-        return None if self.window is None or not is_simple else self.window + 1
+        # The room of a cache, which these do not have, decides between the two frequencies of longrope.
+        has_one = not isinstance(self.position, RotaryConfig) or self.position.scaling.boundary is None
+        return None if self.window is None or not (is_simple and has_one) else self.window + 1
 
     def flops(self, embed_dim: int, length: int, *, causal: bool) -> float:
         """FLOPs of one token in a context of `length`, projections included; a multiply-add counts as two."""
@@ -190,7 +192,7 @@ class MultiHeadAttention(nnx.Module):
         q_BTNH, k_BSKH, v_BSKH = self._project(x_BTD, context)
         if isinstance(c.position, RotaryConfig):
             positions_BT = context.positions(x_BTD)
-            q_BTNH, k_BSKH = (self._rotate(x, positions_BT, c.position) for x in (q_BTNH, k_BSKH))
+            q_BTNH, k_BSKH = (self._rotate(x, positions_BT, c.position, context.room) for x in (q_BTNH, k_BSKH))
         if state is not None:
             assert isinstance(state, KVCache | WindowCache)
             state = state.append(k_BSKH, v_BSKH, context.valid_BT)
@@ -262,9 +264,9 @@ class MultiHeadAttention(nnx.Module):
         k_BSKH, v_BSKH = (constrain(x, "batch", "seq", "kv_heads", "head_dim") for x in (k_BSKH, v_BSKH))
         return k_BSKH if self.key_norm is None else self.key_norm(k_BSKH), v_BSKH
 
-    def _rotate(self, x: Array, positions_BT: Array, position: RotaryConfig) -> Array:
+    def _rotate(self, x: Array, positions_BT: Array, position: RotaryConfig, length: int | None) -> Array:
         dim = position.dim(self.sizes[2])
-        return rotary(x, positions_BT, theta=position.theta, scaling=position.scaling, dim=dim)
+        return rotary(x, positions_BT, theta=position.theta, scaling=position.scaling, dim=dim, length=length)
 
     def _written(self, out_BTNH: Array, context: Context) -> Array:
         return constrain(self.out(out_BTNH, context.adapter_key), "batch", "stream", None)

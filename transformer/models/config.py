@@ -10,7 +10,8 @@ from flax import nnx
 from transformer.errors import Config, ConfigError, check_size, require
 from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
-from transformer.layers.position import NoPositionConfig, RelativeConfig
+from transformer.layers.position import NO_SCALING, NoPositionConfig, RelativeConfig, RotaryScaling
+from transformer.mixers.disentangled import DisentangledConfig
 from transformer.mixers.registry import DROPS_WEIGHTS, MixerConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.resume import Ask, Free
@@ -109,12 +110,12 @@ class StackConfig(Config):
                 raise ConfigError(
                     type(self), f"{place}.kind", mixer.kind,
                     "it reads only what came before, and an encoder sees both sides; allowed: softmax, latent,"
-                    " differential, linear",
+                    " differential, disentangled, linear",
                 )  # fmt: skip
 
     def _check_positions(self) -> None:
         own = next((kind for mixer in self.mixers() if (kind := _position_kind(mixer)) != "none"), None)
-        # A learned bias by distance may come on top of positions in the embeddings (MPNet).
+        # What is learned by distance may come on top of positions in the embeddings (MPNet, DeBERTa).
         if self.position_embedding not in (None, "none") and own not in (None, "relative"):
             raise ConfigError(
                 type(self), "position_embedding", self.position_embedding,
@@ -131,6 +132,17 @@ class StackConfig(Config):
         shared = {(heads, position) for heads, position in positions if isinstance(position, RelativeConfig)}
         if len(shared) > 1:
             allowed = "its layers share one bias by distance; allowed: equal num_heads and position"
+            raise ConfigError(type(self), "pattern", self.pattern, allowed)
+        boundaries = {scaling.boundary for mixer in self.mixers() if (scaling := _scaling(mixer)).boundary}
+        if len(boundaries) > 1:
+            allowed = "layers with positions of kind longrope; allowed: equal original_length in all of them"
+            raise ConfigError(type(self), "pattern", self.pattern, allowed)
+        embeddings = {mixer.shared for mixer in self.mixers() if isinstance(mixer, DisentangledConfig)}
+        if len(embeddings) + len(shared) > 1:
+            allowed = (
+                "its layers share one bias or one table of embeddings by distance; allowed: of kind disentangled, equal "
+                "max_distance, num_buckets and norm_embeddings; of position relative, none in addition"
+            )
             raise ConfigError(type(self), "pattern", self.pattern, allowed)
 
     @property
@@ -179,6 +191,16 @@ class StackConfig(Config):
         return None
 
     @property
+    def relative_embedding(self) -> DisentangledConfig | None:
+        """The first mixer with relative embeddings, which the layers share, or None."""
+        return next((mixer for mixer in self.mixers() if isinstance(mixer, DisentangledConfig)), None)
+
+    @property
+    def position_boundary(self) -> int | None:
+        """The number of tokens beyond which a text has other rotary frequencies (longrope), or None."""
+        return next((scaling.boundary for mixer in self.mixers() if (scaling := _scaling(mixer)).boundary), None)
+
+    @property
     def has_norm_bias(self) -> bool:
         """`norm_bias` with its default filled in."""
         return self.norm == "layer_norm" and self.norm_bias is not False
@@ -200,8 +222,13 @@ def stack_flops(config: StackConfig, length: int, *, causal: bool, num_layers: i
     )
 
 
+def _scaling(mixer: MixerConfig) -> RotaryScaling:
+    scaling = getattr(mixer, "scaling", None) or getattr(getattr(mixer, "position", None), "scaling", None)
+    return scaling if isinstance(scaling, RotaryScaling) else NO_SCALING
+
+
 def _position_kind(mixer: MixerConfig) -> str:
-    if mixer.kind == "latent":
-        return "rotary"
+    if mixer.kind in ("latent", "disentangled"):
+        return "rotary" if mixer.kind == "latent" else "relative"
     position = getattr(mixer, "position", None)
     return "none" if position is None else position.kind

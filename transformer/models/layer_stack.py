@@ -19,6 +19,7 @@ from transformer.layers.feed_forward import FeedForward
 from transformer.layers.mixture_of_experts import ExpertsConfig, MixtureOfExperts, RouterSums
 from transformer.layers.norm import LayerNorm, RMSNorm
 from transformer.layers.position import RelativePosition
+from transformer.layers.relative_embedding import RelativeEmbedding
 from transformer.mixers.context import Context
 from transformer.mixers.registry import MixerConfig, make_mixer
 from transformer.mixers.softmax import MultiHeadAttention
@@ -48,7 +49,7 @@ class StackOutput:
 
 
 class LayerStack(nnx.Module):
-    """`num_layers` blocks, the bias by distance that they share, and the norm after the last one.
+    """`num_layers` blocks, the bias or the embeddings by distance that they share, and the norm after the last one.
 
     Blocks whose parameters have the same shapes are one stack [L, ...], in which each layer has its own settings. Otherwise
     a group of P blocks repeats, each of which is a stack [L / P, ...].
@@ -82,14 +83,7 @@ class LayerStack(nnx.Module):
         # For a part of a longer stack, the index of its first layer.
         self.first_layer: Any = 0
         self.mixers = c.mixers(L)
-        self.relative: RelativePosition | None = None
-        if (relative := c.relative_position) is not None:
-            num_heads, position = relative
-            shared = RelativePosition(
-                num_heads, num_buckets=position.num_buckets, max_distance=position.max_distance,
-                bidirectional=not causal, init=c.initialisers(L)[0], rngs=rngs,
-            )  # fmt: skip
-            self.relative = nnx.data(shared)
+        self.relative = nnx.data(_make_relative(c, causal=causal, init=c.initialisers(L)[0], rngs=rngs))
         # How many blocks form a group whose parameters repeat, and how many layers form one whose settings repeat.
         self.group, self.period = layers_of_group(c), _period(self.mixers)
         makers = [
@@ -264,6 +258,24 @@ def make_norm(config: StackConfig, rngs: nnx.Rngs, *, dim: int | None = None) ->
     if config.norm == "layer_norm":
         return LayerNorm(width, use_bias=config.has_norm_bias, epsilon=config.norm_eps, rngs=rngs)
     return RMSNorm(width, epsilon=config.norm_eps, rngs=rngs)
+
+
+def _make_relative(
+    config: StackConfig, *, causal: bool, init: Any, rngs: nnx.Rngs
+) -> RelativePosition | RelativeEmbedding | None:
+    """What the layers share of their positions: a bias by distance, or embeddings of distances."""
+    if (relative := config.relative_position) is not None:
+        num_heads, position = relative
+        return RelativePosition(
+            num_heads, num_buckets=position.num_buckets, max_distance=position.max_distance, bidirectional=not causal,
+            init=init, rngs=rngs,
+        )  # fmt: skip
+    if (mixer := config.relative_embedding) is not None:
+        return RelativeEmbedding(
+            config.embed_dim, max_distance=mixer.max_distance, num_buckets=mixer.num_buckets,
+            norm_epsilon=config.norm_eps if mixer.norm_embeddings else None, init=init, dtype=DTYPES[config.dtype], rngs=rngs,
+        )  # fmt: skip
+    return None
 
 
 def layers_of_group(config: StackConfig) -> int:
