@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib.metadata
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -61,6 +62,11 @@ def _check_shapes(fn=None, *, typechecker, jaxtyped=jaxtyping.jaxtyped):
 jaxtyping.jaxtyped = _check_shapes
 
 
+_BROWSER_FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
 # Files that take longest, in this order: a worker that got one of them last would work alone at the end.
 _LONG = (
     "test_mechanisms.py", "test_pipeline.py", "test_configs.py", "test_docs.py", "test_loop.py", "test_processes.py",
@@ -99,8 +105,6 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session", autouse=True)
 def _no_cache_left_behind():
     yield
-    import shutil
-
     shutil.rmtree(os.environ["MANYHEADS_CACHE"], ignore_errors=True)
 
 
@@ -111,6 +115,26 @@ def _programs_do_not_pile_up():
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium. Without one, tests are skipped unless MANYHEADS_REQUIRE_BROWSER=1 says that there must be one."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        path = None
+    if path is None:
+        reason = "needs the package playwright and one of the programs " + ", ".join(names)
+        if os.environ.get("MANYHEADS_REQUIRE_BROWSER") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(_BROWSER_FLAGS))
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -118,6 +118,7 @@ ELSEWHERE = {
 # What the commands of a page leave behind, where it is a file for the reader.
 LEFT = {
     "devices": ["doctor/tiny/doctor.html"],
+    "getting-started": ["runs/stdlib-small/report.html"],
     "README": ["runs/tiny/attention/attention.html", "plans/*.html"],
     "hugging-face": ["vectors.npy", "minilm-onnx/onnx/model.onnx", "minilm-bfloat16/model.safetensors"],
     "objectives": ["curves.png"],

@@ -6,38 +6,13 @@ Without a Chromium the tests are skipped, unless MANYHEADS_REQUIRE_BROWSER=1 say
 from __future__ import annotations
 
 import math
-import os
-import shutil
 
 import numpy as np
 import pytest
 
 from tests.interpret.attention_pages import HOSTILE, maps_of, two_texts
 
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 TOKENS = ("The", " cat", " sat", "\n", " 猫", "</b>", " down", ".")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        path = None
-    if path is None:
-        reason = "needs the package playwright and one of the programs " + ", ".join(names)
-        if os.environ.get("MANYHEADS_REQUIRE_BROWSER") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -316,7 +316,8 @@ def _import(random: Random, setting: Setting, run: Path) -> list[Any]:
 
 _COMMANDS = {
     "generate": _generate, "translate": _translate, "attend": _attend, "embed": _embed, "predict": _predict, "export": _export,
-    "eval": _eval, "diff": _diff, "plot": _plot, "checkpoints": _checkpoints, "prepare": _prepare, "inspect-data": _inspect,
+    "eval": _eval, "diff": _diff, "plot": _plot, "report": _plot,
+    "checkpoints": _checkpoints, "prepare": _prepare, "inspect-data": _inspect,
     "train": _train, "import": _import,
 }  # fmt: skip
 

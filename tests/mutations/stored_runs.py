@@ -16,7 +16,8 @@ _LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 _COMMANDS: dict[str, tuple[tuple[Any, ...], ...]] = {
     "gpt": (
         ("generate", "RUN", "--prompt", "a", "--max-tokens", 2, "--temperature", 0), ("checkpoints", "RUN"), ("eval", "RUN"),
-        ("diff", "RUN", "RUN"), ("plot", "RUN"), ("export", "RUN", "--no-verify"), ("attend", "RUN", "--text", "ab"),
+        ("diff", "RUN", "RUN"), ("plot", "RUN"), ("report", "RUN"),
+        ("export", "RUN", "--no-verify"), ("attend", "RUN", "--text", "ab"),
         ("generate", "RUN", "--prompt", "a", "--max-tokens", 2, "--step", "latest"), ("checkpoints", "RUN", "--remove", "1"),
         ("inspect-data", "RUN"), ("train", "RUN/config.yaml", "--run-dir", "RUN", "--steps", 3),
     ),

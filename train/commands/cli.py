@@ -32,6 +32,7 @@ from train.commands.examine import (
     inspect_data,
     plot,
     replay,
+    report,
     verify_resume,
 )
 from train.interrupt import exit_on_sigint
@@ -40,7 +41,7 @@ from transformer.errors import ConfigError, UserError, printable, shown
 COMMANDS = tuple(
     module.COMMAND
     for module in (
-        train, finetune, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, doctor, plot, diff,
+        train, finetune, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, doctor, plot, report, diff,
         checkpoints, generate, chat, attend, translate, predict, replay, verify_resume,
     )
 )  # fmt: skip

@@ -16,7 +16,7 @@ from transformer.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from train.config import RunConfig
     from train.parallel.processes import Peers
-    from train.run.steps import Finished
+    from train.run.session import Finished
 
 T = TypeVar("T")
 

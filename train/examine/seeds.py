@@ -15,8 +15,9 @@ from train.config import RunConfig, to_data
 from train.files import writing
 from train.parallel.processes import is_first
 from train.report.display import console
-from train.run.loop import Finished, train
+from train.run.loop import train
 from train.run.run_files import NO_SCORES, read_metrics
+from train.run.session import Finished
 from transformer.errors import UserError
 
 FILE = "seeds.json"

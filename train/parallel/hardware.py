@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Sequence
 
 import jax
 
@@ -69,6 +71,20 @@ def peak_bandwidth(device: jax.Device) -> float | None:
     """Peak of one device's memory in bytes per second, or None if it is not known, as for every CPU."""
     kind = _listed(device)
     return None if kind is None else PEAK_GIGABYTES[kind] * 1e9
+
+
+def peak_memory(devices: Sequence[jax.Device]) -> float | None:
+    """The most bytes that one of this process's devices has held, or on a CPU the process itself; None where nobody counts."""
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    peaks = [stats["peak_bytes_in_use"] for device in own if (stats := device.memory_stats())]
+    if peaks:
+        return float(max(peaks))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def _listed(device: jax.Device) -> str | None:

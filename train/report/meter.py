@@ -6,6 +6,7 @@ Metrics are read one step late, so that the devices never wait for the host.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import time
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from train.parallel.hardware import utilization
+from train.parallel.hardware import peak_memory, utilization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,26 @@ class Meter:
         self._in_row = 0
         self._clock: float | None = None
         self._seconds_per_token: float | None = None
+        self._waited, self._waits = 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what gets the next batch: its time counts as waiting for data."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+        self._waits += 1
+
+    def resources(self, tokens: float) -> dict[str, float | None]:
+        """What a step of this number of predictions takes: its seconds; those of waiting for data, the mean since the last call;
+        and the most memory of a device so far, in bytes."""
+        found = {
+            "step_seconds": None if self._seconds_per_token is None else self._seconds_per_token * tokens,
+            "data_wait_seconds": self._waited / self._waits if self._waits else None,
+            "peak_memory_bytes": peak_memory(self._devices),
+        }
+        self._waited, self._waits = 0.0, 0
+        return found
 
     def push(self, step: int, metrics: Mapping[str, jax.Array], examples: np.ndarray) -> None:
         """Take the metrics of a step that was just dispatched to the devices."""

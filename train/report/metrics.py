@@ -24,6 +24,10 @@ METRICS = "metrics.jsonl"
 """The file of a run for its metrics."""
 SKIPPED = "skipped.jsonl"
 """The file of a run for the steps whose updates were skipped."""
+SAMPLES = "samples.jsonl"
+"""The file of a run for what its model wrote, with the step."""
+STARTS = "starts.jsonl"
+"""The file of a run for its beginning and each time that it was resumed."""
 EXAMPLES = "examples"
 """The folder of a run for the ids of the examples of each step."""
 
@@ -121,10 +125,12 @@ class MetricLog:
         self._directory = directory
         self._refused = dict[Writer, str]()
         self._wandb = WandbWriter(config, run_id) if config.log.wandb_project and is_first() else None
-        self._skipped = None
+        self._kept = dict[str, JsonlWriter]()
         if is_first():
             with writing(directory):
-                self._skipped = JsonlWriter(directory / SKIPPED, start_step)
+                self._kept = {name: JsonlWriter(directory / name, start_step) for name in (SKIPPED, SAMPLES)}
+                # A start after which no step was kept is one all the same.
+                self._kept[STARTS] = JsonlWriter(directory / STARTS, sys.maxsize)
         self._begin(start_step)
 
     def _begin(self, step: int) -> None:
@@ -155,10 +161,10 @@ class MetricLog:
         for writer in self._writers:
             self._try(writer, functools.partial(writer.write, step, named))
 
-    def write_skipped(self, record: Mapping[str, Any]) -> None:
-        """Record a step whose update was skipped."""
-        if self._skipped is not None:
-            self._try(self._skipped, functools.partial(self._skipped.write, record["step"], record))
+    def record(self, file: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append a record to `SKIPPED`, `SAMPLES` or `STARTS`, which keep it when training goes back to an earlier step."""
+        if (writer := self._kept.get(file)) is not None:
+            self._try(writer, functools.partial(writer.write, step, values))
 
     def write_examples(self, step: int, ids: np.ndarray) -> None:
         """Record which examples a step took, those of this process, if the config asks for it."""
@@ -169,7 +175,7 @@ class MetricLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in (*self._writers, self._skipped, self._examples):
+        for writer in (*self._writers, *self._kept.values(), self._examples):
             if writer is not None:
                 self._try(writer, writer.close)
 

@@ -14,11 +14,13 @@ from train.parallel.mesh import check_batch, make_mesh, use_mesh
 from train.parallel.processes import is_first, one_log, process_zero_first, report_lost_peers
 from train.parallel.runtime import GracefulStop, Watchdog
 from train.run.begin import agree_on, alone_in, check_data, with_data
+from train.run.data_summary import write_data_summary
 from train.run.init_from import check_begin, check_weights
 from train.run.mirror import mirrored
 from train.run.reference import store
 from train.run.run_files import finished_step, forget_finished, write_run_files
-from train.run.steps import Finished, Run
+from train.run.session import Finished
+from train.run.steps import Run
 from transformer.errors import UserError
 
 
@@ -100,6 +102,7 @@ def _train(
             run_id = ""
             if is_first():
                 run_id = write_run_files(config, prepared)
+                write_data_summary(config.directory, run.prepared, run.batches)
                 if done is None:
                     store(config, run.prepared)
                 forget_finished(config.directory)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +31,14 @@ def headline(config: RunConfig, mesh: jax.sharding.Mesh, counted: str, start: in
         begins = f"all steps are done, {start}; making the results"
     devices = f"{mesh.devices.size} × {mesh.devices.flat[0].device_kind} ({config.mesh.strategy})"
     return f"{config.name}: {begins}; {counted} on {devices}; {config.tokens_per_step:,} tokens a step"
+
+
+def start_of(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What is recorded of a beginning: when, and on what."""
+    return {
+        "unix_seconds": time.time(), "device": mesh.devices.flat[0].device_kind, "devices": int(mesh.devices.size),
+        "processes": jax.process_count(), "host": platform.node(), "cores": os.cpu_count(),
+    }  # fmt: skip
 
 
 def course_of(config: RunConfig, batches: Batches) -> str:

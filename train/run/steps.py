@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,52 +28,21 @@ from train.program.state import TrainState
 from train.report.attention_backends import choices, in_a_line
 from train.report.display import Display
 from train.report.meter import Meter, Reading
-from train.report.metrics import MetricLog
+from train.report.metrics import SAMPLES, SKIPPED, STARTS, MetricLog
 from train.report.sample import make_sampler
 from train.run.begin import batches_of, program_of
-from train.run.evaluate import Evaluation, Evaluator, Scores
+from train.run.evaluate import Evaluation, Evaluator
 from train.run.init_from import fresh_state
-from train.run.messages import all_skipped, course_of, headline, interrupted_at, padding_of
+from train.run.messages import all_skipped, course_of, headline, interrupted_at, padding_of, start_of
 from train.run.order import Order
 from train.run.reference import referred, with_stored
 from train.run.run_files import write_finished
+from train.run.session import Finished, Session, Spike
 from train.run.skipped import record_of, why_skipped
 from train.run.trace import Trace
 from train.translation import TextTranslator
 from train.versions import versions
 from transformer.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """How a run ended."""
-
-    directory: Path
-    step: int
-    scores: Scores | None
-    """Scores on all held-out text; None without such text, and for a run that was interrupted or already finished."""
-    interrupted: bool
-    signal: int | None = None
-    """The one that interrupted this process, if one did."""
-
-
-class Spike(NamedTuple):
-    """A step with a loss spike, and that of the checkpoint to go back to."""
-
-    step: int
-    back_to: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """What a run uses from its start to its end or interruption."""
-
-    checkpoints: Checkpoints
-    display: Display
-    log: MetricLog
-    meter: Meter
-    stop: GracefulStop
-    watch: Watchdog
 
 
 class Run:
@@ -164,6 +132,7 @@ class Run:
             session = Session(checkpoints, display, log, meter, stop, watch)
             display.say(headline(config, self.mesh, self.program.trained.counted(state.params), start, start == last))
             display.say(course_of(config, self.batches))
+            log.record(STARTS, start, start_of(self.mesh))
             if padding := padding_of(self.batches):
                 display.say(padding)
             if self._lacks_evaluation(start, last, checkpoints):
@@ -201,7 +170,8 @@ class Run:
         on_devices = prefetch_to_device(self.batches.iterate(self.order.batch(start + 1)), self._to_device)
         with contextlib.closing(on_devices), choices() as found:
             for step in range(start + 1, last + 1):
-                examples, batch = next(on_devices)
+                with meter.waiting():
+                    examples, batch = next(on_devices)
                 trace.step(step)
                 session.watch.alive()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -234,7 +204,7 @@ class Run:
                         self._save(state, step, session)
                 if samples:
                     session.watch.alive()
-                    self.sample(state, session.display)
+                    self.sample(state, step, session)
                 if self._is_over or any_process(session.stop.requested, step):
                     break
             spike = self._read(session, keep=0)
@@ -281,11 +251,12 @@ class Run:
         late = minutes is not None and any_process(time.monotonic() - self._saved_at >= 60 * minutes, step)
         return _due(step, config.every) or late
 
-    def sample(self, state: TrainState, display: Display) -> None:
+    def sample(self, state: TrainState, step: int, session: Session) -> None:
         """Show the current model's continuation of the config's prompt, or its translations of held-out sentences."""
         if self.sampler is not None:
             text = self.sampler(self.program.plain(_used(state)))
-            display.say(f"── sample ──\n{text}\n────────────")
+            session.display.say(f"── sample ──\n{text}\n────────────")
+            session.log.record(SAMPLES, step, {"text": text})
 
     def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
         """A batch's example ids, which stay on the host, and its arrays on the devices."""
@@ -304,10 +275,12 @@ class Run:
             session.watch.alive()
             return alone and session.stop.requested
 
+        began = time.monotonic()
         found = self.held_out.evaluate(_used(state), batches, stopped)
         if isinstance(found, tuple):
             display.say(f"step {step}: the evaluation was interrupted after {found[0]} of {found[1]} batches")
             return None
+        session.log.write(step, "run", {"evaluation_seconds": time.monotonic() - began})
         own = {f"selection_{name}": found.selection[name] for name in dict.fromkeys(("loss", self.selection.name))}
         session.log.write(step, "eval", found.scores.values() | own)
         display.say(f"step {step}  {self.held_out.say(found.scores)}")
@@ -355,14 +328,24 @@ class Run:
         session.log.write_examples(done.step, done.examples)
         if record:
             session.log.write(done.step, "train", done.values)
+            session.log.write(done.step, "run", self._progress_of(done, session.meter))
         if done.skipped_in_row:
             in_row = f" ({done.skipped_in_row} in a row)" if done.skipped_in_row > 1 else ""
             session.display.say(f"step {done.step}: {why_skipped(done)}; update skipped{in_row}")
             batch = self.batches.batch(self.order.batch(done.step))
-            session.log.write_skipped(record_of(done, batch, self.prepared, back_to, self.order))
+            session.log.record(SKIPPED, done.step, record_of(done, batch, self.prepared, back_to, self.order))
         if done.skipped_in_row >= self.config.stability.max_skipped:
             said = all_skipped(done.skipped_in_row, session.checkpoints.latest, self.config.directory, done.examples)
             raise UserError(f"step {done.step}: {said}")
+
+    def _progress_of(self, done: Reading, meter: Meter) -> dict[str, float | None]:
+        """How far the run is after a step, and what a step takes."""
+        return {
+            "unix_seconds": time.time(),
+            "epoch": done.step * self.config.batch_size / self.batches.examples_per_epoch,
+            "tokens_seen": done.step * self.config.tokens_per_step,
+            **meter.resources(done.values["tokens"] or 0.0),
+        }
 
     def _roll_back(self, spike: Spike, session: Session) -> TrainState:
         """The state of the checkpoint to go back to; the batches since then, up to that of the spike, are passed over.
@@ -397,7 +380,7 @@ class Run:
             return
         if step < config.steps:
             display.say(f"stopped early: {self.selection}")
-        self.sample(state, display)
+        self.sample(state, step, session)
         for line in () if found is None else config.objective.report(self.prepared, found.scores.bits_per_byte):
             display.say(line)
         if found is not None and self.held_out is not None:

@@ -1,0 +1,1 @@
+"""`manyheads report`: everything that a run recorded, as one page."""
