@@ -280,6 +280,43 @@ def test_functions_and_their_calls_are_written_as_transformers_writes_them(tmp_p
         assert Document.from_json(document.to_json()) == document
 
 
+def test_fields_that_arrow_adds_are_not_learned(tmp_path):
+    """In a table all mappings of a column have the same fields, and what a row lacks is null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for name, value in (("city", "Paris"), ("expr", "1+1")):
+        call = {"type": "function", "function": {"name": "f", "arguments": {name: value}}}
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {name: {"type": "string"}}}}}
+        rows.append({"messages": [HI[0], {"role": "assistant", "tool_calls": [call]}], "tools": [tool]})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = list(documents(config_of(tmp_path / "rows.parquet").sources[0]))
+    for document, row in zip(found, rows, strict=True):
+        assert list(document.tools) == row["tools"]
+        assert document.messages[1]["tool_calls"] == row["messages"][1]["tool_calls"]
+
+
+def test_a_column_of_that_name_that_holds_something_else(tmp_path):
+    deep = "[" * 100_000
+    for tools in ("search, calculator", deep):
+        path = write(tmp_path / "rows.jsonl", {"messages": HI, "tools": tools})
+        with pytest.raises(
+            UserError, match="field 'tools' holds no JSON .* set tools_field to another field, or to ''"
+        ):
+            list(documents(config_of(path).sources[0]))
+        (document,) = documents(config_of(path, tools_field="").sources[0])
+        assert document.tools == ()
+
+
+def test_a_template_that_takes_too_long_is_not_skipped(tmp_path, monkeypatch):
+    """Which dialogues are left out may not depend on how busy the machine is."""
+    monkeypatch.setattr(chat_template, "MOST_SECONDS", 0.0)
+    path = write(tmp_path / "rows.jsonl", {"messages": HI})
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the chat template: it takes longer than 0 seconds; simplify"):
+        prepare(config_of(path, on_error="skip"), progress=False)
+
+
 def test_a_dialogue_that_the_template_refuses_is_skipped_and_counted(tmp_path, capsys):
     refused = {"messages": [{"role": "developer", "content": "x"}, *HI]}
     path = write(tmp_path / "rows.jsonl", {"messages": HI}, refused, {"messages": HI}, refused, {"messages": 1})

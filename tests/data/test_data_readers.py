@@ -242,8 +242,16 @@ def test_a_table_without_a_header(tmp_path: Path) -> None:
             UserError, match="cola.*:1: .*; if this is a row, and the file has no header, name its columns"
         ):
             labelled(path)
-        with pytest.raises(UserError, match=r":1: malformed CSV \(.* not the 2 of the setting columns"):
+        with pytest.raises(
+            UserError, match=r":1: malformed CSV \(.* not the 2 of the setting columns .the delimiter is"
+        ):
             labelled(path, columns=("label", "text"))
+    # A comma in each text is no delimiter where tabs fit too.
+    both = write(tmp_path, "both.csv", b"1\tHello, world\n0\tWell, then\n")
+    with pytest.raises(UserError, match=r"2 columns with each of the delimiters ',' '\\t'; set delimiter to one"):
+        labelled(both, columns=("label", "text"))
+    some = write(tmp_path, "some.csv", b"1\tHello, world\n0\tWell\n1\tno\n")
+    assert labelled(some, columns=("label", "text")) == [("Hello, world", "1"), ("Well", "0"), ("no", "1")]
     with pytest.raises(ConfigError, match="columns: got .*; allowed: each name once"):
         FilesSource(path="a.csv", columns=("a", "a"))
     with pytest.raises(ConfigError, match="columns: got .*; only csv files have them"):

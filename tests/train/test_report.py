@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import os
 import re
 import shutil
 
@@ -45,7 +46,8 @@ def test_a_run_records_its_progress_and_what_it_takes(whole):
     assert sorted(clock.values()) == [clock[step] for step in range(1, 13)]
     assert all(0 <= seconds < 60 for seconds in found.curves["run/data_wait_seconds"].values())
     assert found.curves["run/peak_memory_bytes"][12] > 1e7
-    assert records(whole, "run/evaluation_seconds").keys() == {4, 8, 12}
+    assert records(whole, "run/evaluation_seconds").keys() == {4, 8}
+    assert records(whole, "run/final_evaluation_seconds").keys() == {12}
 
 
 def test_a_resumed_run_records_both_starts(config_file, tmp_path):
@@ -61,13 +63,20 @@ def test_a_resumed_run_records_both_starts(config_file, tmp_path):
 def test_where_the_time_went(run):
     """Two starts, with a pause of 100 seconds between them that nothing counts."""
     before = {"unix_seconds": {2: 1010.0, 4: 1020.0, 6: 1130.0}, "step_seconds": {2: 1.0, 4: 2.0, 6: 3.0}}
-    before |= {"data_wait_seconds": {2: 0.5, 6: 0.25}, "evaluation_seconds": {4: 3.0, 6: 5.0}}
+    before |= {"data_wait_seconds": {2: 0.5, 6: 0.25}, "evaluation_seconds": {4: 3.0}}
+    before |= {"final_evaluation_seconds": {6: 5.0}}
     curves = {f"run/{name}": curve for name, curve in before.items()} | {"checkpoint/stall_seconds": {4: 1.0}}
-    starts = [{"unix_seconds": 1000.0}, {"unix_seconds": 1120.0}]
+    # Records of 15 seconds after the checkpoint of step 4 are gone: its next steps were taken again.
+    starts = [{"unix_seconds": 1000.0}, {"unix_seconds": 1120.0, "previous_until": 1035.0}]
     spent = time_spent(dataclasses.replace(read_run(run), curves=curves, starts=starts))
     # The last evaluation comes after the last record.
-    assert spent.total == 20 + 10 + 5 and spent.steps == 2 * 1 + 2 * 2 + 2 * 3 and spent.data == 2 * 0.5 + 4 * 0.25
-    assert (spent.evaluations, spent.checkpoints, spent.rest) == (8, 1, 35 - 12 - 8 - 1)
+    assert (
+        spent.total == 20 + 15 + 10 + 5
+        and spent.lost == 15
+        and spent.steps == 2 * 1 + 2 * 2 + 2 * 3
+        and spent.data == 2 * 0.5 + 4 * 0.25
+    )
+    assert (spent.evaluations, spent.checkpoints, spent.rest) == (8, 1, 50 - 12 - 8 - 1 - 15)
 
 
 def test_the_page_has_all_that_was_recorded(run, capsys):
@@ -92,6 +101,24 @@ def test_the_page_has_all_that_was_recorded(run, capsys):
     assert not outside and "http-equiv" not in page
 
 
+def test_names_and_values_that_pictures_would_stumble_over(run, whole, tmp_path, capsys):
+    """Formulas, what legends leave out, bytes that are not text, and a loss that diverged."""
+    others = [tmp_path / name for name in ("r$x_$b", "_base", "日本", os.fsdecode(b"r\xff"))]
+    for other in others:
+        shutil.copytree(run, other)
+    with (others[0] / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 13, "train/loss": 1e308}\n{"step": 14, "train/loss": -1e308}\n{"step": 15, "train/loss": NaN}\n'
+        )
+    page = report([whole, *others], tmp_path / "all.html").read_text("utf-8")
+    assert "r$x_$b, training" in page and "_base, held out" in page and "日本" in page and r"r\udcff" in page
+    data = json.loads((run / "data.json").read_text())
+    data["sources"] = [data["sources"][0] | {"name": name} for name in ("cost $5 $x^^y$", "_b")]
+    (run / "data.json").write_text(json.dumps(data))
+    assert "cost $5 $x^^y$" in report([run]).read_text("utf-8")
+    assert not capsys.readouterr().err
+
+
 def test_runs_side_by_side(run, whole, tmp_path):
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("warmup_steps: 2", "warmup_steps: 3"))
@@ -104,6 +131,8 @@ def test_runs_side_by_side(run, whole, tmp_path):
     ("file", "content", "said"),
     [
         ("starts.jsonl", '{"step": 0}\n', r"starts\.jsonl:1: not a record with step, unix_seconds, .*; delete this line"),
+        ("starts.jsonl", '{"step": 0, "unix_seconds": 1e18, "device": "a", "devices": 1, "processes": 1, "host": "a"}\n',
+         r"starts\.jsonl:1: not a time in seconds since 1970; delete this line"),
         ("samples.jsonl", '{"step": 1, "text": 3}\n', r"samples\.jsonl:1: not a record with step, text; delete this line"),
         ("data.json", "{", r"data\.json: cannot be read: .*; delete it"),
         ("data.json", '{"sources": [3]}', r"data\.json: not what a run records of its data; delete it"),

@@ -77,8 +77,8 @@ def peak_memory(devices: Sequence[jax.Device]) -> float | None:
     """The most bytes that one of this process's devices has held, or on a CPU the process itself; None where nobody counts."""
     own = [device for device in devices if device.process_index == jax.process_index()]
     peaks = [stats["peak_bytes_in_use"] for device in own if (stats := device.memory_stats())]
-    if peaks:
-        return float(max(peaks))
+    if peaks or devices[0].platform != "cpu":
+        return float(max(peaks)) if peaks else None
     try:
         import resource
     except ImportError:  # Windows

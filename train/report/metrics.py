@@ -24,6 +24,8 @@ METRICS = "metrics.jsonl"
 """The file of a run for its metrics."""
 SKIPPED = "skipped.jsonl"
 """The file of a run for the steps whose updates were skipped."""
+TIME = "run/unix_seconds"
+"""The metric that is the time of a record."""
 SAMPLES = "samples.jsonl"
 """The file of a run for what its model wrote, with the step."""
 STARTS = "starts.jsonl"
@@ -125,6 +127,8 @@ class MetricLog:
         self._directory = directory
         self._refused = dict[Writer, str]()
         self._wandb = WandbWriter(config, run_id) if config.log.wandb_project and is_first() else None
+        self.until = _last_time(directory / METRICS)
+        """When the newest record was made that is there, those after `start_step` included; None without one."""
         self._kept = dict[str, JsonlWriter]()
         if is_first():
             with writing(directory):
@@ -155,9 +159,10 @@ class MetricLog:
                 self._try(writer, writer.close)
         self._begin(step)
 
-    def write(self, step: int, group: str, values: dict[str, Any]) -> None:
-        """Record `values` as `group/name`; None is left out. A disk that refuses does not end the run."""
-        named = {f"{group}/{name}": float(value) for name, value in values.items() if value is not None}
+    def write(self, step: int, **groups: Mapping[str, Any]) -> None:
+        """Record the values of groups as `group/name`; None is left out. A disk that refuses does not end the run."""
+        given = [(f"{group}/{name}", value) for group, values in groups.items() for name, value in values.items()]
+        named = {name: float(value) for name, value in given if value is not None}
         for writer in self._writers:
             self._try(writer, functools.partial(writer.write, step, named))
 
@@ -226,6 +231,14 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError):
             continue
         yield number, record
+
+
+def _last_time(path: Path) -> float | None:
+    """The time of the last record of a step."""
+    for _, record in reversed(list(read_records(path))):
+        if isinstance(record, dict) and isinstance(seconds := record.get(TIME), int | float):
+            return float(seconds)
+    return None
 
 
 def _step_of(line: str) -> float:

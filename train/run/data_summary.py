@@ -75,9 +75,11 @@ def _lengths(array: TokenArray) -> dict[str, Any]:
     """Quantiles of the numbers of tokens of documents, and how many documents have up to 1, 2, 4, ... tokens."""
     predicted = array.target if array.target is not None and array.others == 1 else array
     step = -(-predicted.documents // _MOST)
-    sizes = np.diff(predicted.offsets)[::step]
-    if not len(sizes):
+    if not step:
         return {"quantiles": {}, "histogram": []}
+    # Only these are read of an array that is as large as the data.
+    begins = predicted.offsets[:-1:step]
+    sizes = predicted.offsets[1::step] - begins
     quantiles = {str(share): int(np.quantile(sizes, share, method="nearest")) for share in _SHARES}
     places = np.ceil(np.log2(np.maximum(sizes, 1))).astype(int)
     return {"quantiles": quantiles, "histogram": (np.bincount(places) * step).tolist()}

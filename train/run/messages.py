@@ -33,10 +33,15 @@ def headline(config: RunConfig, mesh: jax.sharding.Mesh, counted: str, start: in
     return f"{config.name}: {begins}; {counted} on {devices}; {config.tokens_per_step:,} tokens a step"
 
 
-def start_of(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """What is recorded of a beginning: when, and on what."""
+def start_of(mesh: jax.sharding.Mesh, until: float | None) -> dict[str, Any]:
+    """What is recorded of a beginning: when, and on what.
+
+    Args:
+        until: when the run made its last record before.
+    """
     return {
-        "unix_seconds": time.time(), "device": mesh.devices.flat[0].device_kind, "devices": int(mesh.devices.size),
+        "unix_seconds": time.time(), "previous_until": until,
+        "device": mesh.devices.flat[0].device_kind, "devices": int(mesh.devices.size),
         "processes": jax.process_count(), "host": platform.node(), "cores": os.cpu_count(),
     }  # fmt: skip
 

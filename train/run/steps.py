@@ -132,7 +132,7 @@ class Run:
             session = Session(checkpoints, display, log, meter, stop, watch)
             display.say(headline(config, self.mesh, self.program.trained.counted(state.params), start, start == last))
             display.say(course_of(config, self.batches))
-            log.record(STARTS, start, start_of(self.mesh))
+            log.record(STARTS, start, start_of(self.mesh, log.until))
             if padding := padding_of(self.batches):
                 display.say(padding)
             if self._lacks_evaluation(start, last, checkpoints):
@@ -242,7 +242,7 @@ class Run:
                     said = str(error)
                     session.display.say(f"step {step}: {said}; training continues")
         self._saved_at = time.monotonic()
-        session.log.write(step, "checkpoint", {"stall_seconds": self._saved_at - began})
+        session.log.write(step, checkpoint={"stall_seconds": self._saved_at - began})
 
     def _saves(self, step: int) -> bool:
         """Whether a checkpoint is due, by steps or by time."""
@@ -280,9 +280,10 @@ class Run:
         if isinstance(found, tuple):
             display.say(f"step {step}: the evaluation was interrupted after {found[0]} of {found[1]} batches")
             return None
-        session.log.write(step, "run", {"evaluation_seconds": time.monotonic() - began})
+        name = "final_evaluation_seconds" if all_of_it else "evaluation_seconds"
+        taken = {name: time.monotonic() - began}
         own = {f"selection_{name}": found.selection[name] for name in dict.fromkeys(("loss", self.selection.name))}
-        session.log.write(step, "eval", found.scores.values() | own)
+        session.log.write(step, eval=found.scores.values() | own, run=taken)
         display.say(f"step {step}  {self.held_out.say(found.scores)}")
         try:
             session.checkpoints.record(step, found.selection)
@@ -327,8 +328,7 @@ class Run:
         session.display.step(done.step, done.values, record=record)
         session.log.write_examples(done.step, done.examples)
         if record:
-            session.log.write(done.step, "train", done.values)
-            session.log.write(done.step, "run", self._progress_of(done, session.meter))
+            session.log.write(done.step, train=done.values, run=self._progress_of(done, session.meter))
         if done.skipped_in_row:
             in_row = f" ({done.skipped_in_row} in a row)" if done.skipped_in_row > 1 else ""
             session.display.say(f"step {done.step}: {why_skipped(done)}; update skipped{in_row}")
@@ -343,7 +343,7 @@ class Run:
         return {
             "unix_seconds": time.time(),
             "epoch": done.step * self.config.batch_size / self.batches.examples_per_epoch,
-            "tokens_seen": done.step * self.config.tokens_per_step,
+            "tokens_seen": done.step * self.config.tokens_per_step * self.batches.efficiency,
             **meter.resources(done.values["tokens"] or 0.0),
         }
 
@@ -385,7 +385,7 @@ class Run:
             display.say(line)
         if found is not None and self.held_out is not None:
             if quality := found.quality or self.held_out.quality(_used(state)):
-                session.log.write(step, "eval", dataclasses.asdict(quality))
+                session.log.write(step, eval=dataclasses.asdict(quality))
                 display.say(f"{quality.pairs} held-out translations: BLEU {quality.bleu:.2f}, chrF {quality.chrf:.2f}")
             if self.held_out.task is not None and is_first():
                 for line in self.held_out.task.finish(found.predictions, directory):

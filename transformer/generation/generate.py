@@ -84,7 +84,7 @@ class Generator:
         """Continue every prompt; yields the new tokens of all rows, one chunk at a time.
 
         A finished row is filled with the first `end_of_text`. Row b's tokens depend only on the model, its prompt, the seed and
-        b, and not on the rest of the batch.
+        b, and not on the rest of the batch; with longrope also on whether the longest row ends beyond its boundary.
 
         Args:
             params: the model's `nnx.Param` state.

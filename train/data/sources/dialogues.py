@@ -29,6 +29,7 @@ MARKS: dict[Holds, LabelKind] = {"dialogues": "turns", "preferences": "preferenc
 ASSISTANT, USER = "assistant", "user"
 ROLES = (ASSISTANT, "developer", "function", "ipython", "observation", "system", "tool", USER)
 """The roles of messages; a template may take fewer."""
+_OTHER_TOOLS = "if it is something else, set tools_field to another field, or to ''"
 _CALLS = "tool_calls"
 """What the assistant calls, in a message that may have no content."""
 
@@ -52,12 +53,15 @@ class DialogueRecords(Records):
     holds: Holds
     dialogue: DialogueFields
 
+    def of_arrow(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: _without_nulls(value) for name, value in row.items()}
+
     def columns(self, known: list[str], place: str) -> list[str]:
         roots = {field: field if field in known else field.partition(".")[0] for field in self.dialogue}
         found = [roots[field] for field in self._wanted(dict.fromkeys(known), roots)]
         if not found:
             raise UserError(f"{place}: {self._neither(known)}")
-        if (tools := roots[self.dialogue.tools]) in known:
+        if (tools := roots[self.dialogue.tools]) and tools in known:
             found.append(tools)
         if group := self.fields.group:
             found.append(group if group in known else group.partition(".")[0])
@@ -74,7 +78,7 @@ class DialogueRecords(Records):
             raise Faulty(f"field {self.fields.group!r} is empty")
         group = str(group).encode("utf-8", "replace").decode()
         fields = self.dialogue
-        tools = _tools(value_at(row, fields.tools), fields.tools) if _has(row, fields.tools) else ()
+        tools = _tools(value_at(row, fields.tools), fields.tools) if fields.tools and _has(row, fields.tools) else ()
         if self.holds == "preferences":
             prompt, chosen, rejected = self._values(row, (fields.prompt, fields.chosen, fields.rejected))
             asked = _messages(prompt, fields.prompt, USER)
@@ -190,6 +194,13 @@ def _says_something(message: Message) -> bool:
     return bool(message["content"].strip() or message.get(_CALLS))
 
 
+def _without_nulls(value: Any) -> Any:
+    """A value without the fields that are null: Arrow gives each mapping of a column the fields of all others."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def _joined(parts: Sequence[Any], place: str) -> str:
     """The text of a content in parts."""
     for number, part in enumerate(parts):
@@ -220,7 +231,7 @@ def _with_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             value = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         arguments = value if isinstance(value, dict) else arguments
     return dict(function) if arguments is None else {**function, "arguments": arguments}
@@ -232,10 +243,13 @@ def _tools(value: Any, field: str) -> tuple[Tool, ...]:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else []
-        except ValueError as error:
-            raise Faulty(f"field {field!r} holds no JSON ({first_line(error)}): {shown(given)}") from None
+        except (ValueError, RecursionError) as error:
+            raise Faulty(
+                f"field {field!r} holds no JSON ({first_line(error)}): {shown(given)}; {_OTHER_TOOLS}"
+            ) from None
     if not isinstance(value, list | tuple) or not all(isinstance(one, Mapping) for one in value):
-        raise Faulty(f"field {field!r} holds {shown(given)}; allowed: a list of functions, each as a JSON schema")
+        allowed = "allowed: a list of functions, each as a JSON schema"
+        raise Faulty(f"field {field!r} holds {shown(given)}; {allowed}; {_OTHER_TOOLS}")
     try:
         json.dumps(list(value), ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):

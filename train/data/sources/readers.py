@@ -171,7 +171,8 @@ class Reader:
                 for batch in file.iter_batches(_ROWS, columns=columns):
                     for row in batch.to_pylist():
                         number += 1
-                        if document := self.records.document(row, f"{name}:{number}", f"{path}:{number}"):
+                        record = self.records.of_arrow(row)
+                        if document := self.records.document(record, f"{name}:{number}", f"{path}:{number}"):
                             yield document
         except pa.ArrowException as error:
             raise UserError(f"{path}: not a readable Parquet file ({first_line(error)}); make it again") from error

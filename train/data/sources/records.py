@@ -180,6 +180,10 @@ class Records:
         except KeyError as error:
             raise UserError(f"{place}: {error.args[0]}") from None
 
+    def of_arrow(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row of an Arrow table as a record."""
+        return row
+
     def document(self, row: Mapping[str, Any], id: str, place: str) -> Document | None:
         """The document that a record holds; None for one to skip, and for an error, which goes to `rejects`."""
         try:

@@ -222,7 +222,7 @@ def _hub_documents(config: HubSource, rejects: Rejects) -> Iterator[Document]:
         named = _class_names(rows.features or {}, config.label_field)
         for number, row in enumerate(rows):
             name = f"{config.path}:{number}"
-            if document := records.document(named(row), name, name):
+            if document := records.document(records.of_arrow(named(row)), name, name):
                 yield document
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(

@@ -85,7 +85,7 @@ class RecordSource(BaseSource):
     """preferences: the field that holds the worse answer, a text or messages."""
     tools_field: str = "tools"
     """dialogues and preferences: the field that holds the functions that the assistant may call, a list of JSON schemas, or its
-    text; a record may lack it."""
+    text; a record may lack it. Empty: none has it."""
     text_field: str = "text"
     """The field or column that holds the text, except in plain text files; a dotted name such as `translation.en` is nested."""
     target_field: str = ""
@@ -115,7 +115,7 @@ class RecordSource(BaseSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("text_field", *(f"{name}_field" for name in DialogueFields._fields)):
+        for field in ("text_field", *(f"{name}_field" for name in DialogueFields._fields if name != "tools")):
             require(self, field, bool(getattr(self, field)), "allowed: the name of a field")
         for field in ("target_field", "choice_fields", "label_field"):
             holds = self.holds == "texts" or not getattr(self, field)

@@ -48,7 +48,10 @@ class TableFormat:
         csv.field_size_limit(sys.maxsize)  # a document may be longer than the module's limit of 128 KiB
         lines = iter(lines)
         beginning = list(_beginning(lines))
-        delimiter = self.delimiter or _delimiter(beginning, fields, len(self.columns))
+        delimiter = self.delimiter
+        if not delimiter and self.columns:
+            delimiter = _delimiter_of_columns(beginning, len(self.columns), place)
+        delimiter = delimiter or _delimiter(beginning, fields)
         quotes = self.quotes
         if quotes is None and delimiter == "\t":
             following = next(lines, None)
@@ -90,7 +93,9 @@ class TableFormat:
                 header = row
                 _check_header(header, fields, place)
             if len(row) != len(header):
-                whose = f"{len(header)} of the setting columns" if self.columns else f"header's {len(header)}"
+                whose = f"header's {len(header)}"
+                if self.columns:
+                    whose = f"{len(header)} of the setting columns (the delimiter is {delimiter!r})"
                 fault = f"{len(row)} field{'s' * (len(row) != 1)}, not the {whose}: {shown(row)}"
                 yield number, f"malformed CSV ({fault}){advice}"
             else:
@@ -128,19 +133,38 @@ def _reader(lines: Iterable[str], delimiter: str, quotes: bool) -> Reader:
     return csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
 
 
-def _delimiter(lines: Sequence[str], fields: Fields, columns: int) -> str:
-    """The first delimiter with which the header has the fields, or the first row this number of `columns`, if there is no header;
-    if none has, the one that gives most columns."""
+def _delimiter_of_columns(lines: Sequence[str], columns: int, place: str) -> str:
+    """The delimiter with which rows without a header have this number of columns; empty if there is none.
+
+    Raises:
+        UserError: there are several.
+    """
+    found = []
+    for delimiter in _DELIMITERS:
+        for quotes in (True, False):
+            try:
+                # The last line may be cut, or be part of a row.
+                rows = list(filter(None, _reader(lines, delimiter, quotes)))
+            except csv.Error:
+                continue
+            if rows and all(len(row) == columns for row in rows[:-1] or rows):
+                found.append(delimiter)
+                break
+    if len(found) > 1:
+        raise UserError(
+            f"{place}: rows have {columns} columns with each of the delimiters {' '.join(map(repr, found))}; set delimiter to one"
+        )
+    return found[0] if found else ""
+
+
+def _delimiter(lines: Sequence[str], fields: Fields) -> str:
+    """The first delimiter with which the header has the fields; if none has, the one that gives most columns."""
     headers: dict[str, list[str]] = {}
     for delimiter in _DELIMITERS:
         try:
             headers[delimiter] = next(filter(None, _reader(lines, delimiter, True)), [])
         except csv.Error:
             headers[delimiter] = []
-        if columns:
-            if len(headers[delimiter]) == columns:
-                return delimiter
-            continue
         try:
             fields.columns(headers[delimiter])
         except KeyError:

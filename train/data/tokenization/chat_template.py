@@ -24,6 +24,7 @@ from train.data.sources.records import Message, Tool
 from train.data.tokenization.template_limits import (
     GUARDED,
     MOST_CHARACTERS,
+    TooSlow,
     Unusable,
     check_method,
     check_size,
@@ -55,7 +56,7 @@ class _Budget:
     def step(self) -> None:
         """Raise `Unusable` if the time is over."""
         if time.monotonic() > self._end:
-            raise Unusable(f"it takes longer than {MOST_SECONDS:g} seconds")
+            raise TooSlow(f"it takes longer than {MOST_SECONDS:g} seconds")
 
 
 class _Generation(jinja2.ext.Extension):

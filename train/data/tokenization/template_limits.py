@@ -21,6 +21,10 @@ class Unusable(UserError):
     """Why a template, or a dialogue with it, cannot be used."""
 
 
+class TooSlow(Unusable):
+    """A rendering takes too long, which another machine, or the same one later, may not say."""
+
+
 def check_widths(form: str, values: Sequence[Any]) -> None:
     """Raise `Unusable` for a text with formats that is made wide by a number."""
     if _WIDE.search(form) or any(isinstance(one, int) and abs(one) > MOST_CHARACTERS and "*" in form for one in values):

@@ -16,8 +16,9 @@ from train.data.prepared.label_arrays import NONE
 from train.data.sources.records import Answers, Document
 from train.data.tokenization.align import encode_with_places, encode_words, tokens_of_answer
 from train.data.tokenization.chat import Chat
-from train.data.tokenization.template_limits import Unusable
+from train.data.tokenization.template_limits import TooSlow, Unusable
 from train.data.tokenization.tokenizer import Tokenizer
+from transformer.errors import UserError
 
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_DOCUMENTS = 1024
@@ -90,6 +91,9 @@ def _dialogues(tokenizer: Tokenizer, documents: list[Document]) -> list[Tokenise
         for answer in document.answers or ((),):
             try:
                 ids, said = chat.tokens([*document.messages, *answer], document.tools)
+            except TooSlow as error:
+                # A document that is left out here would be another machine's: the data would not be the same.
+                raise UserError(f"{document.id}: the chat template: {error}; simplify the template") from None
             except Unusable as error:
                 found.append(Tokenised(document, (), None, f"the chat template refuses the dialogue: {error}"))
                 break

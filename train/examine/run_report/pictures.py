@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.examine.run_report.read import RecordedRun
 from train.run.run_files import NO_SCORES
+from transformer.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +20,11 @@ _COLORS = ("#3b7ddd", "#e0663f", "#2fa36b", "#a566d6", "#c99a1e", "#d3538f", "#2
 _STYLE: Any = {
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
     "axes.titlecolor": _INK, "grid.color": _INK, "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.0,
+    # A name may hold dollar signs.
+    "text.parse_math": False,
 }  # fmt: skip
+_HUGE = 1e30
+"""Values beyond it, and those that are not finite, are not drawn."""
 _MOST_POINTS = 1500
 """The most points of a curve in a picture."""
 _PROGRESS = {
@@ -38,7 +45,7 @@ def loss_picture(runs: Sequence[RecordedRun]) -> str:
         for run, name in drawn:
             color = _COLORS[runs.index(run) % len(_COLORS)]
             what = "training" if name == "train/loss" else "held out"
-            label = what if len(runs) == 1 else f"{run.folder}, {what}"
+            label = what if len(runs) == 1 else f"{_label(run.title)}, {what}"
             pale = name == "train/loss" and len(names) > 1
             _curve(axes, run.curves[name], names[name], label, color, alpha=0.45 if pale else 1.0)
         axes.set_title("loss", loc="left")
@@ -60,7 +67,7 @@ def score_pictures(runs: Sequence[RecordedRun]) -> list[str]:
             for number, run in enumerate(runs):
                 if curve := run.curves.get(name):
                     scaled = {step: value / unit for step, value in curve.items()}
-                    _curve(axes, scaled, "-", str(run.folder), _COLORS[number % len(_COLORS)])
+                    _curve(axes, scaled, "-", _label(run.title), _COLORS[number % len(_COLORS)])
             axes.set_title(title, loc="left")
 
         return draw
@@ -82,7 +89,12 @@ def length_picture(sources: Sequence[dict[str, Any]]) -> str:
             counts = one["lengths"]["histogram"]
             places = [place + number * width for place in range(first, len(counts))]
             axes.bar(
-                places, counts[first:], width, align="edge", color=_COLORS[number % len(_COLORS)], label=one["name"]
+                places,
+                counts[first:],
+                width,
+                align="edge",
+                color=_COLORS[number % len(_COLORS)],
+                label=_label(printable(one["name"])),
             )
         axes.set_xticks(range(first, size), [f"≤ {_short(2**power)}" for power in range(first, size)])
         axes.set_xlabel("tokens of a document")
@@ -97,7 +109,8 @@ def _figure(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    # The page's font has what the one that measures the texts may lack.
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings(action="ignore", category=UserWarning):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         draw(axes)
@@ -109,8 +122,16 @@ def _figure(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
     return text[text.index("<svg") :]
 
 
+def _label(name: str) -> str:
+    """A name in a legend, from which matplotlib leaves out those that begin with an underscore."""
+    return f"./{name}" if name.startswith("_") else name
+
+
 def _curve(axes: Axes, curve: dict[int, float], style: str, label: str, color: str, *, alpha: float = 1.0) -> None:
-    points = list(_thinned(sorted(curve.items())))
+    kept = [(step, value) for step, value in sorted(curve.items()) if math.isfinite(value) and abs(value) < _HUGE]
+    points = list(_thinned(kept))
+    if not points:
+        return
     marker = "." if len(points) < 40 or "o" in style else ""
     axes.plot(*zip(*points, strict=True), "-", marker=marker, label=label, color=color, alpha=alpha, linewidth=1.4)
 

@@ -50,11 +50,12 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """
     runs = [read_run(folder) for folder in folders]
     path = out or folders[0] / "report.html"
-    title = runs[0].name if len(runs) == 1 else ", ".join(str(run.folder) for run in runs)
+    title = runs[0].name if len(runs) == 1 else ", ".join(run.title for run in runs)
     parts = [_DARK, *(_whole(runs[0]) if len(runs) == 1 else _side_by_side(runs))]
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, page(title, parts))
+        # What is half of a surrogate pair, in a name or a sample, is written as its number.
+        write_whole(path, page(title, parts).encode("utf-8", "backslashreplace").decode())
     print(f"report    {path}")
     return path
 
@@ -68,7 +69,7 @@ def _whole(run: RecordedRun) -> Iterator[str]:
 
 def _side_by_side(runs: Sequence[RecordedRun]) -> Iterator[str]:
     for run in runs:
-        yield f'<p class="muted"><b>{html.escape(str(run.folder))}</b>: {html.escape(_headline(run))}</p>'
+        yield f'<p class="muted"><b>{html.escape(run.title)}</b>: {html.escape(_headline(run))}</p>'
     yield _scores(runs)
     first, *others = runs
     yield "<h2>What differs</h2>"
@@ -78,10 +79,10 @@ def _side_by_side(runs: Sequence[RecordedRun]) -> Iterator[str]:
         lines += [] if data[0] == data[1] else ["data: other documents, or another order"]
         versions = [one.origin.get("versions", {}) for one in (first, other)]
         lines += difference(versions[0], versions[1], "versions.")
-        yield f"<h3>{html.escape(f'{first.folder} → {other.folder}')}</h3>{_pre(lines or ['nothing but the name'])}"
+        yield f"<h3>{html.escape(f'{first.title} → {other.title}')}</h3>{_pre(lines or ['nothing but the name'])}"
     yield from _curves(runs)
     for run in runs:
-        yield f"<details><summary>{html.escape(str(run.folder))}</summary>{''.join(_details(run))}</details>"
+        yield f"<details><summary>{html.escape(run.title)}</summary>{''.join(_details(run))}</details>"
 
 
 def _headline(run: RecordedRun) -> str:
@@ -109,7 +110,7 @@ def _scores(runs: Sequence[RecordedRun]) -> str:
     names = [name for name in found if name == "train/loss" or (name.startswith("eval/") and name not in NO_SCORES)]
     if not names:
         return "<p>Nothing is recorded yet.</p>"
-    heads = ["last value of", *(str(run.folder) for run in runs)] if len(runs) > 1 else ["", "last value", "at step"]
+    heads = ["last value of", *(run.title for run in runs)] if len(runs) > 1 else ["", "last value", "at step"]
     rows = []
     for name in names:
         cells = ["–" if (value := run.last(name)) is None else f"{value:.5g}" for run in runs]
@@ -188,7 +189,8 @@ def _time(run: RecordedRun) -> Iterator[str]:
     yield "<h2>Where the time went</h2>"
     parts = {
         "training steps": spent.steps, "of them waiting for data": spent.data, "evaluations": spent.evaluations,
-        "checkpoints": spent.checkpoints, "starting, compiling, samples": spent.rest, "all": spent.total,
+        "checkpoints": spent.checkpoints, "lost to interruptions": spent.lost, "starting, compiling, samples": spent.rest,
+        "all": spent.total,
     }  # fmt: skip
     yield table(
         ["", "time", "share"],
