@@ -169,6 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--objective", choices=("time", "cost", "memory"), default="time", help=text)
     text = "price of a device-hour in any currency: 2.5, or h100=2.5,v5e=1.2"
     sub.add_argument("--price", metavar="PRICE", help=text)
+    text = "instead of one --target, compare the best layouts of several: v5e:4x4,h100:8"
+    sub.add_argument("--compare", metavar="A,B,C", help=text)
+    text = "also find the largest batch and the longest context that fit the best layout"
+    sub.add_argument("--largest", action="store_true", help=text)
     text = "explain why one layout is better than another, by their numbers in the ranking"
     sub.add_argument("--explain", nargs=2, type=_positive, metavar=("A", "B"), help=text)
     sub.add_argument("--analytic", action="store_true", help="by formula only, without compiling")
@@ -357,7 +361,9 @@ def _plan(options: argparse.Namespace) -> None:
             raise UserError("plan: --validate has its own cases, and takes no config, target or field")
         validate.run()
         return
-    if not (options.config and options.target):
+    if options.compare and (options.target or options.explain or options.largest):
+        raise UserError("plan: --compare has its own targets, and takes no --target, --explain or --largest")
+    if not (options.config and (options.target or options.compare)):
         raise UserError("plan: give a config and a --target, such as configs/scale/gpt_1_3b.yaml --target h100:8")
     import jax
 
@@ -372,12 +378,23 @@ def _plan(options: argparse.Namespace) -> None:
         workers=options.workers,
     )  # fmt: skip
     goal = Goal(objective=options.objective, tokens=options.tokens)
+    if options.compare:
+        from benchmarks.sharding import compare
+
+        names = list(dict.fromkeys(_names(options.compare) or []))
+        kinds = list(dict.fromkeys(parse_target(name).kind for name in names))
+        prices = parse_prices(options.price, kinds)
+        compare.run(
+            options.config, names, overrides=tuple(options.overrides), how=how, goal=goal, prices=prices,
+            output=options.directory,
+        )  # fmt: skip
+        return
     kind = parse_target(options.target).kind
     goal = dataclasses.replace(goal, price=parse_prices(options.price, [kind]).get(kind))
     explain = tuple(options.explain) if options.explain else None
     plan.run(
         options.config, options.target, overrides=tuple(options.overrides), how=how, goal=goal, explain=explain,
-        output=options.directory,
+        look_for_largest=options.largest, output=options.directory,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from benchmarks.sharding.ahead import Compiled, Compiler, from_data, refused, re
 from benchmarks.sharding.analytic import Analysis, Estimate
 from benchmarks.sharding.candidates import batch_sizes, candidates, describe
 from benchmarks.sharding.explain import explained
+from benchmarks.sharding.largest import largest
 from benchmarks.sharding.objective import Goal, Objective, in_order
 from benchmarks.sharding.targets import Target, parse_target
 from benchmarks.units import duration
@@ -106,6 +107,7 @@ def run(
     how: How = AS_USUAL,
     goal: Goal = FASTEST,
     explain: tuple[int, int] | None = None,
+    look_for_largest: bool = False,
     output: str | None = None,
 ) -> dict[str, Any]:
     """Rank layouts of a config on a target, print them, and write a report, the figures and the best config.
@@ -113,6 +115,7 @@ def run(
     Args:
         path: of a config, whose batch size is kept.
         explain: the numbers of two layouts of the ranking, whose difference is explained.
+        look_for_largest: also find the largest batch and the longest context of the best layout.
         output: folder of the report and the config; `plans` by default.
 
     Raises:
@@ -126,6 +129,8 @@ def run(
     result, best = plan.result, plan.best
     if explain is not None:
         result["explained"] = explained(result, *explain)
+    if look_for_largest and result["layouts"][0]["fits"]:
+        result["largest"] = largest(best.config, target, plan.compiler)
     name = f"{config.name}_{target.name.replace(':', '_')}"
     fits = result["layouts"][0]["fits"]
     with writing(folder):

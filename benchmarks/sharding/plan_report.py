@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.sharding import largest
 from benchmarks.sharding.legend import NARROW, NARROWEST, TEXT, heads, legend, ties, verdict
 from benchmarks.units import amount, duration
 from train.report.page import page, svg, table
@@ -102,6 +103,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
         cost = "" if training.get("cost") is None else f", and cost {training['cost']:,.2f}"
         lines.append(f"{training['tokens']:.3g} tokens take {took}{cost}.")
     lines += [f"Too large: {row['layout']}, {memory_of(row)}." for row in large[:3]]
+    if "largest" in result:
+        lines += largest.sentences(result["largest"])
     return [*lines, verdict(result)]
 
 
