@@ -261,7 +261,7 @@ def promising(
     chosen = [*first, *later][:number]
     # The reference for every other layout, whatever its rank by formula.
     plain = next((entry for entry in likely if _is_plain(entry.config)), None)
-    if plain is not None and plain not in chosen:
+    if plain is not None and plain not in chosen and number > 1:
         chosen[-1] = plain
     return chosen
 
