@@ -16,7 +16,7 @@ from transformer.errors import ConfigError, UserError
 COMPILES = 4
 """The most programs that are compiled for one answer."""
 MOST = 1 << 20
-"""The largest multiple that is looked at."""
+"""The largest multiple, and the longest context in tokens, that are looked at."""
 TOKENS = 128
 """A context is a multiple of this many tokens."""
 
@@ -52,7 +52,9 @@ def largest(config: RunConfig, target: Target, python: str | None) -> dict[str, 
     try:
         return {
             "batch_size": _confirmed(batch, bisected(batch_fits), step, compiler),
-            "sequence_length": _confirmed(context, bisected(context_fits, fine=16), span, compiler),
+            "sequence_length": _confirmed(
+                context, bisected(context_fits, fine=16, most=max(MOST // span, 1)), span, compiler
+            ),
             "batch_of_context": step,
         }
     finally:
@@ -60,8 +62,8 @@ def largest(config: RunConfig, target: Target, python: str | None) -> dict[str, 
             compiler.close()
 
 
-def bisected(fits: Callable[[int], bool], fine: int = MOST) -> int:
-    """The largest multiple that fits, of those from 1; 0: none does.
+def bisected(fits: Callable[[int], bool], fine: int = MOST, most: int = MOST) -> int:
+    """The largest multiple that fits, of those from 1 to `most`; 0: none does.
 
     Args:
         fine: it is found to within one part in so many.
@@ -69,9 +71,9 @@ def bisected(fits: Callable[[int], bool], fine: int = MOST) -> int:
     if not fits(1):
         return 0
     low = 1
-    while low < MOST and fits(2 * low):
+    while 2 * low <= most and fits(2 * low):
         low *= 2
-    high = 2 * low
+    high = min(2 * low, most + 1)
     while high - low > max(low // fine, 1):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
