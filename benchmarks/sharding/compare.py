@@ -193,8 +193,8 @@ def show(result: Mapping[str, Any], out: Console) -> None:
         out.print(grid)
         for head, text in legend_of([heads[index] for index in shown]).items():
             out.print(f"{head}: {text}", highlight=False)
-    for line in notes(result):
-        out.print(line, highlight=False)
+    for note in notes(result):
+        out.print(note, highlight=False)
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:

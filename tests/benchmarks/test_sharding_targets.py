@@ -192,7 +192,7 @@ def test_the_command_explains_in_the_terminal_and_on_the_page(config_file, tmp_p
     ]
     assert main(["plan", str(config_file), *arguments]) == 0
     said = capsys.readouterr().out
-    assert "is ahead of 3 (" in said and "Matrix products: " in said and "Largest batch of this layout: " in said
+    assert "is ahead of 3 (" in said and "Matrix products: " in said
     assert "exposed: the part of it that adds to the step" in said and "Verdict: enough to shortlist" in said
     page = (tmp_path / "small_h100_8.html").read_text()
     assert "<h2>Layouts 1 and 3 compared</h2>" in page and "<b>exposed</b>" in page
@@ -255,6 +255,7 @@ def test_the_largest_fits_and_a_larger_one_does_not():
         64,
         1000,
     ]
+    assert largest.bisected(lambda count: True, most=100) == 100
     target = parse_target("h100:8")
     small = dataclasses.replace(target, chip=dataclasses.replace(target.chip, memory=3e6))
     found = largest.largest(CONFIG, small, None)
