@@ -21,8 +21,8 @@ TESTED: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 """Version of jax → platform → its packages."""
-DECIDING = ("jax", "jaxlib", "libtpu", "jax-cuda", "nvidia-")
-"""Beginnings of the names of packages that decide a compiler's answers."""
+DECIDING = ("jaxlib", "libtpu", "jax-cuda", "nvidia-")
+"""Beginnings of the names of the packages that, with jax itself, decide a compiler's answers."""
 
 
 def wanted(platform: str) -> list[str]:

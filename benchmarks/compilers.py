@@ -179,8 +179,9 @@ def find(platform: str, python: str | None = None, *, make: bool = False) -> str
 def versions_of(python: str) -> dict[str, str]:
     """Versions of the packages in an environment that decide its compiler's answers."""
     code = (
-        "import importlib.metadata as m, json; "
-        f"print(json.dumps({{d.name.lower(): d.version for d in m.distributions() if d.name.lower().startswith({DECIDING})}}))"
+        "import importlib.metadata as m, json\n"
+        "found = {d.name.lower(): d.version for d in m.distributions()}\n"
+        f"print(json.dumps({{n: v for n, v in found.items() if n == 'jax' or n.startswith({DECIDING})}}))"
     )
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)
     return dict(sorted(json.loads(done.stdout).items())) if done.returncode == 0 else {}

@@ -163,7 +163,7 @@ def test_an_answer_by_formula_is_a_config_that_loads(config_file, tmp_path, caps
     assert best.mesh.sizes(8) and best.batch_size == 16
     page = (tmp_path / "plans" / "small_v5e_2x4.html").read_text()
     assert "<svg" in page and re.search(r"<h2>\d+ layouts that fit", page)
-    assert "Communication is its exposed part by formula" in page
+    assert "<b>exposed</b>: the part of it that adds to the step" in page
 
 
 def test_a_layout_that_does_not_fit_is_reported_with_its_memory(config_file, tmp_path, capsys, monkeypatch):
