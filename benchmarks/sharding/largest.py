@@ -15,6 +15,8 @@ from transformer.errors import ConfigError, UserError
 
 COMPILES = 4
 """The most programs that are compiled for one answer."""
+TIMEOUT = 300
+"""Seconds that one of them may take."""
 MOST = 1 << 20
 """The largest multiple, and the longest context in tokens, that are looked at."""
 TOKENS = 128
@@ -88,9 +90,10 @@ def _confirmed(
     if compiler is None or count == 0:
         return found
     low, high, trial = 0, 0, count
-    for _ in range(COMPILES):
+    for number in range(1, COMPILES + 1):
+        print(f"looking for the largest: {trial * unit:,}, program {number} of up to {COMPILES}", flush=True)
         try:
-            answer = compiler.compile(make(trial))
+            answer = compiler.compile(make(trial), TIMEOUT)
         except (UserError, ConfigError) as error:
             return found | {"error": str(error)}
         if answer.failed:

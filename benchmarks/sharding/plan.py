@@ -130,7 +130,11 @@ def run(
     if explain is not None:
         result["explained"] = explained(result, *explain)
     if look_for_largest and result["layouts"][0]["fits"]:
-        result["largest"] = largest(best.config, target, plan.compiler)
+        try:
+            result["largest"] = largest(best.config, target, plan.compiler)
+        except KeyboardInterrupt:
+            # What was found before is written.
+            result["stopped"] = True
     name = f"{config.name}_{target.name.replace(':', '_')}"
     fits = result["layouts"][0]["fits"]
     with writing(folder):

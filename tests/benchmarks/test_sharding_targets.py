@@ -271,7 +271,7 @@ def test_the_largest_fits_and_a_larger_one_does_not():
 
 def test_the_compiler_has_the_last_word_on_the_largest():
     class Compiler:
-        def compile(self, config):
+        def compile(self, config, timeout):
             return types.SimpleNamespace(fits=config.batch_size <= 40, failed=False, error=None)
 
     def make(count):
