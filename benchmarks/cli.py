@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"manyheads-bench: {message_of(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("manyheads-bench: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -153,13 +157,24 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("plan", help=text, description=text)
     sub.set_defaults(call=_plan)
     sub.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file of configs/")
-    sub.add_argument("--target", help="such as v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8, h200:2x8, a100:8")
+    text = "such as v5e:4x4, v5p:4x4x4, v7:2x2x2, h100:8, h200:2x8, gb200:72, mi300x:8, or my.yaml:8 with a file of figures"
+    sub.add_argument("--target", help=text)
     sub.add_argument("--candidates", type=_positive, default=24, metavar="N", help="layouts to compile (24)")
     text = "instead of planning, compare predictions with measurements on this device, and record the errors"
     sub.add_argument("--validate", action="store_true", help=text)
     sub.add_argument(
         "--tokens", type=_amount, metavar="N", help="training tokens, such as 1e12, to predict the time of training"
     )
+    text = "what to minimise: time, cost by --price, or memory (time)"
+    sub.add_argument("--objective", choices=("time", "cost", "memory"), default="time", help=text)
+    text = "price of a device-hour in any currency: 2.5, or h100=2.5,v5e=1.2"
+    sub.add_argument("--price", metavar="PRICE", help=text)
+    text = "instead of one --target, compare the best layouts of several: v5e:4x4,h100:8"
+    sub.add_argument("--compare", metavar="A,B,C", help=text)
+    text = "also find the largest batch and the longest context that fit the best layout"
+    sub.add_argument("--largest", action="store_true", help=text)
+    text = "explain why one layout is better than another, by their numbers in the ranking"
+    sub.add_argument("--explain", nargs=2, type=_positive, metavar=("A", "B"), help=text)
     sub.add_argument("--analytic", action="store_true", help="by formula only, without compiling")
     sub.add_argument("--install", action="store_true", help="make an environment with the target's compiler, once")
     sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment with that compiler")
@@ -346,18 +361,40 @@ def _plan(options: argparse.Namespace) -> None:
             raise UserError("plan: --validate has its own cases, and takes no config, target or field")
         validate.run()
         return
-    if not (options.config and options.target):
+    if options.compare and (options.target or options.explain or options.largest):
+        raise UserError("plan: --compare has its own targets, and takes no --target, --explain or --largest")
+    if not (options.config and (options.target or options.compare)):
         raise UserError("plan: give a config and a --target, such as configs/scale/gpt_1_3b.yaml --target h100:8")
     import jax
 
     from benchmarks.sharding import plan
+    from benchmarks.sharding.objective import Goal, parse_prices
+    from benchmarks.sharding.targets import parse_target
 
     # Only shapes are traced here; nothing runs.
     jax.config.update("jax_platforms", "cpu")
+    how = plan.How(
+        number=options.candidates, python=options.compiler_python, install=options.install, analytic=options.analytic,
+        workers=options.workers,
+    )  # fmt: skip
+    goal = Goal(objective=options.objective, tokens=options.tokens)
+    if options.compare:
+        from benchmarks.sharding import compare
+
+        names = list(dict.fromkeys(_names(options.compare) or []))
+        kinds = list(dict.fromkeys(parse_target(name).kind for name in names))
+        prices = parse_prices(options.price, kinds)
+        compare.run(
+            options.config, names, overrides=tuple(options.overrides), how=how, goal=goal, prices=prices,
+            output=options.directory,
+        )  # fmt: skip
+        return
+    kind = parse_target(options.target).kind
+    goal = dataclasses.replace(goal, price=parse_prices(options.price, [kind]).get(kind))
+    explain = tuple(options.explain) if options.explain else None
     plan.run(
-        options.config, options.target, overrides=tuple(options.overrides), number=options.candidates,
-        python=options.compiler_python, install=options.install, analytic=options.analytic, tokens=options.tokens,
-        workers=options.workers, output=options.directory,
+        options.config, options.target, overrides=tuple(options.overrides), how=how, goal=goal, explain=explain,
+        look_for_largest=options.largest, output=options.directory,
     )  # fmt: skip
 
 

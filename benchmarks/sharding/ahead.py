@@ -152,7 +152,7 @@ def answer(config: RunConfig, target: Target) -> Compiled:
     try:
         if (reason := compilers.missing(target.chip.platform)) is not None:
             raise UserError(reason)
-        devices = compilers.devices_of(target.chip.platform, target.topology, target.name.partition(":")[0])
+        devices = compilers.devices_of(target.chip.platform, target.topology, target.kind)
         program = program_of(config, devices)
         return examined(*compile_step(program), program.mesh, target)
     except Exception as error:

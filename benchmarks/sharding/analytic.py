@@ -49,6 +49,11 @@ class Estimate:
     """Seconds of it by part, as are the fields below it."""
     traffic: float
     sending: float
+    """The exposed part of communication."""
+    sent: float = 0.0
+    """Seconds of all communication, whether or not it overlaps with computation."""
+    axes: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds of it by axis of the mesh."""
 
     @property
     def memory(self) -> float:
@@ -142,16 +147,30 @@ class Analysis:
         moved += 3 * (parameters + gradients + optimizer)
         traffic = moved / (target.memory_bandwidth * target.memory_efficiency)
         hideable = shown = 0.0
+        axes: dict[str, float] = {}
         for one in least(config, sizes, self.parameters):
             seconds = one.bytes / target.link_of_axis(one.axis, sizes)
             seconds += one.count * target.latency * math.log2(max(sizes[one.axis], 2))
+            axes[one.axis] = axes.get(one.axis, 0.0) + seconds
             if one.axis in ("fsdp", "data"):
                 hideable += seconds
             else:
                 shown += seconds
         sending = shown + max(hideable - OVERLAP * arithmetic, 0)
         seconds = (arithmetic + traffic) * (1 + bubble) + sending
-        return Estimate(parameters, gradients, optimizer, activations, gathered, seconds, arithmetic, traffic, sending)
+        return Estimate(
+            parameters,
+            gradients,
+            optimizer,
+            activations,
+            gathered,
+            seconds,
+            arithmetic,
+            traffic,
+            sending,
+            hideable + shown,
+            axes,
+        )
 
 
 def sharded_bytes(tree: Any, rules: Rules, sizes: dict[str, int]) -> float:

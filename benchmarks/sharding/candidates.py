@@ -43,6 +43,17 @@ def candidates(config: RunConfig, target: Target) -> list[RunConfig]:
     return found
 
 
+def batch_sizes(config: RunConfig, target: Target, most: int = 2) -> list[int]:
+    """The batch sizes nearest to the config's that some layout over the target's devices divides."""
+    parts = set()
+    for sizes in _meshes(config, target):
+        rows = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+        parts |= {rows * one.get("pipeline_microbatches", 1) for one in _pipelines(sizes["pipeline"])}
+    wanted = config.batch_size
+    near = {size for one in parts for size in (wanted // one * one, -(-wanted // one) * one) if size}
+    return sorted(sorted(near, key=lambda size: abs(size - wanted))[:most])
+
+
 def describe(config: RunConfig) -> str:
     """The layout in one line: the axes with more than one device, the strategy, and the other choices."""
     mesh = config.mesh

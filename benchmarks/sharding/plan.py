@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import queue
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -24,7 +23,10 @@ from benchmarks import compilers, record
 from benchmarks.sharding import plan_report
 from benchmarks.sharding.ahead import Compiled, Compiler, from_data, refused, require_any
 from benchmarks.sharding.analytic import Analysis, Estimate
-from benchmarks.sharding.candidates import candidates, describe
+from benchmarks.sharding.candidates import batch_sizes, candidates, describe
+from benchmarks.sharding.explain import explained
+from benchmarks.sharding.largest import largest
+from benchmarks.sharding.objective import Goal, Objective, in_order
 from benchmarks.sharding.targets import Target, parse_target
 from benchmarks.units import duration
 from train.config import RunConfig, dump, load, to_data
@@ -55,9 +57,46 @@ class Entry:
             return self.compiled.prediction["seconds"]
         return self.estimate.seconds
 
+    @property
+    def memory(self) -> float:
+        """Peak bytes on a device: from the compiler, else by formula."""
+        if self.compiled is not None and self.compiled.memory is not None:
+            return self.compiled.memory
+        return self.estimate.memory
+
     def fits(self, target: Target) -> bool:
         """Whether it fits into a device's memory, by the compiler, else by formula."""
         return self.compiled.fits if self.compiled is not None else self.estimate.memory <= target.chip.memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class How:
+    """How a plan is made."""
+
+    number: int = CANDIDATES
+    """How many layouts to compile."""
+    python: str | None = None
+    """Interpreter of an environment with the target's compiler; the one installed before by default."""
+    install: bool = False
+    """Make that environment if there is none."""
+    analytic: bool = False
+    """Compile nothing."""
+    workers: int | None = None
+    """Number of processes that compile concurrently."""
+
+
+AS_USUAL, FASTEST = How(), Goal()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A ranking of layouts."""
+
+    result: dict[str, Any]
+    """As plain data."""
+    best: Entry
+    compiler: str | None
+    """The interpreter that has the target's compiler."""
 
 
 def run(
@@ -65,24 +104,18 @@ def run(
     target_name: str,
     *,
     overrides: tuple[str, ...] = (),
-    number: int = CANDIDATES,
-    python: str | None = None,
-    install: bool = False,
-    analytic: bool = False,
-    tokens: float | None = None,
-    workers: int | None = None,
+    how: How = AS_USUAL,
+    goal: Goal = FASTEST,
+    explain: tuple[int, int] | None = None,
+    look_for_largest: bool = False,
     output: str | None = None,
 ) -> dict[str, Any]:
     """Rank layouts of a config on a target, print them, and write a report, the figures and the best config.
 
     Args:
         path: of a config, whose batch size is kept.
-        number: how many layouts to compile.
-        python: interpreter of an environment with the target's compiler; the one installed before by default.
-        install: make that environment if there is none.
-        analytic: compile nothing.
-        tokens: of a whole training, to report its duration.
-        workers: number of processes that compile concurrently.
+        explain: the numbers of two layouts of the ranking, whose difference is explained.
+        look_for_largest: also find the largest batch and the longest context of the best layout.
         output: folder of the report and the config; `plans` by default.
 
     Raises:
@@ -90,47 +123,104 @@ def run(
             failed.
     """
     target, config = parse_target(target_name), load(path, overrides)
-    target = dataclasses.replace(target, dtype=config.model.dtype)
+    goal = with_price(goal, target)
     folder = record.report_folder(output)
-    start = time.monotonic()
-    entries = estimated(config, target)
-    chosen = promising(entries, target, number)
-    fitting = sum(entry.fits(target) for entry in entries)
-    print(
-        f"{config.name} on {target.name}: {len(entries)} layouts by formula in {time.monotonic() - start:.1f} s, "
-        f"{fitting} of them fit; the best is {describe(chosen[0].config)}: "
-        f"{duration(chosen[0].seconds)}, {readable(int(chosen[0].estimate.memory))} a device",
-        flush=True,
-    )
-    compiler = None
-    if not analytic:
-        compiler = compilers.find(target.chip.platform, python, make=install)
-        if compiler is None:
-            print(f"this plan is by formula only: {compilers.absent(target.chip.platform)}", flush=True)
-    stopped, kept = False, 0
-    if compiler is not None:
-        stopped, kept = compile_all(chosen, target, compiler, workers or min(os.cpu_count() or 1, 4))
-        if not stopped:
-            require_any((entry.compiled for entry in chosen), target)
-    result = summarised(config, target, chosen, tokens, len(entries), time.monotonic() - start, stopped, kept)
-    result["fitting"] = fitting
+    plan = planned(config, target, how, goal)
+    result, best = plan.result, plan.best
+    if explain is not None:
+        result["explained"] = explained(result, *explain)
+    if look_for_largest and result["layouts"][0]["fits"]:
+        try:
+            result["largest"] = largest(best.config, target, plan.compiler)
+        except KeyboardInterrupt:
+            # What was found before is written.
+            result["stopped"] = True
     name = f"{config.name}_{target.name.replace(':', '_')}"
-    best = ranked(chosen, target)[0]
+    fits = result["layouts"][0]["fits"]
     with writing(folder):
-        if best.fits(target):
+        if fits:
             (folder / f"{name}.yaml").write_text(dump(best.config), encoding="utf-8")
         plan_report.write(result, folder / f"{name}.html")
     plan_report.show(result, console())
-    written = f"best config: {folder / name}.yaml; " if best.fits(target) else ""
+    written = f"best config: {folder / name}.yaml; " if fits else ""
     print(f"{written}report: {folder / name}.html")
     if result["compiled"]:
-        command = " ".join([f"manyheads-bench plan {path} --target {target.name}", *overrides])
+        command = " ".join([f"manyheads-bench plan {path} --target {target_name}", *overrides])
         record.save(f"plan_{name}", command, result, show=False, folder=folder)
     return result
 
 
-def estimated(config: RunConfig, target: Target) -> list[Entry]:
-    """Every layout with its estimate, the fastest that fits first.
+def with_price(goal: Goal, target: Target) -> Goal:
+    """The goal with the price of the target's own file of figures, where none is given.
+
+    Raises:
+        UserError: the objective is cost, and there is no price.
+    """
+    goal = dataclasses.replace(goal, price=goal.price or target.chip.price or None)
+    if goal.objective == "cost" and goal.price is None:
+        raise UserError(
+            f"--objective cost: there is no price for {target.kind}; give one for a device and hour: --price 2.5"
+        )
+    return goal
+
+
+def planned(config: RunConfig, target: Target, how: How, goal: Goal) -> Plan:
+    """The layouts of a config on a target, by formula, the most promising also by the target's compiler.
+
+    Raises:
+        UserError: as `run`.
+    """
+    target = dataclasses.replace(target, dtype=config.model.dtype)
+    compiler, why = _compiler(target, how)
+    start = time.monotonic()
+    entries = estimated(config, target, goal.objective)
+    chosen = promising(entries, target, how.number, goal.objective, compiled=compiler is not None)
+    fitting = sum(entry.fits(target) for entry in entries)
+    first = entries[0]
+    print(
+        f"{config.name} on {target.name}: {len(entries)} layouts by formula in {time.monotonic() - start:.1f} s, "
+        f"{fitting} of them fit; the best is {describe(first.config)}: "
+        f"{duration(first.seconds)}, {readable(int(first.memory))} a device",
+        flush=True,
+    )
+    if why:
+        print(f"this plan is by formula only: {why}", flush=True)
+    stopped, kept = False, 0
+    if compiler is not None:
+        stopped, kept = compile_all(
+            chosen, target, compiler, how.workers or min(os.cpu_count() or 1, 4), goal.objective
+        )
+        if not stopped:
+            require_any((entry.compiled for entry in chosen), target)
+    seconds = time.monotonic() - start
+    result = summarised(config, target, chosen, goal, len(entries), seconds, stopped, kept)
+    result["fitting"] = fitting
+    if compiler is not None:
+        result["compiler"] = compilers.versions_of(compiler)
+    return Plan(result, ranked(chosen, target, goal.objective)[0], compiler)
+
+
+def _compiler(target: Target, how: How) -> tuple[str | None, str]:
+    """The interpreter of the target's compiler, or why there is none.
+
+    Raises:
+        UserError: a compiler is asked for by name, and there is none for the chip.
+    """
+    if how.analytic:
+        return None, ""
+    if not compilers.covers(target.chip.platform, target.kind):
+        if how.install or how.python:
+            raise UserError(
+                f"{target.name}: no compiler's figures are known for {target.kind}: leave out --install and --compiler-python, "
+                "and the plan is by formula"
+            )
+        return None, f"no compiler's figures are known for {target.kind}"
+    found = compilers.find(target.chip.platform, how.python, make=how.install)
+    return found, "" if found else compilers.absent(target.chip.platform)
+
+
+def estimated(config: RunConfig, target: Target, objective: Objective = "time") -> list[Entry]:
+    """Every layout with its estimate, the best that fits first.
 
     Raises:
         UserError: there is none.
@@ -138,18 +228,30 @@ def estimated(config: RunConfig, target: Target) -> list[Entry]:
     analysis = Analysis(config)
     entries = [Entry(one, analysis.estimate(one, target)) for one in candidates(config, target)]
     if not entries:
+        sizes = " and ".join(map(str, batch_sizes(config, target)))
+        if not sizes:
+            raise UserError(
+                f"plan: no layout over {target.num_devices} devices divides the model; sequence_length {config.sequence_length} "
+                "has to be even"
+            )
         raise UserError(
-            f"plan: no layout over {target.num_devices} devices divides batch_size {config.batch_size}, the heads and the "
-            "widths of the model; try a batch_size that is a multiple of the devices"
+            f"plan: no layout over {target.num_devices} devices divides batch_size {config.batch_size}; "
+            f"the nearest that one divides: {sizes}"
         )
-    return sorted(entries, key=lambda entry: (not entry.fits(target), entry.seconds))
+    return ranked(entries, target, objective)
 
 
-def promising(entries: list[Entry], target: Target, number: int) -> list[Entry]:
-    """The `number` layouts to compile, best first: those that may fit, at most two settings of one mesh before others, and
-    at most a sixth of them pipelines, whose many schedules would otherwise fill the list."""
+def promising(
+    entries: list[Entry], target: Target, number: int, objective: Objective = "time", *, compiled: bool = True
+) -> list[Entry]:
+    """The `number` layouts to compile, or to show if nothing is compiled, best first: those that may fit, at most two settings
+    of one mesh before others, and at most a sixth of them pipelines, whose many schedules would otherwise fill the list."""
     likely = [entry for entry in entries if entry.estimate.memory <= 1.4 * target.chip.memory] or entries
-    likely = sorted(likely, key=lambda entry: entry.seconds * (1 if entry.fits(target) else 1.2))
+    # By time alone: a formula knows little of what microbatches cost, and the compiler decides between settings of one mesh.
+    if compiled and objective != "memory":
+        likely = sorted(
+            likely, key=lambda entry: (entry.seconds * (1 if entry.fits(target) else 1.2), entry.config.microbatches)
+        )
     first: list[Entry] = []
     later: list[Entry] = []
     seen: dict[Any, int] = {}
@@ -163,7 +265,7 @@ def promising(entries: list[Entry], target: Target, number: int) -> list[Entry]:
     chosen = [*first, *later][:number]
     # The reference for every other layout, whatever its rank by formula.
     plain = next((entry for entry in likely if _is_plain(entry.config)), None)
-    if plain is not None and plain not in chosen:
+    if plain is not None and plain not in chosen and number > 1:
         chosen[-1] = plain
     return chosen
 
@@ -173,9 +275,11 @@ def _is_plain(config: RunConfig) -> bool:
     return all((getattr(config.mesh, axis) or 1) == 1 for axis in MESH_AXES if axis != "data")
 
 
-def compile_all(entries: list[Entry], target: Target, python: str, workers: int) -> tuple[bool, int]:
+def compile_all(
+    entries: list[Entry], target: Target, python: str, workers: int, objective: Objective = "time"
+) -> tuple[bool, int]:
     """Compile the entries in order; return whether it was stopped from the keyboard, and how many were cached."""
-    versions = _versions(python, target)
+    versions = json.dumps(compilers.versions_of(python))
     open_ones: queue.Queue[Entry] = queue.Queue()
     for entry in entries:
         kept = _kept(entry.config, target, versions)
@@ -190,6 +294,8 @@ def compile_all(entries: list[Entry], target: Target, python: str, workers: int)
     def work(progress: Progress, task: Any) -> None:
         compiler = Compiler(target, python)
         running.append(compiler)
+        if stopping.is_set():
+            return compiler.close()
         while True:
             try:
                 entry = open_ones.get_nowait()
@@ -216,7 +322,7 @@ def compile_all(entries: list[Entry], target: Target, python: str, workers: int)
                     path.write_text(json.dumps(dataclasses.asdict(entry.compiled)), encoding="utf-8")
             else:
                 progress.console.print(f"{describe(entry.config)}: {entry.compiled.error}", highlight=False)
-            progress.update(task, advance=1, best=_best_line(entries, target))
+            progress.update(task, advance=1, best=_best_line(entries, target, objective))
 
     columns = (
         TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -225,7 +331,9 @@ def compile_all(entries: list[Entry], target: Target, python: str, workers: int)
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
         with Progress(*columns) as progress:
-            task = progress.add_task("", total=len(entries), completed=known, best=_best_line(entries, target))
+            task = progress.add_task(
+                "", total=len(entries), completed=known, best=_best_line(entries, target, objective)
+            )
             done = [pool.submit(work, progress, task) for _ in range(min(workers, open_ones.qsize()))]
             for future in concurrent.futures.as_completed(done):
                 future.result()
@@ -241,21 +349,27 @@ def compile_all(entries: list[Entry], target: Target, python: str, workers: int)
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def ranked(entries: list[Entry], target: Target) -> list[Entry]:
-    """Sort key: compiled before estimated, fitting before others, the fastest first."""
-    return sorted(entries, key=lambda entry: (not entry.fits(target), entry.compiled is None, entry.seconds))
+def ranked(entries: list[Entry], target: Target, objective: Objective = "time") -> list[Entry]:
+    """Compiled before estimated, fitting before others, the best first."""
+    groups: dict[tuple[bool, bool], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((not entry.fits(target), entry.compiled is None), []).append(entry)
+    in_groups = (
+        in_order(groups[key], objective, lambda one: one.seconds, lambda one: one.memory) for key in sorted(groups)
+    )
+    return [entry for group in in_groups for entry in group]
 
 
 def summarised(
-    config: RunConfig, target: Target, entries: list[Entry], tokens: float | None, considered: int, seconds: float,
-    stopped: bool, kept: int,
+    config: RunConfig, target: Target, entries: list[Entry], goal: Goal, considered: int, seconds: float, stopped: bool,
+    kept: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The ranking as plain data."""
     per_step = config.batch_size * config.sequence_length
     flops = 3 * flops_per_token(config.model, config.sequence_length) * per_step
     rows: list[dict[str, Any]] = []
     has_compiled = any(entry.compiled is not None for entry in entries)
-    for entry in ranked(entries, target):
+    for entry in ranked(entries, target, goal.objective):
         if has_compiled and entry.compiled is None:
             continue
         compiled = dataclasses.asdict(entry.compiled) if entry.compiled is not None else None
@@ -269,9 +383,8 @@ def summarised(
                 "seconds": entry.seconds,
                 "tokens_per_second": per_step / entry.seconds,
                 "mfu": flops / entry.seconds / (target.num_devices * target.peak_flops),
-                "memory": entry.estimate.memory
-                if compiled is None or compiled["memory"] is None
-                else compiled["memory"],
+                "cost": goal.cost(1e9 / per_step * entry.seconds, target.num_devices),
+                "memory": entry.memory,
                 "estimate": dataclasses.asdict(entry.estimate) | {"memory": entry.estimate.memory},
                 "compiled": compiled,
             }
@@ -281,6 +394,8 @@ def summarised(
         "target": target.name,
         "devices": target.num_devices,
         "device_memory": target.chip.memory,
+        "objective": goal.objective,
+        "price": goal.price,
         "tokens_per_step": per_step,
         "considered": considered,
         "compiled": sum(entry.compiled is not None and not entry.compiled.failed for entry in entries),
@@ -290,25 +405,18 @@ def summarised(
         "kept_from_before": kept,
         "layouts": rows,
     }
-    if tokens is not None and rows:
-        took = tokens / float(rows[0]["tokens_per_second"])
-        result["training"] = {"tokens": tokens, "days": took / 86400, "device_hours": took / 3600 * target.num_devices}
+    if goal.tokens is not None and rows:
+        took = goal.tokens / float(rows[0]["tokens_per_second"])
+        result["training"] = {
+            "tokens": goal.tokens, "days": took / 86400, "device_hours": took / 3600 * target.num_devices,
+            "cost": goal.cost(took, target.num_devices),
+        }  # fmt: skip
     return result
 
 
-def _best_line(entries: list[Entry], target: Target) -> str:
-    best = ranked(entries, target)[0]
+def _best_line(entries: list[Entry], target: Target, objective: Objective) -> str:
+    best = ranked(entries, target, objective)[0]
     return f"{describe(best.config)}, {duration(best.seconds)}"
-
-
-def _versions(python: str, target: Target) -> str:
-    """The compiler's version, which is part of the cache key."""
-    packages = ("jaxlib", *(name.replace("_", "-") for name in compilers.PACKAGES[target.chip.platform]))
-    code = (
-        "import importlib.metadata as m\n"
-        f"for name in {packages}:\n  try: print(name, m.version(name))\n  except m.PackageNotFoundError: pass"
-    )
-    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout
 
 
 def _kept(config: RunConfig, target: Target, versions: str) -> Path:

@@ -10,52 +10,57 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sharding.analytic import OVERLAP
-from benchmarks.sharding.validate import on_record
+from benchmarks.sharding import largest
+from benchmarks.sharding.legend import NARROW, NARROWEST, TEXT, heads, legend, ties, verdict
 from benchmarks.units import amount, duration
 from train.report.page import page, svg, table
 from transformer.interpret.capture import readable
 
 GIB = 2**30
-WIDE = 136
+WIDE = 144
 """Terminal width from which a table has all of its columns."""
-NARROW = ("", "layout", "step", "MFU", "memory", "bound by")
-HEADS = ("", "layout", "step", "tokens/s", "MFU", "memory", "matmul", "memory-bound", "communication", "bound by")
+SLIM = 78
+"""Terminal width below which it has only the fewest."""
 
 
 def show(result: dict[str, Any], console: Console, most: int = 12) -> None:
-    """Print the best layouts, the bound of the first one, and the layouts that are too large."""
-    grid = Table(title=f"{result['config']} on {result['target']}", title_justify="left", box=box.SIMPLE_HEAD)
+    """Print the best layouts, what the columns mean, the bound of the first layout, and the layouts that are too large."""
+    grid = Table(
+        title=f"{result['config']} on {result['target']}", title_justify="left", box=box.SIMPLE_HEAD,
+        padding=(0, 1) if console.width >= WIDE else (0, 0, 0, 1), pad_edge=False,
+    )  # fmt: skip
     # If not all columns fit, only the most important ones are shown.
-    shown = [index for index, head in enumerate(HEADS) if console.width >= WIDE or head in NARROW]
+    names = heads(result)
+    kept = names if console.width >= WIDE else NARROW if console.width >= SLIM else NARROWEST
+    shown = [index for index, head in enumerate(names) if head in kept]
     for index in shown:
-        head = HEADS[index]
-        grid.add_column(head, justify="left" if head in ("layout", "bound by") else "right", overflow="fold")
+        head = names[index]
+        wraps = head == "layout"
+        grid.add_column(
+            head,
+            justify="left" if head in TEXT else "right",
+            overflow="fold",
+            no_wrap=not wraps,
+            ratio=1 if wraps else None,
+        )
     good = [row for row in result["layouts"] if row["fits"]]
     for number, row in enumerate(good[:most], 1):
-        cells = _cells(number, row)
+        cells = cells_of(result, number, row)
         grid.add_row(*(cells[index] for index in shown))
     if good:
         console.print(grid)
-        if console.width >= WIDE:
-            console.print(times_note(result), highlight=False)
+        for head, text in legend(result).items():
+            if head in {names[index] for index in shown}:
+                console.print(f"{head}: {text}", highlight=False)
+        console.print(ties(result), highlight=False)
     if len(good) > most:
         console.print(f"{len(good) - most} more layouts that fit are in the report.")
     for line in sentences(result):
         console.print(line, highlight=False)
-
-
-def times_note(result: dict[str, Any]) -> str:
-    """How the times in the table are related, and which part of the communication they include."""
-    if result["compiled"]:
-        return (
-            "step = matmul + memory-bound + communication. Communication is its exposed part: the time during which the compiled "
-            "program computes nothing."
-        )
-    return (
-        "step = (matmul + memory-bound) × (1 + pipeline bubble) + communication. Communication is its exposed part by formula: "
-        f"along the axes data and fsdp the time beyond {OVERLAP:.0%} of matmul, along the other axes all of it."
-    )
+    if explained := result.get("explained"):
+        console.print()
+        for line in explained["sentences"]:
+            console.print(line, highlight=False)
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
@@ -95,17 +100,12 @@ def sentences(result: dict[str, Any]) -> list[str]:
             if days >= 1
             else f"{24 * days:.2g} hours, {hours:.2g} device-hours"
         )
-        lines.append(f"{training['tokens']:.3g} tokens take {took}.")
+        cost = "" if training.get("cost") is None else f", and cost {training['cost']:,.2f}"
+        lines.append(f"{training['tokens']:.3g} tokens take {took}{cost}.")
     lines += [f"Too large: {row['layout']}, {memory_of(row)}." for row in large[:3]]
-    kind = result["target"].partition(":")[0]
-    error = on_record(kind)
-    lines.append(
-        "Unvalidated: no measurements on this kind of device are on record."
-        if error is None
-        else f"Predicted, not measured. Maximum errors of predictions on {kind}: time {error['time']:.0%}, memory "
-        f"{error['memory']:.0%}."
-    )
-    return lines
+    if "largest" in result:
+        lines += largest.sentences(result["largest"])
+    return [*lines, verdict(result)]
 
 
 def memory_of(row: dict[str, Any]) -> str:
@@ -129,16 +129,19 @@ def bound_of(row: dict[str, Any]) -> str:
     return max(parts, key=lambda part: parts[part])
 
 
-def _cells(number: int, row: dict[str, Any]) -> list[str]:
+def cells_of(result: dict[str, Any], number: int, row: dict[str, Any]) -> list[str]:
+    """A layout's cells, one for each of `heads`."""
     prediction = (row["compiled"] or {}).get("prediction")
     if prediction:
-        times = [prediction["compute"], prediction["memory"], prediction["exposed"]]
+        sent = prediction["exposed"] + prediction["overlapped"]
+        times = [prediction["compute"], prediction["memory"], sent, prediction["exposed"]]
     else:
-        times = [row["estimate"][name] for name in ("arithmetic", "traffic", "sending")]
-    return [
+        times = [row["estimate"][name] for name in ("arithmetic", "traffic", "sent", "sending")]
+    cells = [
         str(number), row["layout"], duration(row["seconds"]), f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}",
         readable(int(row["memory"])), *map(duration, times), bound_of(row),
     ]  # fmt: skip
+    return [*cells, f"{row['cost']:,.2f}"] if result.get("price") else cells
 
 
 def write(result: dict[str, Any], path: Path) -> None:
@@ -147,10 +150,18 @@ def write(result: dict[str, Any], path: Path) -> None:
     bad = [row for row in result["layouts"] if not row["fits"]]
     parts = ["".join(f"<p>{html.escape(line)}</p>" for line in sentences(result)), picture(result)]
     if good:
-        cells = [_cells(number, row) for number, row in enumerate(good, 1)]
+        cells, names = [cells_of(result, number, row) for number, row in enumerate(good, 1)], heads(result)
+        text = [names.index(head) for head in TEXT]
         of = f" (of {fitting} by formula)" if (fitting := result.get("fitting", 0)) > len(good) else ""
-        parts.append(f"<h2>{len(good)} layouts that fit{of}</h2>" + table(HEADS, cells, text=(1, 9), long=(1,)))
-        parts.append(f"<p>{html.escape(times_note(result))}</p>")
+        parts.append(f"<h2>{len(good)} layouts that fit{of}</h2>" + table(names, cells, text=text, long=(1,)))
+        terms = "".join(
+            f"<li><b>{html.escape(head)}</b>: {html.escape(what)}</li>" for head, what in legend(result).items()
+        )
+        parts.append(f"<ul>{terms}</ul><p>{html.escape(ties(result))}</p>")
+    if explained := result.get("explained"):
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in explained["sentences"])
+        title = "Layouts {} and {} compared".format(*explained["numbers"])
+        parts.append(f"<h2>{title}</h2>{lines}" + table(explained["heads"], explained["rows"], text=(0,)))
     if bad:
         rows = [
             [row["layout"], memory_of(row) if row["memory"] else "", (row["compiled"] or {}).get("error") or ""]
@@ -165,8 +176,8 @@ def write(result: dict[str, Any], path: Path) -> None:
             [one["kind"], one["dtype"], str(one["devices"]), str(one["count"]), amount(one["bytes"])]
             for one in best["collectives"]
         ]
-        heads = ("collective", "numbers", "devices", "times a step", "sent by a device")
-        parts.append("<h2>Communication of the best layout</h2>" + table(heads, rows, text=(0, 1)))
+        columns = ["collective", "numbers", "devices", "times a step", "sent by a device"]
+        parts.append("<h2>Communication of the best layout</h2>" + table(columns, rows, text=(0, 1)))
     path.write_text(page(f"{result['config']} on {result['target']}", parts), encoding="utf-8")
 
 

@@ -1,100 +1,22 @@
-"""Accelerators that need not be available: chips, memory, and links, by the vendors' data sheets."""
+"""Devices to plan for, which need not be available: how many of which chip, and how they are linked."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from train.parallel.hardware import PEAK_GIGABYTES, PEAK_TFLOPS
+from benchmarks.sharding.chips import CHIPS, GIB, Chip, chip_name, chip_of_file
 from transformer.errors import UserError, nearest
 
-GB = 1e9
-GIB = 2**30
+__all__ = ["CHIPS", "GIB", "Chip", "Target", "chip_name", "parse_target"]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """One device as JAX sees it."""
-
-    kind: str
-    """JAX's name of such devices, or a prefix of it."""
-    platform: Literal["tpu", "gpu", "cpu"]
-    peak_bfloat16: float
-    """FLOP/s, dense."""
-    peak_float32: float
-    """FLOP/s of XLA's float32 matrix products."""
-    memory: float
-    """Bytes available to a program."""
-    bandwidth: float
-    """Memory bandwidth in bytes per second."""
-    link: float
-    """Bytes per second that a device sends over its fast links: for a TPU along one dim of the torus, in both directions
-    together; for a GPU to the others of its host."""
-    network: float
-    """Bytes per second between hosts, for each device."""
-    host: float = 0.0
-    """Bytes per second to or from host memory, if the compiler schedules such transfers."""
-    clock: float = 0.0
-    """Clock in cycles per second, the unit of a TPU compiler's estimates."""
-    dims: int = 0
-    """Number of dims of the torus."""
-    wrap: int = 0
-    """Length from which a dim of the slice wraps around to a ring."""
-
-
-def _chip(kind: str, **data: Any) -> Chip:
-    """Peaks of arithmetic and memory are the same as for utilisation figures."""
-    bfloat16, float32 = (PEAK_TFLOPS[kind][dtype] * 1e12 for dtype in ("bfloat16", "float32"))
-    platform: Literal["tpu", "gpu"] = "tpu" if kind.startswith("TPU") else "gpu"
-    bandwidth = PEAK_GIGABYTES[kind] * GB
-    return Chip(
-        kind=kind, platform=platform, peak_bfloat16=bfloat16, peak_float32=float32, bandwidth=bandwidth, **data
-    )  # fmt: skip
-
-
-CHIPS = {
-    # Google's data sheets; links by the Scaling Book (Austin et al. 2025), one way 45 or 90 GB/s each, and PCIe. The
-    # clock follows from the peak and the matrix units (4 or 8 of 128 × 128; of v6e 4 of 256 × 256, at half the rate).
-    "v5e": _chip(
-        "TPU v5 lite", memory=15.75 * GIB, link=90 * GB, network=6.25 * GB,
-        host=16 * GB, clock=1.5e9, dims=2, wrap=16,
-    ),
-    "v5p": _chip(
-        "TPU v5", memory=95.7 * GIB, link=180 * GB, network=6.25 * GB,
-        host=16 * GB, clock=1.75e9, dims=3, wrap=4,
-    ),
-    "v6e": _chip(
-        "TPU v6 lite", memory=31.25 * GIB, link=180 * GB, network=12.5 * GB,
-        host=32 * GB, clock=1.75e9, dims=2, wrap=16,
-    ),
-    "v4": _chip(
-        "TPU v4", memory=30.75 * GIB, link=90 * GB, network=6.25 * GB,
-        host=16 * GB, clock=1.05e9, dims=3, wrap=4,
-    ),
-    # NVIDIA's data sheets: SXM boards, NVLink one way, one 400 Gb/s (A100: 200 Gb/s) adapter a GPU. XLA takes
-    # three quarters of the memory by default; a plan assumes 92 %.
-    "a100": _chip("NVIDIA A100", memory=0.92 * 80 * GB, link=300 * GB, network=25 * GB),
-    "h100": _chip("NVIDIA H100", memory=0.92 * 84.9 * GB, link=450 * GB, network=50 * GB),
-    "h200": _chip("NVIDIA H200", memory=0.92 * 150 * GB, link=450 * GB, network=50 * GB),
-}  # fmt: skip
-
-GPUS_A_HOST = 8
-
-
-def chip_name(device: Any) -> str:
-    """The name of a device's kind, among `CHIPS`.
-
-    Raises:
-        UserError: it is of another kind.
-    """
-    known = {name: chip.kind for name, chip in CHIPS.items() if device.device_kind.startswith(chip.kind)}
-    if not known:
-        kinds = ", ".join(chip.kind for chip in CHIPS.values())
-        raise UserError(f"kind of device: got {device.device_kind!r}; allowed: {kinds}")
-    return max(known, key=lambda name: len(known[name]))
+CORE_LINKS = 6
+"""Links of the torus, one way, that the connection of a TPU chip's two devices is worth (Google Cloud, TPU7x)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +45,18 @@ class Target:
     @property
     def num_devices(self) -> int:
         """Total number of devices."""
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.chip.cores
+
+    @property
+    def kind(self) -> str:
+        """The name of the chip."""
+        return self.name.partition(":")[0]
 
     @property
     def topology(self) -> str:
         """The compiler's name of the topology."""
         if self.chip.platform == "tpu":
-            return self.name
+            return f"{self.chip.slice_name or self.kind}:{'x'.join(map(str, self.shape))}"
         return "x".join(map(str, (1, *self.shape)))
 
     @property
@@ -150,7 +77,8 @@ class Target:
     def place(self, device: Any) -> tuple[int, ...]:
         """Coordinates of a device of the target: in the torus, or (host, GPU)."""
         if self.chip.platform == "tpu":
-            return tuple(device.coords)[: len(self.shape)]
+            core = (device.core_on_chip,) if self.chip.cores > 1 else ()
+            return (*tuple(device.coords)[: len(self.shape)], *core)
         return divmod(device.id, self.shape[-1])
 
     def link(self, group: tuple[tuple[int, ...], ...]) -> tuple[str, float]:
@@ -158,22 +86,25 @@ class Target:
         spans = [max(places) - min(places) + 1 for places in zip(*group, strict=True)] if group else []
         if self.chip.platform != "tpu":
             between_hosts = bool(spans) and spans[0] > 1
-            return ("network", self.chip.network) if between_hosts else ("NVLink", self.chip.link * 0.8)
+            return ("network", self.chip.network) if between_hosts else (self.chip.link_name, self.chip.link * 0.8)
         # Along a dim that is a ring data is sent in both directions; along an open one the middle link carries everything.
         ways = [
             self.chip.link if size % self.chip.wrap == 0 and size == span else self.chip.link / 2
             for span, size in zip(spans, self.shape, strict=False)
             if span > 1
         ]
-        return "ICI", 0.9 * (sum(ways) if ways else self.chip.link / 2)
+        inside = CORE_LINKS * self.chip.link if self.chip.cores > 1 else self.chip.link / 2
+        return "ICI", 0.9 * (sum(ways) if ways else inside)
 
     def link_of_axis(self, axis: str, sizes: Mapping[str, int]) -> float:
         """Bytes per second over an axis of a mesh whose last axis has the nearest devices, before devices are assigned."""
         inside = math.prod(size for name, size in list(sizes.items())[list(sizes).index(axis) + 1 :])
         span = inside * sizes[axis]
         if self.chip.platform == "tpu":
+            if span <= self.chip.cores:
+                return 0.9 * CORE_LINKS * self.chip.link
             # An axis that spans several dims of the torus has the links of all.
-            dims, length = 0, 1
+            dims, length = 0, self.chip.cores
             for size in reversed(self.shape):
                 if length >= span:
                     break
@@ -185,34 +116,77 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """A target by its name, such as v5e:4x4, v5p:4x4x4, h100:8 or h100:2x8 (two hosts).
+    """A target by its name, such as v5e:4x4, v5p:4x4x4, h100:8 or h100:2x8 (two hosts), or by a file of figures: my.yaml:8.
 
     Raises:
-        UserError: no such chip, or no such slice of it.
+        UserError: no such chip, no such slice of it, or a mistake in the file.
     """
-    name, _, shape = text.partition(":")
-    if name not in CHIPS:
+    name, _, shape = text.rpartition(":") if ":" in text else (text, "", "")
+    own = name.endswith((".yaml", ".yml"))
+    if not own and name not in CHIPS:
         raise UserError(
-            f"--target: got {text!r}; allowed: {', '.join(CHIPS)}, as in v5e:4x4 or h100:8.{nearest(name, CHIPS)}"
+            f"--target: got {text!r}; allowed: {', '.join(CHIPS)}, as in v5e:4x4 or h100:8, or a file of figures, as in "
+            f"my.yaml:8.{nearest(name, CHIPS)}"
         )
-    chip = CHIPS[name]
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    chip = chip_of_file(Path(name)) if own else CHIPS[name]
+    if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})*", shape):
         example = "x".join(["4"] * chip.dims) if chip.dims else "8 or 2x8"
         raise UserError(f"--target: got {text!r}; allowed: {name}: and a number of chips, as in {name}:{example}")
     dims = tuple(int(size) for size in shape.split("x"))
     if chip.platform == "tpu":
-        if len(dims) != chip.dims:
-            raise UserError(
-                f"--target: got {text!r}; allowed: {chip.dims} numbers, since a slice of {name} is a torus of {chip.dims} dims"
-            )
-        return Target(text, chip, dims)
+        _check_slice(text, name, chip, dims)
+    else:
+        dims = _hosts(text, name, chip, dims)
+    return Target(f"{Path(name).stem}:{shape}" if own else text, chip, dims)
+
+
+def _check_slice(text: str, name: str, chip: Chip, dims: tuple[int, ...]) -> None:
+    """A slice consists of hosts with 2 × 2 chips each, or of a single chip."""
+    if len(dims) != chip.dims:
+        raise UserError(
+            f"--target: got {text!r}; allowed: {chip.dims} numbers, since a slice of {name} is a torus of {chip.dims} dims; "
+            f"the nearest: {name}:{_text(_nearest_slice(chip, math.prod(dims)))}"
+        )
+    whole = all(size % 2 == 0 for size in dims[:2]) or math.prod(dims) == 1
+    if not whole or math.prod(dims) > chip.most:
+        even = tuple(max(size + size % 2, 2) for size in dims[:2]) + dims[2:]
+        near = even if math.prod(even) <= chip.most else _nearest_slice(chip, math.prod(dims))
+        raise UserError(
+            f"--target: got {text!r}; allowed: slices of {name} of up to {chip.most:,} chips whose first two numbers are even, "
+            f"since a host has 2x2 chips; the nearest: {name}:{_text(near)}"
+        )
+
+
+def _nearest_slice(chip: Chip, chips: int) -> tuple[int, ...]:
+    """The most cubic slice with a number of chips nearest to `chips`."""
+    sizes = [2**power for power in range(1, 6)]
+    found = [
+        one
+        for one in itertools.combinations_with_replacement(sizes, chip.dims)
+        if math.prod(one) <= chip.most
+    ]  # fmt: skip
+    return min(found, key=lambda one: (abs(math.prod(one) - chips), max(one) / min(one)))
+
+
+def _hosts(text: str, name: str, chip: Chip, dims: tuple[int, ...]) -> tuple[int, int]:
+    """Hosts, and GPUs a host."""
     if len(dims) > 2:
         raise UserError(f"--target: got {text!r}; allowed: GPUs, as in {name}:8, or hosts x GPUs, as in {name}:2x8")
+    count = math.prod(dims)
+    whole, rest = divmod(count, chip.domain)
+    near = f"{name}:{max(round(count / chip.domain), 1) * chip.domain}"
     if len(dims) == 1:
-        whole, rest = divmod(dims[0], GPUS_A_HOST)
-        if dims[0] > GPUS_A_HOST and rest:
+        if count > chip.domain and rest:
             raise UserError(
-                f"--target: got {text!r}; allowed: up to {GPUS_A_HOST} GPUs, or a multiple of {GPUS_A_HOST}"
+                f"--target: got {text!r}; allowed: up to {chip.domain} GPUs, or a multiple of {chip.domain}; the nearest: {near}"
             )
-        dims = (whole, GPUS_A_HOST) if dims[0] > GPUS_A_HOST else (1, dims[0])
-    return Target(text, chip, dims)
+        return (whole, chip.domain) if count > chip.domain else (1, count)
+    if dims[1] > chip.domain:
+        raise UserError(
+            f"--target: got {text!r}; allowed: at most {chip.domain} GPUs that fast links connect; the nearest: {near}"
+        )
+    return dims[0], dims[1]
+
+
+def _text(dims: tuple[int, ...]) -> str:
+    return "x".join(map(str, dims))

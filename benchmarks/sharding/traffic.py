@@ -59,6 +59,10 @@ def run(
             "mesh.offload_optimizer: got true; the compiler for GPUs leaves everything on the device when it compiles ahead; "
             "measure it on one, without --target"
         )
+    if not compilers.covers(target.chip.platform, target.kind):
+        raise UserError(
+            f"sharding: no compiler's figures are known for {target.kind}; `plan` makes an estimate by formula for it"
+        )
     folder = record.report_folder(output)
     if (found := compilers.find(target.chip.platform, python, make=install)) is None:
         raise UserError(f"sharding: {compilers.absent(target.chip.platform)}")

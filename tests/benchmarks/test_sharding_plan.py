@@ -45,9 +45,14 @@ def config_file(tmp_path):
     [
         ("h10:8", r"got 'h10:8'; allowed: v5e, .* Did you mean 'h100'"),
         ("h100", "allowed: h100: and a number of chips"),
-        ("v5e:16", "a slice of v5e is a torus of 2 dims"),
-        ("h100:12", "allowed: up to 8 GPUs, or a multiple of 8"),
+        ("v5e:16", "a slice of v5e is a torus of 2 dims; the nearest: v5e:4x4$"),
+        ("v5e:3x4", "whose first two numbers are even, since a host has 2x2 chips; the nearest: v5e:4x4$"),
+        ("v5e:32x32", "up to 256 chips .* the nearest: v5e:16x16$"),
+        ("h100:12", "allowed: up to 8 GPUs, or a multiple of 8; the nearest: h100:16$"),
+        ("h100:2x16", "at most 8 GPUs that fast links connect; the nearest: h100:32$"),
+        ("gb200:73", "allowed: up to 72 GPUs, or a multiple of 72; the nearest: gb200:72$"),
         ("h100:2x2x2", "or hosts x GPUs"),
+        ("nowhere.yaml:8", "nowhere.yaml: no such"),
     ],
 )
 def test_an_unknown_target_is_refused_with_what_is_allowed(text, message):
@@ -158,7 +163,7 @@ def test_an_answer_by_formula_is_a_config_that_loads(config_file, tmp_path, caps
     assert best.mesh.sizes(8) and best.batch_size == 16
     page = (tmp_path / "plans" / "small_v5e_2x4.html").read_text()
     assert "<svg" in page and re.search(r"<h2>\d+ layouts that fit", page)
-    assert "Communication is its exposed part by formula" in page
+    assert "<b>exposed</b>: the part of it that adds to the step" in page
 
 
 def test_a_layout_that_does_not_fit_is_reported_with_its_memory(config_file, tmp_path, capsys, monkeypatch):
@@ -223,7 +228,13 @@ def test_amounts_have_something_to_read(count, text):
 
 def test_no_layout_divides_the_batch(config_file, capsys):
     assert main(["plan", str(config_file), "--target", "h100:8", "--analytic", "--batch-size", "3"]) == 2
-    assert "no layout over 8 devices divides batch_size 3" in capsys.readouterr().err
+    assert (
+        "no layout over 8 devices divides batch_size 3; the nearest that one divides: 2 and 4"
+        in capsys.readouterr().err
+    )
+    for size in ("2", "4"):
+        config = dataclasses.replace(CONFIG, batch_size=int(size))
+        assert candidates(config, parse_target("h100:8"))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def device(kind):
         ("NVIDIA H100 NVL", "NVIDIA H100 NVL"),
         ("NVIDIA L4", "NVIDIA L4"), ("NVIDIA L40S", "NVIDIA L40S"), ("TPU v5 lite", "TPU v5 lite"), ("TPU v5", "TPU v5"),
         ("Tesla V100-SXM2-16GB", "Tesla V100"), ("NVIDIA H200", "NVIDIA H200"),
+        ("NVIDIA A10G", "NVIDIA A10G"), ("NVIDIA GB200", "NVIDIA GB200"), ("TPU7x", "TPU7x"),
     ],
 )  # fmt: skip
 def test_a_board_and_its_memory_do_not_matter(kind, listed):
@@ -32,7 +33,7 @@ def test_a_board_and_its_memory_do_not_matter(kind, listed):
 
 @pytest.mark.parametrize(
     "kind",
-    ["NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "cpu", "TPU v7",
+    ["NVIDIA A10M", "NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "cpu", "TPU v7",
      "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100X"],
 )  # fmt: skip
 def test_another_device_has_no_peak(kind):

@@ -10,16 +10,21 @@ import jax
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     # Dense peaks from the vendors' data sheets, without sparsity. XLA multiplies float32 matrices in TF32 on NVIDIA GPUs
-    # since Ampere, and in one bfloat16 pass on TPUs, by default: those are the float32 peaks here.
+    # since Ampere, and in one bfloat16 pass on TPUs, by default: those are the float32 peaks here. AMD's is that of float32
+    # itself. A chip of TPU7x is two devices.
     "TPU v3": {"bfloat16": 61.5, "float32": 61.5},
     "TPU v4": {"bfloat16": 275, "float32": 275},
     "TPU v5 lite": {"bfloat16": 197, "float32": 197},
     "TPU v5p": {"bfloat16": 459, "float32": 459},
     "TPU v5": {"bfloat16": 459, "float32": 459},
     "TPU v6 lite": {"bfloat16": 918, "float32": 918},
+    "TPU7x": {"bfloat16": 1153.5, "float32": 1153.5},
+    "AMD Instinct MI300X": {"bfloat16": 1307.4, "float32": 163.4},
     "NVIDIA A100": {"bfloat16": 312, "float32": 156},
     "NVIDIA A10": {"bfloat16": 125, "float32": 62.5},
+    "NVIDIA A10G": {"bfloat16": 70, "float32": 35},
     "NVIDIA B200": {"bfloat16": 2250, "float32": 1125},
+    "NVIDIA GB200": {"bfloat16": 2500, "float32": 1250},
     "NVIDIA GeForce RTX 3090": {"bfloat16": 71, "float32": 35.6},
     "NVIDIA GeForce RTX 4090": {"bfloat16": 165.2, "float32": 82.6},
     "NVIDIA H100 NVL": {"bfloat16": 835, "float32": 417},
@@ -34,16 +39,20 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
 """Device kind, without the board and the size of its memory → compute type → TFLOP/s of one JAX device."""
 PEAK_GIGABYTES: dict[str, float] = {
     # Bandwidth of the device memory by the vendors' data sheets; of several boards with one name, the faster. A device of
-    # TPU v3 is one of a chip's two cores.
+    # TPU v3 is one of a chip's two cores, and so is one of TPU7x.
     "TPU v3": 450,
     "TPU v4": 1228,
     "TPU v5 lite": 819,
     "TPU v5p": 2765,
     "TPU v5": 2765,
     "TPU v6 lite": 1640,
+    "TPU7x": 3690,
+    "AMD Instinct MI300X": 5300,
     "NVIDIA A100": 2039,
     "NVIDIA A10": 600,
+    "NVIDIA A10G": 600,
     "NVIDIA B200": 8000,
+    "NVIDIA GB200": 8000,
     "NVIDIA GeForce RTX 3090": 936,
     "NVIDIA GeForce RTX 4090": 1008,
     "NVIDIA H100 NVL": 3938,
