@@ -36,7 +36,7 @@ from transformer.interpret.capture import readable
 from transformer.models.families import flops_per_token
 
 CANDIDATES = 24
-PREDICTOR = 3
+PREDICTOR = 4
 """Version of the analysis of compiled programs, so that the cache returns no results of an older analysis."""
 
 
@@ -90,7 +90,7 @@ def run(
             failed.
     """
     target, config = parse_target(target_name), load(path, overrides)
-    target = dataclasses.replace(target, dtype=config.model.dtype)
+    target = dataclasses.replace(target, dtype=config.model.dtype).profiled()
     folder = record.report_folder(output)
     start = time.monotonic()
     entries = estimated(config, target)
@@ -281,6 +281,7 @@ def summarised(
         "target": target.name,
         "devices": target.num_devices,
         "device_memory": target.chip.memory,
+        "basis": target.basis,
         "tokens_per_step": per_step,
         "considered": considered,
         "compiled": sum(entry.compiled is not None and not entry.compiled.failed for entry in entries),

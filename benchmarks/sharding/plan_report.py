@@ -97,6 +97,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
         )
         lines.append(f"{training['tokens']:.3g} tokens take {took}.")
     lines += [f"Too large: {row['layout']}, {memory_of(row)}." for row in large[:3]]
+    if basis := result.get("basis"):
+        lines.append(f"Times rest on {basis}.")
     kind = result["target"].partition(":")[0]
     error = on_record(kind)
     lines.append(
@@ -132,7 +134,8 @@ def bound_of(row: dict[str, Any]) -> str:
 def _cells(number: int, row: dict[str, Any]) -> list[str]:
     prediction = (row["compiled"] or {}).get("prediction")
     if prediction:
-        times = [prediction["compute"], prediction["memory"], prediction["exposed"]]
+        # The gaps between operations, which only a profile knows, are with the operations that no arithmetic limits.
+        times = [prediction["compute"], prediction["memory"] + prediction.get("gaps", 0.0), prediction["exposed"]]
     else:
         times = [row["estimate"][name] for name in ("arithmetic", "traffic", "sending")]
     return [

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from benchmarks.sharding.profile import Profile, profile_of
 from train.parallel.hardware import PEAK_GIGABYTES, PEAK_TFLOPS
 from transformer.errors import UserError, nearest
 
@@ -114,11 +115,29 @@ class Target:
     """The same for the memory bandwidth."""
     latency: float = 3e-6
     """Latency of a collective in seconds, for each doubling of its devices."""
+    profile: Profile | None = None
+    """Measured rates of such devices, which come before the published figures and the efficiencies above."""
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Target:
         """Restore it from the output of `dataclasses.asdict` and JSON."""
-        return cls(**data | {"chip": Chip(**data["chip"]), "shape": tuple(data["shape"])})
+        profile = None if data.get("profile") is None else Profile.from_data(data["profile"])
+        return cls(**data | {"chip": Chip(**data["chip"]), "shape": tuple(data["shape"]), "profile": profile})
+
+    def profiled(self) -> Target:
+        """The target with the profile of its kind of device, if there is one.
+
+        Raises:
+            UserError: the profile's file is damaged.
+        """
+        return dataclasses.replace(self, profile=profile_of(self.name.partition(":")[0]))
+
+    @property
+    def basis(self) -> str:
+        """What predictions of time rest on."""
+        if self.profile is not None:
+            return self.profile.title
+        return f"published figures, of which products reach {self.matmul_efficiency:.0%} and memory {self.memory_efficiency:.0%}"
 
     @property
     def num_devices(self) -> int:
