@@ -83,6 +83,9 @@ class Profile:
     """Fraction of these rates that products reach within a step: 1 until `plan --validate` fits it."""
     memory_efficiency: float = 1.0
     """The same for all other operations."""
+    errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """The largest relative errors of predictions by this profile, `time` and `memory`, each step left out of the fit; empty where
+    none were measured."""
     devices_share: bool = False
     """Whether all devices together have no more than one of them, as virtual ones of one CPU."""
 

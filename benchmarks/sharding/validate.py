@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from benchmarks.record import RESULTS
 from benchmarks.sharding.calibrate import run as calibrate
 from benchmarks.sharding.cases import Case, cases
 from benchmarks.sharding.fit import Parts, fitted, leave_one_out
-from benchmarks.sharding.profile import ELEMENTWISE, Profile, own_path, read
+from benchmarks.sharding.profile import ELEMENTWISE, Profile, own_path, profile_of, read
 from benchmarks.sharding.quiet import DISTURBED, quiet_rounds
 from benchmarks.sharding.targets import CHIPS, Chip, Target, chip_name
 from benchmarks.workload import program_of
@@ -63,7 +63,7 @@ def run(rounds: int = 6, seconds: float = 6.0) -> dict[str, Any]:
     device = jax.devices()[0]
     kind = "cpu" if device.platform == "cpu" else chip_name(device)
     profile = read(own_path(kind)) if own_path(kind).exists() else calibrate()
-    profile = dataclasses.replace(profile, product_efficiency=1.0, memory_efficiency=1.0)
+    profile = dataclasses.replace(profile, product_efficiency=1.0, memory_efficiency=1.0, errors={})
     chip = cpu_of(profile) if kind == "cpu" else CHIPS[kind]
     chosen = {case.title: case for case in cases(device.platform, jax.device_count())}
     measured: dict[str, dict[str, Any]] = {}
@@ -81,7 +81,7 @@ def run(rounds: int = 6, seconds: float = 6.0) -> dict[str, Any]:
     result = {"kind": kind, "basis": profile.title, "chip": dataclasses.asdict(chip), "cases": found} | judged(found)
     factors = result["factors"]
     efficiencies = {"product_efficiency": 1 / factors["products"], "memory_efficiency": 1 / factors["memory"]}
-    dataclasses.replace(profile, **efficiencies).write(own_path(kind))
+    dataclasses.replace(profile, **efficiencies, errors=result["worst"]).write(own_path(kind))
     for line in sentences(result):
         print(line)
     record.save("validation", "manyheads-bench plan --validate", result, show=False)
@@ -139,8 +139,12 @@ def sentences(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def on_record(kind: str) -> dict[str, Any] | None:
-    """The measured errors of predictions for a kind of chip; None if there are none."""
+def on_record(kind: str) -> Mapping[str, float] | None:
+    """The largest relative errors of predictions for a kind of chip, `time` and `memory`: those that its profile names, else those
+    of the record; None if there are none."""
+    profile = profile_of(kind)
+    if profile is not None and profile.errors:
+        return profile.errors
     for path in RESULTS.glob("validation_*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))["result"]
         if result["kind"] == kind:
