@@ -42,7 +42,7 @@ from train.versions import versions
 
 _TRIES = 5
 _TERMS = 12
-_LARGE = 2**17
+_LARGE = 2**19
 """Bytes from which a call takes much longer than handing it over."""
 _LEAST = 0.03
 """Seconds that a try takes at least."""

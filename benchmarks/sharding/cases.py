@@ -105,8 +105,6 @@ def _on_accelerator() -> list[Case]:
         Case("GPT-2 124M, 64 × 1024, remat full", gpt(12, 768, 1024, 64, "full")),
         Case("GPT-2 124M, packed documents", packed(gpt(12, 768, 1024, 32, "none"))),
         Case("GPT 350M, 16 × 1024, remat light", gpt(24, 1024, 1024, 16, "light")),
-        Case("GPT 350M, 16 × 2048, remat full", gpt(24, 1024, 2048, 16, "full")),
-        Case("GPT 770M, 8 × 1024, remat full", gpt(36, 1280, 1024, 8, "full")),
         Case("BERT-base, 32 × 128", _run(bert, 32, length=128, objective=Masked()), padding=True),
     ]
     for devices in (2, 4, 8):

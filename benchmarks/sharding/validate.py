@@ -140,8 +140,11 @@ def sentences(result: dict[str, Any]) -> list[str]:
 
 
 def on_record(kind: str) -> Mapping[str, float] | None:
-    """The largest relative errors of predictions for a kind of chip, `time` and `memory`: those that its profile names, else those
-    of the record; None if there are none."""
+    """The largest relative errors of predictions for a kind of chip, `time` and `memory`.
+
+    Returns:
+        Those that its profile names, else those of the record, or None.
+    """
     profile = profile_of(kind)
     if profile is not None and profile.errors:
         return profile.errors
@@ -212,7 +215,9 @@ def compared(case: Case, target: Target, rounds: int, seconds: float) -> dict[st
         take()
         take()
         memory = _memory_of(take, devices)
-        timing = quiet_rounds(take, rounds, seconds, patience=_PATIENCE)
+        # The processors' other work hardly disturbs an accelerator.
+        on_cpu = devices[0].platform == "cpu"
+        timing = quiet_rounds(take, rounds, seconds if on_cpu else 1.0, patience=_PATIENCE if on_cpu else 0.0)
         measured = _parts(text, _traced(take, devices[0].platform), timing.seconds)
     predicted = compiled.prediction
     return {
@@ -220,7 +225,7 @@ def compared(case: Case, target: Target, rounds: int, seconds: float) -> dict[st
         "devices": case.devices,
         "measured_seconds": timing.seconds,
         "timing": dataclasses.asdict(timing),
-        "disturbed": timing.others > DISTURBED,
+        "disturbed": on_cpu and timing.others > DISTURBED,
         "predicted_seconds": predicted["seconds"],
         "time_error": predicted["seconds"] / timing.seconds - 1,
         "measured_parts": measured,

@@ -155,7 +155,7 @@ def test_rounds_are_counted():
 def test_a_device_is_measured(tmp_path, monkeypatch, capsys):
     """By its real code, at sizes that take no time."""
     tiny = calibrate.Sizes(
-        products=((1, 32, 32, 32), (2, 16, 8, 16)), dtypes=("float32",), bytes=(2**14, 2**17), chain=8, groups=(2,),
+        products=((1, 32, 32, 32), (2, 16, 8, 16)), dtypes=("float32",), bytes=(2**14, 2**19), chain=8, groups=(2,),
         sent=(2**8, 2**12),
     )  # fmt: skip
     monkeypatch.setattr(calibrate, "_LEAST", 1e-4)
