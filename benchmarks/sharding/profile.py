@@ -128,6 +128,16 @@ class Profile:
         ]
         return min(same, key=lambda one: abs(math.log2(one.devices / devices)), default=None)
 
+    def efficiencies(self, dtype: str, peak: float, bandwidth: float) -> tuple[float | None, float]:
+        """Fractions of published peaks (FLOP/s, bytes per second) that the fastest products of a type, and large passes, reach.
+
+        Returns:
+            None in the first's place if no product of this type was measured.
+        """
+        best = max((one.rate for one in self.products if one.dtype == dtype), default=None)
+        products = None if best is None else best * self.product_efficiency / peak
+        return products, self.curves[ELEMENTWISE][-1][1] * self.memory_efficiency / bandwidth
+
     def write(self, path: Path) -> None:
         """Write it as JSON."""
         with writing(path):

@@ -125,12 +125,21 @@ class Target:
         return cls(**data | {"chip": Chip(**data["chip"]), "shape": tuple(data["shape"]), "profile": profile})
 
     def profiled(self) -> Target:
-        """The target with the profile of its kind of device, if there is one.
+        """The target with the profile of its kind of device, if there is one, and efficiencies by it for estimates by formula.
 
         Raises:
             UserError: the profile's file is damaged.
         """
-        return dataclasses.replace(self, profile=profile_of(self.name.partition(":")[0]))
+        profile = profile_of(self.name.partition(":")[0])
+        if profile is None:
+            return self
+        products, memory = profile.efficiencies(self.dtype, self.peak_flops, self.memory_bandwidth)
+        return dataclasses.replace(
+            self,
+            profile=profile,
+            matmul_efficiency=products or self.matmul_efficiency,
+            memory_efficiency=memory,
+        )
 
     @property
     def basis(self) -> str:

@@ -62,6 +62,12 @@ def test_the_users_own_profile_comes_first(tmp_path, monkeypatch):
     target = parse_target("h100:8")
     assert target.profiled().profile is None and "published figures" in target.profiled().basis
     BY_HAND.write(tmp_path / "shipped" / "h100.json")
+    known = dataclasses.replace(target, dtype="float32").profiled()
+    assert (known.matmul_efficiency, known.memory_efficiency) == (
+        4e9 / target.chip.peak_float32,
+        3e9 / target.chip.bandwidth,
+    )
+    assert target.profiled().matmul_efficiency == target.matmul_efficiency
     assert target.profiled().profile == BY_HAND
     own = dataclasses.replace(BY_HAND, device="mine")
     own.write(profile.own_path("h100"))
