@@ -36,7 +36,7 @@ from benchmarks.sharding.profile import (
     Wire,
     own_path,
 )  # fmt: skip
-from benchmarks.sharding.quiet import fastest_quiet
+from benchmarks.sharding.quiet import DISTURBED, fastest_quiet, others_seconds
 from benchmarks.sharding.targets import chip_name
 from train.versions import versions
 
@@ -109,10 +109,15 @@ def run(out: str | None = None) -> Profile:
     device, began = jax.devices()[0], time.monotonic()
     kind = "cpu" if device.platform == "cpu" else chip_name(device)
     path = Path(out) if out else own_path(kind)
+    before = others_seconds()
     profile = measured(kind, sizes_of(device.platform))
+    others = max(others_seconds() - before, 0.0) / ((time.monotonic() - began) * (os.cpu_count() or 1))
+    profile = dataclasses.replace(profile, others=others)
     profile.write(path)
     for line in sentences(profile):
         print(line)
+    if device.platform == "cpu" and others > DISTURBED:
+        print(f"other processes took {others:.0%} of the processors meanwhile: repeat this in a quieter moment")
     print(f"measured in {time.monotonic() - began:.0f} s; written to {path}")
     return profile
 

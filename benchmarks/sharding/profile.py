@@ -83,6 +83,8 @@ class Profile:
     """Fraction of these rates that products reach within a step: 1 until `plan --validate` fits it."""
     memory_efficiency: float = 1.0
     """The same for all other operations."""
+    others: float = 0.0
+    """Part of the processors' time that other processes took while it was measured."""
     errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """The largest relative errors of predictions by this profile, `time` and `memory`, each step left out of the fit; empty where
     none were measured."""

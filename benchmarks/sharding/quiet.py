@@ -65,14 +65,14 @@ def fastest_quiet(take: Callable[[], object], rounds: int, patience: float) -> f
 
 def _round(take: Callable[[], object]) -> tuple[float, float]:
     """(part of the processors that others took, seconds) of a call."""
-    before, began = _others(), time.perf_counter()
+    before, began = others_seconds(), time.perf_counter()
     take()
     taken = time.perf_counter() - began
-    return max(_others() - before, 0.0) / (taken * (os.cpu_count() or 1)), taken
+    return max(others_seconds() - before, 0.0) / (taken * (os.cpu_count() or 1)), taken
 
 
-def _others() -> float:
-    """Seconds of processors that other processes have taken since the system started."""
+def others_seconds() -> float:
+    """Seconds of processors that others than this process and its ended children have taken since the system started."""
     try:
         line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0].split()
     except OSError:
@@ -80,4 +80,4 @@ def _others() -> float:
     user, nice, system, _, _, irq, softirq, steal = map(int, line[1:9])
     own = os.times()
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return busy - own.user - own.system
+    return busy - own.user - own.system - own.children_user - own.children_system
