@@ -180,6 +180,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--compiler-python", metavar="PYTHON", help="interpreter of an environment with that compiler")
     sub.add_argument("--workers", type=_positive, metavar="N", help="concurrent compilers (one per core, at most 4)")
     sub.add_argument("--dir", dest="directory", metavar="DIR", help="where report and config are written (plans)")
+    text = "measure the times of operations on this device, which plans for such devices then rest on"
+    sub = commands.add_parser("calibrate", help=text, description=text)
+    sub.set_defaults(call=_calibrate)
+    sub.add_argument("--out", metavar="FILE", help="file to write (one in the cache folder)")
     for name, call, text in (
         ("gpu", _gpu, "all measurements that need an accelerator"),
         ("report", _report, "the stored results as a Markdown table"),
@@ -396,6 +400,12 @@ def _plan(options: argparse.Namespace) -> None:
         options.config, options.target, overrides=tuple(options.overrides), how=how, goal=goal, explain=explain,
         look_for_largest=options.largest, output=options.directory,
     )  # fmt: skip
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from benchmarks.sharding import calibrate
+
+    calibrate.run(options.out)
 
 
 def _gpu(options: argparse.Namespace) -> None:

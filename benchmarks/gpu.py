@@ -41,7 +41,7 @@ MEASUREMENTS = (
     _measurement("finetuning-step --compiled-peer --rounds 3 --steps 10", 60),
     _measurement("decode --rounds 3", 60),
     _measurement("attention --speed --rounds 3", 60),
-    _measurement("plan --validate", 90),
+    _measurement("plan --validate", 300),
     _measurement("attention --certify", 90),
     _measurement("experts --rounds 3", 45),
     _measurement("compile --rounds 1", 90),

@@ -171,9 +171,11 @@ def examined(compiled: jax.stages.Compiled, seconds: float, mesh: Mesh, target: 
     stats: Any = compiled.memory_analysis()
     module = Module(compiled.as_text() or "")
     places = [target.place(device) for device in mesh.devices.flat]
-    prediction = predict(module, target, lambda group: target.link(tuple(places[one] for one in group)))
     state = stats.argument_size_in_bytes
     temporary = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    prediction = predict(
+        module, target, lambda group: target.link(tuple(places[one] for one in group)), temporary=temporary
+    )
     memory = state + temporary + stats.generated_code_size_in_bytes
     over = max(memory - target.chip.memory, 0)
     return Compiled(

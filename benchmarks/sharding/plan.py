@@ -38,7 +38,7 @@ from transformer.interpret.capture import readable
 from transformer.models.families import flops_per_token
 
 CANDIDATES = 24
-PREDICTOR = 3
+PREDICTOR = 4
 """Version of the analysis of compiled programs, so that the cache returns no results of an older analysis."""
 
 
@@ -124,6 +124,7 @@ def run(
     """
     target, config = parse_target(target_name), load(path, overrides)
     goal = with_price(goal, target)
+    target = dataclasses.replace(target, dtype=config.model.dtype).profiled()
     folder = record.report_folder(output)
     plan = planned(config, target, how, goal)
     result, best = plan.result, plan.best
@@ -170,7 +171,7 @@ def planned(config: RunConfig, target: Target, how: How, goal: Goal) -> Plan:
     Raises:
         UserError: as `run`.
     """
-    target = dataclasses.replace(target, dtype=config.model.dtype)
+    target = dataclasses.replace(target, dtype=config.model.dtype).profiled()
     compiler, why = _compiler(target, how)
     start = time.monotonic()
     entries = estimated(config, target, goal.objective)
@@ -396,6 +397,7 @@ def summarised(
         "device_memory": target.chip.memory,
         "objective": goal.objective,
         "price": goal.price,
+        "basis": target.basis,
         "tokens_per_step": per_step,
         "considered": considered,
         "compiled": sum(entry.compiled is not None and not entry.compiled.failed for entry in entries),

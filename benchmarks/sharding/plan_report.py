@@ -105,6 +105,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
     lines += [f"Too large: {row['layout']}, {memory_of(row)}." for row in large[:3]]
     if "largest" in result:
         lines += largest.sentences(result["largest"])
+    if basis := result.get("basis"):
+        lines.append(f"Times rest on {basis}.")
     return [*lines, verdict(result)]
 
 
@@ -134,7 +136,9 @@ def cells_of(result: dict[str, Any], number: int, row: dict[str, Any]) -> list[s
     prediction = (row["compiled"] or {}).get("prediction")
     if prediction:
         sent = prediction["exposed"] + prediction["overlapped"]
-        times = [prediction["compute"], prediction["memory"], sent, prediction["exposed"]]
+        # The gaps between operations, which only a profile knows, are with the operations that no arithmetic limits.
+        others = prediction["memory"] + prediction.get("gaps", 0.0)
+        times = [prediction["compute"], others, sent, prediction["exposed"]]
     else:
         times = [row["estimate"][name] for name in ("arithmetic", "traffic", "sent", "sending")]
     cells = [

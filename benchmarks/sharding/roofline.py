@@ -4,6 +4,9 @@ Every operation takes the longer of its arithmetic at the chip's peak and its by
 al. 2009); if a TPU's compiler annotates its own estimate in cycles, that is used
 instead. Communication overlaps with the operations that the compiler scheduled between its start and its end; the rest is
 exposed.
+
+Where the target has a profile, measured rates stand in the peaks' place: of each matrix product by its type and size, of other
+operations by their kind and bytes; and each executed operation takes a gap in addition.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import math
 import re
 from collections.abc import Callable
 
+from benchmarks.sharding.profile import COPY, ELEMENTWISE, REDUCTION, SCATTER, TRANSPOSE, Profile
 from benchmarks.sharding.targets import Target
-from train.program.hlo import Module
-from train.program.work import bytes_of, flops_of
+from train.program.hlo import Instruction, Module
+from train.program.work import bytes_of, flops_of, numbers_of, products_of
 
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota", "after-all", "partition-id", "replica-id",
@@ -25,6 +29,8 @@ _FREE = {
 _SENDING = (
     "all-", "reduce-scatter", "ragged-", "collective-", "copy-start", "slice-start", "async-", "send", "recv",
 )  # fmt: skip
+_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+_FEW = 1024
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -46,11 +52,13 @@ class Prediction:
     """FLOPs of one device, recomputation included."""
     bytes: float
     """Bytes read and written by one device."""
+    gaps: float = 0.0
+    """Between operations, by the target's profile."""
 
     @property
     def seconds(self) -> float:
         """Seconds of a step."""
-        return self.compute + self.memory + self.exposed
+        return self.compute + self.memory + self.exposed + self.gaps
 
     @property
     def bound(self) -> str:
@@ -61,13 +69,19 @@ class Prediction:
         return max(parts, key=lambda part: parts[part])
 
 
-def predict(module: Module, target: Target, link_of: Callable[[tuple[int, ...]], tuple[str, float]]) -> Prediction:
+def predict(
+    module: Module, target: Target, link_of: Callable[[tuple[int, ...]], tuple[str, float]], temporary: float = 0.0
+) -> Prediction:
     """The step's time on `target`.
 
     Args:
         link_of: partitions that communicate → the kind of link between them and its bytes per second for one device.
+        temporary: bytes of temporary memory of the step, whose first touch takes time where the profile says so.
     """
-    compute = memory = flops = traffic = 0.0
+    compute = memory = flops = traffic = gaps = 0.0
+    profile = target.profile
+    # Virtual devices take turns.
+    turns = target.num_devices if profile is not None and profile.devices_share else 1
     # Seconds of each instruction, in the order of its computation; concurrent communication overlaps with them.
     spent: dict[str, dict[str, float]] = collections.defaultdict(dict)
     copies = []
@@ -78,16 +92,22 @@ def predict(module: Module, target: Target, link_of: Callable[[tuple[int, ...]],
             continue
         work, moved = flops_of(module, where, instruction), bytes_of(module, where, instruction)
         flops, traffic = flops + times * work, traffic + times * moved
-        by_flops = work / (target.peak_flops * target.matmul_efficiency)
-        by_bytes = moved / (target.memory_bandwidth * target.memory_efficiency)
-        seconds = max(by_flops, by_bytes)
-        if target.clock and (cycles := _CYCLES.search(instruction.attributes)):
-            seconds = int(cycles.group(1)) / target.clock
+        cycles = _CYCLES.search(instruction.attributes) if target.clock else None
+        if profile is None or cycles:
+            by_flops = work / (target.peak_flops * target.matmul_efficiency)
+            by_bytes = moved / (target.memory_bandwidth * target.memory_efficiency)
+        else:
+            by_flops, by_bytes = by_profile(module, where, instruction, target, profile)
+            by_flops, by_bytes = turns * by_flops, turns * by_bytes
+            gaps += times * turns * profile.gap
+        seconds = int(cycles.group(1)) / target.clock if cycles else max(by_flops, by_bytes)
         if work and (target.clock or by_flops >= by_bytes):
             compute += times * seconds
         else:
             memory += times * seconds
         spent[where][instruction.name] = times * seconds
+    if profile is not None and profile.fresh:
+        memory += turns * temporary / (profile.fresh * profile.memory_efficiency)
     exposed = overlapped = 0.0
     links: dict[str, float] = collections.defaultdict(float)
     for times, where, instruction in copies:
@@ -98,13 +118,83 @@ def predict(module: Module, target: Target, link_of: Callable[[tuple[int, ...]],
         overlapped, exposed = overlapped + behind, exposed + seconds - behind
     for one in module.collectives():
         link, bandwidth = link_of(one.group)
-        seconds = one.total / bandwidth + one.count * target.latency * math.log2(max(len(one.group), 2))
+        wire = None if profile is None else profile.wire(one.kind, len(one.group))
+        if wire is None:
+            seconds = one.total / bandwidth + one.count * target.latency * math.log2(max(len(one.group), 2))
+        else:
+            # Groups of virtual devices communicate in turns.
+            groups = target.num_devices / len(one.group) if turns > 1 else 1
+            seconds = groups * (one.total / wire.bandwidth + one.count * wire.latency)
         links[link] += seconds
         behind = 0.0
         if one.asynchronous:
             behind = hide(seconds, list(module.computations[one.where]), one.span, spent[one.where])
         overlapped, exposed = overlapped + behind, exposed + seconds - behind
-    return Prediction(compute, memory, exposed, overlapped, dict(links), flops, traffic)
+    return Prediction(compute, memory, exposed, overlapped, dict(links), flops, traffic, gaps)
+
+
+def by_profile(
+    module: Module, where: str, instruction: Instruction, target: Target, profile: Profile
+) -> tuple[float, float]:
+    """Seconds of an instruction's arithmetic, and of what it reads and writes, by measured rates.
+
+    Products of unknown shape, such as those in a library's attention, take the profile's rate of attention, or the highest rate
+    that was measured for the type.
+    """
+    arithmetic = known = 0.0
+    for product in products_of(module, where, instruction):
+        dtype = _DTYPES.get(product.dtype, target.dtype)
+        rate = profile.rate(dtype, product.flops, product.smallest, product.batch)
+        arithmetic += product.flops / (rate or target.peak_flops * target.matmul_efficiency)
+        known += product.flops
+    if (rest := flops_of(module, where, instruction) - known) > 0:
+        best = max((one.rate for one in profile.products if one.dtype == target.dtype), default=0.0)
+        arithmetic += rest / (profile.attention or best or target.peak_flops * target.matmul_efficiency)
+    moved = bytes_of(module, where, instruction)
+    through = moved / profile.bandwidth(kind_of(module, instruction), moved)
+    transcendental, plain = numbers_of(module, instruction)
+    through += transcendental * profile.transcendental + plain * profile.arithmetic
+    return arithmetic / profile.product_efficiency, through / profile.memory_efficiency
+
+
+def kind_of(module: Module, instruction: Instruction) -> str:
+    """Which of the profile's kinds an operation is that is no matrix product."""
+    inside = [instruction]
+    if instruction.opcode == "fusion" and instruction.called in module.computations:
+        inside = list(module.computations[instruction.called].values())
+    opcodes = {one.opcode for one in inside}
+    if "scatter" in opcodes:
+        return SCATTER
+    if any(_transposes(module, one, instruction) for one in inside):
+        return TRANSPOSE
+    if "reduce" in opcodes:
+        return REDUCTION
+    return COPY if opcodes & {"copy", "transpose"} else ELEMENTWISE
+
+
+def _transposes(module: Module, one: Instruction, instruction: Instruction) -> bool:
+    """Whether neighbours in memory are no longer neighbours after an operation of more than a few numbers."""
+    if one.opcode not in ("copy", "transpose") or not one.shapes or one.shapes[0].elements < _FEW:
+        return False
+    where = next(
+        (
+            name
+            for name in (instruction.called, *module.computations)
+            if one.name in module.computations.get(name or "", {})
+        ),
+        None,
+    )
+    sources = module.operands(where, one) if where is not None else []
+    if not sources or not sources[0].shapes:
+        return False
+    source, result = sources[0].shapes[0].minor, one.shapes[0].minor
+    if (
+        one.opcode == "transpose"
+        and (order := re.search(r"dimensions=\{([\d,]*)\}", one.attributes))
+        and result is not None
+    ):
+        result = [int(dim) for dim in order.group(1).split(",")][result]
+    return source != result and min(sources[0].shapes[0].dims[source or 0], 2) > 1
 
 
 def hide(seconds: float, order: list[str], span: tuple[str, str], spent: dict[str, float]) -> float:

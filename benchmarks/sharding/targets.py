@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sharding.chips import CHIPS, GIB, Chip, chip_name, chip_of_file
+from benchmarks.sharding.profile import Profile, profile_of
 from transformer.errors import UserError, nearest
 
 __all__ = ["CHIPS", "GIB", "Chip", "Target", "chip_name", "parse_target"]
@@ -36,11 +37,38 @@ class Target:
     """The same for the memory bandwidth."""
     latency: float = 3e-6
     """Latency of a collective in seconds, for each doubling of its devices."""
+    profile: Profile | None = None
+    """Measured rates of such devices, which come before the published figures and the efficiencies above."""
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Target:
         """Restore it from the output of `dataclasses.asdict` and JSON."""
-        return cls(**data | {"chip": Chip(**data["chip"]), "shape": tuple(data["shape"])})
+        profile = None if data.get("profile") is None else Profile.from_data(data["profile"])
+        return cls(**data | {"chip": Chip(**data["chip"]), "shape": tuple(data["shape"]), "profile": profile})
+
+    def profiled(self) -> Target:
+        """The target with the profile of its kind of device, if there is one, and efficiencies by it for estimates by formula.
+
+        Raises:
+            UserError: the profile's file is damaged.
+        """
+        profile = profile_of(self.name.partition(":")[0])
+        if profile is None:
+            return self
+        products, memory = profile.efficiencies(self.dtype, self.peak_flops, self.memory_bandwidth)
+        return dataclasses.replace(
+            self,
+            profile=profile,
+            matmul_efficiency=products or self.matmul_efficiency,
+            memory_efficiency=memory,
+        )
+
+    @property
+    def basis(self) -> str:
+        """What predictions of time rest on."""
+        if self.profile is not None:
+            return self.profile.title
+        return f"published figures, of which products reach {self.matmul_efficiency:.0%} and memory {self.memory_efficiency:.0%}"
 
     @property
     def num_devices(self) -> int:

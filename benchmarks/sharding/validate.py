@@ -1,116 +1,153 @@
 """`manyheads-bench plan --validate`: predicted against measured memory and time, on an available device.
 
-Each case runs in a separate process, so that its peak memory is measured separately. A CPU has no data sheet: its peak
-and its bandwidth are measured first, by a large product and a large sum.
+Each case runs in a separate process, so that its peak memory is measured separately. Predictions rest on the device's profile,
+whose two efficiencies are fitted to the steps on one device; the errors on record are those of each case with efficiencies that
+were fitted without it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks import record
 from benchmarks.record import RESULTS
+from benchmarks.sharding.calibrate import run as calibrate
+from benchmarks.sharding.cases import Case, cases
+from benchmarks.sharding.fit import Parts, fitted, leave_one_out
+from benchmarks.sharding.profile import ELEMENTWISE, Profile, own_path, profile_of, read
+from benchmarks.sharding.quiet import DISTURBED, quiet_rounds
 from benchmarks.sharding.targets import CHIPS, Chip, Target, chip_name
-from benchmarks.workload import of_model, program_of, random_batch
-from train.config import RunConfig
+from benchmarks.workload import program_of
+from train.examine.doctor.breakdown import break_down
+from train.examine.doctor.events import read_events
+from train.examine.doctor.operations import COLLECTIVE
+from train.examine.doctor.peaks import Peaks
 from train.parallel.mesh import shard_batch, use_mesh
+from train.parallel.runtime import make_cpu_devices
 from transformer.errors import UserError
-from transformer.mixers.softmax import SoftmaxConfig
-from transformer.models.gpt import GPTConfig
+
+PARTS = ("matrix products", "memory-bound", "collectives", "gaps")
+_SETTLED = 0.3
+"""Seconds after which a process is at rest."""
+_PATIENCE = 12.0
+"""Seconds to wait for steps that other processes do not disturb."""
+_TRACED = 2
+"""Steps under the profiler."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A model, a batch and a remat policy."""
+def run(rounds: int = 6, seconds: float = 6.0) -> dict[str, Any]:
+    """Predict and measure every case; print and record both, and the errors, and fit the profile's efficiencies.
 
-    num_layers: int
-    embed_dim: int
-    length: int
-    batch_size: int
-    remat: str
-    vocab_size: int
-    dtype: str
-
-    @property
-    def title(self) -> str:
-        """What the case is, for a report."""
-        return f"{self.num_layers} layers, {self.embed_dim} wide, {self.batch_size} × {self.length}, remat {self.remat}"
-
-    def config(self) -> RunConfig:
-        """The case as a run's config."""
-        model = GPTConfig(
-            vocab_size=self.vocab_size, max_length=self.length, num_layers=self.num_layers, embed_dim=self.embed_dim,
-            attention=SoftmaxConfig(num_heads=self.embed_dim // 64), dtype=self.dtype, remat=self.remat,  # type: ignore[arg-type]
-        )  # fmt: skip
-        return of_model(model, self.batch_size)
-
-
-def cases() -> list[Case]:
-    """Six: small on a CPU, GPT-2's sizes on an accelerator."""
-    if jax.default_backend() == "cpu":
-        vocab_size, dtype = 4096, "float32"
-        shapes = [
-            (4, 256, 256, 8, "none"), (4, 256, 256, 8, "full"), (6, 384, 256, 12, "light"), (6, 384, 512, 4, "none"),
-            (8, 512, 256, 8, "none"), (8, 512, 256, 8, "full"),
-        ]  # fmt: skip
-    else:
-        vocab_size, dtype = 50304, "bfloat16"
-        shapes = [
-            (12, 768, 1024, 8, "none"), (12, 768, 1024, 32, "light"), (12, 768, 1024, 64, "full"),
-            (24, 1024, 1024, 16, "light"), (24, 1024, 2048, 16, "full"), (36, 1280, 1024, 8, "full"),
-        ]  # fmt: skip
-    return [Case(*shape, vocab_size=vocab_size, dtype=dtype) for shape in shapes]
-
-
-def run(rounds: int = 5) -> dict[str, Any]:
-    """Predict and measure every case; print and record both, and the errors.
+    Args:
+        rounds: steps to time of each case, at least.
+        seconds: to time steps for.
 
     Raises:
         UserError: the kind of device is unknown, or a case failed.
     """
     device = jax.devices()[0]
-    # A CPU has no data sheet.
     kind = "cpu" if device.platform == "cpu" else chip_name(device)
-    chip = measured_cpu() if kind == "cpu" else CHIPS[kind]
-    found = []
-    for case in cases():
-        task = {"case": dataclasses.asdict(case), "chip": dataclasses.asdict(chip), "rounds": rounds}
-        done = subprocess.run(
-            [sys.executable, "-c", "from benchmarks.sharding import validate; validate.answer()"],
-            input=json.dumps(task), capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        )  # fmt: skip
-        if done.returncode:
-            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
-            raise UserError(f"plan --validate: the measurement of {case.title} failed: {last}")
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        one = found[-1]
+    profile = read(own_path(kind)) if own_path(kind).exists() else calibrate()
+    profile = dataclasses.replace(profile, product_efficiency=1.0, memory_efficiency=1.0, errors={})
+    chip = cpu_of(profile) if kind == "cpu" else CHIPS[kind]
+    chosen = {case.title: case for case in cases(device.platform, jax.device_count())}
+    measured: dict[str, dict[str, Any]] = {}
+    # Those that other processes disturbed are measured once more at the end.
+    for title in itertools.chain(chosen, (name for name in chosen if measured[name]["disturbed"])):
+        one = measured[title] = _measured_apart(chosen[title], chip, profile, rounds, seconds)
+        disturbed = "; disturbed by other processes" if one["disturbed"] else ""
         print(
-            f"{case.title}: {one['measured_seconds']['median'] * 1e3:.0f} ms, predicted {one['predicted_seconds'] * 1e3:.0f} ms "
+            f"{title}: {one['measured_seconds'] * 1e3:.0f} ms, predicted {one['predicted_seconds'] * 1e3:.0f} ms "
             f"({one['time_error']:+.0%}); {one['measured_memory'] / 2**20:,.0f} MiB, predicted "
-            f"{one['predicted_memory'] / 2**20:,.0f} MiB ({one['memory_error']:+.1%})",
+            f"{one['predicted_memory'] / 2**20:,.0f} MiB ({one['memory_error']:+.1%}){disturbed}",
             flush=True,
         )
-    worst = {part: max(abs(one[f"{part}_error"]) for one in found) for part in ("time", "memory")}
-    result = {"kind": kind, "chip": dataclasses.asdict(chip), "cases": found, "worst": worst}
-    print(f"at worst: time {worst['time']:.0%}, memory {worst['memory']:.1%}")
+    found = list(measured.values())
+    result = {"kind": kind, "basis": profile.title, "chip": dataclasses.asdict(chip), "cases": found} | judged(found)
+    factors = result["factors"]
+    efficiencies = {"product_efficiency": 1 / factors["products"], "memory_efficiency": 1 / factors["memory"]}
+    dataclasses.replace(profile, **efficiencies, errors=result["worst"]).write(own_path(kind))
+    for line in sentences(result):
+        print(line)
     record.save("validation", "manyheads-bench plan --validate", result, show=False)
     return result
 
 
-def on_record(kind: str) -> dict[str, Any] | None:
-    """The measured errors of predictions for a kind of chip; None if there are none."""
+def judged(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fitted factors of predicted times, and the errors; adds each case's error without itself in the fit.
+
+    Times of cases that other processes disturbed do not count, unless all were.
+    """
+    steps = [
+        Parts(
+            part["matrix products"], part["memory-bound"], part["collectives"] + part["gaps"], one["measured_seconds"]
+        )
+        for one in found
+        for part in (one["predicted_parts"],)
+    ]
+    steady = [not one["disturbed"] for one in found]
+    steady = steady if any(steady) else [True] * len(found)
+    used = [one["devices"] == 1 and counts for one, counts in zip(found, steady, strict=True)]
+    for one, error in zip(found, leave_one_out(steps, used), strict=True):
+        one["left_out_time_error"] = error
+    products, memory = fitted([step for step, own in zip(steps, used, strict=True) if own])
+    times = sorted(abs(one["left_out_time_error"]) for one, counts in zip(found, steady, strict=True) if counts)
+    memories = [abs(one["memory_error"]) for one in found]
+    return {
+        "factors": {"products": products, "memory": memory},
+        "worst": {"time": times[-1], "memory": max(memories)},
+        "nine_of_ten": {"time": times[max(9 * len(times) // 10 - 1, 0)]},
+        "disturbed": [one["title"] for one, counts in zip(found, steady, strict=True) if not counts],
+    }
+
+
+def sentences(result: dict[str, Any]) -> list[str]:
+    """The errors by part and over all."""
+    lines = []
+    for one in result["cases"]:
+        parts = ", ".join(
+            f"{name} {1e3 * one['measured_parts'][name]:.0f} ms (predicted {1e3 * one['predicted_parts'][name]:.0f})"
+            for name in PARTS
+            if max(one["measured_parts"][name], one["predicted_parts"][name]) >= 5e-4
+        )
+        lines.append(f"{one['title']}: {one['left_out_time_error']:+.0%} left out of the fit; {parts}")
+    factors, worst = result["factors"], result["worst"]
+    lines.append(
+        f"fitted to steps on one device: products × {factors['products']:.2f}, memory × {factors['memory']:.2f}"
+    )
+    lines.append(
+        f"at worst, each case left out of the fit: time {worst['time']:.0%} (nine of ten within "
+        f"{result['nine_of_ten']['time']:.0%}), memory {worst['memory']:.1%}"
+    )
+    if result["disturbed"]:
+        lines.append(f"not counted, since other processes disturbed them: {', '.join(result['disturbed'])}")
+    return lines
+
+
+def on_record(kind: str) -> Mapping[str, float] | None:
+    """The largest relative errors of predictions for a kind of chip, `time` and `memory`.
+
+    Returns:
+        Those that its profile names, else those of the record, or None.
+    """
+    profile = profile_of(kind)
+    if profile is not None and profile.errors:
+        return profile.errors
     for path in RESULTS.glob("validation_*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))["result"]
         if result["kind"] == kind:
@@ -118,17 +155,9 @@ def on_record(kind: str) -> dict[str, Any] | None:
     return None
 
 
-def measured_cpu() -> Chip:
-    """This machine's CPU as a device: FLOP/s of a product of 2048² matrices, bytes a second of a sum of 256 MiB."""
-    matrix, vector = jnp.ones((2048, 2048)), jnp.ones(1 << 26)
-    multiply, add = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1.0)
-
-    def fastest(function: Any, argument: Any) -> float:
-        jax.block_until_ready(function(argument))
-        return min(record.seconds_per_call(lambda: function(argument), 1) for _ in range(7))
-
-    peak = 2 * 2048**3 / fastest(multiply, matrix)
-    bandwidth = 2 * vector.nbytes / fastest(add, vector)
+def cpu_of(profile: Profile) -> Chip:
+    """A CPU, which has no data sheet, by its profile."""
+    peak, bandwidth = max(one.rate for one in profile.products), profile.curves[ELEMENTWISE][-1][1]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Chip(
         kind="cpu", platform="cpu", peak_bfloat16=peak, peak_float32=peak, memory=memory, bandwidth=bandwidth, link=bandwidth / 4,
@@ -136,61 +165,129 @@ def measured_cpu() -> Chip:
     )  # fmt: skip
 
 
+def _measured_apart(case: Case, chip: Chip, profile: Profile, rounds: int, seconds: float) -> dict[str, Any]:
+    """What `answer` prints in a process of its own."""
+    dtype = case.config.model.dtype
+    target = Target("here", chip, (1, case.devices), dtype=dtype, profile=profile)
+    task = {"title": case.title, "target": dataclasses.asdict(target), "rounds": rounds, "seconds": seconds}
+    done = subprocess.run(
+        [sys.executable, "-c", "from benchmarks.sharding import validate; validate.answer()"],
+        input=json.dumps(task), capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    )  # fmt: skip
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
+        raise UserError(f"plan --validate: the measurement of {case.title} failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def answer() -> None:
     """Predict and measure the case in the input, in this process, and print both as JSON."""
+    task = json.load(sys.stdin)
+    target = Target.from_data(task["target"])
+    if target.chip.platform == "cpu" and target.num_devices > 1:
+        make_cpu_devices(target.num_devices)
+    (case,) = (one for one in cases(target.chip.platform, target.num_devices) if one.title == task["title"])
+    print(json.dumps(compared(case, target, task["rounds"], task["seconds"])))
+
+
+def compared(case: Case, target: Target, rounds: int, seconds: float) -> dict[str, Any]:
+    """A case's predicted and measured time, by part, and memory."""
     from benchmarks.sharding.ahead import compile_step, examined
 
-    task = json.load(sys.stdin)
-    case, chip = Case(**task["case"]), Chip(**task["chip"])
-    target = Target("here", chip, (1, 1), dtype=case.dtype)
-    if chip.platform == "cpu":
-        # The measured peak is already an achieved one.
-        target = dataclasses.replace(target, matmul_efficiency=1.0, memory_efficiency=1.0)
-    config, devices = case.config(), jax.devices()[:1]
+    config, devices = case.config, jax.devices()[: case.devices]
     program = program_of(config, devices)
     step, seconds_to_compile = compile_step(program)
     compiled = examined(step, seconds_to_compile, program.mesh, target)
     assert compiled.prediction is not None and compiled.memory is not None
+    text = step.as_text() or ""
     with use_mesh(program.mesh, config.mesh.rules):
-        batch = shard_batch(random_batch(config), program.batch_sharding)
-        before = _held()
-        held = [step(program.init(), batch)]
-        jax.block_until_ready(held)
-        times = []
-        for _ in range(task["rounds"]):
-            start = time.perf_counter()
-            held[0] = step(held[0][0], batch)
-            jax.block_until_ready(held)
-            times.append(time.perf_counter() - start)
-        memory = _peak(devices[0], before)
-    seconds = record.summary(times)
-    print(
-        json.dumps(
-            {
-                "case": dataclasses.asdict(case),
-                "measured_seconds": seconds,
-                "predicted_seconds": compiled.prediction["seconds"],
-                "time_error": compiled.prediction["seconds"] / seconds["median"] - 1,
-                "measured_memory": memory,
-                "predicted_memory": compiled.memory,
-                "memory_error": compiled.memory / memory - 1,
-                "prediction": compiled.prediction,
-            }
-        )
-    )
+        batch = shard_batch(case.batch(), program.batch_sharding)
+        state = program.init()
+        jax.block_until_ready(state)
+
+        def take() -> None:
+            nonlocal state
+            state, _ = step(state, batch)
+            jax.block_until_ready(state)
+
+        # What the first steps load, and what compilers leave behind, is not the program's.
+        take()
+        take()
+        memory = _memory_of(take, devices)
+        # The processors' other work hardly disturbs an accelerator.
+        on_cpu = devices[0].platform == "cpu"
+        timing = quiet_rounds(take, rounds, seconds if on_cpu else 1.0, patience=_PATIENCE if on_cpu else 0.0)
+        measured = _parts(text, _traced(take, devices[0].platform), timing.seconds)
+    predicted = compiled.prediction
+    return {
+        "title": case.title,
+        "devices": case.devices,
+        "measured_seconds": timing.seconds,
+        "timing": dataclasses.asdict(timing),
+        "disturbed": on_cpu and timing.others > DISTURBED,
+        "predicted_seconds": predicted["seconds"],
+        "time_error": predicted["seconds"] / timing.seconds - 1,
+        "measured_parts": measured,
+        "predicted_parts": dict(
+            zip(PARTS, (predicted[name] for name in ("compute", "memory", "exposed", "gaps")), strict=True)
+        ),
+        "measured_memory": memory,
+        "predicted_memory": compiled.memory,
+        "memory_error": compiled.memory / memory - 1,
+    }
 
 
-def _held() -> int:
-    """Resident bytes of this process; also resets its peak, if the system supports it."""
+def _traced(take: Any, platform: str) -> Any:
+    """The operations of some steps under the profiler."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory(prefix="manyheads-") as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(_TRACED):
+                take()
+        (file,) = sorted(Path(folder).rglob("*.xplane.pb"))[:1]
+        return tuple(read_events(jax.profiler.ProfileData.from_file(str(file)).planes, platform))
+
+
+def _parts(text: str, events: Any, seconds: float) -> dict[str, float]:
+    """A measured step by part: the parts' shares under the profiler, of its seconds without."""
+    step = break_down(text, events, _TRACED, Peaks(1.0, 1.0))
+    sent = step.where(lambda one: one.category == COLLECTIVE)
+    products = step.where(lambda one: one.flops > 0 and one.category != COLLECTIVE)
+    rest = step.step - step.idle - sent - products
+    return {
+        name: step.share(part) * seconds for name, part in zip(PARTS, (products, rest, sent, step.idle), strict=True)
+    }
+
+
+def _memory_of(take: Callable[[], None], devices: list[jax.Device]) -> float:
+    """Peak bytes of one device in a step: by its allocator; on a CPU the arrays at rest, and what a step adds to the process.
+
+    Memory that the process holds at rest besides its arrays, such as compilers' and allocators', is not counted.
+    """
+    if stats := devices[0].memory_stats():
+        take()
+        return float(stats["peak_bytes_in_use"])
+    added = []
+    for _ in range(3):
+        # The runtime frees a step's temporary memory a little after its results are there.
+        time.sleep(_SETTLED)
+        rest = _rest()
+        take()
+        added.append(_status("VmHWM") - rest)
+    shards = [shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards]
+    return (sum(shards) + sorted(added)[1]) / len(devices)
+
+
+def _rest() -> int:
+    """Resident bytes of this process, without memory that was freed; also resets its peak, if the system supports it."""
+    gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _status("VmRSS")
-
-
-def _peak(device: Any, before: int) -> int:
-    """Peak bytes: those of the allocator, or on a CPU the process's peak above `before`."""
-    stats = device.memory_stats()
-    return stats["peak_bytes_in_use"] if stats else _status("VmHWM") - before
 
 
 def _status(field: str) -> int:

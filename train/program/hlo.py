@@ -26,7 +26,7 @@ COLLECTIVES = (
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\](?:\{(\d+))?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)')
 
@@ -37,6 +37,8 @@ class Shape:
 
     dtype: str
     dims: tuple[int, ...]
+    minor: int | None = None
+    """The dim whose neighbours are neighbours in memory; None if the text has no layout."""
 
     @property
     def elements(self) -> int:
@@ -306,8 +308,8 @@ def _parse(line: str) -> Instruction | None:
     inner = line[opcode.end() : close - 1]
     # An asynchronous start repeats its operands in its result.
     shapes = tuple(
-        Shape(dtype, tuple(int(dim) for dim in dims.split(",") if dim))
-        for dtype, dims in _ARRAY.findall(line[start:end])
+        Shape(dtype, tuple(int(dim) for dim in dims.split(",") if dim), int(minor) if minor else None)
+        for dtype, dims, minor in _ARRAY.findall(line[start:end])
     )
     return Instruction(
         found.group(1), shapes, opcode.group(1), tuple(_OPERAND.findall(inner)), line[close:], inner.strip(),

@@ -3,10 +3,71 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import re
 
 from train.program.hlo import Instruction, Module
+
+_TRANSCENDENTAL = {
+    "exponential", "exponential-minus-one", "log", "log-plus-one", "tanh", "logistic", "power", "sine", "cosine", "tan", "erf",
+}  # fmt: skip
+_PLAIN = {
+    "add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "compare", "select", "and", "or", "not",
+    "xor", "convert", "sqrt", "rsqrt", "clamp", "sign", "floor", "round-nearest-even", "shift-left", "shift-right-logical",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixProduct:
+    """The matrix products of one instruction, which are of one shape."""
+
+    flops: float
+    """Of all of them together."""
+    batch: int
+    """How many there are."""
+    smallest: int
+    """The smallest of rows, columns and the contracted dim of one."""
+    dtype: str
+    """Of the left operand, by XLA's name."""
+
+
+def products_of(module: Module, where: str, instruction: Instruction) -> list[MatrixProduct]:
+    """The matrix products in an instruction that are written as such: dots, also fused ones, and calls of cuBLAS."""
+    match instruction.opcode:
+        case "dot":
+            found = [
+                re.search(rf"lhs_{name}_dims=\{{([\d,]*)\}}", instruction.attributes)
+                for name in ("contracting", "batch")
+            ]
+        case "custom-call" if "cublas" in instruction.attributes:
+            names = ("contracting", "batch")
+            found = [re.search(rf'"lhs_{name}_dimensions":\[([^\]]*)\]', instruction.attributes) for name in names]
+        case "fusion" if instruction.called in module.computations:
+            inside = module.computations[instruction.called].values()
+            return [product for one in inside for product in products_of(module, instruction.called, one)]
+        case _:
+            return []
+    left = module.operands(where, instruction)[0].shapes[0]
+    contracted, batched = (
+        math.prod(left.dims[int(dim.strip('" '))] for dim in one.group(1).split(",") if dim.strip('" ')) if one else 1
+        for one in found
+    )
+    rows = max(left.elements // (contracted * batched), 1)
+    columns = max(instruction.shapes[0].elements // (batched * rows), 1)
+    flops = 2.0 * batched * rows * columns * contracted
+    return [MatrixProduct(flops, batched, min(rows, columns, contracted), left.dtype)]
+
+
+def numbers_of(module: Module, instruction: Instruction) -> tuple[int, int]:
+    """How many exponentials, logarithms and the like an instruction computes, and how many simpler results such as sums."""
+    inside = [instruction]
+    if instruction.opcode == "fusion" and instruction.called in module.computations:
+        inside = list(module.computations[instruction.called].values())
+    counts = [
+        sum(one.shapes[0].elements for one in inside if one.opcode in opcodes) for opcodes in (_TRANSCENDENTAL, _PLAIN)
+    ]
+    return counts[0], counts[1]
 
 
 def flops_of(module: Module, where: str, instruction: Instruction) -> float:

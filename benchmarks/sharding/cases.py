@@ -1,0 +1,114 @@
+"""The models, batches and meshes by which predictions are compared with measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from benchmarks.workload import OPTIMIZER, packed, padded, random_batch
+from train.config import RunConfig
+from train.objectives.masked import Masked
+from train.objectives.span_corruption import SpanCorruption
+from train.parallel.mesh import MeshConfig
+from transformer.layers.mixture_of_experts import ExpertsConfig
+from transformer.layers.position import RelativeConfig
+from transformer.mixers.softmax import SoftmaxConfig
+from transformer.models.bert import BertConfig
+from transformer.models.encoder_decoder import T5Config
+from transformer.models.gpt import GPTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A config, on how many devices, and whether rows end in padding."""
+
+    title: str
+    config: RunConfig
+    devices: int = 1
+    padding: bool = False
+
+    def batch(self) -> dict[str, np.ndarray]:
+        """A batch of random tokens."""
+        batch = random_batch(self.config)
+        return padded(batch) if self.padding else batch
+
+
+def cases(platform: str, devices: int) -> list[Case]:
+    """Those for a platform: small on a CPU, where meshes are of virtual devices; GPT-2's sizes on an accelerator.
+
+    Args:
+        devices: that there are; on a CPU any number can be made.
+    """
+    return _on_cpu() if platform == "cpu" else [case for case in _on_accelerator() if case.devices <= devices]
+
+
+def _gpt(layers: int, width: int, length: int, vocab_size: int) -> GPTConfig:
+    return GPTConfig(
+        vocab_size=vocab_size, max_length=length, num_layers=layers, embed_dim=width,
+        attention=SoftmaxConfig(num_heads=width // 64),
+    )  # fmt: skip
+
+
+def _run(model: Any, batch_size: int, **fields: Any) -> RunConfig:
+    return RunConfig(name="case", batch_size=batch_size, model=model, optimizer=OPTIMIZER, **fields)
+
+
+def _on_cpu() -> list[Case]:
+    vocab_size = 2048
+    small = _gpt(4, 256, 128, vocab_size)
+    experts = ExpertsConfig(num_experts=4, experts_per_token=2, dim=512, capacity_factor=1.25)
+    bert = BertConfig(
+        vocab_size=vocab_size, max_length=128, num_layers=4, embed_dim=256, attention=SoftmaxConfig(num_heads=4),
+        dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=vocab_size, num_layers=3, embed_dim=256,
+        attention=SoftmaxConfig(num_heads=4, head_dim=64, bias=False, scale=1.0, position=RelativeConfig()),
+    )  # fmt: skip
+
+    def with_(**fields: Any) -> GPTConfig:
+        return dataclasses.replace(small, **fields)
+
+    def on(mesh: MeshConfig) -> RunConfig:
+        return _run(small, 8, mesh=mesh)
+
+    return [
+        Case("GPT, scanned", _run(small, 8)),
+        Case("GPT, unrolled", _run(with_(scan_layers=False), 8)),
+        Case("GPT, remat light", _run(with_(remat="light"), 8)),
+        Case("GPT, remat full", _run(with_(remat="full"), 8)),
+        Case("GPT, 2 microbatches", _run(small, 16, microbatches=2)),
+        Case("GPT, 384 wide, 256 long", _run(_gpt(3, 384, 256, vocab_size), 4)),
+        Case("GPT, 128 wide, 64 long", _run(_gpt(6, 128, 64, vocab_size), 16)),
+        Case("GPT, packed documents", packed(_run(small, 8))),
+        Case("GPT, experts", _run(with_(mlp=experts), 8)),
+        Case("BERT with padding", _run(bert, 8, objective=Masked()), padding=True),
+        Case("T5", _run(t5, 8, length=64, objective=SpanCorruption(source_length=128))),
+        Case("GPT, data 2", on(MeshConfig(strategy="dp")), devices=2),
+        Case("GPT, fsdp 4", on(MeshConfig(strategy="fsdp")), devices=4),
+        Case("GPT, fsdp 4 × tensor 2", on(MeshConfig(strategy="fsdp_tensor", fsdp=4, tensor=2)), devices=8),
+    ]
+
+
+def _on_accelerator() -> list[Case]:
+    def gpt(layers: int, width: int, length: int, batch_size: int, remat: Any, **fields: Any) -> RunConfig:
+        model = dataclasses.replace(_gpt(layers, width, length, 50304), dtype="bfloat16", remat=remat, **fields)
+        return _run(model, batch_size)
+
+    bert = BertConfig(vocab_size=30592, dtype="bfloat16", dropout=0.0, attention_dropout=0.0)
+    found = [
+        Case("GPT-2 124M, 8 × 1024", gpt(12, 768, 1024, 8, "none")),
+        Case("GPT-2 124M, 32 × 1024", gpt(12, 768, 1024, 32, "none")),
+        Case("GPT-2 124M, 32 × 1024, unrolled", gpt(12, 768, 1024, 32, "none", scan_layers=False)),
+        Case("GPT-2 124M, 64 × 1024, remat full", gpt(12, 768, 1024, 64, "full")),
+        Case("GPT-2 124M, packed documents", packed(gpt(12, 768, 1024, 32, "none"))),
+        Case("GPT 350M, 16 × 1024, remat light", gpt(24, 1024, 1024, 16, "light")),
+        Case("BERT-base, 32 × 128", _run(bert, 32, length=128, objective=Masked()), padding=True),
+    ]
+    for devices in (2, 4, 8):
+        config = gpt(12, 768, 1024, 8 * devices, "none")
+        mesh = MeshConfig(strategy="fsdp")
+        found.append(Case(f"GPT-2 124M, fsdp {devices}", dataclasses.replace(config, mesh=mesh), devices=devices))
+    return found
