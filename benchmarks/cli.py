@@ -334,7 +334,7 @@ def _sharding(options: argparse.Namespace) -> None:
     if options.target is not None:
         import jax
 
-        from benchmarks.sharding import traffic
+        from benchmarks.sharding.measuring import traffic
 
         # Only shapes are traced here; nothing runs.
         jax.config.update("jax_platforms", "cpu")
@@ -343,7 +343,7 @@ def _sharding(options: argparse.Namespace) -> None:
             vary=options.vary, python=options.compiler_python, install=options.install, output=options.directory,
         )  # fmt: skip
         return
-    from benchmarks.sharding import measure
+    from benchmarks.sharding.measuring import measure
     from train.parallel.runtime import set_up_devices
 
     set_up_devices(options.devices)
@@ -359,7 +359,7 @@ def _names(text: str | None) -> list[str] | None:
 
 def _plan(options: argparse.Namespace) -> None:
     if options.validate:
-        from benchmarks.sharding import validate
+        from benchmarks.sharding.validation import validate
 
         if options.config or options.target or options.overrides:
             raise UserError("plan: --validate has its own cases, and takes no config, target or field")
@@ -371,9 +371,9 @@ def _plan(options: argparse.Namespace) -> None:
         raise UserError("plan: give a config and a --target, such as configs/scale/gpt_1_3b.yaml --target h100:8")
     import jax
 
-    from benchmarks.sharding import plan
-    from benchmarks.sharding.objective import Goal, parse_prices
-    from benchmarks.sharding.targets import parse_target
+    from benchmarks.sharding.devices.targets import parse_target
+    from benchmarks.sharding.planning import plan
+    from benchmarks.sharding.planning.objective import Goal, parse_prices
 
     # Only shapes are traced here; nothing runs.
     jax.config.update("jax_platforms", "cpu")
@@ -383,7 +383,7 @@ def _plan(options: argparse.Namespace) -> None:
     )  # fmt: skip
     goal = Goal(objective=options.objective, tokens=options.tokens)
     if options.compare:
-        from benchmarks.sharding import compare
+        from benchmarks.sharding.planning import compare
 
         names = list(dict.fromkeys(_names(options.compare) or []))
         kinds = list(dict.fromkeys(parse_target(name).kind for name in names))
@@ -403,7 +403,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from benchmarks.sharding import calibrate
+    from benchmarks.sharding.validation import calibrate
 
     calibrate.run(options.out)
 

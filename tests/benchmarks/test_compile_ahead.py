@@ -84,7 +84,7 @@ FUSED = {"gpu": (r"__cudnn\$fmhaSoftmax\b", r"__cudnn\$fmhaSoftmaxBackward"), "t
 COMPILE = """
 import json, sys
 from benchmarks import compilers
-from benchmarks.sharding.ahead import compile_step
+from benchmarks.sharding.predict.ahead import compile_step
 from benchmarks.workload import program_of
 from train.config import RunConfig
 from train.config.restore import restore

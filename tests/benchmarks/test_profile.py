@@ -10,12 +10,13 @@ import jax
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.sharding import calibrate, profile
-from benchmarks.sharding.fit import Parts, fitted, leave_one_out
-from benchmarks.sharding.profile import Product, Profile, Wire
-from benchmarks.sharding.quiet import quiet_rounds
-from benchmarks.sharding.roofline import kind_of, predict
-from benchmarks.sharding.targets import Target, parse_target
+from benchmarks.sharding.devices import profile
+from benchmarks.sharding.devices.profile import Product, Profile, Wire
+from benchmarks.sharding.devices.targets import Target, parse_target
+from benchmarks.sharding.predict.roofline import kind_of, predict
+from benchmarks.sharding.validation import calibrate
+from benchmarks.sharding.validation.fit import Parts, fitted, leave_one_out
+from benchmarks.sharding.validation.quiet import quiet_rounds
 from train.program.hlo import Module
 from train.program.work import products_of
 from transformer.errors import UserError

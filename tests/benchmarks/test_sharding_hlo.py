@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks.sharding.roofline import hide, predict
-from benchmarks.sharding.targets import parse_target
+from benchmarks.sharding.devices.targets import parse_target
+from benchmarks.sharding.predict.roofline import hide, predict
 from train.program.hlo import Module, stage_of
 from train.program.work import flops_of
 

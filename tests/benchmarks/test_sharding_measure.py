@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.cli import main
 from benchmarks.record import RESULTS
-from benchmarks.sharding import measure
+from benchmarks.sharding.measuring import measure
 from transformer.errors import UserError
 
 

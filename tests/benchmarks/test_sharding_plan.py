@@ -10,12 +10,13 @@ import jax
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.sharding import ahead, plan
-from benchmarks.sharding.analytic import Analysis
-from benchmarks.sharding.candidates import candidates, describe
-from benchmarks.sharding.layouts import NAMES, layouts
-from benchmarks.sharding.least import least
-from benchmarks.sharding.targets import parse_target
+from benchmarks.sharding.devices.targets import parse_target
+from benchmarks.sharding.measuring.layouts import NAMES, layouts
+from benchmarks.sharding.planning import plan
+from benchmarks.sharding.planning.candidates import candidates, describe
+from benchmarks.sharding.predict import ahead
+from benchmarks.sharding.predict.analytic import Analysis
+from benchmarks.sharding.predict.least import least
 from benchmarks.units import amount, duration
 from benchmarks.workload import program_of
 from train.config import RunConfig, load

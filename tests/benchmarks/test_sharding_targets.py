@@ -13,11 +13,11 @@ import pytest
 
 from benchmarks import compilers, environments
 from benchmarks.cli import main
-from benchmarks.sharding import compare, explain, largest, legend, plan
-from benchmarks.sharding.analytic import Analysis
-from benchmarks.sharding.chips import CHIPS
-from benchmarks.sharding.objective import Goal, in_order, parse_prices
-from benchmarks.sharding.targets import parse_target
+from benchmarks.sharding.devices.chips import CHIPS
+from benchmarks.sharding.devices.targets import parse_target
+from benchmarks.sharding.planning import compare, explain, largest, legend, plan
+from benchmarks.sharding.planning.objective import Goal, in_order, parse_prices
+from benchmarks.sharding.predict.analytic import Analysis
 from train.config import RunConfig
 from train.parallel.hardware import PEAK_TFLOPS
 from transformer.errors import UserError

@@ -2,7 +2,7 @@
 
 A process of this module answers one request per line, so that it starts only once:
 
-    python -m benchmarks.sharding.ahead       requests on standard input, answers on standard output
+    python -m benchmarks.sharding.predict.ahead       requests on standard input, answers on standard output
 
 A request and its answer are each one line of JSON.
 """
@@ -25,8 +25,8 @@ import jax
 from jax.sharding import Mesh
 
 from benchmarks import compilers
-from benchmarks.sharding.roofline import predict
-from benchmarks.sharding.targets import Target
+from benchmarks.sharding.devices.targets import Target
+from benchmarks.sharding.predict.roofline import predict
 from benchmarks.workload import program_of
 from train.config import RunConfig, to_data
 from train.config.restore import restore
@@ -77,7 +77,7 @@ class Compiler:
     def __init__(self, target: Target, python: str) -> None:
         self.target = target
         self._process = subprocess.Popen(
-            [python, "-c", "from benchmarks.sharding import ahead; ahead.serve()"],
+            [python, "-c", "from benchmarks.sharding.predict import ahead; ahead.serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=compilers.process_environment(target.chip.platform),
             # The parent process handles Ctrl-C, and ends this one.

@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sharding import largest
-from benchmarks.sharding.legend import NARROW, NARROWEST, TEXT, heads, legend, ties, verdict
+from benchmarks.sharding.planning import largest
+from benchmarks.sharding.planning.legend import NARROW, NARROWEST, TEXT, heads, legend, ties, verdict
 from benchmarks.units import amount, duration
 from train.report.page import page, svg, table
 from transformer.interpret.capture import readable

@@ -20,14 +20,14 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import compilers, record
-from benchmarks.sharding import plan_report
-from benchmarks.sharding.ahead import Compiled, Compiler, from_data, refused, require_any
-from benchmarks.sharding.analytic import Analysis, Estimate
-from benchmarks.sharding.candidates import batch_sizes, candidates, describe
-from benchmarks.sharding.explain import explained
-from benchmarks.sharding.largest import largest
-from benchmarks.sharding.objective import Goal, Objective, in_order
-from benchmarks.sharding.targets import Target, parse_target
+from benchmarks.sharding.devices.targets import Target, parse_target
+from benchmarks.sharding.planning import plan_report
+from benchmarks.sharding.planning.candidates import batch_sizes, candidates, describe
+from benchmarks.sharding.planning.explain import explained
+from benchmarks.sharding.planning.largest import largest
+from benchmarks.sharding.planning.objective import Goal, Objective, in_order
+from benchmarks.sharding.predict.ahead import Compiled, Compiler, from_data, refused, require_any
+from benchmarks.sharding.predict.analytic import Analysis, Estimate
 from benchmarks.units import duration
 from train.config import RunConfig, dump, load, to_data
 from train.files import cache_dir, writing

@@ -19,11 +19,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.progress import Progress
 
 from benchmarks import record
-from benchmarks.sharding import measure_report
-from benchmarks.sharding.ahead import compile_step, summary
-from benchmarks.sharding.analytic import sharded_bytes
-from benchmarks.sharding.layouts import command_of, layouts, subset, variants
-from benchmarks.sharding.least import least
+from benchmarks.sharding.measuring import measure_report
+from benchmarks.sharding.measuring.layouts import command_of, layouts, subset, variants
+from benchmarks.sharding.predict.ahead import compile_step, summary
+from benchmarks.sharding.predict.analytic import sharded_bytes
+from benchmarks.sharding.predict.least import least
 from benchmarks.units import duration
 from benchmarks.workload import program_of, random_batch
 from train.config import RunConfig, load

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.sharding.shape import expert_parameters, experts, widths
+from benchmarks.sharding.predict.shape import expert_parameters, experts, widths
 from train.config import RunConfig
 from train.parallel.mesh import STRATEGIES
 from transformer.models.families import count_parameters

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.sharding import shape
-from benchmarks.sharding.targets import Target
+from benchmarks.sharding.devices.targets import Target
+from benchmarks.sharding.predict import shape
 from train.config import RunConfig
 from train.parallel.mesh import MESH_AXES
 from transformer.errors import ConfigError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.sharding.analytic import OVERLAP
-from benchmarks.sharding.objective import TIE
-from benchmarks.sharding.validate import on_record
+from benchmarks.sharding.planning.objective import TIE
+from benchmarks.sharding.predict.analytic import OVERLAP
+from benchmarks.sharding.validation.validate import on_record
 from benchmarks.units import duration
 
 HEADS = (

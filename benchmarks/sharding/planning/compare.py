@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import compilers, record
-from benchmarks.sharding.legend import verdict
-from benchmarks.sharding.objective import Goal, in_order
-from benchmarks.sharding.plan import AS_USUAL, FASTEST, How, planned, with_price
-from benchmarks.sharding.targets import Target, parse_target
+from benchmarks.sharding.devices.targets import Target, parse_target
+from benchmarks.sharding.planning.legend import verdict
+from benchmarks.sharding.planning.objective import Goal, in_order
+from benchmarks.sharding.planning.plan import AS_USUAL, FASTEST, How, planned, with_price
 from benchmarks.units import duration
 from train.config import RunConfig, load
 from train.files import writing

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sharding.chips import CHIPS, GIB, Chip, chip_name, chip_of_file
-from benchmarks.sharding.profile import Profile, profile_of
+from benchmarks.sharding.devices.chips import CHIPS, GIB, Chip, chip_name, chip_of_file
+from benchmarks.sharding.devices.profile import Profile, profile_of
 from transformer.errors import UserError, nearest
 
 __all__ = ["CHIPS", "GIB", "Chip", "Target", "chip_name", "parse_target"]

@@ -14,11 +14,11 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import compilers, record
-from benchmarks.sharding.ahead import Compiled, Compiler, require_any
-from benchmarks.sharding.analytic import sharded_bytes
-from benchmarks.sharding.layouts import NAMES, command_of, layouts, subset, variants
-from benchmarks.sharding.least import SYMBOLS, least
-from benchmarks.sharding.targets import parse_target
+from benchmarks.sharding.devices.targets import parse_target
+from benchmarks.sharding.measuring.layouts import NAMES, command_of, layouts, subset, variants
+from benchmarks.sharding.predict.ahead import Compiled, Compiler, require_any
+from benchmarks.sharding.predict.analytic import sharded_bytes
+from benchmarks.sharding.predict.least import SYMBOLS, least
 from benchmarks.units import amount, duration
 from train.config import load
 from train.files import writing

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sharding.least import SYMBOLS
+from benchmarks.sharding.predict.least import SYMBOLS
 from benchmarks.units import amount
 from train.report.page import page, svg, table
 

@@ -16,9 +16,9 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from benchmarks.sharding.least import least
-from benchmarks.sharding.shape import experts
-from benchmarks.sharding.targets import Target
+from benchmarks.sharding.devices.targets import Target
+from benchmarks.sharding.predict.least import least
+from benchmarks.sharding.predict.shape import experts
 from train.config import RunConfig
 from train.examine.explain import saved_bytes
 from train.parallel.mesh import MESH_AXES, MeshConfig, Rules, shardings_of

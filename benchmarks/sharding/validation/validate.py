@@ -26,12 +26,12 @@ import jax
 
 from benchmarks import record
 from benchmarks.record import RESULTS
-from benchmarks.sharding.calibrate import run as calibrate
-from benchmarks.sharding.cases import Case, cases
-from benchmarks.sharding.fit import Parts, fitted, leave_one_out
-from benchmarks.sharding.profile import ELEMENTWISE, Profile, own_path, profile_of, read
-from benchmarks.sharding.quiet import DISTURBED, quiet_rounds
-from benchmarks.sharding.targets import CHIPS, Chip, Target, chip_name
+from benchmarks.sharding.devices.profile import ELEMENTWISE, Profile, own_path, profile_of, read
+from benchmarks.sharding.devices.targets import CHIPS, Chip, Target, chip_name
+from benchmarks.sharding.validation.calibrate import run as calibrate
+from benchmarks.sharding.validation.cases import Case, cases
+from benchmarks.sharding.validation.fit import Parts, fitted, leave_one_out
+from benchmarks.sharding.validation.quiet import DISTURBED, quiet_rounds
 from benchmarks.workload import program_of
 from train.examine.doctor.breakdown import break_down
 from train.examine.doctor.events import read_events
@@ -171,9 +171,9 @@ def _measured_apart(case: Case, chip: Chip, profile: Profile, rounds: int, secon
     target = Target("here", chip, (1, case.devices), dtype=dtype, profile=profile)
     task = {"title": case.title, "target": dataclasses.asdict(target), "rounds": rounds, "seconds": seconds}
     done = subprocess.run(
-        [sys.executable, "-c", "from benchmarks.sharding import validate; validate.answer()"],
+        [sys.executable, "-c", "from benchmarks.sharding.validation import validate; validate.answer()"],
         input=json.dumps(task), capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3]), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     )  # fmt: skip
     if done.returncode:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
@@ -193,7 +193,7 @@ def answer() -> None:
 
 def compared(case: Case, target: Target, rounds: int, seconds: float) -> dict[str, Any]:
     """A case's predicted and measured time, by part, and memory."""
-    from benchmarks.sharding.ahead import compile_step, examined
+    from benchmarks.sharding.predict.ahead import compile_step, examined
 
     config, devices = case.config, jax.devices()[: case.devices]
     program = program_of(config, devices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.sharding.objective import TIE
+from benchmarks.sharding.planning.objective import TIE
 from benchmarks.units import duration
 from transformer.errors import UserError
 from transformer.interpret.capture import readable

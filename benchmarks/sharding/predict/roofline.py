@@ -17,8 +17,8 @@ import math
 import re
 from collections.abc import Callable
 
-from benchmarks.sharding.profile import COPY, ELEMENTWISE, REDUCTION, SCATTER, TRANSPOSE, Profile
-from benchmarks.sharding.targets import Target
+from benchmarks.sharding.devices.profile import COPY, ELEMENTWISE, REDUCTION, SCATTER, TRANSPOSE, Profile
+from benchmarks.sharding.devices.targets import Target
 from train.program.hlo import Instruction, Module
 from train.program.work import bytes_of, flops_of, numbers_of, products_of
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import record
-from benchmarks.sharding.profile import (
+from benchmarks.sharding.devices.profile import (
     COPY,
     ELEMENTWISE,
     KINDS,
@@ -36,8 +36,8 @@ from benchmarks.sharding.profile import (
     Wire,
     own_path,
 )  # fmt: skip
-from benchmarks.sharding.quiet import DISTURBED, fastest_quiet, others_seconds
-from benchmarks.sharding.targets import chip_name
+from benchmarks.sharding.devices.targets import chip_name
+from benchmarks.sharding.validation.quiet import DISTURBED, fastest_quiet, others_seconds
 from train.versions import versions
 
 _TRIES = 5
@@ -261,12 +261,12 @@ def _virtual_wires(sizes: Sizes) -> tuple[Wire, ...]:
         return ()
     code = (
         "import sys, json, dataclasses; from train.parallel.runtime import make_cpu_devices; "
-        f"make_cpu_devices({most}); from benchmarks.sharding import calibrate as c; "
+        f"make_cpu_devices({most}); from benchmarks.sharding.validation import calibrate as c; "
         "s = c.Sizes(**json.loads(sys.argv[1])); print(json.dumps([dataclasses.asdict(w) for w in c._wires(s)]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(dataclasses.asdict(sizes))], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3]), "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     return tuple(Wire(**one) for one in json.loads(done.stdout.splitlines()[-1]))
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.sharding.ahead import Compiler
-from benchmarks.sharding.analytic import Analysis
-from benchmarks.sharding.targets import Target
+from benchmarks.sharding.devices.targets import Target
+from benchmarks.sharding.predict.ahead import Compiler
+from benchmarks.sharding.predict.analytic import Analysis
 from train.config import RunConfig
 from train.parallel.mesh import MESH_AXES
 from transformer.errors import ConfigError, UserError

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.sharding import shape
+from benchmarks.sharding.predict import shape
 from train.config import RunConfig, load
 from train.parallel.mesh import STRATEGIES, MeshConfig
 from transformer.errors import UserError, nearest

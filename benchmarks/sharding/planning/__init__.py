@@ -1,0 +1,1 @@
+"""`manyheads-bench plan`: layouts ranked for a target, explained, compared and enlarged."""

@@ -1,0 +1,1 @@
+"""Predictions held against measurement: rates of a device, steps measured and predicted, and their errors."""
