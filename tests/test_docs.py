@@ -108,6 +108,8 @@ ELSEWHERE = {
     "verify-resume": "train/test_verify_resume.py",
     "--tasks": "train/test_harness.py",
     "--install": "benchmarks/test_compile_ahead.py",
+    "calibrate": "benchmarks/test_profile.py",
+    "--validate": "benchmarks/test_profile.py",
     "gpt_7b.yaml --target": "benchmarks/test_compile_ahead.py",
     "sharding configs/tiny.yaml": "benchmarks/test_sharding_measure.py",
     # It is refused, by a test of its own below.

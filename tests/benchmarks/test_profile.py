@@ -14,12 +14,17 @@ from benchmarks.sharding.devices import profile
 from benchmarks.sharding.devices.profile import Product, Profile, Wire
 from benchmarks.sharding.devices.targets import Target, parse_target
 from benchmarks.sharding.predict.roofline import kind_of, predict
-from benchmarks.sharding.validation import calibrate
+from benchmarks.sharding.validation import calibrate, validate
+from benchmarks.sharding.validation.cases import Case
 from benchmarks.sharding.validation.fit import Parts, fitted, leave_one_out
 from benchmarks.sharding.validation.quiet import quiet_rounds
+from train.config import RunConfig
+from train.parallel.mesh import MeshConfig
 from train.program.hlo import Module
 from train.program.work import products_of
 from transformer.errors import UserError
+from transformer.mixers.softmax import SoftmaxConfig
+from transformer.models.gpt import GPTConfig
 
 BY_HAND = Profile(
     kind="h100", device="NVIDIA H100", source="made up", date="2026-01-02T03:04:05+00:00", versions={"jax": "0"},
@@ -180,6 +185,30 @@ def test_a_device_is_measured(tmp_path, monkeypatch, capsys):
         "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
     }  # fmt: skip
     assert set(found.curves) == set(profile.KINDS)
+
+
+def test_steps_are_compared_with_their_predictions(monkeypatch):
+    """As `plan --validate` compares its cases, in this process, on one device and on two."""
+    monkeypatch.setattr(validate, "_PATIENCE", 0.0)
+    monkeypatch.setattr(validate, "_SETTLED", 0.0)
+    model = GPTConfig(vocab_size=64, max_length=16, num_layers=2, embed_dim=32, attention=SoftmaxConfig(num_heads=2))
+    config = RunConfig(name="case", batch_size=4, model=model)
+    alone = Case("alone", config)
+    shared = Case("shared", dataclasses.replace(config, mesh=MeshConfig(strategy="fsdp")), devices=2)
+    here = dataclasses.replace(BY_HAND, kind="cpu")
+    found = []
+    for case in (alone, shared):
+        target = Target("here", validate.cpu_of(here), (1, case.devices), dtype="float32", profile=here)
+        one = validate.compared(case, target, 2, 0.0)
+        assert one["measured_seconds"] > 0 and one["predicted_seconds"] > 0 and one["predicted_memory"] > 0
+        assert sum(one["predicted_parts"].values()) == pytest.approx(one["predicted_seconds"])
+        assert sum(one["measured_parts"].values()) == pytest.approx(one["measured_seconds"], rel=1e-3)
+        assert (one["predicted_parts"]["collectives"] > 0) == (case is shared)
+        found.append(one | {"disturbed": False})
+    result = {"cases": found} | validate.judged(found)
+    assert set(result["worst"]) == {"time", "memory"} and result["factors"]["products"] > 0
+    lines = validate.sentences(result)
+    assert lines[0].startswith("alone: ") and lines[-1].startswith("at worst, each case left out of the fit: time ")
 
 
 def test_every_shipped_profile_can_be_read():
