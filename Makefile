@@ -37,8 +37,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A worker that crashes ends the run: with another in its place pytest-xdist would never end.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-fast: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
@@ -50,7 +51,7 @@ test-newest:
 	@test -n "$(NEWEST)" || { echo "test-newest needs Python 3.13; name one with make NEWEST=/path/to/python3.13 test-newest"; exit 2; }
 	test -x .venv-newest/bin/python || $(NEWEST) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test-core]' jax flax optax
-	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not torch"
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not torch"
 
 bench: $(VENV)/.installed-test
 	$(BIN)/manyheads-bench step

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from benchmarks.record import save, seconds_per_call
 from transformer.errors import UserError
 
-ARGUMENTS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+ARGUMENTS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart", "0")
 """Those of `make test`."""
 _FAST = ("-m", "not slow")
 _ADDITIONS, _SIZE = 10**7, 1024
