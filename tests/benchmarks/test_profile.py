@@ -142,10 +142,10 @@ def test_products_have_their_shapes():
 
 def test_a_copy_that_turns_an_array_is_told_from_one_that_does_not():
     instructions = Module(TEXT.replace("%turned = f32[100,100]{0,1}", "%turned = f32[100,100]{1,0}"))
-    kinds = {one.name: kind_of(instructions, one) for _, _, one in instructions.executed()}
+    kinds = {one.name: kind_of(instructions, where, one) for _, where, one in instructions.executed()}
     assert kinds["turned"] == "copy" and kinds["e"] == "elementwise"
     turned = Module(TEXT)
-    assert {one.name: kind_of(turned, one) for _, _, one in turned.executed()}["turned"] == "transpose"
+    assert {one.name: kind_of(turned, where, one) for _, where, one in turned.executed()}["turned"] == "transpose"
 
 
 def test_a_fit_finds_what_the_parts_take():

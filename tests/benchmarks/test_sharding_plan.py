@@ -19,26 +19,12 @@ from benchmarks.sharding.predict.analytic import Analysis
 from benchmarks.sharding.predict.least import least
 from benchmarks.units import amount, duration
 from benchmarks.workload import program_of
-from train.config import RunConfig, load
+from tests.benchmarks.small import CONFIG, MODEL
+from train.config import load
 from train.parallel.mesh import MESH_AXES, MeshConfig, make_mesh, use_mesh
 from train.program.program import Program
 from transformer.errors import UserError
 from transformer.layers.mixture_of_experts import ExpertsConfig
-from transformer.mixers.softmax import SoftmaxConfig
-from transformer.models.gpt import GPTConfig
-
-MODEL = GPTConfig(vocab_size=64, max_length=32, num_layers=4, embed_dim=32, attention=SoftmaxConfig(num_heads=4))
-CONFIG = RunConfig(name="small", batch_size=16, model=MODEL)
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    path = tmp_path / "small.yaml"
-    path.write_text(
-        "name: small\nbatch_size: 16\n"
-        "model: {vocab_size: 64, max_length: 32, num_layers: 4, embed_dim: 32, attention: {num_heads: 4}}\n"
-    )
-    return path
 
 
 @pytest.mark.parametrize(

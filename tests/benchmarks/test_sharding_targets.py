@@ -18,25 +18,11 @@ from benchmarks.sharding.devices.targets import parse_target
 from benchmarks.sharding.planning import compare, explain, largest, legend, plan
 from benchmarks.sharding.planning.objective import Goal, in_order, parse_prices
 from benchmarks.sharding.predict.analytic import Analysis
-from train.config import RunConfig
+from tests.benchmarks.small import CONFIG
 from train.parallel.hardware import PEAK_TFLOPS
 from transformer.errors import UserError
-from transformer.mixers.softmax import SoftmaxConfig
-from transformer.models.gpt import GPTConfig
 
-MODEL = GPTConfig(vocab_size=64, max_length=32, num_layers=4, embed_dim=32, attention=SoftmaxConfig(num_heads=4))
-CONFIG = RunConfig(name="small", batch_size=16, model=MODEL)
 FIGURES = "tflops: {bfloat16: 400, float32: 200}\nmemory: 64\nbandwidth: 2000\nlink: 64\nnetwork: 12.5\n"
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    path = tmp_path / "small.yaml"
-    path.write_text(
-        "name: small\nbatch_size: 16\n"
-        "model: {vocab_size: 64, max_length: 32, num_layers: 4, embed_dim: 32, attention: {num_heads: 4}}\n"
-    )
-    return path
 
 
 def test_every_chip_has_its_peaks_and_links():
@@ -164,7 +150,7 @@ def test_parts_of_a_difference_add_up():
     assert any("optimizer" in line and "activations" in line for line in found["sentences"])
     for row in (first, last):
         estimate = row["estimate"]
-        bubble = explain._time(row, "bubble")
+        bubble = legend.times_of(row)["bubble"]
         whole = estimate["arithmetic"] + estimate["traffic"] + bubble + estimate["sending"]
         assert whole == pytest.approx(row["seconds"])
         assert (

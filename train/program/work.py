@@ -32,6 +32,13 @@ class MatrixProduct:
     """Of the left operand, by XLA's name."""
 
 
+def parts_of(module: Module, where: str, instruction: Instruction) -> tuple[str, list[Instruction]]:
+    """The operations that a fusion consists of, and the computation that they are in; any other instruction is its only part."""
+    if instruction.opcode == "fusion" and instruction.called in module.computations:
+        return instruction.called, list(module.computations[instruction.called].values())
+    return where, [instruction]
+
+
 def products_of(module: Module, where: str, instruction: Instruction) -> list[MatrixProduct]:
     """The matrix products in an instruction that are written as such: dots, also fused ones, and calls of cuBLAS."""
     match instruction.opcode:
@@ -43,9 +50,9 @@ def products_of(module: Module, where: str, instruction: Instruction) -> list[Ma
         case "custom-call" if "cublas" in instruction.attributes:
             names = ("contracting", "batch")
             found = [re.search(rf'"lhs_{name}_dimensions":\[([^\]]*)\]', instruction.attributes) for name in names]
-        case "fusion" if instruction.called in module.computations:
-            inside = module.computations[instruction.called].values()
-            return [product for one in inside for product in products_of(module, instruction.called, one)]
+        case "fusion":
+            where, inside = parts_of(module, where, instruction)
+            return [product for one in inside if one is not instruction for product in products_of(module, where, one)]
         case _:
             return []
     left = module.operands(where, instruction)[0].shapes[0]
@@ -59,11 +66,9 @@ def products_of(module: Module, where: str, instruction: Instruction) -> list[Ma
     return [MatrixProduct(flops, batched, min(rows, columns, contracted), left.dtype)]
 
 
-def numbers_of(module: Module, instruction: Instruction) -> tuple[int, int]:
+def numbers_of(module: Module, where: str, instruction: Instruction) -> tuple[int, int]:
     """How many exponentials, logarithms and the like an instruction computes, and how many simpler results such as sums."""
-    inside = [instruction]
-    if instruction.opcode == "fusion" and instruction.called in module.computations:
-        inside = list(module.computations[instruction.called].values())
+    _, inside = parts_of(module, where, instruction)
     counts = [
         sum(one.shapes[0].elements for one in inside if one.opcode in opcodes) for opcodes in (_TRANSCENDENTAL, _PLAIN)
     ]

@@ -19,7 +19,7 @@ from transformer.errors import UserError
 SHIPPED = Path(__file__).parent / "profiles"
 ELEMENTWISE, REDUCTION, COPY, TRANSPOSE, SCATTER = "elementwise", "reduction", "copy", "transpose", "scatter"
 KINDS = (ELEMENTWISE, REDUCTION, COPY, TRANSPOSE, SCATTER)
-"""Of operations that are no matrix products."""
+"""Of operations that are not matrix products."""
 _NEAREST = 4
 
 Curve = tuple[tuple[float, float], ...]

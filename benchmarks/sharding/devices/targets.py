@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sharding.devices.chips import CHIPS, GIB, Chip, chip_name, chip_of_file
+from benchmarks.sharding.devices.chips import CHIPS, Chip, chip_of_file
 from benchmarks.sharding.devices.profile import Profile, profile_of
 from transformer.errors import UserError, nearest
-
-__all__ = ["CHIPS", "GIB", "Chip", "Target", "chip_name", "parse_target"]
 
 CORE_LINKS = 6
 """Links of the torus, one way, that the connection of a TPU chip's two devices is worth (Google Cloud, TPU7x)."""

@@ -15,11 +15,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import compilers, record
+from benchmarks import record
 from benchmarks.sharding.devices.targets import Target, parse_target
 from benchmarks.sharding.planning.legend import verdict
 from benchmarks.sharding.planning.objective import Goal, in_order
-from benchmarks.sharding.planning.plan import AS_USUAL, FASTEST, How, planned, with_price
+from benchmarks.sharding.planning.plan import AS_USUAL, FASTEST, How, compiler_of, planned, with_price
 from benchmarks.units import duration
 from train.config import RunConfig, load
 from train.files import writing
@@ -74,7 +74,7 @@ def run(
     try:
         for target in targets:
             rows[target.name] = row_of(config, target, dataclasses.replace(how, analytic=True), goals[target.name])
-        ready = [] if how.analytic else [target for target in targets if _at_hand(target, how, rows[target.name])]
+        ready = [target for target in targets if _at_hand(target, how, rows[target.name])]
         if ready:
             show(_result(config, goal, rows, stopped), console())
         for target in ready:
@@ -103,7 +103,7 @@ def row_of(config: RunConfig, target: Target, how: How, goal: Goal) -> dict[str,
     try:
         plan = planned(config, target, how, goal)
     except UserError as error:
-        return row | {"error": str(error)}
+        return row | {"error": str(error), "layouts": 0}
     best = plan.result["layouts"][0]
     if not best["fits"]:
         return row | {"error": f"no layout fits; the nearest needs {readable(int(best['memory']))} a device"}
@@ -116,15 +116,12 @@ def row_of(config: RunConfig, target: Target, how: How, goal: Goal) -> dict[str,
 
 def _at_hand(target: Target, how: How, row: Mapping[str, Any]) -> bool:
     """Whether a target can be compiled here; says why not."""
-    if "error" in row and "no layout" in row["error"] and "fits" not in row["error"]:
+    if row.get("layouts") == 0:
         return False
-    if not compilers.covers(target.chip.platform, target.kind):
-        print(f"{target.name}: by formula only: no compiler's figures are known for {target.kind}", flush=True)
-        return False
-    if compilers.find(target.chip.platform, make=how.install) is None:
-        print(f"{target.name}: by formula only: {compilers.absent(target.chip.platform)}", flush=True)
-        return False
-    return True
+    compiler, why = compiler_of(target, how)
+    if why:
+        print(f"{target.name}: by formula only: {why}", flush=True)
+    return compiler is not None
 
 
 def _result(config: RunConfig, goal: Goal, rows: Mapping[str, dict[str, Any]], stopped: bool) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.sharding.planning.legend import times_of
 from benchmarks.sharding.planning.objective import TIE
 from benchmarks.units import duration
 from transformer.errors import UserError
@@ -29,7 +30,8 @@ def explained(result: dict[str, Any], first: int, second: int) -> dict[str, Any]
     # Of two numbers of a ranking the smaller one is the better.
     first, second = sorted((first, second))
     a, b = good[first - 1], good[second - 1]
-    times = [(name, _time(a, name), _time(b, name)) for name in ("matmul", "memory-bound", "exposed", "bubble")]
+    one, other = times_of(a), times_of(b)
+    times = [(name, one[name], other[name]) for name in ("matmul", "memory-bound", "exposed", "bubble")]
     times = [part for part in times if part[0] != "bubble" or max(part[1:]) > 0]
     links = {name: (of(a, name), of(b, name)) for name, of in _links(a, b)}
     memory = [(name, a["estimate"][name], b["estimate"][name]) for name in MEMORY]
@@ -85,17 +87,6 @@ def _of_memory(a: dict[str, Any], b: dict[str, Any], parts: list[tuple[str, floa
     )
     by_kind = ", ".join(f"{name} {_bytes(x)} and {_bytes(y)}" for name, x, y in parts if x or y)
     return [f"Memory: {_bytes(a['memory'])} and {_bytes(b['memory'])} a device, {ahead}; by formula: {by_kind}."]
-
-
-def _time(row: dict[str, Any], part: str) -> float:
-    prediction, estimate = (row["compiled"] or {}).get("prediction"), row["estimate"]
-    if prediction:
-        names = {"matmul": "compute", "memory-bound": "memory", "exposed": "exposed"}
-        return prediction[names[part]] if part in names else 0.0
-    if part == "bubble":
-        rest = estimate["seconds"] - estimate["arithmetic"] - estimate["traffic"] - estimate["sending"]
-        return rest if rest > 1e-9 * estimate["seconds"] else 0.0
-    return estimate[{"matmul": "arithmetic", "memory-bound": "traffic", "exposed": "sending"}[part]]
 
 
 def _links(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any], str], float]]]:

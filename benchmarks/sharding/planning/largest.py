@@ -29,7 +29,6 @@ def largest(config: RunConfig, target: Target, python: str | None) -> dict[str, 
     Args:
         python: interpreter of an environment with the target's compiler; None: by formula only.
     """
-    target = dataclasses.replace(target, dtype=config.model.dtype)
     compiler = None if python is None else Compiler(target, python)
     sizes = dict(zip(MESH_AXES, config.mesh.sizes(target.num_devices), strict=True))
     parts = config.mesh.pipeline_microbatches or 1 if sizes["pipeline"] > 1 else config.microbatches

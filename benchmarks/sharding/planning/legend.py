@@ -19,6 +19,23 @@ SURE, ENOUGH = 0.10, 0.15
 """Errors on record up to which a prediction of time is good to rent on, and from which it is only enough to shortlist."""
 
 
+def times_of(row: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a layout's step by part, and of all that is sent; `bubble` of a pipeline, which only a formula gives apart."""
+    prediction, estimate = (row["compiled"] or {}).get("prediction"), row["estimate"]
+    if prediction:
+        return {
+            "matmul": prediction["compute"],
+            # The gaps between operations, which only a profile knows, are with the operations that no arithmetic limits.
+            "memory-bound": prediction["memory"] + prediction.get("gaps", 0.0),
+            "sent": prediction["exposed"] + prediction["overlapped"], "exposed": prediction["exposed"], "bubble": 0.0,
+        }  # fmt: skip
+    rest = estimate["seconds"] - estimate["arithmetic"] - estimate["traffic"] - estimate["sending"]
+    return {
+        "matmul": estimate["arithmetic"], "memory-bound": estimate["traffic"], "sent": estimate["sent"],
+        "exposed": estimate["sending"], "bubble": rest if rest > 1e-9 * estimate["seconds"] else 0.0,
+    }  # fmt: skip
+
+
 def heads(result: dict[str, Any]) -> list[str]:
     """The columns of a plan: the cost only with a price."""
     return [head for head in HEADS if head != "cost" or result.get("price")]

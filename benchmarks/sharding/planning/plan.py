@@ -6,31 +6,25 @@ compiled programs.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import os
-import queue
-import threading
 import time
-from pathlib import Path
 from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import compilers, record
 from benchmarks.sharding.devices.targets import Target, parse_target
 from benchmarks.sharding.planning import plan_report
 from benchmarks.sharding.planning.candidates import batch_sizes, candidates, describe
+from benchmarks.sharding.planning.compiling import compile_all
+from benchmarks.sharding.planning.entry import Entry, ranked
 from benchmarks.sharding.planning.explain import explained
 from benchmarks.sharding.planning.largest import largest
-from benchmarks.sharding.planning.objective import Goal, Objective, in_order
-from benchmarks.sharding.predict.ahead import Compiled, Compiler, from_data, refused, require_any
-from benchmarks.sharding.predict.analytic import Analysis, Estimate
+from benchmarks.sharding.planning.objective import Goal, Objective
+from benchmarks.sharding.predict.ahead import require_any
+from benchmarks.sharding.predict.analytic import Analysis
 from benchmarks.units import duration
 from train.config import RunConfig, dump, load, to_data
-from train.files import cache_dir, writing
+from train.files import writing
 from train.parallel.mesh import MESH_AXES
 from train.report.display import console
 from transformer.errors import UserError
@@ -38,35 +32,6 @@ from transformer.interpret.capture import readable
 from transformer.models.families import flops_per_token
 
 CANDIDATES = 24
-PREDICTOR = 4
-"""Version of the analysis of compiled programs, so that the cache returns no results of an older analysis."""
-
-
-@dataclasses.dataclass
-class Entry:
-    """A layout with its estimate and compiled figures."""
-
-    config: RunConfig
-    estimate: Estimate
-    compiled: Compiled | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of a step: from the compiled program, else by formula."""
-        if self.compiled is not None and self.compiled.prediction is not None:
-            return self.compiled.prediction["seconds"]
-        return self.estimate.seconds
-
-    @property
-    def memory(self) -> float:
-        """Peak bytes on a device: from the compiler, else by formula."""
-        if self.compiled is not None and self.compiled.memory is not None:
-            return self.compiled.memory
-        return self.estimate.memory
-
-    def fits(self, target: Target) -> bool:
-        """Whether it fits into a device's memory, by the compiler, else by formula."""
-        return self.compiled.fits if self.compiled is not None else self.estimate.memory <= target.chip.memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +60,8 @@ class Plan:
     result: dict[str, Any]
     """As plain data."""
     best: Entry
+    target: Target
+    """With the config's type, and the profile of its kind of device."""
     compiler: str | None
     """The interpreter that has the target's compiler."""
 
@@ -124,7 +91,11 @@ def run(
     """
     target, config = parse_target(target_name), load(path, overrides)
     goal = with_price(goal, target)
-    target = dataclasses.replace(target, dtype=config.model.dtype).profiled()
+    if (how.install or how.python) and not how.analytic and not compilers.covers(target.chip.platform, target.kind):
+        raise UserError(
+            f"{target.name}: no compiler's figures are known for {target.kind}: leave out --install and --compiler-python, and "
+            "the plan is by formula"
+        )
     folder = record.report_folder(output)
     plan = planned(config, target, how, goal)
     result, best = plan.result, plan.best
@@ -132,7 +103,7 @@ def run(
         result["explained"] = explained(result, *explain)
     if look_for_largest and result["layouts"][0]["fits"]:
         try:
-            result["largest"] = largest(best.config, target, plan.compiler)
+            result["largest"] = largest(best.config, plan.target, plan.compiler)
         except KeyboardInterrupt:
             # What was found before is written.
             result["stopped"] = True
@@ -172,7 +143,7 @@ def planned(config: RunConfig, target: Target, how: How, goal: Goal) -> Plan:
         UserError: as `run`.
     """
     target = dataclasses.replace(target, dtype=config.model.dtype).profiled()
-    compiler, why = _compiler(target, how)
+    compiler, why = compiler_of(target, how)
     start = time.monotonic()
     entries = estimated(config, target, goal.objective)
     chosen = promising(entries, target, how.number, goal.objective, compiled=compiler is not None)
@@ -198,23 +169,18 @@ def planned(config: RunConfig, target: Target, how: How, goal: Goal) -> Plan:
     result["fitting"] = fitting
     if compiler is not None:
         result["compiler"] = compilers.versions_of(compiler)
-    return Plan(result, ranked(chosen, target, goal.objective)[0], compiler)
+    return Plan(result, ranked(chosen, target, goal.objective)[0], target, compiler)
 
 
-def _compiler(target: Target, how: How) -> tuple[str | None, str]:
-    """The interpreter of the target's compiler, or why there is none.
+def compiler_of(target: Target, how: How) -> tuple[str | None, str]:
+    """The interpreter of the target's compiler, or why there is none; neither if nothing is to be compiled.
 
     Raises:
-        UserError: a compiler is asked for by name, and there is none for the chip.
+        UserError: the interpreter that is given does not run, or has no compiler, or none could be installed.
     """
     if how.analytic:
         return None, ""
     if not compilers.covers(target.chip.platform, target.kind):
-        if how.install or how.python:
-            raise UserError(
-                f"{target.name}: no compiler's figures are known for {target.kind}: leave out --install and --compiler-python, "
-                "and the plan is by formula"
-            )
         return None, f"no compiler's figures are known for {target.kind}"
     found = compilers.find(target.chip.platform, how.python, make=how.install)
     return found, "" if found else compilers.absent(target.chip.platform)
@@ -276,91 +242,6 @@ def _is_plain(config: RunConfig) -> bool:
     return all((getattr(config.mesh, axis) or 1) == 1 for axis in MESH_AXES if axis != "data")
 
 
-def compile_all(
-    entries: list[Entry], target: Target, python: str, workers: int, objective: Objective = "time"
-) -> tuple[bool, int]:
-    """Compile the entries in order; return whether it was stopped from the keyboard, and how many were cached."""
-    versions = json.dumps(compilers.versions_of(python))
-    open_ones: queue.Queue[Entry] = queue.Queue()
-    for entry in entries:
-        kept = _kept(entry.config, target, versions)
-        if kept.exists():
-            entry.compiled = from_data(json.loads(kept.read_text(encoding="utf-8")))
-        else:
-            open_ones.put(entry)
-    known = len(entries) - open_ones.qsize()
-    running: list[Compiler] = []
-    stopping = threading.Event()
-
-    def work(progress: Progress, task: Any) -> None:
-        compiler = Compiler(target, python)
-        running.append(compiler)
-        if stopping.is_set():
-            return compiler.close()
-        while True:
-            try:
-                entry = open_ones.get_nowait()
-            except queue.Empty:
-                return compiler.close()
-            try:
-                entry.compiled = compiler.compile(entry.config)
-            except UserError as error:
-                if stopping.is_set():
-                    return None
-                # Some programs crash the compiler; the others get a new process.
-                progress.console.print(f"{describe(entry.config)}: {error}", highlight=False)
-                entry.compiled = refused(error, 0.0, target)
-                running.remove(compiler)
-                compiler.close()
-                compiler = Compiler(target, python)
-                running.append(compiler)
-                progress.update(task, advance=1)
-                continue
-            if entry.compiled.memory is not None:
-                path = _kept(entry.config, target, versions)
-                with writing(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps(dataclasses.asdict(entry.compiled)), encoding="utf-8")
-            else:
-                progress.console.print(f"{describe(entry.config)}: {entry.compiled.error}", highlight=False)
-            progress.update(task, advance=1, best=_best_line(entries, target, objective))
-
-    columns = (
-        TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("best so far: {task.fields[best]}"),
-    )  # fmt: skip
-    pool = concurrent.futures.ThreadPoolExecutor(workers)
-    try:
-        with Progress(*columns) as progress:
-            task = progress.add_task(
-                "", total=len(entries), completed=known, best=_best_line(entries, target, objective)
-            )
-            done = [pool.submit(work, progress, task) for _ in range(min(workers, open_ones.qsize()))]
-            for future in concurrent.futures.as_completed(done):
-                future.result()
-        return False, known
-    except KeyboardInterrupt:
-        return True, known
-    finally:
-        stopping.set()
-        with open_ones.mutex:
-            open_ones.queue.clear()
-        for compiler in running:
-            compiler.close()
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def ranked(entries: list[Entry], target: Target, objective: Objective = "time") -> list[Entry]:
-    """Compiled before estimated, fitting before others, the best first."""
-    groups: dict[tuple[bool, bool], list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault((not entry.fits(target), entry.compiled is None), []).append(entry)
-    in_groups = (
-        in_order(groups[key], objective, lambda one: one.seconds, lambda one: one.memory) for key in sorted(groups)
-    )
-    return [entry for group in in_groups for entry in group]
-
-
 def summarised(
     config: RunConfig, target: Target, entries: list[Entry], goal: Goal, considered: int, seconds: float, stopped: bool,
     kept: int,
@@ -414,19 +295,3 @@ def summarised(
             "cost": goal.cost(took, target.num_devices),
         }  # fmt: skip
     return result
-
-
-def _best_line(entries: list[Entry], target: Target, objective: Objective) -> str:
-    best = ranked(entries, target, objective)[0]
-    return f"{describe(best.config)}, {duration(best.seconds)}"
-
-
-def _kept(config: RunConfig, target: Target, versions: str) -> Path:
-    """The cache file of a result, named by everything that determines it."""
-    content = [
-        dataclasses.asdict(config.model), dataclasses.asdict(config.mesh), dataclasses.asdict(config.optimizer),
-        dataclasses.asdict(config.loss), dataclasses.asdict(config.objective), config.data.packing, config.batch_size,
-        config.sequence_length, config.microbatches, dataclasses.asdict(target), versions, PREDICTOR,
-    ]  # fmt: skip
-    key = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
-    return cache_dir() / "plans" / f"{key}.json"

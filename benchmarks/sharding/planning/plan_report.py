@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.sharding.planning import largest
-from benchmarks.sharding.planning.legend import NARROW, NARROWEST, TEXT, heads, legend, ties, verdict
+from benchmarks.sharding.planning.legend import NARROW, NARROWEST, TEXT, heads, legend, ties, times_of, verdict
 from benchmarks.units import amount, duration
 from train.report.page import page, svg, table
 from transformer.interpret.capture import readable
@@ -123,24 +123,15 @@ def bound_of(row: dict[str, Any]) -> str:
     """What a layout's time is bound by."""
     if row["compiled"] and row["compiled"]["prediction"]:
         return row["compiled"]["prediction"]["bound"]
-    parts = {
-        "matmul": row["estimate"]["arithmetic"],
-        "memory": row["estimate"]["traffic"],
-        "links": row["estimate"]["sending"],
-    }
+    times = times_of(row)
+    parts = {"matmul": times["matmul"], "memory": times["memory-bound"], "links": times["exposed"]}
     return max(parts, key=lambda part: parts[part])
 
 
 def cells_of(result: dict[str, Any], number: int, row: dict[str, Any]) -> list[str]:
     """A layout's cells, one for each of `heads`."""
-    prediction = (row["compiled"] or {}).get("prediction")
-    if prediction:
-        sent = prediction["exposed"] + prediction["overlapped"]
-        # The gaps between operations, which only a profile knows, are with the operations that no arithmetic limits.
-        others = prediction["memory"] + prediction.get("gaps", 0.0)
-        times = [prediction["compute"], others, sent, prediction["exposed"]]
-    else:
-        times = [row["estimate"][name] for name in ("arithmetic", "traffic", "sent", "sending")]
+    parts = times_of(row)
+    times = [parts[name] for name in ("matmul", "memory-bound", "sent", "exposed")]
     cells = [
         str(number), row["layout"], duration(row["seconds"]), f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.1%}",
         readable(int(row["memory"])), *map(duration, times), bound_of(row),

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from benchmarks.sharding.devices.profile import COPY, ELEMENTWISE, REDUCTION, SCATTER, TRANSPOSE, Profile
 from benchmarks.sharding.devices.targets import Target
 from train.program.hlo import Instruction, Module
-from train.program.work import bytes_of, flops_of, numbers_of, products_of
+from train.program.work import bytes_of, flops_of, numbers_of, parts_of, products_of
 
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota", "after-all", "partition-id", "replica-id",
@@ -63,7 +63,7 @@ class Prediction:
     @property
     def bound(self) -> str:
         """The largest part of it."""
-        parts = {"matmul": self.compute, "memory": self.memory}
+        parts = {"matmul": self.compute, "memory": self.memory + self.gaps}
         if self.links and self.exposed > 0:
             parts[max(self.links, key=lambda link: self.links[link])] = self.exposed
         return max(parts, key=lambda part: parts[part])
@@ -97,8 +97,8 @@ def predict(
             by_flops = work / (target.peak_flops * target.matmul_efficiency)
             by_bytes = moved / (target.memory_bandwidth * target.memory_efficiency)
         else:
-            by_flops, by_bytes = by_profile(module, where, instruction, target, profile)
-            by_flops, by_bytes = turns * by_flops, turns * by_bytes
+            both = by_profile(module, where, instruction, target, profile, work, moved)
+            by_flops, by_bytes = (turns * seconds for seconds in both)
             gaps += times * turns * profile.gap
         seconds = int(cycles.group(1)) / target.clock if cycles else max(by_flops, by_bytes)
         if work and (target.clock or by_flops >= by_bytes):
@@ -134,9 +134,9 @@ def predict(
 
 
 def by_profile(
-    module: Module, where: str, instruction: Instruction, target: Target, profile: Profile
+    module: Module, where: str, instruction: Instruction, target: Target, profile: Profile, work: float, moved: float
 ) -> tuple[float, float]:
-    """Seconds of an instruction's arithmetic, and of what it reads and writes, by measured rates.
+    """Seconds of an instruction's arithmetic, `work` FLOPs, and of what it reads and writes, `moved` bytes, by measured rates.
 
     Products of unknown shape, such as those in a library's attention, take the profile's rate of attention, or the highest rate
     that was measured for the type.
@@ -147,44 +147,33 @@ def by_profile(
         rate = profile.rate(dtype, product.flops, product.smallest, product.batch)
         arithmetic += product.flops / (rate or target.peak_flops * target.matmul_efficiency)
         known += product.flops
-    if (rest := flops_of(module, where, instruction) - known) > 0:
+    if (rest := work - known) > 0:
         best = max((one.rate for one in profile.products if one.dtype == target.dtype), default=0.0)
         arithmetic += rest / (profile.attention or best or target.peak_flops * target.matmul_efficiency)
-    moved = bytes_of(module, where, instruction)
-    through = moved / profile.bandwidth(kind_of(module, instruction), moved)
-    transcendental, plain = numbers_of(module, instruction)
+    through = moved / profile.bandwidth(kind_of(module, where, instruction), moved)
+    transcendental, plain = numbers_of(module, where, instruction)
     through += transcendental * profile.transcendental + plain * profile.arithmetic
     return arithmetic / profile.product_efficiency, through / profile.memory_efficiency
 
 
-def kind_of(module: Module, instruction: Instruction) -> str:
-    """Which of the profile's kinds an operation is that is no matrix product."""
-    inside = [instruction]
-    if instruction.opcode == "fusion" and instruction.called in module.computations:
-        inside = list(module.computations[instruction.called].values())
+def kind_of(module: Module, where: str, instruction: Instruction) -> str:
+    """Which of the profile's kinds an operation is that is not a matrix product."""
+    where, inside = parts_of(module, where, instruction)
     opcodes = {one.opcode for one in inside}
     if "scatter" in opcodes:
         return SCATTER
-    if any(_transposes(module, one, instruction) for one in inside):
+    if any(_transposes(module, where, one) for one in inside):
         return TRANSPOSE
     if "reduce" in opcodes:
         return REDUCTION
     return COPY if opcodes & {"copy", "transpose"} else ELEMENTWISE
 
 
-def _transposes(module: Module, one: Instruction, instruction: Instruction) -> bool:
-    """Whether neighbours in memory are no longer neighbours after an operation of more than a few numbers."""
+def _transposes(module: Module, where: str, one: Instruction) -> bool:
+    """Whether an operation of more than a few numbers parts those that are neighbours in memory."""
     if one.opcode not in ("copy", "transpose") or not one.shapes or one.shapes[0].elements < _FEW:
         return False
-    where = next(
-        (
-            name
-            for name in (instruction.called, *module.computations)
-            if one.name in module.computations.get(name or "", {})
-        ),
-        None,
-    )
-    sources = module.operands(where, one) if where is not None else []
+    sources = module.operands(where, one)
     if not sources or not sources[0].shapes:
         return False
     source, result = sources[0].shapes[0].minor, one.shapes[0].minor

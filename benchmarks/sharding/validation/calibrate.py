@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import record
+from benchmarks.sharding.devices.chips import chip_name
 from benchmarks.sharding.devices.profile import (
     COPY,
     ELEMENTWISE,
@@ -36,8 +37,7 @@ from benchmarks.sharding.devices.profile import (
     Wire,
     own_path,
 )  # fmt: skip
-from benchmarks.sharding.devices.targets import chip_name
-from benchmarks.sharding.validation.quiet import DISTURBED, fastest_quiet, others_seconds
+from benchmarks.sharding.validation.quiet import DISTURBED, fastest_quiet, watched
 from train.versions import versions
 
 _TRIES = 5
@@ -58,7 +58,7 @@ class Sizes:
     """(batch, rows, contracted, columns)."""
     dtypes: tuple[str, ...]
     bytes: tuple[int, ...]
-    """Of an array of the operations that are no products."""
+    """Of an array of the operations that are not products."""
     chain: int = 200
     """Operations in the chain that shows the gap."""
     groups: tuple[int, ...] = (2, 4, 8)
@@ -106,19 +106,18 @@ def run(out: str | None = None) -> Profile:
     Raises:
         UserError: the kind of device is unknown, or the file cannot be written.
     """
-    device, began = jax.devices()[0], time.monotonic()
+    device = jax.devices()[0]
     kind = "cpu" if device.platform == "cpu" else chip_name(device)
     path = Path(out) if out else own_path(kind)
-    before = others_seconds()
-    profile = measured(kind, sizes_of(device.platform))
-    others = max(others_seconds() - before, 0.0) / ((time.monotonic() - began) * (os.cpu_count() or 1))
-    profile = dataclasses.replace(profile, others=others)
+    found: list[Profile] = []
+    others, seconds = watched(lambda: found.append(measured(kind, sizes_of(device.platform))))
+    profile = dataclasses.replace(found[0], others=others)
     profile.write(path)
     for line in sentences(profile):
         print(line)
     if device.platform == "cpu" and others > DISTURBED:
         print(f"other processes took {others:.0%} of the processors meanwhile: repeat this in a quieter moment")
-    print(f"measured in {time.monotonic() - began:.0f} s; written to {path}")
+    print(f"measured in {seconds:.0f} s; written to {path}")
     return profile
 
 

@@ -39,7 +39,7 @@ def quiet_rounds(take: Callable[[], object], rounds: int, seconds: float, patien
     seen: list[tuple[float, float]] = []
     began = time.perf_counter()
     while True:
-        seen.append(_round(take))
+        seen.append(watched(take))
         passed, quiet = time.perf_counter() - began, sum(share < DISTURBED for share, _ in seen)
         if len(seen) >= rounds and passed >= seconds and (quiet >= rounds / 2 or passed >= patience):
             break
@@ -53,25 +53,25 @@ def quiet_rounds(take: Callable[[], object], rounds: int, seconds: float, patien
 
 
 def fastest_quiet(take: Callable[[], object], rounds: int, patience: float) -> float:
-    """Seconds of the fastest of some rounds; goes on for up to `patience` seconds until half of them were undisturbed."""
+    """Seconds of the fastest of some rounds, repeated for up to `patience` seconds until half of them were undisturbed."""
     seen: list[tuple[float, float]] = []
     end = time.perf_counter() + patience
     while len(seen) < rounds or (
         sum(share < DISTURBED for share, _ in seen) < rounds / 2 and time.perf_counter() < end
     ):
-        seen.append(_round(take))
+        seen.append(watched(take))
     return min(taken for _, taken in seen)
 
 
-def _round(take: Callable[[], object]) -> tuple[float, float]:
-    """(part of the processors that others took, seconds) of a call."""
-    before, began = others_seconds(), time.perf_counter()
+def watched(take: Callable[[], object]) -> tuple[float, float]:
+    """(part of the processors' time that other processes took, seconds) of a call."""
+    before, began = _others_seconds(), time.perf_counter()
     take()
     taken = time.perf_counter() - began
-    return max(others_seconds() - before, 0.0) / (taken * (os.cpu_count() or 1)), taken
+    return max(_others_seconds() - before, 0.0) / (taken * (os.cpu_count() or 1)), taken
 
 
-def others_seconds() -> float:
+def _others_seconds() -> float:
     """Seconds of processors that others than this process and its ended children have taken since the system started."""
     try:
         line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0].split()

@@ -26,8 +26,9 @@ import jax
 
 from benchmarks import record
 from benchmarks.record import RESULTS
+from benchmarks.sharding.devices.chips import CHIPS, Chip, chip_name
 from benchmarks.sharding.devices.profile import ELEMENTWISE, Profile, own_path, profile_of, read
-from benchmarks.sharding.devices.targets import CHIPS, Chip, Target, chip_name
+from benchmarks.sharding.devices.targets import Target
 from benchmarks.sharding.validation.calibrate import run as calibrate
 from benchmarks.sharding.validation.cases import Case, cases
 from benchmarks.sharding.validation.fit import Parts, fitted, leave_one_out
