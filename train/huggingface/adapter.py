@@ -69,8 +69,7 @@ def export_adapter(
         save_file(partial / "adapter_model.safetensors", found.tensors)
         about = found.config | ({"revision": revision} if revision else {})
         files = {"adapter_config.json": json.dumps(about, indent=2) + "\n", "config.yaml": dump(config)}
-        if (tokenizer := exported_tokenizer(loaded)) is not None:
-            files |= written(tokenizer, config.model)
+        files |= written(exported_tokenizer(loaded), config.model)
         files["README.md"] = card.text(loaded, run, name, architecture.model_type, base=base)
         for place, text in files.items():
             (partial / place).write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ import numpy as np
 from train.config import dump
 from train.data.sources.records import MARKED
 from train.data.tokenization.chat import for_dialogues
-from train.data.tokenization.tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer
+from train.data.tokenization.tokenizer import ByteTokenizer, SubwordTokenizer
 from train.files import check_new, whole_folder
 from train.huggingface import card, parity
 from train.huggingface.import_checkpoint import record_of
@@ -67,7 +67,6 @@ def export(
             report = parity.report(read, kept, exported_tokenizer(loaded), required=bool(verify))
             (partial / parity.FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
             print(parity.line(report))
-    note_tokenizer(loaded)
     print(f"written to {directory}: transformers.{name}.from_pretrained({str(directory)!r})")
     return directory
 
@@ -87,14 +86,13 @@ def write_files(
         OSError: any error while writing.
     """
     config, tokenizer = loaded.config.model, exported_tokenizer(loaded)
-    extra = _labels(loaded) | ({} if tokenizer is None else special_ids(tokenizer, config.vocab_size))
+    extra = _labels(loaded) | special_ids(tokenizer, config.vocab_size)
     if getattr(config, "start_token", 0) is None:
         extra["decoder_start_token_id"] = loaded.target_tokenizer.end_of_text
     _, name = checkpoint.write(
         folder, config, loaded.params, model_type=architecture.model_type, dtype=DTYPES[dtype], extra=extra, limit=limit
     )
-    files = {} if tokenizer is None else written(tokenizer, config)
-    files |= _generation(loaded, tokenizer, extra)
+    files = written(tokenizer, config) | _generation(loaded, tokenizer, extra)
     if isinstance(config, BertConfig) and is_embedder(config):
         about = loaded.tokenizer.conventions.embedding
         write_modules(folder, config, loaded.params, DTYPES[dtype], about)
@@ -106,12 +104,6 @@ def write_files(
     return name
 
 
-def note_tokenizer(loaded: LoadedRun) -> None:
-    """Say where a run's tokenizer was not written."""
-    if exported_tokenizer(loaded) is None:
-        print("  note: transformers cannot represent the run's tokenizer; none is written")
-
-
 def origin_of(run: Path, loaded: LoadedRun) -> str | None:
     """The architecture that the weights were imported from, if the model still fits it."""
     for folder in (run, local_path(loaded.config.init_from or run)):
@@ -121,14 +113,15 @@ def origin_of(run: Path, loaded: LoadedRun) -> str | None:
     return None
 
 
-def exported_tokenizer(loaded: LoadedRun) -> SubwordTokenizer | None:
-    """A run's tokenizer in a form that transformers reads; None if there is no such form."""
-    tokenizer: Tokenizer | None = loaded.tokenizer
+def exported_tokenizer(loaded: LoadedRun) -> SubwordTokenizer:
+    """A run's tokenizer in a form that transformers reads."""
+    tokenizer = loaded.tokenizer
     if isinstance(tokenizer, ByteTokenizer):
         tokenizer = as_subwords(tokenizer)
         if loaded.config.objective.label_kind in MARKED:
             tokenizer = for_dialogues(tokenizer)
-    return tokenizer if isinstance(tokenizer, SubwordTokenizer) else None
+    assert isinstance(tokenizer, SubwordTokenizer)
+    return tokenizer
 
 
 def _labels(loaded: LoadedRun) -> dict[str, Any]:
@@ -141,14 +134,13 @@ def _labels(loaded: LoadedRun) -> dict[str, Any]:
     }
 
 
-def _generation(loaded: LoadedRun, tokenizer: SubwordTokenizer | None, extra: dict[str, Any]) -> dict[str, str]:
+def _generation(loaded: LoadedRun, tokenizer: SubwordTokenizer, extra: dict[str, Any]) -> dict[str, str]:
     """generation_config.json of a model that generates: that of an import, with the tokens of the run."""
     model: Any = loaded.config.model
     if isinstance(model, BertConfig):
         return {}
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    imported = {} if tokenizer is None else tokenizer.conventions.generation
-    kept = {**imported, **{key: value for key, value in extra.items() if key in tokens}}
+    kept = {**tokenizer.conventions.generation, **{key: value for key, value in extra.items() if key in tokens}}
     start = getattr(model, "start_token", None)
     if start is not None:
         kept["decoder_start_token_id"] = start

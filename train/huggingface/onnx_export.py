@@ -19,7 +19,7 @@ from flax import nnx
 from train.data.tokenization.tokenizer import Tokenizer
 from train.files import check_new, whole_folder
 from train.huggingface import card
-from train.huggingface.export import note_tokenizer, origin_of, write_files
+from train.huggingface.export import origin_of, write_files
 from train.huggingface.onnx_graph import FILE, FOLDER, HIDDEN, OF_TOKENS, VECTOR, inputs_of, outputs_of, write_graph
 from train.huggingface.parity import TEXTS, token_rows
 from train.huggingface.sentence_modules import is_embedder, with_modules
@@ -91,7 +91,6 @@ def export_onnx(run: Path, directory: Path | None = None, *, step: str = "best",
         (partial / "parity.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
         for weights in (*partial.glob("model*.safetensors"), partial / INDEX):
             weights.unlink(missing_ok=True)
-    note_tokenizer(loaded)
     if not same_ids:
         print("  note: the written tokenizer gives other ids than the run's for the same text")
     if not vectors:
@@ -106,26 +105,20 @@ def export_onnx(run: Path, directory: Path | None = None, *, step: str = "best",
 
 def _inputs(read: Checkpoint, folder: Path, ours: Tokenizer) -> tuple[list[Inputs], bool]:
     """The rows to compare, each alone and without padding: texts of several lengths, and pairs of texts for a model with several
-    token types, as the written tokenizer gives them; random ids without one. And whether ours gives the same ids."""
+    token types, as the written tokenizer gives them. And whether ours gives the same ids."""
     from tokenizers import Tokenizer as Model
 
     config: Any = read.config
-    longest, same = min(config.max_length, _LONGEST), True
-    if not (folder / "tokenizer.json").exists():
-        rng = np.random.default_rng(0)
-        rows = [rng.integers(0, config.vocab_size, min(length, longest)) for length in (2, 9, 30, longest)]
-        found = [(ids, np.zeros_like(ids)) for ids in rows]
-    else:
-        tokenizer: Any = Model.from_file(str(folder / "tokenizer.json"))
-        same = [tokenizer.encode(text).ids for text in TEXTS] == token_rows(read, ours)
-        tokenizer.enable_truncation(longest)
-        pairs: Any = _PAIRS if config.token_types >= 2 and longest > 4 else ()
-        encoded = [*map(tokenizer.encode, _CHECKED), *(tokenizer.encode(*pair) for pair in pairs)]
-        found = [(np.array(one.ids), np.array(one.type_ids)) for one in encoded]
-    given = [
-        {"input_ids": ids[None], "attention_mask": np.ones_like(ids)[None], "token_type_ids": types[None]}
-        for ids, types in found
-    ]
+    longest = min(config.max_length, _LONGEST)
+    tokenizer: Any = Model.from_file(str(folder / "tokenizer.json"))
+    same = [tokenizer.encode(text).ids for text in TEXTS] == token_rows(read, ours)
+    tokenizer.enable_truncation(longest)
+    pairs: Any = _PAIRS if config.token_types >= 2 and longest > 4 else ()
+    encoded = [*map(tokenizer.encode, _CHECKED), *(tokenizer.encode(*pair) for pair in pairs)]
+    given = []
+    for one in encoded:
+        rows = {"input_ids": one.ids, "attention_mask": [1] * len(one.ids), "token_type_ids": one.type_ids}
+        given.append({name: np.array([row]) for name, row in rows.items()})
     return given, same
 
 

@@ -127,11 +127,12 @@ class MetricLog:
         self._directory = directory
         self._refused = dict[Writer, str]()
         self._wandb = WandbWriter(config, run_id) if config.log.wandb_project and is_first() else None
-        self.until = _last_time(directory / METRICS)
+        self.until: float | None = None
         """When the newest record was made that is there, those after `start_step` included; None without one."""
         self._kept = dict[str, JsonlWriter]()
         if is_first():
             with writing(directory):
+                self.until = _last_time(directory / METRICS)
                 self._kept = {name: JsonlWriter(directory / name, start_step) for name in (SKIPPED, SAMPLES)}
                 # A start after which no step was kept is one all the same.
                 self._kept[STARTS] = JsonlWriter(directory / STARTS, sys.maxsize)
@@ -234,10 +235,13 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _last_time(path: Path) -> float | None:
-    """The time of the last record of a step."""
-    for _, record in reversed(list(read_records(path))):
-        if isinstance(record, dict) and isinstance(seconds := record.get(TIME), int | float):
-            return float(seconds)
+    """The time of the last record of a step; of a long file only the end is parsed. Raises `OSError`."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(seconds := record.get(TIME), int | float):
+                return float(seconds)
     return None
 
 

@@ -183,10 +183,7 @@ def _message(value: Any, place: str) -> Message:
         given = "has no content" if content is None else f"has content of type {kind_of(content)}"
         raise Faulty(f"{place} {given}; allowed: a text")
     valid_text(content, f"{place}.content")
-    try:
-        json.dumps(message, ensure_ascii=False).encode()
-    except (TypeError, ValueError, RecursionError):
-        raise Faulty(f"{place} holds a value that JSON has not; allowed: texts, numbers, lists and mappings") from None
+    _check_json(message, place, "texts, numbers, lists and mappings")
     return message
 
 
@@ -250,11 +247,16 @@ def _tools(value: Any, field: str) -> tuple[Tool, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(one, Mapping) for one in value):
         allowed = "allowed: a list of functions, each as a JSON schema"
         raise Faulty(f"field {field!r} holds {shown(given)}; {allowed}; {_OTHER_TOOLS}")
-    try:
-        json.dumps(list(value), ensure_ascii=False).encode()
-    except (TypeError, ValueError, RecursionError):
-        raise Faulty(f"field {field!r} holds a value that JSON has not; allowed: a list of JSON schemas") from None
+    _check_json(list(value), f"field {field!r}", "a list of JSON schemas")
     return tuple(map(dict, value))
+
+
+def _check_json(value: Any, place: str, allowed: str) -> None:
+    """Raise `Faulty` for a value that cannot be written as JSON."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        raise Faulty(f"{place} holds a value that JSON has not; allowed: {allowed}") from None
 
 
 def _contents(messages: Sequence[Message]) -> str:

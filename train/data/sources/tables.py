@@ -139,17 +139,11 @@ def _delimiter_of_columns(lines: Sequence[str], columns: int, place: str) -> str
     Raises:
         UserError: there are several.
     """
-    found = []
-    for delimiter in _DELIMITERS:
-        for quotes in (True, False):
-            try:
-                # The last line may be cut, or be part of a row.
-                rows = list(filter(None, _reader(lines, delimiter, quotes)))
-            except csv.Error:
-                continue
-            if rows and all(len(row) == columns for row in rows[:-1] or rows):
-                found.append(delimiter)
-                break
+    found = [
+        delimiter
+        for delimiter in _DELIMITERS
+        if any(_rows_that_fit(lines, delimiter, quotes, is_whole=False, width=columns) for quotes in (True, False))
+    ]
     if len(found) > 1:
         raise UserError(
             f"{place}: rows have {columns} columns with each of the delimiters {' '.join(map(repr, found))}; set delimiter to one"
@@ -173,10 +167,16 @@ def _delimiter(lines: Sequence[str], fields: Fields) -> str:
     return max(headers, key=lambda delimiter: len(headers[delimiter]))
 
 
-def _rows_that_fit(lines: Sequence[str], delimiter: str, quotes: bool, is_whole: bool) -> int | None:
-    """How many rows there are, if all are well-formed; else None. If there are more lines than these, the last row may be cut."""
+def _rows_that_fit(
+    lines: Sequence[str], delimiter: str, quotes: bool, is_whole: bool, width: int = 0
+) -> int | None:  # fmt: skip
+    """How many rows there are, if all are well-formed; else None. If there are more lines than these, the last row may be cut.
+
+    Args:
+        width: number of fields of a row; 0: that of the first one.
+    """
     reader = _reader(lines, delimiter, quotes)
-    width = count = 0
+    count = 0
     try:
         for row in reader:
             width = width or len(row)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.examine.run_report.read import RecordedRun
+from train.report.page import svg
 from train.run.run_files import NO_SCORES
 from transformer.errors import printable
 
@@ -19,7 +19,8 @@ _INK = "#7c8496"
 _COLORS = ("#3b7ddd", "#e0663f", "#2fa36b", "#a566d6", "#c99a1e", "#d3538f", "#2ba3b5", "#8a7a5c")
 _STYLE: Any = {
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-    "axes.titlecolor": _INK, "grid.color": _INK, "svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.0,
+    "axes.titlecolor": _INK, "grid.color": _INK, "font.size": 9.0,
+    "figure.facecolor": "none", "axes.facecolor": "none",
     # A name may hold dollar signs.
     "text.parse_math": False,
 }  # fmt: skip
@@ -116,10 +117,7 @@ def _figure(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+        return svg(figure, "report")
 
 
 def _label(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -41,6 +42,11 @@ class RecordedRun:
     def title(self) -> str:
         """Its folder, as text that every encoding has."""
         return printable(str(self.folder))
+
+    @functools.cached_property
+    def spent(self) -> Spent | None:
+        """Where its time went; None if it did not record its times."""
+        return time_spent(self)
 
     @property
     def step(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from train.config import difference, fields, to_data
 from train.examine.run_report.pictures import length_picture, loss_picture, score_pictures
-from train.examine.run_report.read import RecordedRun, read_run, time_spent
+from train.examine.run_report.read import RecordedRun, read_run
 from train.files import write_whole, writing
 from train.report.display import clock
 from train.report.page import page, table
@@ -87,7 +87,7 @@ def _side_by_side(runs: Sequence[RecordedRun]) -> Iterator[str]:
 
 def _headline(run: RecordedRun) -> str:
     """How far the run is, for how long, and on what."""
-    config, spent = run.config, time_spent(run)
+    config, spent = run.config, run.spent
     parts = [f"{config.model.family}, objective {config.objective.kind}"]
     parts.append(f"{run.step:,} of {config.steps:,} steps" + ("" if run.finished is None else ", finished"))
     if (epoch := run.last("run/epoch")) is not None and (tokens := run.last("run/tokens_seen")) is not None:
@@ -183,7 +183,7 @@ def _data(run: RecordedRun) -> Iterator[str]:
 
 
 def _time(run: RecordedRun) -> Iterator[str]:
-    spent = time_spent(run)
+    spent = run.spent
     if spent is None or not spent.total:
         return
     yield "<h2>Where the time went</h2>"
