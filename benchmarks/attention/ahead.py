@@ -19,7 +19,7 @@ import subprocess
 import sys
 from typing import Any
 
-from benchmarks import compilers
+from benchmarks.environments import compilers
 from transformer.errors import first_line
 
 COMPILED = "compiled, not run"

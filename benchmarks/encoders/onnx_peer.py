@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import environments
+from benchmarks.environments import environment
 from transformer.errors import UserError
 
 
 def find() -> str:
     """The interpreter of the peer's environment, which is made on first use. Raises `UserError` if pip cannot make it."""
-    folder = environments.folder_of("peers", "sentence-transformers-onnx")
+    folder = environment.folder_of("peers", "sentence-transformers-onnx")
     # Without an exact version, pip can bring gigabytes of CUDA.
     torch = f"torch=={importlib.metadata.version('torch').partition('+')[0]}"
     wanted = ["sentence-transformers>=5.0", "optimum-onnx[onnxruntime]", "onnx", torch]
-    return environments.installed(folder) or environments.install(folder, wanted, "leave --onnx out")
+    return environment.installed(folder) or environment.install(folder, wanted, "leave --onnx out")
 
 
 class OnnxPeer:

@@ -15,8 +15,8 @@ import subprocess
 
 import pytest
 
-from benchmarks import compilers
 from benchmarks.cli import main
+from benchmarks.environments import compilers
 from train.config import to_data
 from train.config.load import parse
 
@@ -83,7 +83,7 @@ FUSED = {"gpu": (r"__cudnn\$fmhaSoftmax\b", r"__cudnn\$fmhaSoftmaxBackward"), "t
 
 COMPILE = """
 import json, sys
-from benchmarks import compilers
+from benchmarks.environments import compilers
 from benchmarks.sharding.predict.ahead import compile_step
 from benchmarks.workload import program_of
 from train.config import RunConfig

@@ -281,7 +281,7 @@ def test_a_compiler_that_compiles_nothing_is_an_error(command, config_file, tmp_
     import sys
 
     monkeypatch.setenv("MANYHEADS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("benchmarks.compilers.find", lambda *_, **__: sys.executable)
+    monkeypatch.setattr("benchmarks.environments.compilers.find", lambda *_, **__: sys.executable)
     arguments = [command, str(config_file), "--target", "v5e:2x2", "--dir", str(tmp_path / "plans")]
     arguments += ["--candidates", "2", "--workers", "1"] if command == "plan" else ["--strategies", "dp,fsdp"]
     assert main(arguments) == 2

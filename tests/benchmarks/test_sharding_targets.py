@@ -11,8 +11,8 @@ import types
 
 import pytest
 
-from benchmarks import compilers, environments
 from benchmarks.cli import main
+from benchmarks.environments import compilers, environment
 from benchmarks.sharding.devices.chips import CHIPS
 from benchmarks.sharding.devices.targets import parse_target
 from benchmarks.sharding.planning import compare, explain, largest, legend, plan
@@ -301,14 +301,14 @@ def test_a_disk_that_is_too_small_is_refused_before_an_installation(config_file,
 
 
 def test_an_installation_without_a_network_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(environments.venv, "create", lambda folder, **_: None)
+    monkeypatch.setattr(environment.venv, "create", lambda folder, **_: None)
     said = "WARNING: Retrying after connection broken by 'NewConnectionError'\nERROR: No matching distribution found for jax\n"
     failed = types.SimpleNamespace(returncode=1, stderr=said)
-    monkeypatch.setattr(environments.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(environment.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(
         UserError, match="jax: the package index cannot be reached; connect to the network; look"
     ) as raised:
-        environments.install(tmp_path / "new", ["jax"], "look elsewhere")
+        environment.install(tmp_path / "new", ["jax"], "look elsewhere")
     assert "\n" not in str(raised.value)
 
 

@@ -13,7 +13,8 @@ from rich import box
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import compilers, record
+from benchmarks import record
+from benchmarks.environments import compilers
 from benchmarks.sharding.devices.targets import parse_target
 from benchmarks.sharding.measuring.layouts import NAMES, command_of, layouts, subset, variants
 from benchmarks.sharding.predict.ahead import Compiled, Compiler, require_any

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import compilers
+from benchmarks.environments import compilers
 from benchmarks.sharding.devices.targets import Target
 from benchmarks.sharding.planning.candidates import describe
 from benchmarks.sharding.planning.entry import Entry, ranked

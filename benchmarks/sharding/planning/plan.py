@@ -11,7 +11,8 @@ import os
 import time
 from typing import Any
 
-from benchmarks import compilers, record
+from benchmarks import record
+from benchmarks.environments import compilers
 from benchmarks.sharding.devices.targets import Target, parse_target
 from benchmarks.sharding.planning import plan_report
 from benchmarks.sharding.planning.candidates import batch_sizes, candidates, describe

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from benchmarks import compilers
+from benchmarks.environments import compilers
 from benchmarks.sharding.devices.targets import Target
 from benchmarks.sharding.predict.roofline import predict
 from benchmarks.workload import program_of

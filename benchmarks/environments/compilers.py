@@ -15,8 +15,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environments
-from benchmarks.compiler_packages import DECIDING, EXTRAS, SIZES, wanted
+from benchmarks.environments import environment
+from benchmarks.environments.compiler_packages import DECIDING, EXTRAS, SIZES, wanted
 from transformer.errors import UserError
 
 PACKAGES = {"tpu": ("libtpu",), "gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
@@ -134,7 +134,7 @@ def process_environment(platform: str) -> dict[str, str]:
     if platform == "tpu":
         # Several may compile at the same time, as they share no chip.
         own = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    return kept | own | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return kept | own | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
 def absent(platform: str) -> str:
@@ -155,7 +155,7 @@ def find(platform: str, python: str | None = None, *, make: bool = False) -> str
         UserError: the given one does not run, or has no compiler.
     """
     if python is None:
-        return environments.installed(_folder(platform)) or (install(platform) if make else None)
+        return environment.installed(_folder(platform)) or (install(platform) if make else None)
     names = ", ".join(repr(name) for name in PACKAGES[platform])
     test = (
         "import importlib.util, jax; print(jax.__version__, sep=''); "
@@ -194,7 +194,7 @@ def install(platform: str) -> str:
         UserError: the disk is too small, pip could not install it, or it does not compile.
     """
     advice = "name an existing environment: --compiler-python PATH"
-    return environments.install(
+    return environment.install(
         _folder(platform), wanted(platform), advice, size=SIZES[platform], check=functools.partial(check, platform)
     )
 
@@ -202,7 +202,7 @@ def install(platform: str) -> str:
 def check(platform: str, python: str) -> None:
     """Compile a tiny program with an environment's compiler; raise a `UserError` if that fails."""
     topology = {"tpu": "v5e:2x2", "gpu": "1x1x1"}[platform]
-    code = f"from benchmarks import compilers; compilers.compile_something({platform!r}, {topology!r})"
+    code = f"from benchmarks.environments import compilers; compilers.compile_something({platform!r}, {topology!r})"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, env=process_environment(platform))
     if done.returncode:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "without output")
@@ -219,4 +219,4 @@ def compile_something(platform: str, topology: str) -> None:
 
 
 def _folder(platform: str) -> Path:
-    return environments.folder_of("compilers", f"{platform}-jax{importlib.metadata.version('jax')}")
+    return environment.folder_of("compilers", f"{platform}-jax{importlib.metadata.version('jax')}")
