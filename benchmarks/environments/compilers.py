@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,12 @@ def devices_of(platform: str, topology: str, chip: str = "h100") -> list[Any]:
     """The devices of a topology, in a process that has the compiler.
 
     Args:
-        platform: tpu or gpu.
-        topology: "v5e:4x4" of TPUs; "1x2x8", two hosts with eight, of GPUs.
+        platform: tpu, gpu or cpu.
+        topology: "v5e:4x4" of TPUs; "1x2x8", two hosts with eight, of GPUs; "1x1x8", eight virtual devices, of a CPU.
         chip: kind of GPU.
     """
+    if platform == "cpu":
+        return _virtual_devices(int(topology.rpartition("x")[2]))
     from jax.experimental import topologies
 
     if platform == "tpu":
@@ -93,9 +96,19 @@ def devices_of(platform: str, topology: str, chip: str = "h100") -> list[Any]:
     return list(described.devices)
 
 
+@functools.cache
+def _virtual_devices(number: int) -> list[Any]:
+    import jax
+
+    from train.parallel.runtime import make_cpu_devices
+
+    make_cpu_devices(number)
+    return jax.devices()
+
+
 def covers(platform: str, chip: str) -> bool:
-    """Whether a chip's programs can be compiled: any TPU's, and those of the GPUs whose figures the compiler is given here."""
-    return platform == "tpu" or chip in _GPUS
+    """Whether a chip's programs can be compiled: any TPU's or CPU's, and those of GPUs whose figures the compiler is given."""
+    return platform != "gpu" or chip in _GPUS
 
 
 def _slice_options(topology: str) -> dict[str, Any]:
@@ -121,7 +134,7 @@ def _answer_for(capability: float) -> None:
 
 def missing(platform: str) -> str | None:
     """Why this process cannot compile for the platform, or None."""
-    if any(map(importlib.util.find_spec, PACKAGES[platform])):
+    if platform == "cpu" or any(map(importlib.util.find_spec, PACKAGES[platform])):
         return None
     return f"the compiler is not installed: {' or '.join(PACKAGES[platform])}"
 
@@ -130,7 +143,7 @@ def process_environment(platform: str) -> dict[str, str]:
     """Environment variables of a compiling process: this program's own modules, and no search for accelerators."""
     kept = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     # Without a TPU the process itself runs on the CPU; without a GPU the CUDA plugin's check would stop it.
-    own = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    own = {"JAX_PLATFORMS": "cpu"} if platform == "cpu" else {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     if platform == "tpu":
         # Several may compile at the same time, as they share no chip.
         own = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -154,6 +167,9 @@ def find(platform: str, python: str | None = None, *, make: bool = False) -> str
     Raises:
         UserError: the given one does not run, or has no compiler.
     """
+    if platform == "cpu":
+        # JAX itself has the compiler.
+        return sys.executable
     if python is None:
         return environment.installed(_folder(platform)) or (install(platform) if make else None)
     names = ", ".join(repr(name) for name in PACKAGES[platform])

@@ -39,6 +39,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--candidates", type=positive, default=24, metavar="N", help="layouts to compile (24)")
     text = "instead of planning, compare predictions with measurements on this device, and record the errors"
     sub.add_argument("--validate", action="store_true", help=text)
+    text = "instead, plan a set of models on this device, and measure how much slower each pick is than the best layout"
+    sub.add_argument("--regret", action="store_true", help=text)
+    sub.add_argument("--only", metavar="A,B", help="with --regret: some of its cases, by the beginnings of their names")
     sub.add_argument(
         "--tokens", type=amount, metavar="N", help="training tokens, such as 1e12, to predict the time of training"
     )
@@ -94,6 +97,15 @@ def _plan(options: argparse.Namespace) -> None:
             raise UserError("plan: --validate has its own cases, and takes no config, target or field")
         validate.run()
         return
+    if options.regret:
+        from benchmarks.sharding.validation import regret
+
+        if options.config or options.target or options.overrides:
+            raise UserError("plan: --regret has its own cases, and takes no config, target or field")
+        regret.run(names(options.only), output=options.directory)
+        return
+    if options.only:
+        raise UserError("plan: --only chooses cases of --regret")
     if options.compare and (options.target or options.explain or options.largest):
         raise UserError("plan: --compare has its own targets, and takes no --target, --explain or --largest")
     if not (options.config and (options.target or options.compare)):

@@ -14,6 +14,7 @@ from benchmarks.sharding.devices.targets import parse_target
 from benchmarks.sharding.measuring.layouts import NAMES, layouts
 from benchmarks.sharding.planning import plan
 from benchmarks.sharding.planning.candidates import candidates, describe
+from benchmarks.sharding.planning.search import promising, search
 from benchmarks.sharding.predict import ahead
 from benchmarks.sharding.predict.analytic import Analysis
 from benchmarks.sharding.predict.least import least
@@ -75,8 +76,8 @@ def test_layouts_divide_the_model_and_the_batch():
 
 def test_pipelines_do_not_fill_the_list():
     target = parse_target("h100:8")
-    entries = plan.estimated(CONFIG, target)
-    chosen = plan.promising(entries, target, 24)
+    entries = search(CONFIG, target).entries
+    chosen = promising(entries, target, 24)
     assert len(chosen) == 24
     assert 1 <= sum(entry.config.mesh.pipeline > 1 for entry in chosen) <= 4
 
@@ -179,8 +180,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_planning(config_file,
 
 def test_plain_copies_are_always_among_the_compiled():
     target = parse_target("v5p:2x2x2")
-    entries = plan.estimated(CONFIG, target)
-    assert "dp: data 8" in " ".join(describe(one.config) for one in plan.promising(entries, target, 3))
+    entries = search(CONFIG, target).entries
+    assert "dp: data 8" in " ".join(describe(one.config) for one in promising(entries, target, 3))
 
 
 def test_every_collective_takes_its_time():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sharding.devices.chips import CHIPS, Chip, chip_of_file
+from benchmarks.sharding.devices.host import host_chip, own_profile
 from benchmarks.sharding.devices.profile import Profile, profile_of
 from transformer.errors import UserError, nearest
 
@@ -53,13 +54,21 @@ class Target:
         profile = profile_of(self.name.partition(":")[0])
         if profile is None:
             return self
-        products, memory = profile.efficiencies(self.dtype, self.peak_flops, self.memory_bandwidth)
+        return self.with_profile(profile)
+
+    def with_profile(self, profile: Profile) -> Target:
+        """The target with this profile, and efficiencies by it for estimates by formula."""
+        target = dataclasses.replace(self, profile=profile)
+        turns = target.turns
+        products, memory = profile.efficiencies(self.dtype, turns * self.peak_flops, turns * self.memory_bandwidth)
         return dataclasses.replace(
-            self,
-            profile=profile,
-            matmul_efficiency=products or self.matmul_efficiency,
-            memory_efficiency=memory,
+            target, matmul_efficiency=products or self.matmul_efficiency, memory_efficiency=memory
         )
+
+    @property
+    def turns(self) -> int:
+        """Devices that share the rates of the profile: all, where they are virtual devices of one CPU, and otherwise one."""
+        return self.num_devices if self.profile is not None and self.profile.devices_share else 1
 
     @property
     def basis(self) -> str:
@@ -148,11 +157,13 @@ def parse_target(text: str) -> Target:
         UserError: no such chip, no such slice of it, or a mistake in the file.
     """
     name, _, shape = text.rpartition(":") if ":" in text else (text, "", "")
+    if name == "cpu":
+        return host_target(shape)
     own = name.endswith((".yaml", ".yml"))
     if not own and name not in CHIPS:
         raise UserError(
-            f"--target: got {text!r}; allowed: {', '.join(CHIPS)}, as in v5e:4x4 or h100:8, or a file of figures, as in "
-            f"my.yaml:8.{nearest(name, CHIPS)}"
+            f"--target: got {text!r}; allowed: {', '.join(CHIPS)}, as in v5e:4x4 or h100:8, cpu for virtual devices of this "
+            f"machine's CPU, as in cpu:8, or a file of figures, as in my.yaml:8.{nearest(name, [*CHIPS, 'cpu'])}"
         )
     chip = chip_of_file(Path(name)) if own else CHIPS[name]
     if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})*", shape):
@@ -164,6 +175,22 @@ def parse_target(text: str) -> Target:
     else:
         dims = _hosts(text, name, chip, dims)
     return Target(f"{Path(name).stem}:{shape}" if own else text, chip, dims)
+
+
+def host_target(number: str | int, profile: Profile | None = None) -> Target:
+    """Virtual devices of this machine's CPU.
+
+    Args:
+        number: of devices.
+        profile: of the CPU; by default what was measured on it.
+
+    Raises:
+        UserError: no such number, or the CPU has not been measured.
+    """
+    if not re.fullmatch(r"[1-9]\d?", str(number)):
+        raise UserError(f"--target: got 'cpu:{number}'; allowed: 1 to 99 virtual devices, as in cpu:8")
+    profile = profile or own_profile()
+    return Target(f"cpu:{number}", host_chip(profile, int(number)), (1, int(number)), "float32", profile=profile)
 
 
 def _check_slice(text: str, name: str, chip: Chip, dims: tuple[int, ...]) -> None:

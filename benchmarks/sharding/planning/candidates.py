@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from benchmarks.sharding.devices.targets import Target
 from benchmarks.sharding.predict import shape
+from benchmarks.sharding.predict.analytic import scans_layers
 from train.config import RunConfig
-from train.parallel.mesh import MESH_AXES
+from train.parallel.mesh import MESH_AXES, MeshConfig
 from transformer.errors import ConfigError
 
 REMATS = ("none", "light", "full")
@@ -19,36 +21,71 @@ DEEPEST = 16
 """The most devices of a pipeline, whose bubble grows with them."""
 LONG = 16_384
 """The shortest sequence, in tokens, that is worth sharding."""
+UNROLLED = 32
+"""The most layers that are tried as a loop where `scan_layers: auto` scans: the time to compile grows with them."""
 
 
 def candidates(config: RunConfig, target: Target) -> list[RunConfig]:
-    """The config on every mesh over the target's devices, under every strategy, remat policy and number of microbatches that
-    divide its sizes."""
-    found = []
-    for sizes in _meshes(config, target):
-        rows = config.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
-        for strategy, pipeline in itertools.product(_strategies(sizes), _pipelines(sizes["pipeline"])):
-            try:
-                mesh = dataclasses.replace(config.mesh, strategy=strategy, **sizes, **pipeline)  # type: ignore[arg-type]
-            except ConfigError:
-                continue
-            # A pipeline has its own microbatches.
-            parts = [pipeline["pipeline_microbatches"]] if pipeline else MICROBATCHES
-            for remat, microbatches in itertools.product(REMATS, parts):
-                if rows % microbatches:
-                    continue
-                model = dataclasses.replace(config.model, remat=remat)  # type: ignore[arg-type]
-                one = dataclasses.replace(config, mesh=mesh, model=model)
-                found.append(one if pipeline else dataclasses.replace(one, microbatches=microbatches))
-    return found
+    """The config in every layout over the target's devices: `choices` on each of the `meshes`."""
+    return [one for mesh in meshes(config, target) for one in choices(config, mesh, target)]
+
+
+def meshes(config: RunConfig, target: Target) -> Iterator[MeshConfig]:
+    """Every mesh, strategy and pipeline over the target's devices that divides the config's sizes."""
+    for sizes in _sizes(config, target):
+        for strategy, pipeline in itertools.product(_strategies(sizes), _pipelines(sizes["pipeline"], config.model)):
+            with contextlib.suppress(ConfigError):
+                yield dataclasses.replace(config.mesh, strategy=strategy, **sizes, **pipeline)  # type: ignore[arg-type]
+
+
+def choices(config: RunConfig, mesh: MeshConfig, target: Target) -> Iterator[RunConfig]:
+    """The config on one mesh under every remat policy and number of microbatches that divides its rows."""
+    sizes = dict(zip(MESH_AXES, mesh.sizes(target.num_devices), strict=True))
+    rows = config.batch_size / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    # A pipeline has its own microbatches.
+    parts = [mesh.pipeline_microbatches or 1] if sizes["pipeline"] > 1 else MICROBATCHES
+    for microbatches, remat in itertools.product(parts, _remats(config.model)):
+        if rows % microbatches:
+            continue
+        model: Any = dataclasses.replace(config.model, remat=remat)  # type: ignore[arg-type]
+        one = dataclasses.replace(config, mesh=mesh, model=model)
+        yield one if sizes["pipeline"] > 1 else dataclasses.replace(one, microbatches=microbatches)
+
+
+def neighbours(config: RunConfig, target: Target) -> Iterator[RunConfig]:
+    """The config with one choice within a device changed: what is recomputed, twice or half as many microbatches, a loop over
+    the layers or a scan, all logits at once or in chunks, and the optimiser's state in host memory or on the device."""
+    mesh, model = config.mesh, config.model
+    on_mesh = list(choices(config, mesh, target))
+    near = (config.microbatches / 2, config.microbatches, 2 * config.microbatches)
+    for one in on_mesh:
+        same = (one.model.remat == model.remat) + (one.microbatches == config.microbatches)
+        if same == 1 and one.microbatches in near:
+            yield one
+    scan = getattr(model, "scan_layers", None)
+    if scan is False or (
+        scan is not None and scans_layers(model, target.chip.platform) and model.num_layers <= UNROLLED
+    ):
+        other: Any = dataclasses.replace(model, scan_layers="auto" if scan is False else False)  # type: ignore[call-arg]
+        yield dataclasses.replace(config, model=other)
+    chunk: Any = "auto" if config.loss.chunk is None else None
+    yield dataclasses.replace(config, loss=dataclasses.replace(config.loss, chunk=chunk))
+    if target.chip.host:
+        yield dataclasses.replace(config, mesh=dataclasses.replace(mesh, offload_optimizer=not mesh.offload_optimizer))
+
+
+def _remats(model: Any) -> list[str]:
+    """Policies of rematerialisation that the kind of model has."""
+    allowed = get_args(get_type_hints(type(model))["remat"])
+    return [name for name in REMATS if name in allowed]
 
 
 def batch_sizes(config: RunConfig, target: Target, most: int = 2) -> list[int]:
     """The batch sizes nearest to the config's that some layout over the target's devices divides."""
     parts = set()
-    for sizes in _meshes(config, target):
+    for sizes in _sizes(config, target):
         rows = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-        parts |= {rows * one.get("pipeline_microbatches", 1) for one in _pipelines(sizes["pipeline"])}
+        parts |= {rows * one.get("pipeline_microbatches", 1) for one in _pipelines(sizes["pipeline"], config.model)}
     wanted = config.batch_size
     near = {size for one in parts for size in (wanted // one * one, -(-wanted // one) * one) if size}
     return sorted(sorted(near, key=lambda size: abs(size - wanted))[:most])
@@ -61,10 +98,18 @@ def describe(config: RunConfig) -> str:
     parts = f"microbatches {config.microbatches}"
     if (mesh.pipeline or 1) > 1:
         parts = f"{mesh.schedule} of {mesh.pipeline_microbatches} microbatches"
+    if mesh.schedule == "gpipe" and (mesh.pipeline or 1) > 1 and mesh.stages_per_device > 1:
+        parts += f", {mesh.stages_per_device} stages a device"
+    if getattr(config.model, "scan_layers", "auto") is False:
+        parts += ", unrolled"
+    if config.loss.chunk is None:
+        parts += ", loss unchunked"
+    if mesh.offload_optimizer:
+        parts += ", optimiser on the host"
     return f"{mesh.strategy}: {axes or 'one device'}; remat {config.model.remat}, {parts}"
 
 
-def _meshes(config: RunConfig, target: Target) -> Iterator[dict[str, int]]:
+def _sizes(config: RunConfig, target: Target) -> Iterator[dict[str, int]]:
     """Devices along each axis that divide the model's sizes."""
     model: Any = config.model
     heads, mlp, mixture = shape.kv_heads(model), shape.mlp_width(model), shape.experts(model)
@@ -100,14 +145,16 @@ def _strategies(sizes: dict[str, int]) -> list[str]:
     return [*found, "tensor_sequence"] if sizes["tensor"] > 1 else found
 
 
-def _pipelines(devices: int) -> list[dict[str, Any]]:
-    """Schedules, and the number of microbatches for each device."""
+def _pipelines(devices: int, model: Any) -> list[dict[str, Any]]:
+    """Schedules, stages of each device, and the number of microbatches for each device."""
     if devices == 1:
         return [{}]
-    schedules: tuple[Any, ...] = ("gpipe", "1f1b")
+    schedules: list[tuple[Any, int]] = [("gpipe", 1), ("1f1b", 1)]
+    if getattr(model, "num_layers", 1) % (2 * devices) == 0:
+        schedules.append(("gpipe", 2))
     return [
-        {"schedule": schedule, "pipeline_microbatches": devices * each}
-        for schedule, each in itertools.product(schedules, (4, 16))
+        {"schedule": schedule, "stages_per_device": stages, "pipeline_microbatches": devices * each}
+        for (schedule, stages), each in itertools.product(schedules, (4, 16))
     ]
 
 

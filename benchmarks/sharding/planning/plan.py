@@ -15,18 +15,17 @@ from benchmarks import record
 from benchmarks.environments import compilers
 from benchmarks.sharding.devices.targets import Target, parse_target
 from benchmarks.sharding.planning import plan_report
-from benchmarks.sharding.planning.candidates import batch_sizes, candidates, describe
+from benchmarks.sharding.planning.candidates import describe
 from benchmarks.sharding.planning.compiling import compile_all
 from benchmarks.sharding.planning.entry import Entry, ranked
 from benchmarks.sharding.planning.explain import explained
 from benchmarks.sharding.planning.largest import largest
-from benchmarks.sharding.planning.objective import Goal, Objective
+from benchmarks.sharding.planning.objective import Goal
+from benchmarks.sharding.planning.search import improved, promising, search
 from benchmarks.sharding.predict.ahead import require_any
-from benchmarks.sharding.predict.analytic import Analysis
 from benchmarks.units import duration
 from train.config import RunConfig, dump, load, to_data
 from train.files import writing
-from train.parallel.mesh import MESH_AXES
 from train.report.display import console
 from transformer.errors import UserError
 from transformer.interpret.capture import readable
@@ -146,25 +145,35 @@ def planned(config: RunConfig, target: Target, how: How, goal: Goal) -> Plan:
     target = dataclasses.replace(target, dtype=config.model.dtype).profiled()
     compiler, why = compiler_of(target, how)
     start = time.monotonic()
-    entries = estimated(config, target, goal.objective)
+    found = search(config, target, goal.objective)
+    entries = found.entries
     chosen = promising(entries, target, how.number, goal.objective, compiled=compiler is not None)
     fitting = sum(entry.fits(target) for entry in entries)
     first = entries[0]
+    slower = f" ({found.passed_over:,} meshes are slower in any case)" if found.passed_over else ""
     print(
-        f"{config.name} on {target.name}: {len(entries)} layouts by formula in {time.monotonic() - start:.1f} s, "
-        f"{fitting} of them fit; the best is {describe(first.config)}: "
+        f"{config.name} on {target.name}: {len(entries):,} layouts by formula in {time.monotonic() - start:.1f} s{slower}, "
+        f"{fitting:,} of them fit; the best is {describe(first.config)}: "
         f"{duration(first.seconds)}, {readable(int(first.memory))} a device",
         flush=True,
     )
-    if why:
+    if why and not found.stopped:
         print(f"this plan is by formula only: {why}", flush=True)
-    stopped, kept = False, 0
-    if compiler is not None:
-        stopped, kept = compile_all(
-            chosen, target, compiler, how.workers or min(os.cpu_count() or 1, 4), goal.objective
-        )
-        if not stopped:
+    stopped, kept = found.stopped, 0
+
+    def examine(some: list[Entry]) -> bool:
+        nonlocal stopped, kept
+        if compiler is not None:
+            stopped, before = compile_all(
+                some, target, compiler, how.workers or min(os.cpu_count() or 1, 4), goal.objective
+            )
+            kept += before
+        return stopped
+
+    if not stopped and not examine(chosen):
+        if compiler is not None:
             require_any((entry.compiled for entry in chosen), target)
+        chosen = improved(chosen, found.analysis, target, goal.objective, examine)
     seconds = time.monotonic() - start
     result = summarised(config, target, chosen, goal, len(entries), seconds, stopped, kept)
     result["fitting"] = fitting
@@ -187,62 +196,6 @@ def compiler_of(target: Target, how: How) -> tuple[str | None, str]:
     return found, "" if found else compilers.absent(target.chip.platform)
 
 
-def estimated(config: RunConfig, target: Target, objective: Objective = "time") -> list[Entry]:
-    """Every layout with its estimate, the best that fits first.
-
-    Raises:
-        UserError: there is none.
-    """
-    analysis = Analysis(config)
-    entries = [Entry(one, analysis.estimate(one, target)) for one in candidates(config, target)]
-    if not entries:
-        sizes = " and ".join(map(str, batch_sizes(config, target)))
-        if not sizes:
-            raise UserError(
-                f"plan: no layout over {target.num_devices} devices divides the model; sequence_length {config.sequence_length} "
-                "has to be even"
-            )
-        raise UserError(
-            f"plan: no layout over {target.num_devices} devices divides batch_size {config.batch_size}; "
-            f"the nearest that one divides: {sizes}"
-        )
-    return ranked(entries, target, objective)
-
-
-def promising(
-    entries: list[Entry], target: Target, number: int, objective: Objective = "time", *, compiled: bool = True
-) -> list[Entry]:
-    """The `number` layouts to compile, or to show if nothing is compiled, best first: those that may fit, at most two settings
-    of one mesh before others, and at most a sixth of them pipelines, whose many schedules would otherwise fill the list."""
-    likely = [entry for entry in entries if entry.estimate.memory <= 1.4 * target.chip.memory] or entries
-    # By time alone: a formula knows little of what microbatches cost, and the compiler decides between settings of one mesh.
-    if compiled and objective != "memory":
-        likely = sorted(
-            likely, key=lambda entry: (entry.seconds * (1 if entry.fits(target) else 1.2), entry.config.microbatches)
-        )
-    first: list[Entry] = []
-    later: list[Entry] = []
-    seen: dict[Any, int] = {}
-    for entry in likely:
-        mesh, most = entry.config.mesh, 2
-        key: Any = mesh
-        if (mesh.pipeline or 1) > 1:
-            key, most = "pipeline", max(number // 6, 1)
-        seen[key] = seen.get(key, 0) + 1
-        (first if seen[key] <= most else later).append(entry)
-    chosen = [*first, *later][:number]
-    # The reference for every other layout, whatever its rank by formula.
-    plain = next((entry for entry in likely if _is_plain(entry.config)), None)
-    if plain is not None and plain not in chosen and number > 1:
-        chosen[-1] = plain
-    return chosen
-
-
-def _is_plain(config: RunConfig) -> bool:
-    """Whether every device has the whole model, and its share of the batch."""
-    return all((getattr(config.mesh, axis) or 1) == 1 for axis in MESH_AXES if axis != "data")
-
-
 def summarised(
     config: RunConfig, target: Target, entries: list[Entry], goal: Goal, considered: int, seconds: float, stopped: bool,
     kept: int,
@@ -261,6 +214,8 @@ def summarised(
                 "layout": describe(entry.config),
                 "mesh": {name: value for name, value in to_data(entry.config)["mesh"].items() if value is not None},
                 "remat": entry.config.model.remat,
+                "scan_layers": getattr(entry.config.model, "scan_layers", None),
+                "chunk": entry.config.loss.chunk,
                 "microbatches": entry.config.microbatches,
                 "fits": entry.fits(target),
                 "seconds": entry.seconds,

@@ -27,6 +27,7 @@ from transformer.functional import graphdef_of
 from transformer.loss import tokens_of_chunk
 from transformer.models.adapted import make_adapted
 from transformer.models.families import flops_per_token
+from transformer.stack import FEW_LAYERS
 
 OVERLAP = 0.7
 """Fraction of the arithmetic that can overlap with gathers and reductions of parameters."""
@@ -107,9 +108,10 @@ class Analysis:
         # once.
         slices = sizes["tensor"]
 
+        vocab_size, tokens_of_step = model.vocab_size // slices, math.ceil(rows * config.sequence_length)
+
         def logits(rows: float) -> float:
             """Bytes of a chunk's logits, with a part of their gradient."""
-            vocab_size = model.vocab_size // slices
             tokens = math.ceil(rows * config.sequence_length)
             return 1.25 * 4 * vocab_size * tokens_of_chunk(config.loss.chunk, tokens, vocab_size)
 
@@ -144,8 +146,18 @@ class Analysis:
         arithmetic = passes * forward / (target.peak_flops * target.matmul_efficiency)
         # Written once and read in both passes, partly overlapped with products; once more for recomputation.
         moved = config.microbatches * rows * none / slices / stages * (2.5 if model.remat == "none" else 3)
-        moved += 3 * (parameters + gradients + optimizer)
+        # The sum of the microbatches' gradients is read and written with each, and read by the optimiser.
+        moved += 3 * (parameters + config.microbatches * gradients + optimizer)
+        if scans_layers(model, target.chip.platform):
+            # What a layer keeps is copied into stacked arrays and out again, as are its gradients.
+            moved += 2 * (config.microbatches * rows * kept / stages + parameters)
+        if (chunks := tokens_of_step / tokens_of_chunk(config.loss.chunk, tokens_of_step, vocab_size)) > 1:
+            # Each chunk reads the output projection twice, and reads and writes the sum of its gradients.
+            moved += 4 * wide * model.embed_dim * vocab_size * (chunks - 1) * config.microbatches
         traffic = moved / (target.memory_bandwidth * target.memory_efficiency)
+        if config.mesh.offload_optimizer and target.chip.host:
+            traffic += 2 * optimizer / target.chip.host
+            optimizer = 0.0
         hideable = shown = 0.0
         axes: dict[str, float] = {}
         for one in least(config, sizes, self.parameters):
@@ -171,6 +183,12 @@ class Analysis:
             hideable + shown,
             axes,
         )
+
+
+def scans_layers(model: Any, platform: str) -> bool:
+    """Whether a step of the model scans its layers."""
+    scan = getattr(model, "scan_layers", False)
+    return (platform != "gpu" or model.num_layers > FEW_LAYERS) if scan == "auto" else bool(scan)
 
 
 def sharded_bytes(tree: Any, rules: Rules, sizes: dict[str, int]) -> float:

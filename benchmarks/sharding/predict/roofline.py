@@ -81,7 +81,7 @@ def predict(
     compute = memory = flops = traffic = gaps = 0.0
     profile = target.profile
     # Virtual devices take turns.
-    turns = target.num_devices if profile is not None and profile.devices_share else 1
+    turns = target.turns
     # Seconds of each instruction, in the order of its computation; concurrent communication overlaps with them.
     spent: dict[str, dict[str, float]] = collections.defaultdict(dict)
     copies = []

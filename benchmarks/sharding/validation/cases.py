@@ -12,8 +12,9 @@ from train.config import RunConfig
 from train.objectives.masked import Masked
 from train.objectives.span_corruption import SpanCorruption
 from train.parallel.mesh import MeshConfig
+from transformer.layers.feed_forward import DenseConfig
 from transformer.layers.mixture_of_experts import ExpertsConfig
-from transformer.layers.position import RelativeConfig
+from transformer.layers.position import RelativeConfig, RotaryConfig
 from transformer.mixers.softmax import SoftmaxConfig
 from transformer.models.bert import BertConfig
 from transformer.models.encoder_decoder import T5Config
@@ -42,6 +43,17 @@ def cases(platform: str, devices: int) -> list[Case]:
         devices: that there are; on a CPU any number can be made.
     """
     return _on_cpu() if platform == "cpu" else [case for case in _on_accelerator() if case.devices <= devices]
+
+
+def regret_cases(platform: str, devices: int) -> list[Case]:
+    """Models and numbers of devices for which a plan's pick is compared with all other layouts.
+
+    Args:
+        devices: that there are; on a CPU any number can be made.
+    """
+    if platform != "cpu":
+        return [case for case in _to_plan_on_accelerator() if case.devices <= devices]
+    return _to_plan_on_cpu()
 
 
 def _gpt(layers: int, width: int, length: int, vocab_size: int) -> GPTConfig:
@@ -90,6 +102,59 @@ def _on_cpu() -> list[Case]:
         Case("GPT, fsdp 4", on(MeshConfig(strategy="fsdp")), devices=4),
         Case("GPT, fsdp 4 × tensor 2", on(MeshConfig(strategy="fsdp_tensor", fsdp=4, tensor=2)), devices=8),
     ]
+
+
+def _to_plan_on_cpu() -> list[Case]:
+    vocab_size = 2048
+    small, wide, deep = _gpt(4, 256, 128, vocab_size), _gpt(2, 512, 128, vocab_size), _gpt(8, 128, 64, vocab_size)
+    modern = dataclasses.replace(
+        small, norm="rms_norm", mlp=DenseConfig(activation="swiglu"),
+        attention=SoftmaxConfig(num_heads=4, num_kv_heads=2, position=RotaryConfig()),
+    )  # fmt: skip
+    experts = dataclasses.replace(small, mlp=ExpertsConfig(num_experts=4, experts_per_token=2, dim=512))
+    bert = BertConfig(
+        vocab_size=vocab_size, max_length=128, num_layers=4, embed_dim=256, attention=SoftmaxConfig(num_heads=4),
+        dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=vocab_size, num_layers=2, embed_dim=256,
+        attention=SoftmaxConfig(num_heads=4, head_dim=64, bias=False, scale=1.0, position=RelativeConfig()),
+    )  # fmt: skip
+    words = _gpt(2, 128, 128, 16384)
+    return [
+        Case("GPT on one", _run(small, 8), devices=1),
+        Case("modern GPT on one", _run(modern, 8), devices=1),
+        Case("GPT on two", _run(small, 16), devices=2),
+        Case("wide GPT on two", _run(wide, 8), devices=2),
+        Case("BERT on two", _run(bert, 16, objective=Masked()), devices=2),
+        Case("large vocabulary on two", _run(words, 8), devices=2),
+        Case("deep GPT on four", _run(deep, 16), devices=4),
+        Case("experts on four", _run(experts, 16), devices=4),
+        Case("T5 on four", _run(t5, 16, length=64, objective=SpanCorruption(source_length=128)), devices=4),
+        Case("modern GPT on eight", _run(modern, 16), devices=8),
+        Case("wide GPT on eight", _run(wide, 16), devices=8),
+    ]
+
+
+def _to_plan_on_accelerator() -> list[Case]:
+    def gpt(layers: int, width: int, length: int, batch_size: int) -> RunConfig:
+        return _run(dataclasses.replace(_gpt(layers, width, length, 50304), dtype="bfloat16"), batch_size)
+
+    bert = BertConfig(vocab_size=30592, dtype="bfloat16", dropout=0.0, attention_dropout=0.0)
+    found = [
+        Case("GPT-2 124M, 8 × 1024", gpt(12, 768, 1024, 8)),
+        Case("GPT-2 124M, 32 × 1024", gpt(12, 768, 1024, 32)),
+        Case("GPT-2 124M, 64 × 512", gpt(12, 768, 512, 64)),
+        Case("GPT 350M, 16 × 1024", gpt(24, 1024, 1024, 16)),
+        Case("GPT 350M, 4 × 4096", gpt(24, 1024, 4096, 4)),
+        Case("GPT 1.3B, 4 × 2048", gpt(24, 2048, 2048, 4)),
+        Case("GPT 25M, 128 × 256", gpt(6, 512, 256, 128)),
+        Case("BERT-base, 32 × 128", _run(bert, 32, length=128, objective=Masked())),
+        Case("BERT-base, 64 × 512", _run(bert, 64, length=512, objective=Masked())),
+        Case("packed GPT-2 124M, 32 × 1024", packed(gpt(12, 768, 1024, 32))),
+    ]
+    meshes = [Case(f"GPT-2 124M on {count}", gpt(12, 768, 1024, 8 * count), devices=count) for count in (2, 4, 8)]
+    return [*found, *meshes]
 
 
 def _on_accelerator() -> list[Case]:

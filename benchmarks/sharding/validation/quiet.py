@@ -6,7 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 DISTURBED = 0.08
@@ -43,7 +43,35 @@ def quiet_rounds(take: Callable[[], object], rounds: int, seconds: float, patien
         passed, quiet = time.perf_counter() - began, sum(share < DISTURBED for share, _ in seen)
         if len(seen) >= rounds and passed >= seconds and (quiet >= rounds / 2 or passed >= patience):
             break
+    return _kept(seen)
+
+
+def in_quiet_turns(takes: Mapping[str, Callable[[], object]], rounds: int, patience: float = 0.0) -> dict[str, Timing]:
+    """The same for several functions that take turns, round by round, in changing order.
+
+    Args:
+        patience: seconds to go on for while some function had fewer than `rounds` / 2 undisturbed rounds.
+    """
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in takes}
+    began, names, turn = time.perf_counter(), list(takes), 0
+    while True:
+        start = turn * 7 % len(names)
+        for name in [*names[start:], *names[:start]]:
+            seen[name].append(watched(takes[name]))
+        turn += 1
+        quiet = min(sum(share < DISTURBED for share, _ in one) for one in seen.values())
+        if turn >= rounds and (quiet >= rounds / 2 or time.perf_counter() - began >= patience):
+            return {name: _kept(one) for name, one in seen.items()}
+
+
+def _kept(seen: list[tuple[float, float]]) -> Timing:
+    """The median of the rounds in which others took least.
+
+    Args:
+        seen: (others' part of the processors, seconds) of each round.
+    """
     most = max(len(seen) // 3, 3)
+    quiet = sum(share < DISTURBED for share, _ in seen)
     kept = [one for one in seen if one[0] < DISTURBED] if quiet >= most else sorted(seen)[:most]
     times = [taken for _, taken in seen]
     return Timing(

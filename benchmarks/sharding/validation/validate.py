@@ -13,8 +13,6 @@ import dataclasses
 import gc
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +23,12 @@ from typing import Any
 import jax
 
 from benchmarks import record
+from benchmarks.environments import compilers
 from benchmarks.record import RESULTS
-from benchmarks.sharding.devices.chips import CHIPS, Chip, chip_name
-from benchmarks.sharding.devices.profile import ELEMENTWISE, Profile, own_path, profile_of, read
-from benchmarks.sharding.devices.targets import Target
+from benchmarks.sharding.devices.chips import CHIPS, chip_name
+from benchmarks.sharding.devices.profile import Profile, own_path, profile_of, read
+from benchmarks.sharding.devices.targets import Target, host_target
+from benchmarks.sharding.validation.apart import answer_of
 from benchmarks.sharding.validation.calibrate import run as calibrate
 from benchmarks.sharding.validation.cases import Case, cases
 from benchmarks.sharding.validation.fit import Parts, fitted, leave_one_out
@@ -39,8 +39,6 @@ from train.examine.doctor.events import read_events
 from train.examine.doctor.operations import COLLECTIVE
 from train.examine.doctor.peaks import Peaks
 from train.parallel.mesh import shard_batch, use_mesh
-from train.parallel.runtime import make_cpu_devices
-from transformer.errors import UserError
 
 PARTS = ("matrix products", "memory-bound", "collectives", "gaps")
 _SETTLED = 0.3
@@ -65,12 +63,13 @@ def run(rounds: int = 6, seconds: float = 6.0) -> dict[str, Any]:
     kind = "cpu" if device.platform == "cpu" else chip_name(device)
     profile = read(own_path(kind)) if own_path(kind).exists() else calibrate()
     profile = dataclasses.replace(profile, product_efficiency=1.0, memory_efficiency=1.0, errors={})
-    chip = cpu_of(profile) if kind == "cpu" else CHIPS[kind]
     chosen = {case.title: case for case in cases(device.platform, jax.device_count())}
     measured: dict[str, dict[str, Any]] = {}
     # Those that other processes disturbed are measured once more at the end.
     for title in itertools.chain(chosen, (name for name in chosen if measured[name]["disturbed"])):
-        one = measured[title] = _measured_apart(chosen[title], chip, profile, rounds, seconds)
+        target = dataclasses.asdict(_target(chosen[title], profile))
+        task = {"title": title, "target": target, "rounds": rounds, "seconds": seconds}
+        one = measured[title] = answer_of("validate", task, title)
         disturbed = "; disturbed by other processes" if one["disturbed"] else ""
         print(
             f"{title}: {one['measured_seconds'] * 1e3:.0f} ms, predicted {one['predicted_seconds'] * 1e3:.0f} ms "
@@ -79,7 +78,7 @@ def run(rounds: int = 6, seconds: float = 6.0) -> dict[str, Any]:
             flush=True,
         )
     found = list(measured.values())
-    result = {"kind": kind, "basis": profile.title, "chip": dataclasses.asdict(chip), "cases": found} | judged(found)
+    result = {"kind": kind, "basis": profile.title, "cases": found} | judged(found)
     factors = result["factors"]
     efficiencies = {"product_efficiency": 1 / factors["products"], "memory_efficiency": 1 / factors["memory"]}
     dataclasses.replace(profile, **efficiencies, errors=result["worst"]).write(own_path(kind))
@@ -156,38 +155,20 @@ def on_record(kind: str) -> Mapping[str, float] | None:
     return None
 
 
-def cpu_of(profile: Profile) -> Chip:
-    """A CPU, which has no data sheet, by its profile."""
-    peak, bandwidth = max(one.rate for one in profile.products), profile.curves[ELEMENTWISE][-1][1]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Chip(
-        kind="cpu", platform="cpu", peak_bfloat16=peak, peak_float32=peak, memory=memory, bandwidth=bandwidth, link=bandwidth / 4,
-        network=bandwidth / 4,
-    )  # fmt: skip
-
-
-def _measured_apart(case: Case, chip: Chip, profile: Profile, rounds: int, seconds: float) -> dict[str, Any]:
-    """What `answer` prints in a process of its own."""
+def _target(case: Case, profile: Profile) -> Target:
+    """The device at hand, or several of them."""
     dtype = case.config.model.dtype
-    target = Target("here", chip, (1, case.devices), dtype=dtype, profile=profile)
-    task = {"title": case.title, "target": dataclasses.asdict(target), "rounds": rounds, "seconds": seconds}
-    done = subprocess.run(
-        [sys.executable, "-c", "from benchmarks.sharding.validation import validate; validate.answer()"],
-        input=json.dumps(task), capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3]), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-    )  # fmt: skip
-    if done.returncode:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
-        raise UserError(f"plan --validate: the measurement of {case.title} failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if profile.kind == "cpu":
+        return dataclasses.replace(host_target(case.devices, profile), dtype=dtype)
+    return Target("here", CHIPS[profile.kind], (1, case.devices), dtype=dtype, profile=profile)
 
 
 def answer() -> None:
     """Predict and measure the case in the input, in this process, and print both as JSON."""
     task = json.load(sys.stdin)
     target = Target.from_data(task["target"])
-    if target.chip.platform == "cpu" and target.num_devices > 1:
-        make_cpu_devices(target.num_devices)
+    if target.chip.platform == "cpu":
+        compilers.devices_of("cpu", target.topology)
     (case,) = (one for one in cases(target.chip.platform, target.num_devices) if one.title == task["title"])
     print(json.dumps(compared(case, target, task["rounds"], task["seconds"])))
 

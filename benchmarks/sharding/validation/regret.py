@@ -1,0 +1,207 @@
+"""`manyheads-bench plan --regret`: how much slower a plan's pick is than the best of all layouts that were measured.
+
+For each model and number of devices, the plan is made as for any target; then the layouts that fit run in turn, round by round,
+in one process. A layout's time is the median of its quiet rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import record
+from benchmarks.environments import compilers
+from benchmarks.sharding.devices.chips import chip_name
+from benchmarks.sharding.devices.targets import Target, parse_target
+from benchmarks.sharding.planning.candidates import describe
+from benchmarks.sharding.planning.entry import Entry, ranked
+from benchmarks.sharding.planning.plan import CANDIDATES
+from benchmarks.sharding.planning.search import improved, is_plain, promising, search
+from benchmarks.sharding.predict.ahead import compile_step, examined
+from benchmarks.sharding.validation.apart import answer_of
+from benchmarks.sharding.validation.cases import Case, regret_cases
+from benchmarks.sharding.validation.quiet import in_quiet_turns
+from benchmarks.units import duration
+from benchmarks.workload import program_of
+from train.parallel.mesh import shard_batch, use_mesh
+from transformer.errors import UserError, first_line, nearest
+
+LAYOUTS = 40
+"""The most layouts that are measured of one case."""
+_PATIENCE = 30.0
+"""Seconds to wait for rounds that other processes do not disturb."""
+
+
+def run(
+    only: list[str] | None = None, layouts: int = LAYOUTS, rounds: int = 7, output: str | None = None
+) -> dict[str, Any]:
+    """Plan, measure and compare each case; print and record each pick's loss against the best layout.
+
+    Args:
+        only: titles of cases, or beginnings of them; all by default.
+        layouts: the most that are measured of a case: those that the plan compiled, and others drawn at random.
+        rounds: turns of each layout.
+        output: folder of the record; by default that of the published ones, where all cases ran.
+
+    Raises:
+        UserError: no such case, the CPU has no profile, or a case failed.
+    """
+    device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    kind = "cpu" if on_cpu else chip_name(device)
+    cases = {case.title: case for case in regret_cases(device.platform, jax.device_count())}
+    chosen = _chosen(list(cases), only)
+    found = []
+    for title in chosen:
+        task = {"title": title, "target": f"{kind}:{cases[title].devices}", "layouts": layouts, "rounds": rounds}
+        one = answer_of("regret", task, title)
+        found.append(one)
+        print(sentence(one), flush=True)
+    result = {
+        "regret": {"kind": kind, "basis": parse_target(f"{kind}:1").profiled().basis, "cases": found} | summed(found)
+    }
+    print(total(result["regret"]))
+    names = f" --only {','.join(only)}" if only else ""
+    folder = record.report_folder(output) if only or output else None
+    record.save("regret", f"manyheads-bench plan --regret{names}", result, show=False, folder=folder)
+    return result
+
+
+def _chosen(titles: list[str], only: list[str] | None) -> list[str]:
+    if only is None:
+        return titles
+    for name in only:
+        if not any(title.startswith(name) for title in titles):
+            raise UserError(f"--only: got {name!r}; allowed: {'; '.join(titles)}.{nearest(name, titles)}")
+    return [title for title in titles if any(title.startswith(name) for name in only)]
+
+
+def summed(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """The worst loss of all, of nine of ten, and of plain data parallelism in the plan's place."""
+    losses = sorted(one["regret"] for one in cases)
+    return {
+        "worst": losses[-1],
+        "within_5_percent": sum(loss <= 0.05 for loss in losses),
+        "plain_worst": max(one["plain_regret"] for one in cases),
+    }
+
+
+def sentence(case: dict[str, Any]) -> str:
+    """One case in words."""
+    return (
+        f"{case['title']} on {case['devices']} devices: the plan's pick ({case['pick']}) takes {duration(case['pick_seconds'])}, "
+        f"the best of {case['measured']} layouts ({case['best']}) {duration(case['best_seconds'])}: {case['regret']:+.1%}; "
+        f"rank correlation {case['rank_correlation']:.2f}"
+    )
+
+
+def total(regret: dict[str, Any]) -> str:
+    """All cases in words."""
+    return (
+        f"within 5% of the best layout in {regret['within_5_percent']} of {len(regret['cases'])} cases, at worst "
+        f"{regret['worst']:.1%} slower; plain data parallelism without rematerialisation: at worst {regret['plain_worst']:.0%}"
+    )
+
+
+def answer() -> None:
+    """Plan and measure the case in the input, in this process, and print what was found as JSON."""
+    task = json.load(sys.stdin)
+    target = parse_target(task["target"]).profiled()
+    if target.chip.platform == "cpu":
+        compilers.devices_of("cpu", target.topology)
+    (case,) = (one for one in regret_cases(target.chip.platform, target.num_devices) if one.title == task["title"])
+    print(json.dumps(measured(case, target, task["layouts"], task["rounds"])))
+
+
+def measured(case: Case, target: Target, layouts: int, rounds: int, number: int = CANDIDATES) -> dict[str, Any]:
+    """The plan's pick for a case, and the measured time of it and of others.
+
+    Args:
+        number: of layouts that the plan compiles.
+    """
+    target = dataclasses.replace(target, dtype=case.config.model.dtype)
+    found = search(case.config, target)
+    steps: dict[str, tuple[Entry, Callable[[], None]]] = {}
+    devices = jax.devices()[: target.num_devices]
+
+    def examine(entries: list[Entry]) -> bool:
+        for entry in entries:
+            if (step := _step(entry, case, target, devices)) is not None:
+                steps[describe(entry.config)] = (entry, step)
+        return False
+
+    planned = promising(found.entries, target, number)
+    examine(planned)
+    planned = improved(
+        [entry for entry in planned if entry.compiled is not None], found.analysis, target, "time", examine
+    )
+    pick = describe(ranked([entry for entry in planned if entry.compiled is not None], target)[0].config)
+    rest = [entry for entry in found.entries if describe(entry.config) not in steps and entry.fits(target)]
+    order = np.random.default_rng(0).permutation(len(rest))[: max(layouts - len(steps), 0)]
+    examine([rest[index] for index in order])
+    on_cpu = target.chip.platform == "cpu"
+    timings = in_quiet_turns(
+        {name: step for name, (_, step) in steps.items()}, rounds, patience=_PATIENCE if on_cpu else 0.0
+    )
+    seconds = {name: timing.seconds for name, timing in timings.items()}
+    best = min(seconds, key=lambda name: seconds[name])
+    plain = [
+        name for name, (entry, _) in steps.items() if is_plain(entry.config) and entry.config.model.remat == "none"
+    ]
+    predicted = [steps[name][0].seconds for name in seconds]
+    return {
+        "title": case.title,
+        "devices": target.num_devices,
+        "feasible": sum(entry.fits(target) for entry in found.entries),
+        "measured": len(seconds),
+        "pick": pick,
+        "pick_seconds": seconds[pick],
+        "best": best,
+        "best_seconds": seconds[best],
+        "regret": seconds[pick] / seconds[best] - 1,
+        "plain_regret": min(seconds[name] for name in plain) / seconds[best] - 1,
+        "rank_correlation": _rank_correlation(predicted, list(seconds.values())),
+        "layouts": [
+            {"layout": name, "measured_seconds": seconds[name], "predicted_seconds": steps[name][0].seconds}
+            for name in sorted(seconds, key=lambda name: seconds[name])
+        ],
+    }
+
+
+def _step(entry: Entry, case: Case, target: Target, devices: list[Any]) -> Any:
+    """A function that runs a step of the layout; None if it does not compile. The entry gets its compiled figures."""
+    config = entry.config
+    try:
+        program = program_of(config, devices)
+        step, seconds = compile_step(program)
+    except Exception as error:
+        # The plan, too, passes over a layout that is refused.
+        print(f"{describe(config)}: {first_line(error)}", file=sys.stderr)
+        return None
+    entry.compiled = examined(step, seconds, program.mesh, target)
+    with use_mesh(program.mesh, config.mesh.rules):
+        batch = shard_batch(case.batch(), program.batch_sharding)
+        state = program.init()
+        jax.block_until_ready(state)
+
+        def take() -> None:
+            nonlocal state
+            state, _ = step(state, batch)
+            jax.block_until_ready(state)
+
+        take()
+    return take
+
+
+def _rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's, of two lists of equal length."""
+    if len(first) < 2:
+        return 1.0
+    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1])
