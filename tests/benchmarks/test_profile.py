@@ -12,7 +12,7 @@ import pytest
 from benchmarks.cli import main
 from benchmarks.sharding.devices import profile
 from benchmarks.sharding.devices.profile import Product, Profile, Wire
-from benchmarks.sharding.devices.targets import Target, parse_target
+from benchmarks.sharding.devices.targets import Target, host_target, parse_target
 from benchmarks.sharding.predict.roofline import kind_of, predict
 from benchmarks.sharding.validation import calibrate, validate
 from benchmarks.sharding.validation.cases import Case
@@ -150,11 +150,11 @@ def test_a_copy_that_turns_an_array_is_told_from_one_that_does_not():
 
 def test_a_fit_finds_what_the_parts_take():
     parts = [(1.0, 2.0, 0.1), (2.0, 1.0, 0.0), (3.0, 3.0, 0.2), (0.5, 2.0, 0.0)]
-    steps = [Parts(p, m, rest, 1.25 * p + 0.8 * m + rest) for p, m, rest in parts]
+    steps = [Parts(p, m, rest, 1.25 * p + 0.8 * m + rest, 1.25 * p) for p, m, rest in parts]
     assert fitted(steps) == pytest.approx((1.25, 0.8))
     assert leave_one_out(steps, [True] * 4) == pytest.approx([0] * 4, abs=1e-9)
     # One that takes twice as long is only wrong where it is left out itself.
-    steps.append(Parts(1.0, 1.0, 0.0, 4.1))
+    steps.append(Parts(1.0, 1.0, 0.0, 4.1, 1.25))
     errors = leave_one_out(steps, [True] * 4 + [False])
     assert errors == pytest.approx([0, 0, 0, 0, -0.5], abs=1e-9)
 
@@ -198,7 +198,7 @@ def test_steps_are_compared_with_their_predictions(monkeypatch):
     here = dataclasses.replace(BY_HAND, kind="cpu")
     found = []
     for case in (alone, shared):
-        target = Target("here", validate.cpu_of(here), (1, case.devices), dtype="float32", profile=here)
+        target = host_target(case.devices, here)
         one = validate.compared(case, target, 2, 0.0)
         assert one["measured_seconds"] > 0 and one["predicted_seconds"] > 0 and one["predicted_memory"] > 0
         assert sum(one["predicted_parts"].values()) == pytest.approx(one["predicted_seconds"])

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from transformer.loop_length import SCOPE
+
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
     "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
@@ -28,6 +30,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\](?:\{(\d+))?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
+_EXPECTED = re.compile(re.escape(SCOPE) + r"([\d.]+(?:e[+-]\d+)?)")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)')
 
 
@@ -92,7 +95,7 @@ class Collective:
     """A collective in which a device takes part, and how often in a step."""
 
     kind: str
-    count: int
+    count: float
     """Number of executions."""
     sent: float
     """Bytes that a device sends each time, by the algorithm that sends the least: (n-1) slices for a gather, and so on."""
@@ -134,11 +137,11 @@ class Module:
             elif (instruction := _parse(line)) is not None:
                 current[instruction.name] = instruction
 
-    def executed(self) -> Iterator[tuple[int, str, Instruction]]:
+    def executed(self) -> Iterator[tuple[float, str, Instruction]]:
         """(times, computation, instruction) of everything that runs; a fusion is one instruction, a loop is expanded."""
         yield from self._executed(self.entry, 1)
 
-    def _executed(self, name: str, times: int) -> Iterator[tuple[int, str, Instruction]]:
+    def _executed(self, name: str, times: float) -> Iterator[tuple[float, str, Instruction]]:
         for instruction in self.computations.get(name, {}).values():
             match instruction.opcode:
                 case "while":
@@ -154,10 +157,11 @@ class Module:
                 case _:
                     yield times, name, instruction
 
-    def trips(self, loop: Instruction) -> int:
+    def trips(self, loop: Instruction) -> float:
         """The trip count of a loop: the compiler's annotation, or derived from its counter's bound and increment.
 
-        A loop with a computed bound, such as one over the unmasked blocks, counts once; `uncounted` names it.
+        A loop with a computed bound, such as one over the unmasked blocks, counts as often as its scope expects
+        (`expected_trips`), else once, and `uncounted` names it.
         """
         if found := _TRIPS.search(loop.attributes):
             return int(found.group(1))
@@ -169,6 +173,8 @@ class Module:
         limits = [int(one.text) for one in compared if one is not None and one.opcode == "constant"]
         counters = [one.index for one in compared if one is not None and one.opcode == "get-tuple-element"]
         if test.opcode != "compare" or len(limits) != 1 or len(counters) != 1 or counters[0] is None:
+            if expected := _EXPECTED.findall(op_name(loop)):
+                return max(float(expected[-1]), 1.0)
             self.uncounted.add(loop.name)
             return 1
         # An unrolled loop increments by more than 1.
@@ -221,7 +227,7 @@ class Module:
         return instruction.name
 
     def _collective(
-        self, kind: str, times: int, inside: str, instruction: Instruction, where: str, span: tuple[str, str]
+        self, kind: str, times: float, inside: str, instruction: Instruction, where: str, span: tuple[str, str]
     ) -> Collective:
         given = self.operands(inside, instruction)
         size = sum(one.bytes for one in given) or instruction.bytes

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from transformer.loop_length import expected_trips
 from transformer.types import Array, Float, Int, wide
 
 LOOP_BLOCK = 128
@@ -82,6 +83,11 @@ def _block_at(number: Array, sizes_E: Array, rows: int, total: int) -> tuple[Arr
     return group, start, ((places_M >= first) & (places_M < ends_E[group]))[:, None]
 
 
+def _expected_blocks(total: int, groups: int, rows: int) -> float:
+    """Blocks of all vectors, where each group's last block is half full."""
+    return total / rows + groups / 2
+
+
 def _loop_matmul(x_ND: Array, kernel_EDF: Array, sizes_E: Array) -> Array:
     N, sizes_E = x_ND.shape[0], sizes_E.astype(jnp.int32)
     rows = min(LOOP_BLOCK, N)
@@ -94,7 +100,8 @@ def _loop_matmul(x_ND: Array, kernel_EDF: Array, sizes_E: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(y_NF, jnp.where(is_own_M1, product_MF, before_MF), start, 0)
 
     zeros_NF = jnp.zeros((N, kernel_EDF.shape[2]), x_ND.dtype)
-    return jax.lax.fori_loop(0, _blocks(sizes_E, rows).sum(dtype=jnp.int32), step, zeros_NF)
+    with expected_trips(_expected_blocks(N, sizes_E.shape[0], rows)):
+        return jax.lax.fori_loop(0, _blocks(sizes_E, rows).sum(dtype=jnp.int32), step, zeros_NF)
 
 
 def _loop_outer(x_ND: Array, y_NF: Array, sizes_E: Array) -> Array:
@@ -110,7 +117,8 @@ def _loop_outer(x_ND: Array, y_NF: Array, sizes_E: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(sums_EDF, sum_DF, group, 0)
 
     zeros_EDF = jnp.zeros((sizes_E.shape[0], x_ND.shape[1], y_NF.shape[1]), wide(x_ND.dtype))
-    sums_EDF = jax.lax.fori_loop(0, _blocks(sizes_E, rows).sum(dtype=jnp.int32), step, zeros_EDF)
+    with expected_trips(_expected_blocks(N, sizes_E.shape[0], rows)):
+        sums_EDF = jax.lax.fori_loop(0, _blocks(sizes_E, rows).sum(dtype=jnp.int32), step, zeros_EDF)
     return sums_EDF.astype(x_ND.dtype)
 
 

@@ -142,15 +142,17 @@ def by_profile(
     that was measured for the type.
     """
     arithmetic = known = 0.0
+    # Virtual devices run theirs at the same time, and so do cores: together they are as one operation of all their work.
+    turns = target.turns
     for product in products_of(module, where, instruction):
         dtype = _DTYPES.get(product.dtype, target.dtype)
-        rate = profile.rate(dtype, product.flops, product.smallest, product.batch)
+        rate = profile.rate(dtype, turns * product.flops, product.smallest, product.batch)
         arithmetic += product.flops / (rate or target.peak_flops * target.matmul_efficiency)
         known += product.flops
     if (rest := work - known) > 0:
         best = max((one.rate for one in profile.products if one.dtype == target.dtype), default=0.0)
         arithmetic += rest / (profile.attention or best or target.peak_flops * target.matmul_efficiency)
-    through = moved / profile.bandwidth(kind_of(module, where, instruction), moved)
+    through = moved / profile.bandwidth(kind_of(module, where, instruction), turns * moved)
     transcendental, plain = numbers_of(module, where, instruction)
     through += transcendental * profile.transcendental + plain * profile.arithmetic
     return arithmetic / profile.product_efficiency, through / profile.memory_efficiency

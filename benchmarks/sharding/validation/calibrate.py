@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,8 @@ _LARGE = 2**19
 """Bytes from which a call takes much longer than handing it over."""
 _LEAST = 0.03
 """Seconds that a try takes at least."""
+_CHAINED = 2**27
+"""Bytes of the arrays of a chain of equal operations."""
 _PATIENCE = 1.5
 """Seconds to wait for tries that other processes do not disturb."""
 
@@ -159,7 +162,7 @@ def measured(kind: str, sizes: Sizes) -> Profile:
     )  # fmt: skip
 
 
-def _seconds(function: Callable[..., jax.Array], out: jax.Array, *arguments: jax.Array) -> float:
+def _seconds(function: Callable[..., Any], out: Any, *arguments: Any) -> float:
     """Seconds of a call that writes its result into the memory of its first argument."""
     call = jax.jit(function, donate_argnums=0, keep_unused=True)
     out = jax.block_until_ready(call(out, *arguments))
@@ -192,29 +195,46 @@ def _curves(sizes: tuple[int, ...], overhead: float) -> dict[str, Curve]:
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
     for size in sizes:
         rows = size // 4 // 256
+
+        def add(kind: str, moved: float, function: Callable[..., jax.Array], out: jax.Array, *rest: jax.Array) -> None:
+            seconds = _in_a_chain(function, out, *rest, overhead=overhead)
+            curves[kind].append((moved, moved / seconds))
+
         x = jnp.ones((rows, 256))
-        again = max(1, 2**20 // size)
-
-        def repeated(function: Callable[..., jax.Array], again: int = again) -> Callable[..., jax.Array]:
-            # A call takes longer than an operation on few numbers.
-            return lambda out, *rest: jax.lax.fori_loop(0, again, lambda _, out: function(out, *rest), out)
-
-        def add(kind: str, moved: float, seconds: float, times: int = 1) -> None:
-            alone = max(seconds - overhead, 0.05 * seconds) / times
-            curves[kind].append((moved, moved / alone))
-
-        add(ELEMENTWISE, 3 * size, _seconds(repeated(lambda out, x: out * x), jnp.ones_like(x), x), again)
+        add(ELEMENTWISE, 3 * size, lambda out, x: out * x, jnp.ones_like(x), x)
         if size < _LARGE:
             continue
+        add(TRANSPOSE, 2 * size, lambda out, x: x.T, jnp.zeros((256, rows)), x)
         heads = jnp.ones((rows // 64, 64, 4, 64))
-        shape = (rows // 64, 4, 64, 64)
-        add(COPY, 2 * size, _seconds(lambda out, x: x.swapaxes(1, 2), jnp.zeros(shape), heads))
-        add(TRANSPOSE, 2 * size, _seconds(lambda out, x: x.T, jnp.zeros((256, rows)), x))
-        add(REDUCTION, size + 4 * rows, _seconds(lambda out, x: x.sum(-1), jnp.zeros(rows), x))
+        add(COPY, 2 * size, lambda out, x: x.swapaxes(1, 2), jnp.zeros((rows // 64, 4, 64, 64)), heads)
+        add(REDUCTION, size + 4 * rows, lambda out, x: x.sum(-1), jnp.zeros(rows), x)
         numbers = jnp.asarray(np.random.default_rng(0).integers(0, rows, rows // 2))
         moved = 2 * size + 0.5 * size + 2 * rows
-        add(SCATTER, moved, _seconds(lambda out, at, x: out.at[at].add(x), jnp.zeros_like(x), numbers, x[: rows // 2]))
+        add(SCATTER, moved, lambda out, at, x: out.at[at].add(x), jnp.zeros_like(x), numbers, x[: rows // 2])
     return {name: tuple(sorted(points)) for name, points in curves.items() if points}
+
+
+def _in_a_chain(function: Callable[..., jax.Array], out: jax.Array, *rest: jax.Array, overhead: float) -> float:
+    """Seconds of an operation as in a step: one of many in a program, which come after each other and each have arrays of their
+    own, in all more than the processor's caches hold."""
+    size = out.nbytes + sum(one.nbytes for one in rest)
+    count = min(max(_CHAINED // size, 1), 64)
+
+    def chain(outs: list[jax.Array], *arrays: list[jax.Array]) -> list[jax.Array]:
+        done: list[jax.Array] = []
+        for place, one in enumerate(outs):
+            given = [array[place] for array in arrays]
+            if done:
+                # Each waits for the one before it.
+                one, *given = jax.lax.optimization_barrier((one, *given, done[-1]))[:-1]
+            done.append(function(one, *given))
+        return done
+
+    def copies(array: jax.Array) -> list[jax.Array]:
+        return [array + jnp.zeros((), array.dtype) for _ in range(count)]
+
+    seconds = _seconds(chain, copies(out), *(copies(one) for one in rest))
+    return max(seconds - overhead, 0.05 * seconds) / count
 
 
 def _numbers(size: int) -> tuple[float, float]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
-
-import numpy as np
 
 _BOUNDS = (0.2, 5.0)
 """Of what the rates of single operations may differ by within a step."""
@@ -20,6 +19,8 @@ class Parts:
     rest: float
     """Exposed communication and gaps, which are not fitted."""
     measured: float
+    measured_products: float
+    """Of the measured seconds, by a trace."""
 
     def seconds(self, factors: tuple[float, float]) -> float:
         """Predicted, with each part times its factor."""
@@ -27,13 +28,20 @@ class Parts:
 
 
 def fitted(steps: Sequence[Parts]) -> tuple[float, float]:
-    """Factors of products and of memory-bound work with the least squares of the relative errors; 1 for too few steps."""
+    """Factors of products and of memory-bound work; 1 for too few steps.
+
+    Steps have about the same share of both, so that their seconds alone do not tell one from the other: products are compared
+    with the trace's, and memory-bound work with all that the step takes besides. Of the steps' ratios the median counts.
+    """
     if len(steps) < 3:
         return 1.0, 1.0
-    left = np.array([[one.products / one.measured, one.memory / one.measured] for one in steps])
-    right = np.array([1 - one.rest / one.measured for one in steps])
-    factors = np.clip(np.linalg.lstsq(left, right, rcond=None)[0], *_BOUNDS)
-    return float(factors[0]), float(factors[1])
+    products = _within(statistics.median(one.measured_products / max(one.products, 1e-12) for one in steps))
+    left = [(one.measured - products * one.products - one.rest) / max(one.memory, 1e-12) for one in steps]
+    return products, _within(statistics.median(left))
+
+
+def _within(factor: float) -> float:
+    return min(max(factor, _BOUNDS[0]), _BOUNDS[1])
 
 
 def leave_one_out(steps: Sequence[Parts], used: Sequence[bool]) -> list[float]:

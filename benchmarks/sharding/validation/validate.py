@@ -95,7 +95,11 @@ def judged(found: list[dict[str, Any]]) -> dict[str, Any]:
     """
     steps = [
         Parts(
-            part["matrix products"], part["memory-bound"], part["collectives"] + part["gaps"], one["measured_seconds"]
+            part["matrix products"],
+            part["memory-bound"],
+            part["collectives"] + part["gaps"],
+            one["measured_seconds"],
+            one["measured_parts"]["matrix products"],
         )
         for one in found
         for part in (one["predicted_parts"],)

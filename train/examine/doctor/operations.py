@@ -62,7 +62,7 @@ class Operation:
 
 def operations_of(module: Module) -> dict[str, Operation]:
     """Name → operation of all that a device may run."""
-    times: dict[str, int] = collections.Counter()
+    times: dict[str, float] = collections.defaultdict(float)
     for count, where, instruction in module.executed():
         times[f"{where} {instruction.name}"] += count
     callers = {

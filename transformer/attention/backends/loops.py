@@ -16,6 +16,7 @@ from transformer.attention.backends import online
 from transformer.attention.backends.online import Gradients, Running
 from transformer.attention.spec.spec import AttentionSpec
 from transformer.attention.spec.tile import Grid
+from transformer.loop_length import expected_trips
 from transformer.types import Array
 
 BLOCK = 512
@@ -24,7 +25,7 @@ BLOCK = 512
 
 def forward(running: Running, q: Array, k: Array, v: Array, spec: AttentionSpec, grid: Grid) -> Running:
     """The softmax over these keys in addition to those that `running` has seen. Shapes are as in `online.forward`."""
-    order, count = _schedule(spec, grid)
+    order, count, expected = _schedule(spec, grid)
 
     def over_queries(block: Array, running: Running) -> Running:
         queries = grid.queries.part(block)
@@ -36,7 +37,8 @@ def forward(running: Running, q: Array, k: Array, v: Array, spec: AttentionSpec,
             return online.forward(row, q_block, keys.cut(k, 2), keys.cut(v, 2), spec, grid.tile(block, index))
 
         row = jax.tree.map(lambda x: queries.cut(x, 3), running)
-        row = jax.lax.fori_loop(0, count[block], over_keys, row)
+        with expected_trips(expected):
+            row = jax.lax.fori_loop(0, count[block], over_keys, row)
         return jax.tree.map(lambda x, part: _put(x, part, queries.start, 3), running, row)
 
     return jax.lax.fori_loop(0, grid.queries.count, over_queries, running)
@@ -54,7 +56,7 @@ def backward(
     grid: Grid,
 ) -> Gradients:
     """The gradients with these tiles' contributions added. Shapes are as in `online.backward`."""
-    order, count = _schedule(spec, grid)
+    order, count, expected = _schedule(spec, grid)
 
     def over_queries(block: Array, gradients: Gradients) -> Gradients:
         queries = grid.queries.part(block)
@@ -74,18 +76,22 @@ def backward(
             )
 
         row = Gradients(queries.cut(gradients.q, 3), gradients.k, gradients.v, gradients.score)
-        row = jax.lax.fori_loop(0, count[block], over_keys, row)
+        with expected_trips(expected):
+            row = jax.lax.fori_loop(0, count[block], over_keys, row)
         return Gradients(_put(gradients.q, row.q, queries.start, 3), row.k, row.v, row.score)
 
     return jax.lax.fori_loop(0, grid.queries.count, over_queries, gradients)
 
 
-def _schedule(spec: AttentionSpec, grid: Grid) -> tuple[Array, Array]:
-    """For each block of queries, the indices of the blocks of keys, visible ones first and in order, and their number."""
+def _schedule(spec: AttentionSpec, grid: Grid) -> tuple[Array, Array, float]:
+    """For each block of queries, the indices of the blocks of keys, visible ones first and in order, and their number; and the
+    mean of that number, which for masks that depend on the data is taken to be that of causal ones."""
     visible = spec.mask.visible(grid)
+    is_known = isinstance(visible, np.ndarray)
     # What is known beforehand is sorted here, once, rather than by the compiler as a constant of the program.
-    order = (np if isinstance(visible, np.ndarray) else jnp).argsort(~visible, axis=1, stable=True)
-    return jnp.asarray(order, jnp.int32), jnp.asarray(visible.sum(1), jnp.int32)
+    order = (np if is_known else jnp).argsort(~visible, axis=1, stable=True)
+    expected = float(visible.sum(1).mean()) if is_known else (visible.shape[1] + 1) / 2
+    return jnp.asarray(order, jnp.int32), jnp.asarray(visible.sum(1), jnp.int32), expected
 
 
 def _put(x: Array, part: Array, start: int | Array, axis: int) -> Array:
