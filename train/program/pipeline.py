@@ -86,11 +86,14 @@ class StagedStep:
     stages_per_device: int
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if not is_in_stages(state):
-            layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-            bring = jax.jit(lambda state: in_stages(state, self.stages_per_device), out_shardings=layout)
-            state = bring(state)
-        return self.step(state, batch)
+        return self.step(self.staged(state), batch)
+
+    def staged(self, state: TrainState) -> TrainState:
+        """The state in stages."""
+        if is_in_stages(state):
+            return state
+        layout = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        return jax.jit(lambda state: in_stages(state, self.stages_per_device), out_shardings=layout)(state)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The step, traced for abstract arguments, except the state's, which it has."""

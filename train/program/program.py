@@ -111,6 +111,11 @@ class Program:
         """This process's rows of a batch on the devices, without the ids of the examples."""
         return shard_batch({name: rows for name, rows in batch.items() if name != "example"}, self.batch_sharding)
 
+    def init_for_step(self) -> Any:
+        """A fresh state as the compiled step of `lower` takes it: in stages, where a device has several of a pipeline."""
+        state = self.init()
+        return self.train_step.staged(state) if isinstance(self.train_step, StagedStep) else state
+
     def lower(self) -> jax.stages.Lowered:
         """The training step over a whole batch, traced for the mesh's devices."""
         batch = {

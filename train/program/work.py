@@ -159,15 +159,17 @@ def bytes_of(module: Module, where: str, instruction: Instruction) -> float:
         users = readers[parameter.name]
         while len(users) == 1 and users[0].opcode == "bitcast":
             parameter, users = users[0], readers[users[0].name]
-        if users and all(user.opcode in ("dynamic-slice", "gather") for user in users):
-            total += sum(user.bytes for user in users)
-        elif not (users and all(_updates(user, parameter.name) for user in users)):
-            total += parameter.bytes
+        parts = [_read(user, parameter.name) for user in users] or [None]
+        known = [part for part in parts if part is not None]
+        total += sum(known) if len(known) == len(parts) else parameter.bytes
     changed = [one for one in inside.values() if one.opcode == "dynamic-update-slice"]
     if changed and any(one.bytes >= 0.5 * instruction.bytes for one in changed):
         return total + sum(inside[one.operands[1]].bytes for one in changed if one.operands[1] in inside)
     return total + instruction.bytes
 
 
-def _updates(user: Instruction, name: str) -> bool:
-    return user.opcode == "dynamic-update-slice" and user.operands[0] == name
+def _read(user: Instruction, name: str) -> float | None:
+    """Bytes that an instruction of a fusion reads of an array: of a slice, nothing where it only replaces one, or None: all."""
+    if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == name:
+        return user.bytes
+    return 0.0 if user.opcode == "dynamic-update-slice" and user.operands[0] == name else None

@@ -187,7 +187,7 @@ def _step(entry: Entry, case: Case, target: Target, devices: list[Any]) -> Any:
     entry.compiled = examined(step, seconds, program.mesh, target)
     with use_mesh(program.mesh, config.mesh.rules):
         batch = shard_batch(case.batch(), program.batch_sharding)
-        state = program.init()
+        state = program.init_for_step()
         jax.block_until_ready(state)
 
         def take() -> None:
