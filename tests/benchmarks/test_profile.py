@@ -125,8 +125,12 @@ def test_a_prediction_by_a_profile_is_that_made_by_hand():
     # Virtual devices of one machine take turns; memory is touched anew.
     shared = dataclasses.replace(BY_HAND, devices_share=True, fresh=1e6)
     turns = predict(module, at(shared), lambda group: ("wire", 1.0), temporary=1e3)
-    assert turns.compute == pytest.approx(2 * found.compute)
-    assert turns.memory == pytest.approx(2 * (found.memory + 1e3 / 1e6))
+    # Both devices' work together, at the rate of so much work.
+    rate = BY_HAND.rate("float32", 2 * 2e6, 100, 1)
+    assert turns.compute == pytest.approx(2 * 2e6 / rate)
+    through = BY_HAND.bandwidth("elementwise", 2 * 8e4)
+    memory = 8e4 / through + 1e4 * 1e-6 + 8e4 / 1e8
+    assert turns.memory == pytest.approx(2 * (memory + 1e3 / 1e6))
     assert turns.exposed == found.exposed
 
 

@@ -12,7 +12,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from benchmarks.sharding.devices.targets import parse_target
 from benchmarks.sharding.predict.roofline import hide, predict
 from train.program.hlo import Module, stage_of
-from train.program.work import flops_of
+from train.program.work import bytes_of, flops_of
+from transformer.layers.grouped_matmul import grouped_matmul
+from transformer.loop_length import expected_trips
 
 
 def text_of(function, *arguments):
@@ -243,3 +245,53 @@ def test_a_stage_is_named_by_the_model():
     stages = {stage_of(one) for _, _, one in module.executed()}
     assert any("feed_forward" in stage for stage in stages)
     assert any(stage.startswith("backward") for stage in stages)
+
+
+def test_a_loop_whose_length_the_data_decide_counts_as_often_as_is_expected():
+    def run(x, length):
+        def body(_, x):
+            return jnp.tanh(x @ x)
+
+        with jax.named_scope("outer"), expected_trips(2.5):
+            return jax.lax.fori_loop(0, length, body, x)
+
+    shapes = jax.ShapeDtypeStruct((32, 32), "float32"), jax.ShapeDtypeStruct((), "int32")
+    module = Module(jax.jit(run).lower(*shapes).compile().as_text())
+    work = sum(times * flops_of(module, where, one) for times, where, one in module.executed())
+    assert work == 2.5 * 2 * 32**3 and not module.uncounted
+    # The scope is not one of the model's.
+    assert all("expected" not in stage_of(one) for _, _, one in module.executed())
+
+
+def test_products_of_groups_count_all_their_blocks():
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((1024, 16), "float32"), ((4, 16, 8), "float32"), ((4,), "int32"))
+    ]
+    module = Module(jax.jit(grouped_matmul).lower(*shapes).compile().as_text())
+    work = sum(times * flops_of(module, where, one) for times, where, one in module.executed())
+    # Eight blocks of 128 vectors, and half a block for each of the four groups.
+    assert work == (8 + 2) * 2 * 128 * 16 * 8 and not module.uncounted
+
+
+def test_a_fusion_that_reads_and_replaces_a_slice_counts_the_slice():
+    module = Module("""HloModule m
+%inside (a: f32[64,8], n: f32[2,8], i: s32[]) -> f32[64,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %n = f32[2,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %before = f32[2,8]{1,0} dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={2,8}
+  %sum = f32[2,8]{1,0} add(%before, %n)
+  ROOT %after = f32[64,8]{1,0} dynamic-update-slice(%a, %sum, %i, %zero)
+}
+ENTRY %main (a: f32[64,8], n: f32[2,8], i: s32[]) -> f32[64,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %n = f32[2,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f = f32[64,8]{1,0} fusion(%a, %n, %i), kind=kLoop, calls=%inside
+}
+""")
+    (found,) = [(where, one) for _, where, one in module.executed() if one.opcode == "fusion"]
+    # It reads the slice and the new part, and writes the slice; and the index.
+    assert bytes_of(module, *found) == 3 * 2 * 8 * 4 + 4
