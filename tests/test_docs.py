@@ -24,7 +24,7 @@ from train.commands.cli import main, make_parser
 from train.config import dump, load
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EVERY = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -205,7 +205,7 @@ def make_small(paths, folder):
 
 def test_a_wrong_number_of_heads_is_said_as_the_docs_show(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (block,) = (block for block in blocks(ROOT / "docs" / "configs.md", "console") if "num-heads" in block)
+    (block,) = (block for block in blocks(ROOT / "docs" / "reference" / "configs.md", "console") if "num-heads" in block)
     command, expected = block.strip().splitlines()
     assert main(shlex.split(command[2:])[1:]) == 2
     assert capsys.readouterr().err.strip() == expected
