@@ -15,6 +15,8 @@ html_title = "manyheads"
 extensions = ["myst_parser", "site_pages"]
 exclude_patterns = ["_static"]
 highlight_language = "text"
+# Two hyphens are those of an option.
+smartquotes = False
 
 # Headings have the anchors that GitHub gives them, and links to a page or anchor that does not exist are warnings.
 myst_heading_anchors = 4
@@ -22,6 +24,8 @@ myst_enable_extensions = ["dollarmath", "deflist"]
 myst_dmath_double_inline = True
 
 html_theme = "furo"
+pygments_style = "friendly"
+pygments_dark_style = "monokai"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False

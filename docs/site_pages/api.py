@@ -1,6 +1,6 @@
 """The reference of functions and classes: signatures with their shapes, and docstrings, read from the source by griffe.
 
-Nothing is imported, so that annotations are as they are written: `Float[Array, "B T N H"]`.
+Nothing is imported, and annotations are as they are written: `Float[Array, "B T N H"]`.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ def _signature(name: str, function: Any) -> str:
     line = f"{name}({', '.join(parameters)}){result}"
     if len(line) > _LINE:
         line = "\n".join([f"{name}(", *(f"    {one}," for one in parameters), f"){result}"])
+    # griffe writes strings in single quotation marks.
+    line = line.replace("'", '"')
     return f"```python\n{line}\n```"
 
 

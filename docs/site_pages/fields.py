@@ -34,12 +34,15 @@ class Section:
     path: str
     tags: tuple[str, ...] = ()
     """`kind: softmax`, ...: what a config says to choose this class."""
+    within: tuple[str, ...] = ()
+    """The tags of the classes that have the field, where only some of those at its place have it."""
 
     @property
     def title(self) -> str:
         """Its heading."""
+        place = f"`{self.path}`" if self.path else "The whole config"
         chosen = f" with `{'` or `'.join(self.tags)}`" if self.tags else ""
-        return (f"`{self.path}`" if self.path else "The whole config") + chosen
+        return place + chosen
 
     @property
     def anchor(self) -> str:
@@ -70,8 +73,20 @@ def sections() -> list[Section]:
                     found[one] = Section(one, path, tags)
                     inner.append(one)
         waiting += inner
+    placed = [dataclasses.replace(section, within=_within(section, list(found.values()))) for section in found.values()]
     # Together with the section that holds them.
-    return sorted(found.values(), key=lambda section: _place(section.path))
+    return sorted(placed, key=lambda section: _place(section.path))
+
+
+def _within(section: Section, every: list[Section]) -> tuple[str, ...]:
+    """The tags of those classes at the place of the section's owner that may hold it; none where all of them may."""
+    outer, _, name = section.path.removesuffix(".N").rpartition(".")
+    owners = [one for one in every if one.path == outer and one is not section]
+    holding = [
+        one for one in owners
+        if section.config_type in _configs(field_types(one.config_type).get(name, type(None)))
+    ]  # fmt: skip
+    return tuple(tag for one in holding for tag in one.tags) if len(holding) < len(owners) else ()
 
 
 def _place(path: str) -> tuple[Any, ...]:
@@ -103,6 +118,8 @@ def _section(section: Section, found: dict[type, Section]) -> str:
     level = "##" if section.path.count(".") == 0 else "###"
     about = " ".join((section.config_type.__doc__ or "").split())
     parts = [f"({section.anchor})=\n{level} {section.title}", about]
+    if section.within:
+        parts.append(f"Only within `{'`, `'.join(section.within)}`.")
     texts = meanings(section.config_type)
     for name, annotation in field_types(section.config_type).items():
         default = default_of(section.config_type, name)
@@ -145,4 +162,5 @@ def _default(default: Any, found: dict[type, Section]) -> list[str]:
             found[type(one)].tags[0] if type(one) in found and found[type(one)].tags else str(one) for one in default
         ]
         return [f"by default `[{', '.join(inner)}]`"]
-    return [f"by default `{json.dumps(default, ensure_ascii=False)}`"]
+    plain = isinstance(default, str) and default.isprintable() and default.strip() == default != ""
+    return [f"by default `{default if plain else json.dumps(default, ensure_ascii=False)}`"]

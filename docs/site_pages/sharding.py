@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from train.parallel.mesh import MESH_AXES, MeshConfig, Rules
 
-_SIDE, _GAP, _BOX, _TOP = 44, 12, 124, 20
+_SIDE, _GAP, _BOX, _TOP = 48, 10, 144, 20
 _ROWS = {"weights": "rules", "gradients": "gradient_rules", "optimiser": "optimizer_rules"}
 _WORDS = {"layers": "layers", "expert": "experts", "embed": "features", "mlp": "heads, mlp"}
 
@@ -54,7 +54,7 @@ def _device(config: MeshConfig, shape: dict[str, int], number: int) -> str:
     stream = dict(config.rules)
     batch = (_slice(stream["batch"], shape, place), _slice(stream["stream"], shape, place))
     for index, (name, rows, columns) in enumerate([*matrices, ("batch", *batch)]):
-        x, y = left + 12 + index % 2 * (_SIDE + 12), _TOP + 4 + index // 2 * (_SIDE + 22)
+        x, y = left + 12 + index % 2 * (_SIDE + 20), _TOP + 4 + index // 2 * (_SIDE + 22)
         parts.append("".join(_matrix(x, y, name, rows, columns)))
     return "".join(parts)
 
