@@ -16,7 +16,7 @@ from typing import Any
 import griffe
 
 ROOT = Path(__file__).parents[2]
-_LINE = 100
+_LINE = 88
 _HEADINGS = {
     "Args": "Arguments",
     "Attributes": "Attributes",
