@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/stdlib_small.yaml
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test test-fast lint test-newest bench bench-gpu clean
+.PHONY: help train test test-fast lint test-newest docs bench bench-gpu clean
 
 help:
 	@echo "make train        train a small GPT on Python's own library (CONFIG=... for another run)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-fast    linters, types and the quick half of the tests, for work in between"
 	@echo "make lint         linters and types alone"
 	@echo "make test-newest  the tests that need no torch, on Python 3.13 with the newest jax and flax"
+	@echo "make docs         the documentation as a site, site/index.html"
 	@echo "make bench        CPU benchmarks, results into benchmarks/results/"
 	@echo "make bench-gpu    GPU benchmarks, on a machine that has jax with CUDA already"
 
@@ -53,6 +54,15 @@ test-newest:
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test-core]' jax flax optax
 	.venv-newest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not torch"
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
+# A warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs site
+	@echo "the site is in site/index.html"
+
 bench: $(VENV)/.installed-test
 	$(BIN)/manyheads-bench step
 	$(BIN)/manyheads-bench compile
@@ -70,4 +80,4 @@ bench-gpu:
 	$(PYTHON) -m benchmarks.cli gpu
 
 clean:
-	rm -rf .venv .venv-newest build *.egg-info
+	rm -rf .venv .venv-newest build site *.egg-info

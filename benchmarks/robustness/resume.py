@@ -26,7 +26,7 @@ from transformer.errors import UserError
 
 DIRECTORY = "runs/resume"
 _LENGTH = 32
-_TEXTS = str(Path(__file__).parents[2] / "docs" / "*.md")
+_TEXTS = str(Path(__file__).parents[2] / "docs" / "**" / "*.md")
 _COMMON: dict[str, Any] = {
     "steps": 40, "batch_size": 8, "length": _LENGTH, "optimizer": {"learning_rate": 0.003, "warmup_steps": 5},
     "evaluation": {"every": 8, "batches": 8, "translations": 8}, "checkpoint": {"every": 5}, "log": {"tensorboard": False},

@@ -15,7 +15,7 @@ from benchmarks.attention.cases import MASKS, MECHANISMS, SCORES
 from benchmarks.cli import main
 from transformer.attention.dispatch import BACKENDS, Backend
 
-DOCS = Path(__file__).parents[2] / "docs" / "attention.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "attention.md"
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def fields(config: Any, prefix: str = "", kinds: Sequence[type] = ()) -> Iterato
         kinds: the classes that the config might be of; the meaning of its tag names them.
     """
     config_type: type = type(config)
-    meanings = _meanings(config_type)
+    texts = meanings(config_type)
     tag = tag_of(tuple(kinds)) if len(kinds) > 1 else None
     # The tag decides which fields there are, so it comes first.
     for field in sorted(dataclasses.fields(config), key=lambda field: field.name != tag):
@@ -67,14 +67,14 @@ def fields(config: Any, prefix: str = "", kinds: Sequence[type] = ()) -> Iterato
             for index, item in enumerate(value):
                 yield from fields(item, f"{path}.{index}.", configs_in(typing.get_args(annotation)[0]))
         else:
-            meaning = meanings.get(field.name, "")
+            meaning = texts.get(field.name, "")
             if field.name == tag:
                 meaning += f" One of {', '.join(value for one in kinds for value in tag_values(one, field.name))}."
             yield Field(path, value, default_of(config_type, field.name), meaning)
 
 
 @functools.cache
-def _meanings(config_type: type) -> dict[str, str]:
+def meanings(config_type: type) -> dict[str, str]:
     """Field name → the docstring under it; for a tag, the docstring of its class."""
     found = {}
     for owner in reversed(config_type.__mro__):
