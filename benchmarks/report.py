@@ -42,6 +42,9 @@ def _mechanisms(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    if "regret" in result:
+        yield from _regret_rows(result["regret"])
+        return
     if {"layouts", "strategies", "kind"} & result.keys():
         yield from _sharding_rows(result)
         return
@@ -152,6 +155,15 @@ def _robustness_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             f"{found['findings']}",
             f"{found['mutants']:,} mutants, {found['refused']:,} refused, the others worked",
         )
+
+
+def _regret_rows(regret: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """A plan's picks against the best layout that was measured."""
+    cases = regret["cases"]
+    what = f"the plan's pick against the best measured layout on {regret['kind']}, {len(cases)} models and numbers of devices"
+    layouts = sum(case["measured"] for case in cases)
+    yield f"{what}, slower at worst", f"{regret['worst']:.1%}", f"{layouts} layouts measured"
+    yield f"{what}, within 5%", f"{regret['within_5_percent']} of {len(cases)}", ""
 
 
 def _sharding_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

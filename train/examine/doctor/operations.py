@@ -50,7 +50,7 @@ class Operation:
     """The model's named scopes, outermost first, such as `layers/attention`."""
     phase: str
     """forward, backward, recomputed, or update."""
-    times: int
+    times: float
     """How often it runs in a step, by the program; 0 if that does not say."""
     flops: float
     """Of its matrix products, each time that it runs."""
