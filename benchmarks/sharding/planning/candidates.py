@@ -66,7 +66,7 @@ def neighbours(config: RunConfig, target: Target) -> Iterator[RunConfig]:
     if scan is False or (
         scan is not None and scans_layers(model, target.chip.platform) and model.num_layers <= UNROLLED
     ):
-        other: Any = dataclasses.replace(model, scan_layers="auto" if scan is False else False)  # type: ignore[call-arg]
+        other: Any = dataclasses.replace(model, scan_layers="auto" if scan is False else False)  # type: ignore[arg-type]
         yield dataclasses.replace(config, model=other)
     chunk: Any = "auto" if config.loss.chunk is None else None
     yield dataclasses.replace(config, loss=dataclasses.replace(config.loss, chunk=chunk))

@@ -48,7 +48,7 @@ def search(config: RunConfig, target: Target, objective: Objective = "time") -> 
         UserError: there is none.
     """
     analysis = Analysis(config)
-    bounded = []
+    bounded: list[tuple[float, int, MeshConfig]] = []
     for mesh in meshes(config, target):
         if (bound := _bound(config, mesh, target, analysis)) is not None:
             bounded.append((bound, len(bounded), mesh))

@@ -207,5 +207,5 @@ def _rank_correlation(first: list[float], second: list[float]) -> float:
     """Spearman's, of two lists of equal length."""
     if len(first) < 2:
         return 1.0
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    one, other = (np.argsort(np.argsort(values)).astype(float) for values in (first, second))
+    return float(np.corrcoef(one, other)[0, 1])

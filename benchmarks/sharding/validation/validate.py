@@ -13,7 +13,6 @@ import dataclasses
 import gc
 import itertools
 import json
-import math
 import sys
 import tempfile
 import time
@@ -70,8 +69,8 @@ def run(rounds: int = 6, seconds: float = 6.0) -> dict[str, Any]:
     for title in itertools.chain(chosen, chosen if kind == "cpu" else ()):
         target = dataclasses.asdict(_target(chosen[title], profile))
         task = {"title": title, "target": target, "rounds": rounds, "seconds": seconds}
-        one = min(answer_of("validate", task, title), measured.get(title), key=_disturbance)
-        measured[title] = one
+        new = answer_of("validate", task, title)
+        one = measured[title] = min(new, measured.get(title, new), key=_disturbance)
         disturbed = "; disturbed by other processes" if one["disturbed"] else ""
         print(
             f"{title}: {one['measured_seconds'] * 1e3:.0f} ms, predicted {one['predicted_seconds'] * 1e3:.0f} ms "
@@ -90,9 +89,9 @@ def run(rounds: int = 6, seconds: float = 6.0) -> dict[str, Any]:
     return result
 
 
-def _disturbance(one: dict[str, Any] | None) -> tuple[bool, float]:
+def _disturbance(one: dict[str, Any]) -> tuple[bool, float]:
     """The order of measurements of one case, the best first."""
-    return (True, math.inf) if one is None else (one["disturbed"], one["measured_seconds"])
+    return one["disturbed"], one["measured_seconds"]
 
 
 def judged(found: list[dict[str, Any]]) -> dict[str, Any]:
