@@ -110,6 +110,7 @@ ELSEWHERE = {
     "--install": "benchmarks/test_compile_ahead.py",
     "calibrate": "benchmarks/test_profile.py",
     "--validate": "benchmarks/test_profile.py",
+    "--published": "benchmarks/test_published.py",
     "gpt_7b.yaml --target": "benchmarks/test_compile_ahead.py",
     "sharding configs/tiny.yaml": "benchmarks/test_sharding_measure.py",
     # It is refused, by a test of its own below.

@@ -39,6 +39,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--candidates", type=positive, default=24, metavar="N", help="layouts to compile (24)")
     text = "instead of planning, compare predictions with measurements on this device, and record the errors"
     sub.add_argument("--validate", action="store_true", help=text)
+    text = "instead of planning, compare predictions with training runs that others published, and record the errors"
+    sub.add_argument("--published", action="store_true", help=text)
+    sub.add_argument("--only", nargs="+", metavar="NAME", help="some of the published runs (all)")
+    text = "also compile the published runs with their targets' compilers, where those are installed"
+    sub.add_argument("--compile", action="store_true", help=text)
     sub.add_argument(
         "--tokens", type=amount, metavar="N", help="training tokens, such as 1e12, to predict the time of training"
     )
@@ -94,6 +99,11 @@ def _plan(options: argparse.Namespace) -> None:
             raise UserError("plan: --validate has its own cases, and takes no config, target or field")
         validate.run()
         return
+    if options.published:
+        _published(options)
+        return
+    if options.only or options.compile:
+        raise UserError("plan: --only and --compile belong to --published")
     if options.compare and (options.target or options.explain or options.largest):
         raise UserError("plan: --compare has its own targets, and takes no --target, --explain or --largest")
     if not (options.config and (options.target or options.compare)):
@@ -129,6 +139,18 @@ def _plan(options: argparse.Namespace) -> None:
         options.config, options.target, overrides=tuple(options.overrides), how=how, goal=goal, explain=explain,
         look_for_largest=options.largest, output=options.directory,
     )  # fmt: skip
+
+
+def _published(options: argparse.Namespace) -> None:
+    if options.config or options.target or options.overrides:
+        raise UserError("plan: --published has its own runs, and takes no config, target or field")
+    import jax
+
+    from benchmarks.sharding.validation import published
+
+    # Only shapes are traced here; nothing runs.
+    jax.config.update("jax_platforms", "cpu")
+    published.run(options.only, compiled=options.compile, python=options.compiler_python)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
