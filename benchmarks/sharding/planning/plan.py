@@ -22,7 +22,7 @@ from benchmarks.sharding.planning.explain import explained
 from benchmarks.sharding.planning.largest import largest
 from benchmarks.sharding.planning.objective import Goal, Objective
 from benchmarks.sharding.predict.ahead import require_any
-from benchmarks.sharding.predict.analytic import Analysis
+from benchmarks.sharding.predict.analytic import Analysis, basis
 from benchmarks.units import duration
 from train.config import RunConfig, dump, load, to_data
 from train.files import writing
@@ -279,7 +279,7 @@ def summarised(
         "device_memory": target.chip.memory,
         "objective": goal.objective,
         "price": goal.price,
-        "basis": target.basis,
+        "basis": target.basis if has_compiled else basis(target),
         "tokens_per_step": per_step,
         "considered": considered,
         "compiled": sum(entry.compiled is not None and not entry.compiled.failed for entry in entries),

@@ -6,11 +6,11 @@ chips' published figures alone, never on a profile of the user's own, so that th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -18,9 +18,11 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.environments import compilers
-from benchmarks.sharding.devices.targets import Target
-from benchmarks.sharding.predict.ahead import Compiled, Compiler, refused
-from benchmarks.sharding.predict.analytic import Analysis, Estimate
+from benchmarks.sharding.planning.compiling import compile_all
+from benchmarks.sharding.planning.entry import Entry
+from benchmarks.sharding.predict.ahead import Compiled
+from benchmarks.sharding.predict.analytic import Analysis, Estimate, basis, efficiencies
+from benchmarks.sharding.validation.published_fit import Step, by_halves, fitted, leave_one_out
 from benchmarks.sharding.validation.published_runs import PublishedRun, published_runs
 from benchmarks.units import duration
 from train.config import RunConfig
@@ -35,33 +37,42 @@ FAMILIES = {"tpu": "TPU", "gpu": "NVIDIA"}
 """Kinds of chips by their platform; no published run is of another vendor's."""
 
 
-def run(
-    only: Sequence[str] | None = None, *, compiled: bool = False, limit: float = 600.0, python: str | None = None
-) -> dict[str, Any]:
+def run(only: Sequence[str] | None = None, *, compiled: bool = False, python: str | None = None) -> dict[str, Any]:
     """Predict the published runs, print the table and the errors, and record them if they are all of them.
 
     Args:
         only: names of some of the runs.
         compiled: also compile each ahead, where its compiler is installed.
-        limit: seconds for each compile.
         python: interpreter of an environment with the targets' compiler, instead of the one installed before.
 
     Raises:
         UserError: no run has one of these names, or nothing can be compiled.
     """
-    runs = published_runs(only)
-    began = time.monotonic()
-    estimates = estimated(runs)
-    programs = dict(compiled_ahead(runs, limit, python)) if compiled else {}
-    rows = [_row(one, estimates[one.name], programs.get(one.name)) for one in runs]
-    result = {"published": rows} | judged(rows) | {"seconds": time.monotonic() - began}
-    console().print(table(rows))
+    result = compared(published_runs(only), compiled=compiled, python=python, whole=only is None)
+    console().print(table(result["published"]))
     for line in sentences(result):
         print(line)
     if only is None:
         flag = " --compile" if compiled else ""
         record.save("published", f"manyheads-bench plan --published{flag}", result, show=False)
     return result
+
+
+def compared(
+    runs: Sequence[PublishedRun], *, compiled: bool = False, python: str | None = None, whole: bool = True
+) -> dict[str, Any]:
+    """Published and predicted steps, and the errors, as plain data.
+
+    Args:
+        compiled, python: as for `run`.
+        whole: also fit the formula's efficiencies to these runs, of which a family has two or more.
+    """
+    began = time.monotonic()
+    estimates = estimated(runs)
+    programs = compiled_ahead(runs, estimates, python) if compiled else {}
+    rows = [_row(one, estimates[one.name], programs.get(one.name)) for one in runs]
+    result = {"published": rows} | judged(rows) | ({"fits": fits(runs, estimates)} if whole else {})
+    return result | {"seconds": time.monotonic() - began}
 
 
 def estimated(runs: Sequence[PublishedRun]) -> dict[str, Estimate]:
@@ -80,9 +91,9 @@ def estimated(runs: Sequence[PublishedRun]) -> dict[str, Estimate]:
 
 
 def compiled_ahead(
-    runs: Sequence[PublishedRun], limit: float, python: str | None
-) -> Iterator[tuple[str, Compiled]]:
-    """What the targets' compilers find of the runs, each of which may take `limit` seconds.
+    runs: Sequence[PublishedRun], estimates: dict[str, Estimate], python: str | None
+) -> dict[str, Compiled]:
+    """What the targets' compilers find of the runs, as for a plan, whose cache it shares; Ctrl-C keeps what there is.
 
     Raises:
         UserError: there is no compiler for any of the runs.
@@ -90,18 +101,16 @@ def compiled_ahead(
     pythons = {platform: compilers.find(platform, python) for platform in {one.target.chip.platform for one in runs}}
     if not any(pythons.values()):
         raise UserError(f"plan --published --compile: {compilers.absent(next(iter(pythons)))}")
-    for one in runs:
-        interpreter = pythons[one.target.chip.platform]
-        if interpreter is None:
+    entries = {one.name: Entry(one.config, estimates[one.name]) for one in runs}
+    for target in {one.target.name: one.target for one in runs}.values():
+        if (interpreter := pythons[target.chip.platform]) is None:
             continue
-        with contextlib.closing(Compiler(one.target, interpreter)) as compiler:
-            try:
-                found = compiler.compile(one.config, timeout=limit)
-            except UserError as error:
-                found = refused(error, limit, one.target)
-        took = f"{found.seconds_to_compile:.0f} s" if found.error is None else found.error
-        print(f"{one.name}: compiled: {took}", flush=True)
-        yield one.name, found
+        print(f"{target.name}: compiling", flush=True)
+        some = [entries[one.name] for one in runs if one.target == target]
+        stopped, _ = compile_all(some, target, interpreter, min(os.cpu_count() or 1, 4, len(some)))
+        if stopped:
+            break
+    return {name: entry.compiled for name, entry in entries.items() if entry.compiled is not None}
 
 
 def bound_of(estimate: Estimate) -> str:
@@ -117,7 +126,7 @@ def _row(one: PublishedRun, estimate: Estimate, compiled: Compiled | None) -> di
         "family": FAMILIES[one.target.chip.platform], "figure": one.figure, "unit": one.unit, "seconds": published,
         "estimate": dataclasses.asdict(estimate) | {"memory": estimate.memory},
         "error": estimate.seconds / published - 1, "fits": estimate.memory <= one.target.chip.memory,
-        "bound": bound_of(estimate), "basis": one.target.basis,
+        "bound": bound_of(estimate), "basis": basis(one.target),
     }  # fmt: skip
     if compiled is not None:
         prediction = compiled.prediction
@@ -139,6 +148,23 @@ def judged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "by_formula": _summary([row["error"] for row in rows]),
         "families": {name: _summary([row["error"] for row in some]) for name, some in families.items() if some},
     } | ({"by_compiler": _summary(compiled)} if compiled else {})
+
+
+def fits(runs: Sequence[PublishedRun], estimates: dict[str, Estimate]) -> dict[str, Any]:
+    """The formula's two efficiencies as these runs fit them, by family of chips, and the errors of runs left out of a fit."""
+    found = {}
+    for platform, family in FAMILIES.items():
+        steps = [
+            Step.of(estimates[one.name], efficiencies(one.target), one.seconds)
+            for one in runs
+            if one.target.chip.platform == platform and one.fitted
+        ]
+        products, memory = fitted(steps)
+        found[family] = {
+            "products": products, "memory": memory, "leave_one_out": _summary(leave_one_out(steps)),
+            "by_halves": _summary(by_halves(steps)),
+        }  # fmt: skip
+    return found
 
 
 def _summary(errors: Sequence[float]) -> dict[str, float]:
@@ -184,6 +210,17 @@ def sentences(result: dict[str, Any]) -> list[str]:
             *((("by the target's compiler", result["by_compiler"]),) if "by_compiler" in result else ()),
         )
     ]
+    for family, found in result.get("fits", {}).items():
+        one, half = found["leave_one_out"], found["by_halves"]
+        lines.append(
+            f"{family}, fitted to {one['rows']} of them: products reach {found['products']:.0%}, all other work "
+            f"{found['memory']:.0%} of the bandwidth; within {CLOSE:.0%} are {one['close']} if each is left out of it (worst "
+            f"{one['worst']:.0%}), and {half['close']} if a half is, by every second run (worst {half['worst']:.0%})"
+        )
+    large = sum(not row["fits"] for row in result["published"])
+    lines.append(
+        f"memory by formula: {large} of {len(result['published'])} are too large for their devices, and all of them ran"
+    )
     misses = [row["name"] for row in result["published"] if abs(row["error"]) > CLOSE]
     if misses:
         lines.append(f"missed by more: {', '.join(misses)}")

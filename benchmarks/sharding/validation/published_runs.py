@@ -36,6 +36,8 @@ class PublishedRun:
     """Of the model, where the source states the number."""
     assumed: str = ""
     """What the source does not state, or what is built differently here."""
+    fitted: bool = True
+    """Whether its devices, network and kernels are those that a plan assumes."""
 
     @property
     def seconds(self) -> float:
@@ -85,4 +87,5 @@ def _run(row: dict[str, Any], models: dict[str, Any]) -> PublishedRun:
     return PublishedRun(
         name=row["name"], source=row["source"], target=parse_target(row["target"]), config=build(RunConfig, config, str(FILE)),
         figure=row["figure"], unit=row["unit"], parameters=row.get("parameters"), assumed=row.get("assumed", ""),
+        fitted=row.get("fitted", True),
     )  # fmt: skip
