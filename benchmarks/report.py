@@ -178,12 +178,12 @@ def _sharding_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             what = f"{result['config']} on {result['devices']} devices, {len(rows)} strategies: {of} against one device, at worst"
             yield what, f"{max(row[f'{part}_difference'] for row in rows):.0e}", ""
     elif "published" in result:
-        of = {"by formula": result["by_formula"], **result["families"], "compiled ahead": result.get("by_compiler")}
-        for part, found in of.items():
-            if found is not None:
-                what = f"training runs that others published, steps predicted within 20%, {part}"
-                spread = f"median error {found['median']:.0%}, at worst {found['worst']:.0%}"
-                yield what, f"{found['close']} of {found['rows']}", spread
+        parts = {"by formula": result["by_formula"], **result["families"], "compiled ahead": result.get("by_compiler")}
+        for name, errors in parts.items():
+            if errors is not None:
+                what = f"training runs that others published, steps predicted within 20%, {name}"
+                spread = f"median error {errors['median']:.0%}, at worst {errors['worst']:.0%}"
+                yield what, f"{errors['close']} of {errors['rows']}", spread
     else:
         for part, error in result["worst"].items():
             yield f"prediction on {result['kind']}, error of {part} at worst", f"{error:.0%}", ""

@@ -53,7 +53,8 @@ def repeated(model: Any, length: int) -> float:
     """
     if not isinstance(model, StackConfig):
         return 1.0
-    whole, head = flops_per_token(model, length), 2.0 * model.embed_dim * model.vocab_size
+    config: Any = model
+    whole, head = flops_per_token(config, length), 2.0 * model.embed_dim * model.vocab_size
     mixers = model.mixers()
     mixing = sum(mixer.flops(model.embed_dim, length, causal=not model.has_encoder) for mixer in mixers) / len(mixers)
     mlp = model.mlp.flops(model.embed_dim)

@@ -80,7 +80,7 @@ def estimated(runs: Sequence[PublishedRun]) -> dict[str, Estimate]:
     analyses: dict[RunConfig, Analysis] = {}
     found = {}
     for one in runs:
-        model = dataclasses.replace(one.config.model, remat="none")  # type: ignore[arg-type]
+        model = dataclasses.replace(one.config.model, remat="none")
         shared = dataclasses.replace(
             one.config, name="published", model=model, mesh=MeshConfig(), batch_size=1, microbatches=1
         )
