@@ -134,6 +134,7 @@ def _row(one: PublishedRun, estimate: Estimate, compiled: Compiled | None) -> di
             "seconds": None if prediction is None else prediction["seconds"],
             "error": None if prediction is None else prediction["seconds"] / published - 1,
             "bound": None if prediction is None else prediction["bound"],
+            "parts": {name: prediction[name] for name in ("compute", "memory", "exposed", "gaps")} if prediction else None,
             "memory": compiled.memory, "fits": compiled.fits, "message": compiled.error,
             "seconds_to_compile": compiled.seconds_to_compile,
         }  # fmt: skip
