@@ -123,6 +123,11 @@ def _loader() -> Any:
                             f"{self._source}: line {node.start_mark.line + 1}: the key {shown(key)} appears twice"
                         )
             super().flatten_mapping(node)
+            # A mapping that merges this one must not see what was replaced.
+            last = {
+                (one.tag, one.value) if isinstance(one.value, str) else id(one): (one, two) for one, two in node.value
+            }
+            node.value = list(last.values())
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     return Loader
