@@ -45,7 +45,7 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if "regret" in result:
         yield from _regret_rows(result["regret"])
         return
-    if {"layouts", "strategies", "kind"} & result.keys():
+    if {"layouts", "strategies", "kind", "published"} & result.keys():
         yield from _sharding_rows(result)
         return
     if "ratio_to" in result:
@@ -189,6 +189,13 @@ def _sharding_rows(result: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         for part, of in (("loss", "losses"), ("gradient", "the first gradient")):
             what = f"{result['config']} on {result['devices']} devices, {len(rows)} strategies: {of} against one device, at worst"
             yield what, f"{max(row[f'{part}_difference'] for row in rows):.0e}", ""
+    elif "published" in result:
+        parts = {"by formula": result["by_formula"], **result["families"], "compiled ahead": result.get("by_compiler")}
+        for name, errors in parts.items():
+            if errors is not None:
+                what = f"training runs that others published, steps predicted within 20%, {name}"
+                spread = f"median error {errors['median']:.0%}, at worst {errors['worst']:.0%}"
+                yield what, f"{errors['close']} of {errors['rows']}", spread
     else:
         for part, error in result["worst"].items():
             yield f"prediction on {result['kind']}, error of {part} at worst", f"{error:.0%}", ""

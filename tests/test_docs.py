@@ -131,6 +131,7 @@ ELSEWHERE = {
     "--validate": "benchmarks/test_profile.py",
     "--regret": "benchmarks/test_search.py",
     "--target cpu": "benchmarks/test_search.py",
+    "--published": "benchmarks/test_published.py",
     "gpt_7b.yaml --target": "benchmarks/test_compile_ahead.py",
     "sharding configs/tiny.yaml": "benchmarks/test_sharding_measure.py",
     # It is refused, by a test of its own below.

@@ -41,7 +41,13 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     sub.add_argument("--validate", action="store_true", help=text)
     text = "instead, plan a set of models on this device, and measure how much slower each pick is than the best layout"
     sub.add_argument("--regret", action="store_true", help=text)
-    sub.add_argument("--only", metavar="A,B", help="with --regret: some of its cases, by the beginnings of their names")
+    text = "instead of planning, compare predictions with training runs that others published, and record the errors"
+    sub.add_argument("--published", action="store_true", help=text)
+    sub.add_argument(
+        "--only", nargs="+", metavar="NAME", help="some of the published runs, or of the cases of --regret (all)"
+    )
+    text = "also compile the published runs with their targets' compilers, where those are installed"
+    sub.add_argument("--compile", action="store_true", help=text)
     sub.add_argument(
         "--tokens", type=amount, metavar="N", help="training tokens, such as 1e12, to predict the time of training"
     )
@@ -102,10 +108,13 @@ def _plan(options: argparse.Namespace) -> None:
 
         if options.config or options.target or options.overrides:
             raise UserError("plan: --regret has its own cases, and takes no config, target or field")
-        regret.run(names(options.only), output=options.directory)
+        regret.run(options.only, output=options.directory)
         return
-    if options.only:
-        raise UserError("plan: --only chooses cases of --regret")
+    if options.published:
+        _published(options)
+        return
+    if options.only or options.compile:
+        raise UserError("plan: --only belongs to --published and --regret, and --compile to --published")
     if options.compare and (options.target or options.explain or options.largest):
         raise UserError("plan: --compare has its own targets, and takes no --target, --explain or --largest")
     if not (options.config and (options.target or options.compare)):
@@ -141,6 +150,18 @@ def _plan(options: argparse.Namespace) -> None:
         options.config, options.target, overrides=tuple(options.overrides), how=how, goal=goal, explain=explain,
         look_for_largest=options.largest, output=options.directory,
     )  # fmt: skip
+
+
+def _published(options: argparse.Namespace) -> None:
+    if options.config or options.target or options.overrides:
+        raise UserError("plan: --published has its own runs, and takes no config, target or field")
+    import jax
+
+    from benchmarks.sharding.validation import published
+
+    # Only shapes are traced here; nothing runs.
+    jax.config.update("jax_platforms", "cpu")
+    published.run(options.only, compiled=options.compile, python=options.compiler_python)
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -23,6 +23,7 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9
         ("[" * 20_000, "too many collections inside each other"),
         ("{[a]: 1}: 2", "a key that is a list or a mapping"),
         ("a: 1\na: 2", "the key 'a' appears twice"),
+        ("a: &a {x: 1}\nb: {<<: *a, x: 2, x: 3}", "line 2: the key 'x' appears twice"),
     ],
 )
 def test_values_that_cannot_be_read(text, message):
@@ -47,6 +48,11 @@ def test_data_that_is_no_json(text, message):
 
 def test_an_alias_may_be_used_twice():
     assert as_json(parse_yaml("a: &a [1]\nb: [*a, *a]", "x"), "x") == {"a": [1], "b": [[1], [1]]}
+
+
+def test_a_mapping_may_replace_what_it_merges():
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}"
+    assert parse_yaml(text, "x") == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 3, "y": 4}}
 
 
 def test_a_flag_may_hold_a_cycle_too():

@@ -16,6 +16,7 @@ from transformer.paths import check_file
 
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
 """YAML 1.2's floats with an exponent; PyYAML's own rule reads 1e-3 as text."""
+_MERGE = "tag:yaml.org,2002:merge"
 
 _MOST_VALUES = 1_000_000
 """The most values in a config: a few aliases of aliases are many more than any memory holds."""
@@ -105,18 +106,28 @@ def _loader() -> Any:
         def __init__(self, text: str, source: str) -> None:
             super().__init__(text)
             self._source = source
+            self._checked: set[int] = set()
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            self.flatten_mapping(node)
-            keys = collections.Counter(
-                key for one, _ in node.value if isinstance(key := self.construct_object(one), Hashable)
-            )
-            for key, count in keys.items():
-                if count > 1:
-                    raise UserError(
-                        f"{self._source}: line {node.start_mark.line + 1}: the key {shown(key)} appears twice"
-                    )
-            return super().construct_mapping(node, deep)
+        def flatten_mapping(self, node: Any) -> None:
+            # Once, and before it is merged (<<): a mapping's own keys replace those of what it merges.
+            if id(node) not in self._checked:
+                self._checked.add(id(node))
+                keys = collections.Counter(
+                    key
+                    for one, _ in node.value
+                    if isinstance(key := "<<" if one.tag == _MERGE else self.construct_object(one), Hashable)
+                )
+                for key, count in keys.items():
+                    if count > 1:
+                        raise UserError(
+                            f"{self._source}: line {node.start_mark.line + 1}: the key {shown(key)} appears twice"
+                        )
+            super().flatten_mapping(node)
+            # A mapping that merges this one must not see what was replaced.
+            last = {
+                (one.tag, one.value) if isinstance(one.value, str) else id(one): (one, two) for one, two in node.value
+            }
+            node.value = list(last.values())
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
     return Loader

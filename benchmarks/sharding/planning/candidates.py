@@ -10,10 +10,10 @@ from typing import Any, get_args, get_type_hints
 
 from benchmarks.sharding.devices.targets import Target
 from benchmarks.sharding.predict import shape
-from benchmarks.sharding.predict.analytic import scans_layers
 from train.config import RunConfig
 from train.parallel.mesh import MESH_AXES, MeshConfig
 from transformer.errors import ConfigError
+from transformer.stack import FEW_LAYERS
 
 REMATS = ("none", "light", "full")
 MICROBATCHES = (1, 2, 4, 8)
@@ -78,6 +78,12 @@ def _remats(model: Any) -> list[str]:
     """Policies of rematerialisation that the kind of model has."""
     allowed = get_args(get_type_hints(type(model))["remat"])
     return [name for name in REMATS if name in allowed]
+
+
+def scans_layers(model: Any, platform: str) -> bool:
+    """Whether a step of the model scans its layers."""
+    scan = getattr(model, "scan_layers", False)
+    return (platform != "gpu" or model.num_layers > FEW_LAYERS) if scan == "auto" else bool(scan)
 
 
 def batch_sizes(config: RunConfig, target: Target, most: int = 2) -> list[int]:

@@ -48,8 +48,8 @@ def legend(result: dict[str, Any]) -> dict[str, str]:
     exposed = (
         "the part of it during which the compiled program computes nothing"
         if compiled
-        else f"the part of it that adds to the step: along the axes data and fsdp the time beyond {OVERLAP:.0%} of matmul, "
-        "along the other axes all of it"
+        else f"the part of it that adds to the step: along the axes data and fsdp, and on TPUs tensor, the time beyond "
+        f"{OVERLAP:.0%} of matmul, along the other axes all of it"
     )
     found = {
         "layout": "strategy, sizes of the mesh axes above 1, remat policy and microbatches",

@@ -23,6 +23,7 @@ from benchmarks.sharding.planning.largest import largest
 from benchmarks.sharding.planning.objective import Goal
 from benchmarks.sharding.planning.search import improved, promising, search
 from benchmarks.sharding.predict.ahead import require_any
+from benchmarks.sharding.predict.analytic import basis
 from benchmarks.units import duration
 from train.config import RunConfig, dump, load, to_data
 from train.files import writing
@@ -234,7 +235,7 @@ def summarised(
         "device_memory": target.chip.memory,
         "objective": goal.objective,
         "price": goal.price,
-        "basis": target.basis,
+        "basis": target.basis if has_compiled else basis(target),
         "tokens_per_step": per_step,
         "considered": considered,
         "compiled": sum(entry.compiled is not None and not entry.compiled.failed for entry in entries),

@@ -18,19 +18,25 @@ from jax.sharding import AbstractMesh
 
 from benchmarks.sharding.devices.targets import Target
 from benchmarks.sharding.predict.least import least
-from benchmarks.sharding.predict.shape import experts
+from benchmarks.sharding.predict.shape import experts, repeated
 from train.config import RunConfig
 from train.examine.explain import saved_bytes
-from train.parallel.mesh import MESH_AXES, MeshConfig, Rules, shardings_of
+from train.parallel.mesh import MESH_AXES, STRATEGIES, MeshConfig, Rules, shardings_of
 from train.program.program import batch_shapes, described_state, trained_of
 from transformer.functional import graphdef_of
 from transformer.loss import tokens_of_chunk
 from transformer.models.adapted import make_adapted
 from transformer.models.families import flops_per_token
-from transformer.stack import FEW_LAYERS
 
 OVERLAP = 0.7
-"""Fraction of the arithmetic that can overlap with gathers and reductions of parameters."""
+"""Fraction of the arithmetic that can overlap with communication."""
+HIDEABLE = {"gpu": ("data", "fsdp"), "cpu": ("data", "fsdp"), "tpu": ("data", "fsdp", "tensor")}
+"""Axes whose communication can overlap with arithmetic, by platform: gathers and reductions of parameters. XLA for TPUs also
+splits the products that a tensor axis divides, and sends one part while it computes the next (Wang et al. 2023)."""
+EFFICIENCIES = {"gpu": (0.67, 0.42), "cpu": (0.67, 0.42), "tpu": (0.95, 0.28)}
+"""Fractions of the peak FLOP/s and of the memory's bandwidth that a step reaches by these formulas, by platform: fitted to
+training runs that others published (`validation/published_fit.py`), for targets without a profile. A compiled program has
+others, since its products and its bytes are counted one by one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Estimate:
     """Seconds of all communication, whether or not it overlaps with computation."""
     axes: dict[str, float] = dataclasses.field(default_factory=dict)
     """Seconds of it by axis of the mesh."""
+    hideable: float = 0.0
+    """Seconds of it that overlap with computation as far as that lasts."""
 
     @property
     def memory(self) -> float:
@@ -104,9 +112,10 @@ class Analysis:
             / sizes["context"]
         )
         full, none, own = self.saved("full"), self.saved("none"), self.saved(model.remat)
-        # The residual stream itself is replicated over tensor; all else is sharded. What one layer recomputes is not all alive at
-        # once.
+        # The residual stream is replicated over tensor, unless the strategy shards it; all else is sharded. What one layer
+        # recomputes is not all alive at once.
         slices = sizes["tensor"]
+        stream = full / (slices if STRATEGIES[config.mesh.strategy].slices_stream else 1)
 
         vocab_size, tokens_of_step = model.vocab_size // slices, math.ceil(rows * config.sequence_length)
 
@@ -115,10 +124,12 @@ class Analysis:
             tokens = math.ceil(rows * config.sequence_length)
             return 1.25 * 4 * vocab_size * tokens_of_chunk(config.loss.chunk, tokens, vocab_size)
 
-        kept = full + max(own - full, 0) / slices
+        kept = stream + max(own - full, 0) / slices
         again = 0.0 if model.remat == "none" else 0.6 * (none - full) / layers / slices
         activations = rows * (kept + again) + logits(rows)
-        bubble, passes = 0.0, {"none": 3.0, "light": 3.0, "dots": 3.1, "full": 4.0}[model.remat]
+        bubble, passes = 0.0, {"none": 3.0, "light": 3.0, "dots": 3.1}.get(model.remat, 0.0)
+        if model.remat == "full":
+            passes = 3 + repeated(model, config.sequence_length)
         if (stages := sizes["pipeline"]) > 1:
             parts = config.mesh.pipeline_microbatches or stages * config.mesh.stages_per_device
             bubble = (stages - 1) / (parts * config.mesh.stages_per_device)
@@ -143,18 +154,16 @@ class Analysis:
         devices = target.num_devices
         tokens = config.batch_size * config.sequence_length
         forward = flops_per_token(model, config.sequence_length) * tokens / devices
-        arithmetic = passes * forward / (target.peak_flops * target.matmul_efficiency)
+        products, memory = efficiencies(target)
+        arithmetic = passes * forward / (target.peak_flops * products)
         # Written once and read in both passes, partly overlapped with products; once more for recomputation.
         moved = config.microbatches * rows * none / slices / stages * (2.5 if model.remat == "none" else 3)
         # The sum of the microbatches' gradients is read and written with each, and read by the optimiser.
         moved += 3 * (parameters + config.microbatches * gradients + optimizer)
-        if scans_layers(model, target.chip.platform):
-            # What a layer keeps is copied into stacked arrays and out again, as are its gradients.
-            moved += 2 * (config.microbatches * rows * kept / stages + parameters)
         if (chunks := tokens_of_step / tokens_of_chunk(config.loss.chunk, tokens_of_step, vocab_size)) > 1:
             # Each chunk reads the output projection twice, and reads and writes the sum of its gradients.
             moved += 4 * wide * model.embed_dim * vocab_size * (chunks - 1) * config.microbatches
-        traffic = moved / (target.memory_bandwidth * target.memory_efficiency)
+        traffic = moved / (target.memory_bandwidth * memory)
         if config.mesh.offload_optimizer and target.chip.host:
             traffic += 2 * optimizer / target.chip.host
             optimizer = 0.0
@@ -164,7 +173,7 @@ class Analysis:
             seconds = one.bytes / target.link_of_axis(one.axis, sizes)
             seconds += one.count * target.latency * math.log2(max(sizes[one.axis], 2))
             axes[one.axis] = axes.get(one.axis, 0.0) + seconds
-            if one.axis in ("fsdp", "data"):
+            if one.axis in HIDEABLE[target.chip.platform]:
                 hideable += seconds
             else:
                 shown += seconds
@@ -182,13 +191,26 @@ class Analysis:
             sending,
             hideable + shown,
             axes,
+            hideable,
         )
 
 
-def scans_layers(model: Any, platform: str) -> bool:
-    """Whether a step of the model scans its layers."""
-    scan = getattr(model, "scan_layers", False)
-    return (platform != "gpu" or model.num_layers > FEW_LAYERS) if scan == "auto" else bool(scan)
+def efficiencies(target: Target) -> tuple[float, float]:
+    """Fractions of the peak FLOP/s and of the memory's bandwidth: by the target's profile, else `EFFICIENCIES`."""
+    if target.profile is not None:
+        return target.matmul_efficiency, target.memory_efficiency
+    return EFFICIENCIES[target.chip.platform]
+
+
+def basis(target: Target) -> str:
+    """What an estimate of time rests on."""
+    if target.profile is not None:
+        return target.basis
+    products, memory = efficiencies(target)
+    return (
+        f"published figures, of which products reach {products:.0%} and all other work {memory:.0%} of the bandwidth, by the "
+        "formula's fit to training runs that others published"
+    )
 
 
 def sharded_bytes(tree: Any, rules: Rules, sizes: dict[str, int]) -> float:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from transformer.layers.feed_forward import num_matrices
 from transformer.layers.mixture_of_experts import ExpertsConfig
 from transformer.models.config import StackConfig
+from transformer.models.families import flops_per_token
 
 
 def kv_heads(model: Any) -> int:
@@ -42,6 +44,22 @@ def experts(model: Any) -> ExpertsConfig | None:
 def mlp_width(model: Any) -> int | None:
     """Width of the feed-forward layers; None for a model without any."""
     return model.mlp.width(model.embed_dim) if isinstance(model, StackConfig) else None
+
+
+def repeated(model: Any, length: int) -> float:
+    """The share of a forward pass's FLOPs that the backward pass repeats where it recomputes all of each layer.
+
+    The head is not in a layer, and where a block ends with a sum, nothing needs its last product again.
+    """
+    if not isinstance(model, StackConfig):
+        return 1.0
+    config: Any = model
+    whole, head = flops_per_token(config, length), 2.0 * model.embed_dim * model.vocab_size
+    mixers = model.mixers()
+    mixing = sum(mixer.flops(model.embed_dim, length, causal=not model.has_encoder) for mixer in mixers) / len(mixers)
+    mlp = model.mlp.flops(model.embed_dim)
+    last = mlp / num_matrices(model.mlp.activation) if model.norm_first and not model.norm_outputs else 0.0
+    return max(whole - head, 0.0) / whole * (1 - last / (mixing + mlp))
 
 
 def expert_parameters(model: Any) -> float:
