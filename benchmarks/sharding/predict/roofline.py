@@ -16,6 +16,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from benchmarks.sharding.devices.profile import COPY, ELEMENTWISE, REDUCTION, SCATTER, TRANSPOSE, Profile
 from benchmarks.sharding.devices.targets import Target
@@ -182,9 +183,14 @@ def costs_of(module: Module, target: Target, link_of: LinkOf, temporary: float =
 
 
 def transfers_of(
-    module: Module, target: Target, link_of: LinkOf, operations: Mapping[tuple[str, str], Operation]
-) -> list[Transfer]:
-    """All communication of a step, with what the operations between its start and its end leave exposed."""
+    module: Module, target: Target, link_of: LinkOf, operations: Mapping[tuple[str, str], Operation],
+    faster: Mapping[str, float] = MappingProxyType({}),
+) -> list[Transfer]:  # fmt: skip
+    """All communication of a step, with what the operations between its start and its end leave exposed.
+
+    Args:
+        faster: how many times the bandwidth of a kind of link is to be taken.
+    """
     # Seconds of each instruction, in the order of its computation; concurrent communication overlaps with them.
     spent: dict[str, dict[str, float]] = collections.defaultdict(dict)
     for (where, name), operation in operations.items():
@@ -196,7 +202,7 @@ def transfers_of(
     found = []
     for times, where, instruction in module.executed():
         if instruction.on_host and target.chip.host:
-            seconds = times * instruction.shapes[0].bytes / target.chip.host
+            seconds = times * instruction.shapes[0].bytes / target.chip.host / faster.get("PCIe", 1.0)
             span = (instruction.name, module.end_of(where, instruction))
             exposed = seconds - hidden(seconds, where, span)
             found.append(Transfer("copy", "PCIe", where, span, times, seconds, exposed))
@@ -204,12 +210,13 @@ def transfers_of(
     for one in module.collectives():
         link, bandwidth = link_of(one.group)
         wire = None if profile is None else profile.wire(one.kind, len(one.group))
+        total = one.total / faster.get(link, 1.0)
         if wire is None:
-            seconds = one.total / bandwidth + one.count * target.latency * math.log2(max(len(one.group), 2))
+            seconds = total / bandwidth + one.count * target.latency * math.log2(max(len(one.group), 2))
         else:
             # Groups of virtual devices communicate in turns.
             groups = target.num_devices / len(one.group) if target.turns > 1 else 1
-            seconds = groups * (one.total / wire.bandwidth + one.count * wire.latency)
+            seconds = groups * (total / wire.bandwidth + one.count * wire.latency)
         overlapped = hidden(seconds, one.where, one.span) if one.asynchronous else 0.0
         found.append(Transfer(one.kind, link, one.where, one.span, one.count, seconds, seconds - overlapped))
     return found
