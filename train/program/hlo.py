@@ -139,7 +139,7 @@ class Module:
                 aliases = line.partition("input_output_alias={")[2].partition("entry_computation_layout")[0]
                 self.donated = {int(result): int(argument) for result, argument in _DONATED.findall(aliases)}
             elif current is None:
-                if (header := _HEADER.match(line)):
+                if header := _HEADER.match(line):
                     current = self.computations.setdefault(header.group(2), {})
                     if header.group(1):
                         self.entry = header.group(2)
@@ -154,8 +154,10 @@ class Module:
         for instruction in self.computations.get(name, {}).values():
             yield from self.expanded(name, instruction, times)
 
-    def expanded(self, name: str, instruction: Instruction, times: float = 1) -> Iterator[tuple[float, str, Instruction]]:
-        """(times, computation, instruction) of everything that runs `times` times when an instruction of computation `name` does."""
+    def expanded(
+        self, name: str, instruction: Instruction, times: float = 1
+    ) -> Iterator[tuple[float, str, Instruction]]:
+        """(times, computation, instruction) of all that an instruction of the computation `name` executes in `times` runs."""
         match instruction.opcode:
             case "while":
                 assert instruction.called is not None
@@ -327,7 +329,9 @@ def _parse(line: str) -> Instruction | None:
     # An asynchronous start repeats its operands in its result.
     shapes = tuple(
         Shape(
-            dtype, tuple(int(dim) for dim in dims.split(",") if dim), int(minor) if minor else None,
+            dtype,
+            tuple(int(dim) for dim in dims.split(",") if dim),
+            int(minor) if minor else None,
             int(space.group(1)) if (space := _SPACE.search(rest)) else 0,
         )
         for dtype, dims, minor, rest in _ARRAY.findall(line[start:end])

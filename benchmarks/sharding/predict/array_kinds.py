@@ -65,16 +65,14 @@ def kinds_of(arrays: list[Array]) -> dict[int, str]:
     back = [key for key, one in places.items() if key in batch and "backward" in one.written]
     # Accumulated over microbatches: read, but not in the backward pass.
     gradients |= {key for key in back if reads[key] and not any(phase in _BACK for phase, _, _ in reads[key])}
+    # What is only moved and added on the way to a gradient; results come after what they are computed from, so the last come first.
     found = -1
     while found != len(gradients):
         found = len(gradients)
-        gradients |= {
-            key
-            for key in places
-            if key in batch
-            and reads[key]
-            and all(kept and made and all(id(each) in gradients for each in made) for _, kept, made in reads[key])
-        }
+        for key in reversed(places):
+            moved = all(kept and made and all(id(each) in gradients for each in made) for _, kept, made in reads[key])
+            if key in batch and reads[key] and moved:
+                gradients.add(key)
     kinds = {}
     for key, one in places.items():
         if one.argument is not None:

@@ -1,7 +1,7 @@
 """Which arrays of a compiled program are in memory at each of its instructions.
 
-The compiler schedules a program, so the instructions of a computation are in the order of their execution. An array lives from the
-instruction that makes it to the last one that reads it; arguments live throughout. Tuples, bitcasts, updates in place, what a
+The compiler schedules a program, so the instructions of a computation are in the order of their execution. An array lives from
+the instruction that makes it to the last one that reads it; arguments live throughout. Tuples, bitcasts, updates in place, what a
 loop carries and results that are written into an argument have no memory of their own. A loop's or a call's own arrays live while
 it runs, so its peak is that of its body, and bodies may hold loops in turn.
 """
@@ -21,7 +21,17 @@ from train.program.work import ELEMENTWISE
 
 _ALIASES = {"bitcast", "opt-barrier", "domain", "add-dependency", "async-update"}
 _IN_PLACE = ("dynamic-update-slice", "scatter")
-_MATERIALISED = ("reduce", "dot", "convolution", "scatter", "gather", "custom-call", "reduce-window", "sort", "all-to-all")
+_MATERIALISED = (
+    "reduce",
+    "dot",
+    "convolution",
+    "scatter",
+    "gather",
+    "custom-call",
+    "reduce-window",
+    "sort",
+    "all-to-all",
+)
 """Operations after which an array no longer holds numbers of its operand."""
 _OUTPUTS = re.compile(r"\{([\d,]*)\}: \((\d+), \{[\d,]*\}")
 
@@ -67,9 +77,8 @@ def lifetimes(module: Module, elsewhere: Collection[int] = (5,)) -> Frame:
     analysis = _Analysis(module, elsewhere)
     entry = analysis.frame(module.entry, None, None)
     last = entry.length - 1
-    results = entry.root if isinstance(entry.root, list) else [entry.root]
-    written = {id(one) for index in module.donated if index < len(results) for one in _flat(results[index])}
-    kept = {id(one) for one in _flat(results)}
+    written = {id(one) for one in analysis.donated(entry.root)}
+    kept = {id(one) for one in _flat(entry.root)}
     arrays = []
     for first, end, array in entry.arrays:
         if array.argument is not None:
@@ -187,20 +196,30 @@ class _Analysis:
                 root = made
         for array in _flat(root):
             ends[id(array)] = len(order) - 1
-        # An elementwise result takes the memory of an operand that nothing reads after it.
+        # An elementwise result takes the memory of an operand that nothing reads after it, if it has no other place: that of an
+        # argument, or of what a loop carries.
         taken: set[int] = set()
+        placed = {id(array) for array in (self.donated(root) if given is None else _flat(root))}
         mine = {id(array) for _, array in own}
         for index, array, candidate in shared:
             free = ends.get(id(candidate)) == index and id(candidate) in mine and candidate.argument is None
-            if free and id(candidate) not in taken and id(array) not in taken:
+            if free and id(candidate) not in taken and id(array) not in placed:
                 ends[id(candidate)] = index - 1
-                taken |= {id(candidate), id(array)}
+                taken.add(id(candidate))
+                placed.add(id(array))
         frame = Frame(
             [(first, end, array) for first, array in own if (end := ends.get(id(array), first)) >= first],
             inner, root, len(order),
         )  # fmt: skip
         self.frames.append(frame)
         return frame
+
+    def donated(self, root: Value) -> Iterator[Array]:
+        """Those of the program's results that are written into arguments."""
+        results = root if isinstance(root, list) else [root]
+        for index in self.module.donated:
+            if index < len(results):
+                yield from _flat(results[index])
 
     def _fresh(self, one: Instruction, result: Instruction) -> Value:
         """New arrays in the shapes of `result`."""
@@ -225,6 +244,8 @@ class _Analysis:
         """Results of an instruction that are written into an operand: which of its results, and the operand's number."""
         if one.opcode in _IN_PLACE:
             return {0: 0}
+        if one.opcode == "all-reduce-start":
+            return {number: number for number in range(len(one.operands))}
         if "output_to_operand_aliasing" in one.attributes:
             text = one.attributes.partition("output_to_operand_aliasing=")[2]
             text = text[: text.find("}}") if "}}" in text else len(text)]
@@ -250,7 +271,7 @@ class _Analysis:
             if not isinstance(value, Array):
                 continue
             if inside is None:
-                if one.opcode in ELEMENTWISE or one.opcode.startswith("all-reduce"):
+                if one.opcode in ELEMENTWISE or one.opcode == "all-reduce":
                     yield number, value
             elif _number_by_number(inside, number):
                 yield number, value

@@ -8,7 +8,7 @@ A timeline has these entries; times are seconds from the start of the step, and 
   loop over microbatches in which it is ("" outside)
 - `stages`: seconds by part of each stage and phase, before small segments are merged
 - `communication`: each with `kind`, `link`, `start`, `end`, `seconds`, of which `exposed`, and the `count` of executions
-- `memory`: `times`, the bytes by kind from each of them on (`kinds`), `at_peak` by kind, the `peak`, and the `compiler`'s own figure
+- `memory`: `times`, the bytes by kind from each of them on (`kinds`), those `at_peak`, the `peak`, and the `compiler`'s figure
 """
 
 from __future__ import annotations
@@ -188,7 +188,9 @@ class _Walk:
         return min(seconds["forward"], seconds["backward"]) > _BOTH * whole and "layers" not in scopes_of(loop)
 
 
-def _sending(kind: str, link: str, start: float, end: float, seconds: float, exposed: float, count: float) -> dict[str, Any]:
+def _sending(
+    kind: str, link: str, start: float, end: float, seconds: float, exposed: float, count: float
+) -> dict[str, Any]:
     return {
         "kind": kind, "link": link, "start": start, "end": max(end, start), "seconds": float(seconds),
         "exposed": float(exposed), "count": float(count),

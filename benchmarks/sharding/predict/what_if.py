@@ -16,11 +16,11 @@ def what_if(
 ) -> dict[str, dict[str, Any]]:
     """Three changes, and what they come to:
 
-    - `link`: twice the bandwidth of the link that leaves most communication exposed: its `name`, and `seconds` of the step; missing
-      if no communication is exposed
+    - `link`: twice the bandwidth of the link that leaves most communication exposed: its `name`, and `seconds` of the step;
+      missing if no communication is exposed
     - `memory`: twice the bandwidth of the memory: `seconds`
-    - `batch`: twice the batch: `seconds` of the step at most, when all but the optimiser takes twice as long; and the `bytes` of memory,
-      with twice the activations and temporaries
+    - `batch`: twice the batch: `seconds` of the step at most, when all but the optimiser takes twice as long; and the `bytes`
+      of memory, with twice the activations and temporaries
     """
     exposed: dict[str, float] = collections.defaultdict(float)
     for one in costs.transfers:
