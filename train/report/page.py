@@ -32,7 +32,7 @@ DARK = """<style>
 """A part of a page that also has dark colours, for readers who prefer them."""
 
 _INK = "#7c8496"
-LIGHT_AND_DARK: dict[str, Any] = {
+LIGHT_AND_DARK: Any = {
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
     "axes.titlecolor": _INK, "grid.color": _INK, "font.size": 9.0,
     "figure.facecolor": "none", "axes.facecolor": "none",

@@ -118,6 +118,14 @@ def memory_picture(step: dict[str, Any], limit: float) -> str:
         f'<svg x="0" y="{_GAP}" width="100%" height="{_AREA}" style="height:{_AREA}px" viewBox="0 0 1000 {_AREA}" '
         f'preserveAspectRatio="none">{"".join(shapes)}</svg>',
     ]
+    unit, name = next(
+        ((2.0**power, name) for power, name in ((30, "GiB"), (20, "MiB")) if most >= 2**power), (1024.0, "KiB")
+    )
+    mark = _round(most / unit / 4) * unit
+    for number in range(1, int(most / mark) + 1):
+        y = _GAP + _AREA * (1 - number * mark / most)
+        parts.append(f'<line x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}" stroke-opacity=".2"/>')
+        parts.append(_text("2", y + 13, f"{number * mark / unit:g} {name}"))
     about = f"Memory of a device over the step, {readable(int(memory['peak']))} at its peak"
     if near:
         y = _GAP + _AREA * (1 - limit / most)
@@ -229,12 +237,7 @@ def _stairs(times: list[float], values: list[float], total: float, most: float) 
 
 def _axis(total: float, top: float) -> str:
     """Times in ms, about five of them."""
-    step = next(
-        size * 10.0**power
-        for power in range(-9, 9)
-        for size in (1, 2, 5)
-        if size * 10.0**power >= 1e3 * total / 6
-    )  # fmt: skip
+    step = _round(1e3 * total / 6)
     marks, at = [], 0.0
     while at <= 1e3 * total:
         x = 100 * at / (1e3 * total)
@@ -244,6 +247,11 @@ def _axis(total: float, top: float) -> str:
         marks.append(_text(f"{x:.2f}%", top + 17, label, anchor))
         at = round(at + step, 9)
     return "".join(marks)
+
+
+def _round(least: float) -> float:
+    """The smallest of 1, 2 and 5 times a power of ten that is not below."""
+    return next(size * 10.0**power for power in range(-9, 9) for size in (1, 2, 5) if size * 10.0**power >= least)
 
 
 def _text(x: str, y: float, words: str, anchor: str = "start") -> str:

@@ -65,7 +65,7 @@ def kinds_of(arrays: list[Array]) -> dict[int, str]:
     back = [key for key, one in places.items() if key in batch and "backward" in one.written]
     # Accumulated over microbatches: read, but not in the backward pass.
     gradients |= {key for key in back if reads[key] and not any(phase in _BACK for phase, _, _ in reads[key])}
-    # What is only moved and added on the way to a gradient; results come after what they are computed from, so the last come first.
+    # What is only moved and added on the way to a gradient. Results come after what they are computed from: the last come first.
     found = -1
     while found != len(gradients):
         found = len(gradients)

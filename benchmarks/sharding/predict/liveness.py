@@ -189,8 +189,8 @@ class _Analysis:
                     ends[id(array)] = index
                 if one.opcode.endswith("-done"):
                     start = self.module.computations[name].get(one.operands[0])
-                    for operand in start.operands if start is not None else ():
-                        for array in _flat(values.get(operand, [])):
+                    for source in start.operands if start is not None else ():
+                        for array in _flat(values.get(source, [])):
                             ends[id(array)] = index
             if one.root:
                 root = made

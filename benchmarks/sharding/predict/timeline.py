@@ -105,7 +105,7 @@ def timeline_of(module: Module, costs: Costs, *, compiler: float, platform: str 
 
 def title(stage: str, phase: str) -> str:
     """A stage of the model in a pass, in words."""
-    return stage if phase == "optimiser" or stage == _START else f"{stage}, {phase}"
+    return stage if phase == "optimiser" or stage == _START else f"{stage} {phase}"
 
 
 class _Walk:
@@ -143,7 +143,8 @@ class _Walk:
     def _closed(self, where: str, one: Instruction, memory: np.ndarray, turn: str, fraction: float) -> _Piece:
         """An instruction with all that it executes; of a loop this fraction of its trips."""
         loop = one.opcode == "while"
-        parts, inside = np.zeros(len(PARTS)), collections.defaultdict(lambda: np.zeros(3))
+        parts = np.zeros(len(PARTS))
+        inside: dict[tuple[str, str], np.ndarray] = collections.defaultdict(lambda: np.zeros(3))
         ended = []
         for times, place, each in self.module.expanded(where, one, fraction):
             if (cost := self.costs.operations.get((place, each.name))) is not None:
@@ -277,7 +278,9 @@ def _sampled(pieces: list[_Piece], total: float) -> dict[str, Any]:
             if index not in most or most[index].sum() < one.memory.sum():
                 most[index] = one.memory
     # An interval like the one before it is left out.
-    kept = [index for index in sorted(most) if index == 0 or not np.array_equal(most[index], most.get(index - 1))]
+    kept = [
+        index for index in sorted(most) if index - 1 not in most or not np.array_equal(most[index], most[index - 1])
+    ]
     return {
         "times": [index * total / SAMPLES for index in kept],
         "kinds": {name: [float(most[index][number]) for index in kept] for number, name in enumerate(KINDS)},
