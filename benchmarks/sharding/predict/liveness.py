@@ -283,7 +283,7 @@ class _Analysis:
 
 
 def argument_kind(parameter: Instruction) -> str:
-    """What an argument of a training step is, by its path in the step's arguments."""
+    """What an argument of a training step is, by its path in the arguments; `pmap` keeps none, and all are "other arguments"."""
     path = re.search(r'op_name="([^"]*)"', parameter.attributes)
     name = path.group(1) if path else parameter.name
     if re.match(r"state(\.|_)(params|ema)", name):

@@ -74,10 +74,10 @@ def timeline_of(module: Module, costs: Costs, *, compiler: float, platform: str 
     walk = _Walk(module, costs)
     frame = lifetimes(module, (1, 2, 3, 4, 5) if platform == "tpu" else (5,))
     pieces = _named(list(walk.pieces(module.entry, frame, np.zeros(len(KINDS)), "")))
-    if costs.first_touch:
+    if costs.first_touch and pieces:
         parts = np.zeros(len(PARTS))
         parts[1] = costs.first_touch
-        pieces.insert(0, _Piece(_START, "forward", "", 0, parts, np.zeros(len(KINDS))))
+        pieces.insert(0, _Piece(_START, "forward", "", 0, parts, pieces[0].memory))
     stages: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(len(PARTS)))
     for one in pieces:
         stages[title(one.stage, one.phase)] += one.parts
