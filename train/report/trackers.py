@@ -60,19 +60,21 @@ class TensorBoard:
 
     def __init__(self, run: Tracked) -> None:
         self._directory = run.directory / "tensorboard"
-        self.rewind(run.start_step)
+        self._writer = self._opened(run.start_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._opened(step)
+
+    def _opened(self, step: int) -> Any:
         from tensorboardX import SummaryWriter
 
-        if hasattr(self, "_writer"):
-            self._writer.close()
         # Its own names are the same for all files that begin within a second.
-        self._writer = SummaryWriter(str(self._directory), purge_step=step + 1, filename_suffix=f".{time.time_ns()}")
+        return SummaryWriter(str(self._directory), purge_step=step + 1, filename_suffix=f".{time.time_ns()}")
 
     def close(self) -> None:
         self._writer.close()
