@@ -31,6 +31,8 @@ _SENDING = (
 )  # fmt: skip
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 _FEW = 1024
+KEPT = 2**25
+"""Bytes up to which glibc keeps a block of memory that was freed for the next one; a larger one is touched anew."""
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -106,7 +108,7 @@ def predict(
         else:
             memory += times * seconds
         spent[where][instruction.name] = times * seconds
-    if profile is not None and profile.fresh:
+    if profile is not None and profile.fresh and temporary >= KEPT:
         memory += turns * temporary / (profile.fresh * profile.memory_efficiency)
     exposed = overlapped = 0.0
     links: dict[str, float] = collections.defaultdict(float)
