@@ -102,13 +102,20 @@ def numbers(option: str, text: str | None) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def tokens_of(loaded: LoadedRun, text: str, name: str) -> np.ndarray:
-    """The token ids of the text. Raises `UserError` for a model or a text that does not fit."""
+def tokens_of(loaded: LoadedRun, text: str, name: str, *, special: bool = False) -> np.ndarray:
+    """The token ids of the text.
+
+    Args:
+        special: special tokens that the text spells out, such as `[MASK]`, are those tokens.
+
+    Raises:
+        UserError: a model or a text that does not fit.
+    """
     model, tokenizer = loaded.config.model, loaded.tokenizer
     check_text("text", text)
     if not isinstance(model, GPTConfig | BertConfig):
         raise UserError(f"{name}: a model of family {model.family!r} reads pairs; use manyheads translate --attention")
-    ids = tokenizer.encode(text)
+    ids = np.array(tokenizer.encode_special(text), tokenizer.dtype) if special else tokenizer.encode(text)
     if isinstance(model, GPTConfig):
         ids = np.array(tokenizer.prompt(text), ids.dtype)
     elif isinstance(model, BertConfig):
