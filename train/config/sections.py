@@ -72,6 +72,9 @@ class LogConfig(Config):
 
     every: int = 10
     """Steps between two recorded values."""
+    attention: int | None = None
+    """Steps between two records of what each layer's heads look at (entropy, weight of the token before and of the first one), on one
+    small batch of held-out text, beside the fast kernels; null: never."""
     tensorboard: bool = True
     """Write TensorBoard events under the run's folder."""
     wandb_project: str | None = None
@@ -82,6 +85,7 @@ class LogConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "every", self.every >= 1, "allowed: 1 or more")
+        require(self, "attention", self.attention is None or self.attention >= 1, "allowed: 1 or more, or null")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from transformer.interpret.page import hash_of, visible_line
 
 _LEVELS = 10
 _SHADES = "".join(
-    f".{sign}{level} {{ background: color-mix(in srgb, var({color}) {level * 65 // _LEVELS}%, transparent); }}\n"
+    f".{sign}{level} {{ background: color-mix(in srgb, var({color}) {level * 55 // _LEVELS}%, transparent); }}\n"
     for sign, color in (("p", "--accent"), ("n", "--against"))
     for level in range(1, _LEVELS + 1)
 )
@@ -78,7 +78,8 @@ def heat_map(
             return "<td></td>"
         level = min(round(_LEVELS * abs(value) / most), _LEVELS)
         shade = f' class="{"p" if value > 0 else "n"}{level}"' if level else ""
-        return f"<td{shade}>{value:.{digits}f}</td>"
+        # A zero has no sign.
+        return f"<td{shade}>{round(float(value), digits) + 0.0:.{digits}f}</td>"
 
     lines = [
         f'<tr><th scope="row">{html.escape(name)}</th>{"".join(map(cell, line))}</tr>'

@@ -154,7 +154,7 @@ class Subject:
         """Whether the scores are those of a row's classes, not of a token at a position."""
         self.last = list(self.stacks)[-1]
         """The prefix of the stack whose stream becomes the scores."""
-        self.parts = {part.name: part for prefix, stack in self.stacks.items() for part in _parts(prefix, stack)}
+        self.parts = {part.name: part for part in parts_of(model)}
         self.graphdef, self.params = nnx.split(model)
         self._scored = jax.jit(self._scored_impl, static_argnames="with_loss")
 
@@ -280,6 +280,11 @@ def _head_of(model: Bert) -> str | None:
         return "masked"
     pooled = model.pooled_head is not None and model.config.head.kind == "classification"
     return "classes" if pooled or model.structured_head is not None else None
+
+
+def parts_of(model: Any) -> list[Part]:
+    """The parts of a model, or of its description; none of a recurrent one."""
+    return [part for prefix, stack in stacks_of(model).items() for part in _parts(prefix, stack)]
 
 
 def _parts(prefix: str, stack: LayerStack) -> list[Part]:
