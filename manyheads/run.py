@@ -277,8 +277,8 @@ class Run:
     ) -> Ablation:
         """The model's loss and scores without some of its heads.
 
-        In all methods that look inside, the answer of a language model is the token after a text; of a masked model the token at its
-        one `[MASK]`; of a classifier the class; and of an encoder-decoder the token after `target`.
+        In all methods that look inside, the answer of a language model is the token after a text; of a masked model the token at
+        its one `[MASK]`; of a classifier the class; and of an encoder-decoder the token after `target`.
 
         Args:
             heads: as (layer, head), from 0; of an encoder-decoder as (part, layer, head), with part `encoder.attention`,

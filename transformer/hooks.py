@@ -1,8 +1,8 @@
 """Hooks: values at named places of a model, kept or changed on their way.
 
-A stack of blocks has the places `embed` (its input), `layers.3.attention.heads` (what each head of layer 3 reads, before the output
-projection), `layers.3.attention.out` and `layers.3.mlp.out` (what a sublayer adds to the residual stream), `layers.3.out` (the
-stream after the layer) and `final` (after the final norm); with attention to a memory also `layers.3.cross.heads` and
+A stack of blocks has the places `embed` (its input), `layers.3.attention.heads` (what each head of layer 3 reads, before the
+output projection), `layers.3.attention.out` and `layers.3.mlp.out` (what a sublayer adds to the residual stream), `layers.3.out`
+(the stream after the layer) and `final` (after the final norm); with attention to a memory also `layers.3.cross.heads` and
 `layers.3.cross.out`. The stacks of an encoder-decoder have `encoder.` or `decoder.` before these names. The places
 `layers.3.attention.weights` (or `cross`), `positions` and `segments` can be kept, but a change of them has no effect.
 

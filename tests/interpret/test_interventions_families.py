@@ -97,7 +97,9 @@ EVERY = pytest.mark.parametrize("name", MODELS)
 def test_without_hooks_and_with_hooks_that_only_look_the_result_is_the_same(name):
     own, given = subject(name), inputs(name)
     final = f"{own.last}final"
-    plain = own.model(*([] if given.source_BS is None else [jnp.asarray(given.source_BS)]), jnp.asarray(given.tokens_BT))
+    plain = own.model(
+        *([] if given.source_BS is None else [jnp.asarray(given.source_BS)]), jnp.asarray(given.tokens_BT)
+    )
     hooks = Hooks(keep=(final,))
     hooked(own.model, hooks)(
         *([] if given.source_BS is None else [jnp.asarray(given.source_BS)]), jnp.asarray(given.tokens_BT)
@@ -201,7 +203,9 @@ def test_models_without_such_parts_or_answers_are_refused(config, message):
 
 
 def test_heads_of_pairs_are_named_with_their_part():
-    with pytest.raises(UserError, match=r"heads: got \(0, 1\); allowed: \(part, layer, head\), with part one of encoder"):
+    with pytest.raises(
+        UserError, match=r"heads: got \(0, 1\); allowed: \(part, layer, head\), with part one of encoder"
+    ):
         ablate(subject("t5"), inputs("t5"), [(0, 1)])
     found = ablate(subject("t5"), inputs("t5"), [("decoder.cross", 2, 1)])
     assert np.abs(found.change_BC).max() > 1e-4 and found.loss_change is not None

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_all_layers_and_heads(whole, capsys, tmp_path):
-    assert main(["attend", str(whole), "--text", "value_3 = 5", "--pictures", "--out", str(tmp_path / "look" / "here")]) == 0
+    assert (
+        main(["attend", str(whole), "--text", "value_3 = 5", "--pictures", "--out", str(tmp_path / "look" / "here")])
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     folder = tmp_path / "look" / "here"
     size = (folder / "attention.html").stat().st_size

@@ -73,8 +73,8 @@ class LogConfig(Config):
     every: int = 10
     """Steps between two recorded values."""
     attention: int | None = None
-    """Steps between two records of what each layer's heads look at (entropy, weight of the token before and of the first one), on one
-    small batch of held-out text, beside the fast kernels; null: never."""
+    """Steps between two records of what each layer's heads look at (entropy, weight of the token before and of the first one), on
+    one small batch of held-out text, next to the fast kernels; null: never."""
     tensorboard: bool = True
     """Write TensorBoard events under the run's folder."""
     wandb_project: str | None = None

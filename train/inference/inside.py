@@ -44,8 +44,8 @@ from transformer.models.families import make_model
 class Inside:
     """The model of a loaded run as a `Subject`.
 
-    A language model (gpt) is asked for the token after a text; a masked model (bert) for the token at its one `[MASK]`; a classifier
-    for the class; an encoder-decoder for the token after `target`, which is the beginning of what it writes for the text.
+    A language model (gpt) is asked for the token after a text; a masked model (bert) for the token at its one `[MASK]`; a
+    classifier for the class; an encoder-decoder for the token after `target`, the beginning of what it writes for the text.
 
     Args:
         name: the run, in messages.
@@ -160,8 +160,8 @@ class Inside:
         if len(ids) != 1:
             parts = " ".join(map(shown, labels(tokenizer, ids)))
             raise UserError(
-                f"{name}: {shown(text)} is {len(ids)} tokens{f' ({parts})' if parts else ''}; give one token, with the space before "
-                "it if it has one"
+                f"{name}: {shown(text)} is {len(ids)} tokens{f' ({parts})' if parts else ''}; give one token, with the space "
+                "before it if it has one"
             )
         return int(ids[0])
 
@@ -172,7 +172,9 @@ class Inside:
     def _masked_place(self, ids: np.ndarray) -> int:
         found = np.flatnonzero(ids == self._loaded.tokenizer.special(MASK))
         if len(found) != 1:
-            raise UserError(f"text: it has {len(found)} {MASK}; a masked model answers at one: write {MASK} for that token")
+            raise UserError(
+                f"text: it has {len(found)} {MASK}; a masked model answers at one: write {MASK} for that token"
+            )
         return int(found[0])
 
     def _pairs(self, texts: Sequence[str], target: str) -> Inputs:
@@ -188,7 +190,9 @@ class Inside:
         written = own.encode(target).tolist()
         for name, size in (("text", max(map(len, sources))), ("target", len(written) + 1)):
             if size > most:
-                raise UserError(f"{name}: its {size:,} tokens exceed the model's context of {most:,}; give a shorter one")
+                raise UserError(
+                    f"{name}: its {size:,} tokens exceed the model's context of {most:,}; give a shorter one"
+                )
         return pair_inputs(sources, [written] * len(sources), own.end_of_text, own.end_of_text)
 
     def on_mesh(self) -> Any:

@@ -80,10 +80,10 @@ def look(
     inside = Inside(loaded, str(run))
     inputs = inside.inputs(text, target)
     other = None if corrupted is None else inside.inputs(corrupted, target)
-    wanted = [None if given is None else inside.answer_number(name, given)
-              for name, given in (("answer", answer), ("instead", instead))]  # fmt: skip
+    first = None if answer is None else inside.answer_number("answer", answer)
+    second = None if instead is None else inside.answer_number("instead", instead)
     with inside.on_mesh():
-        found = _find(inside, inputs, other, *wanted, how)
+        found = _find(inside, inputs, other, first, second, how)
     tokens = {prefix: list(map(visible, names)) for prefix, names in inside.labels(inputs).items()}
     for line in _said(found, tokens):
         print(line)
@@ -158,7 +158,9 @@ def _said(found: Findings, tokens: Mapping[str, list[str]]) -> list[str]:
         heads = [(head, value) for head, value in _ranked(found.patching.heads)[:_SHOWN]]
         lines.append(f"patching     heads: {', '.join(f'{_head_name(head)} {value:.2f}' for head, value in heads)}")
         for prefix, table in found.patching.stream.items():
-            where = [f"{tokens[prefix][table[layer].argmax()]} ({table[layer].argmax()})" for layer in range(len(table))]
+            where = [
+                f"{tokens[prefix][table[layer].argmax()]} ({table[layer].argmax()})" for layer in range(len(table))
+            ]
             lines.append(f"patching     {prefix}stream, from layer to layer, most at {' '.join(where)}")
     return lines
 
@@ -173,16 +175,16 @@ def _sections(found: Findings, tokens: Mapping[str, list[str]], words: list[list
     )  # fmt: skip
     yield section(
         "Logit lens",
-        "What the model would predict after each layer, if the final norm and the output projection read the residual stream there; "
-        "0 is before the first layer.",
+        "What the model would predict after each layer, if the final norm and the output projection read the residual stream "
+        "there; 0 is before the first layer.",
         word_table(words, found.lens.probabilities_LTK[:, :, 0], named, after),
         heat_map(f"The answer {found.answer}", of_answer[:, :1], ["probability"], after, largest=1.0, digits=3),
         paragraph("Its rank after each layer: " + ", ".join(f"{rank:.0f}" for rank in of_answer[:, 1])),
     )
     yield section(
         "Direct logit attribution",
-        f"What each part adds to the logit of {found.answer} minus that of {found.instead}, with the scale of the final norm as it is "
-        "here.",
+        f"What each part adds to the logit of {found.answer} minus that of {found.instead}, with the scale of the final norm "
+        "as it is here.",
         *_attribution(found),
     )  # fmt: skip
     yield section(
@@ -217,7 +219,9 @@ def _patching(patching: Patching, found: Findings, tokens: Mapping[str, list[str
     maps = []
     for prefix, table in patching.stream.items():
         rows = [str(layer) for layer in range(len(table))]
-        maps.append(heat_map(f"{prefix}residual stream", table, tokens[prefix], rows, largest=1.0, corner="after layer"))
+        maps.append(
+            heat_map(f"{prefix}residual stream", table, tokens[prefix], rows, largest=1.0, corner="after layer")
+        )
     for place, table in patching.outputs.items():
         prefix = place[: place.index(".") + 1] if place.startswith(("encoder.", "decoder.")) else ""
         rows = [str(layer) for layer in range(len(table))]
@@ -225,8 +229,9 @@ def _patching(patching: Patching, found: Findings, tokens: Mapping[str, list[str
     maps += [_map(f"heads of {part}", table, 1.0) for part, table in patching.heads.items()]
     return section(
         "Activation patching",
-        f"The corrupted text with one value of this text's run in its place: how much of the difference between {found.answer} and "
-        f"{found.instead} comes back. 0 is the corrupted text ({patching.corrupted:+.2f}), 1 this one ({patching.clean:+.2f}).",
+        f"The corrupted text with one value of this text's run in its place: how much of the difference between {found.answer} "
+        f"and {found.instead} comes back. 0 is the corrupted text ({patching.corrupted:+.2f}), 1 this one "
+        f"({patching.clean:+.2f}).",
         *maps,
     )
 

@@ -2,8 +2,8 @@
 
 T position, L layers, N query heads.
 
-Its style is that of the page of attention maps. Every text is displayed as text, and tokens have to be made `visible` by the caller; a
-policy in the page allows nothing to be loaded or to run.
+Its style is that of the page of attention maps. Every text is displayed as text, and tokens have to be made `visible` by the
+caller; a policy in the page allows nothing to be loaded or to run.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def heat_map(
     return f"<div><h3>{html.escape(title)}</h3>{_table(corner, columns, lines)}</div>"
 
 
-def word_table(
-    words: Sequence[Sequence[str]], shares: np.ndarray, columns: Sequence[str], rows: Sequence[str]
-) -> str:
+def word_table(words: Sequence[Sequence[str]], shares: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> str:
     """A table [rows, columns] of words, each with its probability."""
 
     def cell(word: str, share: float) -> str:
@@ -134,4 +132,3 @@ def _table(corner: str, columns: Sequence[str], lines: Iterable[str], kind: str 
         f'<div class="panel table"><table class={name}><thead><tr><th scope="col">{html.escape(corner)}</th>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
-

@@ -30,8 +30,8 @@ ROWS = 4
 class HeadLog:
     """Statistics of each layer's attention, by the objective's own evaluation of a batch.
 
-    The training step is not changed: this is a program of its own, in which the layers run one by one and one layer's weights after
-    the other are computed in addition to the pass of the fast kernels.
+    The training step is not changed: this is a program of its own, in which weights are computed in addition to the pass of the
+    fast kernels, and only their sums are kept.
 
     Raises:
         UserError: no held-out text, or a model without attention whose weights are distributions.
@@ -47,7 +47,9 @@ class HeadLog:
                 "distributions; set it to null"
             )
         if not prepared.validation:
-            raise UserError("log.attention: it needs held-out text; set data.validation_fraction above 0, or it to null")
+            raise UserError(
+                "log.attention: it needs held-out text; set data.validation_fraction above 0, or it to null"
+            )
         parts_of_batch = math.lcm(batch_parts(program.mesh, config.mesh.rules), jax.process_count())
         host = evaluation_batches(
             prepared, config.data, batch_size=-(-ROWS // parts_of_batch) * parts_of_batch, length=config.sequence_length,
@@ -67,8 +69,8 @@ class HeadLog:
         self._measure = jax.jit(measure)
 
     def __call__(self, params: nnx.State) -> Mapping[str, float]:
-        """For each layer: the means over its heads of the entropy in bits, and of the weights of the token before (`previous`) and of
-        the first one (`first`); and of these two also the head that has most."""
+        """For each layer: the means over its heads of the entropy in bits, and of the weights of the token before (`previous`)
+        and of the first one (`first`); and of these two also the head that has most."""
         sums = jax.device_get(self._measure(params, self._batch))
         values: dict[str, float] = {}
         for part, layer in self._wanted:

@@ -308,17 +308,18 @@ def with_schedule(model: Any, schedule: Schedule) -> Any:
 
 
 def stacks_of(model: Any) -> dict[str, LayerStack]:
-    """The stacks of a model by the prefix of their places: one under "", or `encoder.` and `decoder.`; none for a recurrent model."""
-    stacks = {"": "layers", "encoder.": "encoder", "decoder.": "decoder"}
-    found = {prefix: getattr(model, name, None) for prefix, name in stacks.items()}
-    return {prefix: stack for prefix, stack in found.items() if isinstance(stack, LayerStack)}
+    """The stacks of a model by the prefix of their places: one under "", or `encoder.` and `decoder.`; none of a
+    recurrent one."""
+    names = {"": "layers", "encoder.": "encoder", "decoder.": "decoder"}
+    found = {prefix: getattr(model, name, None) for prefix, name in names.items()}
+    return {prefix: one for prefix, one in found.items() if isinstance(one, LayerStack)}
 
 
 def hooked(model: M, hooks: Hooks) -> M:
     """The same model with hooks in its stacks (`transformer.hooks`), for one call."""
     model = nnx.merge(*nnx.split(model))
-    for prefix, stack in stacks_of(model).items():
-        stack.hooks = hooks.inside(prefix.removesuffix(".")) if prefix else hooks
+    for prefix, one in stacks_of(model).items():
+        one.hooks = hooks.inside(prefix.removesuffix(".")) if prefix else hooks
     return model
 
 

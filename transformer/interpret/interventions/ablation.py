@@ -65,9 +65,7 @@ class Importance:
         return sorted(found, key=lambda one: -abs(one[1]))
 
 
-def ablate(
-    subject: Subject, inputs: Inputs, heads: Collection[tuple[Any, ...]], how: str = "zero"
-) -> Ablation:
+def ablate(subject: Subject, inputs: Inputs, heads: Collection[tuple[Any, ...]], how: str = "zero") -> Ablation:
     """Replace the outputs of some heads, all at once.
 
     Args:
@@ -164,9 +162,7 @@ def _replacements(subject: Subject, inputs: Inputs, how: str) -> dict[str, Array
     return found
 
 
-def _edits(
-    subject: Subject, rows: Sequence[Sequence[Head]], values: dict[str, Array]
-) -> dict[str, tuple[Any, Any]]:
+def _edits(subject: Subject, rows: Sequence[Sequence[Head]], values: dict[str, Array]) -> dict[str, tuple[Any, Any]]:
     """For each row the heads that are replaced; every place is in the result, so that one program serves all."""
     edits = {}
     for part in subject.parts.values():

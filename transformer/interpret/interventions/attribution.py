@@ -1,7 +1,7 @@
 """Direct logit attribution: what each part of a model adds to the difference of two logits (Elhage et al. 2021).
 
-The residual stream of a pre-norm model is a sum: the embedding, each head's output, each feed-forward layer's output, and biases. With
-the scale of the final norm held at its value on this input, a logit is linear in it, so that the parts add up to the logit.
+The residual stream of a pre-norm model is a sum: the embedding, each head's output, each feed-forward layer's output, and biases.
+With the scale of the final norm held at its value on this input, a logit is linear in it, so that the parts add up to the logit.
 
 B batch, T position, D embed, N query heads, H features of a head's output.
 """
@@ -47,7 +47,9 @@ class Attribution:
         return self.embedding + heads + float(self.mlps.sum()) + self.biases
 
 
-def attribute(subject: Subject, inputs: Inputs, *, answer: int | None = None, instead: int | None = None) -> Attribution:
+def attribute(
+    subject: Subject, inputs: Inputs, *, answer: int | None = None, instead: int | None = None
+) -> Attribution:
     """Attribute the difference of two logits of a row's answer; of an encoder-decoder to the parts of its decoder.
 
     Args:
@@ -55,8 +57,8 @@ def attribute(subject: Subject, inputs: Inputs, *, answer: int | None = None, in
         answer, instead: tokens; by default the likeliest one, and the next likeliest.
 
     Raises:
-        UserError: a model in which logits are not linear in the parts: post-norm, with a soft cap of the logits, or an encoder, whose
-            head has a layer of its own.
+        UserError: a model in which logits are not linear in the parts: post-norm, with a soft cap of the logits, or an encoder,
+            whose head has a layer of its own.
     """
     _check(subject)
     scores_C = subject.scores(inputs)[0][0]
@@ -125,11 +127,13 @@ def _check(subject: Subject) -> None:
     elif getattr(config, "logit_soft_cap", None) is not None:
         why = "model.logit_soft_cap: it bends the logits"
     if why is not None:
-        raise UserError(f"{why}, so that logits are not a sum of parts; use ablation or patching instead of attribution")
+        raise UserError(
+            f"{why}, so that logits are not a sum of parts; use ablation or patching instead of attribution"
+        )
 
 
 def _direction(model: Any, both: Array) -> tuple[Float[Array, " D"], Float[Array, ""]]:
-    """The direction after the final norm in which the first logit grows against the second, and the difference of their biases."""
+    """The direction after the final norm in which the first logit grows against the second; the difference of their biases."""
     projection = model.projection()
     kernel_VD = projection.kernel if projection.is_table else projection.kernel.T
     first, second = widen(kernel_VD[both])

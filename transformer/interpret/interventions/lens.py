@@ -72,7 +72,9 @@ def lens(subject: Subject, inputs: Inputs, *, top: int = 5, answer: int | None =
     if subject.scores_rows:
         targets_T = np.array([-1 if answer is None else answer], np.int32)
     else:
-        targets_T = np.where(np.asarray(inputs.weights_BT[0]) > 0, np.asarray(inputs.targets_BT[0]), -1).astype(np.int32)
+        targets_T = np.where(np.asarray(inputs.weights_BT[0]) > 0, np.asarray(inputs.targets_BT[0]), -1).astype(
+            np.int32
+        )
         if answer is not None:
             targets_T[int(inputs.at_B[0])] = answer
     tokens, probabilities, own, rank, followed = map(np.asarray, read(subject.params, inputs, targets_T))

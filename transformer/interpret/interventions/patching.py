@@ -21,7 +21,7 @@ from transformer.types import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Patching:
-    """How much of the clean answer each value brings back: 0 as corrupted, 1 as clean. Each is by the stack's prefix or the part."""
+    """How much of the clean answer each value brings back: 0 as corrupted, 1 as clean; by the stack's prefix or the part."""
 
     answer: int
     instead: int
@@ -57,7 +57,9 @@ def patch(
     answer, instead = answer_and_instead(clean_C, answer, instead, corrupted_C)
     least, most = (float(scores[answer] - scores[instead]) for scores in (corrupted_C, clean_C))
     if abs(most - least) < 1e-6 * max(1.0, abs(most)):
-        raise UserError("corrupted: it gives the two answers the same logit difference as the clean text; change what matters")
+        raise UserError(
+            "corrupted: it gives the two answers the same logit difference as the clean text; change what matters"
+        )
     cells = [(place, index) for place in places for index in range(_width(place, values[place]))]
     per_pass = min(subject.rows_of_pass(corrupted), len(cells))
     repeated = corrupted.repeated(per_pass)
@@ -71,7 +73,8 @@ def patch(
     def table(of: list[str]) -> np.ndarray:
         return np.array([[restored[place, index] for index in range(_width(place, values[place]))] for place in of])
 
-    stream, outputs = {}, {}
+    stream: dict[str, np.ndarray] = {}
+    outputs: dict[str, np.ndarray] = {}
     for prefix, stack in subject.stacks.items():
         layers = [f"{prefix}layers.{layer}." for layer in range(stack.num_layers)]
         stream[prefix] = table([f"{prefix}embed", *(f"{layer}out" for layer in layers)])

@@ -18,14 +18,14 @@ from transformer.errors import UserError
 from transformer.hooks import Hooks
 from transformer.interpret.capture import MAX_BYTES, readable
 from transformer.interpret.interventions.subject import Inputs, Part, Subject
-from transformer.types import Array, Float, Int
+from transformer.types import Array, Float
 
 MEASURES = ("entropy", "previous", "first", "distance")
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadStatistics:
-    """Means over the queries of all texts, for each head [layers, heads]; nan where a layer has fewer heads or no distributions."""
+    """Means over the queries of all texts, by layer and head; nan where a layer has fewer heads or no distributions."""
 
     entropy: Float[np.ndarray, "L N"]
     """Of the distribution over keys, in bits."""
@@ -37,13 +37,11 @@ class HeadStatistics:
     """How many tokens away a head looks (Vig & Belinkov 2019). None for attention to a memory."""
 
 
-def head_statistics(
-    subject: Subject, inputs: Inputs, *, max_bytes: int = MAX_BYTES
-) -> dict[str, HeadStatistics]:
+def head_statistics(subject: Subject, inputs: Inputs, *, max_bytes: int = MAX_BYTES) -> dict[str, HeadStatistics]:
     """The statistics of each part of a model.
 
-    The model runs with its own kernels. Only the weights of a few layers and rows at a time are computed in addition, so that memory
-    stays below `max_bytes`.
+    The model runs with its own kernels. Only the weights of a few layers and rows at a time are computed in addition, so that
+    memory stays below `max_bytes`.
 
     Raises:
         UserError: no layer has weights that are distributions, or one row of one layer needs more than `max_bytes`.
@@ -88,7 +86,9 @@ def sums_of(wanted: Sequence[tuple[Part, int]], kept: Mapping[str, Array]) -> di
         positions_BT = kept[f"{part.stack}positions"]
         segments_BT = kept.get(f"{part.stack}segments")
         valid_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT != 0
-        sums = {"entropy": _over(valid_BT, -jnp.sum(jax.scipy.special.xlogy(weights_BNTS, weights_BNTS), -1) / np.log(2))}
+        sums = {
+            "entropy": _over(valid_BT, -jnp.sum(jax.scipy.special.xlogy(weights_BNTS, weights_BNTS), -1) / np.log(2))
+        }
         later_BT = valid_BT & (positions_BT > 0)
         keys_S = jnp.arange(S)
         if part.reads_memory:
@@ -122,8 +122,8 @@ def means_of(part: Part, sums: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 def induction_scores(subject: Subject, length: int = 32, rows: int = 8, seed: int = 0) -> Float[np.ndarray, "L N"]:
     """How much each head attends to the token after an earlier copy of the current one (Olsson et al. 2022).
 
-    Each row is a random sequence of `length` tokens, twice. The score is the mean weight, from a token of the second copy, of the token
-    that followed it in the first.
+    Each row is a random sequence of `length` tokens, twice. The score is the mean weight, from a token of the second copy, of the
+    token that followed it in the first.
 
     Raises:
         UserError: a model that does not write from left to right, a context below two tokens, or no layer with distributions.
@@ -151,7 +151,9 @@ def induction_scores(subject: Subject, length: int = 32, rows: int = 8, seed: in
         hooks = Hooks(keep=places)
         subject.call(params, inputs, hooks)
         # The current token stood `length` before, and the one after it is next to that.
-        return {place: weights[:, :, queries, queries - length + 1].mean((0, 2)) for place, weights in hooks.kept.items()}
+        return {
+            place: weights[:, :, queries, queries - length + 1].mean((0, 2)) for place, weights in hooks.kept.items()
+        }
 
     table = np.full((len(part.heads), max(part.heads)), np.nan)
     for place, found in scores(subject.params, inputs).items():

@@ -85,7 +85,11 @@ def pair_inputs(sources: Collection[Any], targets: Collection[Any], start: int, 
             weights_BT[row, len(ids)], targets_BT[row, len(ids)] = 1, end
     read = _padded([np.asarray(ids) for ids in sources], [0] * len(sources), predicts=False)
     return dataclasses.replace(
-        made, targets_BT=targets_BT, weights_BT=weights_BT, source_BS=read.tokens_BT, source_segments_BS=read.segments_BT
+        made,
+        targets_BT=targets_BT,
+        weights_BT=weights_BT,
+        source_BS=read.tokens_BT,
+        source_segments_BS=read.segments_BT,
     )
 
 
@@ -298,7 +302,10 @@ def _parts(prefix: str, stack: LayerStack) -> list[Part]:
 
 
 def answer_and_instead(
-    scores_C: Float[np.ndarray, " C"], answer: int | None, instead: int | None, other_C: Float[np.ndarray, " C"] | None = None
+    scores_C: Float[np.ndarray, " C"],
+    answer: int | None,
+    instead: int | None,
+    other_C: Float[np.ndarray, " C"] | None = None,
 ) -> tuple[int, int]:
     """The two answers to compare, with defaults: the likeliest one; and the likeliest other one, of `other_C` if given."""
     first = int(np.argmax(scores_C)) if answer is None else answer
@@ -309,5 +316,3 @@ def answer_and_instead(
     others = np.array(scores_C if other_C is None else other_C)
     others[first] = -np.inf
     return first, int(np.argmax(others))
-
-
