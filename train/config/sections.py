@@ -72,6 +72,9 @@ class LogConfig(Config):
 
     every: int = 10
     """Steps between two recorded values."""
+    attention: int | None = None
+    """Steps between two records of what each layer's heads look at (entropy, weight of the token before and of the first one), on
+    one small batch of held-out text, next to the fast kernels; null: never."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
     """Where metrics are also recorded: TensorBoard's events in the run's folder, Weights & Biases, MLflow, Trackio; each but the
     first needs the extra of its name."""
@@ -84,6 +87,7 @@ class LogConfig(Config):
         super().__post_init__()
         require(self, "every", self.every >= 1, "allowed: 1 or more")
         require(self, "trackers", len(set(self.trackers)) == len(self.trackers), "allowed: each once")
+        require(self, "attention", self.attention is None or self.attention >= 1, "allowed: 1 or more, or null")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ import optax
 from flax import nnx
 
 from train.checkpoints.checkpoint import Checkpoints
-from train.checkpoints.identity import check_same_run, describe_data, tokenizer_files
+from train.checkpoints.identity import check_same_run, identity_of
 from train.checkpoints.selection import Selection, is_selective
-from train.config import RunConfig, to_data
+from train.config import RunConfig
 from train.data.loader import prefetch_to_device
 from train.data.prepared.store import Prepared
 from train.loss import Batch
@@ -32,6 +32,7 @@ from train.report.metrics import SAMPLES, SKIPPED, STARTS, MetricLog
 from train.report.sample import make_sampler
 from train.run.begin import batches_of, program_of
 from train.run.evaluate import Evaluation, Evaluator
+from train.run.head_log import HeadLog
 from train.run.init_from import fresh_state
 from train.run.messages import all_skipped, course_of, headline, interrupted_at, padding_of, start_of
 from train.run.order import Order
@@ -41,7 +42,6 @@ from train.run.session import Finished, Session, Spike
 from train.run.skipped import record_of, why_skipped
 from train.run.trace import Trace
 from train.translation import TextTranslator
-from train.versions import versions
 from transformer.errors import UserError
 
 
@@ -58,13 +58,7 @@ class Run:
             if config.objective.translates and prepared.validation:
                 self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
             self.sampler = make_sampler(config, prepared, self.translator)
-        self.identity = {
-            "config": to_data(config),
-            "tokenizer": tokenizer_files(prepared),
-            "labels": list(prepared.meta.labels),
-            "data": describe_data(prepared),
-            "versions": versions(),
-        }
+        self.identity = identity_of(config, prepared)
         self.flops_per_prediction = flops_per_prediction(config, prepared, self.program)
         self._take(prepared)
         self.selection = Selection(config.checkpoint.best)
@@ -74,6 +68,7 @@ class Run:
         """Read batches from this data."""
         self.prepared = prepared
         self.held_out = Evaluator(self.config, prepared, self.program, self.translator) if prepared.validation else None
+        self.heads = HeadLog(self.config, prepared, self.program) if self.config.log.attention else None
         self.batches = batches_of(self.config, prepared)
 
     def start(
@@ -188,7 +183,8 @@ class Run:
                 evaluates = self.held_out is not None and _due(step, config.evaluation.every)
                 samples = _due(step, config.sample.every)
                 saves = self._saves(step)
-                if evaluates or samples or saves:
+                looks = _due(step, self.config.log.attention or 0)
+                if evaluates or samples or saves or looks:
                     # A step is built upon only after its update is known to be good.
                     if (spike := self._read(session, keep=0)) is not None:
                         return state, step, spike
@@ -202,6 +198,9 @@ class Run:
                     best = is_selective(config) and self.selection.step == step
                     if best and not saves and not meter.skipped_in_row:
                         self._save(state, step, session)
+                if self.heads is not None and looks:
+                    session.watch.alive()
+                    session.log.write(step, attention=self.heads(_used(state)))
                 if samples:
                     session.watch.alive()
                     self.sample(state, step, session)
