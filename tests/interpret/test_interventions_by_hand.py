@@ -16,7 +16,7 @@ from transformer.interpret.interventions import (
     head_importance,
     head_statistics,
     induction_scores,
-    lens,
+    logit_lens,
     next_token_inputs,
     patch,
 )
@@ -65,7 +65,7 @@ def test_a_mean_is_over_all_tokens_of_all_texts():
     valid = np.asarray(texts.segments_BT) != 0
     mean_H = heads_BTNH[:, :, 0][valid].mean(0)
     found = ablate(subject(), texts, [(1, 0)], "mean")
-    # The head writes its features, scaled, into the prediction, beside three ones.
+    # The head writes its features, scaled, into the prediction, next to three ones.
     written_V = mean_H
     expected = written_V[B] * np.sqrt(D / (3 + (written_V**2).sum()))
     np.testing.assert_allclose(found.ablated_scores_BC[:, B], expected, rtol=1e-4)
@@ -104,7 +104,7 @@ def test_attribution_gives_all_to_the_head_that_writes():
 
 
 def test_the_lens_sees_the_answer_after_the_second_layer():
-    found = lens(subject(), next_token_inputs([CLEAN]), top=3, answer=B)
+    found = logit_lens(subject(), next_token_inputs([CLEAN]), top=3, answer=B)
     last = found.target_probability_LT[:, -1]
     assert found.tokens_LTK.shape == (3, 6, 3) and found.tokens_LTK[2, -1, 0] == B
     np.testing.assert_allclose(last[:2], 1 / V, rtol=1e-4)

@@ -22,7 +22,7 @@ from transformer.interpret.interventions import (
     head_importance,
     head_statistics,
     induction_scores,
-    lens,
+    logit_lens,
     next_token_inputs,
     pair_inputs,
     patch,
@@ -145,7 +145,7 @@ def test_attribution_is_refused_where_logits_are_no_sum(name, why):
 @EVERY
 def test_the_last_layer_of_the_lens_is_the_models_own_answer(name):
     own, given = subject(name), inputs(name)
-    found = lens(own, given, top=2)
+    found = logit_lens(own, given, top=2)
     scores = own.scores(given)[0][0]
     at = 0 if own.scores_rows else int(given.at_B[0])
     assert found.tokens_LTK[-1, at, 0] == scores.argmax()

@@ -31,7 +31,7 @@ from transformer.interpret.interventions import (
     head_importance,
     head_statistics,
     induction_scores,
-    lens,
+    logit_lens,
     next_token_inputs,
     pair_inputs,
     patch,
@@ -85,12 +85,12 @@ class Inside:
             return patch(self.subject, clean, other, **options)
 
     def lens(self, text: str, *, top: int = 5, answer: str | None = None, target: str = "") -> Lens:
-        """`interventions.lens`. Raises `UserError`."""
+        """`interventions.logit_lens`. Raises `UserError`."""
         if top < 1:
             raise UserError(f"top: got {top}; allowed: 1 or more")
         option = self._answers(answer, None)["answer"]
         with self.on_mesh():
-            return lens(self.subject, self.inputs(text, target), top=top, answer=option)
+            return logit_lens(self.subject, self.inputs(text, target), top=top, answer=option)
 
     def attribute(
         self, text: str, *, answer: str | None = None, instead: str | None = None, target: str = ""

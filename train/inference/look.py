@@ -28,7 +28,7 @@ from transformer.interpret.interventions import (
     head_importance,
     head_statistics,
     induction_scores,
-    lens,
+    logit_lens,
     patch,
 )
 from transformer.interpret.interventions.ablation import log_softmax
@@ -117,7 +117,7 @@ def _find(
         visible(inside.answer_label(answer)), visible(inside.answer_label(instead)),
         float(np.exp(log_softmax(scores_C)[answer])), float(scores_C[answer] - scores_C[instead]),
         0 if subject.scores_rows else int(inputs.at_B[0]),
-        lens(subject, inputs, top=1, answer=answer),
+        logit_lens(subject, inputs, top=1, answer=answer),
         head_importance(subject, inputs, how, answer=answer, instead=instead),
         _or_why(lambda: attribute(subject, inputs, answer=answer, instead=instead)),
         _or_why(lambda: head_statistics(subject, inputs)), _or_why(lambda: induction_scores(subject)), patching,

@@ -33,7 +33,7 @@ class Lens:
     """1 for the likeliest."""
 
 
-def lens(subject: Subject, inputs: Inputs, *, top: int = 5, answer: int | None = None) -> Lens:
+def logit_lens(subject: Subject, inputs: Inputs, *, top: int = 5, answer: int | None = None) -> Lens:
     """Read the stream of the stack that gives the answer, after each layer.
 
     Args:
