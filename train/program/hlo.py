@@ -28,7 +28,9 @@ COLLECTIVES = (
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9\-]*)\(")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\](?:\{(\d+))?")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z]*)?)\[([0-9,]*)\](?:\{(\d+)?([^}]*)\}?)?")
+_SPACE = re.compile(r"S\((\d+)\)")
+_DONATED = re.compile(r"\{(\d+)\}: \((\d+), \{\}")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _EXPECTED = re.compile(re.escape(SCOPE) + r"([\d.]+(?:e[+-]\d+)?)")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)')
@@ -42,6 +44,8 @@ class Shape:
     dims: tuple[int, ...]
     minor: int | None = None
     """The dim whose neighbours are neighbours in memory; None if the text has no layout."""
+    space: int = 0
+    """The compiler's number of the memory that it is in; 0 is the device's own."""
 
     @property
     def elements(self) -> int:
@@ -124,13 +128,18 @@ class Module:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         self.uncounted: set[str] = set()
+        self.donated: dict[int, int] = {}
+        """Results that are written into an argument: the index of the result, and the number of the parameter."""
         current: dict[str, Instruction] | None = None
         for line in text.splitlines():
             # Attributes may span several lines, which may also begin with a bracket.
             if line.rstrip() == "}":
                 current = None
+            elif line.startswith("HloModule"):
+                aliases = line.partition("input_output_alias={")[2].partition("entry_computation_layout")[0]
+                self.donated = {int(result): int(argument) for result, argument in _DONATED.findall(aliases)}
             elif current is None:
-                if (header := _HEADER.match(line)) and not line.startswith("HloModule"):
+                if header := _HEADER.match(line):
                     current = self.computations.setdefault(header.group(2), {})
                     if header.group(1):
                         self.entry = header.group(2)
@@ -143,19 +152,24 @@ class Module:
 
     def _executed(self, name: str, times: float) -> Iterator[tuple[float, str, Instruction]]:
         for instruction in self.computations.get(name, {}).values():
-            match instruction.opcode:
-                case "while":
-                    assert instruction.called is not None
-                    yield from self._executed(instruction.called, times * self.trips(instruction))
-                case "call":
-                    yield from self._executed(instruction.called or "", times)
-                case "conditional":
-                    # A device takes one branch: the most expensive is counted, as the others wait for it.
-                    branches = _branches(instruction)
-                    weighed = [list(self._executed(branch, times)) for branch in branches]
-                    yield from max(weighed, key=len, default=[])
-                case _:
-                    yield times, name, instruction
+            yield from self.expanded(name, instruction, times)
+
+    def expanded(
+        self, name: str, instruction: Instruction, times: float = 1
+    ) -> Iterator[tuple[float, str, Instruction]]:
+        """(times, computation, instruction) of all that an instruction of the computation `name` executes in `times` runs."""
+        match instruction.opcode:
+            case "while":
+                assert instruction.called is not None
+                yield from self._executed(instruction.called, times * self.trips(instruction))
+            case "call":
+                yield from self._executed(instruction.called or "", times)
+            case "conditional":
+                # A device takes one branch: the most expensive is counted, as the others wait for it.
+                weighed = [list(self._executed(branch, times)) for branch in branches_of(instruction)]
+                yield from max(weighed, key=len, default=[])
+            case _:
+                yield times, name, instruction
 
     def trips(self, loop: Instruction) -> float:
         """The trip count of a loop: the compiler's annotation, or derived from its counter's bound and increment.
@@ -314,8 +328,13 @@ def _parse(line: str) -> Instruction | None:
     inner = line[opcode.end() : close - 1]
     # An asynchronous start repeats its operands in its result.
     shapes = tuple(
-        Shape(dtype, tuple(int(dim) for dim in dims.split(",") if dim), int(minor) if minor else None)
-        for dtype, dims, minor in _ARRAY.findall(line[start:end])
+        Shape(
+            dtype,
+            tuple(int(dim) for dim in dims.split(",") if dim),
+            int(minor) if minor else None,
+            int(space.group(1)) if (space := _SPACE.search(rest)) else 0,
+        )
+        for dtype, dims, minor, rest in _ARRAY.findall(line[start:end])
     )
     return Instruction(
         found.group(1), shapes, opcode.group(1), tuple(_OPERAND.findall(inner)), line[close:], inner.strip(),
@@ -348,7 +367,8 @@ def _root(computation: dict[str, Instruction]) -> Instruction:
     return next(one for one in computation.values() if one.root)
 
 
-def _branches(instruction: Instruction) -> list[str]:
+def branches_of(instruction: Instruction) -> list[str]:
+    """The computations of a conditional, of which a device runs one."""
     found = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
     if found:
         return [name.strip().lstrip("%") for name in found.group(1).split(",")]

@@ -16,6 +16,8 @@ _PLAIN = {
     "add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "abs", "compare", "select", "and", "or", "not",
     "xor", "convert", "sqrt", "rsqrt", "clamp", "sign", "floor", "round-nearest-even", "shift-left", "shift-right-logical",
 }  # fmt: skip
+ELEMENTWISE = _TRANSCENDENTAL | _PLAIN
+"""Operations of which each number of the result is of the same one of the operands."""
 
 
 @dataclasses.dataclass(frozen=True)

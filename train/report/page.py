@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,6 +21,25 @@ th { color: #5a6273; font-weight: 600; } .text { text-align: left; } .best { fon
 td.long { text-align: left; white-space: normal; }
 svg { max-width: 100%; height: auto; } .muted { color: #5a6273; }
 """
+
+DARK = """<style>
+:root { color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  body { background: #14171d; color: #dde2ec; } th, .muted { color: #98a1b3; }
+  h2 { border-color: #2c3340; } th, td { border-color: #262c38; } img { background: #fff; border-radius: 6px; }
+}
+</style>"""
+"""A part of a page that also has dark colours, for readers who prefer them."""
+
+_INK = "#7c8496"
+LIGHT_AND_DARK: Any = {
+    "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.titlecolor": _INK, "grid.color": _INK, "font.size": 9.0,
+    "figure.facecolor": "none", "axes.facecolor": "none",
+    # A name may hold dollar signs.
+    "text.parse_math": False,
+}  # fmt: skip
+"""matplotlib's settings of pictures that are readable on light and dark pages."""
 
 
 def page(title: str, parts: Iterable[str]) -> str:

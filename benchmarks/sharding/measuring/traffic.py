@@ -93,7 +93,7 @@ def run(
                 "sent_bytes": sum(kind["bytes"] for kind in compiled.collectives),
                 "state_bytes": held,
                 "ideal_bytes": whole["parameters"] / of_parameters + whole.get("optimizer", 0.0) / slices,
-                "compiled": dataclasses.asdict(compiled),
+                "compiled": dataclasses.asdict(dataclasses.replace(compiled, timeline=None)),
             }
     finally:
         compiler.close()

@@ -24,7 +24,7 @@ from train.config import RunConfig
 from train.files import cache_dir, writing
 from transformer.errors import UserError
 
-PREDICTOR = 4
+PREDICTOR = 5
 """Version of the analysis of compiled programs, so that the cache returns no results of an older analysis."""
 
 

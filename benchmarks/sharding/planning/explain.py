@@ -43,8 +43,11 @@ def explained(result: dict[str, Any], first: int, second: int) -> dict[str, Any]
     ]
     rows += [["memory", _bytes(a["memory"]), _bytes(b["memory"]), _signed(b["memory"] - a["memory"], _bytes)]]
     rows += [[f"{name}, by formula", _bytes(x), _bytes(y), _signed(y - x, _bytes)] for name, x, y in memory]
+    stages = _stages(a, b)
+    lines += _of_stages(first, stages)
     heads = ["part", f"layout {first}", f"layout {second}", "difference"]
-    return {"numbers": [first, second], "sentences": lines, "heads": heads, "rows": rows}
+    by_stage = [[name, duration(x), duration(y), _signed(y - x, duration)] for name, x, y in stages]
+    return {"numbers": [first, second], "sentences": lines, "heads": heads, "rows": rows, "stages": by_stage}
 
 
 _TITLES = {
@@ -87,6 +90,25 @@ def _of_memory(a: dict[str, Any], b: dict[str, Any], parts: list[tuple[str, floa
     )
     by_kind = ", ".join(f"{name} {_bytes(x)} and {_bytes(y)}" for name, x, y in parts if x or y)
     return [f"Memory: {_bytes(a['memory'])} and {_bytes(b['memory'])} a device, {ahead}; by formula: {by_kind}."]
+
+
+def _stages(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """Seconds of each stage of two compiled steps, those first in which the first is most ahead."""
+    steps = [(row["compiled"] or {}).get("timeline") for row in (a, b)]
+    if not all(steps):
+        return []
+    one, other = ({name: sum(parts.values()) for name, parts in step["stages"].items()} for step in steps if step)
+    found = [(name, one.get(name, 0.0), other.get(name, 0.0)) for name in dict.fromkeys([*one, *other])]
+    return sorted(found, key=lambda stage: stage[1] - stage[2])
+
+
+def _of_stages(first: int, stages: list[tuple[str, float, float]]) -> list[str]:
+    if not stages:
+        return []
+    ahead = [f"{name} by {duration(y - x)}" for name, x, y in stages if y > x and not _same(x, y)][:3]
+    behind = [f"{name} by {duration(x - y)}" for name, x, y in reversed(stages) if x > y and not _same(x, y)][:3]
+    lines = [f"By stage, layout {first} is ahead in {', '.join(ahead)}."] if ahead else []
+    return [*lines, f"By stage, it is behind in {', '.join(behind)}."] if behind else lines
 
 
 def _links(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any], str], float]]]:

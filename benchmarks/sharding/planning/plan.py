@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import record
 from benchmarks.environments import compilers
 from benchmarks.sharding.devices.targets import Target, parse_target
-from benchmarks.sharding.planning import plan_report
+from benchmarks.sharding.planning import plan_report, timeline_report
 from benchmarks.sharding.planning.candidates import describe
 from benchmarks.sharding.planning.compiling import compile_all
 from benchmarks.sharding.planning.entry import Entry, ranked
@@ -119,8 +119,18 @@ def run(
     print(f"{written}report: {folder / name}.html")
     if result["compiled"]:
         command = " ".join([f"manyheads-bench plan {path} --target {target_name}", *overrides])
-        record.save(f"plan_{name}", command, result, show=False, folder=folder)
+        record.save(f"plan_{name}", command, slim(result), show=False, folder=folder)
     return result
+
+
+def slim(result: dict[str, Any]) -> dict[str, Any]:
+    """The result without the timelines of layouts whose steps the report does not draw."""
+    drawn = timeline_report.chosen(result["layouts"])
+    rows = [
+        row if index in drawn or row["compiled"] is None else row | {"compiled": row["compiled"] | {"timeline": None}}
+        for index, row in enumerate(result["layouts"])
+    ]
+    return result | {"layouts": rows}
 
 
 def with_price(goal: Goal, target: Target) -> Goal:

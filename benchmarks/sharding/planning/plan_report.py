@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sharding.planning import largest
+from benchmarks.sharding.planning import largest, timeline_report
 from benchmarks.sharding.planning.legend import NARROW, NARROWEST, TEXT, heads, legend, ties, times_of, verdict
 from benchmarks.units import amount, duration
-from train.report.page import page, svg, table
+from train.report.page import DARK, LIGHT_AND_DARK, page, svg, table
 from transformer.interpret.capture import readable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GIB = 2**30
 WIDE = 144
@@ -61,6 +64,13 @@ def show(result: dict[str, Any], console: Console, most: int = 12) -> None:
         console.print()
         for line in explained["sentences"]:
             console.print(line, highlight=False)
+        if explained["stages"]:
+            stages = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+            for index, head in enumerate(["stage", *explained["heads"][1:]]):
+                stages.add_column(head, justify="right" if index else "left", overflow="fold")
+            for row in explained["stages"]:
+                stages.add_row(*row)
+            console.print(stages)
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
@@ -143,7 +153,7 @@ def write(result: dict[str, Any], path: Path) -> None:
     """Write the page."""
     good = [row for row in result["layouts"] if row["fits"]]
     bad = [row for row in result["layouts"] if not row["fits"]]
-    parts = ["".join(f"<p>{html.escape(line)}</p>" for line in sentences(result)), picture(result)]
+    parts = [DARK, "".join(f"<p>{html.escape(line)}</p>" for line in sentences(result)), picture(result)]
     if good:
         cells, names = [cells_of(result, number, row) for number, row in enumerate(good, 1)], heads(result)
         text = [names.index(head) for head in TEXT]
@@ -157,6 +167,12 @@ def write(result: dict[str, Any], path: Path) -> None:
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in explained["sentences"])
         title = "Layouts {} and {} compared".format(*explained["numbers"])
         parts.append(f"<h2>{title}</h2>{lines}" + table(explained["heads"], explained["rows"], text=(0,)))
+        if explained["stages"]:
+            parts.append(
+                "<h3>By stage of the step</h3>"
+                + table(["stage", *explained["heads"][1:]], explained["stages"], text=(0,))
+            )
+    parts.append(timeline_report.steps(result))
     if bad:
         rows = [
             [row["layout"], memory_of(row) if row["memory"] else "", (row["compiled"] or {}).get("error") or ""]
@@ -178,9 +194,14 @@ def write(result: dict[str, Any], path: Path) -> None:
 
 def picture(result: dict[str, Any]) -> str:
     """Step time over memory, one dot per layout, with the device's limit."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    with matplotlib.rc_context(LIGHT_AND_DARK):
+        return svg(_scattered(result, Figure(figsize=(9, 3.8), layout="constrained")))
+
+
+def _scattered(result: dict[str, Any], figure: Figure) -> Figure:
     axes = figure.subplots()
     for fits, color, label in ((True, "#1f5fbf", "fits"), (False, "#d1495b", "too large")):
         rows = [row for row in result["layouts"] if row["memory"] and row["fits"] == fits]
@@ -197,4 +218,4 @@ def picture(result: dict[str, Any]) -> str:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return svg(figure)
+    return figure

@@ -26,7 +26,9 @@ from jax.sharding import Mesh
 
 from benchmarks.environments import compilers
 from benchmarks.sharding.devices.targets import Target
-from benchmarks.sharding.predict.roofline import predict
+from benchmarks.sharding.predict.roofline import costs_of
+from benchmarks.sharding.predict.timeline import timeline_of
+from benchmarks.sharding.predict.what_if import what_if
 from benchmarks.workload import program_of
 from train.config import RunConfig, to_data
 from train.config.restore import restore
@@ -56,6 +58,8 @@ class Compiled:
     """Kind, dtype, devices, count and bytes sent in a step."""
     error: str | None = None
     """The error if there is no result, in one line."""
+    timeline: dict[str, Any] | None = None
+    """The step over time, as of `timeline.timeline_of`, and what would change it, as of `what_if.what_if`."""
 
     @property
     def failed(self) -> bool:
@@ -173,16 +177,21 @@ def examined(compiled: jax.stages.Compiled, seconds: float, mesh: Mesh, target: 
     places = [target.place(device) for device in mesh.devices.flat]
     state = stats.argument_size_in_bytes
     temporary = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    prediction = predict(
-        module, target, lambda group: target.link(tuple(places[one] for one in group)), temporary=temporary
-    )
+
+    def link_of(group: tuple[int, ...]) -> tuple[str, float]:
+        return target.link(tuple(places[one] for one in group))
+
+    costs = costs_of(module, target, link_of, temporary)
+    prediction = costs.prediction()
+    timeline = timeline_of(module, costs, compiler=state + temporary, platform=target.chip.platform)
+    timeline["what_if"] = what_if(module, target, link_of, costs, timeline)
     memory = state + temporary + stats.generated_code_size_in_bytes
     over = max(memory - target.chip.memory, 0)
     return Compiled(
         seconds, memory, state, temporary, over == 0, over,
         dataclasses.asdict(prediction)
         | {"seconds": prediction.seconds, "bound": prediction.bound, "uncounted_loops": len(module.uncounted)},
-        tuple(summary(module)),
+        tuple(summary(module)), timeline=timeline,
     )  # fmt: skip
 
 

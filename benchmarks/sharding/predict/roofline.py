@@ -15,7 +15,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from benchmarks.sharding.devices.profile import COPY, ELEMENTWISE, REDUCTION, SCATTER, TRANSPOSE, Profile
 from benchmarks.sharding.devices.targets import Target
@@ -71,68 +72,156 @@ class Prediction:
         return max(parts, key=lambda part: parts[part])
 
 
-def predict(
-    module: Module, target: Target, link_of: Callable[[tuple[int, ...]], tuple[str, float]], temporary: float = 0.0
-) -> Prediction:
-    """The step's time on `target`.
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Predicted time of an instruction, of one execution in seconds."""
+
+    times: float
+    """How often it is executed in a step."""
+    arithmetic: float
+    """Seconds of its matrix products alone."""
+    traffic: float
+    """Seconds of what it reads and writes alone; it takes the longer of the two."""
+    gap: float
+    """Before the next operation."""
+    product: bool
+    """Whether arithmetic limits it."""
+
+    @property
+    def seconds(self) -> float:
+        """Of one execution, without the gap."""
+        return max(self.arithmetic, self.traffic)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Predicted time of a collective, or of a copy from or to the host, of all its executions in a step."""
+
+    kind: str
+    link: str
+    where: str
+    """The computation in which it runs."""
+    span: tuple[str, str]
+    """The instructions there with which it begins and ends."""
+    count: float
+    """Number of executions."""
+    seconds: float
+    exposed: float
+    """Seconds during which nothing is computed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Predicted times of a compiled step, instruction by instruction."""
+
+    operations: dict[tuple[str, str], Operation]
+    """By computation and instruction."""
+    transfers: list[Transfer]
+    first_touch: float
+    """Seconds of the first touch of temporary memory, by the target's profile."""
+    flops: float
+    bytes: float
+
+    def prediction(self) -> Prediction:
+        """The step's time by part."""
+        ones = self.operations.values()
+        links: dict[str, float] = collections.defaultdict(float)
+        for one in self.transfers:
+            links[one.link] += one.seconds
+        return Prediction(
+            sum(one.times * one.seconds for one in ones if one.product),
+            sum(one.times * one.seconds for one in ones if not one.product) + self.first_touch,
+            sum(one.exposed for one in self.transfers), sum(one.seconds - one.exposed for one in self.transfers),
+            dict(links), self.flops, self.bytes, sum(one.times * one.gap for one in ones),
+        )  # fmt: skip
+
+
+LinkOf = Callable[[tuple[int, ...]], tuple[str, float]]
+"""Partitions that communicate → the kind of link between them, and its bytes per second for one device."""
+
+
+def predict(module: Module, target: Target, link_of: LinkOf, temporary: float = 0.0) -> Prediction:
+    """The step's time on `target`; arguments as of `costs_of`."""
+    return costs_of(module, target, link_of, temporary).prediction()
+
+
+def costs_of(module: Module, target: Target, link_of: LinkOf, temporary: float = 0.0) -> Costs:
+    """The step's time on `target`, instruction by instruction.
 
     Args:
-        link_of: partitions that communicate → the kind of link between them and its bytes per second for one device.
         temporary: bytes of temporary memory of the step, whose first touch takes time where the profile says so.
     """
-    compute = memory = flops = traffic = gaps = 0.0
+    flops = traffic = 0.0
     profile = target.profile
     # Virtual devices take turns.
     turns = target.turns
-    # Seconds of each instruction, in the order of its computation; concurrent communication overlaps with them.
-    spent: dict[str, dict[str, float]] = collections.defaultdict(dict)
-    copies = []
+    found: dict[tuple[str, str], Operation] = {}
     for times, where, instruction in module.executed():
-        if instruction.on_host and target.chip.host:
-            copies.append((times, where, instruction))
         if instruction.opcode in _FREE or instruction.opcode.startswith(_SENDING) or "-done" in instruction.opcode:
             continue
         work, moved = flops_of(module, where, instruction), bytes_of(module, where, instruction)
         flops, traffic = flops + times * work, traffic + times * moved
-        cycles = _CYCLES.search(instruction.attributes) if target.clock else None
-        if profile is None or cycles:
+        if (before := found.get((where, instruction.name))) is not None:
+            # A computation that is called from several places.
+            found[where, instruction.name] = dataclasses.replace(before, times=before.times + times)
+            continue
+        gap = 0.0
+        if cycles := _CYCLES.search(instruction.attributes) if target.clock else None:
+            seconds = int(cycles.group(1)) / target.clock
+            by_flops, by_bytes = (seconds, 0.0) if work else (0.0, seconds)
+        elif profile is None:
             by_flops = work / (target.peak_flops * target.matmul_efficiency)
             by_bytes = moved / (target.memory_bandwidth * target.memory_efficiency)
         else:
             both = by_profile(module, where, instruction, target, profile, work, moved)
             by_flops, by_bytes = (turns * seconds for seconds in both)
-            gaps += times * turns * profile.gap
-        seconds = int(cycles.group(1)) / target.clock if cycles else max(by_flops, by_bytes)
-        if work and (target.clock or by_flops >= by_bytes):
-            compute += times * seconds
-        else:
-            memory += times * seconds
-        spent[where][instruction.name] = times * seconds
+            gap = turns * profile.gap
+        product = bool(work and (target.clock or by_flops >= by_bytes))
+        found[where, instruction.name] = Operation(times, by_flops, by_bytes, gap, product)
+    first_touch = 0.0
     if profile is not None and profile.fresh and temporary >= KEPT:
-        memory += turns * temporary / (profile.fresh * profile.memory_efficiency)
-    exposed = overlapped = 0.0
-    links: dict[str, float] = collections.defaultdict(float)
-    for times, where, instruction in copies:
-        seconds = times * instruction.shapes[0].bytes / target.chip.host
-        span = (instruction.name, module.end_of(where, instruction))
-        behind = hide(seconds, list(module.computations[where]), span, spent[where])
-        links["PCIe"] += seconds
-        overlapped, exposed = overlapped + behind, exposed + seconds - behind
+        first_touch = turns * temporary / (profile.fresh * profile.memory_efficiency)
+    return Costs(found, transfers_of(module, target, link_of, found), first_touch, flops, traffic)
+
+
+def transfers_of(
+    module: Module, target: Target, link_of: LinkOf, operations: Mapping[tuple[str, str], Operation],
+    faster: Mapping[str, float] = MappingProxyType({}),
+) -> list[Transfer]:  # fmt: skip
+    """All communication of a step, with what the operations between its start and its end leave exposed.
+
+    Args:
+        faster: how many times the bandwidth of a kind of link is to be taken.
+    """
+    # Seconds of each instruction, in the order of its computation; concurrent communication overlaps with them.
+    spent: dict[str, dict[str, float]] = collections.defaultdict(dict)
+    for (where, name), operation in operations.items():
+        spent[where][name] = operation.times * operation.seconds
+
+    def hidden(seconds: float, where: str, span: tuple[str, str]) -> float:
+        return hide(seconds, list(module.computations[where]), span, spent[where])
+
+    found = []
+    for times, where, instruction in module.executed():
+        if instruction.on_host and target.chip.host:
+            seconds = times * instruction.shapes[0].bytes / target.chip.host / faster.get("PCIe", 1.0)
+            span = (instruction.name, module.end_of(where, instruction))
+            exposed = seconds - hidden(seconds, where, span)
+            found.append(Transfer("copy", "PCIe", where, span, times, seconds, exposed))
+    profile = target.profile
     for one in module.collectives():
         link, bandwidth = link_of(one.group)
         wire = None if profile is None else profile.wire(one.kind, len(one.group))
+        total = one.total / faster.get(link, 1.0)
         if wire is None:
-            seconds = one.total / bandwidth + one.count * target.latency * math.log2(max(len(one.group), 2))
+            seconds = total / bandwidth + one.count * target.latency * math.log2(max(len(one.group), 2))
         else:
             # Groups of virtual devices communicate in turns.
-            groups = target.num_devices / len(one.group) if turns > 1 else 1
-            seconds = groups * (one.total / wire.bandwidth + one.count * wire.latency)
-        links[link] += seconds
-        behind = 0.0
-        if one.asynchronous:
-            behind = hide(seconds, list(module.computations[one.where]), one.span, spent[one.where])
-        overlapped, exposed = overlapped + behind, exposed + seconds - behind
-    return Prediction(compute, memory, exposed, overlapped, dict(links), flops, traffic, gaps)
+            groups = target.num_devices / len(one.group) if target.turns > 1 else 1
+            seconds = groups * (total / wire.bandwidth + one.count * wire.latency)
+        overlapped = hidden(seconds, one.where, one.span) if one.asynchronous else 0.0
+        found.append(Transfer(one.kind, link, one.where, one.span, one.count, seconds, seconds - overlapped))
+    return found
 
 
 def by_profile(

@@ -8,22 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.examine.run_report.read import RecordedRun
-from train.report.page import svg
+from train.report.page import LIGHT_AND_DARK, svg
 from train.run.run_files import NO_SCORES
 from transformer.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK = "#7c8496"
 _COLORS = ("#3b7ddd", "#e0663f", "#2fa36b", "#a566d6", "#c99a1e", "#d3538f", "#2ba3b5", "#8a7a5c")
-_STYLE: Any = {
-    "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-    "axes.titlecolor": _INK, "grid.color": _INK, "font.size": 9.0,
-    "figure.facecolor": "none", "axes.facecolor": "none",
-    # A name may hold dollar signs.
-    "text.parse_math": False,
-}  # fmt: skip
 _HUGE = 1e30
 """Values beyond it, and those that are not finite, are not drawn."""
 _MOST_POINTS = 1500
@@ -111,7 +103,7 @@ def _figure(draw: Callable[[Axes], None], size: tuple[float, float]) -> str:
     from matplotlib.figure import Figure
 
     # The page's font has what the one that measures the texts may lack.
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings(action="ignore", category=UserWarning):
+    with matplotlib.rc_context(LIGHT_AND_DARK), warnings.catch_warnings(action="ignore", category=UserWarning):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         draw(axes)

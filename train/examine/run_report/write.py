@@ -14,7 +14,7 @@ from train.examine.run_report.pictures import length_picture, loss_picture, scor
 from train.examine.run_report.read import RecordedRun, read_run
 from train.files import write_whole, writing
 from train.report.display import clock
-from train.report.page import page, table
+from train.report.page import DARK, page, table
 from train.run.run_files import NO_SCORES
 from transformer.interpret.capture import readable
 
@@ -26,16 +26,11 @@ _TASK_PICTURES = {
     "alignment.png": "Alignment", "alignment.svg": "Alignment",
 }  # fmt: skip
 _OWN = ("name:", "run_dir:")
-_DARK = """<style>
-:root { color-scheme: light dark; }
+_STYLE = """<style>
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6rem .8rem; border-radius: 6px;
   font-size: .82rem; }
 .grid { display: flex; flex-wrap: wrap; gap: .4rem; } .grid svg { flex: 0 1 22rem; min-width: 18rem; }
 details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
-@media (prefers-color-scheme: dark) {
-  body { background: #14171d; color: #dde2ec; } th, .muted { color: #98a1b3; }
-  h2 { border-color: #2c3340; } th, td { border-color: #262c38; } img { background: #fff; border-radius: 6px; }
-}
 </style>"""
 
 
@@ -51,7 +46,7 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     runs = [read_run(folder) for folder in folders]
     path = out or folders[0] / "report.html"
     title = runs[0].name if len(runs) == 1 else ", ".join(run.title for run in runs)
-    parts = [_DARK, *(_whole(runs[0]) if len(runs) == 1 else _side_by_side(runs))]
+    parts = [DARK + _STYLE, *(_whole(runs[0]) if len(runs) == 1 else _side_by_side(runs))]
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # What is half of a surrogate pair, in a name or a sample, is written as its number.
