@@ -134,11 +134,11 @@ def test_a_translator(tmp_path, capsys):
 
 
 def test_a_run_records_what_its_heads_look_at(config_file, tmp_path):
-    config = load(str(config_file), ["--log.attention", "2", "--steps", "5", "--run-dir", str(tmp_path / "run")])
+    config = load(str(config_file), ["--log.attention", "2", "--steps", "6", "--run-dir", str(tmp_path / "run")])
     train(config)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {record["step"]: record for record in records if "attention/layer_0_entropy" in record}
-    assert list(found) == [2, 4]
+    assert list(found) == [2, 4, 6]
     for record in found.values():
         for layer in (0, 1):
             assert 0 < record[f"attention/layer_{layer}_entropy"] < 4
@@ -146,10 +146,10 @@ def test_a_run_records_what_its_heads_look_at(config_file, tmp_path):
                 0 < record[f"attention/layer_{layer}_previous"] <= record[f"attention/layer_{layer}_most_previous"] < 1
             )
     # Training itself is the same without.
-    train(load(str(config_file), ["--steps", "5", "--run-dir", str(tmp_path / "plain")]))
+    train(load(str(config_file), ["--steps", "6", "--run-dir", str(tmp_path / "plain")]))
     plain = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
     losses = [[one["train/loss"] for one in some if "train/loss" in one] for some in (records, plain)]
-    assert losses[0] == losses[1] and len(losses[0]) == 5
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import nnx
 
 from train.checkpoints.checkpoint import Checkpoints
 from train.checkpoints.identity import check_same_run, identity_of
@@ -144,6 +143,8 @@ class Run:
             trace.end()
             found = None
             interrupted = step < config.steps and not self._is_over
+            if step == config.steps:
+                self._look(state, step, session)
             # What was skipped is skipped again when the run resumes; at its end the parameters are those before it.
             if checkpoints.latest != step and not (interrupted and meter.skipped_in_row):
                 self._save(state, step, session, last=True)
@@ -198,9 +199,7 @@ class Run:
                     best = is_selective(config) and self.selection.step == step
                     if best and not saves and not meter.skipped_in_row:
                         self._save(state, step, session)
-                if self.heads is not None and looks:
-                    session.watch.alive()
-                    session.log.write(step, attention=self.heads(_used(state)))
+                self._look(state, step, session)
                 if samples:
                     session.watch.alive()
                     self.sample(state, step, session)
@@ -253,9 +252,15 @@ class Run:
     def sample(self, state: TrainState, step: int, session: Session) -> None:
         """Show the current model's continuation of the config's prompt, or its translations of held-out sentences."""
         if self.sampler is not None:
-            text = self.sampler(self.program.plain(_used(state)))
+            text = self.sampler(self.program.plain(state.used))
             session.display.say(f"── sample ──\n{text}\n────────────")
             session.log.record(SAMPLES, step, {"text": text})
+
+    def _look(self, state: TrainState, step: int, session: Session) -> None:
+        """Record what the heads look at, if it is due."""
+        if self.heads is not None and _due(step, self.config.log.attention or 0):
+            session.watch.alive()
+            session.log.write(step, attention=self.heads(state.used))
 
     def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
         """A batch's example ids, which stay on the host, and its arrays on the devices."""
@@ -275,7 +280,7 @@ class Run:
             return alone and session.stop.requested
 
         began = time.monotonic()
-        found = self.held_out.evaluate(_used(state), batches, stopped)
+        found = self.held_out.evaluate(state.used, batches, stopped)
         if isinstance(found, tuple):
             display.say(f"step {step}: the evaluation was interrupted after {found[0]} of {found[1]} batches")
             return None
@@ -383,7 +388,7 @@ class Run:
         for line in () if found is None else config.objective.report(self.prepared, found.scores.bits_per_byte):
             display.say(line)
         if found is not None and self.held_out is not None:
-            if quality := found.quality or self.held_out.quality(_used(state)):
+            if quality := found.quality or self.held_out.quality(state.used):
                 session.log.write(step, eval=dataclasses.asdict(quality))
                 display.say(f"{quality.pairs} held-out translations: BLEU {quality.bleu:.2f}, chrF {quality.chrf:.2f}")
             if self.held_out.task is not None and is_first():
@@ -392,11 +397,6 @@ class Run:
         if is_first():
             write_finished(directory, step)
         display.say(f"finished; {config.objective.next_step(directory)}")
-
-
-def _used(state: TrainState) -> nnx.State:
-    """The parameters to use: their moving average, where the run keeps one."""
-    return state.params if state.ema is None else state.ema
 
 
 def _due(step: int, every: int) -> bool:
