@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/stdlib_small.yaml
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# constraints.txt pins every package; empty: the newest that setup.cfg allows.
+CONSTRAINTS ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: help train test test-fast lint test-newest docs bench bench-gpu clean
+.PHONY: help train test test-fast lint test-newest docs bench bench-gpu clean lock
 
 help:
 	@echo "make train        train a small GPT on Python's own library (CONFIG=... for another run)"
@@ -14,6 +16,7 @@ help:
 	@echo "make lint         linters and types alone"
 	@echo "make test-newest  the tests that need no torch, on Python 3.13 with the newest jax and flax"
 	@echo "make docs         the documentation as a site, site/index.html"
+	@echo "make lock         write constraints.txt, the versions of all packages of this environment"
 	@echo "make bench        CPU benchmarks, results into benchmarks/results/"
 	@echo "make bench-gpu    GPU benchmarks, on a machine that has jax with CUDA already"
 
@@ -62,6 +65,10 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs site
 	@echo "the site is in site/index.html"
+
+lock: $(VENV)/.installed-test
+	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's,+cpu$$,,'; } > constraints.new
+	mv constraints.new constraints.txt
 
 bench: $(VENV)/.installed-test
 	$(BIN)/manyheads-bench step

@@ -94,7 +94,7 @@ def scored_at_the_end(config: RunConfig) -> RunConfig:
         config,
         evaluation=EvaluationConfig(every=0),
         checkpoint=CheckpointConfig(every=0, keep=1),
-        log=LogConfig(every=config.log.every, tensorboard=False),
+        log=LogConfig(every=config.log.every, trackers=()),
     )
 
 

@@ -6,7 +6,7 @@ S source position, T target position, D embed, L layers, N heads.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,6 +23,7 @@ from train.huggingface.import_checkpoint import files_digest, import_checkpoint
 from train.inference.attend import maps_of, tokens_of
 from train.inference.embed import Embedder
 from train.inference.generate import default_length, sampling_of
+from train.inference.inside import Inside
 from train.inference.predict import as_task_run, predictions, with_threshold
 from train.inference.translate import alignment
 from train.objectives.tasks.task import Prediction
@@ -36,6 +37,7 @@ from transformer.functional import graphdef_of
 from transformer.generation.beam import BeamSearch
 from transformer.generation.generate import Generator, until_end
 from transformer.interpret.capture import AttentionMaps
+from transformer.interpret.interventions import Ablation, Attribution, HeadStatistics, Importance, Lens, Patching
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
 from transformer.models.gpt import GPTConfig
@@ -269,6 +271,90 @@ class Run:
             best = self._translator.hypotheses(self.params, [text], BeamSearch())[0]
             source = self._translator.tokens_of(text)
             return alignment(self._loaded, source, list(best[0].tokens) if best else [])
+
+    def ablate(
+        self, texts: str | Sequence[str], heads: Collection[tuple[Any, ...]], how: str = "zero", *, target: str = ""
+    ) -> Ablation:
+        """The model's loss and scores without some of its heads.
+
+        In all methods that look inside, the answer of a language model is the token after a text; of a masked model the token at
+        its one `[MASK]`; of a classifier the class; and of an encoder-decoder the token after `target`.
+
+        Args:
+            heads: as (layer, head), from 0; of an encoder-decoder as (part, layer, head), with part `encoder.attention`,
+                `decoder.attention` or `decoder.cross`.
+            how: what replaces their outputs: zeros (`zero`), or their means over the texts' tokens (`mean`).
+            target: the beginning of what an encoder-decoder writes.
+
+        Raises:
+            UserError: a head that does not exist, a text that does not fit, or a model without blocks of attention (recurrent).
+        """
+        return self._inside.ablate(texts, heads, how, target=target)
+
+    def head_importance(self, texts: str | Sequence[str], how: str = "zero", **options: Any) -> Importance:
+        """What the ablation of each head alone does, as a table [layers, heads] for each part.
+
+        Args:
+            how: as for `ablate`.
+            options: `answer` and `instead`, one token or class each: measure the fall of their logits' difference; by default the
+                rise of the loss, or for a model that predicts no token of the texts the fall of its answer's log-probability. And
+                `target`.
+
+        Raises:
+            UserError: as `ablate`, or an answer that is not one token or class.
+        """
+        return self._inside.importance(texts, how, **options)
+
+    def patch(self, text: str, corrupted: str, **options: Any) -> Patching:
+        """How much of a text's answer each value of its run brings back in a corrupted text: 0 as corrupted, 1 as clean.
+
+        Args:
+            corrupted: a text of as many tokens, with another answer.
+            options: `answer` and `instead`, by default the likeliest answers of the two texts; and `target`.
+
+        Raises:
+            UserError: texts of different lengths, or that give both answers the same logit difference.
+        """
+        return self._inside.patch(text, corrupted, **options)
+
+    def lens(self, text: str, *, top: int = 5, answer: str | None = None, target: str = "") -> Lens:
+        """The `top` likeliest answers after each layer, and the probability and rank of the next token, or of the `answer`.
+
+        Raises:
+            UserError: as `ablate`.
+        """
+        return self._inside.lens(text, top=top, answer=answer, target=target)
+
+    def attribute(self, text: str, **options: Any) -> Attribution:
+        """What the embedding, each head and each feed-forward layer add to the logit of `answer` minus that of `instead`.
+
+        Args:
+            options: `answer` and `instead`, by default the two likeliest; and `target`.
+
+        Raises:
+            UserError: a model whose logits are not a sum of parts, such as a post-norm one.
+        """
+        return self._inside.attribute(text, **options)
+
+    def head_statistics(self, texts: str | Sequence[str], *, target: str = "") -> dict[str, HeadStatistics]:
+        """Entropy, weight of the token before and of the first one, and mean distance of each head over many texts, by part.
+
+        Raises:
+            UserError: as `ablate`, or attention whose weights are not distributions.
+        """
+        return self._inside.statistics(texts, target=target)
+
+    def induction_scores(self, length: int = 32) -> Float[np.ndarray, "L N"]:
+        """How much each head of a language model continues a random sequence of `length` tokens when it is repeated.
+
+        Raises:
+            UserError: not a language model (gpt).
+        """
+        return self._inside.induction(length)
+
+    @functools.cached_property
+    def _inside(self) -> Inside:
+        return Inside(self._loaded, str(self.directory))
 
     @functools.cached_property
     def _generator(self) -> Generator:

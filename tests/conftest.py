@@ -84,6 +84,7 @@ _LONG = (
     "test_seeds.py", "test_interpret_capture.py", "test_latent.py", "test_cli.py", "test_hf_checkpoint.py",
     "test_source_attention.py", "test_hf_peft.py", "test_data_resume.py", "test_streams.py", "test_identity.py",
     "test_integrity.py", "test_score.py", "test_replay.py", "test_inspect_data.py", "test_data_evaluation.py",
+    "test_look_command.py", "test_interventions_families.py",
 )  # fmt: skip
 
 

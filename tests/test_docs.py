@@ -145,11 +145,12 @@ LEFT = {
     "getting-started": ["runs/stdlib-small/report.html"],
     "README": ["runs/tiny/attention/attention.html", "plans/*.html"],
     "hugging-face": ["vectors.npy", "minilm-onnx/onnx/model.onnx", "minilm-bfloat16/model.safetensors"],
+    "look-inside": ["runs/stdlib-small/look/look.html"],
     "objectives": ["curves.png"],
     "translate": ["page.html"],
 }
 # Pages whose Python uses what their commands made.
-WITH_PYTHON = ("classify", "embed", "attention-maps")
+WITH_PYTHON = ("classify", "embed", "attention-maps", "look-inside")
 SAID: set[str] = set()
 """Commands on shipped configs that ran for an earlier page: they do the same again."""
 

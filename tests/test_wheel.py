@@ -15,7 +15,7 @@ steps: 1
 batch_size: 2
 model: {vocab_size: 256, max_length: 8, num_layers: 1, embed_dim: 8, attention: {num_heads: 1}}
 data: {sources: [{kind: files, path: text.txt}], tokenizer: {kind: bytes}, validation_fraction: 0.0}
-log: {tensorboard: false}
+log: {trackers: []}
 sample: {max_tokens: 0}
 """
 PROGRAM = """

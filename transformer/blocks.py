@@ -15,6 +15,7 @@ from transformer.layers.feed_forward import FeedForward
 from transformer.layers.mixture_of_experts import MixtureOfExperts, RouterSums
 from transformer.layers.norm import LayerNorm, RMSNorm
 from transformer.mixers.context import NO_CONTEXT, Context
+from transformer.mixers.heads import chosen_heads
 from transformer.mixers.registry import Mixer, MixerConfig
 from transformer.mixers.softmax import MultiHeadAttention
 from transformer.mixers.state import State
@@ -89,21 +90,22 @@ class Block(nnx.Module):
         own_weights = context.return_weights if self.cross is None else False
 
         def attended(x: Array) -> Array:
-            own = dataclasses.replace(context, key=keys[0], return_weights=own_weights)
-            out, output["state"], output["weights"] = self.attention(x, own)
-            return _normed(self.attention_output_norm, out)
+            own = dataclasses.replace(context.inside("attention"), key=keys[0], return_weights=own_weights)
+            out, output["state"], output["weights"] = _weighed(self.attention, x, own)
+            return context.at("attention.out", _normed(self.attention_output_norm, out))
 
         def remembered(x: Array) -> Array:
             assert self.cross is not None
-            out, _, output["weights"] = self.cross(x, dataclasses.replace(context, key=keys[2]))
-            return _normed(self.cross_output_norm, out)
+            own = dataclasses.replace(context.inside("cross"), key=keys[2])
+            out, _, output["weights"] = _weighed(self.cross, x, own)
+            return context.at("cross.out", _normed(self.cross_output_norm, out))
 
         def fed(x: Array) -> Array:
             if isinstance(self.feed_forward, FeedForward):
                 out = self.feed_forward(x, context.adapter_key)
             else:
                 out, output["router"] = self.feed_forward(x, context.valid_BT)
-            return _normed(self.feed_forward_output_norm, out)
+            return context.at("mlp.out", _normed(self.feed_forward_output_norm, out))
 
         def attention_norm(x: Array) -> Array:
             return x if normed else self.attention_norm(x)
@@ -113,12 +115,12 @@ class Block(nnx.Module):
             dropped = (
                 dropout(side, self.dropout_rate, key) for side, key in zip(sides, (keys[1], keys[4]), strict=True)
             )
-            return sum(dropped, x_BTD), BlockOutput(**output)  # type: ignore[arg-type]
+            return context.at("out", sum(dropped, x_BTD)), BlockOutput(**output)  # type: ignore[arg-type]
         x_BTD = self._around(x_BTD, attended, attention_norm, keys[1])
         if self.cross_norm is not None:
             x_BTD = self._around(x_BTD, remembered, self.cross_norm, keys[3])
         x_BTD = self._around(x_BTD, fed, self.feed_forward_norm, keys[4])
-        return x_BTD, BlockOutput(**output)  # type: ignore[arg-type]
+        return context.at("out", x_BTD), BlockOutput(**output)  # type: ignore[arg-type]
 
     def as_layer(self, config: MixerConfig) -> Block:
         """The block with the mixer settings of one layer of a pattern; its parameters have the same shapes."""
@@ -134,6 +136,18 @@ class Block(nnx.Module):
         if self.norm_first:
             return x + dropout(sublayer(norm(x)), self.dropout_rate, key)
         return norm(x + dropout(sublayer(x), self.dropout_rate, key))
+
+
+def _weighed(mixer: Mixer, x: Array, context: Context) -> tuple[Array, State | None, Array | None]:
+    """A mixer's results; hooks may want weights that the call was not asked for."""
+    if context.hooks is None or not context.hooks.wants("weights"):
+        return mixer(x, context)
+    out, state, weights = mixer(x, dataclasses.replace(context, return_weights=True))
+    if weights is None:
+        return out, state, None
+    context.hooks("weights", weights)
+    chosen = context.return_weights
+    return out, state, weights[:, chosen_heads(chosen)] if chosen else None
 
 
 def _normed(norm: Norm | None, x: Array) -> Array:

@@ -93,7 +93,7 @@ class Settings:
             ),
             evaluation=EvaluationConfig(every=max(self.steps // POINTS, 1), batches=EVALUATION_BATCHES, translations=0),
             checkpoint=CheckpointConfig(every=max(self.steps // 3, 1), keep=1),
-            log=LogConfig(every=max(self.steps // READINGS, 1), tensorboard=False),
+            log=LogConfig(every=max(self.steps // READINGS, 1), trackers=()),
             sample=SampleConfig(every=0),
         )
 

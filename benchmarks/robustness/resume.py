@@ -29,7 +29,7 @@ _LENGTH = 32
 _TEXTS = str(Path(__file__).parents[2] / "docs" / "**" / "*.md")
 _COMMON: dict[str, Any] = {
     "steps": 40, "batch_size": 8, "length": _LENGTH, "optimizer": {"learning_rate": 0.003, "warmup_steps": 5},
-    "evaluation": {"every": 8, "batches": 8, "translations": 8}, "checkpoint": {"every": 5}, "log": {"tensorboard": False},
+    "evaluation": {"every": 8, "batches": 8, "translations": 8}, "checkpoint": {"every": 5}, "log": {"trackers": []},
     "sample": {"every": 0, "max_tokens": 0},
 }  # fmt: skip
 _STACK = {

@@ -13,7 +13,7 @@ from benchmarks.cli import main
 from benchmarks.sharding.devices import profile
 from benchmarks.sharding.devices.profile import Product, Profile, Wire
 from benchmarks.sharding.devices.targets import Target, host_target, parse_target
-from benchmarks.sharding.predict.roofline import kind_of, predict
+from benchmarks.sharding.predict.roofline import KEPT, kind_of, predict
 from benchmarks.sharding.validation import calibrate, validate
 from benchmarks.sharding.validation.cases import Case
 from benchmarks.sharding.validation.fit import Parts, fitted, leave_one_out
@@ -124,13 +124,16 @@ def test_a_prediction_by_a_profile_is_that_made_by_hand():
     assert half.compute == pytest.approx(2 * found.compute) and half.memory == found.memory
     # Virtual devices of one machine take turns; memory is touched anew.
     shared = dataclasses.replace(BY_HAND, devices_share=True, fresh=1e6)
-    turns = predict(module, at(shared), lambda group: ("wire", 1.0), temporary=1e3)
+    turns = predict(module, at(shared), lambda group: ("wire", 1.0), temporary=KEPT)
     # Both devices' work together, at the rate of so much work.
     rate = BY_HAND.rate("float32", 2 * 2e6, 100, 1)
     assert turns.compute == pytest.approx(2 * 2e6 / rate)
     through = BY_HAND.bandwidth("elementwise", 2 * 8e4)
     memory = 8e4 / through + 1e4 * 1e-6 + 8e4 / 1e8
-    assert turns.memory == pytest.approx(2 * (memory + 1e3 / 1e6))
+    assert turns.memory == pytest.approx(2 * (memory + KEPT / 1e6))
+    # A block that the C library keeps is not.
+    small = predict(module, at(shared), lambda group: ("wire", 1.0), temporary=KEPT - 1)
+    assert small.memory == pytest.approx(2 * memory)
     assert turns.exposed == found.exposed
 
 

@@ -39,7 +39,7 @@ def config(tmp_path_factory):
         {"name": "x", "batch_size": 16, "microbatches": 2, "model": BERT, "objective": {"kind": "classification"},
          "data": {"sources": [train], "validation": [big, small], "packing": "documents", "tokenizer": SPECIAL},
          "run_dir": str(folder / "run"),
-         "evaluation": {"batches": 2}, "sample": {"max_tokens": 0}, "log": {"tensorboard": False}},
+         "evaluation": {"batches": 2}, "sample": {"max_tokens": 0}, "log": {"trackers": []}},
         "test.yaml",
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ data: {{sources: [{{kind: files, path: {texts}}}], tokenizer: {{kind: bytes}}, v
 optimizer: {{learning_rate: 1e-2, warmup_steps: 1}}
 evaluation: {{every: 1, batches: 1}}
 checkpoint: {{every: 1}}
-log: {{every: 1, tensorboard: false}}
+log: {{every: 1, trackers: []}}
 sample: {{every: 0}}
 """
 _CLASSIFIER = """
@@ -33,7 +33,7 @@ objective: {{kind: classification}}
 data: {{sources: [{{kind: files, path: {labelled}, label_field: class}}], packing: documents, validation_fraction: 0.2,
   tokenizer: {{kind: bytes, special_tokens: ["[MASK]", "[CLS]", "[SEP]"]}}}}
 evaluation: {{every: 1, batches: 1}}
-log: {{every: 1, tensorboard: false}}
+log: {{every: 1, trackers: []}}
 """
 _TRANSLATOR = """
 name: translator
@@ -47,7 +47,7 @@ data: {{sources: [{{kind: synthetic, limit: 100}}], packing: documents, validati
   tokenizer: {{kind: words, vocab_size: 600}}, target_tokenizer: {{kind: words, vocab_size: 600}}}}
 evaluation: {{every: 0, batches: 1, translations: 0}}
 sample: {{every: 0, max_tokens: 0}}
-log: {{every: 1, tensorboard: false}}
+log: {{every: 1, trackers: []}}
 """
 RUNS = {"gpt": _GPT, "classifier": _CLASSIFIER, "translator": _TRANSLATOR}
 

@@ -29,7 +29,7 @@ data:
 optimizer: {{learning_rate: 1e-2, warmup_steps: 2}}
 evaluation: {{every: 4, batches: 2}}
 checkpoint: {{every: 4}}
-log: {{every: 1, tensorboard: false}}
+log: {{every: 1, trackers: []}}
 sample: {{every: 0, max_tokens: 8, prompt: "a"}}
 """
 

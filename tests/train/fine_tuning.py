@@ -57,7 +57,7 @@ def config_of(texts, folder, **changes) -> RunConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1),
         evaluation=EvaluationConfig(every=2), checkpoint=CheckpointConfig(every=2),
-        log=LogConfig(every=1, tensorboard=False), sample=SampleConfig(every=0),
+        log=LogConfig(every=1, trackers=()), sample=SampleConfig(every=0),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
 

@@ -103,6 +103,6 @@ def run_of(kind: str, path: Path, folder: Path, **changes) -> RunConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=20),
         evaluation=EvaluationConfig(every=80, batches=2), checkpoint=CheckpointConfig(every=80),
-        log=LogConfig(every=10, tensorboard=False), sample=SampleConfig(every=0),
+        log=LogConfig(every=10, trackers=()), sample=SampleConfig(every=0),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def test_all_layers_and_heads(whole, capsys, tmp_path):
-    assert main(["attend", str(whole), "--text", "value_3 = 5", "--out", str(tmp_path / "look" / "here")]) == 0
+    assert (
+        main(["attend", str(whole), "--text", "value_3 = 5", "--pictures", "--out", str(tmp_path / "look" / "here")])
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     folder = tmp_path / "look" / "here"
     size = (folder / "attention.html").stat().st_size
@@ -40,7 +43,7 @@ def test_chosen_layers_and_heads_are_written_into_the_runs_folder(whole, capsys)
     output = capsys.readouterr().out
     assert "layers    1 (of 2, from 0)\nheads     0 (of 2, from 0)\n" in output
     folder = whole / "attention"
-    assert {path.name for path in folder.iterdir()} == {"attention.html", "heads.png", "layer-1-head-0.png"}
+    assert {path.name for path in folder.iterdir()} == {"attention.html"}
     text = (folder / "attention.html").read_text("utf-8")
     data = json.loads(re.search(r'id="data">(.*?)</script>', text).group(1))
     assert (data["layers"], data["heads"], data["rows"]) == ([1], [0], ["a", "␣", "=", "␣", "1"])

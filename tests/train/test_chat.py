@@ -90,7 +90,7 @@ def config_of(imported, rows, folder, **changes):
             "packing": "documents",
         },
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 10, "weight_decay": 0.0},
-        "evaluation": {"every": 0}, "checkpoint": {"every": 0}, "log": {"every": 50, "tensorboard": False},
+        "evaluation": {"every": 0}, "checkpoint": {"every": 0}, "log": {"every": 50, "trackers": []},
         "sample": {"every": 0, "max_tokens": 24, "temperature": 0},
     }  # fmt: skip
     path = folder.with_suffix(".yaml")

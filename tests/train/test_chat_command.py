@@ -34,7 +34,7 @@ def run(tmp_path_factory):
             "packing": "documents", "validation_fraction": 0.2,
         },
         "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
-        "evaluation": {"every": 10, "batches": 1}, "log": {"tensorboard": False}, "sample": {"every": 10, "max_tokens": 8},
+        "evaluation": {"every": 10, "batches": 1}, "log": {"trackers": []}, "sample": {"every": 10, "max_tokens": 8},
     }  # fmt: skip
     with on_one_device():
         finished = train(parse(yaml.safe_load(json.dumps(given)), "test"))

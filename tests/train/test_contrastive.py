@@ -58,7 +58,7 @@ def config_of(pairs, folder, **changes):
         ),
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=5, clip_norm=1.0),
         evaluation=EvaluationConfig(every=20), checkpoint=CheckpointConfig(every=30),
-        log=LogConfig(every=20, tensorboard=False), sample=SampleConfig(every=0),
+        log=LogConfig(every=20, trackers=()), sample=SampleConfig(every=0),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
 

@@ -206,7 +206,7 @@ def test_a_run_that_has_begun_does_not_need_the_other_any_more(encoder, texts, t
     data = {"sources": [{"kind": "files", "path": str(texts), "label_field": "class"}], "validation_fraction": 0.2}
     data = {
         "name": "tuned", "run_dir": str(tmp_path / "tuned"), "init_from": str(gone), "epochs": 0.1, "batch_size": 8,
-        "model": {"head": {"kind": "classification", "pooling": "mean"}}, "data": data, "log": {"tensorboard": False},
+        "model": {"head": {"kind": "classification", "pooling": "mean"}}, "data": data, "log": {"trackers": []},
     }  # fmt: skip
     path.write_text(dump_yaml(data))
     assert main(["train", str(path)]) == 0
@@ -243,7 +243,7 @@ def place(encoder, tmp_path, monkeypatch):
 
 
 def finetune(*words):
-    fast = ("--log.tensorboard", "false", "--sample.every", "0")
+    fast = ("--log.trackers", "[]", "--sample.every", "0")
     return main(["finetune", *map(str, words), *fast])
 
 

@@ -74,7 +74,7 @@ def test_a_config_begins_from_an_import_and_not_in_its_folder(imported, tmp_path
     }  # fmt: skip
     config = {
         "name": "fine", "steps": 1, "batch_size": 8, "init_from": str(imported), "model": model, "data": data,
-        "objective": {"kind": "classification"}, "log": {"tensorboard": False},
+        "objective": {"kind": "classification"}, "log": {"trackers": []},
     }  # fmt: skip
     path = tmp_path / "fine.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(config))))

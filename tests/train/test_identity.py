@@ -35,7 +35,7 @@ data:
   tokenizer: {kind: bpe, vocab_size: 270}
   validation_fraction: 0.2
 checkpoint: {every: 1}
-log: {every: 1, tensorboard: false}
+log: {every: 1, trackers: []}
 sample: {max_tokens: 0}
 """
 

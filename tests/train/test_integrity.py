@@ -31,7 +31,7 @@ data: {{sources: [{{kind: files, path: "{folder}/*.txt"}}], validation_fraction:
 optimizer: {{ema_decay: 0.5}}
 checkpoint: {{every: 1, keep: 3}}
 evaluation: {{every: 1, batches: 1}}
-log: {{every: 1, tensorboard: false}}
+log: {{every: 1, trackers: []}}
 sample: {{max_tokens: 0}}
 """
 

@@ -33,7 +33,7 @@ TRANSLATOR = {
         "sources": [{"kind": "synthetic", "limit": 100}], "tokenizer": {"kind": "words", "vocab_size": 600},
         "packing": "pad",
     },
-    "evaluation": {"every": 0, "translations": 0}, "log": {"tensorboard": False}, "sample": {"max_tokens": 0},
+    "evaluation": {"every": 0, "translations": 0}, "log": {"trackers": []}, "sample": {"max_tokens": 0},
 }  # fmt: skip
 
 

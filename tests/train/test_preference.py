@@ -65,7 +65,7 @@ def config_of(rows, folder, **changes):
         },
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 1, "weight_decay": 0.0},
         "evaluation": {"every": 4}, "checkpoint": {"every": 4, "best": "accuracy"},
-        "log": {"every": 1, "tensorboard": False}, "sample": {"every": 0, "max_tokens": 4},
+        "log": {"every": 1, "trackers": []}, "sample": {"every": 0, "max_tokens": 4},
     }  # fmt: skip
     return parse(yaml.safe_load(json.dumps(given | changes)), "test")
 

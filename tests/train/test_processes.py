@@ -28,7 +28,7 @@ data: {sources: [{kind: files, path: TEXT}], tokenizer: {kind: bytes}, validatio
 optimizer: {learning_rate: 0.01, schedule: constant}
 evaluation: {every: 2}
 checkpoint: {every: 2}
-log: {every: 1, tensorboard: false}
+log: {every: 1, trackers: []}
 mesh: {strategy: fsdp}
 """
 

@@ -6,6 +6,7 @@ disk, and only then is it renamed: a kill at any moment leaves the previous one 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import shutil
@@ -18,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from train.checkpoints.integrity import HashedTemporaryPath
+from train.checkpoints.integrity import LATER, write_hashes
 from train.checkpoints.stored import (
     AVERAGE,
     FOLDER,
@@ -34,7 +35,7 @@ from train.checkpoints.stored import (
     without_params,
 )
 from train.config.sections import CheckpointConfig
-from train.files import write_whole, writing
+from train.files import sync, write_whole, writing
 from train.parallel.processes import is_first, process_zero_first
 from train.program.state import TrainState
 from transformer.errors import UserError, first_line
@@ -66,7 +67,7 @@ class Checkpoints:
             save_interval_steps=1,
             create=True,
             cleanup_tmp_directories=True,
-            temporary_path_class=HashedTemporaryPath,
+            temporary_path_class=_HashedTemporaryPath,
         )
         with writing(directory):
             (directory / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -184,6 +185,20 @@ class Checkpoints:
             UserError: the state has other parts, such as the momentum of another optimiser.
         """
         return restore_state(self._stored.folder(step), abstract)
+
+
+class _HashedTemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A folder that orbax fills, which gets its hashes before it is renamed to a checkpoint, and is on the disk afterwards."""
+
+    async def finalize(self) -> None:
+        await asyncio.to_thread(write_hashes, Path(self.get()), LATER)
+        await super().finalize()
+        await asyncio.to_thread(self._sync_names)
+
+    def _sync_names(self) -> None:
+        final = Path(self.get_final())
+        for path in (*(final / name for name in LATER if (final / name).exists()), final, final.parent):
+            sync(path)
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.config import RunConfig, difference, parse
+from train.config import RunConfig, difference, parse, to_data
 from train.config.changes import DATA, check_changes
 from train.data.prepared.content import Content, ids_with_another_meaning
 from train.data.prepared.store import Prepared
@@ -34,6 +34,17 @@ def tokenizer_files(prepared: Prepared) -> dict[str, str]:
                 f"{prefix}{path.name}": path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())
             }
     return files
+
+
+def identity_of(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """What a run's checkpoints hold of what it is."""
+    return {
+        "config": to_data(config),
+        "tokenizer": tokenizer_files(prepared),
+        "labels": list(prepared.meta.labels),
+        "data": describe_data(prepared),
+        "versions": versions(),
+    }
 
 
 def load_tokenizers(files: Mapping[str, str], source: str) -> tuple[Tokenizer, Tokenizer]:

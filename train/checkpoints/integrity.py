@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import hashlib
 import json
@@ -11,12 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orbax.checkpoint import path as orbax_path
-
 from train.files import sync, write_whole
 
 HASHES = "hashes.json"
-_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """Files that orbax writes last. Nothing of the state is in them, but orbax does not see a checkpoint without them."""
 _THREADS = 8
 
@@ -66,20 +63,6 @@ def damage(folder: Path, items: Sequence[str] | None = None) -> str | None:
             if found != hashes[name]:
                 return f"{name} {wrong}"
     return None
-
-
-class HashedTemporaryPath(orbax_path.atomicity.AtomicRenameTemporaryPath):
-    """A folder that orbax fills, which gets its hashes before it is renamed to a checkpoint, and is on the disk afterwards."""
-
-    async def finalize(self) -> None:
-        await asyncio.to_thread(write_hashes, Path(self.get()), _LATER)
-        await super().finalize()
-        await asyncio.to_thread(self._sync_names)
-
-    def _sync_names(self) -> None:
-        final = Path(self.get_final())
-        for path in (*(final / name for name in _LATER if (final / name).exists()), final, final.parent):
-            sync(path)
 
 
 def _hash(path: Path) -> str:

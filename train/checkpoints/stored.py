@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from train.checkpoints.integrity import damage
@@ -140,6 +139,9 @@ def _refusing(what: str, otherwise: str) -> Iterator[None]:
 
 def restore(folder: Path, abstract: Any) -> Any:
     """The arrays of one item of a checkpoint, laid out as `abstract` says."""
+    # It takes half a second to import, which commands that read no checkpoint need not wait for.
+    import orbax.checkpoint as ocp
+
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder.absolute(), abstract)
 

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="TEXT", help="text for the model to read")
     parser.add_argument("--layers", metavar="LIST", help="layers to show, from 0, such as 0,3 (all)")
     parser.add_argument("--heads", metavar="LIST", help="heads of each of them, from 0, such as 1,2 (all)")
+    parser.add_argument("--pictures", action="store_true", help="also draw a picture of each head, and one of all")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (RUN/attention)")
 
 
@@ -25,10 +26,12 @@ def run(options: argparse.Namespace) -> None:
     from train.inference.attend import attend, numbers
 
     layers, heads = numbers("--layers", options.layers), numbers("--heads", options.heads)
-    attend(options.run, options.text, layers, heads, out=options.out, step=options.step)
+    attend(
+        options.run, options.text, layers, heads, pictures=options.pictures, out=options.out, step=options.step
+    )  # fmt: skip
 
 
 COMMAND = Command(
-    name="attend", help="visualise a trained model's attention: an HTML page, and pictures", run=run,
+    name="attend", help="visualise a trained model's attention: an HTML page", run=run,
     add_arguments=add_arguments,
 )  # fmt: skip

@@ -18,6 +18,7 @@ from train.commands import (
     finetune,
     generate,
     import_checkpoint,
+    look,
     predict,
     prepare,
     train,
@@ -42,7 +43,7 @@ COMMANDS = tuple(
     module.COMMAND
     for module in (
         train, finetune, evaluate, import_checkpoint, export, embed, prepare, inspect_data, explain, doctor, plot, report, diff,
-        checkpoints, generate, chat, attend, translate, predict, replay, verify_resume,
+        checkpoints, generate, chat, attend, look, translate, predict, replay, verify_resume,
     )
 )  # fmt: skip
 """To add a command, add its file and its name here."""

@@ -8,6 +8,8 @@ _MLP = {name: f"model.mlp.{name}" for name in ("activation", "experts_per_token"
 
 MOVED: dict[str, str] = {
     "max_skipped": "stability.max_skipped",
+    "log.tensorboard": "log.trackers, a list of trackers such as [tensorboard]",
+    "log.wandb_project": "log.project, with wandb among log.trackers",
     "loss.temperature": "objective.temperature",
     "loss.class_weights": "objective.class_weights",
     **{f"model.{name}": to for name, to in (_ATTENTION | _MLP).items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from transformer.errors import Config, require
 from transformer.resume import OnResume
@@ -72,16 +72,22 @@ class LogConfig(Config):
 
     every: int = 10
     """Steps between two recorded values."""
-    tensorboard: bool = True
-    """Write TensorBoard events under the run's folder."""
-    wandb_project: str | None = None
-    """Also log to this Weights & Biases project (needs the extra `wandb`); null: no."""
+    attention: int | None = None
+    """Steps between two records of what each layer's heads look at (entropy, weight of the token before and of the first one), on
+    one small batch of held-out text, next to the fast kernels; null: never."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Where metrics are also recorded: TensorBoard's events in the run's folder, Weights & Biases, MLflow, Trackio; each but the
+    first needs the extra of its name."""
+    project: str | None = None
+    """The project, or experiment, of Weights & Biases, MLflow or Trackio; null: the run's name."""
     examples: bool = False
     """Also write the ids of every step's examples, a line for each step, to examples/PROCESS.jsonl in the run's folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "every", self.every >= 1, "allowed: 1 or more")
+        require(self, "trackers", len(set(self.trackers)) == len(self.trackers), "allowed: each once")
+        require(self, "attention", self.attention is None or self.attention >= 1, "allowed: 1 or more, or null")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from train.checkpoints.checkpoint import Checkpoints
 from train.config import RunConfig, dump, to_data
 from train.config.sections import CheckpointConfig
 from train.data.prepared.prepare import DataConfig
@@ -129,6 +128,9 @@ def _write(
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer")
         files = {path.name: path.read_text("utf-8") for path in sorted((folder / "tokenizer").iterdir())}
+    # It takes half a second to import, which commands that only look up an import need not wait for.
+    from train.checkpoints.checkpoint import Checkpoints
+
     with Checkpoints(folder, CheckpointConfig()) as checkpoints:
         meta = {"step": 0, "config": to_data(config), "tokenizer": files, "labels": _labels(read), "source": given}
         checkpoints.save_params(params, meta | {"versions": versions()})

@@ -24,7 +24,6 @@ from transformer.interpret.capture import (
     heads_of,
     readable,
 )
-from transformer.interpret.plot import save_plots
 from transformer.models.bert import BertConfig
 from transformer.models.families import make_model
 from transformer.models.gpt import GPTConfig
@@ -33,13 +32,14 @@ PAGE = "attention.html"
 
 
 def attend(
-    run: Path, text: str, layers: list[int] | None = None, heads: list[int] | None = None, *, out: Path | None = None,
-    step: str = "best",
+    run: Path, text: str, layers: list[int] | None = None, heads: list[int] | None = None, *, pictures: bool = False,
+    out: Path | None = None, step: str = "best",
 ) -> None:  # fmt: skip
-    """Write the attention weights of one text: a page, a picture of all heads together, and a picture of each.
+    """Write the attention weights of one text as a page.
 
     Args:
         layers, heads: numbers from 0; all of them by default.
+        pictures: also write a picture of all heads together, and one of each, which takes longer than all the rest.
         out: the folder to write into, created if missing; `attention` in the run's folder by default.
 
     Raises:
@@ -66,11 +66,19 @@ def attend(
         folder.mkdir(parents=True, exist_ok=True)
         page = maps.save(folder / PAGE)
         print(f"page      {page} ({readable(page.stat().st_size)})", flush=True)
-        pictures = save_plots(maps, folder)
+        drawn = _drawn(maps, folder) if pictures else []
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    print(f"pictures  {pictures[0]}")
-    print(f"          {pictures[1]}{f' and {len(pictures) - 2:,} more' if len(pictures) > 2 else ''}")
+    if drawn:
+        print(f"pictures  {drawn[0]}")
+        print(f"          {drawn[1]}{f' and {len(drawn) - 2:,} more' if len(drawn) > 2 else ''}")
+
+
+def _drawn(maps: AttentionMaps, folder: Path) -> list[Path]:
+    # Imports matplotlib.
+    from transformer.interpret.plot import save_plots
+
+    return save_plots(maps, folder)
 
 
 def maps_of(
@@ -102,13 +110,20 @@ def numbers(option: str, text: str | None) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def tokens_of(loaded: LoadedRun, text: str, name: str) -> np.ndarray:
-    """The token ids of the text. Raises `UserError` for a model or a text that does not fit."""
+def tokens_of(loaded: LoadedRun, text: str, name: str, *, special: bool = False) -> np.ndarray:
+    """The token ids of the text.
+
+    Args:
+        special: special tokens that the text spells out, such as `[MASK]`, are those tokens.
+
+    Raises:
+        UserError: a model or a text that does not fit.
+    """
     model, tokenizer = loaded.config.model, loaded.tokenizer
     check_text("text", text)
     if not isinstance(model, GPTConfig | BertConfig):
         raise UserError(f"{name}: a model of family {model.family!r} reads pairs; use manyheads translate --attention")
-    ids = tokenizer.encode(text)
+    ids = np.array(tokenizer.encode_special(text), tokenizer.dtype) if special else tokenizer.encode(text)
     if isinstance(model, GPTConfig):
         ids = np.array(tokenizer.prompt(text), ids.dtype)
     elif isinstance(model, BertConfig):

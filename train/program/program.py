@@ -58,7 +58,7 @@ class Program:
         self.config, self.mesh = config, mesh
         schedule = schedule_of(config, mesh)
         make = functools.partial(_make_scheduled, suited(config.model, config.mesh), config.adapter, schedule)
-        graphdef = graphdef_of(make)
+        self.graphdef = graphdef = graphdef_of(make)
         self.trained = trained = trained_of(config, make)
         optimizer, self.make_state = _state_of(config, make, trained)
         described = functools.partial(

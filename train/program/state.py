@@ -34,6 +34,11 @@ class TrainState:
     ema: nnx.State | None = None
     """Exponential moving average of the parameters, when the optimiser keeps one."""
 
+    @property
+    def used(self) -> nnx.State:
+        """The parameters to use: their moving average, where the run keeps one."""
+        return self.params if self.ema is None else self.ema
+
 
 HOST = "pinned_host"
 """JAX's name for host memory that devices can access."""

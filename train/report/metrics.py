@@ -1,4 +1,4 @@
-"""Writers of a run's metrics: metrics.jsonl always, TensorBoard and Weights & Biases by config."""
+"""Writers of a run's metrics: metrics.jsonl always, and trackers of experiments by config."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
-from train.config import RunConfig, to_data
+from train.config import RunConfig
 from train.config.sections import LogConfig
 from train.files import write_whole, writing
 from train.parallel.processes import is_first
+from train.report.trackers import Tracked, Tracker, start
 from transformer.errors import UserError, first_line
 
 METRICS = "metrics.jsonl"
@@ -32,16 +33,6 @@ STARTS = "starts.jsonl"
 """The file of a run for its beginning and each time that it was resumed."""
 EXAMPLES = "examples"
 """The folder of a run for the ids of the examples of each step."""
-
-
-class Writer(Protocol):
-    """A writer of scalars."""
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record the values of one step."""
-
-    def close(self) -> None:
-        """Write what is buffered."""
 
 
 class JsonlWriter:
@@ -75,45 +66,6 @@ class JsonlWriter:
         self._waiting = ""
 
 
-class TensorBoardWriter:
-    """Event files under the run's folder."""
-
-    def __init__(self, directory: Path, start_step: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbWriter:
-    """A Weights & Biases run that continues under the same id when the run resumes."""
-
-    def __init__(self, config: RunConfig, run_id: str) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise UserError("log.wandb_project: wandb is not installed; pip install wandb") from None
-        self._run = wandb.init(
-            project=config.log.wandb_project,
-            name=config.name,
-            id=f"{config.name}-{run_id}",
-            resume="allow",
-            config=to_data(config),
-        )
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 class MetricLog:
     """All writers of a run together, as a context manager. Names are `train/loss`, `eval/bits_per_byte` and so on.
 
@@ -125,8 +77,8 @@ class MetricLog:
     def __init__(self, config: RunConfig, directory: Path, start_step: int, run_id: str) -> None:
         self._log: LogConfig = config.log
         self._directory = directory
-        self._refused = dict[Writer, str]()
-        self._wandb = WandbWriter(config, run_id) if config.log.wandb_project and is_first() else None
+        self._refused = dict[object, str]()
+        self._trackers: list[Tracker] = []
         self.until: float | None = None
         """When the newest record was made that is there, those after `start_step` included; None without one."""
         self._kept = dict[str, JsonlWriter]()
@@ -136,36 +88,35 @@ class MetricLog:
                 self._kept = {name: JsonlWriter(directory / name, start_step) for name in (SKIPPED, SAMPLES)}
                 # A start after which no step was kept is one all the same.
                 self._kept[STARTS] = JsonlWriter(directory / STARTS, sys.maxsize)
+                run = Tracked(config, directory, run_id, start_step)
+                self._trackers = [start(name, run) for name in config.log.trackers]
         self._begin(start_step)
 
     def _begin(self, step: int) -> None:
         """Make the writers of all that is recorded anew when training goes back to `step`."""
-        self._writers: list[Writer] = []
+        self._steps: JsonlWriter | None = None
         self._examples = None
         with writing(self._directory):
             if self._log.examples:
                 self._examples = _example_writer(self._directory / EXAMPLES, step)
-            if not is_first():
-                return
-            self._writers.append(JsonlWriter(self._directory / METRICS, step))
-            if self._log.tensorboard:
-                self._writers.append(TensorBoardWriter(self._directory / "tensorboard", step))
-        if self._wandb is not None:
-            self._writers.append(self._wandb)
+            if is_first():
+                self._steps = JsonlWriter(self._directory / METRICS, step)
 
     def rewind(self, step: int) -> None:
-        """Drop the records after `step`: its next steps are taken once more. Weights & Biases keeps what it has."""
-        for writer in self._writers:
-            if writer is not self._wandb:
-                self._try(writer, writer.close)
+        """Drop the records after `step`: its next steps are taken once more. Of the trackers, TensorBoard drops them too."""
+        if self._steps is not None:
+            self._try(self._steps, self._steps.close)
         self._begin(step)
+        for tracker in self._trackers:
+            self._try(tracker, functools.partial(tracker.rewind, step))
 
     def write(self, step: int, **groups: Mapping[str, Any]) -> None:
         """Record the values of groups as `group/name`; None is left out. A disk that refuses does not end the run."""
         given = [(f"{group}/{name}", value) for group, values in groups.items() for name, value in values.items()]
         named = {name: float(value) for name, value in given if value is not None}
-        for writer in self._writers:
-            self._try(writer, functools.partial(writer.write, step, named))
+        for writer in (self._steps, *self._trackers):
+            if writer is not None:
+                self._try(writer, functools.partial(writer.write, step, named))
 
     def record(self, file: str, step: int, values: Mapping[str, Any]) -> None:
         """Append a record to `SKIPPED`, `SAMPLES` or `STARTS`, which keep it when training goes back to an earlier step."""
@@ -181,18 +132,22 @@ class MetricLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in (*self._writers, *self._kept.values(), self._examples):
+        for writer in (self._steps, *self._kept.values(), self._examples, *self._trackers):
             if writer is not None:
                 self._try(writer, writer.close)
 
-    def _try(self, writer: Writer, act: Callable[[], None]) -> None:
+    def _try(self, writer: JsonlWriter | Tracker, act: Callable[[], None]) -> None:
         try:
             act()
             self._refused.pop(writer, None)
-        except OSError as error:
+        except Exception as error:
+            # A service may fail in its own way.
+            if isinstance(writer, JsonlWriter) and not isinstance(error, OSError):
+                raise
             if (reason := first_line(error)) != self._refused.get(writer):
                 self._refused[writer] = reason
-                print(f"metrics cannot be written ({reason}); training continues without them", file=sys.stderr)
+                where = "" if isinstance(writer, JsonlWriter) else f" by {type(writer).__name__}"
+                print(f"metrics cannot be written{where} ({reason}); training continues without them", file=sys.stderr)
 
 
 def _example_writer(folder: Path, start_step: int) -> JsonlWriter:

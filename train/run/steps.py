@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import nnx
 
 from train.checkpoints.checkpoint import Checkpoints
-from train.checkpoints.identity import check_same_run, describe_data, tokenizer_files
+from train.checkpoints.identity import check_same_run, identity_of
 from train.checkpoints.selection import Selection, is_selective
-from train.config import RunConfig, to_data
+from train.config import RunConfig
 from train.data.loader import prefetch_to_device
 from train.data.prepared.store import Prepared
 from train.loss import Batch
@@ -32,6 +31,7 @@ from train.report.metrics import SAMPLES, SKIPPED, STARTS, MetricLog
 from train.report.sample import make_sampler
 from train.run.begin import batches_of, program_of
 from train.run.evaluate import Evaluation, Evaluator
+from train.run.head_log import HeadLog
 from train.run.init_from import fresh_state
 from train.run.messages import all_skipped, course_of, headline, interrupted_at, padding_of, start_of
 from train.run.order import Order
@@ -41,7 +41,6 @@ from train.run.session import Finished, Session, Spike
 from train.run.skipped import record_of, why_skipped
 from train.run.trace import Trace
 from train.translation import TextTranslator
-from train.versions import versions
 from transformer.errors import UserError
 
 
@@ -58,13 +57,7 @@ class Run:
             if config.objective.translates and prepared.validation:
                 self.translator = TextTranslator(config, prepared.tokenizer, prepared.target_tokenizer)
             self.sampler = make_sampler(config, prepared, self.translator)
-        self.identity = {
-            "config": to_data(config),
-            "tokenizer": tokenizer_files(prepared),
-            "labels": list(prepared.meta.labels),
-            "data": describe_data(prepared),
-            "versions": versions(),
-        }
+        self.identity = identity_of(config, prepared)
         self.flops_per_prediction = flops_per_prediction(config, prepared, self.program)
         self._take(prepared)
         self.selection = Selection(config.checkpoint.best)
@@ -74,6 +67,7 @@ class Run:
         """Read batches from this data."""
         self.prepared = prepared
         self.held_out = Evaluator(self.config, prepared, self.program, self.translator) if prepared.validation else None
+        self.heads = HeadLog(self.config, prepared, self.program) if self.config.log.attention else None
         self.batches = batches_of(self.config, prepared)
 
     def start(
@@ -149,6 +143,8 @@ class Run:
             trace.end()
             found = None
             interrupted = step < config.steps and not self._is_over
+            if step == config.steps:
+                self._look(state, step, session)
             # What was skipped is skipped again when the run resumes; at its end the parameters are those before it.
             if checkpoints.latest != step and not (interrupted and meter.skipped_in_row):
                 self._save(state, step, session, last=True)
@@ -188,7 +184,8 @@ class Run:
                 evaluates = self.held_out is not None and _due(step, config.evaluation.every)
                 samples = _due(step, config.sample.every)
                 saves = self._saves(step)
-                if evaluates or samples or saves:
+                looks = _due(step, self.config.log.attention or 0)
+                if evaluates or samples or saves or looks:
                     # A step is built upon only after its update is known to be good.
                     if (spike := self._read(session, keep=0)) is not None:
                         return state, step, spike
@@ -202,6 +199,7 @@ class Run:
                     best = is_selective(config) and self.selection.step == step
                     if best and not saves and not meter.skipped_in_row:
                         self._save(state, step, session)
+                self._look(state, step, session)
                 if samples:
                     session.watch.alive()
                     self.sample(state, step, session)
@@ -254,9 +252,15 @@ class Run:
     def sample(self, state: TrainState, step: int, session: Session) -> None:
         """Show the current model's continuation of the config's prompt, or its translations of held-out sentences."""
         if self.sampler is not None:
-            text = self.sampler(self.program.plain(_used(state)))
+            text = self.sampler(self.program.plain(state.used))
             session.display.say(f"── sample ──\n{text}\n────────────")
             session.log.record(SAMPLES, step, {"text": text})
+
+    def _look(self, state: TrainState, step: int, session: Session) -> None:
+        """Record what the heads look at, if it is due."""
+        if self.heads is not None and _due(step, self.config.log.attention or 0):
+            session.watch.alive()
+            session.log.write(step, attention=self.heads(state.used))
 
     def _to_device(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, Batch]:
         """A batch's example ids, which stay on the host, and its arrays on the devices."""
@@ -276,7 +280,7 @@ class Run:
             return alone and session.stop.requested
 
         began = time.monotonic()
-        found = self.held_out.evaluate(_used(state), batches, stopped)
+        found = self.held_out.evaluate(state.used, batches, stopped)
         if isinstance(found, tuple):
             display.say(f"step {step}: the evaluation was interrupted after {found[0]} of {found[1]} batches")
             return None
@@ -384,7 +388,7 @@ class Run:
         for line in () if found is None else config.objective.report(self.prepared, found.scores.bits_per_byte):
             display.say(line)
         if found is not None and self.held_out is not None:
-            if quality := found.quality or self.held_out.quality(_used(state)):
+            if quality := found.quality or self.held_out.quality(state.used):
                 session.log.write(step, eval=dataclasses.asdict(quality))
                 display.say(f"{quality.pairs} held-out translations: BLEU {quality.bleu:.2f}, chrF {quality.chrf:.2f}")
             if self.held_out.task is not None and is_first():
@@ -393,11 +397,6 @@ class Run:
         if is_first():
             write_finished(directory, step)
         display.say(f"finished; {config.objective.next_step(directory)}")
-
-
-def _used(state: TrainState) -> nnx.State:
-    """The parameters to use: their moving average, where the run keeps one."""
-    return state.params if state.ema is None else state.ema
 
 
 def _due(step: int, every: int) -> bool:

@@ -41,7 +41,7 @@ def page(maps: AttentionMaps) -> str:
     # All placeholders at once, so that none in the data is substituted.
     return string.Template(template).substitute(
         title=html.escape(visible_line(maps.title)),
-        policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; form-action 'none'",
+        policy=f"default-src 'none'; style-src '{hash_of(style)}'; script-src '{hash_of(script)}'; form-action 'none'",
         style=style,
         script=script,
         data=_json(data(maps)),
@@ -118,5 +118,6 @@ def _json(value: Any) -> str:
     return text
 
 
-def _hash(text: str) -> str:
+def hash_of(text: str) -> str:
+    """The source of a style or a script in a page's policy that allows this text alone."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

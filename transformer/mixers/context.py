@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from transformer.attention.spec.mask import AttentionMask
+from transformer.hooks import Hooks
 from transformer.layers.position import Alibi, RelativePosition, ScoreMod, token_positions
 from transformer.layers.relative_embedding import RelativeEmbedding
 from transformer.mixers.state import KVCache, State, WindowCache
@@ -69,6 +70,16 @@ class Context:
     """Whether a token sees only the tokens before it and itself."""
     return_weights: bool | tuple[int, ...] = _static(False)
     """Whether to return attention weights: of all heads, or of those listed."""
+    hooks: Hooks | None = _static(None)
+    """What keeps or changes values at named places; None, as in training: nothing does."""
+
+    def at(self, name: str, value: Array) -> Array:
+        """The value to continue with at a place of the hooks."""
+        return value if self.hooks is None else self.hooks(name, value)
+
+    def inside(self, name: str) -> Context:
+        """The context of a part of the model, whose places begin with `name`."""
+        return self if self.hooks is None else dataclasses.replace(self, hooks=self.hooks.inside(name))
 
     @property
     def valid_BT(self) -> Bool[Array, "B T"] | None:

@@ -179,7 +179,7 @@ class DifferentialAttention(nnx.Module):
             weights = None
             if first_weights is not None and second_weights is not None:
                 weights = first_weights - lam.astype(first_weights.dtype) * second_weights
-            return constrain(self.out(out, key), "batch", "stream", None), state, weights
+            return constrain(self.out(context.at("heads", out), key), "batch", "stream", None), state, weights
 
     def value_of_lambda(self, layer: int | Int[Array, ""] = 0) -> Float[Array, ""]:
         """The current λ of the layer with that number (equation 2), in float32."""

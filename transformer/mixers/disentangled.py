@@ -188,7 +188,7 @@ class DisentangledAttention(nnx.Module):
             )  # fmt: skip
             if state is not None:
                 out_BTNH = nan_on_overflow(out_BTNH, state)
-            return constrain(self.out(out_BTNH, key), "batch", "stream", None), state, weights
+            return constrain(self.out(context.at("heads", out_BTNH), key), "batch", "stream", None), state, weights
 
     def make_state(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens."""

@@ -160,7 +160,7 @@ class FastWeightAttention(nnx.Module):
             if state is not None:
                 state = state.advanced(matrix, x_BTD.shape[1], context.valid_BT)
             out_BTNH = out_BTNH if self.norm is None else self.norm(out_BTNH)
-            return constrain(self.out(out_BTNH, key), "batch", "stream", None), state, weights
+            return constrain(self.out(context.at("heads", out_BTNH), key), "batch", "stream", None), state, weights
 
     def make_state(self, batch_size: int, max_length: int) -> MatrixState:
         """The state before the first token, whatever `max_length` is."""

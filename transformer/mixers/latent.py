@@ -218,7 +218,7 @@ class LatentAttention(nnx.Module):
             if absorb:
                 # The weighted latents are expanded, instead of the values.
                 out_BTNC = jnp.einsum("BTNR,RNC->BTNC", out_BTNC, self.value_up.kernel[...].astype(out_BTNC.dtype))
-            return constrain(self.out(out_BTNC, key), "batch", "stream", None), state, weights
+            return constrain(self.out(context.at("heads", out_BTNC), key), "batch", "stream", None), state, weights
 
     def make_state(self, batch_size: int, max_length: int) -> LatentCache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens: R + P numbers per token."""

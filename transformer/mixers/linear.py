@@ -145,7 +145,7 @@ class LinearAttention(nnx.Module):
             out_BTNH, matrix = linear_attention(q, k, v, state_BKMV=before, **options)
             if state is not None and matrix is not None:
                 state = state.advanced(matrix, x_BTD.shape[1], context.valid_BT)
-            return constrain(self.out(out_BTNH, key), "batch", "stream", None), state, weights
+            return constrain(self.out(context.at("heads", out_BTNH), key), "batch", "stream", None), state, weights
 
     def make_state(self, batch_size: int, max_length: int) -> MatrixState:
         """The state before the first token, whatever `max_length` is."""

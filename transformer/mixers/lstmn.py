@@ -133,6 +133,8 @@ class LSTMN(nnx.Module):
         if state is not None:
             state = state.advanced(tape, x_BTD.shape[1], context.valid_BT)
             hidden_BTF = nan_on_overflow(hidden_BTF, state)
+        # The tape is one head.
+        hidden_BTF = context.at("heads", hidden_BTF[:, :, None])[:, :, 0]
         out_BTD = constrain(self.out(hidden_BTF, context.adapter_key), "batch", "stream", None)
         heads = context.return_weights
         weights = weights_BTS[:, None][:, chosen_heads(heads)] if heads else None

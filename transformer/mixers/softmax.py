@@ -269,4 +269,4 @@ class MultiHeadAttention(nnx.Module):
         return rotary(x, positions_BT, theta=position.theta, scaling=position.scaling, dim=dim, length=length)
 
     def _written(self, out_BTNH: Array, context: Context) -> Array:
-        return constrain(self.out(out_BTNH, context.adapter_key), "batch", "stream", None)
+        return constrain(self.out(context.at("heads", out_BTNH), context.adapter_key), "batch", "stream", None)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from transformer.blocks import Block, BlockOutput, Norm
+from transformer.hooks import Hooks
 from transformer.layers.feed_forward import FeedForward
 from transformer.layers.mixture_of_experts import ExpertsConfig, MixtureOfExperts, RouterSums
 from transformer.layers.norm import LayerNorm, RMSNorm
@@ -31,6 +32,7 @@ from transformer.randomness import row_keys, split
 from transformer.stack import apply_stack, restack, stack, unstack
 from transformer.types import DTYPES, Array, Float, Int, Keys
 
+M = TypeVar("M", bound=nnx.Module)
 Chosen = tuple[tuple[int, ...], tuple[int, ...]]
 """Layers, and query heads in each of them, whose attention weights are requested."""
 
@@ -80,6 +82,7 @@ class LayerStack(nnx.Module):
         self.num_layers = self.depth = L = c.num_layers if num_layers is None else num_layers
         self.is_causal, self.first_norm = causal, first_norm
         self.schedule: Schedule | None = Schedule()
+        self.hooks: Hooks | None = None
         # For a part of a longer stack, the index of its first layer.
         self.first_layer: Any = 0
         self.mixers = c.mixers(L)
@@ -123,16 +126,17 @@ class LayerStack(nnx.Module):
         chosen = return_weights if isinstance(return_weights, tuple) else None
         if chosen is not None and not all(0 <= layer < L for layer in chosen[0]):
             raise ValueError(f"return_weights: got layers {chosen[0]}; allowed: 0 to {L - 1}")
-        context = dataclasses.replace(context, is_causal=self.is_causal, relative=self.relative)
+        context = dataclasses.replace(context, is_causal=self.is_causal, relative=self.relative, hooks=self.hooks)
+        x_BTD = self._entered(x_BTD, context)
         keys = None if key is None else self._layer_keys(row_keys(key, x_BTD.shape[0]))
-        # One by one if each layer has weights of its own; otherwise in groups.
-        single = chosen is not None or self.is_unstacked
+        # One by one if each layer has weights or hooks of its own; otherwise in groups.
+        single = chosen is not None or self.is_unstacked or self.hooks is not None
         wanted = [_heads_wanted(return_weights, layer) for layer in range(L)]
         blocks: Any
         inputs: Any
         numbers = self.first_layer + jnp.arange(L)
         if single:
-            blocks = self._single_blocks()
+            blocks = self.single_blocks()
             none = [None] * L
             inputs = list(
                 zip(numbers, none if states is None else states, none if memory is None else memory, strict=True)
@@ -152,10 +156,17 @@ class LayerStack(nnx.Module):
             calls, blocks, x_BTD, keys=keys, per_layer=inputs, context=context,
             first=None if self.first_norm else self._call(0, wanted[0], normed=True),
             schedule=self.schedule if states is None and memory is None and return_weights is False else None,
-            scan=c.scan_layers, remat=c.remat, group=self.group,
+            scan=c.scan_layers, remat="none" if self.hooks is not None else c.remat, group=self.group,
         )  # fmt: skip
         output = self._gathered(outputs, single, chosen)
-        return x_BTD if self.final_norm is None else self.final_norm(x_BTD), output
+        return context.at("final", x_BTD if self.final_norm is None else self.final_norm(x_BTD)), output
+
+    def _entered(self, x_BTD: Array, context: Context) -> Array:
+        """The residual stream before the first block; hooks may also keep where its tokens belong."""
+        for name, value in (("positions", context.positions_BT), ("segments", context.segments_BT)):
+            if value is not None:
+                context.at(name, value)
+        return context.at("embed", x_BTD)
 
     def _call(self, layer: int, heads: bool | tuple[int, ...], *, normed: bool = False) -> Any:
         """A function that runs a block as one layer, with that layer's settings."""
@@ -163,7 +174,7 @@ class LayerStack(nnx.Module):
         def call(block: Block, x: Array, key: Array | None, inputs: Any, context: Context) -> Any:
             number, state, memory = inputs
             own = dataclasses.replace(
-                context, layer=number, state=state, key=key, return_weights=heads,
+                context.inside(f"layers.{layer}"), layer=number, state=state, key=key, return_weights=heads,
                 memory=context.memory if memory is None else memory,
             )  # fmt: skip
             return block.as_layer(self.mixers[layer])(x, own, normed=normed)
@@ -199,7 +210,7 @@ class LayerStack(nnx.Module):
             weights = _stacked_weights([one for layer in picked if (one := layers[layer].weights) is not None])
         return StackOutput(states, weights, _routers_of([outputs] if alike else outputs, single))
 
-    def _single_blocks(self) -> list[Block]:
+    def single_blocks(self) -> list[Block]:
         """One block per layer."""
         if self.is_unstacked:
             return list(self.blocks)
@@ -233,7 +244,7 @@ class LayerStack(nnx.Module):
         A scan, or a loop over slices, copies every layer out of the stack before reading it. Here each layer is
         separate, and the three projections of its softmax attention are joined into one.
         """
-        blocks = self._single_blocks()
+        blocks = self.single_blocks()
         for block in blocks:
             if isinstance(block.attention, MultiHeadAttention):
                 block.attention = block.attention.joined()
@@ -241,7 +252,7 @@ class LayerStack(nnx.Module):
 
     def remember(self, memory_BMD: Float[Array, "B M D"]) -> list[KVCache]:
         """Each layer's keys and values of a memory, for an unstacked stack."""
-        return [block.cross.remember(memory_BMD) for block in self._single_blocks() if block.cross is not None]
+        return [block.cross.remember(memory_BMD) for block in self.single_blocks() if block.cross is not None]
 
     def make_states(self, batch_size: int, max_length: int) -> list[State]:
         """The states before the first token, one per layer, with room for `max_length` tokens."""
@@ -293,6 +304,22 @@ def with_schedule(model: Any, schedule: Schedule) -> Any:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, LayerStack):
             module.schedule = schedule
+    return model
+
+
+def stacks_of(model: Any) -> dict[str, LayerStack]:
+    """The stacks of a model by the prefix of their places: one under "", or `encoder.` and `decoder.`; none of a
+    recurrent one."""
+    names = {"": "layers", "encoder.": "encoder", "decoder.": "decoder"}
+    found = {prefix: getattr(model, name, None) for prefix, name in names.items()}
+    return {prefix: one for prefix, one in found.items() if isinstance(one, LayerStack)}
+
+
+def hooked(model: M, hooks: Hooks) -> M:
+    """The same model with hooks in its stacks (`transformer.hooks`), for one call."""
+    model = nnx.merge(*nnx.split(model))
+    for prefix, one in stacks_of(model).items():
+        one.hooks = hooks.inside(prefix.removesuffix(".")) if prefix else hooks
     return model
 
 

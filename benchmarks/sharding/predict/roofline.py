@@ -32,6 +32,8 @@ _SENDING = (
 )  # fmt: skip
 _DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 _FEW = 1024
+KEPT = 2**25
+"""Bytes up to which glibc keeps a block of memory that was freed for the next one; a larger one is touched anew."""
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -177,7 +179,7 @@ def costs_of(module: Module, target: Target, link_of: LinkOf, temporary: float =
         product = bool(work and (target.clock or by_flops >= by_bytes))
         found[where, instruction.name] = Operation(times, by_flops, by_bytes, gap, product)
     first_touch = 0.0
-    if profile is not None and profile.fresh:
+    if profile is not None and profile.fresh and temporary >= KEPT:
         first_touch = turns * temporary / (profile.fresh * profile.memory_efficiency)
     return Costs(found, transfers_of(module, target, link_of, found), first_touch, flops, traffic)
 

@@ -45,6 +45,10 @@ _SETTLED = 0.3
 """Seconds after which a process is at rest."""
 _PATIENCE = 12.0
 """Seconds to wait for steps that other processes do not disturb."""
+_M_MMAP_THRESHOLD = -3
+"""The number of the option in glibc's malloc.h."""
+_MAPPED = 2**20
+"""Bytes from which a block is mapped by itself, and returned to the system when it is freed."""
 _TRACED = 2
 """Steps under the profiler."""
 
@@ -206,11 +210,12 @@ def compared(case: Case, target: Target, rounds: int, seconds: float) -> dict[st
         # What the first steps load, and what compilers leave behind, is not the program's.
         take()
         take()
-        memory = _memory_of(take, devices)
         # The processors' other work hardly disturbs an accelerator.
         on_cpu = devices[0].platform == "cpu"
         timing = quiet_rounds(take, rounds, seconds if on_cpu else 1.0, patience=_PATIENCE if on_cpu else 0.0)
         measured = _parts(text, _traced(take, devices[0].platform), timing.seconds)
+        # Last, since it changes how the process allocates.
+        memory = _memory_of(take, devices)
     predicted = compiled.prediction
     return {
         "title": case.title,
@@ -261,6 +266,9 @@ def _memory_of(take: Callable[[], None], devices: list[jax.Device]) -> float:
     if stats := devices[0].memory_stats():
         take()
         return float(stats["peak_bytes_in_use"])
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        # Else blocks that one device has freed are another's, or stay in the process.
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED)
     added = []
     for _ in range(3):
         # The runtime frees a step's temporary memory a little after its results are there.
