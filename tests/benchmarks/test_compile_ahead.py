@@ -62,7 +62,9 @@ def test_a_plan_compiles_for_devices_that_are_absent(compiler, config_file, tmp_
     assert best["compiled"]["prediction"]["seconds"] > 0 and best["compiled"]["collectives"]
     step = best["compiled"]["timeline"]
     assert step["segments"][-1]["end"] == pytest.approx(best["compiled"]["prediction"]["seconds"])
-    assert 0.75 <= step["memory"]["peak"] / step["memory"]["compiler"] <= 1.25
+    # A TPU pads arrays as small as these to whole tiles, which what is alive does not count.
+    least = 0.75 if platform == "gpu" else 0.5
+    assert least <= step["memory"]["peak"] / step["memory"]["compiler"] <= 1.25
 
 
 B, T, VOCAB, LAYERS = 8, 1024, 50304, 2
