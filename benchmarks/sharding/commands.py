@@ -34,7 +34,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     sub = commands.add_parser("plan", help=text, description=text)
     sub.set_defaults(call=_plan)
     sub.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file of configs/")
-    text = "such as v5e:4x4, v5p:4x4x4, v7:2x2x2, h100:8, h200:2x8, gb200:72, mi300x:8, or my.yaml:8 with a file of figures"
+    text = "such as v5e:4x4, v5p:4x4x4, v7:2x2x2, h100:8, h200:2x8, gb200:72, mi300x:8, cpu:8, or my.yaml:8, a file of figures"
     sub.add_argument("--target", help=text)
     sub.add_argument("--candidates", type=positive, default=24, metavar="N", help="layouts to compile (24)")
     text = "instead of planning, compare predictions with measurements on this device, and record the errors"
@@ -95,26 +95,53 @@ def _sharding(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+_MODES = {
+    "validate": ("its own cases", ()),
+    "regret": ("its own cases", ("only", "directory")),
+    "published": ("its own runs", ("only", "directory", "compile", "compiler_python")),
+}
+"""What `plan` does in place of planning: what it compares, and the other options that it knows."""
+_USUAL = {"candidates": 24, "objective": "time"}
+_OPTIONS = (
+    "candidates", "tokens", "objective", "price", "compare", "largest", "explain", "analytic", "install", "compiler_python",
+    "workers", "directory", "only", "compile",
+)  # fmt: skip
+
+
+def _mode_of(options: argparse.Namespace) -> str | None:
+    """Which of `_MODES` is asked for, if any; raises a `UserError` for options that it does not know."""
+    chosen = [name for name in _MODES if getattr(options, name)]
+    if len(chosen) > 1:
+        raise UserError(f"plan: --{chosen[0]} and --{chosen[1]} do not go together")
+    what, known = _MODES[chosen[0]] if chosen else ("", ())
+    if chosen and (options.config or options.target or options.overrides):
+        raise UserError(f"plan: --{chosen[0]} has {what}, and takes no config, target or field")
+    for option in _OPTIONS:
+        given = getattr(options, option) not in (None, False, _USUAL.get(option))
+        name = {"directory": "dir"}.get(option, option).replace("_", "-")
+        if given and not chosen and option in ("only", "compile"):
+            to = " and ".join(f"--{mode}" for mode, (_, knows) in _MODES.items() if option in knows)
+            raise UserError(f"plan: --{name} belongs to {to}")
+        if given and chosen and option not in known:
+            raise UserError(f"plan: --{chosen[0]} has {what}, and takes no --{name}")
+    return chosen[0] if chosen else None
+
+
 def _plan(options: argparse.Namespace) -> None:
-    if options.validate:
-        from benchmarks.sharding.validation import validate
+    match _mode_of(options):
+        case "validate":
+            from benchmarks.sharding.validation import validate
 
-        if options.config or options.target or options.overrides:
-            raise UserError("plan: --validate has its own cases, and takes no config, target or field")
-        validate.run()
-        return
-    if options.regret:
-        from benchmarks.sharding.validation import regret
+            validate.run()
+            return
+        case "regret":
+            from benchmarks.sharding.validation import regret
 
-        if options.config or options.target or options.overrides:
-            raise UserError("plan: --regret has its own cases, and takes no config, target or field")
-        regret.run(options.only, output=options.directory)
-        return
-    if options.published:
-        _published(options)
-        return
-    if options.only or options.compile:
-        raise UserError("plan: --only belongs to --published and --regret, and --compile to --published")
+            regret.run(options.only, output=options.directory)
+            return
+        case "published":
+            _published(options)
+            return
     if options.compare and (options.target or options.explain or options.largest):
         raise UserError("plan: --compare has its own targets, and takes no --target, --explain or --largest")
     if not (options.config and (options.target or options.compare)):
@@ -153,15 +180,13 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _published(options: argparse.Namespace) -> None:
-    if options.config or options.target or options.overrides:
-        raise UserError("plan: --published has its own runs, and takes no config, target or field")
     import jax
 
     from benchmarks.sharding.validation import published
 
     # Only shapes are traced here; nothing runs.
     jax.config.update("jax_platforms", "cpu")
-    published.run(options.only, compiled=options.compile, python=options.compiler_python)
+    published.run(options.only, compiled=options.compile, python=options.compiler_python, output=options.directory)
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -90,7 +90,7 @@ def test_a_result_becomes_rows_of_the_report(tmp_path, runs):
         (["--published", "--only", "llm.c-a100-125m"], f"got 'llm.c-a100-125m'; allowed: .* Did you mean '{SMALL}'"),
         (["--published", "CONFIG"], "--published has its own runs"),
         (["--published", "--target", "h100:8"], "--published has its own runs"),
-        (["--compile", "CONFIG"], "--only and --compile belong to --published"),
+        (["--compile", "CONFIG"], "--compile belongs to --published"),
     ],
 )
 def test_what_is_refused(arguments, message, config_file, capsys):

@@ -128,7 +128,7 @@ def test_this_machine_is_a_target_once_it_is_measured(config_file, tmp_path, mon
     ]
     assert main(arguments) == 2
     assert (
-        "--target cpu: this machine's CPU has not been measured; run manyheads-bench calibrate"
+        "--target cpu: this machine's CPU has not been measured; run JAX_PLATFORMS=cpu manyheads-bench calibrate"
         in capsys.readouterr().err
     )
     dataclasses.replace(BY_HAND, kind="cpu", devices_share=True).write(tmp_path / "cache" / "profiles" / "cpu.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import jax
 import pytest
@@ -13,7 +14,7 @@ from benchmarks.cli import main
 from benchmarks.sharding.devices.targets import parse_target
 from benchmarks.sharding.measuring.layouts import NAMES, layouts
 from benchmarks.sharding.planning import plan
-from benchmarks.sharding.planning.candidates import candidates, describe
+from benchmarks.sharding.planning.candidates import candidates, describe, neighbours
 from benchmarks.sharding.planning.search import promising, search
 from benchmarks.sharding.predict import ahead
 from benchmarks.sharding.predict.analytic import Analysis
@@ -227,11 +228,31 @@ def test_no_layout_divides_the_batch(config_file, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["CONFIG"], "give a config and a --target"), (["CONFIG", "--validate"], "--validate has its own cases")],
+    [
+        (["CONFIG"], "give a config and a --target"),
+        (["CONFIG", "--validate"], "--validate has its own cases"),
+        (["--validate", "--only", "GPT"], "--validate has its own cases, and takes no --only"),
+        (["--regret", "--compile"], "--regret has its own cases, and takes no --compile"),
+        (["--regret", "--published"], "--regret and --published do not go together"),
+        (["--published", "--install"], "--published has its own runs, and takes no --install"),
+        (["--published", "--tokens", "1e9"], "--published has its own runs, and takes no --tokens"),
+        (["CONFIG", "--target", "h100:8", "--only", "GPT"], "--only belongs to --regret and --published"),
+    ],
 )
 def test_plan_refuses_arguments_that_do_not_go_together(config_file, capsys, arguments, message):
     assert main(["plan", *(str(config_file) if one == "CONFIG" else one for one in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_shipped_config_has_layouts(path):
+    """Whatever its objective refuses."""
+    config = dataclasses.replace(load(path), batch_size=16, microbatches=1)
+    target = parse_target("h100:2")
+    found = search(config, target).entries
+    assert found and all(list(neighbours(entry.config, target)) for entry in found[:1])
 
 
 def test_a_missing_compiler_is_refused_with_its_path(config_file, capsys):

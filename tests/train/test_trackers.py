@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import struct
@@ -54,6 +55,18 @@ def test_mlflow(tmp_path, monkeypatch):
     assert run.data.metrics == {"train/loss": 0.25, "eval/bits_per_byte": 2.0}
     history = [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "train/loss")]
     assert sorted(history) == [(1, 3.0), (2, 2.0), (2, 2.5), (3, 1.0), (3, 1.5), (4, 0.25)]
+
+
+def test_a_run_that_ends_by_an_error_is_said_to_have_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    from mlflow import MlflowClient
+
+    for error, status in ((UserError("not finite"), "FAILED"), (KeyboardInterrupt(), "FINISHED")):
+        with contextlib.suppress(type(error)), log_of(tmp_path, "mlflow", 0):
+            raise error
+        client = MlflowClient()
+        (run,) = client.search_runs([client.get_experiment_by_name("studies").experiment_id])
+        assert run.info.status == status
 
 
 def test_trackio(tmp_path, monkeypatch):

@@ -128,6 +128,8 @@ class Module:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         self.uncounted: set[str] = set()
+        self.expected: set[str] = set()
+        """Loops whose length the data decide, and which count as often as the model expects."""
         self.donated: dict[int, int] = {}
         """Results that are written into an argument: the index of the result, and the number of the parameter."""
         current: dict[str, Instruction] | None = None
@@ -188,6 +190,7 @@ class Module:
         counters = [one.index for one in compared if one is not None and one.opcode == "get-tuple-element"]
         if test.opcode != "compare" or len(limits) != 1 or len(counters) != 1 or counters[0] is None:
             if expected := _EXPECTED.findall(op_name(loop)):
+                self.expected.add(loop.name)
                 return max(float(expected[-1]), 1.0)
             self.uncounted.add(loop.name)
             return 1

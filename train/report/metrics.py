@@ -89,7 +89,13 @@ class MetricLog:
                 # A start after which no step was kept is one all the same.
                 self._kept[STARTS] = JsonlWriter(directory / STARTS, sys.maxsize)
                 run = Tracked(config, directory, run_id, start_step)
-                self._trackers = [start(name, run) for name in config.log.trackers]
+                try:
+                    for name in config.log.trackers:
+                        self._trackers.append(start(name, run))
+                except UserError:
+                    for tracker in self._trackers:
+                        self._try(tracker, functools.partial(tracker.close, failed=True))
+                    raise
         self._begin(start_step)
 
     def _begin(self, step: int) -> None:
@@ -131,10 +137,14 @@ class MetricLog:
     def __enter__(self) -> MetricLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for writer in (self._steps, *self._kept.values(), self._examples, *self._trackers):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # An interrupt ends a run that goes on later.
+        failed = kind is not None and issubclass(kind, Exception)
+        for writer in (self._steps, *self._kept.values(), self._examples):
             if writer is not None:
                 self._try(writer, writer.close)
+        for tracker in self._trackers:
+            self._try(tracker, functools.partial(tracker.close, failed=failed))
 
     def _try(self, writer: JsonlWriter | Tracker, act: Callable[[], None]) -> None:
         try:

@@ -33,8 +33,8 @@ class Tracker(Protocol):
     def rewind(self, step: int) -> None:
         """Expect the steps after `step` once more: training has gone back to it."""
 
-    def close(self) -> None:
-        """Write what is buffered, and end."""
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is buffered, and end; `failed`: the run ended by an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TensorBoard:
         # Its own names are the same for all files that begin within a second.
         return SummaryWriter(str(self._directory), purge_step=step + 1, filename_suffix=f".{time.time_ns()}")
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         self._writer.close()
 
 
@@ -97,8 +97,8 @@ class Wandb:
 
     def rewind(self, step: int) -> None: ...
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class MLflow:
@@ -128,8 +128,8 @@ class MLflow:
 
     def rewind(self, step: int) -> None: ...
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, *, failed: bool = False) -> None:
+        self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
 
 class Trackio:
@@ -147,7 +147,8 @@ class Trackio:
 
     def rewind(self, step: int) -> None: ...
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        # It knows no other end.
         self._run.finish()
 
 

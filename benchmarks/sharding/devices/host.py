@@ -28,5 +28,7 @@ def own_profile() -> Profile:
     """
     path = own_path("cpu")
     if not path.exists():
-        raise UserError("--target cpu: this machine's CPU has not been measured; run manyheads-bench calibrate first")
+        raise UserError(
+            "--target cpu: this machine's CPU has not been measured; run JAX_PLATFORMS=cpu manyheads-bench calibrate first"
+        )
     return read(path)

@@ -193,6 +193,19 @@ def host_target(number: str | int, profile: Profile | None = None) -> Target:
     return Target(f"cpu:{number}", host_chip(profile, int(number)), (1, int(number)), "float32", profile=profile)
 
 
+def at_hand(kind: str, number: int, profile: Profile | None = None) -> Target:
+    """So many of the devices that are here.
+
+    Args:
+        kind: `cpu`, or the name of the chip.
+        profile: of it; by default the one there is.
+    """
+    if kind == "cpu":
+        return host_target(number, profile)
+    target = Target(f"{kind}:{number}", CHIPS[kind], (1, number))
+    return target.profiled() if profile is None else dataclasses.replace(target, profile=profile)
+
+
 def _check_slice(text: str, name: str, chip: Chip, dims: tuple[int, ...]) -> None:
     """A slice consists of hosts with 2 × 2 chips each, or of a single chip."""
     if len(dims) != chip.dims:

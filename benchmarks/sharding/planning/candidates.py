@@ -47,9 +47,11 @@ def choices(config: RunConfig, mesh: MeshConfig, target: Target) -> Iterator[Run
     for microbatches, remat in itertools.product(parts, _remats(config.model)):
         if rows % microbatches:
             continue
-        model: Any = dataclasses.replace(config.model, remat=remat)  # type: ignore[arg-type]
-        one = dataclasses.replace(config, mesh=mesh, model=model)
-        yield one if sizes["pipeline"] > 1 else dataclasses.replace(one, microbatches=microbatches)
+        own = config.microbatches if sizes["pipeline"] > 1 else microbatches
+        # An objective may refuse parts of a batch, or a schedule.
+        with contextlib.suppress(ConfigError):
+            model: Any = dataclasses.replace(config.model, remat=remat)  # type: ignore[arg-type]
+            yield dataclasses.replace(config, mesh=mesh, model=model, microbatches=own)
 
 
 def neighbours(config: RunConfig, target: Target) -> Iterator[RunConfig]:

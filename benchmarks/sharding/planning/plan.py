@@ -185,8 +185,9 @@ def planned(config: RunConfig, target: Target, how: How, goal: Goal) -> Plan:
         if compiler is not None:
             require_any((entry.compiled for entry in chosen), target)
         chosen = improved(chosen, found.analysis, target, goal.objective, examine)
+    considered = len({entry.config for entry in (*entries, *chosen)})
     seconds = time.monotonic() - start
-    result = summarised(config, target, chosen, goal, len(entries), seconds, stopped, kept)
+    result = summarised(config, target, chosen, goal, considered, seconds, stopped, kept)
     result["fitting"] = fitting
     if compiler is not None:
         result["compiler"] = compilers.versions_of(compiler)

@@ -33,7 +33,7 @@ OVERLAP = 0.7
 HIDEABLE = {"gpu": ("data", "fsdp"), "cpu": ("data", "fsdp"), "tpu": ("data", "fsdp", "tensor")}
 """Axes whose communication can overlap with arithmetic, by platform: gathers and reductions of parameters. XLA for TPUs also
 splits the products that a tensor axis divides, and sends one part while it computes the next (Wang et al. 2023)."""
-EFFICIENCIES = {"gpu": (0.67, 0.42), "cpu": (0.67, 0.42), "tpu": (0.95, 0.28)}
+EFFICIENCIES = {"gpu": (0.67, 0.43), "cpu": (0.67, 0.43), "tpu": (0.94, 0.30)}
 """Fractions of the peak FLOP/s and of the memory's bandwidth that a step reaches by these formulas, by platform: fitted to
 training runs that others published (`validation/published_fit.py`), for targets without a profile. A compiled program has
 others, since its products and its bytes are counted one by one."""

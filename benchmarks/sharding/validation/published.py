@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -37,24 +38,30 @@ FAMILIES = {"tpu": "TPU", "gpu": "NVIDIA"}
 """Kinds of chips by their platform; no published run is of another vendor's."""
 
 
-def run(only: Sequence[str] | None = None, *, compiled: bool = False, python: str | None = None) -> dict[str, Any]:
-    """Predict the published runs, print the table and the errors, and record them if they are all of them.
+def run(
+    only: Sequence[str] | None = None, *, compiled: bool = False, python: str | None = None, output: str | None = None
+) -> dict[str, Any]:
+    """Predict the published runs, print the table and the errors, and record them if they are all of them, or in `output`.
 
     Args:
         only: names of some of the runs.
         compiled: also compile each ahead, where its compiler is installed.
         python: interpreter of an environment with the targets' compiler, instead of the one installed before.
+        output: folder of the record; by default that of the published ones, for all runs.
 
     Raises:
         UserError: no run has one of these names, or nothing can be compiled.
     """
-    result = compared(published_runs(only), compiled=compiled, python=python, whole=only is None)
+    runs = published_runs(only)
+    folder = record.report_folder(output) if output else None
+    result = compared(runs, compiled=compiled, python=python, whole=only is None)
     console().print(table(result["published"]))
     for line in sentences(result):
         print(line)
-    if only is None:
-        flag = " --compile" if compiled else ""
-        record.save("published", f"manyheads-bench plan --published{flag}", result, show=False)
+    if only is None or output:
+        names = ["--only", *only] if only else []
+        command = ["manyheads-bench", "plan", "--published", *(["--compile"] if compiled else []), *names]
+        record.save("published", shlex.join(command), result, show=False, folder=folder)
     return result
 
 
@@ -98,9 +105,22 @@ def compiled_ahead(
     Raises:
         UserError: there is no compiler for any of the runs.
     """
-    pythons = {platform: compilers.find(platform, python) for platform in {one.target.chip.platform for one in runs}}
+    platforms = {one.target.chip.platform for one in runs}
+    pythons: dict[str, str | None] = {}
+    for platform in platforms:
+        try:
+            pythons[platform] = compilers.find(platform, python)
+        except UserError:
+            # An interpreter that is given has the compiler of one platform.
+            if len(platforms) == 1:
+                raise
+            pythons[platform] = None
     if not any(pythons.values()):
-        raise UserError(f"plan --published --compile: {compilers.absent(next(iter(pythons)))}")
+        absent = " or ".join(sorted(platforms))
+        raise UserError(
+            f"plan --published --compile: no compiler for {absent}; a plan for such a target with --install makes an "
+            "environment with it, --compiler-python PATH names an existing one"
+        )
     entries = {one.name: Entry(one.config, estimates[one.name]) for one in runs}
     for target in {one.target.name: one.target for one in runs}.values():
         if (interpreter := pythons[target.chip.platform]) is None:

@@ -55,7 +55,7 @@ def in_quiet_turns(takes: Mapping[str, Callable[[], object]], rounds: int, patie
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in takes}
     began, names, turn = time.perf_counter(), list(takes), 0
     while True:
-        start = turn * 7 % len(names)
+        start = turn % len(names)
         for name in [*names[start:], *names[:start]]:
             seen[name].append(watched(takes[name]))
         turn += 1

@@ -25,9 +25,9 @@ import jax
 from benchmarks import record
 from benchmarks.environments import compilers
 from benchmarks.record import RESULTS
-from benchmarks.sharding.devices.chips import CHIPS, chip_name
-from benchmarks.sharding.devices.profile import Profile, own_path, profile_of, read
-from benchmarks.sharding.devices.targets import Target, host_target
+from benchmarks.sharding.devices.chips import chip_name
+from benchmarks.sharding.devices.profile import own_path, profile_of, read
+from benchmarks.sharding.devices.targets import Target, at_hand
 from benchmarks.sharding.validation.apart import answer_of
 from benchmarks.sharding.validation.calibrate import run as calibrate
 from benchmarks.sharding.validation.cases import Case, cases
@@ -71,8 +71,9 @@ def run(rounds: int = 6, seconds: float = 6.0) -> dict[str, Any]:
     measured: dict[str, dict[str, Any]] = {}
     # On a CPU twice, some minutes apart: what others do on the machine slows a measurement, and nothing makes one faster.
     for title in itertools.chain(chosen, chosen if kind == "cpu" else ()):
-        target = dataclasses.asdict(_target(chosen[title], profile))
-        task = {"title": title, "target": target, "rounds": rounds, "seconds": seconds}
+        case = chosen[title]
+        target = dataclasses.replace(at_hand(kind, case.devices, profile), dtype=case.config.model.dtype)
+        task = {"title": title, "target": dataclasses.asdict(target), "rounds": rounds, "seconds": seconds}
         new = answer_of("validate", task, title)
         one = measured[title] = min(new, measured.get(title, new), key=_disturbance)
         disturbed = "; disturbed by other processes" if one["disturbed"] else ""
@@ -167,14 +168,6 @@ def on_record(kind: str) -> Mapping[str, float] | None:
         if result["kind"] == kind:
             return result["worst"]
     return None
-
-
-def _target(case: Case, profile: Profile) -> Target:
-    """The device at hand, or several of them."""
-    dtype = case.config.model.dtype
-    if profile.kind == "cpu":
-        return dataclasses.replace(host_target(case.devices, profile), dtype=dtype)
-    return Target("here", CHIPS[profile.kind], (1, case.devices), dtype=dtype, profile=profile)
 
 
 def answer() -> None:

@@ -134,7 +134,7 @@ def break_down(text: str, events: Sequence[Event], steps: int, peaks: Peaks) -> 
         communicating += (end - start - divided(sending, [0] * len(sending), start, end)[1]) * per
     exposed = sum(part for operation, part in seconds.items() if operation.category == COLLECTIVE)
     # Of a loop whose length the program does not tell, its operations are counted in the trace.
-    counted = bool(module.uncounted)
+    counted = bool(module.uncounted or module.expected)
     spent = []
     for operation, total in seconds.items():
         seen = times[operation] / (steps * len(devices))
