@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -189,6 +190,19 @@ def test_statistics_of_pairs_and_of_hybrids():
     for name, message in (("differential", "not distributions"), ("bert", "induction needs gpt"), ("t5", "needs gpt")):
         with pytest.raises(UserError, match=message):
             induction_scores(subject(name))
+
+
+def test_statistics_of_pairs_are_the_same_in_chunks_of_rows():
+    own, given = subject("t5"), inputs("t5", FIRST, FIRST[:3], SECOND[:4])
+    whole = head_statistics(own, given)
+    # Two rows of one layer: 4 arrays of 2 x 5 x 5 numbers each. The second chunk is filled up with padding.
+    chunked = head_statistics(own, given, max_bytes=2 * 4 * 4 * 2 * 25)
+    for part, expected in whole.items():
+        for measure, values in dataclasses.asdict(expected).items():
+            found = getattr(chunked[part], measure)
+            assert (found is None) == (values is None)
+            if values is not None:
+                np.testing.assert_allclose(found, values, atol=1e-5, err_msg=f"{part} {measure}")
 
 
 @pytest.mark.parametrize(("config", "message"), [

@@ -61,8 +61,7 @@ def head_statistics(subject: Subject, inputs: Inputs, *, max_bytes: int = MAX_BY
             return sums_of(some, hooks.kept)
 
         for start in range(0, len(inputs), rows_at_once):
-            # The last rows once more, with padding alone, so that one program serves all.
-            own = _rows(inputs, start, rows_at_once)
+            own = inputs.rows(start, rows_at_once)
             for place, found in jax.device_get(measured(subject.params, own)).items():
                 before = sums.get(place)
                 sums[place] = found if before is None else {name: before[name] + found[name] for name in found}
@@ -190,13 +189,6 @@ def _sizes(subject: Subject, inputs: Inputs, max_bytes: int) -> tuple[int, int]:
         )
     rows = max(1, min(len(inputs), max_bytes // one))
     return rows, max(1, max_bytes // (one * rows))
-
-
-def _rows(inputs: Inputs, start: int, count: int) -> Inputs:
-    numbers = np.arange(start, start + count)
-    inside = numbers < len(inputs)
-    taken = jax.tree.map(lambda rows: np.asarray(rows)[np.where(inside, numbers, 0)], inputs)
-    return dataclasses.replace(taken, segments_BT=taken.segments_BT * inside[:, None])
 
 
 def _chunks(wanted: list[tuple[Part, int]], size: int) -> Iterator[list[tuple[Part, int]]]:

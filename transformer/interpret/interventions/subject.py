@@ -56,6 +56,20 @@ class Inputs:
         """Whether a loss is defined."""
         return bool(np.asarray(self.weights_BT).any())
 
+    def rows(self, start: int, count: int) -> Inputs:
+        """`count` rows from `start` on, so that one program serves all chunks: after the last row come rows of padding alone,
+        without targets."""
+        numbers = np.arange(start, start + count)
+        is_row = numbers < len(self)
+        taken = jax.tree.map(lambda rows: np.asarray(rows)[np.where(is_row, numbers, 0)], self)
+        source_BS = taken.source_segments_BS
+        return dataclasses.replace(
+            taken,
+            segments_BT=taken.segments_BT * is_row[:, None],
+            weights_BT=taken.weights_BT * is_row[:, None].astype(np.float32),
+            source_segments_BS=None if source_BS is None else source_BS * is_row[:, None],
+        )
+
     def repeated(self, count: int) -> Inputs:
         """All rows, `count` times."""
         return jax.tree.map(lambda rows: np.tile(rows, (count, *[1] * (rows.ndim - 1))), self)
