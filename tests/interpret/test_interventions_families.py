@@ -111,6 +111,22 @@ def test_without_hooks_and_with_hooks_that_only_look_the_result_is_the_same(name
     assert own.model.layers.hooks is None if own.last == "" else own.model.decoder.hooks is None
 
 
+@pytest.mark.parametrize(("hooks", "message"), [
+    ({"change": {"layers.0.atention.heads": jnp.zeros_like}},
+     r"'layers.0.atention.heads' was not met. Did you mean 'layers.0.attention.heads'\?"),
+    ({"keep": ("layers.2.out", "embed", "final.norm")}, "'final.norm' was not met.* 'layers.2.out' was not met"),
+])  # fmt: skip
+def test_a_place_that_the_model_does_not_have_is_named(hooks, message):
+    own = subject("gpt")
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda *given: nnx.state(own.call(*given, Hooks(**hooks))), own.params, inputs("gpt"))
+
+
+def test_what_can_only_be_kept_is_not_changed():
+    with pytest.raises(ValueError, match=r"change: 'layers.0.attention.weights' can be kept, not changed"):
+        Hooks({"layers.0.attention.weights": jnp.zeros_like})
+
+
 @EVERY
 def test_patching_what_the_answer_is_read_from_restores_it(name):
     own = subject(name)

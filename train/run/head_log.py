@@ -60,6 +60,7 @@ class HeadLog:
         def measure(params: nnx.State, batch: Batch) -> dict[str, dict[str, Any]]:
             hooks = Hooks(keep=kept_for(self._wanted))
             objective.evaluate(hooked(nnx.merge(program.graphdef, params), hooks), batch, config.loss)
+            hooks.check()
             sums = sums_of(self._wanted, hooks.kept)
             if not jax.sharding.get_abstract_mesh().empty:
                 # Every process reads them.

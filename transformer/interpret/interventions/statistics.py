@@ -81,10 +81,8 @@ def sums_of(wanted: Sequence[tuple[Part, int]], kept: Mapping[str, Array]) -> di
     found = {}
     for part, layer in wanted:
         weights_BNTS = kept[part.place(layer, "weights")].astype(jnp.float32)
-        B, _, T, S = weights_BNTS.shape
-        positions_BT = kept[f"{part.stack}positions"]
-        segments_BT = kept.get(f"{part.stack}segments")
-        valid_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT != 0
+        _, _, T, S = weights_BNTS.shape
+        positions_BT, valid_BT = kept[f"{part.stack}positions"], kept[f"{part.stack}segments"] != 0
         sums = {
             "entropy": _over(valid_BT, -jnp.sum(jax.scipy.special.xlogy(weights_BNTS, weights_BNTS), -1) / np.log(2))
         }

@@ -177,7 +177,11 @@ class Subject:
         self._scored = jax.jit(self._scored_impl, static_argnames="with_loss")
 
     def call(self, params: nnx.State, inputs: Inputs, hooks: Hooks) -> Any:
-        """The model, with hooks, after it has read the inputs. To be traced; the scores come from `readout`."""
+        """The model, with hooks, after it has read the inputs. To be traced; the scores come from `readout`.
+
+        Raises:
+            ValueError: the model did not meet a place of the hooks.
+        """
         model = hooked(nnx.merge(self.graphdef, params), hooks)
         if inputs.source_BS is None:
             model(inputs.tokens_BT, segments_BT=inputs.segments_BT)
@@ -186,6 +190,7 @@ class Subject:
                 inputs.source_BS, inputs.tokens_BT, source_segments_BS=inputs.source_segments_BS,
                 segments_BT=inputs.segments_BT,
             )  # fmt: skip
+        hooks.check()
         return model
 
     def readout(self, model: Any, final_BTD: Array, segments_BT: Array) -> Float[Array, "B T C"]:
