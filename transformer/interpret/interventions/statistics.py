@@ -52,7 +52,7 @@ def head_statistics(subject: Subject, inputs: Inputs, *, max_bytes: int = MAX_BY
               if shown]  # fmt: skip
     if not wanted:
         raise UserError("this model has no statistics: weights of its attention are not distributions")
-    for some in _chunks(wanted, layers_at_once):
+    for some in chunks(wanted, layers_at_once):
 
         @jax.jit
         def measured(params: nnx.State, inputs: Inputs, some: Any = some) -> dict[str, dict[str, Array]]:
@@ -189,6 +189,7 @@ def _sizes(subject: Subject, inputs: Inputs, max_bytes: int) -> tuple[int, int]:
     return rows, max(1, max_bytes // (one * rows))
 
 
-def _chunks(wanted: list[tuple[Part, int]], size: int) -> Iterator[list[tuple[Part, int]]]:
+def chunks(wanted: list[tuple[Part, int]], size: int) -> Iterator[list[tuple[Part, int]]]:
+    """Parts and layers, `size` at a time."""
     for first in range(0, len(wanted), size):
         yield wanted[first : first + size]
