@@ -183,6 +183,21 @@ def test_importance_is_the_ablation_of_each_head(name):
         assert np.isnan(found.tables["attention"][1, 2:]).all() and not np.isnan(found.tables["attention"][0]).any()
 
 
+@pytest.mark.parametrize("name", ["gpt", "hybrid", "classifier", "t5"])
+def test_ablation_is_the_same_in_chunks_of_rows(name):
+    own, given = subject(name), inputs(name, FIRST, SECOND[:4], FIRST[1:])
+    # Two rows at once, of 5 tokens or of 5 and 3: the second chunk ends with a row of padding.
+    chunked = Subject(own.model, tokens_of_pass=16 if name == "t5" else 10)
+    assert [start for start, _ in chunked.chunks(given)] == [0, 2] and len(list(own.chunks(given))) == 1
+    for how in ("zero", "mean"):
+        expected, found = (ablate(one, given, own.all_heads()[:2], how) for one in (own, chunked))
+        np.testing.assert_allclose(found.ablated_scores_BC, expected.ablated_scores_BC, atol=1e-4)
+        assert found.ablated_loss == (None if expected.loss is None else pytest.approx(expected.ablated_loss, rel=1e-5))
+    expected, found = (head_importance(one, given, "mean").tables for one in (own, chunked))
+    for part, table in expected.items():
+        np.testing.assert_allclose(found[part], table, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gpt", "bert"])
 def test_statistics_are_those_of_the_attention_maps(name):
     own = subject(name)
