@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -110,6 +111,22 @@ def test_without_hooks_and_with_hooks_that_only_look_the_result_is_the_same(name
     assert own.model.layers.hooks is None if own.last == "" else own.model.decoder.hooks is None
 
 
+@pytest.mark.parametrize(("hooks", "message"), [
+    ({"change": {"layers.0.atention.heads": jnp.zeros_like}},
+     r"'layers.0.atention.heads' was not met. Did you mean 'layers.0.attention.heads'\?"),
+    ({"keep": ("layers.2.out", "embed", "final.norm")}, "'final.norm' was not met.* 'layers.2.out' was not met"),
+])  # fmt: skip
+def test_a_place_that_the_model_does_not_have_is_named(hooks, message):
+    own = subject("gpt")
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda *given: nnx.state(own.call(*given, Hooks(**hooks))), own.params, inputs("gpt"))
+
+
+def test_what_can_only_be_kept_is_not_changed():
+    with pytest.raises(ValueError, match=r"change: 'layers.0.attention.weights' can be kept, not changed"):
+        Hooks({"layers.0.attention.weights": jnp.zeros_like})
+
+
 @EVERY
 def test_patching_what_the_answer_is_read_from_restores_it(name):
     own = subject(name)
@@ -166,6 +183,21 @@ def test_importance_is_the_ablation_of_each_head(name):
         assert np.isnan(found.tables["attention"][1, 2:]).all() and not np.isnan(found.tables["attention"][0]).any()
 
 
+@pytest.mark.parametrize("name", ["gpt", "hybrid", "classifier", "t5"])
+def test_ablation_is_the_same_in_chunks_of_rows(name):
+    own, given = subject(name), inputs(name, FIRST, SECOND[:4], FIRST[1:])
+    # Two rows at once, of 5 tokens or of 5 and 3: the second chunk ends with a row of padding.
+    chunked = Subject(own.model, tokens_of_pass=16 if name == "t5" else 10)
+    assert [start for start, _ in chunked.chunks(given)] == [0, 2] and len(list(own.chunks(given))) == 1
+    for how in ("zero", "mean"):
+        expected, found = (ablate(one, given, own.all_heads()[:2], how) for one in (own, chunked))
+        np.testing.assert_allclose(found.ablated_scores_BC, expected.ablated_scores_BC, atol=1e-4)
+        assert found.ablated_loss == (None if expected.loss is None else pytest.approx(expected.ablated_loss, rel=1e-5))
+    expected, found = (head_importance(one, given, "mean").tables for one in (own, chunked))
+    for part, table in expected.items():
+        np.testing.assert_allclose(found[part], table, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gpt", "bert"])
 def test_statistics_are_those_of_the_attention_maps(name):
     own = subject(name)
@@ -189,6 +221,19 @@ def test_statistics_of_pairs_and_of_hybrids():
     for name, message in (("differential", "not distributions"), ("bert", "induction needs gpt"), ("t5", "needs gpt")):
         with pytest.raises(UserError, match=message):
             induction_scores(subject(name))
+
+
+def test_statistics_of_pairs_are_the_same_in_chunks_of_rows():
+    own, given = subject("t5"), inputs("t5", FIRST, FIRST[:3], SECOND[:4])
+    whole = head_statistics(own, given)
+    # Two rows of one layer: 4 arrays of 2 x 5 x 5 numbers each. The second chunk is filled up with padding.
+    chunked = head_statistics(own, given, max_bytes=2 * 4 * 4 * 2 * 25)
+    for part, expected in whole.items():
+        for measure, values in dataclasses.asdict(expected).items():
+            found = getattr(chunked[part], measure)
+            assert (found is None) == (values is None)
+            if values is not None:
+                np.testing.assert_allclose(found, values, atol=1e-5, err_msg=f"{part} {measure}")
 
 
 @pytest.mark.parametrize(("config", "message"), [

@@ -15,6 +15,7 @@ from flax import nnx
 from tests.changed import built
 from transformer.attention.spec.mask import AttentionMask
 from transformer.errors import ConfigError
+from transformer.hooks import Hooks
 from transformer.layers.position import AlibiConfig, RotaryConfig, RotaryScaling
 from transformer.layers.relative_embedding import RelativeEmbedding
 from transformer.mixers.context import Context
@@ -171,6 +172,17 @@ def test_weights_are_what_reads_the_values(name):
         np.testing.assert_allclose(few, weights[:, list(chosen)], atol=1e-6)
     if config.kind in ("softmax", "latent", "disentangled") or name == "linear":
         np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-4)
+
+
+@EVERY
+def test_hooks_meet_its_heads(name):
+    config = CONFIGS[name]
+    hooks = Hooks({"heads": jnp.zeros_like}, keep=("heads",))
+    out, _, _ = mixer_of(config)(jnp.asarray(X), context_of(config, hooks=hooks))
+    hooks.check()
+    assert hooks.kept["heads"].shape[:3] == (B, T, config.num_heads) and hooks.kept["heads"].ndim == 4
+    # Nothing goes past the place to the output: here no projection has a bias that is not zero.
+    np.testing.assert_array_equal(out, np.zeros_like(X))
 
 
 @EVERY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import pytest
 
 import manyheads as mh
@@ -11,7 +12,11 @@ from tests.train.fine_tuning import classifier_of
 from tests.train.test_manyheads import TRANSLATOR
 from train.commands.cli import main
 from train.config import load
+from train.data.prepared.prepare import prepare
 from train.data.sources.synthetic import sentence
+from train.parallel.mesh import make_mesh, use_mesh
+from train.run.begin import program_of, with_data
+from train.run.head_log import HeadLog
 from train.run.loop import train
 from transformer.errors import UserError
 
@@ -150,6 +155,29 @@ def test_a_run_records_what_its_heads_look_at(config_file, tmp_path):
     plain = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
     losses = [[one["train/loss"] for one in some if "train/loss" in one] for some in (records, plain)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_what_heads_look_at_needs_bounded_memory(config_file, tmp_path):
+    config = load(str(config_file), ["--run-dir", str(tmp_path / "run")])
+    prepared, mesh = prepare(config.data), make_mesh(config.mesh)
+    config = with_data(config, prepared)
+    with use_mesh(mesh, config.mesh.rules):
+        program = program_of(config, prepared, mesh)
+        # Large weights, so that rows differ in what heads look at.
+        params = jax.tree.map(lambda leaf: 20 * leaf, program.init().params)
+        # Four arrays of each layer, of 2 heads.
+        row = 4 * 4 * 2 * config.sequence_length**2
+        expected = HeadLog(config, prepared, program)(params)
+        in_parts = HeadLog(config, prepared, program, max_bytes=4 * row)(params)
+        assert {"layer_0_entropy", "layer_1_entropy"} < set(expected) and in_parts == pytest.approx(expected, rel=1e-5)
+        # Below that, fewer rows.
+        fewer = HeadLog(config, prepared, program, max_bytes=2 * row)(params)
+        assert set(fewer) == set(expected) and fewer["layer_0_entropy"] != pytest.approx(
+            expected["layer_0_entropy"], rel=1e-5
+        )
+        message = r"log.attention: the weights of one layer on 16 tokens need 8\.0 KiB of each device, above the limit"
+        with pytest.raises(UserError, match=message):
+            HeadLog(config, prepared, program, max_bytes=row - 1)
 
 
 @pytest.mark.parametrize(

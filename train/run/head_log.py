@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -19,29 +19,36 @@ from train.parallel.mesh import batch_parts
 from train.program.program import Program
 from transformer.errors import UserError
 from transformer.hooks import Hooks
-from transformer.interpret.interventions.statistics import kept_for, means_of, sums_of
-from transformer.interpret.interventions.subject import parts_of
+from transformer.interpret.capture import MAX_BYTES, readable
+from transformer.interpret.interventions.statistics import chunks, kept_for, means_of, sums_of
+from transformer.interpret.interventions.subject import Part, parts_of
 from transformer.models.layer_stack import hooked
+from transformer.types import Array
 
+Wanted = Sequence[tuple[Part, int]]
+"""Parts and layers whose weights are measured."""
 ROWS = 4
-"""The rows of the batch, or as many more as the devices divide."""
+"""The most rows of the batch, or as many more as the devices divide."""
+_ARRAYS = 4
+"""About how many arrays of the size of a layer's weights are in memory while they are computed and summed."""
 
 
 class HeadLog:
     """Statistics of each layer's attention, by the objective's own evaluation of a batch.
 
-    The training step is not changed: this is a program of its own, in which weights are computed in addition to the pass of the
-    fast kernels, and only their sums are kept.
+    The training step is not changed: these are programs of their own, in which weights are computed in addition to the pass of
+    the fast kernels, and only their sums are kept. Each program takes as many layers as have weights in `max_bytes` of a device.
 
     Raises:
-        UserError: no held-out text, or a model without attention whose weights are distributions.
+        UserError: no held-out text, a model without attention whose weights are distributions, or weights of one layer and of
+            one row on each device that need more than `max_bytes`.
     """
 
-    def __init__(self, config: RunConfig, prepared: Prepared, program: Program) -> None:
-        objective, self._program = config.objective, program
+    def __init__(self, config: RunConfig, prepared: Prepared, program: Program, *, max_bytes: int = MAX_BYTES) -> None:
+        self._config, self._program = config, program
         parts = parts_of(nnx.merge(program.graphdef, program.abstract.params))
-        self._wanted = [(part, layer) for part in parts for layer, shown in enumerate(part.has_distributions) if shown]
-        if not self._wanted:
+        wanted = [(part, layer) for part in parts for layer, shown in enumerate(part.has_distributions) if shown]
+        if not wanted:
             raise UserError(
                 f"log.attention: a model of family {config.model.family!r} with this attention has no weights that are "
                 "distributions; set it to null"
@@ -51,35 +58,61 @@ class HeadLog:
                 "log.attention: it needs held-out text; set data.validation_fraction above 0, or it to null"
             )
         parts_of_batch = math.lcm(batch_parts(program.mesh, config.mesh.rules), jax.process_count())
-        host = evaluation_batches(
-            prepared, config.data, batch_size=-(-ROWS // parts_of_batch) * parts_of_batch, length=config.sequence_length,
-            objective=objective, process_index=jax.process_index(), process_count=jax.process_count(), max_batches=1,
-        )  # fmt: skip
-        self._batch = program.to_devices(host.batch(0))
 
-        def measure(params: nnx.State, batch: Batch) -> dict[str, dict[str, Any]]:
-            hooks = Hooks(keep=kept_for(self._wanted))
-            objective.evaluate(hooked(nnx.merge(program.graphdef, params), hooks), batch, config.loss)
-            sums = sums_of(self._wanted, hooks.kept)
-            if not jax.sharding.get_abstract_mesh().empty:
-                # Every process reads them.
-                sums = jax.lax.with_sharding_constraint(sums, PartitionSpec())
-            return sums
+        def batch_of(rows: int) -> Batch:
+            host = evaluation_batches(
+                prepared, config.data, batch_size=rows * parts_of_batch, length=config.sequence_length,
+                objective=config.objective, process_index=jax.process_index(), process_count=jax.process_count(), max_batches=1,
+            )  # fmt: skip
+            return program.to_devices(host.batch(0))
 
-        self._measure = jax.jit(measure)
+        rows = -(-ROWS // parts_of_batch)
+        self._batch = batch_of(rows)
+        while (largest := self._largest(wanted)) > max_bytes and rows > 1:
+            rows = max(1, min(rows - 1, rows * max_bytes // largest))
+            self._batch = batch_of(rows)
+        if largest > max_bytes:
+            raise UserError(
+                f"log.attention: the weights of one layer on {config.sequence_length:,} tokens need {readable(largest)} of "
+                f"each device, above the limit of {readable(max_bytes)}; set it to null, or sequence_length lower"
+            )
+        self._programs = [
+            (some, jax.jit(functools.partial(self._measure, some))) for some in chunks(wanted, max_bytes // largest)
+        ]
+
+    def _kept(self, wanted: Wanted, params: nnx.State, batch: Batch) -> dict[str, Array]:
+        hooks = Hooks(keep=kept_for(wanted))
+        model = hooked(nnx.merge(self._program.graphdef, params), hooks)
+        self._config.objective.evaluate(model, batch, self._config.loss)
+        hooks.check()
+        return hooks.kept
+
+    def _measure(self, wanted: Wanted, params: nnx.State, batch: Batch) -> dict[str, dict[str, Array]]:
+        sums = sums_of(wanted, self._kept(wanted, params, batch))
+        if not jax.sharding.get_abstract_mesh().empty:
+            # Every process reads them.
+            sums = jax.lax.with_sharding_constraint(sums, PartitionSpec())
+        return sums
+
+    def _largest(self, wanted: Wanted) -> int:
+        """Bytes of a device for the weights of the layer that needs most, as if devices divided only the rows."""
+        kept = jax.eval_shape(functools.partial(self._kept, wanted), self._program.abstract.params, self._batch)
+        most = max(math.prod(kept[part.place(layer, "weights")].shape) for part, layer in wanted)
+        return _ARRAYS * 4 * most // batch_parts(self._program.mesh, self._config.mesh.rules)
 
     def __call__(self, params: nnx.State) -> Mapping[str, float]:
         """For each layer: the means over its heads of the entropy in bits, and of the weights of the token before (`previous`)
         and of the first one (`first`); and of these two also the head that has most."""
-        sums = jax.device_get(self._measure(params, self._batch))
         values: dict[str, float] = {}
-        for part, layer in self._wanted:
-            found = means_of(part, sums[part.place(layer, "weights")])
-            name = f"{'' if part.name == 'attention' else f'{part.name}_'}layer_{layer}"
-            for measure in ("entropy", "previous", "first"):
-                if measure in found:
-                    values[f"{name}_{measure}"] = float(np.mean(found[measure]))
-            for measure in ("previous", "first"):
-                if measure in found:
-                    values[f"{name}_most_{measure}"] = float(np.max(found[measure]))
+        for wanted, measure_of in self._programs:
+            sums = jax.device_get(measure_of(params, self._batch))
+            for part, layer in wanted:
+                values |= _values(part, layer, sums[part.place(layer, "weights")])
         return values
+
+
+def _values(part: Part, layer: int, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    found = means_of(part, sums)
+    name = f"{'' if part.name == 'attention' else f'{part.name}_'}layer_{layer}"
+    means = {f"{name}_{one}": float(np.mean(found[one])) for one in ("entropy", "previous", "first") if one in found}
+    return means | {f"{name}_most_{one}": float(np.max(found[one])) for one in ("previous", "first") if one in found}

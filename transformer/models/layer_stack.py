@@ -163,9 +163,10 @@ class LayerStack(nnx.Module):
 
     def _entered(self, x_BTD: Array, context: Context) -> Array:
         """The residual stream before the first block; hooks may also keep where its tokens belong."""
-        for name, value in (("positions", context.positions_BT), ("segments", context.segments_BT)):
-            if value is not None:
-                context.at(name, value)
+        if context.hooks is not None:
+            B, T, _ = x_BTD.shape
+            context.at("positions", context.positions(x_BTD))
+            context.at("segments", jnp.ones((B, T), jnp.int32) if context.segments_BT is None else context.segments_BT)
         return context.at("embed", x_BTD)
 
     def _call(self, layer: int, heads: bool | tuple[int, ...], *, normed: bool = False) -> Any:

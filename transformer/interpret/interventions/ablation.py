@@ -6,13 +6,17 @@ B batch, T position, N query heads, H features of a head's output, C scores.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from transformer.errors import UserError
+from transformer.hooks import Hooks
 from transformer.interpret.interventions.subject import Head, Inputs, Subject
 from transformer.types import Array, Float
 
@@ -153,13 +157,22 @@ def _replacements(subject: Subject, inputs: Inputs, how: str) -> dict[str, Array
     places = [part.place(layer, "heads") for part in subject.parts.values() for layer in range(len(part.heads))]
     if how == "zero":
         return {place: jnp.zeros((1, 1, 1, 1), jnp.float32) for place in places}
-    found = {}
-    for place, value_BTNH in subject.kept(inputs, places).items():
-        reads_source = place.startswith("encoder.")
-        valid_BT = jnp.asarray(inputs.source_segments_BS if reads_source else inputs.segments_BT) != 0
-        weights = valid_BT[..., None, None].astype(jnp.float32)
-        found[place] = (value_BTNH.astype(jnp.float32) * weights).sum((0, 1), keepdims=True) / weights.sum()
-    return found
+
+    @jax.jit
+    def sums(params: nnx.State, inputs: Inputs) -> dict[str, tuple[Array, Array]]:
+        hooks = Hooks(keep=places)
+        subject.call(params, inputs, hooks)
+        found = {}
+        for place, value_BTNH in hooks.kept.items():
+            reads_source = place.startswith("encoder.")
+            valid_BT = jnp.asarray(inputs.source_segments_BS if reads_source else inputs.segments_BT) != 0
+            weights = valid_BT[..., None, None].astype(jnp.float32)
+            found[place] = ((value_BTNH.astype(jnp.float32) * weights).sum((0, 1), keepdims=True), weights.sum())
+        return found
+
+    of_chunks = [sums(subject.params, own) for _, own in subject.chunks(inputs)]
+    total = functools.reduce(functools.partial(jax.tree.map, jnp.add), of_chunks)
+    return {place: value / count for place, (value, count) in total.items()}
 
 
 def _edits(subject: Subject, rows: Sequence[Sequence[Head]], values: dict[str, Array]) -> dict[str, tuple[Any, Any]]:

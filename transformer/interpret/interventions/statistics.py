@@ -52,7 +52,7 @@ def head_statistics(subject: Subject, inputs: Inputs, *, max_bytes: int = MAX_BY
               if shown]  # fmt: skip
     if not wanted:
         raise UserError("this model has no statistics: weights of its attention are not distributions")
-    for some in _chunks(wanted, layers_at_once):
+    for some in chunks(wanted, layers_at_once):
 
         @jax.jit
         def measured(params: nnx.State, inputs: Inputs, some: Any = some) -> dict[str, dict[str, Array]]:
@@ -61,8 +61,7 @@ def head_statistics(subject: Subject, inputs: Inputs, *, max_bytes: int = MAX_BY
             return sums_of(some, hooks.kept)
 
         for start in range(0, len(inputs), rows_at_once):
-            # The last rows once more, with padding alone, so that one program serves all.
-            own = _rows(inputs, start, rows_at_once)
+            own = inputs.rows(start, rows_at_once)
             for place, found in jax.device_get(measured(subject.params, own)).items():
                 before = sums.get(place)
                 sums[place] = found if before is None else {name: before[name] + found[name] for name in found}
@@ -82,10 +81,8 @@ def sums_of(wanted: Sequence[tuple[Part, int]], kept: Mapping[str, Array]) -> di
     found = {}
     for part, layer in wanted:
         weights_BNTS = kept[part.place(layer, "weights")].astype(jnp.float32)
-        B, _, T, S = weights_BNTS.shape
-        positions_BT = kept[f"{part.stack}positions"]
-        segments_BT = kept.get(f"{part.stack}segments")
-        valid_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT != 0
+        _, _, T, S = weights_BNTS.shape
+        positions_BT, valid_BT = kept[f"{part.stack}positions"], kept[f"{part.stack}segments"] != 0
         sums = {
             "entropy": _over(valid_BT, -jnp.sum(jax.scipy.special.xlogy(weights_BNTS, weights_BNTS), -1) / np.log(2))
         }
@@ -192,13 +189,7 @@ def _sizes(subject: Subject, inputs: Inputs, max_bytes: int) -> tuple[int, int]:
     return rows, max(1, max_bytes // (one * rows))
 
 
-def _rows(inputs: Inputs, start: int, count: int) -> Inputs:
-    numbers = np.arange(start, start + count)
-    inside = numbers < len(inputs)
-    taken = jax.tree.map(lambda rows: np.asarray(rows)[np.where(inside, numbers, 0)], inputs)
-    return dataclasses.replace(taken, segments_BT=taken.segments_BT * inside[:, None])
-
-
-def _chunks(wanted: list[tuple[Part, int]], size: int) -> Iterator[list[tuple[Part, int]]]:
+def chunks(wanted: list[tuple[Part, int]], size: int) -> Iterator[list[tuple[Part, int]]]:
+    """Parts and layers, `size` at a time."""
     for first in range(0, len(wanted), size):
         yield wanted[first : first + size]

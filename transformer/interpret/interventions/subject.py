@@ -6,7 +6,7 @@ B batch, T position, S source position, D embed, N query heads, V vocab, C score
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,12 +21,11 @@ from transformer.models.layer_stack import LayerStack, hooked, stacks_of
 from transformer.types import Array, Float, Int
 
 Edits = Mapping[str, tuple[Array | np.ndarray, Array | np.ndarray]]
-"""By place: where to change the value (a mask), and to what. Both broadcast to the value."""
+"""By place: where to change the value (a mask), and to what. Both broadcast to the value; they have one row, or one per input."""
 Head = tuple[str, int, int]
 """The part, the layer and the number of a head."""
 
-_TOKENS_OF_PASS = 4096
-"""About as many tokens are in one pass of a sweep."""
+TOKENS_OF_PASS = 4096
 _ROWS_OF_PASS = 64
 
 
@@ -55,6 +54,19 @@ class Inputs:
     def has_targets(self) -> bool:
         """Whether a loss is defined."""
         return bool(np.asarray(self.weights_BT).any())
+
+    def rows(self, start: int, count: int) -> Inputs:
+        """`count` rows from `start` on, so that one program serves all chunks: after the last row come rows of padding alone,
+        without targets."""
+        is_row = np.arange(start, start + count) < len(self)
+        taken = jax.tree.map(lambda rows: _rows(rows, start, count), self)
+        source_BS = taken.source_segments_BS
+        return dataclasses.replace(
+            taken,
+            segments_BT=taken.segments_BT * is_row[:, None],
+            weights_BT=taken.weights_BT * is_row[:, None].astype(np.float32),
+            source_segments_BS=None if source_BS is None else source_BS * is_row[:, None],
+        )
 
     def repeated(self, count: int) -> Inputs:
         """All rows, `count` times."""
@@ -135,12 +147,13 @@ class Subject:
 
     Args:
         model: `GPT`; `Bert` with a head that scores tokens (masked) or the classes of a row; or `EncoderDecoder`.
+        tokens_of_pass: about as many tokens are computed at once; a single row may have more.
 
     Raises:
         UserError: any other model.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, tokens_of_pass: int = TOKENS_OF_PASS) -> None:
         self.stacks = stacks_of(model)
         config = model.config
         if not self.stacks:
@@ -153,7 +166,7 @@ class Subject:
                 f"model.head: {config.head.kind!r} gives neither scores of tokens nor of classes; allowed: masked, "
                 "pretraining, classification, structured"
             )
-        self.model = model
+        self.model, self._tokens_of_pass = model, tokens_of_pass
         self.scores_rows = isinstance(model, Bert) and _head_of(model) != "masked"
         """Whether the scores are those of a row's classes, not of a token at a position."""
         self.last = list(self.stacks)[-1]
@@ -163,7 +176,11 @@ class Subject:
         self._scored = jax.jit(self._scored_impl, static_argnames="with_loss")
 
     def call(self, params: nnx.State, inputs: Inputs, hooks: Hooks) -> Any:
-        """The model, with hooks, after it has read the inputs. To be traced; the scores come from `readout`."""
+        """The model, with hooks, after it has read the inputs. To be traced; the scores come from `readout`.
+
+        Raises:
+            ValueError: the model did not meet a place of the hooks.
+        """
         model = hooked(nnx.merge(self.graphdef, params), hooks)
         if inputs.source_BS is None:
             model(inputs.tokens_BT, segments_BT=inputs.segments_BT)
@@ -172,6 +189,7 @@ class Subject:
                 inputs.source_BS, inputs.tokens_BT, source_segments_BS=inputs.source_segments_BS,
                 segments_BT=inputs.segments_BT,
             )  # fmt: skip
+        hooks.check()
         return model
 
     def readout(self, model: Any, final_BTD: Array, segments_BT: Array) -> Float[Array, "B T C"]:
@@ -210,10 +228,26 @@ class Subject:
         """The scores of each row's answer, and the sum of its tokens' losses in nats, with some values replaced.
 
         Args:
-            edits: one program is compiled for each set of places.
+            edits: one program is compiled for each set of places, which runs on a chunk of rows at a time.
         """
-        scores_BC, loss_B = self._scored(self.params, inputs, dict(edits or {}), with_loss=with_loss)
-        return np.asarray(scores_BC), None if loss_B is None else np.asarray(loss_B)
+        scores, losses = [], []
+        for start, own in self.chunks(inputs):
+            few = {
+                place: tuple(one if one.shape[0] == 1 else _rows(one, start, len(own)) for one in edit)
+                for place, edit in (edits or {}).items()
+            }
+            scores_BC, loss_B = self._scored(self.params, own, few, with_loss=with_loss)
+            scores.append(np.asarray(scores_BC))
+            losses.append(None if loss_B is None else np.asarray(loss_B))
+        B = len(inputs)
+        return np.concatenate(scores)[:B], np.concatenate(losses)[:B] if with_loss else None
+
+    def chunks(self, inputs: Inputs) -> Iterator[tuple[int, Inputs]]:
+        """All rows in chunks of one size, with the first row of each. The last one may end with rows of padding."""
+        count = -(-len(inputs) // self._rows_at_once(inputs))
+        size = -(-len(inputs) // count)
+        for start in range(0, len(inputs), size):
+            yield start, inputs.rows(start, size)
 
     def _scored_impl(
         self, params: nnx.State, inputs: Inputs, edits: Edits, *, with_loss: bool
@@ -236,8 +270,11 @@ class Subject:
 
     def rows_of_pass(self, inputs: Inputs) -> int:
         """How many variants of the inputs to compute at once."""
+        return max(1, self._rows_at_once(inputs) // len(inputs))
+
+    def _rows_at_once(self, inputs: Inputs) -> int:
         lengths = (0 if inputs.source_BS is None else inputs.source_BS.shape[1]) + inputs.tokens_BT.shape[1]
-        return max(1, min(_ROWS_OF_PASS, _TOKENS_OF_PASS // lengths) // len(inputs))
+        return max(1, min(_ROWS_OF_PASS, self._tokens_of_pass // lengths))
 
     def all_heads(self) -> list[Head]:
         """Every head, by part, layer and number."""
@@ -273,6 +310,12 @@ class Subject:
         for (name, layer, head), value in values.items():
             tables[name][layer, head] = value
         return tables
+
+
+def _rows(rows: Array | np.ndarray, start: int, count: int) -> np.ndarray:
+    """`count` rows from `start` on; after the last one comes the first one again."""
+    numbers = np.arange(start, start + count)
+    return np.asarray(rows)[np.where(numbers < len(rows), numbers, 0)]
 
 
 def _change(mask: Array | np.ndarray, value: Array | np.ndarray) -> Change:
