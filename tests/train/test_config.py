@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from train.config import MOVED, RunConfig, difference, dump, fields, load, parse, to_data
+from train.config import MOVED, RunConfig, difference, dump, fields, load, parse, parse_stored, to_data
 from train.config.load import build
 from train.config.mistakes import with_path
 from train.config.restore import restore
@@ -220,6 +220,17 @@ def test_what_has_moved_is_there_no_longer():
         assert field not in {one.name for one in dataclasses.fields(owner)} or dataclasses.is_dataclass(
             getattr(owner, field)
         )
+
+
+def test_a_run_that_was_logged_otherwise_can_be_read():
+    data = to_data(parse(MINIMAL, "test"))
+    stored = data | {"log": {"every": 5, "tensorboard": True, "wandb_project": None, "examples": False}}
+    assert parse_stored(stored, "run").log == dataclasses.replace(parse(MINIMAL, "test").log, every=5)
+    with pytest.raises(UserError, match="log.tensorboard: this field has moved"):
+        parse(stored, "test")
+    # What is part of the model is not passed over.
+    with pytest.raises(UserError, match="run: "):
+        parse_stored(data | {"gone": 1}, "run")
 
 
 def test_yaml_anchors_can_be_merged(tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.config import RunConfig, difference, parse, to_data
+from train.config import RunConfig, difference, parse_stored, to_data
 from train.config.changes import DATA, check_changes
 from train.data.prepared.content import Content, ids_with_another_meaning
 from train.data.prepared.store import Prepared
@@ -93,7 +93,7 @@ def check_same_run(
             "another folder"
         )
     # A field that an older version lacks takes its default, which is the behaviour of that version.
-    stored = parse(meta["config"], f"the config of {owner}")
+    stored = parse_stored(meta["config"], f"the config of {owner}")
     changed = list(map(str, check_changes(stored, config, allowed, owner)))
     _check_vocabulary(meta, prepared, owner)
     _check_classes(meta["labels"], prepared.meta.labels, owner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import typing
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from train.config.complete import FindBase, complete
 from train.config.describe import to_data
 from train.config.run import RunConfig
+from train.config.sections import LogConfig
 from train.config.yaml_files import as_json, dump_yaml, read_yaml
 from transformer.errors import UserError
 from transformer.models.families import inherit
@@ -48,6 +50,17 @@ def parse(data: Any, source: str, overrides: Sequence[str] = (), *, find_base: F
         UserError: as `load`.
     """
     return build(RunConfig, data, source, overrides, lambda data: complete(data, find_base))
+
+
+def parse_stored(data: Any, source: str) -> RunConfig:
+    """A config that a run keeps, as `parse`.
+
+    Fields of `log` that no longer exist are passed over: where metrics went is no part of a run, and its files cannot be edited.
+    """
+    if isinstance(data, dict) and isinstance(log := data.get("log"), dict):
+        known = {field.name for field in dataclasses.fields(LogConfig)}
+        data = data | {"log": {name: value for name, value in log.items() if name in known}}
+    return parse(data, source)
 
 
 def build(

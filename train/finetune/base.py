@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoints.stored import FOLDER
-from train.config import RunConfig, parse, to_data
+from train.config import RunConfig, parse_stored, to_data
 from train.config.complete import Base
 from train.config.yaml_files import read_yaml
 from train.data.tokenization.tokenizer import Tokenizer
@@ -113,7 +113,7 @@ def _own_folder(data: dict[str, Any]) -> Path | None:
 
 def _config_of(folder: Path) -> RunConfig | None:
     path = folder / _CONFIG
-    return parse(read_yaml(path), str(path)) if path.is_file() else None
+    return parse_stored(read_yaml(path), str(path)) if path.is_file() else None
 
 
 def _base(run: str | None, folder: Path, config: RunConfig) -> Base:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from train.checkpoints.identity import load_tokenizers, tokenizer_files
 from train.checkpoints.stored import AVERAGE, META, PARAMS, StoredCheckpoints
-from train.config import RunConfig, dump, parse
+from train.config import RunConfig, dump, parse_stored
 from train.data.prepared.content import Content
 from train.data.prepared.store import Prepared
 from train.data.tokenization.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def stored_run(run: Path, step: str = "best", used: tuple[str, ...] = (META,)) -
     checkpoints = StoredCheckpoints(run)
     number = _choose(checkpoints, step, used)
     meta = checkpoints.meta(number)
-    config = parse(meta["config"], f"{run}, step {number}")
+    config = parse_stored(meta["config"], f"{run}, step {number}")
     tokenizer, target_tokenizer = load_tokenizers(meta["tokenizer"], f"{run}, step {number}")
     return StoredRun(
         config=config, tokenizer=tokenizer, target_tokenizer=target_tokenizer, step=number,
