@@ -230,7 +230,8 @@ class Subject:
         Args:
             edits: one program is compiled for each set of places, which runs on a chunk of rows at a time.
         """
-        scores, losses = [], []
+        scores: list[np.ndarray] = []
+        losses: list[np.ndarray] = []
         for start, own in self.chunks(inputs):
             few = {
                 place: tuple(one if one.shape[0] == 1 else _rows(one, start, len(own)) for one in edit)
@@ -238,9 +239,10 @@ class Subject:
             }
             scores_BC, loss_B = self._scored(self.params, own, few, with_loss=with_loss)
             scores.append(np.asarray(scores_BC))
-            losses.append(None if loss_B is None else np.asarray(loss_B))
+            if loss_B is not None:
+                losses.append(np.asarray(loss_B))
         B = len(inputs)
-        return np.concatenate(scores)[:B], np.concatenate(losses)[:B] if with_loss else None
+        return np.concatenate(scores)[:B], np.concatenate(losses)[:B] if losses else None
 
     def chunks(self, inputs: Inputs) -> Iterator[tuple[int, Inputs]]:
         """All rows in chunks of one size, with the first row of each. The last one may end with rows of padding."""
