@@ -45,10 +45,12 @@ _SETTLED = 0.3
 """Seconds after which a process is at rest."""
 _PATIENCE = 12.0
 """Seconds to wait for steps that other processes do not disturb."""
-_M_MMAP_THRESHOLD = -3
-"""The number of the option in glibc's malloc.h."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""The numbers of the options in glibc's malloc.h."""
 _MAPPED = 2**20
-"""Bytes from which a block is mapped by itself, and returned to the system when it is freed."""
+"""Bytes of the blocks that are mapped by themselves while memory is measured."""
+_LARGEST_KEPT = 2**25
+"""The same while time is measured: the most to which glibc raises it by itself as a program runs."""
 _TRACED = 2
 """Steps under the profiler."""
 
@@ -184,6 +186,8 @@ def compared(case: Case, target: Target, rounds: int, seconds: float) -> dict[st
     """A case's predicted and measured time, by part, and memory."""
     from benchmarks.sharding.predict.ahead import compile_step, examined
 
+    # Else blocks that one device has freed are another's, or stay in the process, and its memory cannot be told.
+    _map_blocks_from(_MAPPED)
     config, devices = case.config, jax.devices()[: case.devices]
     program = program_of(config, devices)
     step, seconds_to_compile = compile_step(program)
@@ -203,12 +207,13 @@ def compared(case: Case, target: Target, rounds: int, seconds: float) -> dict[st
         # What the first steps load, and what compilers leave behind, is not the program's.
         take()
         take()
+        memory = _memory_of(take, devices)
+        _map_blocks_from(_LARGEST_KEPT)
+        take()
         # The processors' other work hardly disturbs an accelerator.
         on_cpu = devices[0].platform == "cpu"
         timing = quiet_rounds(take, rounds, seconds if on_cpu else 1.0, patience=_PATIENCE if on_cpu else 0.0)
         measured = _parts(text, _traced(take, devices[0].platform), timing.seconds)
-        # Last, since it changes how the process allocates.
-        memory = _memory_of(take, devices)
     predicted = compiled.prediction
     return {
         "title": case.title,
@@ -259,9 +264,6 @@ def _memory_of(take: Callable[[], None], devices: list[jax.Device]) -> float:
     if stats := devices[0].memory_stats():
         take()
         return float(stats["peak_bytes_in_use"])
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        # Else blocks that one device has freed are another's, or stay in the process.
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED)
     added = []
     for _ in range(3):
         # The runtime frees a step's temporary memory a little after its results are there.
@@ -271,6 +273,14 @@ def _memory_of(take: Callable[[], None], devices: list[jax.Device]) -> float:
         added.append(_status("VmHWM") - rest)
     shards = [shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards]
     return (sum(shards) + sorted(added)[1]) / len(devices)
+
+
+def _map_blocks_from(size: int) -> None:
+    """Have the C library map blocks of this size by themselves, and return them to the system when they are freed."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(_M_MMAP_THRESHOLD, size)
+        # As glibc does where it raises the threshold itself.
+        mallopt(_M_TRIM_THRESHOLD, 2 * size)
 
 
 def _rest() -> int:
