@@ -190,7 +190,7 @@ def host_target(number: str | int, profile: Profile | None = None) -> Target:
     if not re.fullmatch(r"[1-9]\d?", str(number)):
         raise UserError(f"--target: got 'cpu:{number}'; allowed: 1 to 99 virtual devices, as in cpu:8")
     profile = profile or own_profile()
-    return Target(f"cpu:{number}", host_chip(profile, int(number)), (1, int(number)), "float32", profile=profile)
+    return Target(f"cpu:{number}", host_chip(profile, int(number)), (1, int(number)), "float32").with_profile(profile)
 
 
 def at_hand(kind: str, number: int, profile: Profile | None = None) -> Target:
@@ -203,7 +203,7 @@ def at_hand(kind: str, number: int, profile: Profile | None = None) -> Target:
     if kind == "cpu":
         return host_target(number, profile)
     target = Target(f"{kind}:{number}", CHIPS[kind], (1, number))
-    return target.profiled() if profile is None else dataclasses.replace(target, profile=profile)
+    return target.profiled() if profile is None else target.with_profile(profile)
 
 
 def _check_slice(text: str, name: str, chip: Chip, dims: tuple[int, ...]) -> None:

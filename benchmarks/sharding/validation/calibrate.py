@@ -10,8 +10,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +36,9 @@ from benchmarks.sharding.devices.profile import (
     Wire,
     own_path,
 )  # fmt: skip
+from benchmarks.sharding.validation.apart import answer_of
 from benchmarks.sharding.validation.quiet import DISTURBED, fastest_quiet, watched
+from train.parallel.runtime import make_cpu_devices
 from train.versions import versions
 
 _TRIES = 5
@@ -275,19 +275,17 @@ def _fresh(size: int) -> float:
 
 def _virtual_wires(sizes: Sizes) -> tuple[Wire, ...]:
     """Collectives among virtual devices of a CPU, in a process that has so many."""
-    most = max(sizes.groups, default=1)
-    if most < 2:
+    if max(sizes.groups, default=1) < 2:
         return ()
-    code = (
-        "import sys, json, dataclasses; from train.parallel.runtime import make_cpu_devices; "
-        f"make_cpu_devices({most}); from benchmarks.sharding.validation import calibrate as c; "
-        "s = c.Sizes(**json.loads(sys.argv[1])); print(json.dumps([dataclasses.asdict(w) for w in c._wires(s)]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(dataclasses.asdict(sizes))], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3]), "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    return tuple(Wire(**one) for one in json.loads(done.stdout.splitlines()[-1]))
+    found = answer_of("calibrate", dataclasses.asdict(sizes), "the collectives")
+    return tuple(Wire(**one) for one in found["wires"])
+
+
+def answer() -> None:
+    """Measure the collectives of the sizes in the input, in this process, and print them as JSON."""
+    sizes = Sizes(**json.load(sys.stdin))
+    make_cpu_devices(max(sizes.groups))
+    print(json.dumps({"wires": [dataclasses.asdict(one) for one in _wires(sizes)]}))
 
 
 def _wires(sizes: Sizes) -> tuple[Wire, ...]:

@@ -17,14 +17,13 @@ import jax
 import numpy as np
 
 from benchmarks import record
-from benchmarks.environments import compilers
 from benchmarks.sharding.devices.chips import chip_name
 from benchmarks.sharding.devices.targets import Target, at_hand
 from benchmarks.sharding.planning.candidates import describe
 from benchmarks.sharding.planning.entry import Entry, ranked
 from benchmarks.sharding.planning.search import improved, is_plain, promising, search
 from benchmarks.sharding.predict.ahead import compile_step, examined
-from benchmarks.sharding.validation.apart import answer_of
+from benchmarks.sharding.validation.apart import answer_of, task_at_hand
 from benchmarks.sharding.validation.cases import Case, regret_cases
 from benchmarks.sharding.validation.quiet import Timing, in_quiet_turns, quiet_rounds
 from benchmarks.units import duration
@@ -115,11 +114,7 @@ def total(regret: dict[str, Any]) -> str:
 
 def answer() -> None:
     """Plan and measure the case in the input, in this process, and print what was found as JSON."""
-    task = json.load(sys.stdin)
-    target = Target.from_data(task["target"])
-    if target.chip.platform == "cpu":
-        compilers.devices_of("cpu", target.topology)
-    (case,) = (one for one in regret_cases(target.chip.platform, target.num_devices) if one.title == task["title"])
+    task, case, target = task_at_hand(regret_cases)
     print(json.dumps(measured(case, target, task["layouts"], task["rounds"])))
 
 

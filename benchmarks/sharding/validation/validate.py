@@ -13,7 +13,6 @@ import dataclasses
 import gc
 import itertools
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -23,12 +22,11 @@ from typing import Any
 import jax
 
 from benchmarks import record
-from benchmarks.environments import compilers
 from benchmarks.record import RESULTS
 from benchmarks.sharding.devices.chips import chip_name
 from benchmarks.sharding.devices.profile import own_path, profile_of, read
 from benchmarks.sharding.devices.targets import Target, at_hand
-from benchmarks.sharding.validation.apart import answer_of
+from benchmarks.sharding.validation.apart import answer_of, task_at_hand
 from benchmarks.sharding.validation.calibrate import run as calibrate
 from benchmarks.sharding.validation.cases import Case, cases
 from benchmarks.sharding.validation.fit import Parts, fitted, leave_one_out
@@ -39,6 +37,7 @@ from train.examine.doctor.events import read_events
 from train.examine.doctor.operations import COLLECTIVE
 from train.examine.doctor.peaks import Peaks
 from train.parallel.mesh import shard_batch, use_mesh
+from train.parallel.runtime import set_malloc_option
 
 PARTS = ("matrix products", "memory-bound", "collectives", "gaps")
 _SETTLED = 0.3
@@ -174,11 +173,7 @@ def on_record(kind: str) -> Mapping[str, float] | None:
 
 def answer() -> None:
     """Predict and measure the case in the input, in this process, and print both as JSON."""
-    task = json.load(sys.stdin)
-    target = Target.from_data(task["target"])
-    if target.chip.platform == "cpu":
-        compilers.devices_of("cpu", target.topology)
-    (case,) = (one for one in cases(target.chip.platform, target.num_devices) if one.title == task["title"])
+    task, case, target = task_at_hand(cases)
     print(json.dumps(compared(case, target, task["rounds"], task["seconds"])))
 
 
@@ -277,10 +272,9 @@ def _memory_of(take: Callable[[], None], devices: list[jax.Device]) -> float:
 
 def _map_blocks_from(size: int) -> None:
     """Have the C library map blocks of this size by themselves, and return them to the system when they are freed."""
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(_M_MMAP_THRESHOLD, size)
-        # As glibc does where it raises the threshold itself.
-        mallopt(_M_TRIM_THRESHOLD, 2 * size)
+    set_malloc_option(_M_MMAP_THRESHOLD, size)
+    # As glibc does where it raises the threshold itself.
+    set_malloc_option(_M_TRIM_THRESHOLD, 2 * size)
 
 
 def _rest() -> int:
