@@ -32,7 +32,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "rank sharding layouts for TPUs or GPUs that need not be available: compiled ahead, time and memory predicted"
     )
     sub = commands.add_parser("plan", help=text, description=text)
-    sub.set_defaults(call=_plan)
+    sub.set_defaults(call=_plan, usual=sub.get_default)
     sub.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file of configs/")
     text = "such as v5e:4x4, v5p:4x4x4, v7:2x2x2, h100:8, h200:2x8, gb200:72, mi300x:8, cpu:8, or my.yaml:8, a file of figures"
     sub.add_argument("--target", help=text)
@@ -101,11 +101,9 @@ _MODES = {
     "published": ("its own runs", ("only", "directory", "compile", "compiler_python")),
 }
 """What `plan` does in place of planning: what it compares, and the other options that it knows."""
-_USUAL = {"candidates": 24, "objective": "time"}
-_OPTIONS = (
-    "candidates", "tokens", "objective", "price", "compare", "largest", "explain", "analytic", "install", "compiler_python",
-    "workers", "directory", "only", "compile",
-)  # fmt: skip
+_OF_MODES = ("only", "compile")
+"""Options that planning does not know."""
+_NOT_OPTIONS = ("command", "call", "usual", "overrides", "config", "target")
 
 
 def _mode_of(options: argparse.Namespace) -> str | None:
@@ -116,14 +114,14 @@ def _mode_of(options: argparse.Namespace) -> str | None:
     what, known = _MODES[chosen[0]] if chosen else ("", ())
     if chosen and (options.config or options.target or options.overrides):
         raise UserError(f"plan: --{chosen[0]} has {what}, and takes no config, target or field")
-    for option in _OPTIONS:
-        given = getattr(options, option) not in (None, False, _USUAL.get(option))
-        name = {"directory": "dir"}.get(option, option).replace("_", "-")
-        if given and not chosen and option in ("only", "compile"):
-            to = " and ".join(f"--{mode}" for mode, (_, knows) in _MODES.items() if option in knows)
-            raise UserError(f"plan: --{name} belongs to {to}")
-        if given and chosen and option not in known:
-            raise UserError(f"plan: --{chosen[0]} has {what}, and takes no --{name}")
+    for option, value in vars(options).items():
+        is_unknown = option not in (*known, *_MODES, *_NOT_OPTIONS) if chosen else option in _OF_MODES
+        if is_unknown and value != options.usual(option):
+            name = {"directory": "dir"}.get(option, option).replace("_", "-")
+            if chosen:
+                raise UserError(f"plan: --{chosen[0]} has {what}, and takes no --{name}")
+            modes = [f"--{mode}" for mode, (_, knows) in _MODES.items() if option in knows]
+            raise UserError(f"plan: --{name} belongs to {' and '.join(modes)}")
     return chosen[0] if chosen else None
 
 

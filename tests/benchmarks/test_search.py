@@ -9,13 +9,13 @@ import pytest
 from benchmarks.cli import main
 from benchmarks.sharding.devices.targets import Target, host_target, parse_target
 from benchmarks.sharding.planning import search as searching
-from benchmarks.sharding.planning.candidates import candidates, choices, describe, meshes, neighbours
+from benchmarks.sharding.planning.candidates import choices, describe, meshes, neighbours
 from benchmarks.sharding.planning.entry import Entry
 from benchmarks.sharding.planning.search import improved, search
 from benchmarks.sharding.predict.analytic import Analysis
 from benchmarks.sharding.validation import regret
 from benchmarks.sharding.validation.cases import Case, regret_cases
-from tests.benchmarks.small import CONFIG, MODEL
+from tests.benchmarks.small import CONFIG, MODEL, candidates
 from tests.benchmarks.test_profile import BY_HAND
 from train.config import load
 from train.parallel.mesh import MeshConfig

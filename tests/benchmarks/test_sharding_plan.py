@@ -14,14 +14,14 @@ from benchmarks.cli import main
 from benchmarks.sharding.devices.targets import parse_target
 from benchmarks.sharding.measuring.layouts import NAMES, layouts
 from benchmarks.sharding.planning import plan
-from benchmarks.sharding.planning.candidates import candidates, describe, neighbours
+from benchmarks.sharding.planning.candidates import describe, neighbours
 from benchmarks.sharding.planning.search import promising, search
 from benchmarks.sharding.predict import ahead
 from benchmarks.sharding.predict.analytic import Analysis
 from benchmarks.sharding.predict.least import least
 from benchmarks.units import amount, duration
 from benchmarks.workload import program_of
-from tests.benchmarks.small import CONFIG, MODEL
+from tests.benchmarks.small import CONFIG, MODEL, candidates
 from train.config import load
 from train.parallel.mesh import MESH_AXES, MeshConfig, make_mesh, use_mesh
 from train.program.program import Program

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import jax
 import numpy as np
 
 from train.inference.inside import Inside
@@ -31,7 +32,6 @@ from transformer.interpret.interventions import (
     logit_lens,
     patch,
 )
-from transformer.interpret.interventions.ablation import log_softmax
 from transformer.interpret.interventions.subject import Head, answer_and_instead
 from transformer.interpret.labels import visible
 
@@ -115,7 +115,7 @@ def _find(
     answer, instead = answer_and_instead(scores_C, answer, instead)
     return Findings(
         visible(inside.answer_label(answer)), visible(inside.answer_label(instead)),
-        float(np.exp(log_softmax(scores_C)[answer])), float(scores_C[answer] - scores_C[instead]),
+        float(jax.nn.softmax(scores_C)[answer]), float(scores_C[answer] - scores_C[instead]),
         0 if subject.scores_rows else int(inputs.at_B[0]),
         logit_lens(subject, inputs, top=1, answer=answer),
         head_importance(subject, inputs, how, answer=answer, instead=instead),

@@ -91,9 +91,14 @@ def _limit_arenas() -> None:
     glibc makes up to eight for each core. The threads that write checkpoints leave each of them in fragments, and the process
     grows by some percent in a few thousand steps, though it uses no more memory.
     """
-    is_set = os.environ.keys() & {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
-    if not is_set and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(_M_ARENA_MAX, _ARENAS)
+    if not os.environ.keys() & {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}:
+        set_malloc_option(_M_ARENA_MAX, _ARENAS)
+
+
+def set_malloc_option(option: int, value: int) -> None:
+    """Set an option of glibc's malloc.h by its number; with another C library nothing."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(option, value)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

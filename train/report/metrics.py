@@ -18,7 +18,7 @@ from train.config import RunConfig
 from train.config.sections import LogConfig
 from train.files import write_whole, writing
 from train.parallel.processes import is_first
-from train.report.trackers import Tracked, Tracker, start
+from train.report.trackers import Tracked, Tracker, start_all
 from transformer.errors import UserError, first_line
 
 METRICS = "metrics.jsonl"
@@ -88,14 +88,7 @@ class MetricLog:
                 self._kept = {name: JsonlWriter(directory / name, start_step) for name in (SKIPPED, SAMPLES)}
                 # A start after which no step was kept is one all the same.
                 self._kept[STARTS] = JsonlWriter(directory / STARTS, sys.maxsize)
-                run = Tracked(config, directory, run_id, start_step)
-                try:
-                    for name in config.log.trackers:
-                        self._trackers.append(start(name, run))
-                except UserError:
-                    for tracker in self._trackers:
-                        self._try(tracker, functools.partial(tracker.close, failed=True))
-                    raise
+                self._trackers = start_all(Tracked(config, directory, run_id, start_step))
         self._begin(start_step)
 
     def _begin(self, step: int) -> None:

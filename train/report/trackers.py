@@ -6,12 +6,14 @@ records, and whether offline, is set in its own way: WANDB_MODE, MLFLOW_TRACKING
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import dataclasses
 import importlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from train.config import RunConfig, to_data
 from transformer.errors import UserError, first_line
@@ -24,15 +26,17 @@ _PER_BATCH = 100
 """Settings that MLflow takes at once."""
 
 
-class Tracker(Protocol):
+class Tracker(abc.ABC):
     """Something that records scalars."""
 
+    @abc.abstractmethod
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record the values of one step."""
 
-    def rewind(self, step: int) -> None:
-        """Expect the steps after `step` once more: training has gone back to it."""
+    def rewind(self, step: int) -> None:  # noqa: B027
+        """Expect the steps after `step` once more: training has gone back to it. Services keep both values of a step."""
 
+    @abc.abstractmethod
     def close(self, *, failed: bool = False) -> None:
         """Write what is buffered, and end; `failed`: the run ended by an error."""
 
@@ -55,7 +59,7 @@ class Tracked:
         return self.config.log.project or self.config.name
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in the run's folder."""
 
     def __init__(self, run: Tracked) -> None:
@@ -80,7 +84,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class Wandb:
+class Wandb(Tracker):
     """A run of Weights & Biases that goes on under the same id when the run resumes. Its x axis is `step`, which may go back."""
 
     def __init__(self, run: Tracked) -> None:
@@ -95,13 +99,11 @@ class Wandb:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "step": step})
 
-    def rewind(self, step: int) -> None: ...
-
     def close(self, *, failed: bool = False) -> None:
         self._run.finish(exit_code=int(failed))
 
 
-class MLflow:
+class MLflow(Tracker):
     """A run of an MLflow experiment, found again by its tag."""
 
     def __init__(self, run: Tracked) -> None:
@@ -126,13 +128,11 @@ class MLflow:
             self._id, metrics=[self._metric(name, value, now, step) for name, value in values.items()]
         )
 
-    def rewind(self, step: int) -> None: ...
-
     def close(self, *, failed: bool = False) -> None:
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
 
-class Trackio:
+class Trackio(Tracker):
     """A run of a Trackio project."""
 
     def __init__(self, run: Tracked) -> None:
@@ -144,8 +144,6 @@ class Trackio:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
-
-    def rewind(self, step: int) -> None: ...
 
     def close(self, *, failed: bool = False) -> None:
         # It knows no other end.
@@ -159,6 +157,20 @@ TRACKERS: dict[str, Callable[[Tracked], Tracker]] = {
     "trackio": Trackio,
 }
 """The names of `log.trackers`."""
+
+
+def start_all(run: Tracked) -> list[Tracker]:
+    """Those of `log.trackers`, each as by `start`; if one refuses the run, those before it are told that it failed."""
+    started: list[Tracker] = []
+    try:
+        for name in run.config.log.trackers:
+            started.append(start(name, run))  # noqa: PERF401
+    except Exception:
+        for tracker in started:
+            with contextlib.suppress(Exception):
+                tracker.close(failed=True)
+        raise
+    return started
 
 
 def start(name: str, run: Tracked) -> Tracker:

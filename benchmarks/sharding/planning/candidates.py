@@ -25,11 +25,6 @@ UNROLLED = 32
 """The most layers that are tried as a loop where `scan_layers: auto` scans: the time to compile grows with them."""
 
 
-def candidates(config: RunConfig, target: Target) -> list[RunConfig]:
-    """The config in every layout over the target's devices: `choices` on each of the `meshes`."""
-    return [one for mesh in meshes(config, target) for one in choices(config, mesh, target)]
-
-
 def meshes(config: RunConfig, target: Target) -> Iterator[MeshConfig]:
     """Every mesh, strategy and pipeline over the target's devices that divides the config's sizes."""
     for sizes in _sizes(config, target):

@@ -21,7 +21,7 @@ from benchmarks.sharding.planning.entry import Entry, ranked
 from benchmarks.sharding.planning.explain import explained
 from benchmarks.sharding.planning.largest import largest
 from benchmarks.sharding.planning.objective import Goal
-from benchmarks.sharding.planning.search import improved, promising, search
+from benchmarks.sharding.planning.search import improved, is_plain, promising, search
 from benchmarks.sharding.predict.ahead import require_any
 from benchmarks.sharding.predict.analytic import basis
 from benchmarks.units import duration
@@ -226,6 +226,7 @@ def summarised(
                 "layout": describe(entry.config),
                 "mesh": {name: value for name, value in to_data(entry.config)["mesh"].items() if value is not None},
                 "remat": entry.config.model.remat,
+                "plain": is_plain(entry.config),
                 "scan_layers": getattr(entry.config.model, "scan_layers", None),
                 "chunk": entry.config.loss.chunk,
                 "microbatches": entry.config.microbatches,

@@ -12,7 +12,6 @@ from typing import Any
 from benchmarks.sharding.predict.array_kinds import KINDS
 from benchmarks.sharding.predict.timeline import PARTS, title
 from benchmarks.units import duration
-from train.parallel.mesh import MESH_AXES
 from transformer.interpret.capture import readable
 
 STYLE = """<style>
@@ -45,7 +44,7 @@ def chosen(layouts: list[dict[str, Any]]) -> dict[int, str]:
         found[good[0]] = "the best"
         mesh = _mesh(layouts[good[0]])
         other = next((index for index in good if _mesh(layouts[index]) != mesh), None)
-        plain = next((index for index in good if _is_plain(layouts[index]["mesh"])), None)
+        plain = next((index for index in good if layouts[index]["plain"]), None)
         for index, why in ((other, "the best of another mesh"), (plain, "plain data parallelism")):
             if index is not None and index not in found:
                 found[index] = why
@@ -53,11 +52,6 @@ def chosen(layouts: list[dict[str, Any]]) -> dict[int, str]:
     if large:
         found[min(large, key=lambda index: layouts[index]["memory"])] = "the nearest of those that do not fit"
     return found
-
-
-def _is_plain(mesh: Mapping[str, Any]) -> bool:
-    """Whether every device has the whole model."""
-    return all((mesh.get(axis) or 1) == 1 for axis in MESH_AXES if axis != "data")
 
 
 def _mesh(row: Mapping[str, Any]) -> str:

@@ -119,7 +119,7 @@ def head_importance(
         if answer is not None and instead is not None:
             return float(np.mean(scores_BC[:, answer] - scores_BC[:, instead]))
         wanted_B = best_B if answer is None else np.full(B, answer)
-        return float(np.mean(log_softmax(scores_BC)[np.arange(B), wanted_B]))
+        return float(np.mean(np.asarray(jax.nn.log_softmax(scores_BC))[np.arange(B), wanted_B]))
 
     # The first of all cells changes nothing: it is measured in the same way as the others.
     cells: list[list[Head]] = [[], *([head] for head in heads)]
@@ -142,12 +142,6 @@ def head_importance(
     else:
         measure = "fall of the answer's log-probability, in nats"
     return Importance(measure, how, subject.tables(drops))
-
-
-def log_softmax(scores: Float[np.ndarray, "*rows C"]) -> Float[np.ndarray, "*rows C"]:
-    """Log-probabilities of scores."""
-    shifted = scores - scores.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _replacements(subject: Subject, inputs: Inputs, how: str) -> dict[str, Array]:
