@@ -55,7 +55,7 @@ def parse(data: Any, source: str, overrides: Sequence[str] = (), *, find_base: F
 def parse_stored(data: Any, source: str) -> RunConfig:
     """A config that a run keeps, as `parse`.
 
-    Fields of `log` that no longer exist are passed over: where metrics went is no part of a run, and its files cannot be edited.
+    Fields of `log` that no longer exist are passed over: where metrics went is not part of a run, and its files cannot be edited.
     """
     if isinstance(data, dict) and isinstance(log := data.get("log"), dict):
         known = {field.name for field in dataclasses.fields(LogConfig)}

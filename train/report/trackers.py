@@ -1,6 +1,6 @@
 """Trackers of experiments: TensorBoard, Weights & Biases, MLflow and Trackio behind one interface.
 
-Each is installed by an extra of its own name, besides TensorBoard, whose files are written without it. Where a service keeps its
+Each needs the extra of its own name, except TensorBoard, whose files are written without one. Where a service keeps its
 records, and whether offline, is set in its own way: WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR or TRACKIO_SPACE_ID.
 """
 
@@ -43,7 +43,7 @@ class Tracker(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Tracked:
-    """What a tracker is told about a run."""
+    """What a tracker needs to know of a run."""
 
     config: RunConfig
     directory: Path
@@ -85,7 +85,7 @@ class TensorBoard(Tracker):
 
 
 class Wandb(Tracker):
-    """A run of Weights & Biases that goes on under the same id when the run resumes. Its x axis is `step`, which may go back."""
+    """A run of Weights & Biases that continues under the same id when the run resumes. Its x axis is `step`, which may go back."""
 
     def __init__(self, run: Tracked) -> None:
         wandb: Any = importlib.import_module("wandb")
@@ -160,7 +160,7 @@ TRACKERS: dict[str, Callable[[Tracked], Tracker]] = {
 
 
 def start_all(run: Tracked) -> list[Tracker]:
-    """Those of `log.trackers`, each as by `start`; if one refuses the run, those before it are told that it failed."""
+    """Those of `log.trackers`, each as by `start`; if one refuses the run, those before it are closed as failed."""
     started: list[Tracker] = []
     try:
         for name in run.config.log.trackers:
@@ -174,7 +174,7 @@ def start_all(run: Tracked) -> list[Tracker]:
 
 
 def start(name: str, run: Tracked) -> Tracker:
-    """Begin to record a run, or go on with it.
+    """Begin to record a run, or continue.
 
     Raises:
         UserError: the tracker is not installed, or refuses the run.

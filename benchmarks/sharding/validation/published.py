@@ -100,7 +100,7 @@ def estimated(runs: Sequence[PublishedRun]) -> dict[str, Estimate]:
 def compiled_ahead(
     runs: Sequence[PublishedRun], estimates: dict[str, Estimate], python: str | None
 ) -> dict[str, Compiled]:
-    """What the targets' compilers find of the runs, as for a plan, whose cache it shares; Ctrl-C keeps what there is.
+    """What the targets' compilers find of the runs, as for a plan, whose cache it shares; Ctrl-C keeps what was compiled.
 
     Raises:
         UserError: there is no compiler for any of the runs.
