@@ -85,7 +85,7 @@ class TensorBoard(Tracker):
 
 
 class Wandb(Tracker):
-    """A run of Weights & Biases that continues under the same id when the run resumes. Its x axis is `step`, which may go back."""
+    """A run of Weights & Biases that continues under the same id on a resume. Its x axis is `step`, which may go back."""
 
     def __init__(self, run: Tracked) -> None:
         wandb: Any = importlib.import_module("wandb")
